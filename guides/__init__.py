@@ -1,0 +1,1 @@
+"""Variational families, as Pyro guides, one family per file."""

@@ -1,0 +1,101 @@
+"""Amortized Gaussian guides: an MLP maps each datapoint to the mean and scale of its q(z|x)."""
+
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pyrogaps.errors import InputError
+from pyrogaps.models.mlp import mlp
+
+
+class _Amortized(nn.Module):
+    """The encoder, `(N, *event)` to `(N, num_outputs)`, and what its subclasses do alike."""
+
+    def __init__(
+        self, data_dim: int, latent_dim: int, hidden: Sequence[int], activation: str, min_scale: float, num_outputs: int
+    ) -> None:
+        super().__init__()
+        if not min_scale > 0:
+            raise InputError(f"{type(self).__name__}: min_scale must be positive, got {min_scale}")
+        self.data_dim, self.latent_dim, self.min_scale = data_dim, latent_dim, min_scale
+        self.encoder = mlp([data_dim, *hidden, num_outputs], activation)
+
+    def encode(self, x: Tensor) -> Tensor:
+        if x[0].numel() != self.data_dim:
+            name = type(self).__name__
+            raise InputError(f"{name}: data_dim is {self.data_dim}, but a datapoint has {x[0].numel()} elements")
+        outputs: Tensor = self.encoder(x.reshape(len(x), -1).to(next(self.encoder.parameters()).dtype))
+        return outputs
+
+    def positive(self, raw: Tensor) -> Tensor:
+        """softplus, bounded away from 0: a scale that underflows would make log q infinite."""
+        return softplus(raw) + self.min_scale
+
+
+class AmortizedNormal(_Amortized):
+    """q(z|x) = N(mean(x), diag(scale(x)^2)), mean and softplus^-1(scale - min_scale) by one MLP.
+
+    A Pyro guide: `guide(x)` with `x` `(N, *event)`, `data_dim` elements per event; site "z" `(N, latent_dim)` in the
+    plate "data". `hidden` are the widths of the hidden layers, `activation` names a `torch.nn` activation.
+
+    Raises `InputError` for `x` of another size than `data_dim`.
+    """
+
+    def __init__(
+        self,
+        data_dim: int = 64,
+        latent_dim: int = 8,
+        hidden: Sequence[int] = (100, 100),
+        activation: str = "ELU",
+        min_scale: float = 1e-4,
+    ) -> None:
+        super().__init__(data_dim, latent_dim, hidden, activation, min_scale, 2 * latent_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the guide on `x` `(N, *event)`; returns z, shape `(N, latent_dim)`."""
+        mean, scale = self.parameters_of(x)
+        with pyro.plate("data", len(x)):
+            z: Tensor = pyro.sample("z", dist.Normal(mean, scale).to_event(1))
+        return z
+
+    def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale of q(z|x), each `(N, latent_dim)`."""
+        mean, raw = self.encode(x).chunk(2, -1)
+        return mean, self.positive(raw)
+
+
+class AmortizedMultivariateNormal(_Amortized):
+    """q(z|x) = N(mean(x), T(x) T(x)'), T lower triangular with a positive diagonal, all by one MLP.
+
+    Arguments, sites and errors as in `AmortizedNormal`; `min_scale` bounds the diagonal of T.
+    """
+
+    def __init__(
+        self,
+        data_dim: int = 64,
+        latent_dim: int = 8,
+        hidden: Sequence[int] = (100, 100),
+        activation: str = "ELU",
+        min_scale: float = 1e-4,
+    ) -> None:
+        num_outputs = 2 * latent_dim + latent_dim * (latent_dim - 1) // 2
+        super().__init__(data_dim, latent_dim, hidden, activation, min_scale, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the guide on `x` `(N, *event)`; returns z, shape `(N, latent_dim)`."""
+        mean, scale_tril = self.parameters_of(x)
+        with pyro.plate("data", len(x)):
+            z: Tensor = pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=scale_tril))
+        return z
+
+    def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean `(N, latent_dim)` and T `(N, latent_dim, latent_dim)` of q(z|x)."""
+        d = self.latent_dim
+        mean, raw, below = self.encode(x).split([d, d, d * (d - 1) // 2], -1)
+        rows, columns = torch.tril_indices(d, d, offset=-1, device=x.device)
+        scale_tril = torch.diag_embed(self.positive(raw))
+        return mean, scale_tril.index_put((torch.arange(len(x), device=x.device)[:, None], rows, columns), below)

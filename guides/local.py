@@ -1,0 +1,131 @@
+"""Per-datapoint families: autoguides that are local under the data plate."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
+from pyro.nn import PyroParam
+from torch import Tensor
+from torch.distributions import biject_to, transform_to
+
+from pyrogaps.density.layout import Site
+from pyrogaps.density.structure import find_plate, lay_out
+from pyrogaps.errors import InputError
+
+
+class MarginalMultivariateNormal(dist.MultivariateNormal):
+    """A multivariate Normal that can score the marginal of some of its coordinates."""
+
+    def masked_log_prob(self, value: Tensor, mask: Tensor) -> Tensor:
+        """log-density of the coordinates where `mask` holds, the others integrated out; shapes of `log_prob`."""
+        keep = mask.to(value.dtype)
+        covariance = self.covariance_matrix * keep[..., :, None] * keep[..., None, :] + torch.diag_embed(1 - keep)
+        centred = (value - self.loc) * keep
+        scale_tril = torch.linalg.cholesky(covariance)
+        marginal = dist.MultivariateNormal(torch.zeros_like(centred), scale_tril=scale_tril, validate_args=False)
+        padding = 0.5 * (1 - keep).sum(-1) * torch.log(torch.tensor(2 * torch.pi, dtype=value.dtype))
+        return marginal.log_prob(centred) + padding
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "MarginalMultivariateNormal":
+        shape = torch.Size(batch_shape)
+        loc = self.loc.expand(shape + self.event_shape)
+        scale_tril = self.scale_tril.expand(shape + self.event_shape * 2)
+        return MarginalMultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+
+
+class AutoLocalMultivariateNormal(AutoGuide):
+    r"""A full-covariance Normal for every datapoint, over all its latent sites in unconstrained space.
+
+    $$q(z_n) = \mathcal N(z_n;\, m_n,\, L_n L_n^\top), \quad L_n = \mathrm{diag}(s_n)\, U_n$$
+
+    with $U_n$ unit lower triangular. Pyro's `AutoMultivariateNormal` has one covariance over all datapoints; this one is
+    local under the data plate, so its datapoints can be refined side by side.
+
+    Args:
+        model: a Pyro model in which one plate encloses every site, or whose data plate is named by `plate`.
+        plate: the data plate's name.
+        init_loc_fn: where to start, as for Pyro's autoguides.
+        init_scale: the starting standard deviation in unconstrained space.
+
+    Raises:
+        InputError: where no data plate encloses every latent site.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        plate: str | None = None,
+        init_loc_fn: Any = init_to_feasible,
+        init_scale: float = 0.1,
+        create_plates: Any = None,
+    ) -> None:
+        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        self._plate = plate
+        self._init_scale = init_scale
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        messages = dict(self.prototype_trace.iter_stochastic_nodes())
+        plate = self._plate or find_plate(messages)
+        if plate is None:
+            raise InputError("AutoLocalMultivariateNormal: the model has no data plate; use Pyro's AutoMultivariateNormal")
+        self._plate = plate
+        self._sites: dict[str, Site] = lay_out(messages, plate, -1)
+        columns = []
+        for name, message in messages.items():
+            columns.append(self._sites[name].flatten(biject_to(message["fn"].support).inv(message["value"].detach())))
+        # Rows at the data plate's own dimension, so that minibatches and Pyro's subsampling of parameters work.
+        shape = (*[1] * (-1 - self._prototype_frames[plate].dim),)
+        loc = torch.cat(columns, -1)
+        rows, dim = loc.shape
+        loc = loc.reshape(rows, *shape, dim)
+        self.loc = PyroParam(loc, event_dim=1)
+        self.scale = PyroParam(torch.full_like(loc, self._init_scale), constraints.softplus_positive, 1)
+        identity = torch.eye(dim, dtype=loc.dtype, device=loc.device).expand(*loc.shape, dim).clone()
+        self.unit_scale_tril = PyroParam(identity, constraints.unit_lower_cholesky, 2)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        with plates[self._plate]:
+            scale_tril = self.scale[..., None] * self.unit_scale_tril
+            latent = pyro.sample(
+                "_local_latent",
+                MarginalMultivariateNormal(self.loc, scale_tril=scale_tril),
+                infer={"is_auxiliary": True},
+            )
+        batch = -self._prototype_frames[self._plate].dim - 1
+        flat = latent.flatten(-1 - batch, -2) if batch else latent
+        result = {}
+        for name, message in self.prototype_trace.iter_stochastic_nodes():
+            unconstrained = self._sites[name].unflatten(flat)
+            transform = biject_to(message["fn"].support)
+            value = transform(unconstrained)
+            log_density = transform.inv.log_abs_det_jacobian(value, unconstrained)
+            extra = log_density.dim() - (value.dim() - message["fn"].event_dim)
+            log_density = log_density.sum(list(range(-extra, 0))) if extra else log_density
+            with ExitStack() as stack:
+                for frame in message["cond_indep_stack"]:
+                    stack.enter_context(plates[frame.name])
+                delta = dist.Delta(value, log_density=log_density, event_dim=message["fn"].event_dim)
+                result[name] = pyro.sample(name, delta)
+        return result
+
+    def start_at(self, loc: Tensor, scale: Tensor) -> None:
+        """Start at independent coordinates with means `loc` and standard deviations `scale`, each `(N, dim)`."""
+        parameters = dict(self.named_parameters())
+        softplus_inverse = transform_to(constraints.softplus_positive).inv
+        with torch.no_grad():
+            parameters["loc_unconstrained"].copy_(loc.reshape(self.loc.shape))
+            parameters["scale_unconstrained"].copy_(softplus_inverse(scale.clamp(min=1e-6)).reshape(self.loc.shape))
+
+    def units(self) -> dict[str, Tensor]:
+        """A natural step in a location is the standard deviation there."""
+        return {"loc_unconstrained": self.scale.detach().clone()}

@@ -1,0 +1,73 @@
+"""The variational autoencoder's generative half: a standard Normal latent, an MLP decoder, independent pixels."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrogaps.errors import InputError
+from pyrogaps.models.mlp import mlp
+
+
+class VAE(nn.Module):
+    """z ~ N(0, I), x | z ~ Bernoulli(logits = f(z)) or N(f(z), noise_scale^2) (Kingma and Welling, arXiv:1312.6114).
+
+    A Pyro model: `vae(x)` with `x` of shape `(N, *event)`, `data_dim` elements per event; sites "z" `(N, latent_dim)`
+    and "x" in the plate "data". `hidden` are the widths of the decoder's hidden layers (none: a linear decoder),
+    `activation` names a `torch.nn` activation. A Gaussian likelihood has its noise scale "fixed" at `noise_scale`,
+    or learned from there: one for all pixels ("learned"), or one each ("per_pixel").
+
+    Raises `InputError` for a setting that is not one of these, and for `x` of another size than `data_dim`.
+    """
+
+    def __init__(
+        self,
+        data_dim: int = 64,
+        latent_dim: int = 8,
+        hidden: Sequence[int] = (100, 100),
+        activation: str = "ELU",
+        likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
+        noise: Literal["fixed", "learned", "per_pixel"] = "fixed",
+        noise_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        _check_choice("likelihood", likelihood, ("bernoulli", "gaussian"))
+        _check_choice("noise", noise, ("fixed", "learned", "per_pixel"))
+        if not noise_scale > 0:
+            raise InputError(f"VAE: noise_scale must be positive, got {noise_scale}")
+        self.data_dim, self.latent_dim, self.likelihood = data_dim, latent_dim, likelihood
+        self.decoder = mlp([latent_dim, *hidden, data_dim], activation)
+        if likelihood == "gaussian":
+            log_scale = torch.full((data_dim if noise == "per_pixel" else 1,), math.log(noise_scale))
+            self.log_noise_scale = nn.Parameter(log_scale, requires_grad=noise != "fixed")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the model on `x` `(N, *event)`; returns z, shape `(N, latent_dim)`."""
+        if x[0].numel() != self.data_dim:
+            raise InputError(f"VAE: data_dim is {self.data_dim}, but a datapoint has {x[0].numel()} elements")
+        weight = next(self.decoder.parameters())
+        with pyro.plate("data", len(x)):
+            z: Tensor = pyro.sample("z", dist.Normal(weight.new_zeros(self.latent_dim), 1.0).to_event(1))
+            pyro.sample("x", self.decode(z, x.shape[1:]), obs=x.to(weight.dtype))
+        return z
+
+    def decode(self, z: Tensor, event_shape: torch.Size) -> dist.TorchDistribution:
+        """p(x|z) for `z` `(..., latent_dim)`, over events of shape `event_shape`."""
+        output = self.decoder(z)
+        shape = output.shape[:-1] + event_shape
+        if self.likelihood == "bernoulli":
+            pixels: dist.TorchDistribution = dist.Bernoulli(logits=output.reshape(shape))
+        else:
+            scale = self.log_noise_scale.exp().expand(self.data_dim).reshape(event_shape)
+            pixels = dist.Normal(output.reshape(shape), scale)
+        likelihood: dist.TorchDistribution = pixels.to_event(len(event_shape))
+        return likelihood
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"VAE: {name} must be one of {', '.join(choices)}, got '{value}'")

@@ -1,0 +1,344 @@
+"""Annealed importance sampling of log p(x) per datapoint, forward and reverse, tuned by a pilot run that is thrown away."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyrogaps.anneal import (
+    AnnealResult,
+    GaussianStart,
+    Schedule,
+    Tuning,
+    anneal,
+    moments_start,
+    pilot,
+    schedule,
+    starting_at,
+    tune,
+)
+from pyrogaps.bounds import Plate, densities, over_chunks, refuse_nan
+from pyrogaps.capture import GradientEvaluator, Mode
+from pyrogaps.density import Data, JointDensity
+from pyrogaps.density.draws import BlockedGuide, Posterior
+from pyrogaps.density.runs import Program
+from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.errors import InputError
+from pyrogaps.hmc import Evaluate, HMCState
+from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
+from pyrogaps.refine import Refinement, own_family, refine_chunk
+from pyrogaps.streams import BLOCK, Chunk, Noise, derive_seed
+
+Initial = Literal["refined", "guide", "prior"]
+NUM_ANCHOR_DRAWS = 1024
+
+
+@dataclass(frozen=True)
+class AIS:
+    """Settings of annealed importance sampling.
+
+    Attributes:
+        num_chains: chains per datapoint; the estimate is the log-mean-exp of their weights.
+        num_temperatures: T, the steps from b = 0 to b = 1.
+        num_leapfrog: leapfrog steps of each transition, one transition per temperature.
+        schedule: "linear", "sigmoid", or "thermodynamic" (equal steps of thermodynamic length, set by the pilot).
+        initial: where paths start: at the "refined" guide, at the "guide" as it is, or at the "prior".
+        widen: factor on the scales of the Gaussian fitted to the guide, at least 1: an anchor narrower than the posterior
+            has weights of infinite variance.
+        target_acceptance: what the pilot aims at.
+        num_pilot_chains, num_pilot_temperatures: the pilot's size; its chains are thrown away, so that the step sizes
+            of the run that counts do not depend on it.
+        mode: how gradients are evaluated, see `GradientEvaluator`.
+    """
+
+    num_chains: int = 16
+    num_temperatures: int = 30
+    num_leapfrog: int = 5
+    schedule: Schedule = "linear"
+    initial: Initial = "refined"
+    widen: float = 1.2
+    target_acceptance: float = 0.8
+    num_pilot_chains: int = 4
+    num_pilot_temperatures: int = 20
+    mode: Mode = "captured"
+
+    def __post_init__(self) -> None:
+        positive = ("num_chains", "num_temperatures", "num_leapfrog", "num_pilot_temperatures")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise InputError(f"evidence.{name}: must be at least 1, got {getattr(self, name)}")
+        if self.num_pilot_chains < 2:
+            raise InputError(f"evidence.num_pilot_chains: must be at least 2, got {self.num_pilot_chains}")
+        if self.widen < 1:
+            raise InputError(f"evidence.widen: must be at least 1, got {self.widen}")
+        if not 0 < self.target_acceptance < 1:
+            raise InputError(f"evidence.target_acceptance: must lie between 0 and 1, got {self.target_acceptance}")
+        _one_of("schedule", self.schedule, ("linear", "sigmoid", "thermodynamic"))
+        _one_of("initial", self.initial, ("refined", "guide", "prior"))
+        _one_of("mode", self.mode, ("eager", "captured", "compiled"))
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"evidence.{name}: must be one of {', '.join(allowed)}, got '{value}'")
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path for the datapoints of a chunk: draws of its start, its evaluation, and the preconditioner of its moves.
+
+    `draw(num_chains, purpose)` gives points `(S, B, dim)` of f_0; `evaluate(num_chains)` a function of such points.
+    """
+
+    draw: Callable[[int, str], Tensor]
+    evaluate: Callable[[int], Evaluate]
+    scale: Tensor
+
+
+def anchored_path(evaluator: GradientEvaluator, start: GaussianStart, chunk: Chunk, seed: int) -> Path:
+    """The path from a Gaussian fitted to a guide."""
+    dtype, device, dim = evaluator.joint.dtype, evaluator.joint.device, evaluator.joint.dim
+
+    def draw(num_chains: int, purpose: str) -> Tensor:
+        return start.draw(Noise(seed, f"{purpose} start", chunk, dtype=dtype, device=device).normal(num_chains, dim))
+
+    def evaluate(num_chains: int) -> Evaluate:
+        return starting_at(start, evaluator.bind(chunk.indices, num_chains))
+
+    return Path(draw, evaluate, start.scale)
+
+
+def prior_path(evaluator: GradientEvaluator, chunk: Chunk, seed: int) -> Path:
+    """The path from the model's own latent distribution; `evaluator` must have been made with `split=True`."""
+    joint = evaluator.joint
+
+    def draw(num_chains: int, purpose: str) -> Tensor:
+        parts = []
+        for block in chunk.blocks():
+            torch.manual_seed(derive_seed(seed, f"{purpose} prior", block.start // BLOCK))
+            parts.append(joint.sample_prior(num_chains, block.indices))
+        return torch.cat(parts, 1)
+
+    def evaluate(num_chains: int) -> Evaluate:
+        bound = evaluator.bind(chunk.indices, num_chains)
+        return lambda position: HMCState(position, *bound(position))
+
+    spread = draw(256, "scale").std(0)
+    return Path(draw, evaluate, torch.where(spread > 0, spread, torch.ones_like(spread)))
+
+
+def anchor(joint: JointDensity, posterior: Posterior, chunk: Chunk, widen: float, seed: int, offset: int = 0) -> GaussianStart:
+    """The Gaussian with a guide's moments, widened; its draws are used for nothing else."""
+    guide = BlockedGuide(posterior, chunk, offset)
+    draws, _ = guide.sample_all(NUM_ANCHOR_DRAWS, seed, "anchor")
+    diagonal = all(getattr(local, "mean_field", False) for _, local in guide.blocks)
+    active = joint.active(chunk.indices)
+    return moments_start(draws, diagonal=diagonal, widen=widen, active=active)
+
+
+def run_pilot(path: Path, evaluator: GradientEvaluator, chunk: Chunk, settings: AIS, seed: int) -> Tuning:
+    """Adapt the schedule and the step sizes on chains of their own."""
+    joint = evaluator.joint
+    noise = Noise(seed, "pilot", chunk, dtype=joint.dtype, device=joint.device)
+    betas = schedule(settings.schedule, max(settings.num_pilot_temperatures, 2))
+    evaluate = path.evaluate(settings.num_pilot_chains)
+    state = evaluate(path.draw(settings.num_pilot_chains, "pilot"))
+    steps, spreads = pilot(
+        state, evaluate, betas, settings.num_leapfrog, path.scale, noise, settings.target_acceptance
+    )
+    return tune(settings.schedule, settings.num_temperatures, betas, steps, spreads)
+
+
+def run_path(
+    path: Path,
+    tuning: Tuning,
+    evaluator: GradientEvaluator,
+    chunk: Chunk,
+    settings: AIS,
+    seed: int,
+    exact: Tensor | None = None,
+) -> AnnealResult:
+    """The run that counts: forward, or in reverse from `exact` posterior draws `(B, dim)`, which all chains share."""
+    joint, purpose = evaluator.joint, "ais" if exact is None else "reverse ais"
+    noise = Noise(seed, purpose, chunk, dtype=joint.dtype, device=joint.device)
+    evaluate = path.evaluate(settings.num_chains)
+    position = path.draw(settings.num_chains, purpose) if exact is None else exact.expand(settings.num_chains, -1, -1)
+    state = evaluate(position.contiguous())
+    result = anneal(state, evaluate, tuning, settings.num_leapfrog, path.scale, noise, reverse=exact is not None)
+    refuse_nan(result.log_weights, chunk)
+    return result
+
+
+def ais_chunk(path: Path, evaluator: GradientEvaluator, chunk: Chunk, settings: AIS, seed: int) -> AnnealResult:
+    """Pilot, then run."""
+    return run_path(path, run_pilot(path, evaluator, chunk, settings, seed), evaluator, chunk, settings, seed)
+
+
+def ais(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    settings: AIS | None = None,
+    initial: Initial | None = None,
+    refinement: Refinement | None = None,
+    plate: Plate = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Estimate:
+    r"""log p(x_n) of every datapoint by annealed importance sampling along
+
+    $$\log f_b(z) = (1 - b) \log f_0(z) + b \log p(x_n, z), \quad 0 = b_0 < \dots < b_T = 1$$
+
+    with one HMC transition per temperature. $\mathbb E[w] = p(x_n)$ exactly, whatever the step sizes and the number of
+    temperatures, because they are set by a pilot run; the value, a log-mean-exp, is a lower bound in expectation.
+
+    Args:
+        model, guide, data, plate: as for `JointDensity` and `GuideDensity`; the guide is not used with `initial="prior"`.
+        settings: see `AIS`; `initial` overrides its field of that name.
+        refinement: settings of the refinement that "refined" starts need.
+        batch_size: datapoints held at once; it does not change the result.
+        seed: of all the randomness.
+
+    Returns:
+        An `Estimate` in nats with `value`, `mcse`, `ess`, `khat`, `acceptance` `(N,)` and `log_weights` `(S, N)`.
+
+    Source: Neal (2001), arXiv:physics/9803008; Wu et al. (2017), arXiv:1611.04273.
+    """
+    settings = settings or AIS()
+    settings = settings if initial is None else replace(settings, initial=initial)
+    if settings.initial == "prior":
+        joint = JointDensity(model, data, plate)
+        evaluator, path_of = GradientEvaluator(joint, settings.mode, split=True), None
+    else:
+        joint, density = densities(model, guide, data, plate)
+        evaluator = GradientEvaluator(joint, settings.mode)
+        path_of = _paths_from(density, evaluator, settings, refinement or Refinement(), seed)
+
+    def one(chunk: Chunk) -> AnnealResult:
+        path = prior_path(evaluator, chunk, seed) if path_of is None else path_of(chunk)
+        return ais_chunk(path, evaluator, chunk, settings, seed)
+
+    results = over_chunks(one, joint, batch_size, seed)
+    return log_mean_exp_estimate(
+        torch.cat([result.log_weights for result in results], 1),
+        acceptance=torch.cat([result.acceptance for result in results]),
+    )
+
+
+def _paths_from(
+    density: Any, evaluator: GradientEvaluator, settings: AIS, refinement: Refinement, seed: int
+) -> Callable[[Chunk], Path]:
+    family = own_family(density) if settings.initial == "refined" else None
+
+    def path(chunk: Chunk) -> Path:
+        posterior, offset = density, 0
+        if family is not None:
+            posterior, _ = refine_chunk(family, evaluator, chunk, refinement, seed)
+            offset = chunk.start
+        start = anchor(evaluator.joint, posterior, chunk, settings.widen, seed, offset)
+        return anchored_path(evaluator, start, chunk, seed)
+
+    return path
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """Stochastic lower and upper bounds of log p(x) on data simulated from the model, nats, `(N,)` each.
+
+    `width` is the mean of `upper - lower` over datapoints and `width_mcse` its standard error across them: within it the
+    AIS settings are certified. `data` are the simulated data, `z` `(N, dim)` their exact posterior draws.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    forward: Estimate
+    reverse: Estimate
+    data: Any
+    z: Tensor
+
+    @property
+    def width(self) -> float:
+        return float((self.upper - self.lower).mean())
+
+    @property
+    def width_mcse(self) -> float:
+        gaps = self.upper - self.lower
+        return float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else float("nan")
+
+
+def bdmc(
+    model: Program,
+    data: Data,
+    *,
+    guide_or_family: Any = AutoNormal,
+    settings: AIS | None = None,
+    initial: Initial | None = None,
+    refinement: Refinement | None = None,
+    to_data: ToData | None = None,
+    plate: Plate = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Sandwich:
+    """Bidirectional Monte Carlo: bound log p(x) from both sides on data simulated from the model.
+
+    The latent behind a simulated datapoint is an exact posterior draw; AIS run in reverse from it gives
+    E[1/w] = 1/p(x), so -log-mean-exp(-log w) is an upper bound in expectation. Every reverse chain of a datapoint starts
+    at that one draw.
+
+    Args:
+        model, plate: as for `JointDensity`.
+        data: what to simulate in the shape of.
+        guide_or_family: what anchors the paths (a family is refined on the simulated data); unused from the prior.
+        settings, initial, refinement, batch_size, seed: as for `ais`.
+        to_data: from drawn values by observed site to the model's arguments, where that is not plain.
+
+    Raises:
+        InputError: where the model cannot be simulated (see `JointDensity.simulate`).
+
+    Source: Grosse, Ghahramani and Adams (2015), arXiv:1511.02543.
+    """
+    settings = settings or AIS()
+    settings = settings if initial is None else replace(settings, initial=initial)
+    simulated, z = _simulated(JointDensity(model, data, plate), seed, to_data)
+    from_prior = settings.initial == "prior"
+    density: Any = None
+    if from_prior or isinstance(guide_or_family, type):
+        joint = JointDensity(model, simulated, plate)
+    else:
+        joint, density = densities(model, guide_or_family, simulated, plate)
+    evaluator = GradientEvaluator(joint, settings.mode, split=from_prior)
+
+    def one(chunk: Chunk) -> tuple[AnnealResult, AnnealResult]:
+        if from_prior:
+            path = prior_path(evaluator, chunk, seed)
+        elif density is not None:
+            path = _paths_from(density, evaluator, settings, refinement or Refinement(), seed)(chunk)
+        else:
+            refined, _ = refine_chunk(guide_or_family, evaluator, chunk, refinement or Refinement(), seed)
+            start = anchor(joint, refined, chunk, settings.widen, seed, chunk.start)
+            path = anchored_path(evaluator, start, chunk, seed)
+        tuning = run_pilot(path, evaluator, chunk, settings, seed)
+        exact = z[chunk.start : chunk.stop]
+        forward = run_path(path, tuning, evaluator, chunk, settings, seed)
+        return forward, run_path(path, tuning, evaluator, chunk, settings, seed, exact)
+
+    results = over_chunks(one, joint, batch_size, seed)
+    forward, inverse = (
+        log_mean_exp_estimate(
+            torch.cat([sign * result[side].log_weights for result in results], 1),
+            acceptance=torch.cat([result[side].acceptance for result in results]),
+        )
+        for side, sign in ((0, 1), (1, -1))
+    )
+    reverse = replace(inverse, value=-inverse.value, direction="upper bound", log_weights=None)
+    return Sandwich(forward.value, reverse.value, forward, reverse, simulated, z)
+
+
+def _simulated(joint: JointDensity, seed: int, to_data: ToData | None) -> tuple[Any, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "simulate"))
+        return simulate(joint, to_data)

@@ -1,0 +1,115 @@
+"""ELBO and IWAE: lower bounds of log p(x) from a guide's importance weights."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyrogaps.density import Data, GuideDensity, JointDensity
+from pyrogaps.density.draws import BlockedGuide, Posterior
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
+from pyrogaps.streams import Chunk, chunks, particle_blocks, seeded
+
+Plate = str | Literal[False] | None
+
+
+def densities(model: Program, guide: Program, data: Data, plate: Plate = None) -> tuple[JointDensity, GuideDensity]:
+    """The two densities of a pair; a guide with auxiliary variables brings `augment(model)`, the model extended."""
+    if hasattr(guide, "augment"):
+        model = guide.augment(model)
+    joint = JointDensity(model, data, plate)
+    return joint, GuideDensity(guide, None, joint)
+
+
+def chunk_log_weights(
+    joint: JointDensity, posterior: Posterior, chunk: Chunk, num_particles: int, seed: int, purpose: str, offset: int = 0
+) -> Tensor:
+    """log w = log p(x, z) - log q(z | x) of draws from `posterior`, `(S, B)` in double precision, nats.
+
+    Raises `InputError` naming datapoints whose weights are NaN or +infinity.
+    """
+    guide, parts = BlockedGuide(posterior, chunk, offset), []
+    with torch.no_grad():
+        for first, size in enumerate(particle_blocks(num_particles)):
+            z, log_q = guide.sample(size, seed, purpose, first)
+            parts.append(joint(z, chunk.indices).double() - log_q.double())
+    return refuse_nan(torch.cat(parts), chunk)
+
+
+def refuse_nan(log_weights: Tensor, chunk: Chunk) -> Tensor:
+    """`log_weights` `(S, B)`, or an `InputError` that names the datapoints where they are NaN or +infinity."""
+    bad = (torch.isnan(log_weights) | (log_weights == torch.inf)).any(0)
+    if bool(bad.any()):
+        which = ", ".join(str(chunk.start + int(n)) for n in bad.nonzero()[:5, 0])
+        raise InputError(
+            f"datapoints {which}: log p(x, z) - log q(z) is NaN or infinite for some draws; look at the model's and "
+            "the guide's parameters there (scales near zero, overflow)"
+        )
+    return log_weights
+
+
+def elbo(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    num_particles: int = 1000,
+    plate: Plate = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Estimate:
+    r"""The evidence lower bound of every datapoint.
+
+    $$\mathcal L[q](x_n) = \mathbb E_{q(z|x_n)} [\log p(x_n, z) - \log q(z|x_n)] \le \log p(x_n)$$
+
+    Args:
+        model, guide, data, plate: as for `JointDensity` and `GuideDensity`.
+        num_particles: S, draws per datapoint.
+        batch_size: datapoints held at once; it does not change the result.
+        seed: of all the randomness.
+
+    Returns:
+        An `Estimate` in nats: `value` and `mcse` `(N,)`, `log_weights` `(S, N)`.
+    """
+    log_weights = _log_weights(model, guide, data, num_particles, plate, batch_size, seed)
+    return mean_estimate(log_weights)
+
+
+def iwae(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    num_particles: int = 1000,
+    plate: Plate = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Estimate:
+    r"""The importance-weighted bound with K = `num_particles`, of every datapoint.
+
+    $$\log \frac1K \sum_k w_k, \quad w_k = p(x_n, z_k) / q(z_k | x_n), \quad z_k \sim q(z|x_n)$$
+
+    A lower bound of log p(x_n) in expectation that grows with K (Burda et al., 2016, arXiv:1509.00519). Arguments and
+    result as for `elbo`; the result has `ess` and Pareto `khat` too.
+    """
+    return log_mean_exp_estimate(_log_weights(model, guide, data, num_particles, plate, batch_size, seed))
+
+
+def _log_weights(
+    model: Program, guide: Program, data: Data, num_particles: int, plate: Plate, batch_size: int, seed: int
+) -> Tensor:
+    joint, density = densities(model, guide, data, plate)
+
+    def one(chunk: Chunk) -> Tensor:
+        return chunk_log_weights(joint, density, chunk, num_particles, seed, "elbo")
+
+    return torch.cat(over_chunks(one, joint, batch_size, seed), 1)
+
+
+def over_chunks(work: Callable[[Chunk], Any], joint: JointDensity, batch_size: int, seed: int) -> list[Any]:
+    """`work` on every chunk of the data, with the caller's random state restored afterwards."""
+    with seeded(seed, "unused", device=joint.device):
+        return [work(chunk) for chunk in chunks(joint.num_datapoints, batch_size)]

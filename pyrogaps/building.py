@@ -1,0 +1,250 @@
+"""Building what a recipe names: importing dotted paths, checking their arguments, calling them."""
+
+import functools
+import importlib
+import inspect
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from jsonargparse import ArgumentParser
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+
+from pyrogaps.density.data import Data
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+from pyrogaps.recipe import Component, Recipe, check_names, parse_typed
+
+
+def build_programs(recipe: Recipe) -> tuple[Program, Program]:
+    """The model and the guide that `recipe` names."""
+    if recipe.pair is not None:
+        pair = construct("pair", recipe.pair)
+        for name in ("model", "guide"):
+            if not callable(getattr(pair, name, None)):
+                raise InputError(f"pair: {recipe.pair.class_path} has no method '{name}'")
+        return pair.model, pair.guide
+    assert recipe.model is not None and recipe.guide is not None
+    model = _program("model", recipe.model)
+    return model, _program("guide", recipe.guide, model)
+
+
+def build_families(recipe: Recipe) -> dict[str, Callable[[Program], Program]]:
+    """The further families of `recipe`, each a callable of the model."""
+    return {name: _family(f"families.{name}", entry) for name, entry in recipe.families.items()}
+
+
+def _program(key: str, component: Component, model: Program | None = None) -> Program:
+    target = import_object(key, component.class_path)
+    if not inspect.isclass(target):
+        if component.init_args:
+            raise InputError(f"{key}: {component.class_path} is used as it is and takes no init_args; name a class for that")
+        return _callable(key, component, target)
+    takes_model = model is not None and (issubclass(target, AutoGuide) or _first_parameter(target) == "model")
+    leading = (model,) if takes_model and "model" not in component.init_args else ()
+    return _callable(key, component, construct(key, component, *leading))
+
+
+def _callable(key: str, component: Component, built: Any) -> Program:
+    """`built`, checked to be something Pyro can run."""
+    runs = callable(built) and not (isinstance(built, nn.Module) and type(built).forward is nn.Module.forward)
+    if not runs:
+        hint = "; an object with both .model and .guide goes under pair" if hasattr(built, "guide") else ""
+        raise InputError(f"{key}: {component.class_path} gives a {type(built).__name__}, which cannot be called{hint}")
+    program: Program = built
+    return program
+
+
+def _family(key: str, component: Component) -> Callable[[Program], Program]:
+    target = import_object(key, component.class_path)
+    if not callable(target):
+        raise InputError(f"{key}: {component.class_path} cannot be called with the model")
+    arguments = typed_arguments(key, target, component.init_args, leading=1)
+    return functools.partial(target, **arguments) if arguments else target  # type: ignore[no-any-return]
+
+
+def construct(key: str, component: Component, *leading: Any) -> Any:
+    """Call what `component` names with `leading` and its `init_args`.
+
+    Raises `InputError` where it cannot be imported, its arguments do not fit, or it fails.
+    """
+    target = import_object(key, component.class_path)
+    if not callable(target):
+        raise InputError(f"{key}: {component.class_path} is not a class or function")
+    arguments = typed_arguments(key, target, component.init_args, leading=len(leading))
+    with failures_named(f"{key}: {component.class_path}"):
+        return target(*leading, **arguments)
+
+
+def typed_arguments(key: str, target: Callable[..., Any], given: dict[str, Any], *, leading: int) -> dict[str, Any]:
+    """`given` checked against the signature of `target` and converted to the types it annotates."""
+    try:
+        parameters = list(inspect.signature(target).parameters.values())[leading:]
+    except (TypeError, ValueError):
+        return given
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        check_names(given, [p.name for p in named], f"{key}.init_args")
+    missing = [p.name for p in named if p.default is p.empty and p.name not in given]
+    if missing:
+        raise InputError(f"{key}.init_args: {', '.join(missing)} missing")
+    annotated = {p.name: given[p.name] for p in named if p.annotation is not p.empty and p.name in given}
+    return {**given, **_convert(f"{key}.init_args", target, annotated)} if annotated else given
+
+
+def _convert(key: str, target: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` in the types that `target` annotates; objects described by class_path and init_args are built."""
+    arguments = ArgumentParser(exit_on_error=False, add_help=False)
+    try:
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        for name in given:
+            arguments.add_argument(f"--arguments.{name}", type=hints.get(name, Any))
+    except Exception:  # not every annotation that a user may write can be read; the values then pass as they are
+        return given
+    try:
+        return vars(parse_typed(arguments, {"arguments": given})["arguments"])
+    except InputError as error:
+        raise InputError(str(error).replace("arguments.", f"{key}.", 1)) from error
+
+
+def import_object(key: str, path: str) -> Any:
+    """The object at a dotted `path`; `InputError` naming `key` where it cannot be imported."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise InputError(f"{key}: '{path}' is not a dotted path such as package.module.Name")
+    try:
+        found = _import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise InputError(
+                f"{key}: cannot import '{path}': no module named '{error.name}' "
+                "(looked among the installed packages, beside the recipe and in the current folder)"
+            ) from error
+        raise InputError(f"{key}: importing '{module}' failed: {described(error)}") from error
+    if not hasattr(found, name):
+        near = get_close_matches(name, dir(found), n=1)
+        raise InputError(f"{key}: '{module}' has no '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+    return getattr(found, name)
+
+
+def _import_module(path: str) -> Any:
+    """The module at `path`, or a class in a module, for methods such as `module.Class.from_file`."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        parent, _, name = path.rpartition(".")
+        if error.name == path and parent and inspect.isclass(getattr(_import_module(parent), name, None)):
+            return getattr(_import_module(parent), name)
+        raise
+
+
+@contextmanager
+def failures_named(what: str) -> Iterator[None]:
+    """Turn any exception into an `InputError` that says in one line what failed and where; our own pass as they are."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} failed: {described(error)}") from error
+
+
+def described(error: BaseException) -> str:
+    """An exception in one line, with the place it came from."""
+    message = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {message}"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {message}{place}" if message else f"{type(error).__name__}{place}"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the command takes from a data set: data to train on, to stop training by, and to evaluate."""
+
+    train: Data | None
+    validation: Data | None
+    evaluated: Data
+
+
+def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool = False) -> tuple[DataSet, list[str]]:
+    """The data of `recipe`, and remarks on the options that its data set has no use for.
+
+    `data_root` and `download` reach the data set as its arguments `data_root` (or `root`) and `download`, if it has
+    those. They say where the data lie, not which data they are, so they are no part of a recipe.
+    """
+    component, remarks = recipe.data, []
+    accepted = _parameters(import_object("data", component.class_path))
+    for option, value, names in (("data_root", data_root, ("data_root", "root")), ("download", download, ("download",))):
+        name = next((name for name in names if name in accepted), None)
+        if value and name:
+            component = Component(component.class_path, {**component.init_args, name: value})
+        elif value:
+            remarks.append(f"--{option} has no effect: {component.class_path} takes no such argument")
+    data = construct("data", component)
+    evaluated = _part(recipe, data, recipe.split.part, required=True)
+    train = _part(recipe, data, "train", required=recipe.training is not None and recipe.checkpoint is None)
+    validation = _part(recipe, data, "validation", required=False)
+    return DataSet(train, validation, _first(recipe, evaluated)), remarks
+
+
+def _part(recipe: Recipe, data: Any, part: str, *, required: bool) -> Any:
+    with failures_named(f"data: reading '{part}' of {recipe.data.class_path}"):
+        found = getattr(data, part, None)
+    if found is None and required:
+        raise InputError(f"data: {recipe.data.class_path} has no '{part}'")
+    return on_device(found, torch.device(recipe.device))
+
+
+def _first(recipe: Recipe, data: Any) -> Any:
+    """The datapoints that `split` asks for."""
+    count = recipe.split.num_datapoints
+    if count is None:
+        return data
+    tensors = data if isinstance(data, tuple) else (data,)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise InputError("split.num_datapoints: only data that are tensors can be cut; leave it null")
+    held = len(tensors[0])
+    if not 1 <= count <= held:
+        raise InputError(f"split.num_datapoints: asked for {count} of the {held} datapoints in '{recipe.split.part}'")
+    return tuple(t[:count] for t in data) if isinstance(data, tuple) else data[:count]
+
+
+def on_device(item: Any, device: torch.device) -> Any:
+    """A tensor, a tuple of tensors or a module moved to `device`; anything else as it is."""
+    if isinstance(item, Tensor | nn.Module):
+        return item.to(device)
+    if isinstance(item, list | tuple):
+        return tuple(on_device(entry, device) for entry in item)
+    return item
+
+
+def check_device(name: str) -> torch.device:
+    """The device called `name`; `InputError` where there is no such device here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        if "device string" in reason:
+            raise InputError(f"device: '{name}' is not a device such as cpu, cuda or cuda:1") from error
+        raise InputError(f"device: '{name}' cannot be used here ({reason}); use --device cpu") from error
+    return device
+
+
+def _first_parameter(target: Callable[..., Any]) -> str | None:
+    return next(iter(_parameters(target)), None)
+
+
+def _parameters(target: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return []

@@ -1,0 +1,63 @@
+"""Data sets as the estimators see them: a number of datapoints and a way to fetch some by index."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyrogaps.errors import InputError
+
+
+@dataclass(frozen=True)
+class IndexedData:
+    """A data set that is fetched by index, for models whose arguments are not plain tensors.
+
+    `fetch(indices)` takes a one-dimensional integer tensor, in which an index may repeat, and returns the
+    model's positional arguments for those datapoints, in the order of `indices`. Ragged data is padded to
+    one length for the whole set, so that every datapoint has latents of the same size.
+    """
+
+    num_datapoints: int
+    fetch: Callable[[Tensor], tuple[Any, ...]]
+
+    def __len__(self) -> int:
+        return self.num_datapoints
+
+
+Data: TypeAlias = Tensor | tuple[Tensor, ...] | IndexedData
+
+
+def as_indexed(data: Data) -> IndexedData:
+    """View `data` (a tensor, a tuple of tensors, or an `IndexedData`) as an `IndexedData`.
+
+    Raises `InputError` when `data` is something else, is empty, or its tensors differ in length.
+    """
+    if isinstance(data, IndexedData):
+        return _not_empty(data)
+    tensors = (data,) if isinstance(data, Tensor) else tuple(data) if isinstance(data, list | tuple) else ()
+    if not tensors or not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in tensors):
+        raise InputError(
+            f"data: expected a tensor or a tuple of tensors whose first axis is the data plate, got {type(data).__name__}; "
+            "wrap anything else in IndexedData(num_datapoints, fetch)"
+        )
+    lengths = [len(tensor) for tensor in tensors]
+    if len(set(lengths)) > 1:
+        raise InputError(f"data: the tensors have different lengths along their first axis: {lengths}")
+
+    def fetch(indices: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor[indices.to(tensor.device)] for tensor in tensors)
+
+    return _not_empty(IndexedData(lengths[0], fetch))
+
+
+def _not_empty(data: IndexedData) -> IndexedData:
+    if data.num_datapoints < 1:
+        raise InputError("data: there are no datapoints")
+    return data
+
+
+def all_indices(data: IndexedData, device: torch.device | str | None = None) -> Tensor:
+    """The indices `0 .. N - 1`, shape `(N,)`."""
+    return torch.arange(data.num_datapoints, device=device)

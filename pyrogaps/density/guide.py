@@ -1,0 +1,153 @@
+"""`GuideDensity`: a Pyro guide as a density over the model's flat unconstrained vectors."""
+
+from typing import Any, Literal
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyrogaps.density.data import Data
+from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide, PlaceValues, Term, join_terms, score_term
+from pyrogaps.density.runs import BoundPlate, Program, evaluating, whole_plates
+from pyrogaps.density.structure import check_parameters, sample_sites
+from pyrogaps.density.terms import read_terms
+from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
+
+
+class GuideDensity:
+    r"""log q(z | x_n) of a Pyro guide in the model's unconstrained space, one datapoint at a time.
+
+    $$\log q(z \mid x_n) = \sum_{\text{sites}} \log q(\cdot) + \log |\partial \text{sites} / \partial z| \quad\text{[nats]}$$
+
+    Args:
+        guide: a Pyro guide, called with the model's arguments; a set-up autoguide or any guide whose data plate has the
+            data set's full size holds parameters for each datapoint and is read at those of the datapoints asked for.
+        data: as for `JointDensity`; not needed where `model` is one.
+        model: the Pyro model, or its `JointDensity`, which says how latent sites lie in `z`.
+        plate: as for `JointDensity`.
+
+    Raises:
+        InputError: naming the site, for latents that model and guide do not share, a Delta, discrete sites,
+            supports that differ, latents outside the data plate, NaN in parameters.
+    """
+
+    def __init__(
+        self,
+        guide: Program,
+        data: Data | None,
+        model: Program | JointDensity,
+        plate: str | Literal[False] | None = None,
+    ) -> None:
+        self.guide = guide
+        check_parameters(guide)
+        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+            raise InputError(f"guide: this {type(guide).__name__} has never been run; train it on these data first")
+        if isinstance(model, JointDensity):
+            self.joint = model
+        elif data is None:
+            raise InputError("data: needed to read the model")
+        else:
+            self.joint = JointDensity(model, data, plate)
+        self.bound: bool | None = None
+        with seeded(0, "guide structure"), evaluating(guide), torch.no_grad():
+            self.terms = self._read_structure()
+            self.factorised = self._is_factorised()
+
+    @property
+    def num_datapoints(self) -> int:
+        """N, the number of datapoints."""
+        return self.joint.num_datapoints
+
+    def at(self, indices: Tensor) -> LocalGuide:
+        """The guide at some datapoints, run once where its site distributions do not depend on earlier draws."""
+        active = self.joint.active(indices)
+        if not self.factorised:
+            return SequentialGuide(self, indices, active)
+        with evaluating(self.guide):
+            messages = self.messages(indices)
+        distributions = {term.name: messages[term.name]["fn"] for term in self.terms}
+        return FactorisedGuide(self.joint, indices, self.terms, distributions, active)
+
+    def sample(self, num_particles: int, indices: Tensor | None = None) -> Draws:
+        """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, for `indices` (default: all datapoints)."""
+        return self.at(self._indices(indices)).sample(num_particles)
+
+    def log_prob(self, z: Tensor, indices: Tensor | None = None) -> Tensor:
+        """log q(z_sn | x_n) in nats `(S, N)` of points `z` `(S, N, dim)` that the guide need not have drawn."""
+        return self.at(self._indices(indices)).log_prob(z)
+
+    def _indices(self, indices: Tensor | None) -> Tensor:
+        return torch.arange(self.num_datapoints) if indices is None else indices
+
+    def messages(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
+        """Run the guide on `indices` repeated `num_particles` times; its random sites by name."""
+        rows = indices.repeat(num_particles)
+        args = self.joint.fetch(indices, num_particles)
+        with whole_plates(self.joint.plate, rows, num_datapoints=self.num_datapoints, bound=self.bound):
+            if handler is None:
+                return sample_sites(self.guide, args)
+            with handler:
+                return sample_sites(self.guide, args)
+
+    def _read_structure(self) -> list[Term]:
+        """Run on a number of rows that is not the data set's, so that a plate of its full size shows."""
+        number = self.num_datapoints
+        count = 1 if self.joint.plate is None else 2 if number != 2 else 3
+        indices = torch.arange(count) % number
+        try:
+            messages = self.messages(indices)
+            self.bound = False
+        except BoundPlate:
+            self.bound, indices = True, torch.arange(min(2, number))
+            messages = self.messages(indices)
+        return read_terms(messages, self.joint, indices)
+
+    def _is_factorised(self) -> bool:
+        """Whether site distributions stay the same when the draws before them change: checked on two runs."""
+        indices = torch.arange(min(4, self.num_datapoints))
+        first, second = self.messages(indices), self.messages(indices)
+        values = {term.name: first[term.name]["value"] for term in self.terms}
+        return all(
+            torch.equal(first[name]["fn"].log_prob(value), second[name]["fn"].log_prob(value))
+            for name, value in values.items()
+        )
+
+
+class SequentialGuide:
+    """A `LocalGuide` that runs the guide for every draw, because later sites depend on earlier ones."""
+
+    def __init__(self, density: GuideDensity, indices: Tensor, active: Tensor | None) -> None:
+        self.density, self.indices, self.joint, self.active = density, indices, density.joint, active
+
+    mean_field = False
+
+    def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
+        return self._run(num_particles, None)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self._run(len(z), z)[1]
+
+    def _run(self, num_particles: int, z: Tensor | None) -> Draws:
+        """All particles as rows of one run; one at a time where there is no plate, or each datapoint has its own weights."""
+        if self.joint.plate is None or self.density.bound:
+            pairs = [self._run_rows(1, None if z is None else z[s : s + 1]) for s in range(num_particles)]
+            return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+        return self._run_rows(num_particles, z)
+
+    def _run_rows(self, num_particles: int, z: Tensor | None) -> Draws:
+        terms, rows = self.density.terms, num_particles * len(self.indices)
+        handler = None if z is None else PlaceValues(terms, z.reshape(-1, z.shape[-1]))
+        with evaluating(self.density.guide):
+            messages = self.density.messages(self.indices, num_particles, handler)
+        active = None if self.active is None else self.active.repeat(num_particles, 1)
+        scored = [
+            score_term(t, m["fn"], m["value"][None], active, self.joint.plate is not None, (1, rows))
+            for t in terms
+            for m in [messages[t.name]]
+        ]
+        flat, log_q = join_terms(terms, scored, active)
+        shape = (num_particles, len(self.indices))
+        return flat.reshape(*shape, -1), log_q.reshape(shape)

@@ -1,0 +1,281 @@
+"""`JointDensity`: a Pyro model as a density over one flat unconstrained vector per datapoint."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrogaps.density.data import Data, IndexedData, as_indexed
+from pyrogaps.density.layout import Site
+from pyrogaps.density.runs import Program, evaluating, whole_plates
+from pyrogaps.density.score import ScoreModel
+from pyrogaps.density.structure import (
+    check_finite,
+    check_model_sites,
+    check_observed,
+    check_parameters,
+    find_plate,
+    lay_out,
+    sample_sites,
+)
+from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
+
+if TYPE_CHECKING:
+    from pyrogaps.density.simulate import ToData
+
+CHECK_ROWS = 256
+
+
+class JointDensity:
+    r"""log p(x_n, z) of a Pyro model, one datapoint n of the data plate at a time.
+
+    Latent sites are moved to unconstrained space with `biject_to` (log-Jacobian included), flattened and concatenated
+    to a vector of length `dim`:
+
+    $$\log p(x_n, z) = \sum_{\text{sites}} \log p(\cdot) + \log |\partial \text{sites} / \partial z| \quad\text{[nats]}$$
+
+    Args:
+        model: a Pyro model, called with the positional arguments that `data` gives.
+        data: a tensor or a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
+        plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
+            without any plate, makes the whole data set one datapoint (N = 1).
+
+    Raises:
+        InputError: naming the site, plate or argument, where the density per datapoint is not defined or not
+            supported (a latent outside the data plate, a discrete latent, a hard-coded plate size, data outside the
+            likelihood's support, NaN in data or parameters, ...).
+    """
+
+    def __init__(self, model: Program, data: Data, plate: str | Literal[False] | None = None) -> None:
+        self.model = model
+        self.caller_data = data
+        check_parameters(model)
+        rows_data = as_indexed(data)
+        with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
+            self.plate = None if plate is False else self._plate_of(rows_data, plate)
+            self.data = rows_data if self.plate is not None else _whole(data)
+            self.vectorized = True
+            self.unnormalised: tuple[str, ...] = ()
+            self.sites = self._structure()
+        self.dim = sum(site.size for site in self.sites.values())
+        with seeded(0, "structure"), evaluating(model), torch.no_grad():
+            self._check_rows()
+
+    @property
+    def num_datapoints(self) -> int:
+        """N, the number of datapoints."""
+        return self.data.num_datapoints
+
+    def __call__(self, z: Tensor, indices: Tensor | None = None) -> Tensor:
+        """log p(x_n, z_sn) in nats, shape `(S, N)`, for unconstrained `z` `(S, N, dim)` of `indices` (default: all)."""
+        log_prior, log_likelihood = self.terms(z, indices)
+        return log_prior + log_likelihood
+
+    def terms(self, z: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log p(z_sn) (in unconstrained space) and log p(x_n | z_sn), each `(S, N)`."""
+        indices = self._indices(indices)
+        if z.dim() != 3 or z.shape[1:] != (len(indices), self.dim):
+            raise InputError(f"z: expected shape (S, {len(indices)}, {self.dim}), got {tuple(z.shape)}")
+        with evaluating(self.model):
+            args = self.fetch(indices, len(z))
+            parts = self.score(z.flatten(0, 1), args, indices.repeat(len(z)))
+        return parts[0].reshape(z.shape[:2]), parts[1].reshape(z.shape[:2])
+
+    def fetch(self, indices: Tensor, num_particles: int = 1) -> tuple[Any, ...]:
+        """The model's arguments for `indices`, the whole run of them repeated `num_particles` times."""
+        args = self.data.fetch(indices.repeat(num_particles) if self.plate is not None else indices)
+        args = args if isinstance(args, tuple) else (args,)
+        check_finite(((f"argument {position}", value) for position, value in enumerate(args)), "data:")
+        return args
+
+    def score(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> tuple[Tensor, Tensor]:
+        """`terms` for rows: `flat` `(R, dim)` and the arguments of those R rows give two tensors `(R,)`.
+
+        A pure function of `flat` and the tensors in `args`, for use inside `evaluating(model)`.
+        """
+        handler = self.run(flat, args, indices)
+        return handler.log_prior, handler.log_likelihood
+
+    def run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
+        """Run the model with `flat` in its latent sites; the handler holds the terms, site values and masks."""
+        if self.plate is None and not self.vectorized and len(flat) > 1:
+            return _stack_runs([self.run(row[None], args, indices[:1]) for row in flat])
+        handler = ScoreModel(self.sites, self.plate, flat)
+        with whole_plates(self.plate, indices, num_datapoints=self.num_datapoints), handler:
+            self.model(*args)
+        return handler
+
+    def constrain(self, z: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
+        """The latent sites' values, each `(S, N, *shape)`, of unconstrained `z` `(S, N, dim)`."""
+        indices = self._indices(indices)
+        with evaluating(self.model), torch.no_grad():
+            handler = self.run(z.flatten(0, 1), self.fetch(indices, len(z)), indices.repeat(len(z)))
+        result = {}
+        for name, value in handler.values.items():
+            site = self.sites[name]
+            value = value.movedim(site.batch_axis - site.event_dim, 0)
+            result[name] = value.reshape(*z.shape[:2], *value.shape[1:])
+        return result
+
+    def active(self, indices: Tensor) -> Tensor | None:
+        """Which coordinates are under no False mask, `(B, dim)`; None where all of them are."""
+        flat = self.zeros(len(indices))
+        with evaluating(self.model), torch.no_grad():
+            handler = self.run(flat, self.fetch(indices), indices)
+        if all(mask is None for mask in handler.masks.values()):
+            return None
+        columns = []
+        for name, site in self.sites.items():
+            mask, shape = handler.masks[name], site.unflatten(flat).shape
+            mask = torch.ones((), dtype=torch.bool, device=flat.device) if mask is None else mask
+            columns.append(site.flatten(mask.expand(shape)))
+        return torch.cat(columns, -1)
+
+    def zeros(self, rows: int) -> Tensor:
+        """The origin of unconstrained space, `(rows, dim)`, in the model's dtype and on its device."""
+        return torch.zeros(rows, self.dim, dtype=self.dtype, device=self.device)
+
+    def sample_prior(self, num_particles: int, indices: Tensor | None = None) -> Tensor:
+        """Draws of z from the model's latent sites (given earlier observed ones), `(S, N, dim)`, unconstrained."""
+        indices = self._indices(indices)
+        with evaluating(self.model), torch.no_grad():
+            if self.plate is None:
+                args = self.fetch(indices)
+                return torch.stack([self._draw(args, indices) for _ in range(num_particles)])
+            flat = self._draw(self.fetch(indices, num_particles), indices.repeat(num_particles))
+        return flat.reshape(num_particles, len(indices), self.dim)
+
+    def simulate(self, to_data: "ToData | None" = None) -> tuple[Any, Tensor]:
+        """Draw latents and data from the model: the data, in the form they were given, and `z` `(N, dim)`.
+
+        See `pyrogaps.density.simulate.simulate` for `to_data` and for what is refused.
+        """
+        from pyrogaps.density.simulate import simulate
+
+        return simulate(self, to_data)
+
+    def _draw(self, args: tuple[Any, ...], indices: Tensor) -> Tensor:
+        with whole_plates(self.plate, indices, num_datapoints=self.num_datapoints):
+            messages = sample_sites(self.model, args)
+        return self.flatten({name: messages[name] for name in self.sites}, len(indices))
+
+    def flatten(self, messages: dict[str, Any], rows: int) -> Tensor:
+        """Unconstrained rows `(R, dim)` of drawn latent sites (`messages` of a trace, in layout order)."""
+        columns = []
+        for name, message in messages.items():
+            unconstrained = biject_to(message["fn"].support).inv(message["value"])
+            site = self.sites[name]
+            if self.plate is None:
+                columns.append(unconstrained.reshape(1, -1))
+            else:
+                columns.append(site.flatten(unconstrained))
+        return torch.cat(columns, -1)
+
+    def _indices(self, indices: Tensor | None) -> Tensor:
+        return torch.arange(self.num_datapoints) if indices is None else indices
+
+    def _plate_of(self, data: IndexedData, plate: str | None) -> str | None:
+        if isinstance(plate, str):
+            return plate
+        try:
+            few = torch.arange(min(3, data.num_datapoints))
+            return find_plate(sample_sites(self.model, _tuple(data.fetch(few))))
+        except InputError:
+            raise
+        except Exception:
+            # A hard-coded plate breaks on a few rows; all of them show the plates, and the check below refuses it.
+            return find_plate(sample_sites(self.model, _tuple(data.fetch(torch.arange(data.num_datapoints)))))
+
+    def _structure(self) -> dict[str, Site]:
+        """Check every datapoint's sites batch by batch; returns the layout, which all batches must share."""
+        number, layout = self.num_datapoints, None
+        first = torch.tensor([number - 1, 0, 0]) if self.plate is not None else torch.zeros(1, dtype=torch.long)
+        batches = [first, *torch.arange(number).split(CHECK_ROWS)] if self.plate is not None else [first]
+        for batch in batches:
+            args = self.fetch(batch)
+            with whole_plates(self.plate, batch, num_datapoints=number):
+                sites = sample_sites(self.model, args)
+            if self.plate is not None and not any(_frames(site, self.plate) for site in sites.values()):
+                raise InputError(f"plate: the model has no plate named '{self.plate}'")
+            check_model_sites(sites, self.plate)
+            doubtful = [n for n, site in sites.items() if site["is_observed"] and not check_observed(n, site)]
+            self.unnormalised = tuple(sorted({*self.unnormalised, *doubtful}))
+            nesting = max((-f.dim for s in sites.values() for f in s["cond_indep_stack"] if f.vectorized), default=0)
+            found = lay_out(sites, self.plate, -1 - max(nesting, _batch_dims(sites)))
+            if layout is not None and found != layout:
+                raise InputError(
+                    "model: its latent sites change shape from datapoint to datapoint; pad ragged data to one length "
+                    "for the whole data set and mask the padding"
+                )
+            layout = found
+        value = next(site["value"] for site in sites.values() if not site["is_observed"])
+        self.dtype, self.device = value.dtype, value.device
+        assert layout is not None
+        return layout
+
+    def _check_rows(self) -> None:
+        """A row's density must be its own: not that of its neighbours, of its position, or of the batch."""
+        if self.plate is None:
+            self._choose_vectorized()
+            return
+        last = self.num_datapoints - 1
+        indices = torch.tensor([0, last, last // 2, 0])
+        order = torch.tensor([2, 0, 3, 1])
+        z = 0.5 * torch.randn(4, self.dim, dtype=self.dtype, device=self.device)
+        together = self._total(z, indices)
+        apart = self._total(z[order], indices[order])
+        tolerance = 2e-3 if self.dtype == torch.float32 else 1e-8
+        if not torch.allclose(together[order], apart, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise InputError(
+                "data: a datapoint's density changes with the order of the indices it is fetched with; fetch(indices) "
+                "must keep their order, and the model must treat rows independently (no batch statistics)"
+            )
+
+    def _total(self, z: Tensor, indices: Tensor) -> Tensor:
+        return sum(self.score(z, self.fetch(indices), indices), start=z.new_zeros(len(z)))
+
+    def _choose_vectorized(self) -> None:
+        """Without a data plate, many particles run at once only where that gives what one at a time gives."""
+        indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
+        z, args = z.to(self.device), self.fetch(indices[:1])
+        self.vectorized = False
+        one_by_one = sum(self.score(z, args, indices))
+        try:
+            self.vectorized = True
+            together = sum(self.score(z, args, indices))
+            self.vectorized = torch.allclose(together, one_by_one, rtol=1e-3, atol=1e-3, equal_nan=True)
+        except Exception:
+            self.vectorized = False
+
+
+def _stack_runs(runs: list[ScoreModel]) -> ScoreModel:
+    whole = runs[0]
+    whole.log_prior = torch.cat([run.log_prior for run in runs])
+    whole.log_likelihood = torch.cat([run.log_likelihood for run in runs])
+    for name, site in whole.sites.items():
+        axis = site.batch_axis - site.event_dim
+        whole.values[name] = torch.cat([run.values[name] for run in runs], axis)
+    return whole
+
+
+def _batch_dims(sites: dict[str, Any]) -> int:
+    return max(len(site["fn"].batch_shape) for site in sites.values())
+
+
+def _frames(site: Any, plate: str) -> bool:
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
+
+
+def _tuple(args: Any) -> tuple[Any, ...]:
+    return args if isinstance(args, tuple) else (args,)
+
+
+def _whole(data: Data) -> IndexedData:
+    """The whole data set as one datapoint, its arguments not indexed."""
+    if isinstance(data, IndexedData):
+        return IndexedData(1, lambda indices: _tuple(data.fetch(torch.arange(data.num_datapoints))))
+    args = data if isinstance(data, tuple) else (data,)
+    return IndexedData(1, lambda indices: args)

@@ -1,0 +1,149 @@
+"""A guide at some datapoints: drawing from it and scoring points under it."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.layout import Site
+from pyrogaps.density.score import log_jacobian, masked_log_prob
+
+Draws = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A guide site that carries density: its name, its columns and shape, and whether it lives unconstrained.
+
+    Autoguides draw an auxiliary site in unconstrained space and hand its image to a Delta at the model's site; the
+    auxiliary site is then the term.
+    """
+
+    name: str
+    site: Site
+    unconstrained: bool
+
+
+class LocalGuide(Protocol):
+    """A guide at B datapoints of its joint density."""
+
+    joint: JointDensity
+    indices: Tensor
+
+    def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
+        """Draws `z` `(S, B, dim)` and log q `(S, B)`; `antithetic` mirrors half of them where q is symmetric."""
+        ...
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q `(S, B)` of `z` `(S, B, dim)`."""
+        ...
+
+
+class FactorisedGuide:
+    """A `LocalGuide` whose site distributions are known before any draw: `distributions` by term name."""
+
+    def __init__(
+        self, joint: JointDensity, indices: Tensor, terms: list[Term], distributions: dict[str, Any], active: Tensor | None
+    ) -> None:
+        self.joint, self.indices, self.terms, self.active = joint, indices, terms, active
+        self.distributions = distributions
+
+    @property
+    def mean_field(self) -> bool:
+        """Whether every coordinate is independent of the others."""
+        return all(leaf(fn).event_dim == 0 for fn in self.distributions.values())
+
+    def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
+        parts = []
+        for term in self.terms:
+            fn = self.distributions[term.name]
+            parts.append((term, fn, _draw(fn, num_particles, antithetic)))
+        return self._assemble(num_particles, parts)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        parts = [(t, fn, place(t, fn, z)) for t in self.terms for fn in [self.distributions[t.name]]]
+        return self._assemble(len(z), parts)[1]
+
+    def _assemble(self, num_particles: int, parts: list[tuple[Term, Any, Tensor]]) -> Draws:
+        shape = (num_particles, len(self.indices))
+        scored = [score_term(t, fn, value, self.active, self.joint.plate is not None, shape) for t, fn, value in parts]
+        return join_terms(self.terms, scored, self.active)
+
+
+def join_terms(terms: list[Term], scored: list[Draws], active: Tensor | None) -> Draws:
+    """Put the terms' columns side by side and add their log q."""
+    order = sorted(range(len(terms)), key=lambda position: terms[position].site.start)
+    z = torch.cat([scored[position][0] for position in order], -1)
+    if active is not None:
+        z = torch.where(active, z, torch.zeros_like(z))
+    return z, sum((log_q for _, log_q in scored[1:]), start=scored[0][1])
+
+
+SYMMETRIC = ("Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Laplace", "StudentT")
+
+
+def leaf(fn: Any) -> Any:
+    """The distribution inside `Independent` and mask wrappers."""
+    while getattr(fn, "base_dist", None) is not None and type(fn).__name__ in ("Independent", "MaskedDistribution"):
+        fn = fn.base_dist
+    return fn
+
+
+def _draw(fn: Any, num_particles: int, antithetic: bool) -> Tensor:
+    draw = fn.rsample if fn.has_rsample else fn.sample
+    inner = leaf(fn)
+    if antithetic and num_particles % 2 == 0 and (type(inner).__name__ in SYMMETRIC):
+        half = draw(torch.Size([num_particles // 2]))
+        return torch.cat([half, 2 * inner.loc - half])
+    return draw(torch.Size([num_particles]))  # type: ignore[no-any-return]
+
+
+class PlaceValues(Messenger):
+    """Puts given rows `(R, dim)` into a guide's terms, so that a run scores them instead of drawing."""
+
+    def __init__(self, terms: list[Term], flat: Tensor) -> None:
+        super().__init__()
+        self.terms, self.flat = {term.name: term for term in terms}, flat
+
+    def _pyro_sample(self, message: Any) -> None:
+        term = self.terms.get(message["name"])
+        if term is not None:
+            message["value"], message["done"] = place(term, message["fn"], self.flat[None])[0], True
+
+
+def place(term: Term, fn: Any, z: Tensor) -> Tensor:
+    """The values of a term's site at unconstrained `z` `(S, B, dim)`, with S leading."""
+    unconstrained = term.site.unflatten(z)
+    return unconstrained if term.unconstrained else biject_to(fn.support)(unconstrained)  # type: ignore[no-any-return]
+
+
+def score_term(
+    term: Term, fn: Any, value: Tensor, active: Tensor | None, in_plate: bool, shape: tuple[int, int]
+) -> Draws:
+    """Columns `(S, B, size)` and log q `(S, B)` in unconstrained space of a term's `value`, S leading."""
+    site = term.site
+    mask = None if active is None else _mask_like(site, active, value.shape[1:])
+    log_q = masked_log_prob(fn, value, mask, term.name)
+    unconstrained = value
+    if not term.unconstrained:
+        transform = biject_to(fn.support)
+        unconstrained = transform.inv(value)
+        log_q = log_q + log_jacobian(transform, unconstrained, value, mask, fn.event_dim)
+    log_q = site.sum_to_rows(log_q, lead=1) if in_plate else log_q.reshape(len(value), -1).sum(-1, keepdim=True)
+    columns = site.flatten(unconstrained) if in_plate else unconstrained.reshape(len(value), 1, -1)
+    return columns, log_q.expand(shape)
+
+
+def _mask_like(site: Site, active: Tensor, value_shape: tuple[int, ...]) -> Tensor | None:
+    if bool(active[:, site.columns].all()):
+        return None
+    mask = site.unflatten(active)
+    if mask.shape == value_shape:
+        return mask
+    # The constrained event is shaped otherwise (a simplex, say): such events are masked whole.
+    events = mask.flatten(-site.unconstrained_event_dim).all(-1)
+    return events.reshape(events.shape + (1,) * site.event_dim).expand(value_shape)

@@ -1,0 +1,119 @@
+"""Effect handlers that draw and score a program's sites one row at a time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro.distributions.util import sum_rightmost
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import IndependentTransform
+
+from pyrogaps.density.layout import Site, distribution_mask, plate_dim, rows_first, unmasked
+from pyrogaps.errors import InputError
+
+
+def is_bookkeeping(message: Any) -> bool:
+    """Sites that are no random variables: plate subsamples and `pyro.deterministic`."""
+    return site_is_subsample(message) or bool(message["infer"] and message["infer"].get("_deterministic"))
+
+
+def log_jacobian(transform: Any, unconstrained: Tensor, value: Tensor, mask: Tensor | None, event_dim: int) -> Tensor:
+    """log |d value / d unconstrained|, masked elements left out, summed to the batch shape of a site."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    result = transform.log_abs_det_jacobian(unconstrained, value)
+    if mask is not None:
+        drop = transform.domain.event_dim
+        keep = mask.all(tuple(range(-drop, 0)), keepdim=False) if drop else mask
+        result = torch.where(keep, result, torch.zeros_like(result))
+    return sum_rightmost(result, result.dim() - (value.dim() - event_dim))
+
+
+def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> Tensor:
+    """log-probability of `value` under `fn` with the masked elements left out, of `fn`'s batch shape.
+
+    A mask that splits an event needs a distribution that factorises over it (`Independent`), or that brings
+    `masked_log_prob(value, mask)` for its marginals. Raises `InputError` otherwise.
+    """
+    if mask is None:
+        return fn.log_prob(value)  # type: ignore[no-any-return]
+    fn = unmasked(fn)
+    mask = mask.expand(value.shape)
+    sum_dims = 0
+    while type(fn).__name__ == "Independent":
+        sum_dims += fn.reinterpreted_batch_ndims
+        fn = unmasked(fn.base_dist)
+    if fn.event_dim == 0:
+        result = torch.where(mask, fn.log_prob(value), torch.zeros((), dtype=value.dtype, device=value.device))
+    elif hasattr(fn, "masked_log_prob"):
+        result = fn.masked_log_prob(value, mask)
+    else:
+        events = mask.flatten(-fn.event_dim)
+        if not torch.equal(events.all(-1), events.any(-1)):
+            raise InputError(
+                f"site '{name}': the model masks part of an event on which the guide's {type(fn).__name__} does not "
+                "factorise; use a factorised distribution there, or mask whole events"
+            )
+        whole = events.all(-1)
+        result = torch.where(whole, fn.log_prob(value), torch.zeros((), dtype=value.dtype, device=value.device))
+    return sum_rightmost(result, sum_dims)
+
+
+class ScoreModel(Messenger):
+    """Puts a flat unconstrained `(R, dim)` into the model's latent sites and sums log-probabilities per row.
+
+    Scales (plate subsampling, `poutine.scale`) are left out, masks are kept. After the run `log_prior` holds the
+    latent sites' terms with their log-Jacobians, `log_likelihood` the observed sites', both `(R,)`.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], plate: str | None, flat: Tensor) -> None:
+        super().__init__()
+        self.sites, self.plate, self.flat = sites, plate, flat
+        self.rows = len(flat)
+        self.log_prior: Tensor = flat.new_zeros(self.rows)
+        self.log_likelihood: Tensor = flat.new_zeros(self.rows)
+        self.values: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor | None] = {}
+
+    def _pyro_sample(self, message: Any) -> None:
+        if is_bookkeeping(message) or message["is_observed"]:
+            return
+        name, fn = message["name"], message["fn"]
+        if name not in self.sites:
+            raise InputError(f"site '{name}': the model has this latent site for some inputs only; mask it instead")
+        site = self.sites[name]
+        mask = distribution_mask(fn, message["mask"])
+        unconstrained = site.unflatten(self.flat)
+        if mask is not None:
+            unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))
+        transform = biject_to(fn.support)
+        value = transform(unconstrained)
+        message["value"], message["done"] = value, True
+        self.values[name], self.masks[name] = value, mask
+        self.log_prior = self.log_prior + self._per_row(
+            log_jacobian(transform, unconstrained, value, mask, fn.event_dim), message
+        )
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if is_bookkeeping(message):
+            return
+        term = message["fn"].log_prob(message["value"])
+        if message["mask"] is not None:
+            keep = torch.as_tensor(message["mask"], dtype=torch.bool, device=term.device)
+            term = torch.where(keep, term, torch.zeros_like(term))
+        if message["is_observed"]:
+            self.log_likelihood = self.log_likelihood + self._per_row(term, message)
+        else:
+            self.log_prior = self.log_prior + self._per_row(term, message)
+
+    def _per_row(self, term: Tensor, message: Any) -> Tensor:
+        axis = plate_dim(message, self.plate) if self.plate is not None else self._lead_axis
+        assert axis is not None
+        return rows_first(term, axis, self.rows)
+
+    @property
+    def _lead_axis(self) -> int:
+        return next(iter(self.sites.values())).batch_axis

@@ -1,0 +1,146 @@
+"""Drawing latents and data from a model, and handing the data back in the shape of the model's arguments."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.layout import Site, distribution_mask
+from pyrogaps.density.runs import evaluating, whole_plates
+from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
+from pyrogaps.density.structure import is_factor
+from pyrogaps.errors import InputError
+
+ToData = Callable[[dict[str, Tensor]], Any]
+CHUNK = 256
+
+
+class DrawModel(ScoreModel):
+    """Draws every site that `fixed` does not hold, observed ones too, and scores what it drew as `ScoreModel` does."""
+
+    def __init__(self, sites: Mapping[str, Site], plate: str | None, flat: Tensor, fixed: dict[str, Tensor]) -> None:
+        super().__init__(sites, plate, flat)
+        self.fixed = fixed
+        self.drawn: dict[str, Tensor] = {}
+        self.observed: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, message: Any) -> None:
+        if is_bookkeeping(message):
+            return
+        name, fn = message["name"], message["fn"]
+        if is_factor(fn):
+            raise InputError(f"site '{name}': a pyro.factor cannot be simulated; the model must draw its data")
+        value = self.fixed[name] if name in self.fixed else fn.sample()
+        if message["is_observed"]:
+            self.observed[name] = message["value"]
+        else:
+            value = self._place(name, fn, message, value)
+        self.drawn[name] = value
+        message["value"], message["done"] = value, True
+
+    def _place(self, name: str, fn: Any, message: Any, value: Tensor) -> Tensor:
+        site, transform, mask = self.sites[name], biject_to(fn.support), distribution_mask(fn, message["mask"])
+        unconstrained = transform.inv(value)
+        if mask is not None:
+            unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))
+            value = transform(unconstrained)
+        if self.plate is None:
+            self.flat[:, site.columns] = unconstrained.reshape(1, -1)
+        else:
+            self.flat[:, site.columns] = site.flatten(unconstrained)
+        self.masks[name] = mask
+        jacobian = log_jacobian(transform, unconstrained, value, mask, fn.event_dim)
+        self.log_prior = self.log_prior + self._per_row(jacobian, message)
+        return value
+
+
+def simulate(joint: JointDensity, to_data: ToData | None = None) -> tuple[Any, Tensor]:
+    """Draw latents and data from the model, N datapoints in the shape of its data.
+
+    Observed sites are drawn in program order and fed back into the model's arguments, so that a likelihood that looks
+    at earlier observations is simulated right. A drawn value goes to the argument that the observed value was (a view
+    of); `to_data(values)` says otherwise: from drawn values by site to the model's arguments.
+
+    Returns the data, in the form that `joint` was given, and `z` `(N, dim)`, an exact posterior draw for each datapoint.
+
+    Raises `InputError` where re-scoring the simulated data does not give the score with which it was drawn.
+    """
+    if joint.plate is None:
+        args, z = _simulate_rows(joint, torch.zeros(1, dtype=torch.long), to_data)
+        return (args if isinstance(joint.caller_data, tuple) else args[0]), z
+    parts = [_simulate_rows(joint, batch, to_data) for batch in torch.arange(joint.num_datapoints).split(CHUNK)]
+    args = tuple(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*(p[0] for p in parts), strict=True))
+    data = args[0] if isinstance(joint.caller_data, Tensor) else args
+    return data, torch.cat([part[1] for part in parts])
+
+
+def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None) -> tuple[tuple[Any, ...], Tensor]:
+    template = tuple(value.clone() if isinstance(value, Tensor) else value for value in joint.fetch(indices))
+    fixed: dict[str, Tensor] = {}
+    args = template
+    with evaluating(joint.model), torch.no_grad():
+        while True:
+            draw = _run(joint, args, indices, fixed)
+            args = _feed_back(draw, args, to_data)
+            if _scores_agree(joint, draw, args, indices):
+                return args, draw.flat
+            # A later site looked at data that had not been drawn yet: keep one more observed site and what precedes it.
+            pending = [name for name in draw.drawn if name in draw.observed and name not in fixed]
+            if not pending:
+                raise InputError(
+                    f"model: re-scoring simulated data does not give the score they were drawn with (observed site "
+                    f"'{next(iter(draw.observed))}'); its likelihood depends on its own value, or arguments do not follow "
+                    "from the drawn sites: pass to_data="
+                )
+            for name, value in draw.drawn.items():
+                fixed[name] = value
+                if name == pending[0]:
+                    break
+
+
+def _run(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, fixed: dict[str, Tensor]) -> DrawModel:
+    handler = DrawModel(joint.sites, joint.plate, joint.zeros(len(indices)), fixed)
+    with whole_plates(joint.plate, indices, num_datapoints=joint.num_datapoints), handler:
+        joint.model(*args)
+    return handler
+
+
+def _scores_agree(joint: JointDensity, draw: DrawModel, args: tuple[Any, ...], indices: Tensor) -> bool:
+    again = joint.run(draw.flat, args, indices)
+    tolerance = 1e-3 if joint.dtype == torch.float32 else 1e-7
+    return all(
+        torch.allclose(left, right, rtol=tolerance, atol=tolerance)
+        for left, right in ((draw.log_prior, again.log_prior), (draw.log_likelihood, again.log_likelihood))
+    )
+
+
+def _feed_back(draw: DrawModel, args: tuple[Any, ...], to_data: ToData | None) -> tuple[Any, ...]:
+    values = {name: draw.drawn[name] for name in draw.observed}
+    if to_data is not None:
+        result = to_data(values)
+        return result if isinstance(result, tuple) else (result,)
+    fresh = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
+    for name, observed in draw.observed.items():
+        if not any(_write(observed, values[name], old, new) for old, new in zip(args, fresh, strict=True)):
+            raise InputError(
+                f"site '{name}': cannot tell which argument its observed value comes from; pass to_data=, which turns "
+                "drawn values by site into the model's arguments"
+            )
+    return fresh
+
+
+def _write(observed: Tensor, drawn: Tensor, old: Any, new: Any) -> bool:
+    """Put `drawn` into `new` where `observed` was found in `old`: as a view of it, or as a copy of the same values."""
+    if not isinstance(old, Tensor):
+        return False
+    if observed.untyped_storage().data_ptr() == old.untyped_storage().data_ptr():
+        offset = observed.storage_offset() - old.storage_offset() + new.storage_offset()
+        new.as_strided(observed.shape, observed.stride(), offset).copy_(drawn)
+        return True
+    if observed.numel() == old.numel() and torch.equal(observed.flatten().to(old.dtype), old.flatten()):
+        new.copy_(drawn.reshape(old.shape))
+        return True
+    return False

@@ -1,0 +1,159 @@
+"""Reading a program's structure off a trace, and refusing what the estimators cannot answer for."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrogaps.density.layout import Site, plate_dim
+from pyrogaps.density.runs import Program, modules_of
+from pyrogaps.density.score import is_bookkeeping
+from pyrogaps.errors import InputError
+
+Message = Any
+
+
+def sample_sites(program: Program, args: tuple[Any, ...]) -> dict[str, Message]:
+    """The random variables of one run of `program(*args)`, in program order."""
+    trace = poutine.trace(program).get_trace(*args)
+    return {
+        name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not is_bookkeeping(node)
+    }
+
+
+def find_plate(sites: dict[str, Message]) -> str | None:
+    """The one plate around every site; None where the model has no plate at all.
+
+    Raises `InputError` where several plates enclose every site, or plates stand beside sites outside them.
+    """
+    frames = [{frame.name for frame in site["cond_indep_stack"]} for site in sites.values()]
+    every = set.union(*frames) if frames else set()
+    if not every:
+        return None
+    common = sorted(set.intersection(*frames))
+    if len(common) == 1:
+        return common[0]
+    if common:
+        raise InputError(f"several plates enclose every site ({', '.join(common)}): name the data plate with plate=")
+    outside = [name for name, site in sites.items() if not site["cond_indep_stack"]]
+    where = f"; outside any plate: {', '.join(outside)}" if outside else ""
+    raise InputError(
+        f"no plate encloses every site (plates: {', '.join(sorted(every))}{where}): name the data plate with plate=, "
+        "or pass plate=False to treat the whole data set as one datapoint"
+    )
+
+
+def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
+    """Refuse latent sites that are discrete or outside the data plate, and models without latent or observed sites."""
+    latent = {name: site for name, site in sites.items() if not site["is_observed"]}
+    if not latent:
+        raise InputError("model: there is no latent sample site, so there is nothing to infer")
+    if len(latent) == len(sites):
+        raise InputError("model: there is no observed sample site; pass the data so that obs= is set")
+    for name, site in sites.items():
+        check_in_plate(name, site, plate, "model")
+    for name, site in latent.items():
+        if site["fn"].has_enumerate_support or site["fn"].support.is_discrete:
+            raise InputError(
+                f"site '{name}': discrete latents are not supported, enumerated ones included; sum it out in the model"
+            )
+
+
+def check_in_plate(name: str, site: Message, plate: str | None, program: str) -> None:
+    if plate is None or plate_dim(site, plate) is not None:
+        return
+    if any(frame.name == plate for frame in site["cond_indep_stack"]):
+        raise InputError(f"site '{name}': the data plate '{plate}' is sequential in the {program}; use `with pyro.plate`")
+    kind = "observed" if site["is_observed"] else "latent"
+    raise InputError(
+        f"site '{name}': {kind} outside the data plate '{plate}' in the {program}; move it inside the plate"
+        + ("" if kind == "observed" else ", or make it a parameter (pyro.param)")
+    )
+
+
+def lay_out(sites: dict[str, Message], plate: str | None, lead: int) -> dict[str, Site]:
+    """Give each latent site its columns of the flat vector.
+
+    Without a plate, rows go to a batch dimension of their own, `lead` (negative), left of every plate.
+    """
+    layout: dict[str, Site] = {}
+    start = 0
+    for name, message in sites.items():
+        if message["is_observed"]:
+            continue
+        fn, value = message["fn"], message["value"]
+        unconstrained = biject_to(fn.support).inv(value)
+        event_dim = fn.event_dim + unconstrained.dim() - value.dim()
+        if plate is not None:
+            dim = plate_dim(message, plate)
+            assert dim is not None
+            axis = dim - event_dim
+            shape = list(unconstrained.shape)
+            del shape[axis]
+        else:
+            axis = lead - event_dim
+            shape = [1] * (-1 - lead - (unconstrained.dim() - event_dim)) + list(unconstrained.shape)
+        site = Site(name, start, tuple(shape), axis, fn.event_dim, event_dim, len(fn.batch_shape))
+        layout[name] = site
+        start += site.size
+    return layout
+
+
+def opted_out_of_validation(fn: Any) -> bool:
+    """Whether the user wrote `validate_args=False` on this distribution, at any depth of it."""
+    while fn is not None:
+        if fn.__dict__.get("_validate_args") is False:
+            return True
+        fn = getattr(fn, "base_dist", None)
+    return False
+
+
+def check_observed(name: str, site: Message) -> bool:
+    """Whether the observed value is one the likelihood normalises over; False where the user opted out of checking.
+
+    Raises `InputError` for a value outside the support.
+    """
+    value, fn = site["value"], site["fn"]
+    if is_factor(fn):
+        return True
+    inside = fn.support.check(value)
+    if site["mask"] is not None:
+        inside = inside | ~torch.as_tensor(site["mask"], dtype=torch.bool, device=inside.device)
+    if bool(inside.all()):
+        return True
+    if opted_out_of_validation(fn):
+        return False
+    raise InputError(
+        f"site '{name}': some observed values lie outside the support of its {_leaf_name(fn)} likelihood; "
+        "transform the data, or write validate_args=False to score them as they are (an unnormalised likelihood)"
+    )
+
+
+def is_factor(fn: Any) -> bool:
+    return type(fn).__name__ == "Unit"
+
+
+def _leaf_name(fn: Any) -> str:
+    while getattr(fn, "base_dist", None) is not None:
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def check_finite(tensors: Iterable[tuple[str, Any]], what: str) -> None:
+    """Refuse NaN and infinities, naming the tensor that holds them."""
+    for name, tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{what} {name}: holds NaN or infinite values; clean or impute them first")
+
+
+def check_parameters(*programs: Program) -> None:
+    """Refuse NaN and infinities in the parameters of the programs' modules and of Pyro's param store."""
+    store = pyro.get_param_store()
+    check_finite(((f"'{name}'", store._params[name]) for name in store.keys()), "parameter")
+    for program in programs:
+        for module in modules_of(program):
+            check_finite(((f"'{name}'", value) for name, value in module.named_parameters()), "parameter")

@@ -1,0 +1,112 @@
+"""Matching a guide's sites with the model's, and refusing where they do not fit."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.layout import Site, plate_dim
+from pyrogaps.density.local import Term, leaf, place
+from pyrogaps.errors import InputError
+
+
+def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -> list[Term]:
+    """Match a guide's sites with the model's; raises `InputError` where they do not fit."""
+    auxiliary = {name: m for name, m in messages.items() if m["infer"].get("is_auxiliary") and name not in joint.sites}
+    for name in messages:
+        if name not in joint.sites and name not in auxiliary:
+            raise InputError(
+                f"site '{name}': in the guide but not in the model; remove it, or mark it infer={{'is_auxiliary': True}}"
+            )
+    terms, deltas = [], []
+    for name, site in joint.sites.items():
+        message = messages.get(name)
+        if message is None:
+            raise InputError(f"site '{name}': latent in the model but missing from the guide; add a pyro.sample for it")
+        if type(leaf(message["fn"])).__name__ != "Delta":
+            terms.append(_own_term(name, message, site, joint, indices))
+        elif f"{name}_unconstrained" in auxiliary:
+            helper = auxiliary.pop(f"{name}_unconstrained")
+            terms.append(_term(f"{name}_unconstrained", helper, site, joint, unconstrained=True))
+        else:
+            deltas.append(name)
+    if deltas:
+        terms.append(_flat_term(deltas, messages, auxiliary, joint))
+    if auxiliary:
+        raise InputError(
+            f"site '{next(iter(auxiliary))}': an auxiliary variable of the guide; its class must bring augment(model), "
+            "the model with a reverse model for it"
+        )
+    return terms
+
+
+def _own_term(name: str, message: Any, site: Site, joint: JointDensity, indices: Tensor) -> Term:
+    fn = message["fn"]
+    if fn.support.is_discrete:
+        raise InputError(f"site '{name}': discrete in the guide; discrete latents are not supported")
+    term = _term(name, message, site, joint, unconstrained=False)
+    probe = torch.linspace(-1.5, 1.5, len(indices) * joint.dim, dtype=joint.dtype, device=joint.device)
+    flat = probe.reshape(len(indices), joint.dim)
+    active = joint.active(indices)
+    if active is not None:
+        flat = torch.where(active, flat, torch.zeros_like(flat))
+    ours = place(term, fn, flat[None])[0] if joint.plate is not None else place(term, fn, flat[None]).flatten()
+    theirs = joint.run(flat, joint.fetch(indices), indices).values[name]
+    theirs = theirs if joint.plate is not None else theirs.flatten()
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+        raise InputError(
+            f"site '{name}': the guide's support {fn.support} differs from the model's; use a distribution with the "
+            "model's support, or transform one to it"
+        )
+    return term
+
+
+def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> Term:
+    """A term with the guide's own row axis; its values must fill the model site's columns."""
+    fn, value = message["fn"], message["value"]
+    flat = value if unconstrained else biject_to(fn.support).inv(value)
+    event_dim = fn.event_dim + flat.dim() - value.dim()
+    if joint.plate is None:
+        fits, shape = flat.numel() == site.size, tuple(flat.shape)
+        axis = -1 - len(shape)
+    else:
+        dim = plate_dim(message, joint.plate)
+        if dim is None:
+            raise InputError(
+                f"site '{site.name}': outside the data plate '{joint.plate}' in the guide; put it inside "
+                f"`with pyro.plate('{joint.plate}', ...)`"
+            )
+        axis = dim - event_dim
+        rest = list(flat.shape)
+        del rest[axis]
+        shape, fits = tuple(rest), torch.Size(rest).numel() == site.size
+    if not fits:
+        raise InputError(
+            f"site '{site.name}': the guide's value has shape {tuple(value.shape)}, which does not fit the model's "
+            f"{site.shape} per datapoint"
+        )
+    return Term(
+        name,
+        replace(site, shape=shape, axis=axis, event_dim=fn.event_dim, unconstrained_event_dim=event_dim),
+        unconstrained,
+    )
+
+
+def _flat_term(deltas: list[str], messages: dict[str, Any], auxiliary: dict[str, Any], joint: JointDensity) -> Term:
+    """The one auxiliary vector of which the Deltas `deltas` are the parts, as in joint autoguides."""
+    size = sum(joint.sites[name].size for name in deltas)
+    for name in list(auxiliary):
+        helper = auxiliary[name]
+        in_plate = joint.plate is None or plate_dim(helper, joint.plate) is not None
+        whole = joint.sites if len(deltas) == len(joint.sites) else None
+        if in_plate and whole is not None and helper["value"].shape[-1:] == (size,) and helper["fn"].event_dim == 1:
+            del auxiliary[name]
+            flat_site = Site(name, 0, (size,), -2, 1, 1, 1)
+            return _term(name, helper, flat_site, joint, unconstrained=True)
+    raise InputError(
+        f"site '{deltas[0]}': a Delta in the guide has no density, so no gap is defined; use a guide with one, "
+        "such as AutoNormal instead of AutoDelta"
+    )

@@ -1,0 +1,8 @@
+"""The one exception for input that cannot be used as it is."""
+
+
+class InputError(ValueError):
+    """Bad input, said in one line that names the site, argument or file and the remedy.
+
+    The command turns it into exit code 2 and that line; a Python user catches it as a `ValueError`.
+    """

@@ -1,0 +1,140 @@
+"""The command `python -m pyrogaps.eval [RECIPE] [options]`: from a recipe to its ledger of gaps."""
+
+import sys
+from pathlib import Path
+
+import pyro
+import xarray as xr
+from matplotlib.figure import Figure
+
+from pyrogaps.building import DataSet, build_data, build_families, build_programs, check_device, failures_named
+from pyrogaps.command_line import Options, help_text, parse
+from pyrogaps.density.runs import Program, modules_of
+from pyrogaps.errors import InputError
+from pyrogaps.gaps import GapLedger, decompose
+from pyrogaps.plots import plot_ledger
+from pyrogaps.plots.ledger import page_size
+from pyrogaps.recipe import Recipe
+from pyrogaps.run_folder import PARTS, RESULTS, TRAINING, RunFolder
+from pyrogaps.training import load_weights, save_weights, train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for input that cannot be used, 130 when interrupted."""
+    options = None
+    try:
+        parsed = parse(sys.argv[1:] if arguments is None else arguments)
+        if parsed is None:
+            print(help_text())
+            return 0
+        recipe, options = parsed
+        if options.print_config:
+            print(recipe.to_yaml(), end="")
+            return 0
+        _run(recipe, options)
+    except InputError as error:
+        _say(f"pyrogaps: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        where = f"; run the same command again to continue from {options.out}" if options else ""
+        _say(f"\npyrogaps: interrupted{where}")
+        return 130
+    return 0
+
+
+def _run(recipe: Recipe, options: Options) -> None:
+    """Take `recipe` from wherever its folder stands to a finished ledger, and print it."""
+    folder = RunFolder(options.out)
+    device = check_device(recipe.device)
+    # What cannot be built leaves no folder behind, and what is finished needs no building.
+    if options.overwrite or not (folder / "ledger.nc").exists():
+        if recipe.checkpoint is not None and not Path(recipe.checkpoint).is_file():
+            raise InputError(f"checkpoint: no file {recipe.checkpoint}")
+        data, remarks = build_data(recipe, data_root=options.data_root, download=options.download)
+        for remark in remarks:
+            _say(f"pyrogaps: {remark}")
+        families = build_families(recipe)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(recipe.seed)
+        model, guide = build_programs(recipe)
+        for module in (*modules_of(model), *modules_of(guide)):
+            module.to(device)
+        folder.claim(recipe.to_yaml(), overwrite=options.overwrite)
+        _weigh(recipe, model, guide, data, folder, progress=not options.quiet)
+        _say("decomposing the inference gap")
+        ledger = decompose(
+            model,
+            guide,
+            data.evaluated,
+            families=families,
+            evidence=recipe.evidence,
+            refinement=recipe.refinement,
+            num_particles=recipe.num_particles,
+            plate=recipe.plate,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            progress=not options.quiet,
+            cache=folder / PARTS,
+        )
+        folder.write("ledger.nc", lambda path: ledger.to_datatree().to_netcdf(path, engine="h5netcdf"))
+    else:
+        folder.claim(recipe.to_yaml(), overwrite=False)
+        ledger = _read_ledger(folder / "ledger.nc")
+        _say(f"{folder.path} holds the finished run of this recipe (--overwrite computes it anew)")
+    _report(ledger, folder)
+
+
+def _weigh(
+    recipe: Recipe, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool
+) -> None:
+    """Give the model and guide their weights: those already in the folder, a checkpoint's, or freshly trained ones."""
+    weights = folder / "checkpoint.pt"
+    source = weights if weights.exists() else Path(recipe.checkpoint) if recipe.checkpoint else None
+    if source is not None:
+        _say(f"loading weights from {source}")
+        load_weights(source, model, guide, data.evaluated if data.train is None else data.train)
+    elif recipe.training is not None:
+        _say("training")
+        assert data.train is not None
+        try:
+            train(
+                model,
+                guide,
+                data.train,
+                **vars(recipe.training),
+                validation=data.validation,
+                checkpoint=folder / TRAINING,
+                seed=recipe.seed,
+                progress=progress,
+            )
+        except FloatingPointError as error:
+            raise InputError(f"training diverged: {error}; try a smaller training.learning_rate") from error
+    if source != weights:
+        folder.write("checkpoint.pt", lambda path: save_weights(path, model, guide))
+
+
+def _read_ledger(path: Path) -> GapLedger:
+    with failures_named(f"{path}: reading the ledger (--overwrite computes it anew)"):
+        with xr.open_datatree(path, engine="h5netcdf") as tree:
+            return GapLedger.from_datatree(tree.load())
+
+
+def _report(ledger: GapLedger, folder: RunFolder) -> None:
+    """Print the table; write what is made from the ledger where it is missing."""
+    if not (folder / "summary.csv").exists():
+        folder.write("summary.csv", lambda path: ledger.summary().to_csv(path))
+    if not (folder / "gaps.png").exists():
+        figure = Figure(figsize=page_size(ledger), layout="constrained")
+        plot_ledger(ledger, figure)
+        folder.write("gaps.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+    folder.finish()
+    print(ledger)
+    print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

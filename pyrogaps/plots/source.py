@@ -1,0 +1,103 @@
+"""What the plots read: named arrays of a ledger, or of an `InferenceData` or `DataTree` with the same groups."""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+
+Source: TypeAlias = Any  # a GapLedger, or anything with its groups
+
+OWN = "own"
+APPROXIMATION, CONDITIONING, AMORTIZATION = "approximation_gap", "conditioning_gap", "amortization_gap"
+INFERENCE = "inference_gap"
+
+# Told apart by lightness and hatching as well as by hue, so that a grey print keeps them distinct.
+COLOURS = {INFERENCE: "#d9d9d9", APPROXIMATION: "#2f5d8c", CONDITIONING: "#7fa650", AMORTIZATION: "#f2b27a"}
+HATCHES = {INFERENCE: "", APPROXIMATION: "", CONDITIONING: "....", AMORTIZATION: "////"}
+LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
+SHADES = ["#2f5d8c", "#c8641e", "#4b7a2b", "#8b5a9f", "#444444"]
+
+
+def group(source: Source, *names: str) -> xr.Dataset:
+    """The first of the groups `names` that `source` has, as a Dataset; an empty one where it has none of them."""
+    for name in names:
+        node = getattr(source, name, None)
+        if isinstance(node, xr.DataTree):
+            node = node.to_dataset()
+        if isinstance(node, xr.Dataset):
+            return node
+    return xr.Dataset()
+
+
+def per_datapoint(source: Source) -> xr.Dataset:
+    """The per-datapoint group; `TypeError` where `source` has none."""
+    dataset = group(source, "per_datapoint")
+    if not dataset.data_vars:
+        raise TypeError(f"expected a GapLedger or a DataTree with a group 'per_datapoint', got {type(source).__name__}")
+    return dataset
+
+
+def values(dataset: xr.Dataset, name: str, family: str | None = None) -> np.ndarray | None:
+    """Variable `name` as an array, for one `family` where it has that dimension; None where it is missing or all NaN."""
+    if name not in dataset:
+        return None
+    variable = dataset[name]
+    if "family" in variable.dims:
+        label = own_family(dataset) if family is None else family
+        if label not in families(dataset):
+            return None
+        variable = variable.sel(family=label)
+    array = np.asarray(variable.values, dtype=float)
+    return array if np.isfinite(array).any() else None
+
+
+def families(dataset: xr.Dataset) -> list[str]:
+    """Names of the families that `dataset` compares, the guide's own first."""
+    return [str(name) for name in dataset["family"].values] if "family" in dataset.coords else []
+
+
+def own_family(dataset: xr.Dataset) -> str | None:
+    """The family of the guide itself: the one called "own", else the first."""
+    names = families(dataset)
+    return OWN if OWN in names else names[0] if names else None
+
+
+def mean_and_error(array: np.ndarray) -> tuple[float, float]:
+    """Mean over datapoints and its standard error, over the finite values; the error of one value is NaN."""
+    finite = array[np.isfinite(array)]
+    error = finite.std(ddof=1) / np.sqrt(len(finite)) if len(finite) > 1 else np.nan
+    return float(finite.mean()), float(error)
+
+
+def with_error(mean: float, error: float) -> str:
+    """`1.34 ± 0.05`, or the mean alone where there is no error."""
+    text = f"{mean:.2f} ± {error:.2f}" if np.isfinite(error) else f"{mean:.2f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of pyplot's, so that notebooks and `plt.show()` display it as they do the caller's own."""
+    from matplotlib import pyplot
+
+    return pyplot.figure(figsize=(width, height), layout="constrained")
+
+
+def figure_of(ax: Axes) -> FigureBase:
+    """The figure or subfigure that holds `ax`."""
+    figure = ax.figure
+    assert figure is not None
+    return figure
+
+
+def note(ax: Axes, text: str) -> None:
+    """Leave the panel empty but for `text`."""
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, text, ha="center", va="center", color="0.45", transform=ax.transAxes, wrap=True)
+
+
+def tidy(ax: Axes) -> None:
+    """No box, and a faint grid behind the data."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_axisbelow(True)

@@ -1,0 +1,109 @@
+"""How the estimators ran: the refinement of each family, and the annealing."""
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase
+
+from pyrogaps.plots.source import LINES, SHADES, Source, families, group, new_figure, note, per_datapoint, tidy, values
+
+
+def plot_traces(source: Source, figure: FigureBase | None = None) -> FigureBase:
+    """Draw the traces of a decomposition: has refinement levelled off, did annealing keep its chains?
+
+    Left, each family's bound during refinement, in nats, averaged over datapoints, between the guide's bound L[q] and
+    log p(x): a curve that still rises at its end asks for more steps. Right, against the inverse temperature of
+    AIS, the mean acceptance probability of HMC (good between 0.5 and 0.9) and the effective sample size of the running
+    weights as a share of the chains: where it collapses, ask for more temperatures.
+
+    Args:
+        source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
+        figure: a figure or subfigure to draw in; by default a new figure.
+
+    Returns:
+        The figure drawn in.
+    """
+    if figure is None:
+        figure = new_figure(10, 3.4)
+    traces = group(source, "traces")
+    left, right = figure.subplots(1, 2)
+    _refinement(left, traces, per_datapoint(source))
+    _annealing(right, traces)
+    return figure
+
+
+def _refinement(ax: Axes, traces: xr.Dataset, dataset: xr.Dataset) -> None:
+    ax.set_title("Refinement", loc="left", fontsize="medium")
+    curves = {name: values(traces, "refined_elbo", name) for name in families(traces)}
+    drawn = {name: curve for name, curve in curves.items() if curve is not None}
+    if not drawn:
+        note(ax, "no refinement was traced")
+        return
+    steps = _coordinate(traces, "refinement_step", len(next(iter(drawn.values()))))
+    for (name, curve), line, shade in zip(drawn.items(), _cycle(LINES), _cycle(SHADES), strict=False):
+        ax.plot(steps, curve, ls=line, color=shade, lw=1.4, label=name)
+    levels = {"log p(x)": values(dataset, "log_evidence"), "L[q]": values(dataset, "elbo")}
+    heights = {label: float(np.nanmean(array)) for label, array in levels.items() if array is not None}
+    for label, height in heights.items():
+        _level(ax, height, label, above=label == "log p(x)")
+    _readable_limits(ax, list(drawn.values()), list(heights.values()))
+    ax.set_xlabel("refinement step")
+    ax.set_ylabel("mean ELBO (nats)")
+    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    tidy(ax)
+
+
+def _annealing(ax: Axes, traces: xr.Dataset) -> None:
+    ax.set_title("Annealing", loc="left", fontsize="medium")
+    drawn = {
+        "acceptance": values(traces, "acceptance_by_temperature"),
+        "effective sample size / chains": values(traces, "ess_by_temperature"),
+    }
+    if all(curve is None for curve in drawn.values()):
+        note(ax, "no annealing was traced")
+        return
+    for (label, curve), line, shade in zip(drawn.items(), LINES, SHADES, strict=False):
+        if curve is not None:
+            schedule = values(traces, "inverse_temperature")
+            across = np.linspace(0, 1, len(curve)) if schedule is None else schedule
+            ax.plot(across, curve, ls=line, color=shade, lw=1.4, label=label)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1.03)
+    ax.set_xlabel("inverse temperature")
+    ax.set_ylabel("share")
+    ax.legend(frameon=False, fontsize="small", loc="lower left")
+    tidy(ax)
+
+
+def _level(ax: Axes, height: float, label: str, *, above: bool) -> None:
+    ax.axhline(height, color="0.55", lw=0.9)
+    ax.annotate(
+        label,
+        (0.99, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2 if above else -2),
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if above else "top",
+        color="0.35",
+        fontsize=8,
+    )
+
+
+def _readable_limits(ax: Axes, curves: list[np.ndarray], levels: list[float]) -> None:
+    """Cut off the plunge of the first steps, which would flatten all that matters: where the curves end."""
+    bottom, top = ax.get_ylim()
+    ends = [*levels, *(float(curve[np.isfinite(curve)][-1]) for curve in curves)]
+    span = max(ends) - min(ends)
+    if span > 0:
+        ax.set_ylim(max(bottom, min(ends) - 1.5 * span), max(ends) + 0.25 * span)
+    else:
+        ax.set_ylim(bottom, top)
+
+
+def _coordinate(dataset: xr.Dataset, name: str, length: int) -> np.ndarray:
+    return np.asarray(dataset[name].values) if name in dataset.coords else np.arange(length)
+
+
+def _cycle(entries: list) -> list:  # type: ignore[type-arg]
+    return entries * 10

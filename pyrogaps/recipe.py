@@ -1,0 +1,274 @@
+"""A recipe: what to train, on what, and how to take its inference gap apart, as a typed value and as YAML."""
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, get_loader
+
+from pyrogaps.ais import AIS
+from pyrogaps.errors import InputError
+from pyrogaps.refine import Refinement
+from pyrogaps.training import Training
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Component:
+    """Something to build: the dotted path of a class or function, and the arguments to call it with."""
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which datapoints are evaluated.
+
+    Args:
+        part: the attribute of the data set that holds them, such as `test` or `train`.
+        num_datapoints: how many, from the first on; null for all.
+    """
+
+    part: str = "test"
+    num_datapoints: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a ledger.
+
+    Args:
+        model: the Pyro model: a class to build or a plain function.
+        guide: its guide: a class to build or a plain function; an autoguide is given the model.
+        pair: in place of `model` and `guide`, one object that has both as `.model` and `.guide`.
+        data: the data set: an object with tensors `.train` and `.test`, and `.validation` if it likes.
+        split: which datapoints are evaluated.
+        training: settings of `pyrogaps.train`; null trains nothing.
+        families: further variational families to compare, by name; each is called with the model.
+        evidence: settings of annealed importance sampling, for log p(x).
+        refinement: settings of the per-datapoint refinement.
+        num_particles: draws for each bound.
+        batch_size: datapoints handled at once.
+        plate: name of the data plate; null finds it, false takes the whole data set as one datapoint.
+        seed: of everything random.
+        device: where to run, such as cpu, cuda or cuda:1.
+        checkpoint: weights to load in place of training, as an earlier run's checkpoint.pt.
+    """
+
+    data: Component
+    model: Component | None = None
+    guide: Component | None = None
+    pair: Component | None = None
+    split: Split = field(default_factory=Split)
+    training: Training | None = field(default_factory=Training)
+    families: dict[str, Component] = field(default_factory=dict)
+    evidence: AIS = field(default_factory=AIS)
+    refinement: Refinement = field(default_factory=Refinement)
+    num_particles: int = 1000
+    batch_size: int = 64
+    plate: str | bool | None = None
+    seed: int = 0
+    device: str = "cpu"
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.pair is None) == (self.model is None or self.guide is None):
+            raise InputError("recipe: name a model and a guide, or a pair in place of both")
+        if self.pair is not None and (self.model or self.guide):
+            raise InputError("recipe: name a model and a guide, or a pair in place of both, not all of them")
+
+    def to_yaml(self) -> str:
+        """The recipe with every field written out; `read_recipe` of it gives the recipe back."""
+        document = _plain(self)
+        return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100))
+
+
+COMPONENTS = ("model", "guide", "pair", "data")
+SECTIONS: dict[str, type] = {"split": Split, "training": Training, "evidence": AIS, "refinement": Refinement}
+SCALARS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in {*COMPONENTS, *SECTIONS, "families"}}
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with pyrogaps."""
+    names = (file.name for file in _recipes().iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _recipes() -> Traversable:
+    return resources.files("pyrogaps").joinpath("recipes")
+
+
+def read_document(recipe: str) -> Document:
+    """The YAML document of a shipped recipe, by name, or of a recipe file, by path.
+
+    A file's folder, and the current one, become importable, so that it can name classes that lie beside it.
+
+    Raises `InputError` where there is no such recipe or it is not a YAML mapping.
+    """
+    path = Path(recipe)
+    if recipe in shipped():
+        text = _recipes().joinpath(f"{recipe}.yaml").read_text("utf-8")
+    elif path.is_file():
+        text = _read(path)
+    else:
+        raise InputError(f"no recipe '{recipe}': it is neither a file nor a shipped recipe ({', '.join(shipped())})")
+    for folder in (str(Path.cwd()), str(path.resolve().parent)):
+        if folder not in sys.path and recipe not in shipped():
+            sys.path.insert(0, folder)
+    document = load_yaml(text, recipe)
+    if not isinstance(document, dict):
+        raise InputError(f"{recipe}: a recipe is a YAML mapping of fields such as model, guide and data")
+    return document
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """Parse YAML as jsonargparse does (`1e-3` is a number); `source` names it in the `InputError` of bad YAML."""
+    try:
+        return get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise InputError(f"{source}{line}: not YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}") from error
+
+
+def override(document: Document, key: str, value: Any) -> None:
+    """Set the field with dotted name `key`, such as `data.init_args.num_test`, in place.
+
+    A component written as a bare dotted path is first spelled out; a null section becomes one with defaults.
+    """
+    *parents, last = key.split(".")
+    node = document
+    for parent in parents:
+        child = node.get(parent)
+        if isinstance(child, str):
+            child = {"class_path": child}
+        elif not isinstance(child, dict):
+            child = {}
+        node[parent] = child
+        node = child
+    node[last] = value
+
+
+def resolve(document: Document) -> Recipe:
+    """The typed recipe of a document, defaults filled in.
+
+    Raises `InputError` naming the field for an unknown one (with the nearest known), or a value of the wrong type.
+    """
+    check_names(document, [f.name for f in dataclasses.fields(Recipe)], "recipe")
+    if document.get("data") is None:
+        raise InputError("recipe: data is missing: name a data set, as data: {class_path: pyrogaps.datasets.Digits}")
+    families = document.get("families") or {}
+    if not isinstance(families, dict):
+        raise InputError("families: expected a mapping of names to dotted paths")
+    fields: Document = {name: component(name, document[name]) for name in COMPONENTS if document.get(name) is not None}
+    fields["families"] = {str(name): component(f"families.{name}", entry) for name, entry in families.items()}
+    return Recipe(**fields, **_typed(document))
+
+
+def component(key: str, entry: Any) -> Component:
+    """A component from its YAML: a dotted path, or `class_path` and `init_args`."""
+    if isinstance(entry, str):
+        return Component(entry)
+    if not isinstance(entry, dict):
+        raise InputError(f"{key}: expected a dotted path, or class_path and init_args, got {entry!r}")
+    check_names(entry, ["class_path", "init_args"], key)
+    path, arguments = entry.get("class_path"), entry.get("init_args") or {}
+    if not isinstance(path, str):
+        raise InputError(f"{key}.class_path: expected a dotted path, got {path!r}")
+    if not isinstance(arguments, dict):
+        raise InputError(f"{key}.init_args: expected a mapping of argument names to values, got {arguments!r}")
+    return Component(path, arguments)
+
+
+def check_names(given: Mapping[str, Any], known: list[str], where: str) -> None:
+    """Refuse a name in `given` that is not in `known`, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+            raise InputError(f"{where}: unknown field '{name}'; {hint}")
+
+
+def _typed(document: Document) -> Document:
+    """The sections and scalars of `document`, type-checked, as `Recipe` takes them."""
+    given = {name: document[name] for name in (*SECTIONS, *SCALARS) if name in document}
+    absent = [name for name, value in given.items() if value is None and name in ("training", "plate", "checkpoint")]
+    for name, value in given.items():
+        if name in SECTIONS and name not in absent:
+            if not isinstance(value, dict):
+                raise InputError(f"{name}: expected a mapping of its fields, got {value!r}")
+            check_names(value, [f.name for f in dataclasses.fields(SECTIONS[name])], name)
+        elif value is None and name not in absent:
+            raise InputError(f"{name}: expected a value, got null")
+    present = {name: value for name, value in given.items() if name not in absent}
+    values = parse_typed(parser(), present)
+    return {name: None if name in absent else values[name] for name in (*SECTIONS, *SCALARS)}
+
+
+def parser() -> ArgumentParser:
+    """The jsonargparse parser of the recipe's sections and scalars."""
+    sections = ArgumentParser(exit_on_error=False, add_help=False)
+    for name, section in SECTIONS.items():
+        sections.add_class_arguments(section, name)
+    for f in dataclasses.fields(Recipe):
+        if f.name in SCALARS:
+            sections.add_argument(f"--{f.name}", type=f.type, default=f.default)
+    return sections
+
+
+def parse_typed(typed: ArgumentParser, document: Document) -> dict[str, Any]:
+    """Type-check `document` with `typed` and build the objects it describes; `InputError` for what does not fit."""
+    try:
+        return dict(vars(typed.instantiate(typed.parse_object(document))))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise InputError(_one_line(str(error))) from error
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's report of a value of the wrong type, in one line: the field, what is wrong, what was given."""
+    key = re.search(r'Parser key ["\']([\w.]+)["\']:', message)
+    option = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if option:
+        return f"{option[1]}: unknown field '{option[2]}'"
+    bare = re.sub(r"<class '([^']+)'>", r"\1", message).replace("typing.", "")
+    given = re.search(r"(?:Got value|Given value): (.*)", bare)
+    reasons = [r.strip(" .") for r in re.findall(r"(?:^|- )((?:(?!- ).)*?)(?:\.? Got value.*)?$", bare, re.M)]
+    reasons = [r for r in reasons if r and not r.startswith(("Parser key", "Does not validate", "Subtypes", "Errors", "Given"))]
+    wrong = [r for r in reasons if not r.startswith("Expected a ")]
+    kinds = [r.removeprefix("Expected a ").replace("NoneType", "null") for r in reasons if r.startswith("Expected a ")]
+    said = "; ".join(wrong) if wrong else f"expected {' or '.join(kinds)}" + (f", got {given[1]}" if given else "")
+    return " ".join(f"{key[1]}: {said}".split()) if key else " ".join((said if wrong or kinds else bare).split())
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types that YAML has; a setting that is an object becomes `class_path` and `init_args`."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, type) or inspect.isroutine(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, (Recipe, Component, *SECTIONS.values())):
+            return fields
+        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": fields}
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

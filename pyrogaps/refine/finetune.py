@@ -1,0 +1,129 @@
+"""A guide's own family, kind (c): its own weights, fine-tuned datapoint by datapoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyrogaps.density import GuideDensity, JointDensity
+from pyrogaps.density.local import Draws, LocalGuide
+from pyrogaps.density.runs import evaluating, modules_of, whole_plates
+from pyrogaps.errors import InputError
+
+
+@dataclass
+class Weight:
+    """A learned tensor of a guide and every place that holds it: attributes of modules, names in Pyro's store."""
+
+    value: Tensor
+    attributes: list[tuple[nn.Module, str]]
+    names: list[str]
+
+
+def learned_weights(density: GuideDensity) -> list[Weight]:
+    """The leaf tensors that a guide learns, of its modules and of its `pyro.param` statements.
+
+    Raises `InputError` where there are none.
+    """
+    found: dict[tuple[int, torch.Size], Weight] = {}
+
+    def weight(value: Tensor) -> Weight:
+        return found.setdefault((value.data_ptr(), value.shape), Weight(value, [], []))
+
+    for name in _store_names(density):
+        weight(pyro.get_param_store()._params[name]).names.append(name)
+    for module in {sub: None for top in modules_of(density.guide) for sub in top.modules()}:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                weight(parameter).attributes.append((module, name))
+    if not found:
+        raise InputError("guide: it has no learned parameters, so it has no family of its own to refine")
+    return list(found.values())
+
+
+def _store_names(density: GuideDensity) -> list[str]:
+    """The names under which one run of the guide reads Pyro's param store."""
+    indices = torch.zeros(1, dtype=torch.long)
+    plates = whole_plates(density.joint.plate, indices, num_datapoints=density.num_datapoints, bound=density.bound)
+    with evaluating(density.guide), torch.random.fork_rng(), plates:
+        trace = poutine.trace(density.guide).get_trace(*density.joint.fetch(indices))
+        store = pyro.get_param_store()
+        return [name for name, node in trace.nodes.items() if node["type"] == "param" and name in store._params]
+
+
+@contextmanager
+def substituted(weights: list[Weight], values: list[Tensor]) -> Iterator[None]:
+    """Run a guide with other tensors in the places of its weights; gradients reach them."""
+    store = pyro.get_param_store()
+    try:
+        for weight, value in zip(weights, values, strict=True):
+            for module, name in weight.attributes:
+                del module._parameters[name]
+                module.__dict__[name] = value
+            for name in weight.names:
+                store._params[name] = value
+        yield
+    finally:
+        for weight in weights:
+            for module, name in weight.attributes:
+                module.__dict__.pop(name, None)
+                module._parameters[name] = weight.value  # type: ignore[assignment]
+            for name in weight.names:
+                store._params[name] = weight.value
+
+
+class FinetunedGuide:
+    """The guide's own weights, a copy for every datapoint of a chunk; see `Refinable`.
+
+    The guide runs once for each datapoint, with that datapoint's copy in place. It works for any guide and is the slow
+    way: a guide class can bring a batched family instead (`local_family(model) -> guide`).
+    """
+
+    def __init__(self, density: GuideDensity, joint: JointDensity) -> None:
+        self.density = _over(density, joint)
+        self.joint = joint
+        self.weights = learned_weights(density)
+        self.parameters: list[Tensor] = [_copies(weight.value, joint.num_datapoints) for weight in self.weights]
+        self.axes = [0] * len(self.parameters)
+        self.units: list[Tensor | float] = [0.1] * len(self.parameters)
+
+    def at(self, indices: Tensor) -> LocalGuide:
+        return _OneByOne(self, indices)
+
+
+def _copies(value: Tensor, count: int) -> Tensor:
+    return value.detach()[None].repeat(count, *[1] * value.dim()).requires_grad_()
+
+
+def _over(density: GuideDensity, joint: JointDensity) -> GuideDensity:
+    """The same guide over the datapoints of a restricted joint density."""
+    part = object.__new__(GuideDensity)
+    part.__dict__.update(density.__dict__)
+    part.joint = joint
+    return part
+
+
+class _OneByOne:
+    """A `LocalGuide` that runs a fine-tuned guide datapoint by datapoint."""
+
+    mean_field = False
+
+    def __init__(self, guide: FinetunedGuide, indices: Tensor) -> None:
+        self.guide, self.indices, self.joint = guide, indices, guide.joint
+
+    def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
+        draws = [self._run(position, num_particles, None) for position in self.indices.tolist()]
+        return torch.cat([z for z, _ in draws], 1), torch.cat([log_q for _, log_q in draws], 1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        scored = [self._run(n, len(z), z[:, i : i + 1])[1] for i, n in enumerate(self.indices.tolist())]
+        return torch.cat(scored, 1)
+
+    def _run(self, position: int, num_particles: int, z: Tensor | None) -> Draws:
+        with substituted(self.guide.weights, [copies[position] for copies in self.guide.parameters]):
+            local = self.guide.density.at(torch.tensor([position]))
+            return local.sample(num_particles) if z is None else (z, local.log_prob(z))

@@ -1,0 +1,142 @@
+"""A guide's own family, kind (b): its site distributions with their parameters freed per datapoint."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import transform_to
+
+from pyrogaps.density import JointDensity
+from pyrogaps.density.local import FactorisedGuide, Term, leaf
+
+FREE_PARAMETERS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "Normal": (dist.Normal, ("loc", "scale")),
+    "LogNormal": (dist.LogNormal, ("loc", "scale")),
+    "MultivariateNormal": (dist.MultivariateNormal, ("loc", "scale_tril")),
+    "LowRankMultivariateNormal": (dist.LowRankMultivariateNormal, ("loc", "cov_factor", "cov_diag")),
+    "Laplace": (dist.Laplace, ("loc", "scale")),
+    "Cauchy": (dist.Cauchy, ("loc", "scale")),
+    "StudentT": (dist.StudentT, ("df", "loc", "scale")),
+    "Gumbel": (dist.Gumbel, ("loc", "scale")),
+    "Gamma": (dist.Gamma, ("concentration", "rate")),
+    "Exponential": (dist.Exponential, ("rate",)),
+    "HalfNormal": (dist.HalfNormal, ("scale",)),
+    "HalfCauchy": (dist.HalfCauchy, ("scale",)),
+    "Weibull": (dist.Weibull, ("scale", "concentration")),
+    "Beta": (dist.Beta, ("concentration1", "concentration0")),
+    "Dirichlet": (dist.Dirichlet, ("concentration",)),
+}
+
+CONSTRAINTS = {"cov_factor": dist.constraints.real}
+
+
+def can_be_freed(guide: FactorisedGuide) -> bool:
+    """Whether every site distribution is one that `FREE_PARAMETERS` knows."""
+    return all(type(leaf(fn)).__name__ in FREE_PARAMETERS for fn in guide.distributions.values())
+
+
+@dataclass
+class _FreedSite:
+    """One site: how to build its distribution again from constant and freed parameters."""
+
+    term: Term
+    build: Any
+    event_dims: int
+    constants: dict[str, Tensor]
+    freed: dict[str, int]  # parameter name -> position in the list of leaves
+    transforms: dict[str, Any]
+    axis: int  # of datapoints, among the batch dimensions of the leaf distribution
+
+
+class FreedGuide:
+    """A factorised guide at the datapoints of a chunk, its varying or learned parameters now leaves, one per datapoint.
+
+    A parameter is freed when it varies with the data or depends on parameters that require gradients (`varies` says
+    which, so that the family does not depend on the chunk); a constant scale stays constant.
+    """
+
+    def __init__(self, guide: FactorisedGuide, varies: dict[str, set[str]]) -> None:
+        self.joint: JointDensity = guide.joint
+        self.active, self.count = guide.active, len(guide.indices)
+        self.parameters: list[Tensor] = []
+        self.axes: list[int] = []
+        self.units: list[Tensor | float] = []
+        self.sites = [self._free(term, guide.distributions[term.name], varies[term.name]) for term in guide.terms]
+
+    def _free(self, term: Term, fn: Any, names: set[str]) -> _FreedSite:
+        inner = leaf(fn)
+        build, parameters = FREE_PARAMETERS[type(inner).__name__]
+        event_dims = fn.event_dim - inner.event_dim
+        axis = term.site.batch_axis - event_dims
+        constants, freed, transforms = {}, {}, {}
+        for name in parameters:
+            value = getattr(inner, name).detach()
+            value = value.expand(*inner.batch_shape, *value.shape[value.dim() - _event_dims(inner, name) :]).contiguous()
+            if name not in names:
+                constants[name] = value
+                continue
+            constraint = CONSTRAINTS.get(name, inner.arg_constraints[name])
+            transforms[name] = transform_to(constraint)
+            freed[name] = len(self.parameters)
+            self.parameters.append(transforms[name].inv(value).clone().requires_grad_())
+            self.axes.append((axis - _event_dims(inner, name)) % value.dim() if self.joint.plate is not None else 0)
+            self.units.append(inner.stddev.detach().expand_as(value).clone() if name == "loc" and _has_stddev(inner) else 1.0)
+        return _FreedSite(term, build, event_dims, constants, freed, transforms, axis)
+
+    def at(self, indices: Tensor) -> FactorisedGuide:
+        """The guide at positions `indices` of the chunk, differentiable in `parameters`."""
+        distributions = {site.term.name: self._build(site, indices) for site in self.sites}
+        active = None if self.active is None else self.active[indices]
+        return FactorisedGuide(self.joint, indices, [site.term for site in self.sites], distributions, active)
+
+    def _build(self, site: _FreedSite, indices: Tensor) -> Any:
+        values = {}
+        for name, position in site.freed.items():
+            values[name] = site.transforms[name](self._rows(self.parameters[position], self.axes[position], indices))
+        for name, value in site.constants.items():
+            axis = site.axis - _event_dims(site.build, name)
+            values[name] = self._rows(value, axis, indices)
+        return site.build(**values, validate_args=False).to_event(site.event_dims)
+
+    def _rows(self, value: Tensor, axis: int, indices: Tensor) -> Tensor:
+        if self.joint.plate is None or len(indices) == self.count:
+            return value
+        return value.index_select(axis, indices.to(value.device))
+
+
+def _event_dims(distribution: Any, name: str) -> int:
+    """How many of a parameter's dimensions belong to the event: 1 for a vector location, 2 for a matrix."""
+    kind = distribution.__name__ if isinstance(distribution, type) else type(distribution).__name__
+    if kind in ("MultivariateNormal", "LowRankMultivariateNormal"):
+        return 2 if name in ("scale_tril", "cov_factor") else 1
+    return 1 if kind == "Dirichlet" else 0
+
+
+def _has_stddev(inner: Any) -> bool:
+    return type(inner).__name__ in ("Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Laplace", "Gumbel")
+
+
+def varying_parameters(guide: FactorisedGuide) -> dict[str, set[str]]:
+    """For each term, the parameters that differ between datapoints or depend on something that requires gradients.
+
+    `guide` must come from a run with gradients enabled.
+    """
+    result = {}
+    for term in guide.terms:
+        fn = guide.distributions[term.name]
+        inner, found = leaf(fn), set()
+        for name in FREE_PARAMETERS[type(inner).__name__][1]:
+            value = getattr(inner, name)
+            if value.requires_grad or (guide.joint.plate is not None and _differs(value, inner, fn, term, name)):
+                found.add(name)
+        result[term.name] = found
+    return result
+
+
+def _differs(value: Tensor, inner: Any, fn: Any, term: Term, name: str) -> bool:
+    axis = term.site.batch_axis - (fn.event_dim - inner.event_dim) - _event_dims(inner, name)
+    if value.dim() < -axis or value.shape[axis] == 1:
+        return False
+    return not torch.equal(value, value.narrow(axis, 0, 1).expand_as(value))

@@ -1,0 +1,39 @@
+"""What can be refined: guides whose parameters have an axis of datapoints."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyrogaps.density.local import LocalGuide
+
+
+class Refinable(Protocol):
+    """A guide for the B datapoints of a chunk with parameters of their own.
+
+    `parameters` are leaf tensors, `axes` their axes of datapoints, `units` the size of a natural step in each (a number or
+    a tensor that broadcasts).
+    """
+
+    parameters: list[Tensor]
+    axes: list[int]
+    units: list[Tensor | float]
+
+    def at(self, indices: Tensor) -> LocalGuide:
+        """The guide at positions `indices` of the chunk, differentiable in `parameters`."""
+        ...
+
+
+def along(mask: Tensor, like: Tensor, axis: int) -> Tensor:
+    """`mask (B,)` shaped to broadcast along `axis` of `like`."""
+    shape = [1] * like.dim()
+    if len(mask) > 1:
+        shape[axis] = -1
+    return mask.reshape(shape)
+
+
+def keep_where(keep: Tensor, values: list[Tensor], refinable: Refinable) -> None:
+    """Set the parameters of the datapoints in `keep (B,)` to `values`, in place."""
+    with torch.no_grad():
+        for parameter, value, axis in zip(refinable.parameters, values, refinable.axes, strict=True):
+            parameter.copy_(torch.where(along(keep, parameter, axis), value, parameter))

@@ -1,0 +1,77 @@
+"""The family a guide itself belongs to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+
+from pyrogaps.density import GuideDensity
+from pyrogaps.density.draws import BlockedGuide
+from pyrogaps.density.local import FactorisedGuide
+from pyrogaps.density.runs import evaluating
+from pyrogaps.refine.families import FamilyGuide, restrict
+from pyrogaps.refine.finetune import FinetunedGuide
+from pyrogaps.refine.freed import FreedGuide, can_be_freed, varying_parameters
+from pyrogaps.refine.local import Refinable
+from pyrogaps.streams import Chunk
+
+NUM_MOMENTS = 1024
+
+
+@dataclass
+class OwnFamily:
+    """How to free a guide for the datapoints of a chunk, starting at the guide itself.
+
+    `kind` is "autoguide" (a fresh one of its class), "local_family" (what its class brings), "freed" (its site
+    distributions with free parameters) or "fine-tuned" (its own weights, datapoint by datapoint).
+    """
+
+    density: GuideDensity
+    kind: str
+    family: Callable[[Any], Any] | None = None
+    varies: dict[str, set[str]] = field(default_factory=dict)
+
+    def start(self, chunk: Chunk, seed: int) -> Refinable:
+        """A refinable guide for `chunk`, at the guide's own output there."""
+        joint = restrict(self.density.joint, chunk.indices)
+        if self.family is not None:
+            guide = FamilyGuide(self.family, joint, seed)
+            guide.start_at(*moments(self.density, chunk, seed))
+            return guide
+        if self.kind == "freed":
+            with torch.no_grad():
+                local = self.density.at(chunk.indices)
+            assert isinstance(local, FactorisedGuide)
+            local.joint = joint
+            return FreedGuide(local, self.varies)
+        return FinetunedGuide(self.density, joint)
+
+
+def own_family(density: GuideDensity) -> OwnFamily:
+    """Find the family that a guide belongs to; the choice rests on the guide and the data set, not on a chunk of it."""
+    guide = density.guide
+    if hasattr(guide, "local_family"):
+        return OwnFamily(density, "local_family", guide.local_family)
+    if isinstance(guide, AutoGuide):
+        return OwnFamily(density, "autoguide", type(guide))
+    if density.factorised:
+        few = torch.arange(min(density.num_datapoints, 64))
+        with evaluating(guide), torch.enable_grad():
+            local = density.at(few)
+        assert isinstance(local, FactorisedGuide)
+        if can_be_freed(local):
+            varies = varying_parameters(local)
+            if any(varies.values()):
+                return OwnFamily(density, "freed", None, varies)
+    return OwnFamily(density, "fine-tuned")
+
+
+def moments(density: Any, chunk: Chunk, seed: int, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation `(B, dim)` of a posterior's draws in unconstrained space."""
+    guide = BlockedGuide(density, chunk, offset)
+    draws, _ = guide.sample_all(NUM_MOMENTS, seed, "moments")
+    return draws.mean(0), draws.std(0)
+
+

@@ -1,0 +1,34 @@
+"""What a refinement is told."""
+
+from dataclasses import dataclass
+
+from pyrogaps.errors import InputError
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Settings of the per-datapoint refinement.
+
+    Attributes:
+        num_steps: Adam steps.
+        num_particles: draws per step and datapoint, in mirrored pairs where the family is symmetric.
+        learning_rate: the first step's, in units of the posterior's own scale where the family tells it; it decays by a
+            cosine to a thousandth.
+        num_selection: draws on which the refined and the starting guide are compared; where refinement ended below its
+            start, the start is kept.
+        tolerance: a datapoint counts as converged when its ELBO changed by less than this, in nats, between the last
+            two tenths of the run (and three of its standard errors).
+    """
+
+    num_steps: int = 1000
+    num_particles: int = 8
+    learning_rate: float = 0.05
+    num_selection: int = 256
+    tolerance: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_particles", "num_selection"):
+            if getattr(self, name) < 1:
+                raise InputError(f"refinement.{name}: must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise InputError(f"refinement.learning_rate: must be positive, got {self.learning_rate}")

@@ -1,0 +1,85 @@
+"""The folder of one run: whose it is, what of it is done, and files that appear in it whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pyrogaps.errors import InputError
+
+RESULTS = ("recipe.yaml", "checkpoint.pt", "ledger.nc", "summary.csv", "gaps.png")
+TRAINING, PARTS = "training.pt", "parts"
+
+
+class RunFolder:
+    """Results of one recipe, with what an unfinished run of it needs to continue."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def claim(self, recipe: str, *, overwrite: bool) -> None:
+        """Make the folder that of `recipe` (as YAML), creating it where it is missing.
+
+        Raises `InputError` where it holds another recipe's run and `overwrite` is false, or cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                self._clear()
+            self._refuse_other(yaml.safe_load(recipe))
+            if not (self / "recipe.yaml").exists():
+                self.write("recipe.yaml", lambda path: path.write_text(recipe, "utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror or error}; choose another --out") from error
+
+    def write(self, name: str, save: Callable[[Path], Any]) -> None:
+        """Let `save` write a file, then give it its `name` in one step."""
+        target = self / name
+        temporary = target.with_name(f".unfinished-{name}")
+        save(temporary)
+        os.replace(temporary, target)
+
+    def finish(self) -> None:
+        """Remove what only an unfinished run needs."""
+        (self / TRAINING).unlink(missing_ok=True)
+        shutil.rmtree(self / PARTS, ignore_errors=True)
+
+    def _clear(self) -> None:
+        for name in RESULTS:
+            (self / name).unlink(missing_ok=True)
+        self.finish()
+
+    def _refuse_other(self, recipe: dict[str, Any]) -> None:
+        remedy = "use --out for another folder or --overwrite to replace it"
+        held = self / "recipe.yaml"
+        done = [name for name in (*RESULTS, TRAINING, PARTS) if name != "recipe.yaml" and (self / name).exists()]
+        if not done:  # nothing was computed yet, so nothing is lost
+            held.unlink(missing_ok=True)
+            return
+        if not held.exists():
+            raise InputError(f"{self.path} holds {', '.join(done)} without the recipe they belong to; {remedy}")
+        try:
+            other = yaml.safe_load(held.read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            other = None
+        if other != recipe:
+            differing = ", ".join(_differing(other, recipe)) if isinstance(other, dict) else "it cannot be read"
+            raise InputError(f"{self.path} holds the run of a different recipe ({differing}); {remedy}")
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two documents differ."""
+    names = []
+    for key in dict.fromkeys([*one, *other]):
+        left, right = one.get(key), other.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            names += _differing(left, right, f"{prefix}{key}.")
+        elif left != right:
+            names.append(f"{prefix}{key}")
+    return names

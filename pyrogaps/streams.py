@@ -1,0 +1,91 @@
+"""Random numbers in streams of fixed blocks of datapoints.
+
+One seed gives the same numbers to datapoint n whatever else is computed beside it: a block of `BLOCK`
+consecutive datapoints has its own generator, seeded by (seed, purpose, block), and draws of a guide come in
+sub-blocks of `PARTICLE_BLOCK` particles. Memory, chunking and the number of processes change none of it.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+PARTICLE_BLOCK = 128
+
+
+def derive_seed(seed: int, *labels: str | int) -> int:
+    """A 63-bit seed for the stream that `labels` name under the user's one `seed`."""
+    digest = hashlib.blake2b(repr((seed, *labels)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def seeded(seed: int, *labels: str | int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Run with torch's global generators seeded by `derive_seed(seed, *labels)`; the caller's are restored."""
+    device = torch.device(device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive_seed(seed, *labels))
+        yield
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive datapoints `start .. stop - 1`, whole blocks (the data set's last block may be short)."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def indices(self) -> Tensor:
+        return torch.arange(self.start, self.stop)
+
+    def blocks(self) -> Iterator["Chunk"]:
+        for start in range(self.start, self.stop, BLOCK):
+            yield Chunk(start, min(start + BLOCK, self.stop))
+
+
+def chunks(num_datapoints: int, batch_size: int) -> list[Chunk]:
+    """Cut `0 .. N - 1` into chunks of about `batch_size` datapoints, rounded up to whole blocks."""
+    size = max(1, -(-batch_size // BLOCK)) * BLOCK
+    return [Chunk(start, min(start + size, num_datapoints)) for start in range(0, num_datapoints, size)]
+
+
+def particle_blocks(num_particles: int) -> list[int]:
+    """Sizes of the sub-blocks that `num_particles` draws come in."""
+    whole, rest = divmod(num_particles, PARTICLE_BLOCK)
+    return [PARTICLE_BLOCK] * whole + [rest] * (rest > 0)
+
+
+class Noise:
+    """Standard noise for the datapoints of a chunk, each block of it from its own generator."""
+
+    def __init__(self, seed: int, purpose: str, chunk: Chunk, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._blocks = []
+        for block in chunk.blocks():
+            generator = torch.Generator(device)
+            generator.manual_seed(derive_seed(seed, purpose, block.start // BLOCK))
+            self._blocks.append((len(block), generator))
+
+    def normal(self, num_particles: int, *shape: int) -> Tensor:
+        """Independent N(0, 1), shape `(S, B, *shape)`."""
+        return self._draw(torch.randn, num_particles, shape)
+
+    def uniform(self, num_particles: int, *shape: int) -> Tensor:
+        """Independent U(0, 1), shape `(S, B, *shape)`."""
+        return self._draw(torch.rand, num_particles, shape)
+
+    def _draw(self, sampler, num_particles: int, shape: tuple[int, ...]) -> Tensor:  # type: ignore[no-untyped-def]
+        parts = [
+            sampler(num_particles, size, *shape, generator=generator, dtype=self.dtype, device=self.device)
+            for size, generator in self._blocks
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -1,0 +1,108 @@
+"""The state of a training run between epochs, and its checkpoint on disk."""
+
+import hashlib
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrogaps.density.data import IndexedData
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+from pyrogaps.training.parameters import JointOptimizer
+from pyrogaps.training.settings import Training
+from pyrogaps.training.weights import Weights, copy_weights, put_weights, read_file, write_file
+
+# Settings that may change between one part of a run and the next: they do not touch an epoch already run.
+_FREE = {"num_epochs", "patience"}
+# Share of the running time that writing checkpoints may take.
+_OVERHEAD = 0.05
+
+
+@dataclass
+class State:
+    """What has happened so far: epochs run, their history, and the best weights with their epoch and score."""
+
+    best: Weights
+    epoch: int = 0
+    best_epoch: int = 0
+    best_score: float = float("-inf")
+    history: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Checkpoint:
+    """Keeps the checkpoint of one run at `path`; does nothing where `path` is None.
+
+    `fingerprint` is what has to agree for a run to be continued. Randomness needs no state of its own: every epoch
+    has a stream derived from the seed and the epoch's number.
+    """
+
+    def __init__(self, path: str | Path | None, model: Program, guide: Program, fingerprint: dict[str, str]) -> None:
+        self.path = None if path is None else Path(path)
+        self.model, self.guide, self.fingerprint = model, guide, fingerprint
+        self._written, self._cost = time.monotonic(), 0.0
+
+    def save(self, state: State, optimizer: JointOptimizer, *, now: bool = False) -> None:
+        """Write the checkpoint, when it is due or `now`: so often that writing takes a twentieth of the time."""
+        start = time.monotonic()
+        if self.path is None or not (now or (start - self._written) * _OVERHEAD >= self._cost):
+            return
+        progress = {name: getattr(state, name) for name in ("epoch", "best_epoch", "best_score", "history")}
+        run = {**progress, "current": copy_weights(self.model, self.guide), "optimizer": optimizer.get_state()}
+        write_file(self.path, {"weights": state.best, "run": run, "fingerprint": self.fingerprint})
+        self._written = time.monotonic()
+        self._cost = self._written - start
+
+    def resume(self, state: State, optimizer: JointOptimizer) -> State:
+        """The state in the file, with weights and optimizer put in place; `state` where there is no file.
+
+        Raises `InputError` where the file is damaged, or comes from other settings, data, model or guide.
+        """
+        if self.path is None or not self.path.exists():
+            return state
+        content = read_file(self.path)
+        if "run" not in content:
+            raise InputError(f"checkpoint {self.path}: holds weights alone, no training run; load it with load_weights")
+        self._check(content["fingerprint"])
+        run = content["run"]
+        try:
+            put_weights(run["current"], self.model, self.guide)
+            optimizer.set_state(run["optimizer"])
+        except InputError as error:
+            raise InputError(f"checkpoint {self.path}: {error}") from error
+        return State(content["weights"], run["epoch"], run["best_epoch"], run["best_score"], run["history"])
+
+    def _check(self, stored: dict[str, str]) -> None:
+        differing = sorted(name for name in stored | self.fingerprint if stored.get(name) != self.fingerprint.get(name))
+        if differing:
+            pairs = ", ".join(f"{name} {stored.get(name)} (now {self.fingerprint.get(name)})" for name in differing)
+            raise InputError(
+                f"checkpoint {self.path}: was made with other settings: {pairs}; restore them or use another file"
+            )
+
+
+def fingerprint(settings: Training, *, seed: int, freeze_model: bool, **data: IndexedData | None) -> dict[str, str]:
+    """What two parts of one run must have in common: settings, seed, and the look of each data set."""
+    chosen = {name: _describe(value) for name, value in vars(settings).items() if name not in _FREE}
+    digests = {name: "none" if item is None else _digest(item) for name, item in data.items()}
+    return {**chosen, **digests, "seed": str(seed), "freeze_model": str(freeze_model)}
+
+
+def _describe(value: Any) -> str:
+    name = getattr(value, "__qualname__", None)
+    return f"{value.__module__}.{name}" if name else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _digest(data: IndexedData) -> str:
+    """The number of datapoints and a hash of up to 16 of them."""
+    indices = torch.linspace(0, len(data) - 1, min(16, len(data))).round().long()
+    digest = hashlib.blake2b(digest_size=4)
+    for item in data.fetch(indices):
+        if isinstance(item, Tensor):
+            digest.update(repr(tuple(item.shape)).encode())
+            digest.update(item.detach().cpu().double().contiguous().numpy().tobytes())
+    return f"{len(data)} datapoints #{digest.hexdigest()}"

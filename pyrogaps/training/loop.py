@@ -1,0 +1,265 @@
+"""`train`: stochastic variational inference from the first epoch to the best weights."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from pyrogaps.density.data import Data, IndexedData, as_indexed
+from pyrogaps.density.runs import Program, modules_of
+from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
+from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
+from pyrogaps.training.objective import Objective
+from pyrogaps.training.parameters import JointOptimizer, trainable_parameters
+from pyrogaps.training.settings import Training, TrainingResult
+from pyrogaps.training.setup import check_minibatches
+from pyrogaps.training.weights import all_modules, copy_weights, put_weights
+
+
+def train(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    num_epochs: int = 100,
+    batch_size: int = 100,
+    learning_rate: float = 1e-3,
+    schedule: Callable[[int], float] | None = None,
+    optimizer: type[Optimizer] = torch.optim.Adam,
+    optimizer_options: dict[str, Any] | None = None,
+    kl_warmup: int = 0,
+    entropy_annealing: int = 0,
+    clip_norm: float | None = None,
+    num_particles: int = 1,
+    patience: int | None = None,
+    validation: Data | None = None,
+    freeze_model: bool = False,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> TrainingResult:
+    """Train a Pyro model and guide by stochastic variational inference, on minibatches by index.
+
+    In epoch e (from 0) each minibatch takes one step of `optimizer`, with options `optimizer_options` such as
+    `{"eps": 1e-4}` and learning rate `learning_rate * schedule(e)`, uphill on the mean over its datapoints of
+
+        E_q[log p(x|z) + beta (log p(z) - lambda log q(z|x))]        (nats per datapoint, `num_particles` draws),
+
+    beta = min(1, e / `kl_warmup`), lambda = min(1, e / `entropy_annealing`), each 1 where its length is 0. `clip_norm`
+    bounds the norm of the whole gradient of that mean. Parameters are what the programs register with Pyro, and those
+    of `nn.Module`s that are the model or the guide or own it as a method; `freeze_model` trains the guide's alone.
+
+    With `validation` data the ELBO on them is measured after every epoch, in evaluation mode and with the same noise
+    each time; the best weights among epochs trained on the ELBO itself (beta = lambda = 1) are kept in the end, and
+    `patience` such epochs without a new best stop the run. Otherwise the last weights stay.
+
+    `checkpoint` names a file from which a run that was killed continues, to the same weights bit for bit on a CPU;
+    `num_epochs` and `patience` may change in between. `device` moves modules and minibatches there. The caller's
+    random state, train/eval modes and validation setting are put back.
+
+    Raises `InputError` for settings, data, guide or checkpoint that do not go together, and `FloatingPointError` when
+    loss or gradient become infinite or NaN; model and guide then hold the best weights so far.
+    """
+    settings = Training(
+        num_epochs, batch_size, learning_rate, schedule, optimizer, optimizer_options or {},
+        kl_warmup, entropy_annealing, clip_norm, num_particles, patience,
+    )  # fmt: skip
+    if patience is not None and validation is None:
+        raise InputError("training: patience needs validation data")
+    with _modes_restored(model, guide):
+        trainer = _Trainer(model, guide, data, validation, settings, seed, freeze_model, device)
+        return trainer.run(checkpoint, progress)
+
+
+class _Trainer:
+    """One training run. A step is a minibatch; an epoch, a pass over the data; randomness is seeded by epoch."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        data: Data,
+        validation: Data | None,
+        settings: Training,
+        seed: int,
+        freeze_model: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        self.model, self.guide, self.settings = model, guide, settings
+        self.seed, self.freeze_model = seed, freeze_model
+        self.device = _place(all_modules(model, guide), device)
+        self.data = _on_device(as_indexed(data), device)
+        self.validation = None if validation is None else _on_device(as_indexed(validation), device)
+        self.batch_size = min(settings.batch_size, len(self.data))
+        self.objective = Objective(model, guide, settings.num_particles)
+        with self._evaluating("set up"):
+            self.optimizer = self._set_up()
+            self.fingerprint = fingerprint(
+                settings, seed=seed, freeze_model=freeze_model, data=self.data, validation=self.validation
+            )
+        loss = self.objective.loss_and_grads
+        self.svi = SVI(self.objective.model, self.objective.guide, self.optimizer, loss=loss, loss_and_grads=loss)
+
+    def _set_up(self) -> JointOptimizer:
+        """Run the pair once, under the caller's validation, so that parameters exist and mistakes show."""
+        size = len(self.data)
+        rows = self.batch_size if self.batch_size < size else size - 1
+        if rows and (self.batch_size < size or self.validation is not None):
+            check_minibatches(self.model, self.guide, self.data, rows)
+        first = torch.arange(self.batch_size)
+        self._evaluate(self.data, first)
+        args = self.data.fetch(first)
+        named = trainable_parameters(self.model, self.guide, args, freeze_model=self.freeze_model)
+        chosen = self.settings
+        options = {"lr": chosen.learning_rate, **chosen.optimizer_options}
+        return JointOptimizer(chosen.optimizer, options, named, clip_norm=chosen.clip_norm, fixed=self.freeze_model)
+
+    def run(self, path: str | Path | None, progress: bool) -> TrainingResult:
+        checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
+        state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer)
+        if state.epoch > self.settings.num_epochs:
+            raise InputError(
+                f"checkpoint {path}: has run {state.epoch} epochs, more than num_epochs={self.settings.num_epochs}"
+            )
+        try:
+            self._epochs(state, checkpoint, progress)
+        finally:
+            self.optimizer.clear_gradients()
+        if self.validation is not None:
+            put_weights(state.best, self.model, self.guide)
+        return TrainingResult(state.history, state.best_epoch, state.epoch, self._is_exhausted(state))
+
+    def _epochs(self, state: State, checkpoint: Checkpoint, progress: bool) -> None:
+        steps, total = -(-len(self.data) // self.batch_size), self.settings.num_epochs
+        started = state.epoch
+        with tqdm(total=total * steps, initial=started * steps, unit="step", disable=not progress) as bar:
+            while state.epoch < total and not self._is_exhausted(state):
+                bar.set_description(f"epoch {state.epoch + 1}/{total}", refresh=False)
+                try:
+                    self._epoch(state, bar)
+                except FloatingPointError as error:
+                    put_weights(state.best, self.model, self.guide)
+                    raise FloatingPointError(self._diverged(error, state)) from None
+                checkpoint.save(state, self.optimizer)
+        if state.epoch > started:
+            checkpoint.save(state, self.optimizer, now=True)
+
+    def _epoch(self, state: State, bar: Any) -> None:
+        epoch, chosen = state.epoch, self.settings
+        self.optimizer.set_rate(chosen.rate(epoch))
+        self.objective.anneal(chosen.beta(epoch), chosen.entropy_weight(epoch))
+        elbo = 0.0
+        with self._training(epoch):
+            for step, indices in enumerate(self._minibatches()):
+                self._step(indices, step)
+                elbo += self.objective.elbo * len(indices) / len(self.data)
+                bar.set_postfix_str(f"ELBO {self.objective.elbo:.3f}", refresh=False)
+                bar.update()
+        self._finish_epoch(state, elbo)
+
+    def _step(self, indices: Tensor, step: int) -> None:
+        self.objective.begin(len(indices))
+        try:
+            self.svi.step(*self.data.fetch(indices))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} at step {step + 1}") from None
+
+    def _finish_epoch(self, state: State, elbo: float) -> None:
+        entries = {"train_elbo": elbo, "learning_rate": self.settings.rate(state.epoch)}
+        score = -math.inf
+        if self.validation is not None:
+            entries["validation_elbo"] = score = self._validate(self.validation)
+        for name, value in entries.items():
+            state.history.setdefault(name, []).append(value)
+        # Bounds of differently annealed epochs do not compete: until the ELBO itself is trained, the newest is best.
+        contest = self.validation is not None and self.settings.annealed(state.epoch)
+        state.epoch += 1
+        if not contest or score > state.best_score:
+            state.best, state.best_epoch = copy_weights(self.model, self.guide), state.epoch
+            state.best_score = score if contest else -math.inf
+
+    def _is_exhausted(self, state: State) -> bool:
+        patience = self.settings.patience
+        return patience is not None and state.epoch - state.best_epoch >= patience
+
+    def _minibatches(self) -> Iterator[Tensor]:
+        if self.batch_size == len(self.data):
+            # In order: a guide may have parameters for each datapoint.
+            return iter([torch.arange(self.batch_size)])
+        return iter(torch.randperm(len(self.data), device="cpu").split(self.batch_size))
+
+    def _validate(self, data: IndexedData) -> float:
+        """The ELBO on `data`, nats per datapoint, with the same noise in every epoch."""
+        with self._evaluating("validation"), pyro.validation_enabled(False):
+            parts = torch.arange(len(data)).split(self.settings.batch_size)
+            elbo = sum(self._evaluate(data, indices) * len(indices) for indices in parts) / len(data)
+        if not math.isfinite(elbo):
+            raise FloatingPointError(f"the ELBO of the validation data is {elbo}")
+        return elbo
+
+    def _evaluate(self, data: IndexedData, indices: Tensor) -> float:
+        self.objective.begin(len(indices))
+        return self.objective.evaluate(*data.fetch(indices))
+
+    @contextmanager
+    def _evaluating(self, purpose: str) -> Iterator[None]:
+        for module in all_modules(self.model, self.guide):
+            module.eval()
+        with seeded(self.seed, "training", purpose, device=self.device):
+            yield
+
+    @contextmanager
+    def _training(self, epoch: int) -> Iterator[None]:
+        # A frozen model keeps its buffers, batch statistics among them, as well as its parameters.
+        frozen = {id(module) for module in modules_of(self.model)} if self.freeze_model else set()
+        for module in all_modules(self.model, self.guide):
+            module.train(id(module) not in frozen)
+        # Without Pyro's checks a value that is not finite reaches the loss, where one error answers for all.
+        with seeded(self.seed, "training", "epoch", epoch, device=self.device), pyro.validation_enabled(False):
+            yield
+
+    def _diverged(self, error: FloatingPointError, state: State) -> str:
+        kept = f"those of epoch {state.best_epoch}" if state.best_epoch else "the initial ones"
+        return (
+            f"training: epoch {state.epoch + 1}: {error}; lower learning_rate, set clip_norm, or look for NaN and "
+            f"outliers in the data (the best weights so far, {kept}, are restored)"
+        )
+
+
+def _place(modules: list[nn.Module], device: torch.device | str | None) -> torch.device:
+    """Move `modules` to `device`, if one is given; the device of the parameters."""
+    if device is not None:
+        for module in modules:
+            module.to(device)
+        return torch.device(device)
+    return next((value.device for module in modules for value in module.parameters()), torch.device("cpu"))
+
+
+def _on_device(data: IndexedData, device: torch.device | str | None) -> IndexedData:
+    if device is None:
+        return data
+
+    def fetch(indices: Tensor) -> tuple[Any, ...]:
+        return tuple(item.to(device) if isinstance(item, Tensor) else item for item in data.fetch(indices))
+
+    return IndexedData(len(data), fetch)
+
+
+@contextmanager
+def _modes_restored(model: Program, guide: Program) -> Iterator[None]:
+    modes = {module: module.training for top in all_modules(model, guide) for module in top.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

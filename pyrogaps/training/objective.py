@@ -1,0 +1,128 @@
+"""The minibatch objective, per datapoint, on Pyro's own `Trace_ELBO`."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyrogaps.density.runs import Program
+
+
+class WeightLatents(Messenger):
+    """Multiplies the log-probability of every latent site by `weight`, in a model or in a guide.
+
+    Unlike `poutine.scale` it takes 0: the sites are then masked out, so they contribute exactly 0, even where a
+    log-probability is infinite. What the weight withholds, (1 - weight) log-probability, summed over sites and runs,
+    is added to `withheld` (nats, no gradient), so that the plain ELBO can be reported from the same run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = 1.0
+        self.withheld = 0.0
+        self._unweighted: dict[str, tuple[Any, Any]] = {}
+
+    def _pyro_sample(self, message: Any) -> None:
+        if self.weight == 1 or message["is_observed"] or site_is_subsample(message):
+            return
+        self._unweighted[message["name"]] = message["scale"], message["mask"]
+        if self.weight == 0:
+            message["mask"] = False
+        else:
+            message["scale"] = message["scale"] * self.weight
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if message["name"] not in self._unweighted:
+            return
+        scale, mask = self._unweighted.pop(message["name"])
+        with torch.no_grad():
+            log_prob = scale_and_mask(message["fn"].log_prob(message["value"]), scale, mask)
+            self.withheld += (1 - self.weight) * float(log_prob.sum())
+
+
+class CountDatapoints(Messenger):
+    """Notes how many datapoints the log-joint of a run speaks for.
+
+    That is the number of rows at hand, unless an observed site is in a plate that subsamples exactly those rows: Pyro
+    then scales the sum up to the plate's full size.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 1
+        self.num_datapoints = 1
+
+    def reset(self, rows: int) -> None:
+        self.rows = self.num_datapoints = rows
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if message["is_observed"]:
+            for frame in message["cond_indep_stack"]:
+                if frame.full_size is not None and frame.size == self.rows:
+                    self.num_datapoints = max(self.num_datapoints, int(frame.full_size))
+
+
+class Objective:
+    """E_q[log p(x|z) + beta (log p(z) - lambda log q(z|x))], nats per datapoint, by `num_particles` draws.
+
+    `begin(rows)` announces a minibatch of that many rows. `loss_and_grads` has the signature that `pyro.infer.SVI`
+    asks for; it and `evaluate` leave the plain ELBO (beta = lambda = 1) of the same draws in `elbo`.
+    """
+
+    def __init__(self, model: Program, guide: Program, num_particles: int) -> None:
+        self._model_weight, self._guide_weight, self._count = WeightLatents(), WeightLatents(), CountDatapoints()
+        self.model = self._count(self._model_weight(model))
+        self.guide = self._guide_weight(guide)
+        self._estimator = Trace_ELBO(num_particles=num_particles)
+        self.elbo = math.nan
+
+    def anneal(self, beta: float, entropy_weight: float) -> None:
+        """Set beta and lambda, each in [0, 1]."""
+        self._model_weight.weight = beta
+        self._guide_weight.weight = beta * entropy_weight
+
+    def begin(self, rows: int) -> None:
+        self._count.reset(rows)
+        self._model_weight.withheld = self._guide_weight.withheld = 0.0
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float:
+        """The negative objective of one minibatch; its gradient is left in the parameters.
+
+        Raises `FloatingPointError` where it is not finite, before any gradient is taken.
+        """
+        with _no_nan_warnings():
+            loss = self._estimator.differentiable_loss(model, guide, *args) / self._count.num_datapoints
+            value = self._note(loss)
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value}")
+            loss.backward()
+        return value
+
+    def evaluate(self, *args: Any) -> float:
+        """The plain ELBO of one batch, nats per datapoint, without gradients."""
+        self.anneal(1.0, 1.0)
+        with torch.no_grad(), _no_nan_warnings():
+            self._note(self._estimator.differentiable_loss(self.model, self.guide, *args) / self._count.num_datapoints)
+        return self.elbo
+
+    def _note(self, loss: Tensor) -> float:
+        value = float(loss.item())
+        withheld = self._model_weight.withheld - self._guide_weight.withheld
+        self.elbo = -value + withheld / (self._estimator.num_particles * self._count.num_datapoints)
+        return value
+
+
+@contextmanager
+def _no_nan_warnings() -> Iterator[None]:
+    """Silence Pyro's warnings about NaN: here every one of them becomes an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered")
+        yield

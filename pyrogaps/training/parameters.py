@@ -1,0 +1,177 @@
+"""Which tensors are trained, and the optimizer that steps them all at once."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+
+
+def trainable_parameters(
+    model: Program, guide: Program, args: tuple[Any, ...], *, freeze_model: bool
+) -> dict[str, Tensor]:
+    """The unconstrained leaf tensors to train, by a name that is the same in every process.
+
+    They are what the programs register with Pyro when run on `args`, and every parameter of an `nn.Module` that
+    *is* the model or the guide, or whose method is. With `freeze_model`, those alone that the guide depends on.
+
+    Raises `InputError` where nothing is left to train, or a frozen model shares parameters with its guide.
+    """
+    candidates = [*_module_parameters(model, guide), *_registered(model, guide, args)]
+    # A tensor with several names keeps its first.
+    found = {id(value): (name, value) for name, value in reversed(candidates)}
+    named = {name: value for name, value in found.values() if value.requires_grad}
+    if freeze_model:
+        named = _guide_only(named, model, guide, args)
+    if not named:
+        raise InputError(
+            "training: there is nothing to train; register parameters with pyro.param or pyro.module, or make the "
+            "model or the guide an nn.Module whose parameters require gradients"
+        )
+    return dict(sorted(named.items()))
+
+
+def _module_parameters(model: Program, guide: Program) -> Iterator[tuple[str, Tensor]]:
+    for label, program in (("model", model), ("guide", guide)):
+        module = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+        if isinstance(module, nn.Module):
+            yield from ((f"{label}.{name}", value) for name, value in module.named_parameters())
+
+
+def _registered(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+    with torch.no_grad(), poutine.trace(param_only=True) as capture:
+        guide_trace = poutine.trace(guide).get_trace(*args)
+        poutine.replay(model, trace=guide_trace)(*args)
+    for name, site in capture.trace.nodes.items():
+        if site["type"] == "param":
+            yield f"store:{name}", _own_tensor(name, site)
+
+
+def _own_tensor(name: str, site: Any) -> Tensor:
+    """The parameter behind a `pyro.param` site.
+
+    `pyro.module` finds the tensor of another module of that name in the store when one was trained before, and then
+    Pyro would quietly train neither: the module at hand takes its name over.
+    """
+    stored: Tensor = site["value"].unconstrained()
+    own = site["args"][1] if len(site["args"]) > 1 else None
+    if "$$$" not in name or not isinstance(own, nn.Parameter) or own is stored:
+        return stored
+    store = pyro.get_param_store()
+    del store[name]
+    store.setdefault(name, own)
+    return own
+
+
+def _guide_only(named: dict[str, Tensor], model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    guide_trace = poutine.trace(guide).get_trace(*args)
+    sites: list[Any] = [site for site in guide_trace.nodes.values() if site["type"] == "sample"]
+    draws = sum(site["value"].sum() for site in sites)
+    in_guide = _touched(draws + guide_trace.log_prob_sum(), named)
+    guide_trace.detach_()
+    in_model = _touched(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args).log_prob_sum(), named)
+    if shared := sorted(in_guide & in_model):
+        raise InputError(f"training: freeze_model=True, but the guide shares parameter '{shared[0]}' with the model")
+    return {name: value for name, value in named.items() if name in in_guide}
+
+
+def _touched(total: Any, named: dict[str, Tensor]) -> set[str]:
+    if not named or not isinstance(total, Tensor) or not total.requires_grad:
+        return set()
+    gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+
+
+class JointOptimizer(PyroOptim):
+    """One torch optimizer over all parameters, for `pyro.infer.SVI`.
+
+    Pyro's own keeps one optimizer per parameter, whose gradient clipping knows that parameter only; here the norm is
+    that of the whole gradient. Parameters that first appear while training join, unless `fixed`. Each step raises
+    `FloatingPointError`, and changes nothing, when the gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        kind: type[Optimizer],
+        options: dict[str, Any],
+        named: dict[str, Tensor],
+        *,
+        clip_norm: float | None = None,
+        fixed: bool = False,
+    ) -> None:
+        super().__init__(kind, options)
+        self.named, self.max_norm, self.fixed = dict(named), clip_norm or math.inf, fixed
+        try:
+            self.optimizer: Optimizer = kind(list(named.values()), **options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"training: optimizer {kind.__name__}: {error}") from error
+
+    def set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        if not self.fixed:
+            self._adopt(params)
+        norm = float(clip_grad_norm_(list(self.named.values()), self.max_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the norm of the gradient is {norm}")
+        self.optimizer.step()
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        for value in self.named.values():
+            value.grad = None
+
+    def _adopt(self, params: Iterable[Tensor]) -> None:
+        known = {id(value) for value in self.named.values()}
+        unknown = [value for value in params if value.grad is not None and id(value) not in known]
+        names = ((pyro.get_param_store().param_name(value), value) for value in unknown)
+        fresh = {f"store:{name}": value for name, value in names if name}
+        for name, value in sorted(fresh.items()):
+            self._add(name, value)
+        # In one order whenever they joined: the norm is a sum, and a resumed run must round it alike.
+        self.named = dict(sorted(self.named.items())) if fresh else self.named
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.named[name] = value
+        group = {key: option for key, option in self.optimizer.param_groups[0].items() if key != "params"}
+        self.optimizer.add_param_group({"params": [value], **group})
+
+    def get_state(self) -> dict[str, Any]:
+        """The optimizer's state of each parameter, by name, copied."""
+        states = {name: self.optimizer.state.get(value, {}) for name, value in self.named.items()}
+        return {
+            name: {key: item.clone() if isinstance(item, Tensor) else item for key, item in state.items()}
+            for name, state in states.items()
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over what `get_state` returned, also for parameters that joined later.
+
+        Raises `InputError` for a name that neither the optimizer nor the param store knows.
+        """
+        store = pyro.get_param_store()
+        for name in sorted(set(state) - set(self.named)):
+            bare = name.removeprefix("store:")
+            if bare not in store:
+                raise InputError(f"checkpoint: its optimizer holds parameter '{bare}', which the model and guide lack")
+            self._add(name, store._params[bare])
+        self.named = dict(sorted(self.named.items()))
+        for name, entries in state.items():
+            value = self.named[name]
+            self.optimizer.state[value] = {key: _like(item, key, value) for key, item in entries.items()}
+
+
+def _like(item: Any, key: str, value: Tensor) -> Any:
+    # Optimizers keep their step counter on the CPU and everything else beside the parameter.
+    return item.to(value.device) if isinstance(item, Tensor) and key != "step" else item

@@ -1,0 +1,86 @@
+"""Learning-rate schedules: functions from the epoch, counted from 0, to a multiplier of the base learning rate."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from pyrogaps.errors import InputError
+
+
+class Schedule(ABC):
+    """`schedule(epoch)` multiplies the base learning rate in that epoch, counted from 0.
+
+    Any function of that form serves as well; the classes exist so that a recipe can name one.
+    """
+
+    @abstractmethod
+    def __call__(self, epoch: int) -> float:
+        """The multiplier for `epoch`, non-negative."""
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The base learning rate throughout."""
+
+    def __call__(self, epoch: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """`decay ** epoch`. Raises `InputError` unless 0 < decay <= 1."""
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise InputError(f"schedule: decay must lie in (0, 1], got {self.decay}")
+
+    def __call__(self, epoch: int) -> float:
+        return self.decay**epoch
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine from 1 in the first epoch to `final` in the last of `num_epochs`, and `final` from then on."""
+
+    num_epochs: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_num_epochs(self.num_epochs)
+        if not 0 <= self.final <= 1:
+            raise InputError(f"schedule: final must lie in [0, 1], got {self.final}")
+
+    def __call__(self, epoch: int) -> float:
+        progress = min(1.0, epoch / max(1, self.num_epochs - 1))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class Staircase(Schedule):
+    """Steps of growing length: 10^(-i/(S-1)) for 3^i epochs, i = 0 .. S-1, with S = `num_stages`.
+
+    With 8 stages, 1 + 3 + ... + 3^7 = 3,280 epochs (Burda, Grosse and Salakhutdinov, arXiv:1509.00519). Another
+    `num_epochs` stretches or shrinks every stage alike. After the last stage its multiplier, 1/10, stays.
+    """
+
+    num_epochs: int = 3280
+    num_stages: int = 8
+
+    def __post_init__(self) -> None:
+        _check_num_epochs(self.num_epochs)
+        if self.num_stages < 2:
+            raise InputError(f"schedule: num_stages must be at least 2, got {self.num_stages}")
+
+    def __call__(self, epoch: int) -> float:
+        # Stage i begins after a share (3^i - 1) / (3^S - 1) of the epochs; in integers, so no rounding moves a step.
+        last = self.num_stages - 1
+        share = epoch * (3**self.num_stages - 1)
+        stage = sum(share >= self.num_epochs * (3**i - 1) for i in range(1, last + 1))
+        return float(10.0 ** (-stage / last))
+
+
+def _check_num_epochs(num_epochs: int) -> None:
+    if num_epochs < 1:
+        raise InputError(f"schedule: num_epochs must be at least 1, got {num_epochs}")

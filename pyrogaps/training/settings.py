@@ -1,0 +1,90 @@
+"""What training is told, `Training`, and what it reports, `TrainingResult`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from pyrogaps.errors import InputError
+
+
+@dataclass(frozen=True)
+class Training:
+    """The settings of `train`, which documents them; `train(model, guide, data, **vars(settings))` applies them.
+
+    Raises `InputError` for a setting out of range.
+    """
+
+    num_epochs: int = 100
+    batch_size: int = 100
+    learning_rate: float = 1e-3
+    schedule: Callable[[int], float] | None = None
+    optimizer: type[Optimizer] = torch.optim.Adam
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    kl_warmup: int = 0
+    entropy_annealing: int = 0
+    clip_norm: float | None = None
+    num_particles: int = 1
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "batch_size", "num_particles"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("kl_warmup", "entropy_annealing"):
+            self._check(name, getattr(self, name) >= 0, "0 or more epochs")
+        self._check("learning_rate", self.learning_rate > 0, "positive")
+        self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive, or None")
+        self._check("patience", self.patience is None or self.patience >= 1, "at least 1 epoch, or None")
+
+    def _check(self, name: str, valid: bool, requirement: str) -> None:
+        if not valid:
+            raise InputError(f"training: {name} must be {requirement}, got {getattr(self, name)}")
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate in `epoch`, counted from 0."""
+        return self.learning_rate * (1.0 if self.schedule is None else self.schedule(epoch))
+
+    def beta(self, epoch: int) -> float:
+        """The weight of log p(z) - log q(z|x) in `epoch`: 0 in the first, 1 from epoch `kl_warmup` on."""
+        return _ramp(epoch, self.kl_warmup)
+
+    def entropy_weight(self, epoch: int) -> float:
+        """The weight lambda of -log q(z|x) in `epoch`: 0 in the first, 1 from epoch `entropy_annealing` on."""
+        return _ramp(epoch, self.entropy_annealing)
+
+    def annealed(self, epoch: int) -> bool:
+        """Whether `epoch` is trained on the ELBO itself."""
+        return epoch >= max(self.kl_warmup, self.entropy_annealing)
+
+
+def _ramp(epoch: int, length: int) -> float:
+    return min(1.0, epoch / length) if length else 1.0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The course of a training run.
+
+    `history` has one entry per epoch under each key: `train_elbo`, the ELBO in nats per datapoint averaged over the
+    epoch's minibatches while the weights were moving; `validation_elbo`, of the weights at the epoch's end, where
+    validation data were given; `learning_rate`. Both bounds are plain ELBOs, without warm-up or annealing weights.
+    `best_epoch`, counted from 1, is the epoch whose weights the model and the guide now hold.
+    """
+
+    history: dict[str, list[float]]
+    best_epoch: int
+    num_epochs: int
+    stopped_early: bool
+
+    @property
+    def train_elbo(self) -> float:
+        """The training ELBO of `best_epoch`, nats per datapoint."""
+        return self.history["train_elbo"][self.best_epoch - 1]
+
+    @property
+    def validation_elbo(self) -> float | None:
+        """The validation ELBO of `best_epoch`, nats per datapoint; None without validation data."""
+        values = self.history.get("validation_elbo")
+        return values[self.best_epoch - 1] if values else None

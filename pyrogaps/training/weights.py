@@ -1,0 +1,173 @@
+"""The weights of a model and a guide: modules and Pyro's param store, in memory and on disk."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import constraints as pyro_constraints
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+from torch.distributions import constraints as torch_constraints
+
+from pyrogaps.density.data import Data, as_indexed
+from pyrogaps.density.runs import Program, modules_of
+from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
+
+FORMAT = "pyrogaps checkpoint 1"
+Weights = dict[str, Any]
+
+_CONSTRAINTS = {
+    item
+    for module in (torch_constraints, pyro_constraints)
+    for item in vars(module).values()
+    if isinstance(item, type) and issubclass(item, torch_constraints.Constraint)
+}
+
+
+def save_weights(path: str | Path, model: Program, guide: Program) -> None:
+    """Write the weights of `model` and `guide`, their modules' and the param store's, to `path`, atomically.
+
+    Raises `InputError` where the file cannot be written, or a parameter has a constraint of a user's own class.
+    """
+    write_file(path, {"weights": copy_weights(model, guide)})
+
+
+def load_weights(path: str | Path, model: Program, guide: Program, data: Data | None = None) -> None:
+    """Put the weights in `path`, from `save_weights` or from a checkpoint of `train`, into `model` and `guide`.
+
+    A checkpoint of `train` gives its best weights. Programs whose parameters come into being when they first run
+    (Pyro's autoguides; functions that call `pyro.module` on modules they do not close over) are run once on `data`,
+    which must then be given.
+
+    Raises `InputError` where the file is missing, damaged, or does not fit the model and the guide.
+    """
+    content = read_file(path)
+    if data is not None:
+        _run_once(model, guide, data)
+    try:
+        put_weights(content["weights"], model, guide, unknown_modules="refuse" if data is None else "ignore")
+    except InputError as error:
+        raise InputError(f"checkpoint {path}: {error}") from error
+
+
+def _run_once(model: Program, guide: Program, data: Data) -> None:
+    indexed = as_indexed(data)
+    rows = len(indexed) if isinstance(guide, AutoGuide) else min(len(indexed), 2)
+    with torch.no_grad(), seeded(0, "set up"):
+        args = indexed.fetch(torch.arange(rows))
+        guide(*args)
+        model(*args)
+
+
+def all_modules(model: Program, guide: Program) -> list[nn.Module]:
+    """The modules behind two programs, each once, in an order that does not change."""
+    return list({id(module): module for program in (model, guide) for module in modules_of(program)}.values())
+
+
+def copy_weights(model: Program, guide: Program) -> Weights:
+    """A copy of every module's state and of those entries of the param store that are not a module's own."""
+    modules = all_modules(model, guide)
+    owned = {id(value) for module in modules for value in module.parameters()}
+    state = pyro.get_param_store().get_state()
+    loose = {name: value for name, value in state["params"].items() if id(value) not in owned}
+    for name in loose:
+        _check_constraint(name, state["constraints"][name])
+    return {
+        "modules": [{name: _copy(value) for name, value in module.state_dict().items()} for module in modules],
+        "store": {name: _copy(value) for name, value in loose.items()},
+        "constraints": {name: state["constraints"][name] for name in loose},
+    }
+
+
+def put_weights(weights: Weights, model: Program, guide: Program, *, unknown_modules: str = "ignore") -> None:
+    """Write a copy made by `copy_weights` back, into the same tensors where they exist.
+
+    A store entry of a module that has not been registered cannot be tied to the module's tensor; `unknown_modules`
+    says whether to "ignore" or "refuse" it. Raises `InputError`, before anything is changed, where something does
+    not fit.
+    """
+    modules, store = all_modules(model, guide), pyro.get_param_store()
+    if len(modules) != len(weights["modules"]):
+        raise InputError(f"it holds {len(weights['modules'])} modules where the model and guide have {len(modules)}")
+    for module, state in zip(modules, weights["modules"], strict=True):
+        _check_fit(state, module.state_dict(), type(module).__name__)
+    present = {name: store._params[name] for name in store.keys() if name in weights["store"]}
+    _check_fit({name: weights["store"][name] for name in present}, present, "the param store")
+    absent = [name for name in weights["store"] if name not in present]
+    if unknown_modules == "refuse" and any("$$$" in name for name in absent):
+        raise InputError("it holds modules registered by pyro.module that have not run yet here; pass data=")
+    for module, state in zip(modules, weights["modules"], strict=True):
+        module.load_state_dict(state)
+    with torch.no_grad():
+        for name, value in present.items():
+            value.copy_(weights["store"][name])
+    _add_to_store(weights, [name for name in absent if "$$$" not in name])
+
+
+def _add_to_store(weights: Weights, names: list[str]) -> None:
+    pyro.get_param_store().set_state(
+        {
+            "params": {name: _copy(weights["store"][name]).requires_grad_() for name in names},
+            "constraints": {name: weights["constraints"][name] for name in names},
+        }
+    )
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _check_fit(stored: Mapping[str, Any], present: Mapping[str, Any], where: str) -> None:
+    if odd := sorted(set(stored) ^ set(present)):
+        side = "only the checkpoint has" if odd[0] in stored else "the checkpoint lacks"
+        hint = "" if present else " (an autoguide has no parameters before its first run: pass data=)"
+        raise InputError(f"it does not fit {where}: {side} '{odd[0]}'{hint}")
+    for name, value in stored.items():
+        if isinstance(value, Tensor) and value.shape != present[name].shape:
+            shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(present[name].shape)} here"
+            raise InputError(f"it does not fit {where}: '{name}' has shape {shapes}")
+
+
+def _check_constraint(name: str, constraint: Any) -> None:
+    base = getattr(constraint, "base_constraint", None)
+    if type(constraint) not in _CONSTRAINTS:
+        raise InputError(f"parameter '{name}': a checkpoint cannot hold its constraint {type(constraint).__name__}")
+    if base is not None:
+        _check_constraint(name, base)
+
+
+def write_file(path: str | Path, content: dict[str, Any]) -> None:
+    """Write `content` so that `path` holds either its old content or all of the new. Raises `InputError`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"checkpoint {path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """What `write_file` wrote. Raises `InputError` for a file that is missing, damaged or something else."""
+    if not Path(path).is_file():
+        raise InputError(f"checkpoint {path}: there is no such file")
+    try:
+        with torch.serialization.safe_globals(list(_CONSTRAINTS)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise InputError(f"checkpoint {path}: cannot be read; it is damaged or not a checkpoint of pyrogaps") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"checkpoint {path}: is not a checkpoint of this version of pyrogaps")
+    return content

@@ -1,0 +1,456 @@
+"""The command: recipes and overrides, mistakes and their exit codes, whole runs, and runs that are cut short."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+import yaml
+
+import pyrogaps.eval
+from pyrogaps.building import build_families, build_programs, import_object
+from pyrogaps.command_line import parse
+from pyrogaps.errors import InputError
+from pyrogaps.eval import main
+from pyrogaps.recipe import Component, read_document, resolve, shipped
+from pyrogaps.run_folder import RunFolder
+
+RESULTS = ["checkpoint.pt", "gaps.png", "ledger.nc", "recipe.yaml", "summary.csv"]
+
+# A user's module. INTERRUPT="SIGKILL training.pt" sends the process that signal as soon as that file exists.
+MODULE = '''
+import glob, os, signal, threading, time
+import pyro, pyro.distributions as dist, torch
+from pyro.infer.autoguide import AutoNormal
+
+def watch(name, pattern):
+    while not glob.glob(pattern):
+        time.sleep(0.0005)
+    os.kill(os.getpid(), getattr(signal, name))
+
+if "INTERRUPT" in os.environ:
+    threading.Thread(target=watch, args=os.environ["INTERRUPT"].split(), daemon=True).start()
+
+class Data:
+    def __init__(self, num_test: int = 70, scale: float = 1.0):
+        draws = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * scale
+        self.train, self.test = draws[:100], draws[100:100 + num_test]
+
+class Model(torch.nn.Module):
+    def __init__(self, latent_dim: int = 2):
+        super().__init__()
+        self.decoder = torch.nn.Linear(latent_dim, 4)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(self.decoder.in_features), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+class Guide(torch.nn.Module):
+    def __init__(self, latent_dim: int = 2):
+        super().__init__()
+        self.encoder = torch.nn.Linear(4, 2 * latent_dim)
+
+    def forward(self, x):
+        loc, scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+class Pair(torch.nn.Module):
+    """As in Pyro's VAE example."""
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.encoder = Model(), Guide()
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        self.decoder(x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        self.encoder(x)
+
+class Broken:
+    def __init__(self):
+        raise RuntimeError("out of\\ncheese")
+
+class Silent:
+    pass
+
+def model(x):
+    return Model()(x)
+
+def make_pair():
+    return Pair()
+
+def autonormal(model, init_scale: float = 0.1):
+    return AutoNormal(model, init_scale=init_scale)
+'''
+
+RECIPE = {
+    "data": {"class_path": "mine.Data"},
+    "model": {"class_path": "mine.Model"},
+    "guide": "mine.Guide",
+    "training": {"num_epochs": 4, "batch_size": 25, "learning_rate": "1e-2"},
+    "families": {"mean-field": "pyro.infer.autoguide.AutoNormal"},
+    "evidence": {"num_chains": 2, "num_temperatures": 4, "num_leapfrog": 2},
+    "refinement": {"num_steps": 20},
+    "num_particles": 50,
+    "batch_size": 32,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_import_state(monkeypatch):
+    """The command makes folders importable; each test has its own."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    yield
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A user's recipe, beside the module it names, with another folder as the current one."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine.py").write_text(MODULE)
+    path = tmp_path / "home" / "linear.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return str(path)
+
+
+def command(*arguments, **environment):
+    """Run the command as a process of its own, in the current folder."""
+    root = str(Path(pyrogaps.eval.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
+    return subprocess.run(
+        [sys.executable, "-m", "pyrogaps.eval", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def ledger(folder):
+    return xr.load_dataset(Path(folder) / "ledger.nc", group="per_datapoint", engine="h5netcdf")
+
+
+def refused(capsys, *arguments):
+    """The one line with which the command turns `arguments` down."""
+    assert main([*arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+# Recipes
+
+
+def test_digits_is_the_default_and_needs_no_network():
+    document, default = read_document("digits"), parse([])
+    assert default is not None and default[0] == resolve(document)
+    assert str(default[1].out) == "runs/digits"
+    assert default[0].data.class_path == "pyrogaps.datasets.Digits"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_can_be_built(name):
+    recipe = resolve(read_document(name))
+    build_programs(recipe)
+    build_families(recipe)
+    assert callable(import_object("data", recipe.data.class_path))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_printed_recipe_is_a_recipe(name, tmp_path, capsys):
+    changes = ["--training.schedule.class_path", "pyrogaps.training.Exponential"]
+    changes += ["--training.schedule.init_args.decay", "0.9", "--seed=7", "--families.flow", "mine.Flow"]
+    assert main([name, *changes, "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "printed.yaml"
+    path.write_text(printed)
+    again, first = parse([str(path)]), parse([name, *changes])
+    assert again is not None and first is not None and again[0] == first[0]
+    assert again[0].families["flow"] == Component("mine.Flow")
+    assert main([str(path), "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_overrides_reach_every_kind_of_field():
+    parsed = parse(
+        [
+            *("digits", "--training.num_epochs", "3", "--evidence.num_chains=4", "--data.init_args.num_test", "100"),
+            *("--guide", "mine.guide", "--model.init_args.hidden", "[5, 6]", "--families", "{}", "--plate", "rows"),
+            *("--split.part=train", "--training.learning_rate", "1e-4", "--refinement.num_steps", "7", "--out", "there"),
+        ]
+    )
+    assert parsed is not None
+    recipe, options = parsed
+    assert recipe.training is not None and recipe.training.num_epochs == 3 and recipe.training.learning_rate == 1e-4
+    assert recipe.evidence.num_chains == 4 and recipe.refinement.num_steps == 7
+    assert recipe.data.init_args["num_test"] == 100 and recipe.model is not None
+    assert recipe.model.init_args["hidden"] == [5, 6] and recipe.model.init_args["data_dim"] == 64
+    assert recipe.guide == Component("mine.guide") and recipe.families == {} and recipe.plate == "rows"
+    assert recipe.split.part == "train" and options.out == Path("there")
+    nothing = parse(["digits", "--training", "null"])
+    assert nothing is not None and nothing[0].training is None
+
+
+def test_help_lists_recipes_options_and_fields(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in [*shipped(), "--checkpoint", "--overwrite", "--evidence.num_chains", "--training.num_epochs"]:
+        assert word in text
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nosuch"], "digits"),
+        (["digits", "mnist"], "unexpected argument 'mnist'"),
+        (["--outt", "x"], "did you mean --out?"),
+        (["--num_epochs", "3"], "did you mean --training.num_epochs?"),
+        (["--training.num_epoch", "3"], "did you mean 'num_epochs'?"),
+        (["--training.num_epochs", "many"], "training.num_epochs: expected int, got many"),
+        (["--training.num_epochs", "0"], "num_epochs must be at least 1"),
+        (["--training", "3"], "training: expected a mapping"),
+        (["--seed"], "--seed needs a value"),
+        (["--seed", "null"], "seed: expected a value"),
+        (["--seed", "[1"], "--seed"),
+        (["--overwrite=yes"], "takes no value"),
+        (["--model", "null"], "name a model and a guide"),
+        (["--pair", "mine.Pair"], "not all of them"),
+        (["--model", "VAE"], "not a dotted path"),
+        (["--model", "nowhere.VAE"], "no module named 'nowhere'"),
+        (["--model", "pyrogaps.models.vae.VEA"], "did you mean 'VAE'?"),
+        (["--model.init_args.hiden", "3"], "did you mean 'hidden'?"),
+        (["--model.init_args.latent_dim", "few"], "model.init_args.latent_dim: expected int, got few"),
+        (["--families.x", "[1]"], "families.x: expected a dotted path"),
+        (["--data", "null"], "data is missing"),
+        (["--split.part", "exam"], "has no 'exam'"),
+        (["--split.num_datapoints", "99999"], "asked for 99999"),
+        (["--device", "toaster"], "'toaster' is not a device"),
+        (["--checkpoint", "missing.pt"], "no file missing.pt"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(capsys, *arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+def test_missing_cuda(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "use --device cpu" in refused(capsys, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("model: [", "not YAML"), ("- a\n- b", "mapping"), ("modle: x", "did you mean 'model'?"), ("", "mapping")],
+)
+def test_bad_recipe_files(text, said, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert said in refused(capsys, str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "mine.Broken"], "RuntimeError: out of cheese (mine.py, line"),
+        (["--model", "mine.Silent"], "cannot be called"),
+        (["--model", "mine.Pair"], "goes under pair"),
+        (["--model", "{class_path: mine.model, init_args: {a: 1}}"], "takes no init_args"),
+        (["--guide", "mine.Gide"], "did you mean 'Guide'?"),
+        (["--families.x", "{class_path: mine.autonormal, init_args: {init_scael: 1}}"], "did you mean 'init_scale'?"),
+        (["--data.init_args.scale", "big"], "data.init_args.scale: expected float, got big"),
+    ],
+)
+def test_mistakes_in_a_users_module(recipe, arguments, said, capsys):
+    assert said in refused(capsys, recipe, *arguments)
+
+
+def test_module_that_cannot_be_imported(recipe, capsys):
+    module = Path(recipe).with_name("mine.py")
+    module.write_text("1 / 0")
+    assert "ZeroDivisionError: division by zero (mine.py, line 1)" in refused(capsys, recipe)
+    module.write_text("def f(:")
+    assert "SyntaxError" in refused(capsys, recipe)
+
+
+def test_missing_data_file(recipe, capsys):
+    with Path(recipe).with_name("mine.py").open("a") as module:
+        module.write("\ndef stored(path: str):\n    return open(path)\n")
+    said = refused(capsys, recipe, "--data", "{class_path: mine.stored, init_args: {path: gone.npz}}")
+    assert "FileNotFoundError" in said and "gone.npz" in said
+
+
+def test_errors_of_our_own_keep_their_traceback(recipe, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(pyrogaps.eval, "decompose", fail)
+    with pytest.raises(AssertionError, match="a bug"):
+        main([recipe, "--quiet", "--training", "null"])
+
+
+# Building
+
+
+def programs(path, **fields):
+    document = read_document(path)
+    for name in ("model", "guide"):
+        document.pop(name)
+    return build_programs(resolve({**document, **fields}))
+
+
+def test_autoguides_are_given_the_model(recipe):
+    model, guide = programs(recipe, model="mine.model", guide="pyro.infer.autoguide.AutoNormal")
+    assert guide.model is model and model.__name__ == "model"
+
+
+def test_users_guide_with_a_model_parameter_is_given_the_model(recipe):
+    model, guide = programs(recipe, model="mine.Model", guide={"class_path": "mine.AutoNormal"})
+    assert guide.model is model
+
+
+@pytest.mark.parametrize("path", ["mine.Pair", "mine.make_pair"])
+def test_pairs(recipe, path):
+    model, guide = programs(recipe, pair=path)
+    assert model.__self__ is guide.__self__
+
+
+def test_families_with_arguments(recipe):
+    entry = {"class_path": "mine.autonormal", "init_args": {"init_scale": "0.5"}}
+    resolved = resolve({**read_document(recipe), "families": {"narrow": entry}})
+    guide = build_families(resolved)["narrow"](build_programs(resolved)[0])
+    assert guide._init_scale == 0.5
+
+
+def test_pair_without_guide_is_refused(recipe):
+    with pytest.raises(InputError, match="no method 'model'"):
+        programs(recipe, pair="mine.Silent")
+
+
+# Runs
+
+
+def test_a_run_from_start_to_finish(recipe):
+    run = command(recipe)
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    assert sorted(os.listdir("runs/linear")) == RESULTS
+    assert "amortization" in run.stdout and "runs/linear/gaps.png" in run.stdout
+    assert "ELBO" in run.stderr
+    values = ledger("runs/linear")
+    assert values.sizes["datapoint"] == 70 and list(values["family"].values) == ["own", "mean-field"]
+    assert np.isfinite(values["inference_gap"]).all()
+    assert Path("runs/linear/gaps.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load(Path("runs/linear/recipe.yaml").read_text())["refinement"]["num_steps"] == 20
+
+
+def test_what_follows_a_finished_run(recipe, capsys):
+    assert main([recipe, "--quiet"]) == 0
+    table = capsys.readouterr().out
+    saved = ledger("runs/linear")
+
+    Path("runs/linear/gaps.png").unlink()
+    assert main([recipe, "--quiet"]) == 0
+    again = capsys.readouterr()
+    assert again.out == table and "finished run" in again.err
+    assert sorted(os.listdir("runs/linear")) == RESULTS
+
+    assert main(["runs/linear/recipe.yaml"]) == 0
+    assert capsys.readouterr().out == table
+
+    said = refused(capsys, recipe, "--seed", "1")
+    assert "different recipe (seed)" in said and "--out" in said and "--overwrite" in said
+    xr.testing.assert_identical(ledger("runs/linear"), saved)
+
+    assert main([recipe, "--checkpoint", "runs/linear/checkpoint.pt", "--out", "loaded", "--quiet"]) == 0
+    assert "loading weights" in capsys.readouterr().err
+    xr.testing.assert_allclose(ledger("loaded"), saved)
+
+    assert main([recipe, "--seed", "1", "--overwrite", "--quiet"]) == 0
+    assert not np.allclose(ledger("runs/linear")["elbo"], saved["elbo"])
+
+
+def test_pairs_and_data_options(recipe, capsys):
+    document = {**RECIPE, "pair": "mine.make_pair", "split": {"num_datapoints": 33}, "families": {}}
+    Path("pair.yaml").write_text(yaml.safe_dump({k: v for k, v in document.items() if k not in ("model", "guide")}))
+    (Path.cwd() / "mine.py").write_text(MODULE)
+    assert main(["pair.yaml", "--quiet", "--data_root", "elsewhere"]) == 0
+    assert "--data_root has no effect" in capsys.readouterr().err
+    assert ledger("runs/pair").sizes["datapoint"] == 33
+
+
+def test_data_options_reach_the_data_set_and_are_no_part_of_the_recipe(recipe, capsys):
+    with Path(recipe).with_name("mine.py").open("a") as module:
+        module.write(
+            "\nclass Rooted(Data):\n    def __init__(self, root: str = '.', download: bool = False):\n"
+            "        super().__init__(32 if (root, download) == ('there', True) else 64)\n"
+        )
+    chosen = [recipe, "--data", "mine.Rooted", "--quiet", "--training", "null", "--families", "{}"]
+    assert main([*chosen, "--data_root", "there", "--download"]) == 0
+    assert ledger("runs/linear").sizes["datapoint"] == 32
+    assert main(chosen) == 0
+    assert "finished run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["training.pt", "parts/*"])
+def test_killed_run_continues_to_the_same_ledger(recipe, stage):
+    arguments = [recipe, "--training.num_epochs", "40"]
+    assert command(*arguments, "--out", "unbroken").returncode == 0
+    killed = command(*arguments, "--out", "killed", INTERRUPT=f"SIGKILL killed/{stage}")
+    assert killed.returncode == -9
+    assert not Path("killed/ledger.nc").exists()
+    continued = command(*arguments, "--out", "killed")
+    assert continued.returncode == 0, continued.stderr
+    assert sorted(os.listdir("killed")) == RESULTS
+    xr.testing.assert_identical(ledger("killed"), ledger("unbroken"))
+
+
+def test_interrupted_run_says_how_to_continue(recipe):
+    run = command(recipe, "--quiet", "--training.num_epochs", "100000", INTERRUPT="SIGINT runs/linear/training.pt")
+    assert run.returncode == 130
+    assert "Traceback" not in run.stderr
+    assert run.stderr.strip().splitlines()[-1].endswith("run the same command again to continue from runs/linear")
+
+
+def test_a_folder_where_nothing_was_computed_yet_may_change_its_recipe(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim("seed: 0\n", overwrite=False)
+    folder.claim("seed: 1\n", overwrite=False)
+    assert (folder / "recipe.yaml").read_text() == "seed: 1\n"
+    (folder / "training.pt").touch()
+    with pytest.raises(InputError, match=r"different recipe \(seed\)"):
+        folder.claim("seed: 2\n", overwrite=False)
+    folder.claim("seed: 2\n", overwrite=True)
+    assert os.listdir(folder.path) == ["recipe.yaml"]
+
+
+def test_strangers_files_are_left_alone(recipe, capsys):
+    Path("out").mkdir()
+    Path("out/ledger.nc").write_text("mine")
+    said = refused(capsys, recipe, "--out", "out")
+    assert "--overwrite" in said
+    assert Path("out/ledger.nc").read_text() == "mine"
+
+
+def test_out_that_is_a_file(recipe, capsys):
+    Path("out").write_text("a file")
+    assert "cannot write to out" in refused(capsys, recipe, "--out", "out", "--training", "null")

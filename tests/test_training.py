@@ -1,0 +1,495 @@
+"""Training: the objective, its annealing, schedules, early stopping, divergence and parameters of every style."""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn.functional import softplus
+
+from pyrogaps.density.data import IndexedData
+from pyrogaps.errors import InputError
+from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.models.linear_gaussian import LinearGaussian
+from pyrogaps.training import Constant, Cosine, Exponential, Schedule, Staircase, Training, TrainingResult, train
+from pyrogaps.training.objective import Objective, WeightLatents
+
+quick: dict[str, Any] = {"progress": False, "learning_rate": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def pair(hidden: tuple[int, ...] = ()) -> tuple[LinearGaussian, AmortizedNormal]:
+    torch.manual_seed(1)
+    return LinearGaussian.random(4, 2, noise_scale=0.7), AmortizedNormal(4, 2, hidden)
+
+
+def data(num_datapoints: int = 60) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(num_datapoints, 2, generator=generator) @ torch.randn(2, 4, generator=generator)
+
+
+def elbo_of(model: LinearGaussian, guide: AmortizedNormal, x: Tensor) -> float:
+    mean, scale = guide.parameters_of(x)
+    return model.elbo(x, mean, scale=scale).mean().item()
+
+
+def test_training_finds_the_optimum_of_its_family() -> None:
+    # The best linear encoder is the exact mean-field optimum here, so every gap but the approximation gap closes.
+    model, guide = pair()
+    x = data(400)
+    result = train(model, guide, x, num_epochs=120, schedule=Cosine(120), freeze_model=True, num_particles=4, **quick)
+    mean, scale = guide.parameters_of(x)
+    assert model.amortization_gap(x, mean, scale).mean().item() < 0.005
+    # At the optimum the noise of the last epoch's ELBO is that of 400 x 4 draws.
+    assert abs(result.train_elbo - elbo_of(model, guide, x)) < 4 * math.sqrt(2 / 1600)
+
+
+def test_training_the_model_raises_the_evidence() -> None:
+    model, guide = pair()
+    x = data()
+    before = model.log_evidence(x).mean().item()
+    result = train(model, guide, x, num_epochs=60, batch_size=20, **quick)
+    assert model.log_evidence(x).mean().item() > before + 1
+    assert len(result.history["train_elbo"]) == result.num_epochs == result.best_epoch == 60
+    assert not result.stopped_early and result.validation_elbo is None
+
+
+@pytest.mark.parametrize(("beta", "entropy_weight"), [(1.0, 1.0), (0.3, 1.0), (1.0, 0.25), (0.0, 1.0), (0.5, 0.0)])
+def test_objective_weighs_latents_and_reports_the_plain_elbo(beta: float, entropy_weight: float) -> None:
+    model, guide = pair()
+    x = data(7)
+    torch.manual_seed(3)
+    guide_trace = poutine.trace(guide).get_trace(x)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    likelihood, prior, q = (
+        trace.nodes[name]["log_prob_sum"] / 7
+        for trace, name in ((model_trace, "x"), (model_trace, "z"), (guide_trace, "z"))
+    )
+    objective = Objective(model, guide, num_particles=1)
+    objective.anneal(beta, entropy_weight)
+    objective.begin(7)
+    torch.manual_seed(3)
+    model.weight.requires_grad_(True)
+    loss = objective.loss_and_grads(objective.model, objective.guide, x)
+    assert loss == pytest.approx(-(likelihood + beta * (prior - entropy_weight * q)).item(), rel=1e-5)
+    assert objective.elbo == pytest.approx((likelihood + prior - q).item(), rel=1e-5)
+
+
+def test_weight_zero_is_zero_even_where_the_log_probability_is_infinite() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Uniform(0.0, 1.0, validate_args=False))
+
+    weight = WeightLatents()
+    weight.weight = 0.0
+    trace = poutine.trace(weight(poutine.condition(model, data={}))).get_trace()
+    trace.nodes["z"]["value"] = torch.tensor(2.0)
+    assert trace.nodes["z"]["fn"].log_prob(torch.tensor(2.0)) == -math.inf
+    assert trace.log_prob_sum() == 0
+
+
+def test_first_epoch_of_warm_up_ignores_prior_and_guide_scores() -> None:
+    # With beta = 0 the scale can only help the likelihood, so it shrinks.
+    model, guide = pair()
+    x = data()
+    before = guide.parameters_of(x)[1].mean().item()
+    train(model, guide, x, num_epochs=1, batch_size=5, kl_warmup=10, freeze_model=True, **quick)
+    assert guide.parameters_of(x)[1].mean().item() < before
+
+
+def test_warm_up_and_annealing_ramps() -> None:
+    settings = Training(kl_warmup=4, entropy_annealing=2)
+    assert [settings.beta(epoch) for epoch in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert [settings.entropy_weight(epoch) for epoch in range(4)] == [0, 0.5, 1, 1]
+    assert [settings.annealed(epoch) for epoch in (3, 4)] == [False, True]
+    assert Training().beta(0) == Training().entropy_weight(0) == 1
+
+
+def test_schedules() -> None:
+    assert Constant()(7) == 1
+    assert Exponential(0.5)(3) == 0.125
+    assert [round(Cosine(5, final=0.2)(epoch), 6) for epoch in (0, 2, 4, 9)] == [1.0, 0.6, 0.2, 0.2]
+    assert Cosine(1)(0) == 1
+
+
+def test_staircase_takes_three_to_the_i_epochs_per_stage() -> None:
+    multipliers = [Staircase()(epoch) for epoch in range(3280)]
+    for i in range(8):
+        assert sum(math.isclose(value, 10 ** (-i / 7)) for value in multipliers) == 3**i
+    assert multipliers == sorted(multipliers, reverse=True)
+    assert Staircase()(5000) == pytest.approx(0.1)
+    stretched = [Staircase(2 * 3280)(epoch) for epoch in range(2 * 3280)]
+    assert stretched[::2] == stretched[1::2] == multipliers
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Exponential(0.0), lambda: Cosine(0), lambda: Cosine(3, 2.0), lambda: Staircase(0),
+        lambda: Staircase(10, 1), lambda: Training(num_epochs=0), lambda: Training(batch_size=0),
+        lambda: Training(kl_warmup=-1), lambda: Training(learning_rate=0.0), lambda: Training(clip_norm=0.0),
+        lambda: Training(patience=0), lambda: Training(num_particles=0),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(InputError):
+        make()
+
+
+def test_train_and_training_have_the_same_settings() -> None:
+    parameters = inspect.signature(train).parameters
+    for field in fields(Training):
+        if field.name != "optimizer_options":
+            assert parameters[field.name].default == getattr(Training(), field.name)
+    model, guide = pair()
+    settings = Training(num_epochs=2, batch_size=30, schedule=Exponential(0.5), optimizer_options={"eps": 1e-4})
+    result = train(model, guide, data(), **vars(settings), progress=False)
+    assert result.history["learning_rate"] == [1e-3, 5e-4]
+
+
+def test_recipes_can_build_the_settings() -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--training", type=Training)
+    schedule = {"class_path": "pyrogaps.training.Staircase", "init_args": {"num_epochs": 50}}
+    chosen = {
+        "num_epochs": 50, "schedule": schedule, "optimizer": "torch.optim.AdamW",
+        "optimizer_options": {"eps": 1e-4}, "clip_norm": 5,
+    }  # fmt: skip
+    settings = parser.instantiate_classes(parser.parse_object({"training": chosen})).training
+    assert settings == Training(50, 100, 1e-3, Staircase(50), torch.optim.AdamW, {"eps": 1e-4}, clip_norm=5)
+
+
+def test_schedule_scales_the_learning_rate_of_the_optimizer() -> None:
+    class Never(Schedule):
+        def __call__(self, epoch: int) -> float:
+            return 0.0
+
+    model, guide = pair()
+    before = [value.clone() for value in guide.parameters()]
+    train(model, guide, data(), num_epochs=2, schedule=Never(), **quick)
+    assert all(torch.equal(old, new) for old, new in zip(before, guide.parameters(), strict=True))
+
+
+def test_clipping_bounds_the_norm_of_the_whole_gradient() -> None:
+    model, guide = pair((5,))
+    before = torch.cat([value.flatten().clone() for value in (*model.parameters(), *guide.parameters())])
+    train(model, guide, 50 * data(), num_epochs=1, batch_size=60, learning_rate=1.0, clip_norm=0.1,
+          optimizer=torch.optim.SGD, progress=False)  # fmt: skip
+    after = torch.cat([value.flatten() for value in (*model.parameters(), *guide.parameters())])
+    assert (after - before).norm().item() == pytest.approx(0.1, rel=1e-3)
+
+
+# --- Parameters of every style ----------------------------------------------------------------------------------
+
+
+def plain_model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.expand(len(x), 2), 0.5).to_event(1), obs=x)
+
+
+def param_guide(x: Tensor) -> None:
+    slope = pyro.param("slope", lambda: torch.zeros(2))
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((x @ slope)[:, None], scale).to_event(1))
+
+
+class ParamGuide(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(2))
+        self.scale = PyroParam(torch.tensor(1.0), constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x @ self.slope)[:, None], self.scale).to_event(1))
+
+
+class Example(nn.Module):
+    """In the manner of Pyro's VAE example: `model` and `guide` are methods of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.encoder = nn.Linear(1, 2), nn.Linear(2, 2)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[0], 1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", x.shape[0]):
+            loc, raw = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, softplus(raw) + 1e-3).to_event(1))
+
+
+def pairs_of_every_style() -> dict[str, tuple[Any, Any]]:
+    example, encoder = Example(), nn.Linear(2, 1)
+
+    def closure(x: Tensor) -> None:
+        pyro.module("net", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 0.5).to_event(1))
+
+    return {
+        "param": (plain_model, param_guide),
+        "PyroModule": (plain_model, ParamGuide()),
+        "methods": (example.model, example.guide),
+        "pyro.module": (plain_model, closure),
+    }
+
+
+STYLES = ["param", "PyroModule", "methods", "pyro.module"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_is_trained(style: str) -> None:
+    model, guide = pairs_of_every_style()[style]
+    result = train(model, guide, data()[:, :2], num_epochs=30, batch_size=20, **quick)
+    assert result.history["train_elbo"][-1] > result.history["train_elbo"][0] + 0.3
+
+
+@pytest.mark.parametrize("style", ["methods", "pyro.module"])
+def test_a_second_module_of_the_same_name_is_trained_too(style: str) -> None:
+    train(*pairs_of_every_style()[style], data()[:, :2], num_epochs=1, **quick)
+    model, guide = pairs_of_every_style()[style]
+    result = train(model, guide, data()[:, :2], num_epochs=30, batch_size=20, **quick)
+    assert result.history["train_elbo"][-1] > result.history["train_elbo"][0] + 0.3
+
+
+def test_freeze_model_trains_the_guide_alone() -> None:
+    example = Example()
+    decoder, encoder = (nn.utils.parameters_to_vector(part.parameters()).clone() for part in (example.decoder, example.encoder))
+    train(example.model, example.guide, data()[:, :2], num_epochs=1, freeze_model=True, **quick)
+    assert torch.equal(nn.utils.parameters_to_vector(example.decoder.parameters()), decoder)
+    assert not torch.equal(nn.utils.parameters_to_vector(example.encoder.parameters()), encoder)
+
+
+def test_freeze_model_refuses_shared_parameters() -> None:
+    model = nn.Linear(1, 2)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = model
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x @ self.decoder.weight, 1.0).to_event(1))
+
+    class Decoding(Tied):
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(InputError, match="shares parameter"):
+        train(Decoding(), Tied(), data()[:, :2], num_epochs=1, freeze_model=True, **quick)
+
+
+def test_nothing_to_train_is_refused() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    with pytest.raises(InputError, match="nothing to train"):
+        train(plain_model, guide, data()[:, :2], **quick)
+
+
+def test_unknown_optimizer_option_is_refused() -> None:
+    with pytest.raises(InputError, match="Adam: .*momentum"):
+        train(*pair(), data(), optimizer_options={"momentum": 0.9}, **quick)
+
+
+# --- Minibatches ------------------------------------------------------------------------------------------------
+
+
+def per_datapoint_guide(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.zeros(len(x), 1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
+
+
+@pytest.mark.parametrize("style", ["autoguide", "function"])
+def test_a_guide_with_parameters_per_datapoint_needs_the_whole_data_set(style: str) -> None:
+    x = data()[:, :2]
+    guide = AutoNormal(plain_model) if style == "autoguide" else per_datapoint_guide
+    with pytest.raises(InputError, match="parameters for each of 20 datapoints"):
+        train(plain_model, guide, x, batch_size=20, **quick)
+    with pytest.raises(InputError, match="validation"):
+        train(plain_model, guide, x, batch_size=60, validation=x, **quick)
+    # The refusals left nothing behind, and rows keep their places: the means follow the data.
+    train(plain_model, guide, x, num_epochs=150, batch_size=60, progress=False, learning_rate=5e-2)
+    loc = guide.median(x)["z"] if isinstance(guide, AutoNormal) else pyro.param("loc")
+    exact = x.sum(1) / 0.25 / (1 + 2 / 0.25)
+    assert torch.corrcoef(torch.stack([loc[:, 0].detach(), exact]))[0, 1] > 0.95
+
+
+def test_a_hard_coded_plate_is_named() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 20):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.expand(20, 2), 0.5).to_event(1), obs=x)
+
+    with pytest.raises(InputError, match="runs on 20 datapoints but not on 21"):
+        train(model, param_guide, data()[:, :2], batch_size=20, **quick)
+
+
+def test_plate_scaling_does_not_change_figures_or_steps() -> None:
+    x = data()[:, :2]
+
+    def run(subsampled: bool) -> tuple[TrainingResult, Tensor]:
+        pyro.clear_param_store()
+
+        def plate(rows: int) -> pyro.plate:
+            return pyro.plate("data", 60, subsample_size=rows) if subsampled else pyro.plate("data", rows)
+
+        def model(x: Tensor) -> None:
+            with plate(len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z.expand(len(x), 2), 0.5).to_event(1), obs=x)
+
+        def guide(x: Tensor) -> None:
+            slope = pyro.param("slope", lambda: torch.zeros(2))
+            with plate(len(x)):
+                pyro.sample("z", dist.Normal((x @ slope)[:, None], 0.5).to_event(1))
+
+        # Subsampling draws indices of its own, so whole plates are compared with a subsample of the same rows.
+        return train(model, guide, x, num_epochs=1, batch_size=25, kl_warmup=2, **quick), pyro.param("slope").detach()
+
+    scaled, whole = run(True)[0].train_elbo, run(False)[0].train_elbo
+    # Different draws of z, the same bound: with 60 datapoints its standard error is about 0.4 nats.
+    assert abs(scaled - whole) < 4 * 0.4 * math.sqrt(2)
+
+
+def test_indexed_data_reaches_the_model_in_order() -> None:
+    x = data()
+    seen: list[Tensor] = []
+
+    def fetch(indices: Tensor) -> tuple[Tensor, ...]:
+        seen.append(indices)
+        return (x[indices],)
+
+    first, second = pair(), pair()
+    train(*first, IndexedData(60, fetch), num_epochs=2, batch_size=25, **quick)
+    train(*second, x, num_epochs=2, batch_size=25, **quick)
+    epoch = torch.cat(seen[-3:])
+    assert [len(indices) for indices in seen[-3:]] == [25, 25, 10]
+    assert sorted(epoch.tolist()) == list(range(60)) and epoch.tolist() != list(range(60))
+    assert torch.equal(first[1].encoder[0].weight, second[1].encoder[0].weight)
+
+
+# --- Validation, divergence and the caller's state --------------------------------------------------------------
+
+
+def test_early_stopping_restores_the_best_weights() -> None:
+    model, guide = pair((30,))
+    x = data(20)
+    result = train(model, guide, x[:10], num_epochs=400, batch_size=10, validation=x[10:], patience=15,
+                   kl_warmup=5, progress=False, learning_rate=3e-2)  # fmt: skip
+    values = result.history["validation_elbo"]
+    assert result.stopped_early and result.num_epochs == result.best_epoch + 15
+    assert result.best_epoch > 5 and values[result.best_epoch - 1] == max(values[5:]) == result.validation_elbo
+    again = train(model, guide, x[:10], num_epochs=1, batch_size=10, validation=x[10:], progress=False,
+                  schedule=lambda epoch: 0.0)  # fmt: skip
+    assert again.validation_elbo == pytest.approx(result.validation_elbo, abs=1e-5)
+
+
+def test_validation_does_not_disturb_training() -> None:
+    class Dropping(AmortizedNormal):
+        def encode(self, x: Tensor) -> Tensor:
+            return super().encode(nn.functional.dropout(x, 0.5, self.training))
+
+    def run(validation: Tensor | None) -> Tensor:
+        torch.manual_seed(4)
+        model, guide = LinearGaussian.random(4, 2), Dropping(4, 2, ())
+        guide.train(False)
+        result = train(model, guide, data(), num_epochs=5, batch_size=20, validation=validation, **quick)
+        assert not guide.training
+        assert result.best_epoch == 5
+        return guide.encoder[0].weight.detach()
+
+    assert torch.equal(run(None), run(data(200)))
+
+
+def test_patience_needs_validation_data() -> None:
+    with pytest.raises(InputError, match="patience needs validation"):
+        train(*pair(), data(), patience=3, **quick)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_divergence_is_named_and_undone(kind: str) -> None:
+    model, guide = pair()
+    snapshot: list[Tensor] = []
+
+    def sabotage(epoch: int) -> float:
+        if epoch == 3:
+            snapshot.extend(value.detach().clone() for value in (*model.parameters(), *guide.parameters()))
+            if kind == "gradient":
+                guide.encoder[0].weight.register_hook(lambda gradient: gradient * math.inf)
+        return 1e30 if epoch == 3 and kind == "loss" else 1.0
+
+    with pytest.raises(FloatingPointError, match=r"epoch 4: .* at step [12]; lower learning_rate.*those of epoch 3"):
+        train(model, guide, data(), num_epochs=9, batch_size=20, schedule=sabotage, **quick)
+    now = (*model.parameters(), *guide.parameters())
+    assert all(torch.equal(old, new) for old, new in zip(snapshot, now, strict=True))
+    assert all(value.grad is None for value in now)
+
+
+def test_nan_in_the_data_is_never_silent() -> None:
+    x = data()
+    x[37, 2] = math.nan
+    model, guide = pair()
+    with pyro.validation_enabled(False), pytest.raises(FloatingPointError, match="the initial ones"):
+        train(model, guide, x, num_epochs=2, batch_size=20, **quick)
+
+
+def test_the_callers_state_is_put_back() -> None:
+    model, guide = pair()
+    guide.encoder.train(False)
+    state = torch.get_rng_state()
+    for validating in (True, False):
+        with pyro.validation_enabled(validating):
+            train(model, guide, data(), num_epochs=1, **quick)
+            assert pyro.infer.util.is_validation_enabled() is validating
+    assert torch.equal(torch.get_rng_state(), state)
+    assert guide.training and not guide.encoder.training
+
+
+def test_the_seed_decides_everything() -> None:
+    def run(seed: int) -> Tensor:
+        model, guide = pair()
+        train(model, guide, data(), num_epochs=2, batch_size=20, seed=seed, **quick)
+        return guide.encoder[0].weight.detach()
+
+    first = run(1)
+    torch.randn(100)
+    assert torch.equal(first, run(1)) and not torch.equal(first, run(2))
+
+
+def test_the_bar_shows_epoch_and_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    train(*pair(), data(), num_epochs=3)
+    shown = capsys.readouterr().err
+    assert "epoch 3/3" in shown and "ELBO" in shown and "<" in shown
