@@ -30,7 +30,8 @@ def build_programs(recipe: Recipe) -> tuple[Program, Program]:
             if not callable(getattr(pair, name, None)):
                 raise InputError(f"pair: {recipe.pair.class_path} has no method '{name}'")
         return pair.model, pair.guide
-    assert recipe.model is not None and recipe.guide is not None
+    assert recipe.model is not None
+    assert recipe.guide is not None
     model = _program("model", recipe.model)
     return model, _program("guide", recipe.guide, model)
 
@@ -44,7 +45,7 @@ def _program(key: str, component: Component, model: Program | None = None) -> Pr
     target = import_object(key, component.class_path)
     if not inspect.isclass(target):
         if component.init_args:
-            raise InputError(f"{key}: {component.class_path} is used as it is and takes no init_args; name a class for that")
+            raise InputError(f"{key}: {component.class_path} is used as it is; only a class takes init_args")
         return _callable(key, component, target)
     takes_model = model is not None and (issubclass(target, AutoGuide) or _first_parameter(target) == "model")
     leading = (model,) if takes_model and "model" not in component.init_args else ()
@@ -66,7 +67,12 @@ def _family(key: str, component: Component) -> Callable[[Program], Program]:
     if not callable(target):
         raise InputError(f"{key}: {component.class_path} cannot be called with the model")
     arguments = typed_arguments(key, target, component.init_args, leading=1)
-    return functools.partial(target, **arguments) if arguments else target  # type: ignore[no-any-return]
+    if not arguments:
+        return target
+    family = functools.partial(target, **arguments)
+    # The ledger records a family by its name; a partial's own would hold an address that changes from run to run.
+    family.__name__ = f"{component.class_path}({', '.join(f'{k}={v!r}' for k, v in component.init_args.items())})"  # type: ignore[attr-defined]
+    return family
 
 
 def construct(key: str, component: Component, *leading: Any) -> Any:
@@ -108,7 +114,7 @@ def _convert(key: str, target: Callable[..., Any], given: dict[str, Any]) -> dic
     except Exception:  # not every annotation that a user may write can be read; the values then pass as they are
         return given
     try:
-        return vars(parse_typed(arguments, {"arguments": given})["arguments"])
+        return dict(vars(parse_typed(arguments, {"arguments": given})["arguments"]))
     except InputError as error:
         raise InputError(str(error).replace("arguments.", f"{key}.", 1)) from error
 
@@ -182,8 +188,8 @@ def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool =
     """
     component, remarks = recipe.data, []
     accepted = _parameters(import_object("data", component.class_path))
-    for option, value, names in (("data_root", data_root, ("data_root", "root")), ("download", download, ("download",))):
-        name = next((name for name in names if name in accepted), None)
+    for option, value in (("data_root", data_root), ("download", download)):
+        name = next((name for name in (option, option.removeprefix("data_")) if name in accepted), None)
         if value and name:
             component = Component(component.class_path, {**component.init_args, name: value})
         elif value:

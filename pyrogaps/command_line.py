@@ -7,8 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from pyrogaps.errors import InputError
-from pyrogaps.recipe import COMPONENTS, SCALARS, SECTIONS, Recipe, load_yaml, override, parser, read_document, resolve
-from pyrogaps.recipe import shipped
+from pyrogaps.recipe import (
+    COMPONENTS,
+    SCALARS,
+    SECTIONS,
+    Recipe,
+    load_yaml,
+    override,
+    parser,
+    read_document,
+    resolve,
+    shipped,
+)
 
 USAGE = "usage: python -m pyrogaps.eval [RECIPE] [options]"
 

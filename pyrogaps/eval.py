@@ -84,9 +84,7 @@ def _run(recipe: Recipe, options: Options) -> None:
     _report(ledger, folder)
 
 
-def _weigh(
-    recipe: Recipe, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool
-) -> None:
+def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool) -> None:
     """Give the model and guide their weights: those already in the folder, a checkpoint's, or freshly trained ones."""
     weights = folder / "checkpoint.pt"
     source = weights if weights.exists() else Path(recipe.checkpoint) if recipe.checkpoint else None
@@ -114,9 +112,9 @@ def _weigh(
 
 
 def _read_ledger(path: Path) -> GapLedger:
-    with failures_named(f"{path}: reading the ledger (--overwrite computes it anew)"):
-        with xr.open_datatree(path, engine="h5netcdf") as tree:
-            return GapLedger.from_datatree(tree.load())
+    broken = f"{path}: reading the ledger (--overwrite computes it anew)"
+    with failures_named(broken), xr.open_datatree(path, engine="h5netcdf") as tree:
+        return GapLedger.from_datatree(tree.load())
 
 
 def _report(ledger: GapLedger, folder: RunFolder) -> None:

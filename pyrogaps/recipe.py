@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
@@ -77,16 +77,16 @@ class Recipe:
     refinement: Refinement = field(default_factory=Refinement)
     num_particles: int = 1000
     batch_size: int = 64
-    plate: str | bool | None = None
+    plate: str | Literal[False] | None = None
     seed: int = 0
     device: str = "cpu"
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.pair is None) == (self.model is None or self.guide is None):
+        if self.pair is not None and (self.model is not None or self.guide is not None):
+            raise InputError("recipe: pair stands in place of model and guide; set those to null")
+        if self.pair is None and (self.model is None or self.guide is None):
             raise InputError("recipe: name a model and a guide, or a pair in place of both")
-        if self.pair is not None and (self.model or self.guide):
-            raise InputError("recipe: name a model and a guide, or a pair in place of both, not all of them")
 
     def to_yaml(self) -> str:
         """The recipe with every field written out; `read_recipe` of it gives the recipe back."""
@@ -146,7 +146,8 @@ def load_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        raise InputError(f"{source}{line}: not YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}") from error
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise InputError(f"{source}{line}: not YAML: {problem}") from error
 
 
 def override(document: Document, key: str, value: Any) -> None:
@@ -242,20 +243,24 @@ def parse_typed(typed: ArgumentParser, document: Document) -> dict[str, Any]:
         raise InputError(_one_line(str(error))) from error
 
 
+_FRAME = ("Parser key", "Does not validate", "Subtypes", "Errors", "Given")
+
+
 def _one_line(message: str) -> str:
     """jsonargparse's report of a value of the wrong type, in one line: the field, what is wrong, what was given."""
-    key = re.search(r'Parser key ["\']([\w.]+)["\']:', message)
     option = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if option:
         return f"{option[1]}: unknown field '{option[2]}'"
     bare = re.sub(r"<class '([^']+)'>", r"\1", message).replace("typing.", "")
+    key = re.search(r'Parser key ["\']([\w.]+)["\']:', bare)
     given = re.search(r"(?:Got value|Given value): (.*)", bare)
-    reasons = [r.strip(" .") for r in re.findall(r"(?:^|- )((?:(?!- ).)*?)(?:\.? Got value.*)?$", bare, re.M)]
-    reasons = [r for r in reasons if r and not r.startswith(("Parser key", "Does not validate", "Subtypes", "Errors", "Given"))]
-    wrong = [r for r in reasons if not r.startswith("Expected a ")]
-    kinds = [r.removeprefix("Expected a ").replace("NoneType", "null") for r in reasons if r.startswith("Expected a ")]
-    said = "; ".join(wrong) if wrong else f"expected {' or '.join(kinds)}" + (f", got {given[1]}" if given else "")
-    return " ".join(f"{key[1]}: {said}".split()) if key else " ".join((said if wrong or kinds else bare).split())
+    reasons = [r.strip(" .") for r in re.findall(r"(?:^|- )((?:(?!- ).)*?)(?:\.? Got value.*)?$", bare, re.MULTILINE)]
+    reasons = [r for r in reasons if r and not r.startswith(_FRAME)]
+    said = [r for r in reasons if not r.startswith("Expected a ")]
+    if not said:
+        kinds = [r.removeprefix("Expected a ").replace("NoneType", "null") for r in reasons]
+        said = [f"expected {' or '.join(kinds)}" + (f", got {given[1]}" if given else "")]
+    return " ".join((f"{key[1]}: " if key else "").split() + "; ".join(said).split())
 
 
 def _plain(value: Any) -> Any:

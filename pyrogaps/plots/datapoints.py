@@ -7,8 +7,18 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 
-from pyrogaps.plots.source import AMORTIZATION, APPROXIMATION, INFERENCE, Source, group, new_figure, note
-from pyrogaps.plots.source import per_datapoint, tidy, values
+from pyrogaps.plots.source import (
+    AMORTIZATION,
+    APPROXIMATION,
+    INFERENCE,
+    Source,
+    group,
+    new_figure,
+    note,
+    per_datapoint,
+    tidy,
+    values,
+)
 
 POINTS_WITH_ERROR_BARS = 1000
 

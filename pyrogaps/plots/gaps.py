@@ -1,6 +1,7 @@
 """The gap bars: where the nats between the guide's bound and log p(x) go."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import xarray as xr
@@ -126,7 +127,7 @@ def _draw(ax: Axes, row: int, bar: Bar) -> None:
 def _connect(ax: Axes, bars: list[Bar]) -> None:
     """Thin lines from where one part ends to where the next starts."""
     rows = [(row, bar) for row, bar in enumerate(bars) if bar.label == _name(bar.kind)]
-    for (row, bar), (below, _) in zip(rows, rows[1:], strict=False):
+    for (row, bar), (below, _) in pairwise(rows):
         end = bar.start + bar.length
         ax.plot([end, end], [row + 0.31, below - 0.31], color="0.45", lw=0.8, ls=":")
 

@@ -20,8 +20,9 @@ def plot_ledger(source: Source, figure: FigureBase | None = None) -> FigureBase:
     """
     if figure is None:
         figure = new_figure(*page_size(source))
-    width, height = page_size(source)
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[height - 8.0, 4.6, 3.4], hspace=0.04)
+    _, height = page_size(source)
+    parts = figure.subfigures(3, 1, squeeze=False, height_ratios=[height - 8.0, 4.6, 3.4], hspace=0.04)
+    top, middle, bottom = parts[:, 0]
     plot_gaps(source, ax=top.add_subplot())
     plot_datapoints(source, figure=middle)
     plot_traces(source, figure=bottom)

@@ -40,7 +40,7 @@ def per_datapoint(source: Source) -> xr.Dataset:
 
 
 def values(dataset: xr.Dataset, name: str, family: str | None = None) -> np.ndarray | None:
-    """Variable `name` as an array, for one `family` where it has that dimension; None where it is missing or all NaN."""
+    """Variable `name` as an array, of one `family` where it has that dimension; None where it is missing or all NaN."""
     if name not in dataset:
         return None
     variable = dataset[name]

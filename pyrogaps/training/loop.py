@@ -19,7 +19,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
 from pyrogaps.training.objective import Objective
-from pyrogaps.training.parameters import JointOptimizer, trainable_parameters
+from pyrogaps.training.parameters import JointOptimizer, clear_gradients, trainable_parameters
 from pyrogaps.training.settings import Training, TrainingResult
 from pyrogaps.training.setup import check_minibatches
 from pyrogaps.training.weights import all_modules, copy_weights, put_weights
@@ -131,13 +131,19 @@ class _Trainer:
             raise InputError(
                 f"checkpoint {path}: has run {state.epoch} epochs, more than num_epochs={self.settings.num_epochs}"
             )
+        self._clear_gradients()
         try:
             self._epochs(state, checkpoint, progress)
         finally:
-            self.optimizer.clear_gradients()
+            self._clear_gradients()
         if self.validation is not None:
             put_weights(state.best, self.model, self.guide)
         return TrainingResult(state.history, state.best_epoch, state.epoch, self._is_exhausted(state))
+
+    def _clear_gradients(self) -> None:
+        # A frozen model's parameters collect gradients too, though nothing steps them.
+        clear_gradients(value for module in all_modules(self.model, self.guide) for value in module.parameters())
+        clear_gradients(self.optimizer.named.values())
 
     def _epochs(self, state: State, checkpoint: Checkpoint, progress: bool) -> None:
         steps, total = -(-len(self.data) // self.batch_size), self.settings.num_epochs
@@ -222,8 +228,10 @@ class _Trainer:
     def _training(self, epoch: int) -> Iterator[None]:
         # A frozen model keeps its buffers, batch statistics among them, as well as its parameters.
         frozen = {id(module) for module in modules_of(self.model)} if self.freeze_model else set()
-        for module in all_modules(self.model, self.guide):
-            module.train(id(module) not in frozen)
+        for top in all_modules(self.model, self.guide):
+            for module in top.modules():
+                # cuDNN takes gradients through recurrent layers in training mode only.
+                module.training = id(top) not in frozen or isinstance(module, nn.RNNBase)
         # Without Pyro's checks a value that is not finite reaches the loss, where one error answers for all.
         with seeded(self.seed, "training", "epoch", epoch, device=self.device), pyro.validation_enabled(False):
             yield

@@ -87,8 +87,15 @@ def _guide_only(named: dict[str, Tensor], model: Program, guide: Program, args: 
 def _touched(total: Any, named: dict[str, Tensor]) -> set[str]:
     if not named or not isinstance(total, Tensor) or not total.requires_grad:
         return set()
-    gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    # In evaluation mode, as now, cuDNN refuses gradients of recurrent layers.
+    with torch.backends.cudnn.flags(enabled=False):
+        gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+
+
+def clear_gradients(parameters: Iterable[Tensor]) -> None:
+    for value in parameters:
+        value.grad = None
 
 
 class JointOptimizer(PyroOptim):
@@ -109,6 +116,8 @@ class JointOptimizer(PyroOptim):
         fixed: bool = False,
     ) -> None:
         super().__init__(kind, options)
+        if kind is torch.optim.LBFGS:
+            raise InputError("training: optimizer LBFGS does not go with noisy gradients; use Adam or another")
         self.named, self.max_norm, self.fixed = dict(named), clip_norm or math.inf, fixed
         try:
             self.optimizer: Optimizer = kind(list(named.values()), **options)
@@ -126,11 +135,7 @@ class JointOptimizer(PyroOptim):
         if not math.isfinite(norm):
             raise FloatingPointError(f"the norm of the gradient is {norm}")
         self.optimizer.step()
-        self.clear_gradients()
-
-    def clear_gradients(self) -> None:
-        for value in self.named.values():
-            value.grad = None
+        clear_gradients(self.named.values())
 
     def _adopt(self, params: Iterable[Tensor]) -> None:
         known = {id(value) for value in self.named.values()}

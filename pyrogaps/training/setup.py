@@ -6,6 +6,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
+from pyro.poutine.util import site_is_subsample
 
 from pyrogaps.density.data import IndexedData
 from pyrogaps.density.runs import Program
@@ -64,7 +65,7 @@ def _latent_shapes(program: Program, args: tuple[Any, ...]) -> Shapes:
     # Scoring brings out sizes that clash; drawing alone may not.
     trace.compute_log_prob()
     sites: dict[str, Any] = {name: trace.nodes[name] for name in trace.stochastic_nodes}
-    return {name: site["value"].shape for name, site in sites.items()}
+    return {name: site["value"].shape for name, site in sites.items() if not site_is_subsample(site)}
 
 
 def _parts(guide: Program) -> list[Any]:

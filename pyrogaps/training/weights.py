@@ -106,13 +106,14 @@ def put_weights(weights: Weights, model: Program, guide: Program, *, unknown_mod
     with torch.no_grad():
         for name, value in present.items():
             value.copy_(weights["store"][name])
-    _add_to_store(weights, [name for name in absent if "$$$" not in name])
+    device = next((value.device for module in modules for value in module.parameters()), torch.get_default_device())
+    _add_to_store(weights, [name for name in absent if "$$$" not in name], device)
 
 
-def _add_to_store(weights: Weights, names: list[str]) -> None:
+def _add_to_store(weights: Weights, names: list[str], device: torch.device) -> None:
     pyro.get_param_store().set_state(
         {
-            "params": {name: _copy(weights["store"][name]).requires_grad_() for name in names},
+            "params": {name: _copy(weights["store"][name]).to(device).requires_grad_() for name in names},
             "constraints": {name: weights["constraints"][name] for name in names},
         }
     )

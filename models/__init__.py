@@ -1,0 +1,1 @@
+"""Generative models, as Pyro models, one family per file."""

@@ -1,0 +1,28 @@
+"""pyrogaps: how far is inference in a Pyro model from the truth, and whose fault is it?"""
+
+from pyrogaps.ais import AIS, ais, bdmc
+from pyrogaps.bounds import elbo, iwae
+from pyrogaps.density import GuideDensity, IndexedData, JointDensity
+from pyrogaps.errors import InputError
+from pyrogaps.gaps import GapLedger, decompose
+from pyrogaps.plots import plot_gaps
+from pyrogaps.refine import Refinement, refine
+from pyrogaps.training import train
+
+__all__ = [
+    "AIS",
+    "GapLedger",
+    "GuideDensity",
+    "IndexedData",
+    "InputError",
+    "JointDensity",
+    "Refinement",
+    "ais",
+    "bdmc",
+    "decompose",
+    "elbo",
+    "iwae",
+    "plot_gaps",
+    "refine",
+    "train",
+]

@@ -1,0 +1,107 @@
+"""`GapLedger`: the gaps of every datapoint, with their errors and where each number comes from."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from pyrogaps.errors import InputError
+from pyrogaps.gaps.table import render
+
+OWN = "own"
+ATTRIBUTE = "pyrogaps"
+
+
+@dataclass(frozen=True, repr=False)
+class GapLedger:
+    r"""The inference gap of every datapoint and its parts, in nats.
+
+    ```
+    inference gap = log p(x) - L[q]
+    ├─ approximation gap = log p(x) - L[q*]     the family cannot hold the posterior
+    └─ amortization gap  = L[q*] - L[q]         one network for all x
+    ```
+
+    with q* the best of the guide's own family for each datapoint. Children sum to their parent, because they are
+    differences along one chain of estimates.
+
+    Attributes:
+        per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`, `iwae`,
+            `log_evidence`, `elbo_refined`, `approximation_gap`, `amortization_gap`, `inference_gap`,
+            `family_approximation_gap`, each with its Monte Carlo standard error `<name>_mcse`; `khat` and `ess` of the
+            guide's importance weights, `log_evidence_ess` and `acceptance` of the AIS chains, `converged` and
+            `kept_start` of the refinements.
+        traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
+        observed: the data, where they are one tensor of moderate size.
+        provenance: which estimator, direction of bound and settings each number has; seed and versions.
+    """
+
+    per_datapoint: xr.Dataset
+    traces: xr.Dataset
+    observed: xr.Dataset
+    provenance: dict[str, Any]
+
+    def summary(self) -> pd.DataFrame:
+        """One row a quantity: mean over datapoints, its standard error over datapoints, its Monte Carlo standard error
+        (both of the mean, in nats), the estimator and the direction of the bound."""
+        rows = {}
+        for label, name, family in self._quantities():
+            values, errors = self._values(name, family), self._values(f"{name}_mcse", family)
+            number = len(values)
+            how = self.provenance["quantities"][name]
+            rows[label] = {
+                "mean": values.mean(),
+                "standard_error": values.std(ddof=1) / number**0.5 if number > 1 else np.nan,
+                "mcse": np.sqrt(np.square(errors).sum()) / number,
+                "estimator": how["estimator"],
+                "direction": how["direction"],
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("quantity")
+
+    def to_datatree(self) -> xr.DataTree:
+        """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, and the provenance as one
+        JSON string in the attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`."""
+        tree = xr.DataTree.from_dict(
+            {"per_datapoint": self.per_datapoint, "traces": self.traces, "observed_data": self.observed}
+        )
+        tree.attrs[ATTRIBUTE] = json.dumps(self.provenance)
+        return tree
+
+    @classmethod
+    def from_datatree(cls, tree: xr.DataTree) -> "GapLedger":
+        """A ledger back from `to_datatree`; raises `InputError` for a tree that is not one."""
+        missing = [name for name in ("per_datapoint", "traces", "observed_data") if name not in tree.children]
+        if missing or ATTRIBUTE not in tree.attrs:
+            raise InputError(f"ledger: not a tree written by GapLedger.to_datatree (missing {missing or ATTRIBUTE})")
+        groups = [tree[name].to_dataset() for name in ("per_datapoint", "traces", "observed_data")]
+        return cls(*groups, json.loads(tree.attrs[ATTRIBUTE]))
+
+    @property
+    def families(self) -> list[str]:
+        """The families refined, the guide's own first."""
+        return [str(name) for name in self.per_datapoint["family"].values]
+
+    def _quantities(self) -> list[tuple[str, str, str | None]]:
+        """(row label, variable, family) of every row of the summary."""
+        rows: list[tuple[str, str, str | None]] = [("log_evidence", "log_evidence", None)]
+        rows += [(f"elbo_refined[{family}]", "elbo_refined", family) for family in self.families]
+        rows += [(name, name, None) for name in ("elbo", "iwae", "inference_gap", "approximation_gap")]
+        if "conditioning_gap" in self.per_datapoint:
+            rows.append(("conditioning_gap", "conditioning_gap", None))
+        rows.append(("amortization_gap", "amortization_gap", None))
+        others = [family for family in self.families if family != OWN]
+        rows += [(f"approximation_gap[{family}]", "family_approximation_gap", family) for family in others]
+        return rows
+
+    def _values(self, name: str, family: str | None) -> Any:
+        values = self.per_datapoint[name]
+        return (values if family is None else values.sel(family=family)).values
+
+    def __str__(self) -> str:
+        return render(self.summary(), self.per_datapoint, self.provenance)
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,63 @@
+"""Finished chunks on disk, so that a run that was killed continues where it stopped."""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyrogaps.density import GuideDensity, JointDensity
+from pyrogaps.streams import Chunk
+
+Arrays = dict[str, Any]
+
+
+class Parts:
+    """A folder of chunk results, each written whole or not at all; None keeps nothing.
+
+    A part is taken up again only where settings, seed, data and both programs' densities are what they were.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, chunk: Chunk, joint: JointDensity, density: GuideDensity, compute: Callable[[], Arrays]) -> Arrays:
+        """The result of a chunk, from disk or computed and kept."""
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{chunk.start:09d}-{chunk.stop:09d}.npz"
+        probe = fingerprint(chunk, joint, density) + self.digest
+        kept = _read(path)
+        if kept is not None and str(kept.pop("fingerprint", "")) == probe:
+            return kept
+        arrays = compute()
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, fingerprint=np.array(probe), **arrays)
+        os.replace(temporary, path)
+        return arrays
+
+
+def fingerprint(chunk: Chunk, joint: JointDensity, density: GuideDensity) -> str:
+    """A digest of both densities at fixed points: it changes with data and parameters."""
+    with torch.no_grad():
+        z = torch.linspace(-1, 1, len(chunk) * joint.dim, dtype=joint.dtype, device=joint.device)
+        z = z.reshape(1, len(chunk), joint.dim)
+        values = torch.cat([joint(z, chunk.indices), density.log_prob(z, chunk.indices)])
+    return hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
