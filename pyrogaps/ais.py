@@ -30,7 +30,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.hmc import Evaluate, HMCState
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
 from pyrogaps.refine import Refinement, own_family, refine_chunk
-from pyrogaps.streams import BLOCK, Chunk, Noise, derive_seed
+from pyrogaps.streams import BLOCK, Chunk, Noise, derive_seed, reseed
 
 Initial = Literal["refined", "guide", "prior"]
 NUM_ANCHOR_DRAWS = 1024
@@ -118,7 +118,7 @@ def prior_path(evaluator: GradientEvaluator, chunk: Chunk, seed: int) -> Path:
     def draw(num_chains: int, purpose: str) -> Tensor:
         parts = []
         for block in chunk.blocks():
-            torch.manual_seed(derive_seed(seed, f"{purpose} prior", block.start // BLOCK))
+            reseed(seed, f"{purpose} prior", block.start // BLOCK)
             parts.append(joint.sample_prior(num_chains, block.indices))
         return torch.cat(parts, 1)
 

@@ -67,9 +67,9 @@ def _family(key: str, component: Component) -> Callable[[Program], Program]:
     if not callable(target):
         raise InputError(f"{key}: {component.class_path} cannot be called with the model")
     arguments = typed_arguments(key, target, component.init_args, leading=1)
+    family: Callable[[Program], Program] = functools.partial(target, **arguments) if arguments else target
     if not arguments:
-        return target
-    family = functools.partial(target, **arguments)
+        return family
     # The ledger records a family by its name; a partial's own would hold an address that changes from run to run.
     family.__name__ = f"{component.class_path}({', '.join(f'{k}={v!r}' for k, v in component.init_args.items())})"  # type: ignore[attr-defined]
     return family

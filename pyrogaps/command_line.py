@@ -1,6 +1,7 @@
 """The command line of `pyrogaps.eval`: run options, and overrides of any field of a recipe."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from pyrogaps.errors import InputError
 from pyrogaps.recipe import (
     COMPONENTS,
+    FIELDS,
     SCALARS,
     SECTIONS,
     Recipe,
@@ -79,8 +81,11 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options] | None:
 
 def help_text() -> str:
     """What `--help` prints."""
-    fields = parser().format_help().partition("options:")[2]
-    return USAGE + "\n" + HELP.format(shipped=", ".join(shipped()), fields="fields:" + fields)
+    built = "".join(f"  --{name:<15} {FIELDS[name]}\n" for name in (*COMPONENTS, "families"))
+    listed = parser().format_help().partition("options:\n")[2]
+    # Sections are given field by field or as YAML here, not as the files that jsonargparse would take.
+    fields = re.sub(r"  --\w+ CONFIG +Path to a configuration file.\n", "", listed)
+    return USAGE + "\n" + HELP.format(shipped=", ".join(shipped()), fields=f"fields:\n{built}{fields}")
 
 
 def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:

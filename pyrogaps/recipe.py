@@ -96,6 +96,7 @@ class Recipe:
 
 COMPONENTS = ("model", "guide", "pair", "data")
 SECTIONS: dict[str, type] = {"split": Split, "training": Training, "evidence": AIS, "refinement": Refinement}
+FIELDS = dict(re.findall(r"^ {8}(\w+): (.+)$", Recipe.__doc__ or "", re.MULTILINE))
 SCALARS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in {*COMPONENTS, *SECTIONS, "families"}}
 
 
@@ -231,7 +232,7 @@ def parser() -> ArgumentParser:
         sections.add_class_arguments(section, name)
     for f in dataclasses.fields(Recipe):
         if f.name in SCALARS:
-            sections.add_argument(f"--{f.name}", type=f.type, default=f.default)
+            sections.add_argument(f"--{f.name}", type=f.type, default=f.default, help=FIELDS[f.name])
     return sections
 
 

@@ -29,8 +29,19 @@ def seeded(seed: int, *labels: str | int, device: torch.device | str = "cpu") ->
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(seed, *labels))
+        reseed(seed, *labels)
         yield
+
+
+def reseed(seed: int, *labels: str | int) -> None:
+    """Seed torch's global generators; call it inside `seeded`, which puts the caller's back.
+
+    `torch.manual_seed` queues a call for CUDA where that is not initialised, which takes longer than a gradient.
+    """
+    value = derive_seed(seed, *labels)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density.local import Draws, LocalGuide
-from pyrogaps.streams import BLOCK, Chunk, derive_seed, particle_blocks
+from pyrogaps.streams import BLOCK, Chunk, particle_blocks, reseed
 
 
 class Posterior(Protocol):
@@ -31,7 +31,7 @@ class BlockedGuide:
         """Draws `z` `(S, B, dim)` and log q `(S, B)`: particle block `first` of the stream called `purpose`."""
         pairs = []
         for block, local in self.blocks:
-            torch.manual_seed(derive_seed(seed, purpose, block.start // BLOCK, first))
+            reseed(seed, purpose, block.start // BLOCK, first)
             pairs.append(local.sample(num_particles, antithetic))
         return _join(pairs)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed
-from pyrogaps.density.layout import Site
+from pyrogaps.density.layout import Site, distribution_mask
 from pyrogaps.density.runs import Program, evaluating, whole_plates
 from pyrogaps.density.score import ScoreModel
 from pyrogaps.density.structure import (
@@ -59,6 +59,7 @@ class JointDensity:
             self.data = rows_data if self.plate is not None else _whole(data)
             self.vectorized = True
             self.unnormalised: tuple[str, ...] = ()
+            self.masked = False
             self.sites = self._structure()
         self.dim = sum(site.size for site in self.sites.values())
         with seeded(0, "structure"), evaluating(model), torch.no_grad():
@@ -122,11 +123,11 @@ class JointDensity:
 
     def active(self, indices: Tensor) -> Tensor | None:
         """Which coordinates are under no False mask, `(B, dim)`; None where all of them are."""
+        if not self.masked:
+            return None
         flat = self.zeros(len(indices))
         with evaluating(self.model), torch.no_grad():
             handler = self.run(flat, self.fetch(indices), indices)
-        if all(mask is None for mask in handler.masks.values()):
-            return None
         columns = []
         for name, site in self.sites.items():
             mask, shape = handler.masks[name], site.unflatten(flat).shape
@@ -203,6 +204,7 @@ class JointDensity:
             check_model_sites(sites, self.plate)
             doubtful = [n for n, site in sites.items() if site["is_observed"] and not check_observed(n, site)]
             self.unnormalised = tuple(sorted({*self.unnormalised, *doubtful}))
+            self.masked |= any(_is_masked(site) for site in sites.values() if not site["is_observed"])
             nesting = max((-f.dim for s in sites.values() for f in s["cond_indep_stack"] if f.vectorized), default=0)
             found = lay_out(sites, self.plate, -1 - max(nesting, _batch_dims(sites)))
             if layout is not None and found != layout:
@@ -259,6 +261,10 @@ def _stack_runs(runs: list[ScoreModel]) -> ScoreModel:
         axis = site.batch_axis - site.event_dim
         whole.values[name] = torch.cat([run.values[name] for run in runs], axis)
     return whole
+
+
+def _is_masked(site: Any) -> bool:
+    return distribution_mask(site["fn"], site["mask"]) is not None
 
 
 def _batch_dims(sites: dict[str, Any]) -> int:

@@ -75,8 +75,8 @@ def _scatter(ax: Axes, dataset: xr.Dataset, numbered: np.ndarray) -> None:
             xerr=values(dataset, f"{APPROXIMATION}_mcse"),
             yerr=values(dataset, f"{AMORTIZATION}_mcse"),
             ls="none",
-            color="0.75",
-            lw=0.7,
+            color="0.8",
+            lw=0.6,
             zorder=1,
         )
     _points(ax, across, up, values(dataset, "converged"))

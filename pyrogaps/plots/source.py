@@ -72,8 +72,9 @@ def mean_and_error(array: np.ndarray) -> tuple[float, float]:
 
 
 def with_error(mean: float, error: float) -> str:
-    """`1.34 ± 0.05`, or the mean alone where there is no error."""
-    text = f"{mean:.2f} ± {error:.2f}" if np.isfinite(error) else f"{mean:.2f}"
+    """`1.34 ± 0.05`, with a third decimal where the error needs it; the mean alone where there is no error."""
+    decimals = 2 if not error < 0.01 else 3
+    text = f"{mean:.{decimals}f}" + (f" ± {error:.{decimals}f}" if np.isfinite(error) else "")
     return text.replace("-", "\N{MINUS SIGN}")
 
 

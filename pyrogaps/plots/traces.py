@@ -49,7 +49,7 @@ def _refinement(ax: Axes, traces: xr.Dataset, dataset: xr.Dataset) -> None:
     _readable_limits(ax, list(drawn.values()), list(heights.values()))
     ax.set_xlabel("refinement step")
     ax.set_ylabel("mean ELBO (nats)")
-    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    ax.legend(frameon=False, fontsize="small", loc="best")
     tidy(ax)
 
 
@@ -92,13 +92,12 @@ def _level(ax: Axes, height: float, label: str, *, above: bool) -> None:
 
 def _readable_limits(ax: Axes, curves: list[np.ndarray], levels: list[float]) -> None:
     """Cut off the plunge of the first steps, which would flatten all that matters: where the curves end."""
-    bottom, top = ax.get_ylim()
+    bottom, _ = ax.get_ylim()
     ends = [*levels, *(float(curve[np.isfinite(curve)][-1]) for curve in curves)]
-    span = max(ends) - min(ends)
-    if span > 0:
-        ax.set_ylim(max(bottom, min(ends) - 1.5 * span), max(ends) + 0.25 * span)
-    else:
-        ax.set_ylim(bottom, top)
+    low, high = min(ends), max(ends)
+    if high > low:
+        span = high - low
+        ax.set_ylim(min(max(bottom, low - 1.5 * span), low - 0.15 * span), high + 0.25 * span)
 
 
 def _coordinate(dataset: xr.Dataset, name: str, length: int) -> np.ndarray:

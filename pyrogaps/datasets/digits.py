@@ -1,0 +1,26 @@
+"""scikit-learn's handwritten digits."""
+
+import numpy as np
+
+from pyrogaps.datasets.images import GreyImages, ImageData
+
+# Which digits are the test set is part of the data set's definition: these never change.
+SHUFFLE, NUM_TEST = 0, 397
+
+
+class Digits(ImageData):
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, 1,400 to train on and 397 to test; needs no folder.
+
+    They come in the order of their writers and without a test set, so they are shuffled, always in the same way.
+
+    >>> digits = Digits(num_validation=200, num_test=100)
+    >>> digits.train.shape, digits.validation.shape, digits.test.shape
+    (torch.Size([1200, 8, 8]), torch.Size([200, 8, 8]), torch.Size([100, 8, 8]))
+    """
+
+    def read(self) -> GreyImages:
+        from sklearn.datasets import load_digits  # a second to import, for this data set alone
+
+        grey = load_digits().images / 16.0
+        shuffled = grey[np.random.RandomState(SHUFFLE).permutation(len(grey))]
+        return GreyImages(shuffled[:-NUM_TEST], shuffled[-NUM_TEST:])

@@ -1,0 +1,38 @@
+"""Every test starts from the same state of Pyro and torch and leaves none behind."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """The tests' tensors are small: more threads than this cost more than they bring."""
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.fixture(autouse=True)
+def clean_state() -> Iterator[None]:
+    """Fixed seeds, an empty param store, validation on; the default dtype as it was."""
+    dtype = torch.get_default_dtype()
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    with pyro.validation_enabled():
+        yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real data sets that PYROGAPS_DATA names; skips where it names none."""
+    root = os.environ.get("PYROGAPS_DATA")
+    if not root:
+        pytest.skip("PYROGAPS_DATA names no folder of data sets")
+    return Path(root)

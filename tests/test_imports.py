@@ -1,0 +1,130 @@
+"""The library's floors: what each file may import, and what the package shows."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pyrogaps
+
+PACKAGE = Path(__file__).parents[1] / "pyrogaps"
+ZOO = ("models", "guides")
+
+# The public names, in full. InputError is the one exception that users catch.
+PUBLIC = {
+    "AIS",
+    "GapLedger",
+    "GuideDensity",
+    "IndexedData",
+    "InputError",
+    "JointDensity",
+    "Refinement",
+    "ais",
+    "bdmc",
+    "decompose",
+    "elbo",
+    "iwae",
+    "plot_gaps",
+    "refine",
+    "train",
+}
+
+# A floor is a file or a package of the library. Ground floor first: each may import some of those above it here.
+GROUND = {"errors", "streams"}
+ESTIMATORS = {"log_weights", "density", "capture", "hmc", "anneal", "bounds", "refine", "ais"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "streams": {"errors"},
+    "log_weights": {"errors"},
+    "density": GROUND,
+    "capture": GROUND | {"density"},
+    "hmc": set(),
+    "anneal": GROUND | {"hmc", "log_weights"},
+    "bounds": GROUND | {"density", "log_weights"},
+    "refine": GROUND | {"density", "bounds", "capture", "log_weights"},
+    "ais": GROUND | {"hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine"},
+    "training": GROUND | {"density"},
+    "conditioning": GROUND | ESTIMATORS,
+    "mapa": GROUND | ESTIMATORS,
+    "gaps": GROUND | ESTIMATORS | {"training", "conditioning", "mapa"},
+    "datasets": {"errors"},
+    "plots": {"errors", "gaps"},
+}
+# The command is the top floor. Nothing below it imports it, and it finds models and guides by dotted path alone.
+COMMAND = ("recipe", "building", "command_line", "run_folder", "eval")
+for number, command_floor in enumerate(COMMAND):
+    MAY_IMPORT[command_floor] = {*MAY_IMPORT} - set(COMMAND[number:])
+MAY_IMPORT["__init__"] = {*MAY_IMPORT}
+
+
+def floor_of(file: Path) -> str:
+    """The floor that a library file belongs to."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def library_files() -> list[Path]:
+    """The library's own files: the zoo, linked into the package, is not the library."""
+    return sorted(file for file in PACKAGE.rglob("*.py") if floor_of(file) not in ZOO)
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """Full names of what is imported anywhere in `source`; a name imported from a package counts as its module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def imported_floors(file: Path) -> set[str]:
+    """The floors of the library that `file` imports, its own left out."""
+    modules = [module.split(".") for module in imported_modules(file.read_text("utf-8"))]
+    floors = {(parts[1:] or ["__init__"])[0] for parts in modules if parts[0] == "pyrogaps"}
+    return floors - {floor_of(file)}
+
+
+@pytest.mark.parametrize("file", library_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_run_one_way(file: Path) -> None:
+    floor = floor_of(file)
+    assert floor in MAY_IMPORT, f"say in MAY_IMPORT what the new floor '{floor}' may import"
+    assert imported_floors(file) <= MAY_IMPORT[floor]
+
+
+@pytest.mark.parametrize("file", library_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_library_knows_no_model_or_guide(file: Path) -> None:
+    for module in imported_modules(file.read_text("utf-8")):
+        parts = module.split(".")
+        assert parts[0] not in ("", *ZOO), f"import {module} by its pyrogaps name"
+        assert parts[:2] not in [["pyrogaps", name] for name in ZOO]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo_is_imported_by_its_pyrogaps_name(name: str) -> None:
+    for file in (PACKAGE / name).resolve().rglob("*.py"):
+        for module in imported_modules(file.read_text("utf-8")):
+            assert module.split(".")[0] not in ("", *ZOO), f"{file}: import {module} by its pyrogaps name"
+
+
+def test_zoo_is_linked_relatively() -> None:
+    for name in ZOO:
+        assert (PACKAGE / name).is_symlink()
+        assert (PACKAGE / name).readlink() == Path("..") / name
+
+
+def test_table_has_no_cycle() -> None:
+    floors = list(MAY_IMPORT)
+    for number, floor in enumerate(floors):
+        assert MAY_IMPORT[floor] <= set(floors[:number])
+
+
+def test_imports_are_found_in_every_form() -> None:
+    source = "import pyrogaps.a\nfrom pyrogaps import b\nfrom pyrogaps.c import d\ndef f():\n    from . import e\n"
+    assert set(imported_modules(source)) == {"pyrogaps.a", "pyrogaps.b", "pyrogaps.c.d", "..e"}
+
+
+def test_public_names() -> None:
+    assert set(pyrogaps.__all__) == PUBLIC
+    assert len(pyrogaps.__all__) == len(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(pyrogaps, name).__doc__
