@@ -20,16 +20,16 @@ from pyrogaps.anneal import (
     starting_at,
     tune,
 )
-from pyrogaps.bounds import Plate, densities, over_chunks, refuse_nan
+from pyrogaps.bounds import Plate, densities, over_chunks, posterior_of, refuse_nan
 from pyrogaps.capture import GradientEvaluator, Mode
-from pyrogaps.density import Data, JointDensity
+from pyrogaps.density import Data, GuideDensity, JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError
 from pyrogaps.hmc import Evaluate, HMCState
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
-from pyrogaps.refine import Refinement, own_family, refine_chunk
+from pyrogaps.refine import Refinement, is_family, own_family, refine_chunk
 from pyrogaps.streams import BLOCK, Chunk, Noise, derive_seed, reseed
 
 Initial = Literal["refined", "guide", "prior"]
@@ -179,7 +179,7 @@ def ais_chunk(path: Path, evaluator: GradientEvaluator, chunk: Chunk, settings: 
 
 def ais(
     model: Program,
-    guide: Program,
+    guide: Program | Posterior,
     data: Data,
     *,
     settings: AIS | None = None,
@@ -214,7 +214,7 @@ def ais(
         joint = JointDensity(model, data, plate)
         evaluator, path_of = GradientEvaluator(joint, settings.mode, split=True), None
     else:
-        joint, density = densities(model, guide, data, plate)
+        joint, density = posterior_of(model, guide, data, plate)
         evaluator = GradientEvaluator(joint, settings.mode)
         path_of = _paths_from(density, evaluator, settings, refinement or Refinement(), seed)
 
@@ -232,7 +232,8 @@ def ais(
 def _paths_from(
     density: Any, evaluator: GradientEvaluator, settings: AIS, refinement: Refinement, seed: int
 ) -> Callable[[Chunk], Path]:
-    family = own_family(density) if settings.initial == "refined" else None
+    refines = settings.initial == "refined" and isinstance(density, GuideDensity)
+    family = own_family(density) if refines else None
 
     def path(chunk: Chunk) -> Path:
         posterior, offset = density, 0
@@ -306,7 +307,7 @@ def bdmc(
     simulated, z = _simulated(JointDensity(model, data, plate), seed, to_data)
     from_prior = settings.initial == "prior"
     density: Any = None
-    if from_prior or isinstance(guide_or_family, type):
+    if from_prior or is_family(guide_or_family):
         joint = JointDensity(model, simulated, plate)
     else:
         joint, density = densities(model, guide_or_family, simulated, plate)

@@ -24,6 +24,15 @@ def densities(model: Program, guide: Program, data: Data, plate: Plate = None) -
     return joint, GuideDensity(guide, None, joint)
 
 
+def posterior_of(
+    model: Program, guide: Program | Posterior, data: Data, plate: Plate = None
+) -> tuple[JointDensity, Posterior]:
+    """As `densities`, for a guide that is a posterior per datapoint already (what `refine` returns) too."""
+    if isinstance(guide, Posterior):
+        return JointDensity(model, data, plate), guide
+    return densities(model, guide, data, plate)
+
+
 def chunk_log_weights(
     joint: JointDensity, posterior: Posterior, chunk: Chunk, num_particles: int, seed: int, purpose: str, offset: int = 0
 ) -> Tensor:
@@ -53,7 +62,7 @@ def refuse_nan(log_weights: Tensor, chunk: Chunk) -> Tensor:
 
 def elbo(
     model: Program,
-    guide: Program,
+    guide: Program | Posterior,
     data: Data,
     *,
     num_particles: int = 1000,
@@ -80,7 +89,7 @@ def elbo(
 
 def iwae(
     model: Program,
-    guide: Program,
+    guide: Program | Posterior,
     data: Data,
     *,
     num_particles: int = 1000,
@@ -99,9 +108,9 @@ def iwae(
 
 
 def _log_weights(
-    model: Program, guide: Program, data: Data, num_particles: int, plate: Plate, batch_size: int, seed: int
+    model: Program, guide: Program | Posterior, data: Data, num_particles: int, plate: Plate, batch_size: int, seed: int
 ) -> Tensor:
-    joint, density = densities(model, guide, data, plate)
+    joint, density = posterior_of(model, guide, data, plate)
 
     def one(chunk: Chunk) -> Tensor:
         return chunk_log_weights(joint, density, chunk, num_particles, seed, "elbo")

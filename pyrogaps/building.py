@@ -71,7 +71,7 @@ def _family(key: str, component: Component) -> Callable[[Program], Program]:
     if not arguments:
         return family
     # The ledger records a family by its name; a partial's own would hold an address that changes from run to run.
-    family.__name__ = f"{component.class_path}({', '.join(f'{k}={v!r}' for k, v in component.init_args.items())})"  # type: ignore[attr-defined]
+    family.__name__ = f"{component.class_path}({', '.join(f'{k}={v!r}' for k, v in component.init_args.items())})"
     return family
 
 

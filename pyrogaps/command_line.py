@@ -42,6 +42,7 @@ run options:
 Every field of the recipe can be set as well, later ones over earlier ones and over the recipe's:
   --training.num_epochs 3   --training null   --evidence.num_chains=4   --data.init_args.num_test 100
   --guide pyro.infer.autoguide.AutoNormal     --families.flow mymodels.AutoFlow     --families {{}}
+A field given whole, as --guide, is replaced; --guide.class_path alone keeps the recipe's init_args.
 
 {fields}
 Exit codes: 0 done, 2 input that cannot be used (one line on stderr says why), 130 interrupted."""

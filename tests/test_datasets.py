@@ -25,6 +25,13 @@ class Ramp(ImageData):
         return GreyImages(grey, grey[:30], None)
 
 
+class Half(ImageData):
+    """Two images that are grey all over."""
+
+    def read(self) -> GreyImages:
+        return GreyImages(np.full((2, 3), 0.5), np.full((2, 3), 0.5))
+
+
 @pytest.fixture(autouse=True)
 def no_folder(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """No data folder but the one a test names."""
@@ -106,15 +113,7 @@ def test_digits_come_shuffled_each_once() -> None:
 def test_static_threshold_is_above_a_half() -> None:
     image = Ramp(binarisation="static").train[0].flatten()
     assert image.tolist() == [0.0] * 6 + [1.0] * 6
-    assert grey_half().train.sum() == 0
-
-
-def grey_half() -> ImageData:
-    class Half(Ramp):
-        def read(self) -> GreyImages:
-            return GreyImages(np.full((2, 3), 0.5), np.full((2, 3), 0.5))
-
-    return Half()
+    assert Half().train.sum() == 0
 
 
 def test_continuous_keeps_the_grey_values() -> None:
@@ -402,5 +401,7 @@ def test_real_photographs_in_an_npz(data_root: Path) -> None:
     keys = {"train_key": "train_images", "test_key": "test_images"}
     data = NPZ(path="cifar10-jpeg-subset.npz", **keys, channels_last=True, binarisation="continuous")
     assert data.train.shape == (10000, 3, 32, 32)
-    means = torch.tensor([0.491, 0.482, 0.447])
-    assert torch.allclose(data.train.mean((0, 2, 3)), means, atol=1e-3)
+    # The subset was drawn at random: its mean is within a few standard errors of CIFAR-10's.
+    of_image = data.train.mean((2, 3))
+    standard_error = of_image.std(0) / len(of_image) ** 0.5
+    assert ((of_image.mean(0) - torch.tensor([0.4914, 0.4822, 0.4465])).abs() < 4 * standard_error).all()

@@ -179,7 +179,7 @@ def test_shipped_recipes_can_be_built(name):
 
 @pytest.mark.parametrize("name", shipped())
 def test_printed_recipe_is_a_recipe(name, tmp_path, capsys):
-    changes = ["--training.schedule.class_path", "pyrogaps.training.Exponential"]
+    changes = ["--training.schedule", "{class_path: pyrogaps.training.Exponential, init_args: {decay: 0.8}}"]
     changes += ["--training.schedule.init_args.decay", "0.9", "--seed=7", "--families.flow", "mine.Flow"]
     assert main([name, *changes, "--print_config"]) == 0
     printed = capsys.readouterr().out
@@ -412,12 +412,12 @@ def test_data_options_reach_the_data_set_and_are_no_part_of_the_recipe(recipe, c
     assert "finished run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", ["training.pt", "parts/*"])
-def test_killed_run_continues_to_the_same_ledger(recipe, stage):
+def test_a_run_killed_at_every_stage_continues_to_the_same_ledger(recipe):
     arguments = [recipe, "--quiet", "--training.num_epochs", "40"]
-    killed = command(*arguments, "--out", "killed", INTERRUPT=f"SIGKILL killed/{stage}")
-    assert killed.returncode == -9
-    assert not Path("killed/ledger.nc").exists()
+    for stage in ("training.pt", "parts/*.npz"):
+        run = command(*arguments, "--out", "killed", INTERRUPT=f"SIGKILL killed/{stage}")
+        assert run.returncode == -9
+        assert not Path("killed/ledger.nc").exists()
     for folder in ("killed", "unbroken"):
         assert main([*arguments, "--out", folder]) == 0
         assert sorted(os.listdir(folder)) == RESULTS

@@ -36,7 +36,8 @@ class NPZ(ImageData):
 
     def read(self) -> GreyImages:
         path = self._locate()
-        with reading(self.name, path, "is it whole, and an npz file?"), np.load(path, allow_pickle=False) as file:
+        with reading(self.name, path, "is it whole, and an npz file?"), path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array and no names")
             train, test = self._array(path, file, self.train_key), self._array(path, file, self.test_key)

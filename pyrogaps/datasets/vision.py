@@ -30,18 +30,17 @@ class VisionData(ImageData):
         """Paths of `files`, downloaded if that is asked for, and checked to be there."""
         root = data_folder(self.data_root)
         if root is None:
-            raise InputError(f"{self.name}: no folder to look in for {files[0]}; set {FOLDER}{self._or_download()}")
+            fetch = "" if self.download else " (--download, or download=True, fetches it there)"
+            raise InputError(f"{self.name}: no folder to look in for {files[0]}; name one by {FOLDER}{fetch}")
         paths = [root / file for file in files]
         if self.download and not all(path.is_file() for path in paths):
             self._fetch(root)
         for path in paths:
             if not path.is_file():
-                remedy = f"set {FOLDER} to the folder that holds {Path(files[0]).parts[0]}/{self._or_download()}"
+                fetch = "" if self.download else ", or add --download (download=True) to fetch it there"
+                remedy = f"set {FOLDER} to the folder that holds {Path(files[0]).parts[0]}/{fetch}"
                 raise InputError(f"{self.name}: there is no file {path}; {remedy}")
         return paths
-
-    def _or_download(self) -> str:
-        return "" if self.download else ", or add --download (download=True) to fetch it there"
 
     def _fetch(self, root: Path) -> None:
         from torchvision import datasets  # slow to import, and rarely needed

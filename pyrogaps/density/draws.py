@@ -1,6 +1,6 @@
 """Reproducible draws from a guide, block by block of datapoints."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from pyrogaps.density.local import Draws, LocalGuide
 from pyrogaps.streams import BLOCK, Chunk, particle_blocks, reseed
 
 
+@runtime_checkable
 class Posterior(Protocol):
     """Anything that gives a guide at some datapoints: a `GuideDensity`, or what refinement returns."""
 

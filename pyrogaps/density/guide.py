@@ -3,18 +3,24 @@
 from typing import Any, Literal
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrogaps.density.autoguides import check_autoguide
 from pyrogaps.density.data import Data
-from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.joint import JointDensity, probe_rows, same_density
 from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide, PlaceValues, Term, join_terms, score_term
 from pyrogaps.density.runs import BoundPlate, Program, evaluating, whole_plates
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
+
+
+SELECT = (
+    "parameters held for each datapoint must be selected: loc[rows] with rows = torch.arange(N) as one of the data's "
+    "tensors, or pyro.param(..., event_dim=0) in a plate of the whole data set's size"
+)
 
 
 class GuideDensity:
@@ -43,18 +49,18 @@ class GuideDensity:
     ) -> None:
         self.guide = guide
         check_parameters(guide)
-        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-            raise InputError(f"guide: this {type(guide).__name__} has never been run; train it on these data first")
         if isinstance(model, JointDensity):
             self.joint = model
         elif data is None:
             raise InputError("data: needed to read the model")
         else:
             self.joint = JointDensity(model, data, plate)
+        check_autoguide(guide, self.joint.plate, self.num_datapoints)
         self.bound: bool | None = None
         with seeded(0, "guide structure"), evaluating(guide), torch.no_grad():
             self.terms = self._read_structure()
             self.factorised = self._is_factorised()
+            self._check_rows()
 
     @property
     def num_datapoints(self) -> int:
@@ -98,12 +104,42 @@ class GuideDensity:
         count = 1 if self.joint.plate is None else 2 if number != 2 else 3
         indices = torch.arange(count) % number
         try:
-            messages = self.messages(indices)
+            messages = self._few(indices)
             self.bound = False
         except BoundPlate:
-            self.bound, indices = True, torch.arange(min(2, number))
-            messages = self.messages(indices)
+            self.bound = True
+            messages = self._few(indices)
         return read_terms(messages, self.joint, indices)
+
+    def _few(self, indices: Tensor) -> dict[str, Any]:
+        """The guide's sites on a few rows; a guide that can only be run on all of them is told how to."""
+        try:
+            return self.messages(indices)
+        except (BoundPlate, InputError):
+            raise
+        except Exception as error:
+            try:
+                self.messages(torch.arange(self.num_datapoints))
+            except Exception:
+                raise error from None
+            raise InputError(
+                "guide: it runs on the whole data set but not on some of the datapoints alone "
+                f"({str(error).splitlines()[0]}); {SELECT}"
+            ) from error
+
+    def _check_rows(self) -> None:
+        """A row's log q must be its own, as in `JointDensity`."""
+        if self.joint.plate is None:
+            return
+        indices, order, groups = probe_rows(self.num_datapoints)
+        z, _ = self.at(indices).sample(1)
+        together = self.log_prob(z, indices)[0, order]
+        apart = torch.cat([self.log_prob(z[:, group], indices[group])[0] for group in groups])
+        if not same_density(together, apart):
+            raise InputError(
+                "guide: a datapoint's log q changes with its place in the batch or with the rows beside it; the guide must "
+                f"treat rows independently (no batch statistics), and {SELECT}"
+            )
 
     def _is_factorised(self) -> bool:
         """Whether site distributions stay the same when the draws before them change: checked on two runs."""

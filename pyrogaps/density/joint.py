@@ -17,6 +17,7 @@ from pyrogaps.density.structure import (
     check_observed,
     check_parameters,
     find_plate,
+    first_sites,
     lay_out,
     sample_sites,
 )
@@ -59,6 +60,7 @@ class JointDensity:
             self.data = rows_data if self.plate is not None else _whole(data)
             self.vectorized = True
             self.unnormalised: tuple[str, ...] = ()
+            self.observed: tuple[str, ...] = ()
             self.masked = False
             self.sites = self._structure()
         self.dim = sum(site.size for site in self.sites.values())
@@ -181,14 +183,13 @@ class JointDensity:
     def _plate_of(self, data: IndexedData, plate: str | None) -> str | None:
         if isinstance(plate, str):
             return plate
-        try:
-            few = torch.arange(min(3, data.num_datapoints))
-            return find_plate(sample_sites(self.model, _tuple(data.fetch(few))))
-        except InputError:
-            raise
-        except Exception:
-            # A hard-coded plate breaks on a few rows; all of them show the plates, and the check below refuses it.
-            return find_plate(sample_sites(self.model, _tuple(data.fetch(torch.arange(data.num_datapoints)))))
+        number = data.num_datapoints
+        for few in (min(3, number), number):
+            # A hard-coded size breaks off a run on a few rows, but shows the plate; `_structure` then refuses it.
+            sites, error = first_sites(self.model, _tuple(data.fetch(torch.arange(few))))
+            if error is None or _frames_of(sites):
+                return find_plate(sites)
+        raise error
 
     def _structure(self) -> dict[str, Site]:
         """Check every datapoint's sites batch by batch; returns the layout, which all batches must share."""
@@ -199,9 +200,11 @@ class JointDensity:
             args = self.fetch(batch)
             with whole_plates(self.plate, batch, num_datapoints=number):
                 sites = sample_sites(self.model, args)
-            if self.plate is not None and not any(_frames(site, self.plate) for site in sites.values()):
-                raise InputError(f"plate: the model has no plate named '{self.plate}'")
+            if self.plate is not None and self.plate not in (names := _frames_of(sites)):
+                known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
+                raise InputError(f"plate: the model has no plate named '{self.plate}' ({known})")
             check_model_sites(sites, self.plate)
+            self.observed = tuple(name for name, site in sites.items() if site["is_observed"])
             doubtful = [n for n, site in sites.items() if site["is_observed"] and not check_observed(n, site)]
             self.unnormalised = tuple(sorted({*self.unnormalised, *doubtful}))
             self.masked |= any(_is_masked(site) for site in sites.values() if not site["is_observed"])
@@ -223,17 +226,15 @@ class JointDensity:
         if self.plate is None:
             self._choose_vectorized()
             return
-        last = self.num_datapoints - 1
-        indices = torch.tensor([0, last, last // 2, 0])
-        order = torch.tensor([2, 0, 3, 1])
-        z = 0.5 * torch.randn(4, self.dim, dtype=self.dtype, device=self.device)
-        together = self._total(z, indices)
-        apart = self._total(z[order], indices[order])
-        tolerance = 2e-3 if self.dtype == torch.float32 else 1e-8
-        if not torch.allclose(together[order], apart, rtol=tolerance, atol=tolerance, equal_nan=True):
+        indices, order, groups = probe_rows(self.num_datapoints)
+        z = 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
+        together = self._total(z, indices)[order]
+        apart = torch.cat([self._total(z[group], indices[group]) for group in groups])
+        if not same_density(together, apart):
             raise InputError(
-                "data: a datapoint's density changes with the order of the indices it is fetched with; fetch(indices) "
-                "must keep their order, and the model must treat rows independently (no batch statistics)"
+                "data: a datapoint's density changes with the order of the indices it is fetched with, or with the rows "
+                "beside it; fetch(indices) must keep their order, and the model must treat rows independently (no batch "
+                "statistics)"
             )
 
     def _total(self, z: Tensor, indices: Tensor) -> Tensor:
@@ -251,6 +252,21 @@ class JointDensity:
             self.vectorized = torch.allclose(together, one_by_one, rtol=1e-3, atol=1e-3, equal_nan=True)
         except Exception:
             self.vectorized = False
+
+
+def probe_rows(num_datapoints: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Datapoints, some of them twice, a random order of these rows, and that order cut into a few rows and the rest."""
+    last = num_datapoints - 1
+    spread = torch.linspace(0, last, min(num_datapoints, CHECK_ROWS)).round().long()
+    indices = torch.cat([torch.tensor([last, 0, last // 2, 0]), spread])
+    order = torch.randperm(len(indices))
+    return indices, order, [order[:3], order[3:]]
+
+
+def same_density(left: Tensor, right: Tensor) -> bool:
+    """Whether two computations of the same log-densities agree but for rounding."""
+    tolerance = 1e-8 if left.dtype == torch.float64 else 2e-3
+    return torch.allclose(left, right, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _stack_runs(runs: list[ScoreModel]) -> ScoreModel:
@@ -271,8 +287,8 @@ def _batch_dims(sites: dict[str, Any]) -> int:
     return max(len(site["fn"].batch_shape) for site in sites.values())
 
 
-def _frames(site: Any, plate: str) -> bool:
-    return any(frame.name == plate for frame in site["cond_indep_stack"])
+def _frames_of(sites: dict[str, Any]) -> set[str]:
+    return {frame.name for site in sites.values() for frame in site["cond_indep_stack"]}
 
 
 def _tuple(args: Any) -> tuple[Any, ...]:

@@ -51,14 +51,14 @@ def evaluating(*programs: Program) -> Iterator[None]:
 
 @contextmanager
 def whole_plates(
-    plate: str | None, indices: Tensor, *, num_datapoints: int | None = None, bound: bool | None = None
+    plate: str | None, indices: Tensor, *, num_datapoints: int | None = None, bound: bool | None = False
 ) -> Iterator[None]:
     """Make every plate cover all of its range: the data plate the rows at hand, others their full size.
 
     `indices` `(R,)` are the datapoints behind the rows. A data plate of `R` rows, subsampled or not, becomes
     `arange(R)`; one that keeps the data set's size and names a subsample of `R` rows (Pyro's idiom for minibatches)
     is given `indices`. `bound=True` marks a program whose plate always has the data set's full size, with
-    parameters of its own for each datapoint: it is given `indices` too.
+    parameters of its own for each datapoint: it is given `indices` too. `bound=None` raises `BoundPlate` for one.
     """
     rows = len(indices)
     original = SubsampleMessenger.__dict__["_subsample"]
@@ -74,7 +74,8 @@ def whole_plates(
                 )
             return int(size), int(size), torch.arange(int(size), device=indices.device)
         if bound:
-            return num_datapoints, rows, indices
+            # Pyro picks the rows of parameters only where it sees fewer of them than the plate's size.
+            return max(num_datapoints or 0, rows + 1), rows, indices
         requested = _length(subsample_size, subsample)
         if int(size) == rows:
             return rows, rows, torch.arange(rows, device=indices.device)
@@ -84,7 +85,7 @@ def whole_plates(
             raise BoundPlate
         raise InputError(
             f"plate '{name}' has the hard-coded size {int(size)} where the data hold {rows} rows: "
-            "size it by the data, as in pyro.plate('data', len(x))"
+            f"size it by the data, as in pyro.plate('{name}', len(x)); fetch(indices), if any, must return a row for each index"
         )
 
     SubsampleMessenger._subsample = staticmethod(subsample)  # type: ignore[method-assign]

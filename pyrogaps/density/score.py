@@ -66,7 +66,8 @@ class ScoreModel(Messenger):
     """Puts a flat unconstrained `(R, dim)` into the model's latent sites and sums log-probabilities per row.
 
     Scales (plate subsampling, `poutine.scale`) are left out, masks are kept. After the run `log_prior` holds the
-    latent sites' terms with their log-Jacobians, `log_likelihood` the observed sites', both `(R,)`.
+    latent sites' terms with their log-Jacobians (`log_jacobian` alone too), `log_likelihood` the observed sites', all
+    `(R,)`; `values`, `masks` and `frames` (of plates) are the latent sites'.
     """
 
     def __init__(self, sites: Mapping[str, Site], plate: str | None, flat: Tensor) -> None:
@@ -75,8 +76,10 @@ class ScoreModel(Messenger):
         self.rows = len(flat)
         self.log_prior: Tensor = flat.new_zeros(self.rows)
         self.log_likelihood: Tensor = flat.new_zeros(self.rows)
+        self.log_jacobian: Tensor = flat.new_zeros(self.rows)
         self.values: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor | None] = {}
+        self.frames: dict[str, list[Any]] = {}
 
     def _pyro_sample(self, message: Any) -> None:
         if is_bookkeeping(message) or message["is_observed"]:
@@ -93,9 +96,10 @@ class ScoreModel(Messenger):
         value = transform(unconstrained)
         message["value"], message["done"] = value, True
         self.values[name], self.masks[name] = value, mask
-        self.log_prior = self.log_prior + self._per_row(
-            log_jacobian(transform, unconstrained, value, mask, fn.event_dim), message
-        )
+        self.frames[name] = [frame for frame in message["cond_indep_stack"] if frame.vectorized]
+        jacobian = self._per_row(log_jacobian(transform, unconstrained, value, mask, fn.event_dim), message)
+        self.log_jacobian = self.log_jacobian + jacobian
+        self.log_prior = self.log_prior + jacobian
 
     def _pyro_post_sample(self, message: Any) -> None:
         if is_bookkeeping(message):

@@ -19,9 +19,26 @@ Message = Any
 
 def sample_sites(program: Program, args: tuple[Any, ...]) -> dict[str, Message]:
     """The random variables of one run of `program(*args)`, in program order."""
-    trace = poutine.trace(program).get_trace(*args)
+    with poutine.trace() as tracer:  # as a context: called as a function it would rewrite the program's own errors
+        program(*args)
+    return _random_variables(tracer)
+
+
+def first_sites(program: Program, args: tuple[Any, ...]) -> tuple[dict[str, Message], Exception | None]:
+    """The random variables of a run that may break off, and what broke it."""
+    with poutine.trace() as tracer:
+        try:
+            program(*args)
+        except Exception as error:
+            return _random_variables(tracer), error
+    return _random_variables(tracer), None
+
+
+def _random_variables(tracer: Any) -> dict[str, Message]:
     return {
-        name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not is_bookkeeping(node)
+        name: node
+        for name, node in tracer.trace.nodes.items()
+        if node["type"] == "sample" and not is_bookkeeping(node)
     }
 
 
@@ -57,6 +74,11 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
     for name, site in sites.items():
         check_in_plate(name, site, plate, "model")
     for name, site in latent.items():
+        if leaf_name(site["fn"]) == "Delta":
+            raise InputError(
+                f"site '{name}': a Delta latent in the model has no density; use pyro.deterministic, or pyro.factor for its "
+                "log_density"
+            )
         if site["fn"].has_enumerate_support or site["fn"].support.is_discrete:
             raise InputError(
                 f"site '{name}': discrete latents are not supported, enumerated ones included; sum it out in the model"
@@ -128,7 +150,7 @@ def check_observed(name: str, site: Message) -> bool:
     if opted_out_of_validation(fn):
         return False
     raise InputError(
-        f"site '{name}': some observed values lie outside the support of its {_leaf_name(fn)} likelihood; "
+        f"site '{name}': some observed values lie outside the support of its {leaf_name(fn)} likelihood; "
         "transform the data, or write validate_args=False to score them as they are (an unnormalised likelihood)"
     )
 
@@ -137,7 +159,7 @@ def is_factor(fn: Any) -> bool:
     return type(fn).__name__ == "Unit"
 
 
-def _leaf_name(fn: Any) -> str:
+def leaf_name(fn: Any) -> str:
     while getattr(fn, "base_dist", None) is not None:
         fn = fn.base_dist
     return type(fn).__name__

@@ -10,17 +10,15 @@ from torch.distributions import biject_to
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, plate_dim
 from pyrogaps.density.local import Term, leaf, place
+from pyrogaps.density.structure import is_factor
 from pyrogaps.errors import InputError
 
 
 def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -> list[Term]:
     """Match a guide's sites with the model's; raises `InputError` where they do not fit."""
     auxiliary = {name: m for name, m in messages.items() if m["infer"].get("is_auxiliary") and name not in joint.sites}
-    for name in messages:
-        if name not in joint.sites and name not in auxiliary:
-            raise InputError(
-                f"site '{name}': in the guide but not in the model; remove it, or mark it infer={{'is_auxiliary': True}}"
-            )
+    for name, message in messages.items():
+        _check_guide_site(name, message, joint)
     terms, deltas = [], []
     for name, site in joint.sites.items():
         message = messages.get(name)
@@ -43,6 +41,22 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -
     return terms
 
 
+def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
+    if is_factor(message["fn"]):
+        raise InputError(
+            f"site '{name}': a pyro.factor in the guide, so log q need not be normalised; give the site whose density it "
+            "corrects a distribution with the right density"
+        )
+    if message["is_observed"]:
+        raise InputError(f"site '{name}': observed in the guide; leave out obs=, a guide must draw it")
+    if name in joint.observed:
+        raise InputError(f"site '{name}': observed in the model; remove it from the guide")
+    if name not in joint.sites and not message["infer"].get("is_auxiliary"):
+        raise InputError(
+            f"site '{name}': in the guide but not in the model; remove it, or mark it infer={{'is_auxiliary': True}}"
+        )
+
+
 def _own_term(name: str, message: Any, site: Site, joint: JointDensity, indices: Tensor) -> Term:
     fn = message["fn"]
     if fn.support.is_discrete:
@@ -56,7 +70,9 @@ def _own_term(name: str, message: Any, site: Site, joint: JointDensity, indices:
     ours = place(term, fn, flat[None])[0] if joint.plate is not None else place(term, fn, flat[None]).flatten()
     theirs = joint.run(flat, joint.fetch(indices), indices).values[name]
     theirs = theirs if joint.plate is not None else theirs.flatten()
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+    if ours.shape != theirs.shape:
+        raise _does_not_fit(name, message, site)
+    if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
         raise InputError(
             f"site '{name}': the guide's support {fn.support} differs from the model's; use a distribution with the "
             "model's support, or transform one to it"
@@ -84,14 +100,18 @@ def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstra
         del rest[axis]
         shape, fits = tuple(rest), torch.Size(rest).numel() == site.size
     if not fits:
-        raise InputError(
-            f"site '{site.name}': the guide's value has shape {tuple(value.shape)}, which does not fit the model's "
-            f"{site.shape} per datapoint"
-        )
+        raise _does_not_fit(site.name, message, site)
     return Term(
         name,
         replace(site, shape=shape, axis=axis, event_dim=fn.event_dim, unconstrained_event_dim=event_dim),
         unconstrained,
+    )
+
+
+def _does_not_fit(name: str, message: Any, site: Site) -> InputError:
+    shape = tuple(message["value"].shape)
+    return InputError(
+        f"site '{name}': the guide's value has shape {shape}, which does not fit the model's {site.shape} per datapoint"
     )
 
 

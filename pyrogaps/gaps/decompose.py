@@ -30,6 +30,7 @@ from pyrogaps.refine.own import moments
 from pyrogaps.streams import BLOCK, Chunk, chunks
 
 MAX_OBSERVED = 20_000_000
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 QUANTITIES = {
     "elbo": ("Monte Carlo ELBO of the guide", "lower bound"),
@@ -96,14 +97,12 @@ def decompose(
     provenance = work.provenance(plate)
     parts = Parts(cache, {**provenance, "batch_size": batch_size})
     number = len(chunks(joint.num_datapoints, batch_size))
-    with tqdm(total=number * work.num_stages, disable=not progress, unit="stage", dynamic_ncols=True) as bar:
+    with tqdm(total=number * work.num_stages, disable=not progress, dynamic_ncols=True, bar_format=BAR) as bar:
         work.bar = bar
 
         def one(chunk: Chunk) -> tuple[Chunk, Arrays]:
-            before = bar.n
             result = parts.get(chunk, joint, density, lambda: work.measure(chunk))
-            bar.update(before + work.num_stages - bar.n)
-            work.show(result)
+            work.finish(result)
             return chunk, result
 
         results = over_chunks(one, joint, batch_size, seed)
@@ -141,19 +140,20 @@ class _Work:
         self.evaluator = GradientEvaluator(joint, evidence.mode)
         self.prior_evaluator = GradientEvaluator(joint, evidence.mode, split=True)
         self.num_stages = 3 + len(further)
-        self._shown: list[np.ndarray[Any, Any]] = []
+        self._started = 0
+        self._finished: list[np.ndarray[Any, Any]] = []
 
     def measure(self, chunk: Chunk) -> Arrays:
         self.stage("ELBO of the guide")
         guide = chunk_log_weights(self.joint, self.density, chunk, self.num_particles, self.seed, "elbo")
         elbo, iwae = mean_estimate(guide), log_mean_exp_estimate(guide)
-        self.stage("refining the guide's own family", 1)
+        self.stage("refining the guide's own family")
         refined, converged, kept, traces = [], [], [], []
         start = None
         for name, family in [(OWN, self.own), *self.further.items()]:
             if name != OWN:
-                self.stage(f"refining {name}", 1)
-            posterior, how = refine_chunk(family, self.evaluator, chunk, self.refinement, self.seed, name, start)
+                self.stage(f"refining {name}")
+            posterior, how = refine_chunk(family, self.evaluator, chunk, self.refinement, self.seed, name, start, self.report)
             if name == OWN:
                 own, start = posterior, moments(posterior, chunk, self.seed, chunk.start)
             weights = chunk_log_weights(
@@ -163,7 +163,7 @@ class _Work:
             converged.append(how.converged)
             kept.append(how.kept_start)
             traces.append(how.trace)
-        self.stage("AIS", 1)
+        self.stage("AIS")
         annealed, tuning = self.annealed(own, chunk)
         log_evidence = log_mean_exp_estimate(annealed.log_weights, acceptance=annealed.acceptance)
         arrays = {
@@ -197,15 +197,32 @@ class _Work:
         tuning = run_pilot(path, evaluator, chunk, self.evidence, self.seed)
         return run_path(path, tuning, evaluator, chunk, self.evidence, self.seed), tuning
 
-    def stage(self, name: str, finished: int = 0) -> None:
-        self.bar.update(finished)
-        self.bar.set_description(name)
+    def stage(self, name: str) -> None:
+        """Say what is being done; the stages before it are finished."""
+        self._advance_to(self._started)
+        self._started += 1
+        self.bar.set_description_str(name)
 
-    def show(self, result: Arrays) -> None:
-        """The bounds so far, beside the bar."""
-        self._shown.append(np.stack([result["elbo"], result["log_evidence"]]))
-        elbo, log_evidence = np.concatenate(self._shown, 1).mean(1)
-        self.bar.set_postfix_str(f"L[q] {elbo:.2f}, log p(x) {log_evidence:.2f} nats")
+    def report(self, fraction: float, elbo: Tensor) -> None:
+        """Move the bar within a refinement, and show the bound it has reached."""
+        self.bar.set_postfix_str(f"{self._bounds()}ELBO {float(elbo.mean()):.2f} nats", refresh=False)
+        self.bar.update(fraction)
+
+    def finish(self, result: Arrays) -> None:
+        """A chunk is done: the bounds so far, beside the bar."""
+        self._finished.append(np.stack([result["elbo"], result["log_evidence"]]))
+        self.bar.set_postfix_str(self._bounds() + "nats", refresh=False)
+        self._started = len(self._finished) * self.num_stages
+        self._advance_to(self._started)
+
+    def _advance_to(self, position: float) -> None:
+        self.bar.update(position - self.bar.n)
+
+    def _bounds(self) -> str:
+        if not self._finished:
+            return ""
+        elbo, log_evidence = np.concatenate(self._finished, 1).mean(1)
+        return f"L[q] {elbo:.2f}, log p(x) {log_evidence:.2f} "
 
     def provenance(self, plate: Plate) -> dict[str, Any]:
         evidence = asdict(self.evidence)

@@ -1,7 +1,8 @@
 """Per-datapoint refinement: the best guide of a family for every datapoint, q* = argmax_q ELBO(x; q)."""
 
+from pyrogaps.refine.families import is_family
 from pyrogaps.refine.own import OwnFamily, own_family
 from pyrogaps.refine.refine import RefinedGuide, refine, refine_chunk
 from pyrogaps.refine.settings import Refinement
 
-__all__ = ["OwnFamily", "RefinedGuide", "Refinement", "own_family", "refine", "refine_chunk"]
+__all__ = ["OwnFamily", "RefinedGuide", "Refinement", "is_family", "own_family", "refine", "refine_chunk"]

@@ -1,5 +1,7 @@
 """Families: `family(model) -> guide`, instantiated for the datapoints of a chunk."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -23,9 +25,12 @@ _serial = count()
 def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Module:
     """`family(model)`, set up on the datapoints `indices`, with parameters of its own.
 
+    A family that takes `plate` is told the data plate's name.
+
     Raises `InputError` where it returns something other than a module.
     """
-    guide = family(joint.model)
+    takes_plate = joint.plate is not None and "plate" in _parameters(family)
+    guide = family(joint.model, plate=joint.plate) if takes_plate else family(joint.model)
     if not isinstance(guide, nn.Module):
         raise InputError(
             f"family {_name(family)}: family(model) must return a guide that is an nn.Module (as Pyro's autoguides are), "
@@ -37,6 +42,20 @@ def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Modu
     with whole_plates(joint.plate, indices, num_datapoints=len(indices)):
         guide(*joint.fetch(indices))
     return guide
+
+
+def is_family(candidate: Any) -> bool:
+    """Whether `candidate` is a family rather than a guide: a class, a partial of one, or a function of `model`."""
+    if isinstance(candidate, functools.partial):
+        return is_family(candidate.func)
+    return inspect.isclass(candidate) or (inspect.isfunction(candidate) and _parameters(candidate)[:1] == ["model"])
+
+
+def _parameters(family: Any) -> list[str]:
+    try:
+        return list(inspect.signature(family).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 class FamilyGuide:

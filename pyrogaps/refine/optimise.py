@@ -26,10 +26,19 @@ class Progress:
     trace: Tensor
 
 
+Report = Callable[[float, Tensor], None]
 Evaluate = Callable[[Tensor], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
 
-def optimise(refinable: Refinable, evaluate: Evaluate, chunk: Chunk, settings: Refinement, seed: int, name: str) -> Progress:
+def optimise(
+    refinable: Refinable,
+    evaluate: Evaluate,
+    chunk: Chunk,
+    settings: Refinement,
+    seed: int,
+    name: str,
+    report: Report | None = None,
+) -> Progress:
     r"""Maximise $\mathbb E_q[\log p(x_n, z) - \log q(z)]$ over the parameters of every datapoint of a chunk.
 
     The gradient is the path derivative (Roeder et al., 2017, arXiv:1703.09194), whose variance vanishes as q approaches
@@ -43,6 +52,8 @@ def optimise(refinable: Refinable, evaluate: Evaluate, chunk: Chunk, settings: R
     for step in range(settings.num_steps):
         elbo, gradients = _path_gradient(refinable, evaluate, chunk, settings.num_particles, seed, name, step)
         history.append(elbo)
+        if report is not None:
+            report(1 / settings.num_steps, elbo)
         rate = settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / settings.num_steps)))
         adam.step(gradients, rate)
         if step >= settings.num_steps - tail:

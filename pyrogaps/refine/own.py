@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 
 from pyrogaps.density import GuideDensity
 from pyrogaps.density.draws import BlockedGuide
@@ -54,7 +54,7 @@ def own_family(density: GuideDensity) -> OwnFamily:
     guide = density.guide
     if hasattr(guide, "local_family"):
         return OwnFamily(density, "local_family", guide.local_family)
-    if isinstance(guide, AutoGuide):
+    if isinstance(guide, AutoNormal) or (isinstance(guide, AutoGuide) and hasattr(guide, "start_at")):
         return OwnFamily(density, "autoguide", type(guide))
     if density.factorised:
         few = torch.arange(min(density.num_datapoints, 64))
@@ -65,6 +65,8 @@ def own_family(density: GuideDensity) -> OwnFamily:
             varies = varying_parameters(local)
             if any(varies.values()):
                 return OwnFamily(density, "freed", None, varies)
+    if isinstance(guide, AutoGuide):
+        return OwnFamily(density, "autoguide", type(guide))
     return OwnFamily(density, "fine-tuned")
 
 

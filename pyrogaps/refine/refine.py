@@ -1,7 +1,10 @@
 """`refine`: per-datapoint guides for a whole data set."""
 
+from contextlib import ExitStack
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -11,9 +14,9 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.refine.families import Family, FamilyGuide, restrict
+from pyrogaps.refine.families import Family, FamilyGuide, is_family, restrict
 from pyrogaps.refine.local import Refinable
-from pyrogaps.refine.optimise import Progress, optimise
+from pyrogaps.refine.optimise import Progress, Report, optimise
 from pyrogaps.refine.own import OwnFamily, own_family
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.streams import BLOCK, Chunk
@@ -29,11 +32,12 @@ def refine_chunk(
     seed: int,
     name: str = "own",
     start: Start = None,
+    report: Report | None = None,
 ) -> tuple[Refinable, Progress]:
     """Refine one chunk: q* of its datapoints, counted from 0, and how it went.
 
     A further family starts at the Gaussian `start` (means and standard deviations `(B, dim)`), the guide's own at the
-    guide's output.
+    guide's output. `report(fraction of the work, ELBO (B,))` is called along the way.
     """
     if isinstance(family, OwnFamily):
         refinable = family.start(chunk, seed)
@@ -43,7 +47,7 @@ def refine_chunk(
             guide.start_at(*start)
         refinable = guide
     evaluate = evaluator.bind(chunk.indices, settings.num_particles)
-    progress = optimise(refinable, evaluate, chunk, settings, seed, name)
+    progress = optimise(refinable, evaluate, chunk, settings, seed, name, report)
     for parameter in refinable.parameters:
         parameter.requires_grad_(False)
     return refinable, progress
@@ -52,8 +56,14 @@ def refine_chunk(
 class RefinedGuide:
     """The refined guides of a data set: a posterior per datapoint, and a Pyro guide for those data.
 
-    `at(indices)` gives the guide at some datapoints, for the estimators; calling it makes the `pyro.sample` statements
-    for the whole data set, in program order, as `pyro.infer.Predictive` or `Trace_ELBO` want them.
+    `elbo`, `iwae` and `ais(initial="guide")` take it as a guide. Called as Pyro calls guides, with the model's
+    arguments for all N datapoints, it makes the `pyro.sample` statements, so that `Trace_ELBO` and `Predictive` take
+    it too; log q then stands at the auxiliary site "_refined".
+
+    Attributes:
+        converged: whether each datapoint's refinement settled, `(N,)`.
+        kept_start: where the start was no worse than what refinement found, and was kept, `(N,)`.
+        traces: the ELBO along the refinement, a mean over the datapoints of each chunk, `(chunks, points)`, in nats.
     """
 
     def __init__(self, joint: JointDensity, chunks: list[Chunk], parts: list[Refinable], progress: list[Progress]) -> None:
@@ -68,6 +78,28 @@ class RefinedGuide:
             if chunk.start <= int(indices.min()) and int(indices.max()) < chunk.stop:
                 return part.at(indices - chunk.start)
         raise InputError("indices: they span several chunks of the refinement; ask for fewer at a time")
+
+    def sample(self, num_particles: int) -> tuple[Tensor, Tensor]:
+        """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, in the model's unconstrained space."""
+        with torch.no_grad():
+            draws = [part.at(torch.arange(len(c))).sample(num_particles) for c, part in zip(self.chunks, self.parts, strict=True)]
+        return torch.cat([z for z, _ in draws], 1), torch.cat([log_q for _, log_q in draws], 1)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with pyro.poutine.block(), torch.no_grad():
+            z, log_q = self.sample(1)
+            indices = torch.arange(self.joint.num_datapoints)
+            handler = self.joint.run(z[0], self.joint.fetch(indices), indices)
+        # Values are handed over constrained, where the density is smaller by the Jacobian.
+        log_density = (log_q[0] - handler.log_jacobian).sum()
+        pyro.sample("_refined", dist.Delta(log_density, log_density), infer={"is_auxiliary": True})
+        values = {}
+        for name, value in handler.values.items():
+            with ExitStack() as plates:
+                for frame in handler.frames[name]:
+                    plates.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+                values[name] = pyro.sample(name, dist.Delta(value, event_dim=self.joint.sites[name].event_dim))
+        return values
 
 
 def refine(
@@ -85,7 +117,7 @@ def refine(
     Args:
         model, data, plate: as for `JointDensity`.
         guide_or_family: a guide, whose own family is refined from its output; or `family(model) -> guide`, a class such as
-            `AutoNormal` or a function marked by `pyrogaps.family`.
+            `AutoNormal`, a partial of one, or a function whose first argument is called `model`.
         settings: see `Refinement`.
         batch_size: datapoints refined at once.
         seed: of all the randomness.
@@ -95,7 +127,7 @@ def refine(
     """
     settings = settings or Refinement()
     family: Any
-    if isinstance(guide_or_family, type):
+    if is_family(guide_or_family):
         joint, family = JointDensity(model, data, plate), guide_or_family
     else:
         joint, density = densities(model, guide_or_family, data, plate)

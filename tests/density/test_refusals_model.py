@@ -197,15 +197,6 @@ def test_sequential_plate(plate: str | None) -> None:
     refused(model, X, "data plate 'data'", "sequential", "with pyro.plate", plate=plate)
 
 
-def test_plate_without_a_size() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data"):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    refused(model, X, "plate 'data'", "size", "len(x)")
-
-
 def test_subsampled_plate_as_one_datapoint() -> None:
     def model(x: Tensor) -> None:
         m = pyro.sample("m", dist.Normal(0.0, 1.0))
@@ -213,16 +204,6 @@ def test_subsampled_plate_as_one_datapoint() -> None:
             pyro.sample("x", dist.Normal(m, 1.0), obs=x[rows])
 
     refused(model, X, "plate 'data' is subsampled", "plate=False", plate=False)
-
-
-def test_subsampled_nested_plate() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-2):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            with pyro.plate("features", 3, subsample_size=2, dim=-1) as columns:
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, columns])
-
-    JointDensity(model, torch.randn(5, 3), "data")  # made whole, see test_plates.py
 
 
 # Data.

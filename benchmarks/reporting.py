@@ -1,0 +1,47 @@
+"""What the benchmarks share: the machine in words, a table on the screen, the same rows as CSV."""
+
+import csv
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """The machine and the versions, in one line."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    packages = ("pyrogaps", "pyro-ppl", "torch", "blackjax", "jax")
+    versions = ", ".join(f"{name} {found}" for name in packages if (found := _version(name)))
+    python = platform.python_version()
+    return f"{cores}-core {platform.machine()} CPU, {device}, {torch.get_num_threads()} threads; Python {python}, {versions}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def report(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print `rows` under `title` as a table and write them to `results/<name>.csv`, the machine in its last column."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[k]) for line in [list(columns), *cells]) for k in range(len(columns))]
+    print(f"\n{title}\n{'-' * len(title)}")
+    for line in [list(columns), *cells]:
+        print("  ".join(text.ljust(width) if k == 0 else text.rjust(width) for k, (text, width) in enumerate(zip(line, widths, strict=True))))
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, "machine"])
+        writer.writerows([*row, machine()] for row in rows)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
