@@ -6,15 +6,17 @@ from typing import Any
 from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoLaplaceApproximation, AutoStructured
 from pyro.infer.autoguide.guides import AutoContinuous
 
+from pyrogaps.density.joint import JointDensity
 from pyrogaps.errors import InputError
 
 REMEDY = "use AutoNormal or pyrogaps.guides.local.AutoLocalMultivariateNormal"
 
 
-def check_autoguide(guide: Any, plate: str | None, num_datapoints: int) -> None:
+def check_autoguide(guide: Any, joint: JointDensity) -> None:
     """Refuse an autoguide that was never run, belongs to other data, or is one distribution over all datapoints."""
     if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
         raise InputError(f"guide: this {_name(guide)} has never been run; train it on these data first")
+    plate, first = joint.plate, next(iter(joint.sites))
     for part in _parts(guide):
         if isinstance(part, AutoLaplaceApproximation) and plate is None:
             raise InputError(
@@ -22,7 +24,6 @@ def check_autoguide(guide: Any, plate: str | None, num_datapoints: int) -> None:
                 "laplace_approximation(*args) returns"
             )
         if isinstance(part, AutoContinuous | AutoStructured) and plate is not None:
-            first = next(name for name, _ in part.prototype_trace.iter_stochastic_nodes())
             raise InputError(
                 f"site '{first}': {_name(part)} is a flat joint autoguide, one distribution over all datapoints at once, "
                 f"so it has no density per datapoint of the plate '{plate}'; {REMEDY}"
@@ -30,9 +31,9 @@ def check_autoguide(guide: Any, plate: str | None, num_datapoints: int) -> None:
         if isinstance(part, AutoStructured):
             raise InputError(f"guide: AutoStructured cannot be read as a density; {REMEDY}, or AutoMultivariateNormal")
         frame = part._prototype_frames.get(plate)
-        if frame is not None and (size := int(frame.full_size or frame.size)) != num_datapoints:
+        if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
             raise InputError(
-                f"guide: the plate '{plate}' of this {_name(part)} has size {size}, the data set has {num_datapoints} "
+                f"guide: the plate '{plate}' of this {_name(part)} has size {size}, the data set has {joint.num_datapoints} "
                 "datapoints; an autoguide holds parameters for each datapoint, so train it on these data"
             )
 

@@ -55,7 +55,7 @@ class GuideDensity:
             raise InputError("data: needed to read the model")
         else:
             self.joint = JointDensity(model, data, plate)
-        check_autoguide(guide, self.joint.plate, self.num_datapoints)
+        check_autoguide(guide, self.joint)
         self.bound: bool | None = None
         with seeded(0, "guide structure"), evaluating(guide), torch.no_grad():
             self.terms = self._read_structure()

@@ -9,7 +9,7 @@ from torch.distributions import biject_to
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed
 from pyrogaps.density.layout import Site, distribution_mask
-from pyrogaps.density.runs import Program, evaluating, whole_plates
+from pyrogaps.density.runs import Program, evaluating, steady_plates, whole_plates
 from pyrogaps.density.score import ScoreModel
 from pyrogaps.density.structure import (
     check_finite,
@@ -186,7 +186,8 @@ class JointDensity:
         number = data.num_datapoints
         for few in (min(3, number), number):
             # A hard-coded size breaks off a run on a few rows, but shows the plate; `_structure` then refuses it.
-            sites, error = first_sites(self.model, _tuple(data.fetch(torch.arange(few))))
+            with steady_plates():
+                sites, error = first_sites(self.model, _tuple(data.fetch(torch.arange(few))))
             if error is None or _frames_of(sites):
                 return find_plate(sites)
         raise error
@@ -255,10 +256,9 @@ class JointDensity:
 
 
 def probe_rows(num_datapoints: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Datapoints, some of them twice, a random order of these rows, and that order cut into a few rows and the rest."""
-    last = num_datapoints - 1
-    spread = torch.linspace(0, last, min(num_datapoints, CHECK_ROWS)).round().long()
-    indices = torch.cat([torch.tensor([last, 0, last // 2, 0]), spread])
+    """Datapoints out of order, a random order of these rows, and that order cut into a few rows and the rest."""
+    spread = torch.linspace(0, num_datapoints - 1, max(4, min(num_datapoints, CHECK_ROWS))).round().long()
+    indices = spread[torch.randperm(len(spread))]
     order = torch.randperm(len(indices))
     return indices, order, [order[:3], order[3:]]
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pyro
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyrogaps.errors import InputError
 
 Program = Callable[..., Any]
+Choice = tuple[int, int, Any]
 
 
 def modules_of(program: Program) -> list[nn.Module]:
@@ -61,11 +62,10 @@ def whole_plates(
     parameters of its own for each datapoint: it is given `indices` too. `bound=None` raises `BoundPlate` for one.
     """
     rows = len(indices)
-    original = SubsampleMessenger.__dict__["_subsample"]
 
-    def subsample(name, size=None, subsample_size=None, subsample=None, use_cuda=None, device=None):  # type: ignore[no-untyped-def]
-        if size is None or (name != plate and plate is not None and subsample is not None):
-            return original.__func__(name, size, subsample_size, subsample, use_cuda, device)
+    def choose(name: str, size: Any, subsample_size: Any, subsample: Any) -> Choice:
+        if name != plate and plate is not None and subsample is not None:
+            return int(size), len(subsample), subsample
         if name != plate:
             if plate is None and _length(subsample_size, subsample) not in (None, int(size)):
                 raise InputError(
@@ -88,11 +88,48 @@ def whole_plates(
             f"size it by the data, as in pyro.plate('{name}', len(x)); fetch(indices), if any, must return a row for each index"
         )
 
-    SubsampleMessenger._subsample = staticmethod(subsample)  # type: ignore[method-assign]
+    def check(messenger: SubsampleMessenger) -> None:
+        if messenger.name == plate and messenger.subsample_size not in (rows, -1):
+            raise InputError(
+                f"plate '{plate}' was made outside the program with size {messenger.subsample_size}; make it inside the "
+                f"program, sized by the data, as in pyro.plate('{plate}', len(x))"
+            )
+
+    with _plates(choose, check):
+        yield
+
+
+def steady_plates() -> AbstractContextManager[None]:
+    """Subsample every plate as its program asks, but by its first rows and never by more than it has."""
+
+    def choose(name: str, size: Any, subsample_size: Any, subsample: Any) -> Choice:
+        length = min(int(size), _length(subsample_size, subsample) or int(size))
+        return int(size), length, torch.arange(length) if subsample is None else subsample
+
+    return _plates(choose, lambda messenger: None)
+
+
+@contextmanager
+def _plates(choose: Callable[..., Choice], check: Callable[[SubsampleMessenger], None]) -> Iterator[None]:
+    """Have `choose` say which rows a new plate holds, and `check` look at every plate that a site is in."""
+    subsample, process = SubsampleMessenger.__dict__["_subsample"], SubsampleMessenger._process_message
+
+    def chosen(name, size=None, subsample_size=None, subsample=None, use_cuda=None, device=None):  # type: ignore[no-untyped-def]
+        if size is None:
+            return -1, -1, None
+        return choose(name, size, subsample_size, subsample)
+
+    def checked(messenger, message):  # type: ignore[no-untyped-def]
+        check(messenger)
+        process(messenger, message)
+
+    SubsampleMessenger._subsample = staticmethod(chosen)  # type: ignore[method-assign]
+    SubsampleMessenger._process_message = checked  # type: ignore[method-assign]
     try:
         yield
     finally:
-        SubsampleMessenger._subsample = original
+        SubsampleMessenger._subsample = subsample
+        SubsampleMessenger._process_message = process  # type: ignore[method-assign]
 
 
 class BoundPlate(Exception):

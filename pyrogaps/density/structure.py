@@ -142,7 +142,10 @@ def check_observed(name: str, site: Message) -> bool:
     value, fn = site["value"], site["fn"]
     if is_factor(fn):
         return True
-    inside = fn.support.check(value)
+    try:
+        inside = fn.support.check(value)
+    except NotImplementedError:  # no support is declared, so there is nothing to check
+        return True
     if site["mask"] is not None:
         inside = inside | ~torch.as_tensor(site["mask"], dtype=torch.bool, device=inside.device)
     if bool(inside.all()):

@@ -49,7 +49,7 @@ def _refinement(ax: Axes, traces: xr.Dataset, dataset: xr.Dataset) -> None:
     _readable_limits(ax, list(drawn.values()), list(heights.values()))
     ax.set_xlabel("refinement step")
     ax.set_ylabel("mean ELBO (nats)")
-    ax.legend(frameon=False, fontsize="small", loc="best")
+    _legend_above(ax)
     tidy(ax)
 
 
@@ -57,7 +57,7 @@ def _annealing(ax: Axes, traces: xr.Dataset) -> None:
     ax.set_title("Annealing", loc="left", fontsize="medium")
     drawn = {
         "acceptance": values(traces, "acceptance_by_temperature"),
-        "effective sample size / chains": values(traces, "ess_by_temperature"),
+        "ESS / chains": values(traces, "ess_by_temperature"),
     }
     if all(curve is None for curve in drawn.values()):
         note(ax, "no annealing was traced")
@@ -71,8 +71,15 @@ def _annealing(ax: Axes, traces: xr.Dataset) -> None:
     ax.set_ylim(0, 1.03)
     ax.set_xlabel("inverse temperature")
     ax.set_ylabel("share")
-    ax.legend(frameon=False, fontsize="small", loc="lower left")
+    _legend_above(ax)
     tidy(ax)
+
+
+def _legend_above(ax: Axes) -> None:
+    """Beside the title, where it covers no curve."""
+    ax.legend(
+        frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=3, columnspacing=1.2
+    )
 
 
 def _level(ax: Axes, height: float, label: str, *, above: bool) -> None:

@@ -14,6 +14,7 @@ from pyrogaps.refine.settings import Refinement
 from pyrogaps.streams import Chunk
 
 BETAS, EPSILON = (0.9, 0.99), 1e-8
+CLIP = 3.0  # nats to a unit: at the optimum slopes are about 1, and Adam would long remember a far steeper start
 NUM_TRACE = 50
 
 
@@ -45,32 +46,48 @@ def optimise(
     the posterior; draws come in mirrored pairs. Adam's step is taken in the family's own units, decays by a cosine,
     and the iterates of the last fifth are averaged. `evaluate` gives log p(x, z) and its gradient at `(S, B, dim)`.
     """
-    start = [parameter.detach().clone() for parameter in refinable.parameters]
-    adam = _Adam(refinable)
-    history, average = [], [torch.zeros_like(value) for value in start]
-    tail = max(1, settings.num_steps // 5)
-    for step in range(settings.num_steps):
-        elbo, gradients = _path_gradient(refinable, evaluate, chunk, settings.num_particles, seed, name, step)
+    start = _copy(refinable)
+    trace = _ascend(refinable, evaluate, chunk, settings, settings.num_steps, seed, f"refine {name}")
+    finish, before = _copy(refinable), _score(refinable, evaluate, chunk, settings, seed, name)
+    _ascend(refinable, evaluate, chunk, settings, max(10, settings.num_steps // 10), seed, f"refine further {name}")
+    further = _score(refinable, evaluate, chunk, settings, seed, name)
+    converged = _no_gain(before, further, settings.tolerance)
+    better = _mean(further) > _mean(before)
+    keep_where(~better, finish, refinable)
+    best, highest = _copy(refinable), _mean(torch.where(better, further, before))
+    keep_where(torch.ones_like(better), start, refinable)
+    kept = _mean(_score(refinable, evaluate, chunk, settings, seed, name)) > highest
+    keep_where(~kept, best, refinable)
+    return Progress(converged, kept, _thin(trace))
+
+
+def _ascend(
+    refinable: Refinable, evaluate: Evaluate, chunk: Chunk, settings: Refinement, num_steps: int, seed: int, stream: str
+) -> Tensor:
+    """Take `num_steps` of Adam and put the parameters at the mean of the last fifth; the ELBO on the way `(steps, B)`."""
+    adam, tail = _Adam(refinable), max(1, num_steps // 5)
+    history, average = [], [torch.zeros_like(parameter) for parameter in refinable.parameters]
+    for step in range(num_steps):
+        elbo, gradients = _path_gradient(refinable, evaluate, chunk, settings.num_particles, seed, stream, step)
         history.append(elbo)
-        if report is not None:
-            report(1 / settings.num_steps, elbo)
-        rate = settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / settings.num_steps)))
-        adam.step(gradients, rate)
-        if step >= settings.num_steps - tail:
+        adam.step(gradients, settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / num_steps))))
+        if step >= num_steps - tail:
             for total, parameter in zip(average, refinable.parameters, strict=True):
                 total += parameter.detach() / tail
-    keep_where(torch.ones(len(chunk), dtype=torch.bool, device=average[0].device), average, refinable)
-    kept = _keep_better(refinable, start, evaluate, chunk, settings, seed, name)
-    trace = torch.stack(history)
-    return Progress(_converged(trace, settings.tolerance), kept, _thin(trace))
+    keep_where(torch.ones(len(chunk), dtype=torch.bool, device=elbo.device), average, refinable)
+    return torch.stack(history)
+
+
+def _copy(refinable: Refinable) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in refinable.parameters]
 
 
 def _path_gradient(
-    refinable: Refinable, evaluate: Evaluate, chunk: Chunk, num_particles: int, seed: int, name: str, step: int
+    refinable: Refinable, evaluate: Evaluate, chunk: Chunk, num_particles: int, seed: int, stream: str, step: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     guide = BlockedGuide(refinable, chunk, chunk.start)
     with torch.enable_grad():
-        z, _ = guide.sample(num_particles, seed, f"refine {name}", step, antithetic=True)
+        z, _ = guide.sample(num_particles, seed, stream, step, antithetic=True)
         if not z.requires_grad:
             raise InputError("family: its draws have no reparameterised gradient (rsample), so it cannot be refined")
         point = z.detach().requires_grad_()
@@ -83,7 +100,7 @@ def _path_gradient(
 
 
 class _Adam:
-    """Adam with steps in each parameter's own units; every element for itself, so no datapoint feels another."""
+    """Adam with steps in each parameter's own units, slopes clipped; no element, so no datapoint, feels another."""
 
     def __init__(self, refinable: Refinable) -> None:
         self.refinable, self.count = refinable, 0
@@ -95,7 +112,7 @@ class _Adam:
         self.count += 1
         zipped = zip(self.refinable.parameters, gradients, self.refinable.units, self.first, self.second, strict=True)
         for parameter, gradient, unit, first, second in zipped:
-            scaled = torch.nan_to_num(gradient * unit)
+            scaled = torch.nan_to_num(gradient * unit).clamp(-CLIP, CLIP)
             first.lerp_(scaled, 1 - BETAS[0])
             second.lerp_(scaled.square(), 1 - BETAS[1])
             mean = first / (1 - BETAS[0] ** self.count)
@@ -103,40 +120,31 @@ class _Adam:
             parameter += rate * unit * mean / (spread + EPSILON)
 
 
-def _keep_better(
-    refinable: Refinable, start: list[Tensor], evaluate: Evaluate, chunk: Chunk, settings: Refinement, seed: int, name: str
-) -> Tensor:
-    """Compare the start with what came out on fresh draws, and put the start back where it was better: `(B,)`."""
-    finish = [parameter.detach().clone() for parameter in refinable.parameters]
-    everywhere = torch.ones(len(chunk), dtype=torch.bool, device=finish[0].device)
-    after = _score(refinable, evaluate, chunk, settings, seed, name)
-    keep_where(everywhere, start, refinable)
-    before = _score(refinable, evaluate, chunk, settings, seed, name)
-    better = after >= before
-    keep_where(better, finish, refinable)
-    return ~better
-
-
 def _score(refinable: Refinable, evaluate: Evaluate, chunk: Chunk, settings: Refinement, seed: int, name: str) -> Tensor:
-    """The ELBO on the selection draws, `(B,)`; -inf where it is not finite."""
-    guide, total = BlockedGuide(refinable, chunk, chunk.start), torch.zeros(len(chunk), dtype=torch.float64)
-    rounds = max(1, settings.num_selection // settings.num_particles)
+    """The ELBO on the selection draws, the same for all that are compared: `(rounds, B)`, -inf where not finite."""
+    guide, scores = BlockedGuide(refinable, chunk, chunk.start), []
     with torch.no_grad():
-        for first in range(rounds):
+        for first in range(max(2, settings.num_selection // settings.num_particles)):
             z, log_q = guide.sample(settings.num_particles, seed, f"select {name}", first)
             (log_joint,), _ = evaluate(z)
-            total = total.to(z.device) + (log_joint - log_q).double().mean(0) / rounds
-    return torch.nan_to_num(total, nan=-math.inf)
+            scores.append((log_joint - log_q).double().mean(0))
+    scored = torch.stack(scores)
+    return torch.where(torch.isfinite(scored), scored, torch.full_like(scored, -math.inf))
 
 
-def _converged(trace: Tensor, tolerance: float) -> Tensor:
-    """Whether the mean ELBO of the last tenth of `trace (steps, B)` is that of the tenth before, within tolerance."""
-    tenth = len(trace) // 10
-    if tenth < 2:
-        return torch.zeros(trace.shape[1], dtype=torch.bool, device=trace.device)
-    last, before = trace[-tenth:].double(), trace[-2 * tenth : -tenth].double()
-    error = ((last.var(0) + before.var(0)) / tenth).sqrt()
-    return (last.mean(0) - before.mean(0)).abs() < tolerance + 3 * error
+def _mean(scores: Tensor) -> Tensor:
+    return scores.mean(0)
+
+
+def _no_gain(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
+    """Whether `after` is not above `before`, `(rounds, B)` each, by more than the tolerance and two standard errors: `(B,)`.
+
+    Both are on the same draws, so their difference is known far better than either. What cannot be compared has not
+    converged.
+    """
+    gain = after - before
+    error = gain.std(0) / math.sqrt(len(gain))
+    return gain.mean(0) <= tolerance + 2 * error  # False for NaN
 
 
 def _thin(trace: Tensor) -> Tensor:
