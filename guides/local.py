@@ -69,6 +69,11 @@ class AutoLocalMultivariateNormal(AutoGuide):
         self._plate = plate
         self._init_scale = init_scale
 
+    prototype_trace: Any
+    loc: Any
+    scale: Any
+    unit_scale_tril: Any
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         messages = dict(self.prototype_trace.iter_stochastic_nodes())

@@ -74,7 +74,7 @@ class LinearGaussian(nn.Module):
     def log_evidence(self, x: Tensor) -> Tensor:
         """log p(x) of `x` `(N, D)`, exact; shape `(N,)`."""
         factor = self.weight * self.prior_scale
-        return dist.LowRankMultivariateNormal(self.bias, factor, self.noise_scale**2).log_prob(x)  # type: ignore[no-any-return]
+        return dist.LowRankMultivariateNormal(self.bias, factor, self.noise_scale**2).log_prob(x)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean `(N, d)` and covariance `(d, d)` of p(z|x)."""
@@ -106,7 +106,7 @@ class LinearGaussian(nn.Module):
     def _log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         prior = dist.Normal(torch.zeros_like(self.prior_scale), self.prior_scale).log_prob(z).sum(-1)
         likelihood = dist.Normal(z @ self.weight.T + self.bias, self.noise_scale).log_prob(x).sum(-1)
-        return prior + likelihood  # type: ignore[no-any-return]
+        return prior + likelihood
 
     def approximation_gap(self) -> Tensor:
         """log p(x) - max ELBO over diagonal Gaussians, the same for every x: (sum_i ln L_ii - ln |L|) / 2."""

@@ -1,7 +1,9 @@
 """The pieces of annealed importance sampling: where paths start, how they are scheduled and tuned, and a run along one."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,15 +33,17 @@ class GaussianStart:
             whitened, diagonal = (z - self.loc) / self.scale, self.scale
             gradient = -whitened / self.scale
         else:
-            inverse, diagonal = self._inverse(), self.scale.diagonal(dim1=-2, dim2=-1)
+            inverse, diagonal = self._inverse, self.scale.diagonal(dim1=-2, dim2=-1)
             whitened = torch.einsum("bij,sbj->sbi", inverse, z - self.loc)
             gradient = -torch.einsum("bij,sbi->sbj", inverse, whitened)
-        constant = 0.5 * z.shape[-1] * torch.log(torch.tensor(2 * torch.pi, dtype=z.dtype))
-        return -0.5 * whitened.square().sum(-1) - diagonal.log().sum(-1) - constant.to(z.device), gradient
+        constant = 0.5 * z.shape[-1] * math.log(2 * math.pi)
+        return -0.5 * whitened.square().sum(-1) - diagonal.log().sum(-1) - constant, gradient
 
+    @cached_property
     def _inverse(self) -> Tensor:
         identity = torch.eye(self.scale.shape[-1], dtype=self.scale.dtype, device=self.scale.device)
-        return torch.linalg.solve_triangular(self.scale, identity.expand_as(self.scale), upper=False)
+        inverse: Tensor = torch.linalg.solve_triangular(self.scale, identity.expand_as(self.scale), upper=False)
+        return inverse
 
 
 class Tuning(NamedTuple):

@@ -4,12 +4,13 @@ Everything is computed in double precision, with draws along the first axis. Not
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from arviz_stats.base import array_stats
-from scipy import stats
+from arviz_stats.base import array_stats  # type: ignore[attr-defined]
+from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 KHAT_TRUSTED = 0.7
@@ -46,14 +47,15 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
     """Pareto k-hat of importance log-weights `(S, N)`, one per column: above 0.7 the estimate is not to be trusted.
 
     Vehtari et al. (2024), Pareto smoothed importance sampling, arXiv:1507.02646, as ArviZ computes it. NaN where the
-    weights do not vary or there are fewer than 25 of them.
+    weights do not vary in their tail or there are fewer than 25 of them.
     """
     columns = log_weights.double().cpu().numpy().T
     result = np.full(len(columns), np.nan)
     if columns.shape[1] >= 25:
         for n, column in enumerate(columns):
             if np.isfinite(column).all() and np.ptp(column) > 1e-9:
-                result[n] = float(array_stats.psislw(column.max() - column, r_eff=1.0)[1])
+                with suppress(ValueError):  # all of the tail is one value
+                    result[n] = float(array_stats.psislw(column.max() - column, r_eff=1.0)[1])
     return torch.from_numpy(result)
 
 

@@ -95,6 +95,13 @@ def distribution_mask(fn: Any, message_mask: Any) -> Tensor | None:
     return total
 
 
+def leaf(fn: Any) -> Any:
+    """The distribution inside `Independent` and mask wrappers."""
+    while getattr(fn, "base_dist", None) is not None and type(fn).__name__ in ("Independent", "MaskedDistribution"):
+        fn = fn.base_dist
+    return fn
+
+
 def unmasked(fn: Any) -> Any:
     """`fn` without the masks it carries, so that the caller can apply one mask once."""
     if isinstance(fn, MaskedDistribution):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrogaps.density.joint import JointDensity
-from pyrogaps.density.layout import Site
+from pyrogaps.density.layout import Site, leaf
 from pyrogaps.density.score import log_jacobian, masked_log_prob
 
 Draws = tuple[Tensor, Tensor]
@@ -84,13 +84,6 @@ def join_terms(terms: list[Term], scored: list[Draws], active: Tensor | None) ->
 
 
 SYMMETRIC = ("Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Laplace", "StudentT")
-
-
-def leaf(fn: Any) -> Any:
-    """The distribution inside `Independent` and mask wrappers."""
-    while getattr(fn, "base_dist", None) is not None and type(fn).__name__ in ("Independent", "MaskedDistribution"):
-        fn = fn.base_dist
-    return fn
 
 
 def _draw(fn: Any, num_particles: int, antithetic: bool) -> Tensor:

@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyrogaps.density.layout import Site, plate_dim
+from pyrogaps.density.layout import Site, distribution_mask, leaf, plate_dim
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.density.score import is_bookkeeping
 from pyrogaps.errors import InputError
@@ -74,7 +74,7 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
     for name, site in sites.items():
         check_in_plate(name, site, plate, "model")
     for name, site in latent.items():
-        if leaf_name(site["fn"]) == "Delta":
+        if type(leaf(site["fn"])).__name__ == "Delta":
             raise InputError(
                 f"site '{name}': a Delta latent in the model has no density; use pyro.deterministic, or pyro.factor for its "
                 "log_density"
@@ -142,30 +142,27 @@ def check_observed(name: str, site: Message) -> bool:
     value, fn = site["value"], site["fn"]
     if is_factor(fn):
         return True
+    element = leaf(fn)
     try:
-        inside = fn.support.check(value)
+        inside = element.support.check(value)
     except NotImplementedError:  # no support is declared, so there is nothing to check
         return True
-    if site["mask"] is not None:
-        inside = inside | ~torch.as_tensor(site["mask"], dtype=torch.bool, device=inside.device)
+    mask = distribution_mask(fn, site["mask"])
+    if mask is not None:
+        seen = mask.to(inside.device).expand(value.shape).flatten(value.dim() - element.event_dim)
+        inside = inside | ~(seen.any(-1) if element.event_dim else seen)
     if bool(inside.all()):
         return True
     if opted_out_of_validation(fn):
         return False
     raise InputError(
-        f"site '{name}': some observed values lie outside the support of its {leaf_name(fn)} likelihood; "
+        f"site '{name}': some observed values lie outside the support of its {type(element).__name__} likelihood; "
         "transform the data, or write validate_args=False to score them as they are (an unnormalised likelihood)"
     )
 
 
 def is_factor(fn: Any) -> bool:
     return type(fn).__name__ == "Unit"
-
-
-def leaf_name(fn: Any) -> str:
-    while getattr(fn, "base_dist", None) is not None:
-        fn = fn.base_dist
-    return type(fn).__name__
 
 
 def check_finite(tensors: Iterable[tuple[str, Any]], what: str) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrogaps.density.joint import JointDensity
-from pyrogaps.density.layout import Site, plate_dim
-from pyrogaps.density.local import Term, leaf, place
+from pyrogaps.density.layout import Site, leaf, plate_dim
+from pyrogaps.density.local import Term, place
 from pyrogaps.density.structure import is_factor
 from pyrogaps.errors import InputError
 

@@ -150,7 +150,8 @@ class _Work:
         self.stage("refining the guide's own family")
         refined, converged, kept, traces = [], [], [], []
         start = None
-        for name, family in [(OWN, self.own), *self.further.items()]:
+        families: dict[str, OwnFamily | Family] = {OWN: self.own, **self.further}
+        for name, family in families.items():
             if name != OWN:
                 self.stage(f"refining {name}")
             posterior, how = refine_chunk(family, self.evaluator, chunk, self.refinement, self.seed, name, start, self.report)
@@ -284,9 +285,9 @@ def _ledger(results: list[tuple[Chunk, Arrays]], families: list[str], provenance
         {name: (("datapoint", "family")[: value.ndim], value) for name, value in columns.items()},
         coords={"datapoint": np.arange(provenance["num_datapoints"]), "family": families},
     )
-    for name in per_datapoint.data_vars:
-        if str(name).removesuffix("_mcse") in QUANTITIES:
-            per_datapoint[name].attrs["units"] = "nats"
+    for variable in per_datapoint.data_vars:
+        if str(variable).removesuffix("_mcse") in QUANTITIES:
+            per_datapoint[variable].attrs["units"] = "nats"
     return GapLedger(per_datapoint, _traces(traces, families, provenance), _observed(data), provenance)
 
 

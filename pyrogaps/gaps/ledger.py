@@ -13,6 +13,7 @@ from pyrogaps.gaps.table import render
 
 OWN = "own"
 ATTRIBUTE = "pyrogaps"
+GROUPS = ("per_datapoint", "traces", "observed_data")
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,20 +65,18 @@ class GapLedger:
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, and the provenance as one
         JSON string in the attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`."""
-        tree = xr.DataTree.from_dict(
-            {"per_datapoint": self.per_datapoint, "traces": self.traces, "observed_data": self.observed}
-        )
+        tree = xr.DataTree.from_dict(dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed), strict=True)))
         tree.attrs[ATTRIBUTE] = json.dumps(self.provenance)
         return tree
 
     @classmethod
     def from_datatree(cls, tree: xr.DataTree) -> "GapLedger":
         """A ledger back from `to_datatree`; raises `InputError` for a tree that is not one."""
-        missing = [name for name in ("per_datapoint", "traces", "observed_data") if name not in tree.children]
+        missing = [name for name in GROUPS if name not in tree.children]
         if missing or ATTRIBUTE not in tree.attrs:
             raise InputError(f"ledger: not a tree written by GapLedger.to_datatree (missing {missing or ATTRIBUTE})")
-        groups = [tree[name].to_dataset() for name in ("per_datapoint", "traces", "observed_data")]
-        return cls(*groups, json.loads(tree.attrs[ATTRIBUTE]))
+        per_datapoint, traces, observed = (tree.children[name].to_dataset() for name in GROUPS)
+        return cls(per_datapoint, traces, observed, json.loads(tree.attrs[ATTRIBUTE]))
 
     @property
     def families(self) -> list[str]:

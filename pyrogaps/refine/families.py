@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer.autoguide import AutoNormal
@@ -18,7 +18,7 @@ from pyrogaps.density.runs import evaluating, whole_plates
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 
-Family = Callable[[Any], Any]
+Family = Callable[..., Any]
 _serial = count()
 
 
@@ -85,10 +85,10 @@ class FamilyGuide:
         if isinstance(self.guide, AutoNormal):
             _start_auto_normal(self.guide, self.joint, loc, scale)
         elif hasattr(self.guide, "start_at"):
-            self.guide.start_at(loc, scale)
+            cast(Any, self.guide).start_at(loc, scale)
         units = _auto_normal_units(self.guide) if isinstance(self.guide, AutoNormal) else {}
         if hasattr(self.guide, "units"):
-            units = self.guide.units()
+            units = cast(Any, self.guide).units()
         names = [name for name, value in self.guide.named_parameters() if value.requires_grad]
         self.units = [units.get(name, 1.0) for name in names]
 

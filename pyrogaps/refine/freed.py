@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyrogaps.density import JointDensity
-from pyrogaps.density.local import FactorisedGuide, Term, leaf
+from pyrogaps.density.layout import leaf
+from pyrogaps.density.local import FactorisedGuide, Term
 
 FREE_PARAMETERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "Normal": (dist.Normal, ("loc", "scale")),

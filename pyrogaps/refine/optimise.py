@@ -47,9 +47,15 @@ def optimise(
     and the iterates of the last fifth are averaged. `evaluate` gives log p(x, z) and its gradient at `(S, B, dim)`.
     """
     start = _copy(refinable)
-    trace = _ascend(refinable, evaluate, chunk, settings, settings.num_steps, seed, f"refine {name}")
+    again = max(10, settings.num_steps // 10)
+
+    def tell(elbo: Tensor) -> None:
+        if report is not None:
+            report(1 / (settings.num_steps + again), elbo)
+
+    trace = _ascend(refinable, evaluate, chunk, settings, settings.num_steps, seed, f"refine {name}", tell)
     finish, before = _copy(refinable), _score(refinable, evaluate, chunk, settings, seed, name)
-    _ascend(refinable, evaluate, chunk, settings, max(10, settings.num_steps // 10), seed, f"refine further {name}")
+    _ascend(refinable, evaluate, chunk, settings, again, seed, f"refine further {name}", tell)
     further = _score(refinable, evaluate, chunk, settings, seed, name)
     converged = _no_gain(before, further, settings.tolerance)
     better = _mean(further) > _mean(before)
@@ -62,7 +68,14 @@ def optimise(
 
 
 def _ascend(
-    refinable: Refinable, evaluate: Evaluate, chunk: Chunk, settings: Refinement, num_steps: int, seed: int, stream: str
+    refinable: Refinable,
+    evaluate: Evaluate,
+    chunk: Chunk,
+    settings: Refinement,
+    num_steps: int,
+    seed: int,
+    stream: str,
+    tell: Callable[[Tensor], None],
 ) -> Tensor:
     """Take `num_steps` of Adam and put the parameters at the mean of the last fifth; the ELBO on the way `(steps, B)`."""
     adam, tail = _Adam(refinable), max(1, num_steps // 5)
@@ -70,6 +83,7 @@ def _ascend(
     for step in range(num_steps):
         elbo, gradients = _path_gradient(refinable, evaluate, chunk, settings.num_particles, seed, stream, step)
         history.append(elbo)
+        tell(elbo)
         adam.step(gradients, settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / num_steps))))
         if step >= num_steps - tail:
             for total, parameter in zip(average, refinable.parameters, strict=True):
