@@ -50,7 +50,7 @@ def through_pyro(problem: Problem, mode: Mode) -> tuple[Transition, Tensor]:
     """The library's own transition, and its gradient at the starting points."""
     evaluator = GradientEvaluator(JointDensity(problem.model, problem.x), mode)
     bound = evaluator.bind(torch.arange(problem.shape[1]), problem.shape[0])
-    evaluate = starting_at(problem.start, bound)
+    evaluate = starting_at(problem.start, bound, bound.gradients)
     state = evaluate(problem.z)
     weights = (torch.tensor(1 - BETA), torch.tensor(BETA))
     gradient = weights[0] * state.gradients[0] + weights[1] * state.gradients[1]

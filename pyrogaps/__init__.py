@@ -5,7 +5,7 @@ from pyrogaps.bounds import elbo, iwae
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import GapLedger, decompose
-from pyrogaps.plots import plot_gaps
+from pyrogaps.plots import plot_datapoints, plot_gaps, plot_ledger, plot_traces
 from pyrogaps.refine import Refinement, refine
 from pyrogaps.training import train
 
@@ -22,7 +22,10 @@ __all__ = [
     "decompose",
     "elbo",
     "iwae",
+    "plot_datapoints",
     "plot_gaps",
+    "plot_ledger",
+    "plot_traces",
     "refine",
     "train",
 ]

@@ -27,7 +27,7 @@ from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError
-from pyrogaps.hmc import Evaluate, HMCState
+from pyrogaps.hmc import Evaluate, Evaluation, HMCState
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
 from pyrogaps.refine import Refinement, is_family, own_family, refine_chunk
 from pyrogaps.streams import BLOCK, Chunk, Noise, derive_seed, reseed
@@ -106,7 +106,8 @@ def anchored_path(evaluator: GradientEvaluator, start: GaussianStart, chunk: Chu
         return start.draw(Noise(seed, f"{purpose} start", chunk, dtype=dtype, device=device).normal(num_chains, dim))
 
     def evaluate(num_chains: int) -> Evaluate:
-        return starting_at(start, evaluator.bind(chunk.indices, num_chains))
+        bound = evaluator.bind(chunk.indices, num_chains)
+        return starting_at(start, bound, bound.gradients)
 
     return Path(draw, evaluate, start.scale)
 
@@ -124,7 +125,7 @@ def prior_path(evaluator: GradientEvaluator, chunk: Chunk, seed: int) -> Path:
 
     def evaluate(num_chains: int) -> Evaluate:
         bound = evaluator.bind(chunk.indices, num_chains)
-        return lambda position: HMCState(position, *bound(position))
+        return Evaluation(lambda position: HMCState(position, *bound(position)), bound.gradients)
 
     spread = draw(256, "scale").std(0)
     return Path(draw, evaluate, torch.where(spread > 0, spread, torch.ones_like(spread)))
@@ -251,7 +252,8 @@ class Sandwich:
     """Stochastic lower and upper bounds of log p(x) on data simulated from the model, nats, `(N,)` each.
 
     `width` is the mean of `upper - lower` over datapoints and `width_mcse` its standard error across them: within it the
-    AIS settings are certified. `data` are the simulated data, `z` `(N, dim)` their exact posterior draws.
+    AIS settings are certified. `data` are the simulated data, `z` `(N, dim)` their exact posterior draws. `reverse` has
+    no error per datapoint: its chains share their start, so the spread among them says too little.
     """
 
     lower: Tensor
@@ -335,7 +337,8 @@ def bdmc(
         )
         for side, sign in ((0, 1), (1, -1))
     )
-    reverse = replace(inverse, value=-inverse.value, direction="upper bound", log_weights=None)
+    unknown = torch.full_like(inverse.mcse, torch.nan)
+    reverse = replace(inverse, value=-inverse.value, mcse=unknown, direction="upper bound", log_weights=None)
     return Sandwich(forward.value, reverse.value, forward, reverse, simulated, z)
 
 

@@ -1,6 +1,7 @@
 """The pieces of annealed importance sampling: where paths start, how they are scheduled and tuned, and a run along one."""
 
 import math
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +10,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrogaps.hmc import Evaluate, HMCState, apply_scale, transition
+from pyrogaps.hmc import Evaluate, Evaluation, HMCState, apply_scale, transition
 from pyrogaps.streams import Noise
 
 Schedule = Literal["linear", "sigmoid", "thermodynamic"]
+Gradients = Callable[[Tensor], tuple[Tensor, ...]]
+Joint = Callable[[Tensor], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 JITTER = 0.3
 
 
@@ -29,21 +32,26 @@ class GaussianStart:
 
     def log_density(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """log f_0 `(S, B)` and its gradient `(S, B, dim)`."""
+        gradient = self.gradient(z)
+        return self._peak + 0.5 * ((z - self.loc) * gradient).sum(-1), gradient
+
+    def gradient(self, z: Tensor) -> Tensor:
+        """The gradient of log f_0, `(S, B, dim)`."""
+        centred = self.loc - z
         if self.scale.dim() == 2:
-            whitened, diagonal = (z - self.loc) / self.scale, self.scale
-            gradient = -whitened / self.scale
-        else:
-            inverse, diagonal = self._inverse, self.scale.diagonal(dim1=-2, dim2=-1)
-            whitened = torch.einsum("bij,sbj->sbi", inverse, z - self.loc)
-            gradient = -torch.einsum("bij,sbi->sbj", inverse, whitened)
-        constant = 0.5 * z.shape[-1] * math.log(2 * math.pi)
-        return -0.5 * whitened.square().sum(-1) - diagonal.log().sum(-1) - constant, gradient
+            return centred * self._precision
+        return torch.einsum("bij,sbj->sbi", self._precision, centred)
 
     @cached_property
-    def _inverse(self) -> Tensor:
-        identity = torch.eye(self.scale.shape[-1], dtype=self.scale.dtype, device=self.scale.device)
-        inverse: Tensor = torch.linalg.solve_triangular(self.scale, identity.expand_as(self.scale), upper=False)
-        return inverse
+    def _precision(self) -> Tensor:
+        if self.scale.dim() == 2:
+            return self.scale.square().reciprocal()
+        return torch.cholesky_inverse(self.scale)
+
+    @cached_property
+    def _peak(self) -> Tensor:
+        diagonal = self.scale if self.scale.dim() == 2 else self.scale.diagonal(dim1=-2, dim2=-1)
+        return -diagonal.log().sum(-1) - 0.5 * self.loc.shape[-1] * math.log(2 * math.pi)
 
 
 class Tuning(NamedTuple):
@@ -183,15 +191,19 @@ def moments_start(draws: Tensor, *, diagonal: bool, widen: float, active: Tensor
     return GaussianStart(loc, widen * scale[..., None] * factor)
 
 
-def starting_at(start: GaussianStart, joint: Callable[[Tensor], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> Evaluate:
-    """The path's evaluation when f_0 is a Gaussian: its density in closed form beside the model's."""
+def starting_at(start: GaussianStart, joint: Joint, gradients: Gradients | None = None) -> Evaluation:
+    """The path's evaluation when f_0 is a Gaussian: its density in closed form beside the model's.
+
+    `joint` gives the model's log density and gradient; `gradients`, where that is cheaper, the gradient alone.
+    """
+    model_gradients = gradients or (lambda position: joint(position)[1])
 
     def evaluate(position: Tensor) -> HMCState:
         log_start, start_gradient = start.log_density(position)
         (log_joint,), (gradient,) = joint(position)
         return HMCState(position, (log_start, log_joint), (start_gradient, gradient))
 
-    return evaluate
+    return Evaluation(evaluate, lambda position: (start.gradient(position), *model_gradients(position)))
 
 
 def _mix(beta: Tensor, state: HMCState) -> tuple[Tensor, Tensor]:

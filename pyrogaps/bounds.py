@@ -28,7 +28,7 @@ def posterior_of(
     model: Program, guide: Program | Posterior, data: Data, plate: Plate = None
 ) -> tuple[JointDensity, Posterior]:
     """As `densities`, for a guide that is a posterior per datapoint already (what `refine` returns) too."""
-    if isinstance(guide, Posterior):
+    if isinstance(guide, Posterior) and hasattr(guide, "joint"):  # a caller's guide may well have a method `at`
         return JointDensity(model, data, plate), guide
     return densities(model, guide, data, plate)
 

@@ -4,6 +4,7 @@ Neal (2011), MCMC using Hamiltonian dynamics, arXiv:1206.1901.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,18 @@ class HMCInfo(NamedTuple):
     accepted: Tensor
 
 
-Evaluate = Callable[[Tensor], HMCState]
+@dataclass(frozen=True)
+class Evaluation:
+    """How a path is evaluated: the whole state at a position, or the gradients there alone, which can cost less."""
+
+    state: Callable[[Tensor], HMCState]
+    gradients: Callable[[Tensor], tuple[Tensor, ...]]
+
+    def __call__(self, position: Tensor) -> HMCState:
+        return self.state(position)
+
+
+Evaluate = Callable[[Tensor], HMCState] | Evaluation
 
 
 def transition(
@@ -46,7 +58,7 @@ def transition(
 
     Args:
         state: where the chains are.
-        evaluate: positions to state; called `num_leapfrog` times.
+        evaluate: positions to state, `num_leapfrog` times; an `Evaluation` is asked for gradients alone but the last time.
         weights: K mixing weights, each broadcasting to `(S, B)`.
         step_size: broadcasting to `(S, B)`; it must not depend on the running chains.
         scale: the preconditioner, standard deviations `(B, dim)` or a lower Cholesky factor `(B, dim, dim)`: the mass
@@ -58,12 +70,15 @@ def transition(
     """
     step = step_size[..., None]
     energy = _log_target(state, weights) - 0.5 * velocity.square().sum(-1)
-    proposal, push = state, _push(state, weights, scale)
-    for _ in range(num_leapfrog):
-        velocity = velocity + 0.5 * step * push
-        proposal = evaluate(proposal.position + step * apply_scale(scale, velocity))
-        push = _push(proposal, weights, scale)
-        velocity = velocity + 0.5 * step * push
+    velocity = velocity + 0.5 * step * _push(state.gradients, weights, scale)
+    position = state.position + step * apply_scale(scale, velocity)
+    for _ in range(num_leapfrog - 1):
+        # The half steps of the velocity before and after a position are one.
+        gradients = evaluate.gradients(position) if isinstance(evaluate, Evaluation) else evaluate(position).gradients
+        velocity = velocity + step * _push(gradients, weights, scale)
+        position = position + step * apply_scale(scale, velocity)
+    proposal = evaluate(position)
+    velocity = velocity + 0.5 * step * _push(proposal.gradients, weights, scale)
     difference = _log_target(proposal, weights) - 0.5 * velocity.square().sum(-1) - energy
     difference = torch.where(torch.isfinite(difference), difference, torch.full_like(difference, -torch.inf))
     acceptance = difference.clamp(max=0.0).exp()
@@ -78,10 +93,10 @@ def apply_scale(scale: Tensor, vector: Tensor) -> Tensor:
     return torch.einsum("bij,sbj->sbi", scale, vector)
 
 
-def _push(state: HMCState, weights: tuple[Tensor, ...], scale: Tensor) -> Tensor:
+def _push(gradients: tuple[Tensor, ...], weights: tuple[Tensor, ...], scale: Tensor) -> Tensor:
     force = sum(
-        (weight[..., None] * gradient for weight, gradient in zip(weights[1:], state.gradients[1:], strict=True)),
-        start=weights[0][..., None] * state.gradients[0],
+        (weight[..., None] * gradient for weight, gradient in zip(weights[1:], gradients[1:], strict=True)),
+        start=weights[0][..., None] * gradients[0],
     )
     return scale * force if scale.dim() == 2 else torch.einsum("bij,sbi->sbj", scale, force)
 

@@ -25,7 +25,10 @@ PUBLIC = {
     "decompose",
     "elbo",
     "iwae",
+    "plot_datapoints",
     "plot_gaps",
+    "plot_ledger",
+    "plot_traces",
     "refine",
     "train",
 }

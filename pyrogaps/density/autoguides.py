@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoLaplaceApproximation, AutoStructured
+from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoLaplaceApproximation, AutoMessenger, AutoStructured
 from pyro.infer.autoguide.guides import AutoContinuous
 
 from pyrogaps.density.joint import JointDensity
@@ -36,6 +36,10 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
                 f"guide: the plate '{plate}' of this {_name(part)} has size {size}, the data set has {joint.num_datapoints} "
                 "datapoints; an autoguide holds parameters for each datapoint, so train it on these data"
             )
+
+
+def is_autoguide(guide: Any) -> bool:
+    return isinstance(guide, AutoGuide | AutoMessenger)
 
 
 def _parts(guide: Any) -> Iterator[AutoGuide]:

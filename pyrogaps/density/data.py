@@ -44,12 +44,28 @@ def as_indexed(data: Data) -> IndexedData:
         )
     lengths = [len(tensor) for tensor in tensors]
     if len(set(lengths)) > 1:
-        raise InputError(f"data: the tensors have different lengths along their first axis: {lengths}")
+        raise InputError(
+            f"data: the tensors have different lengths along their first axis, the data plate: {lengths}; cut them to one, or "
+            "pass plate=False where they are one datapoint all together"
+        )
 
     def fetch(indices: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor[indices.to(tensor.device)] for tensor in tensors)
 
     return _not_empty(IndexedData(lengths[0], fetch))
+
+
+def whole(data: Data) -> IndexedData:
+    """The whole data set as one datapoint, its arguments not indexed."""
+    if isinstance(data, IndexedData):
+        return IndexedData(1, lambda indices: as_tuple(data.fetch(torch.arange(data.num_datapoints))))
+    args = tuple(data) if isinstance(data, list | tuple) else (data,)
+    return IndexedData(1, lambda indices: args)
+
+
+def as_tuple(args: Any) -> tuple[Any, ...]:
+    """What `fetch` returned, as the model's positional arguments."""
+    return args if isinstance(args, tuple) else (args,)
 
 
 def _not_empty(data: IndexedData) -> IndexedData:

@@ -1,16 +1,20 @@
 """`GuideDensity`: a Pyro guide as a density over the model's flat unconstrained vectors."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrogaps.density.autoguides import check_autoguide
+from pyrogaps.density.autoguides import check_autoguide, is_autoguide
 from pyrogaps.density.data import Data
-from pyrogaps.density.joint import JointDensity, probe_rows, same_density
+from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide, PlaceValues, Term, join_terms, score_term
-from pyrogaps.density.runs import BoundPlate, Program, evaluating, whole_plates
+from pyrogaps.density.plates import BoundPlate, whole_plates
+from pyrogaps.density.rows import probe_rows, same_density
+from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
@@ -55,9 +59,12 @@ class GuideDensity:
             raise InputError("data: needed to read the model")
         else:
             self.joint = JointDensity(model, data, plate)
+        self._size = self.joint.num_datapoints
         check_autoguide(guide, self.joint)
-        self.bound: bool | None = None
-        with seeded(0, "guide structure"), evaluating(guide), torch.no_grad():
+        # An autoguide holds parameters for each datapoint, whatever its plates say.
+        self.bound: bool | None = True if is_autoguide(guide) and self.joint.plate is not None else None
+        self.origin: Tensor | None = None
+        with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
             self.terms = self._read_structure()
             self.factorised = self._is_factorised()
             self._check_rows()
@@ -90,13 +97,24 @@ class GuideDensity:
 
     def messages(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
         """Run the guide on `indices` repeated `num_particles` times; its random sites by name."""
-        rows = indices.repeat(num_particles)
         args = self.joint.fetch(indices, num_particles)
-        with whole_plates(self.joint.plate, rows, num_datapoints=self.num_datapoints, bound=self.bound):
-            if handler is None:
-                return sample_sites(self.guide, args)
-            with handler:
-                return sample_sites(self.guide, args)
+        with self.plates(indices.repeat(num_particles)), handler or nullcontext():
+            sites = sample_sites(self.guide, args)
+        if isinstance(self.guide, GuideMessenger):  # it runs the model, likelihood and all
+            return {name: site for name, site in sites.items() if not site["is_observed"]}
+        return sites
+
+    def plates(self, indices: Tensor) -> AbstractContextManager[None]:
+        """A context in which the guide's data plate holds the rows of `indices`."""
+        rows = indices if self.origin is None else self.origin[indices]
+        return whole_plates(self.joint.plate, rows, num_datapoints=self._size, bound=self.bound)
+
+    def restrict(self, joint: JointDensity, origin: Tensor) -> "GuideDensity":
+        """The same guide over `joint`, which holds the datapoints `origin` alone and counts them from 0."""
+        part = object.__new__(GuideDensity)
+        part.__dict__.update(self.__dict__)
+        part.joint, part.origin = joint, origin
+        return part
 
     def _read_structure(self) -> list[Term]:
         """Run on a number of rows that is not the data set's, so that a plate of its full size shows."""
@@ -105,7 +123,7 @@ class GuideDensity:
         indices = torch.arange(count) % number
         try:
             messages = self._few(indices)
-            self.bound = False
+            self.bound = bool(self.bound)
         except BoundPlate:
             self.bound = True
             messages = self._few(indices)
@@ -167,15 +185,15 @@ class SequentialGuide:
         return self._run(len(z), z)[1]
 
     def _run(self, num_particles: int, z: Tensor | None) -> Draws:
-        """All particles as rows of one run; one at a time where there is no plate, or each datapoint has its own weights."""
-        if self.joint.plate is None or self.density.bound:
+        """All particles as rows of one run; one at a time where there is no plate."""
+        if self.joint.plate is None:
             pairs = [self._run_rows(1, None if z is None else z[s : s + 1]) for s in range(num_particles)]
             return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
         return self._run_rows(num_particles, z)
 
     def _run_rows(self, num_particles: int, z: Tensor | None) -> Draws:
         terms, rows = self.density.terms, num_particles * len(self.indices)
-        handler = None if z is None else PlaceValues(terms, z.reshape(-1, z.shape[-1]))
+        handler = None if z is None else PlaceValues(terms, z.reshape(-1, z.shape[-1]), self.joint.plate is not None)
         with evaluating(self.density.guide):
             messages = self.density.messages(self.indices, num_particles, handler)
         active = None if self.active is None else self.active.repeat(num_particles, 1)

@@ -1,5 +1,6 @@
 """`JointDensity`: a Pyro model as a density over one flat unconstrained vector per datapoint."""
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyrogaps.density.data import Data, IndexedData, as_indexed
+from pyrogaps.density.data import Data, IndexedData, as_indexed, as_tuple, whole
 from pyrogaps.density.layout import Site, distribution_mask
-from pyrogaps.density.runs import Program, evaluating, steady_plates, whole_plates
+from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
+from pyrogaps.density.rows import CHECK_ROWS, probe_rows, same_density
+from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.score import ScoreModel
 from pyrogaps.density.structure import (
     check_finite,
@@ -26,9 +29,6 @@ from pyrogaps.streams import seeded
 
 if TYPE_CHECKING:
     from pyrogaps.density.simulate import ToData
-
-CHECK_ROWS = 256
-
 
 class JointDensity:
     r"""log p(x_n, z) of a Pyro model, one datapoint n of the data plate at a time.
@@ -54,13 +54,13 @@ class JointDensity:
         self.model = model
         self.caller_data = data
         check_parameters(model)
-        rows_data = as_indexed(data)
         with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
-            self.plate = None if plate is False else self._plate_of(rows_data, plate)
-            self.data = rows_data if self.plate is not None else _whole(data)
+            self.plate = None if plate is False else self._plate_of(as_indexed(data), plate)
+            self.data = whole(data) if self.plate is None else as_indexed(data)
             self.vectorized = True
             self.unnormalised: tuple[str, ...] = ()
             self.observed: tuple[str, ...] = ()
+            self.bound: bool | None = None
             self.masked = False
             self.sites = self._structure()
         self.dim = sum(site.size for site in self.sites.values())
@@ -90,7 +90,7 @@ class JointDensity:
     def fetch(self, indices: Tensor, num_particles: int = 1) -> tuple[Any, ...]:
         """The model's arguments for `indices`, the whole run of them repeated `num_particles` times."""
         args = self.data.fetch(indices.repeat(num_particles) if self.plate is not None else indices)
-        args = args if isinstance(args, tuple) else (args,)
+        args = as_tuple(args)
         check_finite(((f"argument {position}", value) for position, value in enumerate(args)), "data:")
         return args
 
@@ -104,12 +104,19 @@ class JointDensity:
 
     def run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         """Run the model with `flat` in its latent sites; the handler holds the terms, site values and masks."""
-        if self.plate is None and not self.vectorized and len(flat) > 1:
-            return _stack_runs([self.run(row[None], args, indices[:1]) for row in flat])
-        handler = ScoreModel(self.sites, self.plate, flat)
-        with whole_plates(self.plate, indices, num_datapoints=self.num_datapoints), handler:
+        if self.plate is None and not self.vectorized:
+            return _stack_runs([self._run(row[None], args, indices[:1]) for row in flat])
+        return self._run(flat, args, indices)
+
+    def _run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
+        handler = ScoreModel(self.sites, self.plate, flat, vectorized=self.vectorized)
+        with self.plates(indices), handler:
             self.model(*args)
         return handler
+
+    def plates(self, indices: Tensor) -> AbstractContextManager[None]:
+        """A context in which the model's data plate holds the rows of `indices`."""
+        return whole_plates(self.plate, indices, num_datapoints=self.num_datapoints, bound=self.bound)
 
     def constrain(self, z: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
         """The latent sites' values, each `(S, N, *shape)`, of unconstrained `z` `(S, N, dim)`."""
@@ -120,7 +127,8 @@ class JointDensity:
         for name, value in handler.values.items():
             site = self.sites[name]
             value = value.movedim(site.batch_axis - site.event_dim, 0)
-            result[name] = value.reshape(*z.shape[:2], *value.shape[1:])
+            own = value.shape[1:] if self.plate is not None else value.shape[value.dim() - site.batch_dims - site.event_dim :]
+            result[name] = value.reshape(*z.shape[:2], *own)
         return result
 
     def active(self, indices: Tensor) -> Tensor | None:
@@ -161,7 +169,7 @@ class JointDensity:
         return simulate(self, to_data)
 
     def _draw(self, args: tuple[Any, ...], indices: Tensor) -> Tensor:
-        with whole_plates(self.plate, indices, num_datapoints=self.num_datapoints):
+        with self.plates(indices):
             messages = sample_sites(self.model, args)
         return self.flatten({name: messages[name] for name in self.sites}, len(indices))
 
@@ -187,7 +195,7 @@ class JointDensity:
         for few in (min(3, number), number):
             # A hard-coded size breaks off a run on a few rows, but shows the plate; `_structure` then refuses it.
             with steady_plates():
-                sites, error = first_sites(self.model, _tuple(data.fetch(torch.arange(few))))
+                sites, error = first_sites(self.model, as_tuple(data.fetch(torch.arange(few))))
             if error is None or _frames_of(sites):
                 return find_plate(sites)
         raise error
@@ -195,12 +203,11 @@ class JointDensity:
     def _structure(self) -> dict[str, Site]:
         """Check every datapoint's sites batch by batch; returns the layout, which all batches must share."""
         number, layout = self.num_datapoints, None
-        first = torch.tensor([number - 1, 0, 0]) if self.plate is not None else torch.zeros(1, dtype=torch.long)
+        first = torch.tensor([number - 1, 0, 0] + [0] * (number == 3)) if self.plate is not None else torch.tensor([0])
         batches = [first, *torch.arange(number).split(CHECK_ROWS)] if self.plate is not None else [first]
         for batch in batches:
             args = self.fetch(batch)
-            with whole_plates(self.plate, batch, num_datapoints=number):
-                sites = sample_sites(self.model, args)
+            sites = self._sites(args, batch)
             if self.plate is not None and self.plate not in (names := _frames_of(sites)):
                 known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
                 raise InputError(f"plate: the model has no plate named '{self.plate}' ({known})")
@@ -216,11 +223,22 @@ class JointDensity:
                     "model: its latent sites change shape from datapoint to datapoint; pad ragged data to one length "
                     "for the whole data set and mask the padding"
                 )
-            layout = found
+            layout, self.bound = found, bool(self.bound)
         value = next(site["value"] for site in sites.values() if not site["is_observed"])
         self.dtype, self.device = value.dtype, value.device
         assert layout is not None
         return layout
+
+    def _sites(self, args: tuple[Any, ...], batch: Tensor) -> dict[str, Any]:
+        """The model's sites on a batch; the first one tells whether its data plate has the data set's full size."""
+        try:
+            with self.plates(batch):
+                return sample_sites(self.model, args)
+        except BoundPlate as found:
+            if not found.subsampled:
+                raise wrong_size(str(self.plate), self.num_datapoints, len(batch)) from None
+            self.bound = True
+            return self._sites(args, batch)
 
     def _check_rows(self) -> None:
         """A row's density must be its own: not that of its neighbours, of its position, or of the batch."""
@@ -255,24 +273,11 @@ class JointDensity:
             self.vectorized = False
 
 
-def probe_rows(num_datapoints: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Datapoints out of order, a random order of these rows, and that order cut into a few rows and the rest."""
-    spread = torch.linspace(0, num_datapoints - 1, max(4, min(num_datapoints, CHECK_ROWS))).round().long()
-    indices = spread[torch.randperm(len(spread))]
-    order = torch.randperm(len(indices))
-    return indices, order, [order[:3], order[3:]]
-
-
-def same_density(left: Tensor, right: Tensor) -> bool:
-    """Whether two computations of the same log-densities agree but for rounding."""
-    tolerance = 1e-8 if left.dtype == torch.float64 else 2e-3
-    return torch.allclose(left, right, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
 def _stack_runs(runs: list[ScoreModel]) -> ScoreModel:
     whole = runs[0]
     whole.log_prior = torch.cat([run.log_prior for run in runs])
     whole.log_likelihood = torch.cat([run.log_likelihood for run in runs])
+    whole.log_jacobian = torch.cat([run.log_jacobian for run in runs])
     for name, site in whole.sites.items():
         axis = site.batch_axis - site.event_dim
         whole.values[name] = torch.cat([run.values[name] for run in runs], axis)
@@ -289,15 +294,3 @@ def _batch_dims(sites: dict[str, Any]) -> int:
 
 def _frames_of(sites: dict[str, Any]) -> set[str]:
     return {frame.name for site in sites.values() for frame in site["cond_indep_stack"]}
-
-
-def _tuple(args: Any) -> tuple[Any, ...]:
-    return args if isinstance(args, tuple) else (args,)
-
-
-def _whole(data: Data) -> IndexedData:
-    """The whole data set as one datapoint, its arguments not indexed."""
-    if isinstance(data, IndexedData):
-        return IndexedData(1, lambda indices: _tuple(data.fetch(torch.arange(data.num_datapoints))))
-    args = data if isinstance(data, tuple) else (data,)
-    return IndexedData(1, lambda indices: args)

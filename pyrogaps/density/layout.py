@@ -53,6 +53,11 @@ class Site:
         return slice(self.start, self.start + self.size)
 
     @property
+    def num_padded(self) -> int:
+        """How many leading axes of `shape`, of size one, are there only to set rows apart from the site's own axes."""
+        return len(self.shape) - self.batch_dims - self.unconstrained_event_dim
+
+    @property
     def batch_axis(self) -> int:
         """The row axis among the batch dimensions, as in a log-probability."""
         return self.axis + self.unconstrained_event_dim

@@ -11,6 +11,7 @@ from torch.distributions import biject_to
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf
 from pyrogaps.density.score import log_jacobian, masked_log_prob
+from pyrogaps.density.supports import guide_support
 
 Draws = tuple[Tensor, Tensor]
 
@@ -98,20 +99,21 @@ def _draw(fn: Any, num_particles: int, antithetic: bool) -> Tensor:
 class PlaceValues(Messenger):
     """Puts given rows `(R, dim)` into a guide's terms, so that a run scores them instead of drawing."""
 
-    def __init__(self, terms: list[Term], flat: Tensor) -> None:
+    def __init__(self, terms: list[Term], flat: Tensor, in_plate: bool) -> None:
         super().__init__()
-        self.terms, self.flat = {term.name: term for term in terms}, flat
+        self.terms, self.flat, self.in_plate = {term.name: term for term in terms}, flat, in_plate
 
     def _pyro_sample(self, message: Any) -> None:
         term = self.terms.get(message["name"])
         if term is not None:
-            message["value"], message["done"] = place(term, message["fn"], self.flat[None])[0], True
+            value = place(term, message["fn"], self.flat[None])[0]
+            message["value"], message["done"] = value if self.in_plate else value[0], True
 
 
 def place(term: Term, fn: Any, z: Tensor) -> Tensor:
     """The values of a term's site at unconstrained `z` `(S, B, dim)`, with S leading."""
     unconstrained = term.site.unflatten(z)
-    return unconstrained if term.unconstrained else biject_to(fn.support)(unconstrained)  # type: ignore[no-any-return]
+    return unconstrained if term.unconstrained else biject_to(guide_support(fn))(unconstrained)  # type: ignore[no-any-return]
 
 
 def score_term(
@@ -123,7 +125,7 @@ def score_term(
     log_q = masked_log_prob(fn, value, mask, term.name)
     unconstrained = value
     if not term.unconstrained:
-        transform = biject_to(fn.support)
+        transform = biject_to(guide_support(fn))
         unconstrained = transform.inv(value)
         log_q = log_q + log_jacobian(transform, unconstrained, value, mask, fn.event_dim)
     log_q = site.sum_to_rows(log_q, lead=1) if in_plate else log_q.reshape(len(value), -1).sum(-1, keepdim=True)

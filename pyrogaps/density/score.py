@@ -67,11 +67,13 @@ class ScoreModel(Messenger):
 
     Scales (plate subsampling, `poutine.scale`) are left out, masks are kept. After the run `log_prior` holds the
     latent sites' terms with their log-Jacobians (`log_jacobian` alone too), `log_likelihood` the observed sites', all
-    `(R,)`; `values`, `masks` and `frames` (of plates) are the latent sites'.
+    `(R,)`; `values`, `masks` and `frames` (of plates) are the latent sites'. Without a plate and not `vectorized`, the
+    model sees the one row's values in exactly the shapes that it draws.
     """
 
-    def __init__(self, sites: Mapping[str, Site], plate: str | None, flat: Tensor) -> None:
+    def __init__(self, sites: Mapping[str, Site], plate: str | None, flat: Tensor, *, vectorized: bool = True) -> None:
         super().__init__()
+        self.drop_rows = plate is None and not vectorized
         self.sites, self.plate, self.flat = sites, plate, flat
         self.rows = len(flat)
         self.log_prior: Tensor = flat.new_zeros(self.rows)
@@ -90,12 +92,15 @@ class ScoreModel(Messenger):
         site = self.sites[name]
         mask = distribution_mask(fn, message["mask"])
         unconstrained = site.unflatten(self.flat)
+        lead = unconstrained.shape[: 1 + site.num_padded]
+        if self.drop_rows:
+            unconstrained = unconstrained.reshape(site.shape[site.num_padded :])
         if mask is not None:
             unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))
         transform = biject_to(fn.support)
         value = transform(unconstrained)
         message["value"], message["done"] = value, True
-        self.values[name], self.masks[name] = value, mask
+        self.values[name], self.masks[name] = value.reshape(*lead, *value.shape) if self.drop_rows else value, mask
         self.frames[name] = [frame for frame in message["cond_indep_stack"] if frame.vectorized]
         jacobian = self._per_row(log_jacobian(transform, unconstrained, value, mask, fn.event_dim), message)
         self.log_jacobian = self.log_jacobian + jacobian

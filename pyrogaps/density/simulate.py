@@ -9,7 +9,7 @@ from torch.distributions import biject_to
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, distribution_mask
-from pyrogaps.density.runs import evaluating, whole_plates
+from pyrogaps.density.runs import evaluating
 from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
 from pyrogaps.density.structure import is_factor
 from pyrogaps.errors import InputError
@@ -103,7 +103,7 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
 
 def _run(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, fixed: dict[str, Tensor]) -> DrawModel:
     handler = DrawModel(joint.sites, joint.plate, joint.zeros(len(indices)), fixed)
-    with whole_plates(joint.plate, indices, num_datapoints=joint.num_datapoints), handler:
+    with joint.plates(indices), handler:
         joint.model(*args)
     return handler
 

@@ -149,8 +149,8 @@ def check_observed(name: str, site: Message) -> bool:
         return True
     mask = distribution_mask(fn, site["mask"])
     if mask is not None:
-        seen = mask.to(inside.device).expand(value.shape).flatten(value.dim() - element.event_dim)
-        inside = inside | ~(seen.any(-1) if element.event_dim else seen)
+        seen = mask.to(inside.device).expand(torch.broadcast_shapes(mask.shape, value.shape))
+        inside = inside | ~(seen.flatten(-element.event_dim).any(-1) if element.event_dim else seen)
     if bool(inside.all()):
         return True
     if opted_out_of_validation(fn):

@@ -11,6 +11,7 @@ from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import Term, place
 from pyrogaps.density.structure import is_factor
+from pyrogaps.density.supports import guide_support
 from pyrogaps.errors import InputError
 
 
@@ -74,7 +75,7 @@ def _own_term(name: str, message: Any, site: Site, joint: JointDensity, indices:
         raise _does_not_fit(name, message, site)
     if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
         raise InputError(
-            f"site '{name}': the guide's support {fn.support} differs from the model's; use a distribution with the "
+            f"site '{name}': the guide's support {guide_support(fn)} differs from the model's; use a distribution with the "
             "model's support, or transform one to it"
         )
     return term
@@ -83,7 +84,7 @@ def _own_term(name: str, message: Any, site: Site, joint: JointDensity, indices:
 def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> Term:
     """A term with the guide's own row axis; its values must fill the model site's columns."""
     fn, value = message["fn"], message["value"]
-    flat = value if unconstrained else biject_to(fn.support).inv(value)
+    flat = value if unconstrained else biject_to(guide_support(fn)).inv(value)
     event_dim = fn.event_dim + flat.dim() - value.dim()
     if joint.plate is None:
         fits, shape = flat.numel() == site.size, tuple(flat.shape)

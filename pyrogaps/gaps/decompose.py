@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pyrogaps.ais import AIS, anchor, anchored_path, prior_path, run_path, run_pilot
 from pyrogaps.anneal import AnnealResult, Tuning
@@ -33,14 +33,14 @@ MAX_OBSERVED = 20_000_000
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 QUANTITIES = {
-    "elbo": ("Monte Carlo ELBO of the guide", "lower bound"),
-    "iwae": ("importance-weighted bound of the guide", "lower bound"),
-    "log_evidence": ("AIS", "lower bound"),
-    "elbo_refined": ("Monte Carlo ELBO of the refined guide", "lower bound"),
-    "approximation_gap": ("log p(x) - L[q*]", "estimate"),
-    "family_approximation_gap": ("log p(x) - L[q*] of the family", "estimate"),
-    "amortization_gap": ("L[q*] - L[q]", "lower bound"),
-    "inference_gap": ("log p(x) - L[q]", "lower bound"),
+    "elbo": ("Monte Carlo ELBO of the guide", "unbiased"),
+    "iwae": ("importance weights of the guide", "lower bound of log p(x)"),
+    "log_evidence": ("AIS", "lower bound of log p(x)"),
+    "elbo_refined": ("Monte Carlo ELBO of the refined guide", "lower bound of L[q*]"),
+    "approximation_gap": ("log p(x) - L[q*]", "estimate (either way)"),
+    "family_approximation_gap": ("log p(x) - L[q*]", "estimate (either way)"),
+    "amortization_gap": ("L[q*] - L[q]", "lower bound of the gap"),
+    "inference_gap": ("log p(x) - L[q]", "lower bound of the gap"),
 }
 
 

@@ -87,7 +87,7 @@ class GapLedger:
         """(row label, variable, family) of every row of the summary."""
         rows: list[tuple[str, str, str | None]] = [("log_evidence", "log_evidence", None)]
         rows += [(f"elbo_refined[{family}]", "elbo_refined", family) for family in self.families]
-        rows += [(name, name, None) for name in ("elbo", "iwae", "inference_gap", "approximation_gap")]
+        rows += [(name, name, None) for name in ("iwae", "elbo", "inference_gap", "approximation_gap")]
         if "conditioning_gap" in self.per_datapoint:
             rows.append(("conditioning_gap", "conditioning_gap", None))
         rows.append(("amortization_gap", "amortization_gap", None))

@@ -13,29 +13,39 @@ TREE = {
     "amortization_gap": "└─ amortization gap",
 }
 BOUNDS = {"log_evidence": "log p(x)", "elbo": "L[q]"}
+HEADINGS = ("mean", "s.e.", "MCSE", "in expectation, by what")
 
 
 def render(summary: pd.DataFrame, per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> str:
-    """The table: mean over datapoints in nats, ± its standard error over datapoints, and its Monte Carlo error."""
+    """The table: mean over datapoints in nats, its standard error over datapoints, and its Monte Carlo error.
+
+    The fourth column says what the mean is in expectation, and the estimator behind it.
+    """
     labels = {name: _label(str(name), provenance) for name in summary.index}
     width = max(len(label) for label in labels.values())
     number = provenance["num_datapoints"]
     what = "1 datapoint" if number == 1 else f"{number:,} datapoints"
+    decimals = 3 if float(summary["mean"].abs().max()) < 100 else 2
     lines = [
         f"Gap ledger: {what}, latent dimension {provenance['dim']}; means over datapoints in nats",
         "",
-        f"{'':{width}}  {'mean':>9}   {'s.e.':>6}  {'MCSE':>6}",
+        f"{'':{width}}  {HEADINGS[0]:>9}  {HEADINGS[1]:>7}  {HEADINGS[2]:>7}  {HEADINGS[3]}",
     ]
+    further = False
     for name, row in summary.iterrows():
-        if name in ("inference_gap",) or (str(name).startswith("approximation_gap[") and "└" in lines[-1]):
+        is_further = str(name).startswith("approximation_gap[")
+        if name == "inference_gap" or (is_further and not further):
             lines.append("")
-        figures = f"{row['mean']:9.2f} ± {_number(row['standard_error'])}  {_number(row['mcse'])}"
-        lines.append(f"{labels[name]:{width}}  {figures}  {row['direction']}, {row['estimator']}")
+        further = is_further
+        figures = "  ".join(
+            _number(row[column], size, decimals) for column, size in (("mean", 9), ("standard_error", 7), ("mcse", 7))
+        )
+        lines.append(f"{labels[name]:{width}}  {figures}  {row['direction']}: {row['estimator']}")
     return "\n".join([*lines, "", *_notes(per_datapoint, provenance)])
 
 
-def _number(value: float) -> str:
-    return f"{value:6.3f}" if np.isfinite(value) else f"{'-':>6}"
+def _number(value: float, width: int, decimals: int) -> str:
+    return f"{value:{width}.{decimals}f}" if np.isfinite(value) else f"{'-':>{width}}"
 
 
 def _label(name: str, provenance: dict[str, Any]) -> str:
@@ -45,7 +55,7 @@ def _label(name: str, provenance: dict[str, Any]) -> str:
         return f"IWAE-{provenance['num_particles']}[q]"
     if name.startswith("elbo_refined["):
         family = name[len("elbo_refined[") : -1]
-        return "L[q*]" if family == "own" else f"L[q*] {family}"
+        return "L[q*] own family" if family == "own" else f"L[q*] {family}"
     if name.startswith("approximation_gap["):
         return f"approximation gap, {name[len('approximation_gap[') : -1]}"
     return BOUNDS.get(name, name)
@@ -53,16 +63,17 @@ def _label(name: str, provenance: dict[str, Any]) -> str:
 
 def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     converged = per_datapoint["converged"].mean("datapoint")
-    shares = ", ".join(f"{name} {float(share):.0%}" for name, share in zip(converged.family.values, converged, strict=True))
+    shares = zip(converged["family"].values, converged.values, strict=True)
     acceptance = float(per_datapoint["acceptance"].mean())
     ess = float(per_datapoint["log_evidence_ess"].mean()) / provenance["evidence"]["num_chains"]
-    khat = per_datapoint["khat"].values
-    bad = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
     notes = [
-        f"refinement converged: {shares}",
+        "refinement converged: " + ", ".join(f"{name} {float(share):.0%}" for name, share in shares),
         f"AIS: acceptance {acceptance:.2f}, effective share of the chains {ess:.0%}",
-        f"importance weights of the guide: k-hat above 0.7 for {bad:.0%} of the datapoints",
     ]
+    khat = per_datapoint["khat"].values
+    unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
+    if unreliable > 0:
+        notes.append(f"IWAE: k-hat above 0.7 for {unreliable:.0%} of the datapoints; the gaps do not rest on it")
     if provenance["unnormalised_likelihood"]:
         sites = ", ".join(provenance["unnormalised_likelihood"])
         notes.append(

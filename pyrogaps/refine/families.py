@@ -14,7 +14,8 @@ from torch.distributions import transform_to
 
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.local import LocalGuide
-from pyrogaps.density.runs import evaluating, whole_plates
+from pyrogaps.density.plates import whole_plates
+from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.local import Draws, LocalGuide
-from pyrogaps.density.runs import evaluating, modules_of, whole_plates
+from pyrogaps.density.runs import evaluating, modules_of
 from pyrogaps.errors import InputError
 
 
@@ -48,8 +48,7 @@ def learned_weights(density: GuideDensity) -> list[Weight]:
 def _store_names(density: GuideDensity) -> list[str]:
     """The names under which one run of the guide reads Pyro's param store."""
     indices = torch.zeros(1, dtype=torch.long)
-    plates = whole_plates(density.joint.plate, indices, num_datapoints=density.num_datapoints, bound=density.bound)
-    with evaluating(density.guide), torch.random.fork_rng(), plates:
+    with evaluating(density.guide), torch.random.fork_rng(), density.plates(indices):
         trace = poutine.trace(density.guide).get_trace(*density.joint.fetch(indices))
         store = pyro.get_param_store()
         return [name for name, node in trace.nodes.items() if node["type"] == "param" and name in store._params]
@@ -83,8 +82,8 @@ class FinetunedGuide:
     way: a guide class can bring a batched family instead (`local_family(model) -> guide`).
     """
 
-    def __init__(self, density: GuideDensity, joint: JointDensity) -> None:
-        self.density = _over(density, joint)
+    def __init__(self, density: GuideDensity, joint: JointDensity, indices: Tensor) -> None:
+        self.density = density.restrict(joint, indices)
         self.joint = joint
         self.weights = learned_weights(density)
         self.parameters: list[Tensor] = [_copies(weight.value, joint.num_datapoints) for weight in self.weights]
@@ -97,14 +96,6 @@ class FinetunedGuide:
 
 def _copies(value: Tensor, count: int) -> Tensor:
     return value.detach()[None].repeat(count, *[1] * value.dim()).requires_grad_()
-
-
-def _over(density: GuideDensity, joint: JointDensity) -> GuideDensity:
-    """The same guide over the datapoints of a restricted joint density."""
-    part = object.__new__(GuideDensity)
-    part.__dict__.update(density.__dict__)
-    part.joint = joint
-    return part
 
 
 class _OneByOne:

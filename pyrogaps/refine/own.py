@@ -46,7 +46,7 @@ class OwnFamily:
             assert isinstance(local, FactorisedGuide)
             local.joint = joint
             return FreedGuide(local, self.varies)
-        return FinetunedGuide(self.density, joint)
+        return FinetunedGuide(self.density, joint, chunk.indices)
 
 
 def own_family(density: GuideDensity) -> OwnFamily:

@@ -1,0 +1,153 @@
+"""What is done to a recorded graph before it is replayed: recording, cutting out what is not asked for, rewriting."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+VIEWS = {aten.alias.default, aten.view.default, aten.expand.default, aten.permute.default, aten.unsqueeze.default}
+IN_PLACE = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.neg.default: aten.neg_.default,
+    aten.exp.default: aten.exp_.default,
+    aten.sigmoid.default: aten.sigmoid_.default,
+    aten.tanh.default: aten.tanh_.default,
+}
+
+# Below this many multiplications a product is over before oneDNN has looked up its kernel.
+SMALL_PRODUCT = 100_000
+
+
+@torch.library.custom_op("pyrogaps::product", mutates_args=())
+def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """`left @ right + bias` by oneDNN; an operation of its own, because `torch.compile` takes oneDNN's for constants only."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+    return result
+
+
+@_product.register_fake
+def _(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[1])
+
+
+def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
+    """The tensor operations of `function(*inputs)`; what else it reads, such as parameters, stays by reference."""
+    module = make_fx(function)(*inputs)
+    graph = module.graph
+    graph.eliminate_dead_code()
+    _drop_identities(graph)
+    _constants_to_numbers(graph)
+    _products_by_onednn(graph)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def output_alone(module: GraphModule, position: int) -> GraphModule:
+    """`module` with one of its outputs alone, and the operations that lead to it."""
+    part = Graph()
+    outputs: Any = part.graph_copy(module.graph, {})
+    part.output(outputs[position])
+    part.eliminate_dead_code()
+    return GraphModule(module, part)
+
+
+def reuse_memory(module: GraphModule) -> GraphModule:
+    """Write elementwise results over operands that nothing else reads: fresh memory costs more than the arithmetic."""
+    fresh: set[Node] = set()
+    for node in module.graph.nodes:
+        operand = node.args[0] if node.args else None
+        if node.target in IN_PLACE and operand in fresh and list(operand.users) == [node]:
+            if node.args.count(operand) == 1 and _same_layout(operand, node):
+                node.target = IN_PLACE[node.target]
+                fresh.add(node)
+        if _owns_memory(node):
+            fresh.add(node)
+    module.recompile()
+    return module
+
+
+def _owns_memory(node: Node) -> bool:
+    """Whether a node's result shares no memory with its operands."""
+    if not isinstance(node.target, OpOverload) or node.target is aten._unsafe_view.default:
+        return False
+    return all(result.alias_info is None for result in node.target._schema.returns)
+
+
+def _same_layout(left: Any, right: Any) -> bool:
+    one, other = _value(left), _value(right)
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    return (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+def _drop_identities(graph: Graph) -> None:
+    """Remove views that are what they are views of."""
+    for node in list(graph.nodes):
+        if node.target in VIEWS and _same_layout(node.args[0], node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _constants_to_numbers(graph: Graph) -> None:
+    """Multiply by a number, not by a tensor of which every element is that number."""
+    constant: dict[Node, float] = {}
+    for node in list(graph.nodes):
+        if node.target is aten.ones.default:
+            constant[node] = 1.0
+        elif node.target in VIEWS and node.args[0] in constant:
+            constant[node] = constant[node.args[0]]
+        elif node.target is aten.neg.default and node.args[0] in constant:
+            constant[node] = -constant[node.args[0]]
+        elif node.target is aten.mul.Tensor:
+            for factor, other in (node.args, reversed(node.args)):
+                if factor in constant and other not in constant and _same_layout(other, node):
+                    node.args = (other, constant[factor])
+                    break
+
+
+def _products_by_onednn(graph: Graph) -> None:
+    """Give single-precision matrix products on a CPU to oneDNN.
+
+    PyTorch gives them to MKL, which uses half the vector width of processors that are not its maker's.
+    """
+    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if not available or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return
+    for node in list(graph.nodes):
+        operands = _plain_product(node)
+        if operands is not None:
+            with graph.inserting_before(node):
+                product = graph.call_function(torch.ops.pyrogaps.product.default, operands)
+            product.meta = dict(node.meta)
+            node.replace_all_uses_with(product)
+            graph.erase_node(node)
+
+
+def _plain_product(node: Node) -> tuple[Any, Any, Any] | None:
+    """Left factor, right factor and bias of a large matrix product of floats on a CPU; None for any other operation."""
+    if node.target is aten.addmm.default and len(node.args) == 3 and not node.kwargs:
+        bias, left, right = node.args
+    elif node.target is aten.mm.default:
+        (left, right), bias = node.args, None
+    else:
+        return None
+    values = [_value(operand) for operand in (left, right, bias) if operand is not None]
+    if any(not isinstance(v, Tensor) or v.dtype != torch.float32 or v.device.type != "cpu" for v in values):
+        return None
+    size = values[0].numel() * values[1].shape[1]
+    if size < SMALL_PRODUCT or (bias is not None and values[2].shape != values[1].shape[1:]):
+        return None
+    return left, right, bias
+
+
+def _value(operand: Any) -> Any:
+    return operand.meta.get("val") if isinstance(operand, Node) else None

@@ -1,0 +1,122 @@
+"""Which rows a program's plates hold while it is run on some of the datapoints."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from pyro.poutine.subsample_messenger import SubsampleMessenger
+from torch import Tensor
+
+from pyrogaps.errors import InputError
+
+Choice = tuple[int, int, Any]
+
+
+class BoundPlate(Exception):
+    """A program's data plate has the data set's full size, so that it can hold parameters for each datapoint.
+
+    `subsampled` says whether it is told to hold as many rows as there are (Pyro's idiom for minibatches).
+    """
+
+    def __init__(self, subsampled: bool) -> None:
+        super().__init__()
+        self.subsampled = subsampled
+
+
+def whole_plates(
+    plate: str | None, indices: Tensor, *, num_datapoints: int | None = None, bound: bool | None = False
+) -> AbstractContextManager[None]:
+    """Make every plate cover all of its range: the data plate the rows at hand, others their full size.
+
+    `indices` `(R,)` are the datapoints behind the rows, of `num_datapoints` in the data set. A data plate of `R` rows,
+    subsampled or not, becomes `arange(R)`, one with an explicit subsample of `R` rows keeps it. `bound=True` marks a
+    program whose data plate has the data set's full size: it is given `indices`. `bound=None` raises `BoundPlate` for one.
+    """
+    rows = len(indices)
+
+    def choose(name: str, size: int, requested: int | None, subsample: Any) -> Choice:
+        if name != plate:
+            return _whole(name, size, requested, subsample, plate, indices.device)
+        if bound:
+            # Pyro picks the rows of parameters only where it sees fewer of them than the plate's size.
+            return max(size, num_datapoints or 0, rows + 1), rows, subsample if explicit(subsample) else indices
+        if bound is None and size == num_datapoints != rows:
+            raise BoundPlate(requested == rows)
+        if explicit(subsample):
+            return rows, rows, subsample
+        if requested == rows != size:
+            return rows, rows, indices
+        if size == rows:
+            return rows, rows, torch.arange(rows, device=indices.device)
+        raise wrong_size(name, size, rows)
+
+    def explicit(subsample: Any) -> bool:
+        return subsample is not None and len(subsample) == rows
+
+    def check(messenger: SubsampleMessenger) -> None:
+        if messenger.name == plate and messenger.subsample_size not in (rows, -1):
+            raise InputError(
+                f"plate '{plate}' was made outside the program with size {messenger.subsample_size}; make it inside the "
+                f"program, sized by the data, as in pyro.plate('{plate}', len(x))"
+            )
+
+    return _plates(choose, check)
+
+
+def wrong_size(name: str, size: int, rows: int) -> InputError:
+    """The refusal of a plate whose size does not follow the data."""
+    return InputError(
+        f"plate '{name}' has the hard-coded size {size} where the data hold {rows} rows: size it by the data, as in "
+        f"pyro.plate('{name}', len(x)); fetch(indices), if any, must return a row for each index"
+    )
+
+
+def steady_plates() -> AbstractContextManager[None]:
+    """Subsample every plate as its program asks, but by its first rows and never by more than it has."""
+
+    def choose(name: str, size: int, requested: int | None, subsample: Any) -> Choice:
+        length = min(size, requested or size)
+        return size, length, torch.arange(length) if subsample is None else subsample
+
+    return _plates(choose, lambda messenger: None)
+
+
+def _whole(
+    name: str, size: int, requested: int | None, subsample: Any, plate: str | None, device: torch.device
+) -> Choice:
+    """All of a plate that is not the data plate, or what an explicit subsample takes of it."""
+    if plate is None and requested not in (None, size):
+        raise InputError(
+            f"plate '{name}' is subsampled: with plate=False the whole data set is one datapoint, "
+            "so remove the subsampling or name the data plate with plate="
+        )
+    if subsample is not None:
+        return size, len(subsample), subsample
+    return size, size, torch.arange(size, device=device)
+
+
+@contextmanager
+def _plates(
+    choose: Callable[[str, int, int | None, Any], Choice], check: Callable[[SubsampleMessenger], None]
+) -> Iterator[None]:
+    """Have `choose` say which rows a new plate holds, and `check` look at every plate that a site is in."""
+    subsample, process = SubsampleMessenger.__dict__["_subsample"], SubsampleMessenger._process_message
+
+    def chosen(name, size=None, subsample_size=None, subsample=None, use_cuda=None, device=None):  # type: ignore[no-untyped-def]
+        if size is None:
+            return -1, -1, None
+        requested = len(subsample) if subsample is not None else None if subsample_size is None else int(subsample_size)
+        return choose(name, int(size), requested, subsample)
+
+    def checked(messenger, message):  # type: ignore[no-untyped-def]
+        check(messenger)
+        process(messenger, message)
+
+    SubsampleMessenger._subsample = staticmethod(chosen)  # type: ignore[method-assign]
+    SubsampleMessenger._process_message = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = subsample
+        SubsampleMessenger._process_message = process  # type: ignore[method-assign]

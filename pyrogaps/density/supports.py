@@ -1,0 +1,60 @@
+"""Where a guide's distribution lives, also where torch does not know."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import TransformedDistribution, constraints
+from torch.distributions.transforms import AffineTransform, ComposeTransform, Transform
+
+from pyrogaps.density.layout import leaf
+
+
+def guide_support(fn: Any) -> Any:
+    """`fn.support`, but for a transformed distribution that ends in an affine map.
+
+    torch takes the image of every affine map for the real line, and `biject_to(constraints.positive)` ends in one.
+    """
+    inner = leaf(fn)
+    declared = getattr(type(inner), "support", None) is not TransformedDistribution.support
+    steps = [] if declared else _steps(inner.transforms)
+    if not steps or not isinstance(steps[-1], AffineTransform):
+        return fn.support
+    start = next((step.codomain for step in reversed(steps) if not isinstance(step, AffineTransform)), None)
+    support = inner.base_dist.support if start is None else start
+    trailing = [step for position, step in enumerate(steps) if all(isinstance(s, AffineTransform) for s in steps[position:])]
+    for step in trailing:
+        support = _image(support, step)
+    if support is None:
+        return fn.support
+    extra = fn.event_dim - getattr(support, "event_dim", 0)
+    return constraints.independent(support, extra) if extra > 0 else support
+
+
+def _steps(transforms: list[Transform]) -> list[Transform]:
+    """Single transforms, compositions taken apart."""
+    parts = [t.parts if isinstance(t, ComposeTransform) else [t] for t in transforms]
+    flat = [step for part in parts for step in part]
+    return _steps(flat) if any(isinstance(step, ComposeTransform) for step in flat) else flat
+
+
+def _image(support: Any, step: AffineTransform) -> Any:
+    """The image of a half line or an interval, by an affine map of one direction; None where that is not known."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    scale = torch.as_tensor(step.scale)
+    rising = bool((scale > 0).all())
+    if not rising and not bool((scale < 0).all()):
+        return None
+
+    def at(bound: float | Tensor) -> Any:
+        return step.loc + step.scale * bound
+
+    if isinstance(support, constraints.greater_than | constraints.greater_than_eq):
+        return constraints.greater_than(at(support.lower_bound)) if rising else constraints.less_than(at(support.lower_bound))
+    if isinstance(support, constraints.less_than):
+        return constraints.less_than(at(support.upper_bound)) if rising else constraints.greater_than(at(support.upper_bound))
+    if isinstance(support, constraints.interval):
+        ends = (support.lower_bound, support.upper_bound) if rising else (support.upper_bound, support.lower_bound)
+        return constraints.interval(*(at(end) for end in ends))
+    return None

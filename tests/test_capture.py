@@ -1,0 +1,164 @@
+"""Captured and compiled gradients are the eager ones: on every chunk, for every parameter value, or not used at all."""
+
+import warnings
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyrogaps.capture import GradientEvaluator
+from pyrogaps.density import JointDensity
+from pyrogaps.models.vae import VAE
+from tests.references import anisotropic, counts, draws_of, gamma_poisson
+
+CHUNKS = [range(0, 64), range(64, 128), range(128, 150)]  # the second has other data, the last is short
+
+
+def masked(x: Tensor) -> None:
+    """Missing values, negative, are masked out of the likelihood: the mask is data too."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
+        mean = torch.cat([z, z.prod(-1, keepdim=True)], -1)
+        pyro.sample("x", dist.Normal(mean, 0.5).mask(x > 0).to_event(1), obs=x)
+
+
+def cases() -> dict[str, tuple[Callable[..., object], Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    linear = anisotropic(6, 3)
+    vae = VAE(10, 3, (7,)).double()
+    pixels = torch.bernoulli(torch.rand(150, 10, generator=generator), generator=generator).double()
+    return {
+        "linear": (linear, draws_of(linear, 150)[0]),
+        "vae": (vae, pixels),
+        "gamma": (gamma_poisson, counts(150).double()),
+        "masked": (masked, torch.randn(150, 3, generator=generator, dtype=torch.float64)),
+    }
+
+
+@pytest.fixture
+def double() -> None:
+    torch.set_default_dtype(torch.float64)
+
+
+def both(evaluator: GradientEvaluator, chunk: range, num_particles: int = 3) -> tuple[Tensor, ...]:
+    indices = torch.tensor(chunk)
+    z = torch.randn(num_particles, len(indices), evaluator.joint.dim, generator=torch.Generator().manual_seed(1))
+    bound = evaluator.bind(indices, num_particles)
+    z = z.to(evaluator.joint.dtype)
+    values, gradients = bound(z)
+    for whole, alone in zip((*values, *gradients), (*bound.values(z), *bound.gradients(z)), strict=True):
+        torch.testing.assert_close(alone, whole)
+    return (*values, *gradients)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", ["linear", "vae", "gamma", "masked"])
+def test_captured_equals_eager_on_every_chunk(name: str, split: bool) -> None:
+    model, x = cases()[name]
+    joint = JointDensity(model, x)
+    captured, eager = GradientEvaluator(joint, "captured", split), GradientEvaluator(joint, "eager", split)
+    for chunk in CHUNKS:
+        left, right = both(captured, chunk), both(eager, chunk)
+        assert captured.mode == "captured"
+        assert len(left) == (4 if split else 2)
+        for captured_part, eager_part in zip(left, right, strict=True):
+            torch.testing.assert_close(captured_part, eager_part, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", ["linear", "gamma"])
+def test_gradients_are_those_of_the_density(name: str) -> None:
+    """Against central differences of the joint density itself."""
+    model, x = cases()[name]
+    joint = JointDensity(model, x[:3])
+    z = torch.randn(2, 3, joint.dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (value,), (gradient,) = GradientEvaluator(joint).bind(torch.arange(3), 2)(z)
+    torch.testing.assert_close(value, joint(z).detach(), rtol=1e-12, atol=1e-12)
+    for k in range(joint.dim):
+        step = torch.zeros(joint.dim, dtype=torch.float64)
+        step[k] = 1e-5
+        numeric = (joint(z + step) - joint(z - step)).detach() / 2e-5
+        torch.testing.assert_close(gradient[..., k], numeric, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_equals_eager_in_single_precision() -> None:
+    model, x = cases()["linear"]
+    model, x = model.float(), x.float()
+    joint = JointDensity(model, x)
+    compiled, eager = GradientEvaluator(joint, "compiled"), GradientEvaluator(joint, "eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for chunk in CHUNKS:
+            left, right = both(compiled, chunk), both(eager, chunk)
+            assert compiled.mode == "compiled"
+            for compiled_part, eager_part in zip(left, right, strict=True):
+                torch.testing.assert_close(compiled_part, eager_part, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("double")
+def test_parameters_changed_in_place_are_seen() -> None:
+    model, x = cases()["vae"]
+    assert isinstance(model, nn.Module)
+    joint = JointDensity(model, x)
+    captured, eager = GradientEvaluator(joint), GradientEvaluator(joint, "eager")
+    before = both(captured, CHUNKS[0])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    after, expected = both(captured, CHUNKS[0]), both(eager, CHUNKS[0])
+    assert float((after[0] - before[0]).abs().min()) > 1e-3
+    for captured_part, eager_part in zip(after, expected, strict=True):
+        torch.testing.assert_close(captured_part, eager_part, rtol=1e-10, atol=1e-10)
+
+
+def branching(x: Tensor) -> None:
+    """Control flow that depends on the latent's value."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+        scale = 2.0 if float(z.detach().abs().max()) > 1e6 else 1.0
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+
+def test_data_dependent_control_flow_falls_back_with_a_warning() -> None:
+    x = torch.randn(150)
+    joint = JointDensity(branching, x)
+    evaluator = GradientEvaluator(joint)
+    with pytest.warns(UserWarning, match="cannot be captured, so it is run eagerly"):
+        left = both(evaluator, CHUNKS[0])
+    assert evaluator.mode == "eager"
+    for captured_part, eager_part in zip(left, both(GradientEvaluator(joint, "eager"), CHUNKS[0]), strict=True):
+        torch.testing.assert_close(captured_part, eager_part)
+
+
+def test_a_record_that_no_longer_holds_is_found_out() -> None:
+    """What a model computes from neither its arguments nor its parameters is frozen in the record; a bind checks it."""
+    spread = [1.0]
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, torch.tensor(spread[0])), obs=x)
+
+    joint = JointDensity(model, torch.randn(150))
+    evaluator = GradientEvaluator(joint)
+    both(evaluator, CHUNKS[0])
+    assert evaluator.mode == "captured"
+    spread[0] = 2.0
+    with pytest.warns(UserWarning, match="other values on these data"):
+        left = both(evaluator, CHUNKS[1])
+    for captured_part, eager_part in zip(left, both(GradientEvaluator(joint, "eager"), CHUNKS[1]), strict=True):
+        torch.testing.assert_close(captured_part, eager_part)
+
+
+def test_counts_evaluations() -> None:
+    evaluator = GradientEvaluator(JointDensity(*cases()["gamma"]))
+    bound = evaluator.bind(torch.arange(22), 5)
+    z = torch.zeros(5, 22, 1)
+    bound(z)
+    bound.gradients(z)
+    bound.values(z)
+    assert (evaluator.num_gradients, evaluator.num_values) == (2 * 22 * 5, 22 * 5)
