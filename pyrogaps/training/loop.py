@@ -11,7 +11,7 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed
 from pyrogaps.density.runs import Program, modules_of
