@@ -32,8 +32,12 @@ class GaussianStart:
 
     def log_density(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """log f_0 `(S, B)` and its gradient `(S, B, dim)`."""
-        gradient = self.gradient(z)
-        return self._peak + 0.5 * ((z - self.loc) * gradient).sum(-1), gradient
+        if self.scale.dim() == 2:
+            whitened = (z - self.loc) / self.scale
+        else:
+            # Not by the precision: its rounding errors grow with the square of the correlations.
+            whitened = torch.einsum("bij,sbj->sbi", self._inverse, z - self.loc)
+        return self._peak - 0.5 * whitened.square().sum(-1), self.gradient(z)
 
     def gradient(self, z: Tensor) -> Tensor:
         """The gradient of log f_0, `(S, B, dim)`."""
@@ -41,6 +45,12 @@ class GaussianStart:
         if self.scale.dim() == 2:
             return centred * self._precision
         return torch.einsum("bij,sbj->sbi", self._precision, centred)
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        identity = torch.eye(self.scale.shape[-1], dtype=self.scale.dtype, device=self.scale.device)
+        inverse: Tensor = torch.linalg.solve_triangular(self.scale, identity.expand_as(self.scale), upper=False)
+        return inverse
 
     @cached_property
     def _precision(self) -> Tensor:

@@ -26,16 +26,20 @@ IN_PLACE = {
 SMALL_PRODUCT = 100_000
 
 
-@torch.library.custom_op("pyrogaps::product", mutates_args=())
 def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     """`left @ right + bias` by oneDNN; an operation of its own, because `torch.compile` takes oneDNN's for constants only."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
     return result
 
 
-@_product.register_fake
-def _(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+def _product_shape(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
+
+
+library = torch.library.Library("pyrogaps", "DEF")
+library.define("product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
+library.impl("product", _product, "CPU")
+library.impl("product", _product_shape, "Meta")
 
 
 def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:

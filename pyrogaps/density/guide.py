@@ -13,7 +13,7 @@ from pyrogaps.density.data import Data
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide, PlaceValues, Term, join_terms, score_term
 from pyrogaps.density.plates import BoundPlate, whole_plates
-from pyrogaps.density.rows import probe_rows, same_density
+from pyrogaps.density.rows import probe_rows, rows_are_independent
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
@@ -149,11 +149,9 @@ class GuideDensity:
         """A row's log q must be its own, as in `JointDensity`."""
         if self.joint.plate is None:
             return
-        indices, order, groups = probe_rows(self.num_datapoints)
+        indices = probe_rows(self.num_datapoints)
         z, _ = self.at(indices).sample(1)
-        together = self.log_prob(z, indices)[0, order]
-        apart = torch.cat([self.log_prob(z[:, group], indices[group])[0] for group in groups])
-        if not same_density(together, apart):
+        if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], len(indices)):
             raise InputError(
                 "guide: a datapoint's log q changes with its place in the batch or with the rows beside it; the guide must "
                 f"treat rows independently (no batch statistics), and {SELECT}"

@@ -7,11 +7,12 @@ import pyro
 import torch
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed, as_tuple, whole
 from pyrogaps.density.layout import Site, distribution_mask
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
-from pyrogaps.density.rows import CHECK_ROWS, probe_rows, same_density
+from pyrogaps.density.rows import CHECK_ROWS, probe_rows, rows_are_independent
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.score import ScoreModel
 from pyrogaps.density.structure import (
@@ -29,6 +30,9 @@ from pyrogaps.streams import seeded
 
 if TYPE_CHECKING:
     from pyrogaps.density.simulate import ToData
+
+PAD = "pad ragged data to one length for the whole data set and mask the padding"
+
 
 class JointDensity:
     r"""log p(x_n, z) of a Pyro model, one datapoint n of the data plate at a time.
@@ -91,7 +95,8 @@ class JointDensity:
         """The model's arguments for `indices`, the whole run of them repeated `num_particles` times."""
         args = self.data.fetch(indices.repeat(num_particles) if self.plate is not None else indices)
         args = as_tuple(args)
-        check_finite(((f"argument {position}", value) for position, value in enumerate(args)), "data:")
+        named = ((f"argument {position}", leaf) for position, value in enumerate(args) for leaf in tree_leaves(value))
+        check_finite(named, "data", "clean or impute them first")
         return args
 
     def score(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +117,9 @@ class JointDensity:
         handler = ScoreModel(self.sites, self.plate, flat, vectorized=self.vectorized)
         with self.plates(indices), handler:
             self.model(*args)
+        missing = [name for name in self.sites if name not in handler.values]
+        if missing:
+            raise InputError(f"site '{missing[0]}': the model leaves out this latent site for some inputs; {PAD}")
         return handler
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
@@ -219,10 +227,7 @@ class JointDensity:
             nesting = max((-f.dim for s in sites.values() for f in s["cond_indep_stack"] if f.vectorized), default=0)
             found = lay_out(sites, self.plate, -1 - max(nesting, _batch_dims(sites)))
             if layout is not None and found != layout:
-                raise InputError(
-                    "model: its latent sites change shape from datapoint to datapoint; pad ragged data to one length "
-                    "for the whole data set and mask the padding"
-                )
+                raise InputError(f"model: its latent sites change shape from datapoint to datapoint; {PAD}")
             layout, self.bound = found, bool(self.bound)
         value = next(site["value"] for site in sites.values() if not site["is_observed"])
         self.dtype, self.device = value.dtype, value.device
@@ -245,11 +250,9 @@ class JointDensity:
         if self.plate is None:
             self._choose_vectorized()
             return
-        indices, order, groups = probe_rows(self.num_datapoints)
+        indices = probe_rows(self.num_datapoints)
         z = 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
-        together = self._total(z, indices)[order]
-        apart = torch.cat([self._total(z[group], indices[group]) for group in groups])
-        if not same_density(together, apart):
+        if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), len(indices)):
             raise InputError(
                 "data: a datapoint's density changes with the order of the indices it is fetched with, or with the rows "
                 "beside it; fetch(indices) must keep their order, and the model must treat rows independently (no batch "

@@ -1,20 +1,27 @@
 """Probing that a row's density is its own: not that of its neighbours, of its position, or of the batch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 CHECK_ROWS = 256
+NUM_ALONE = 3
 
 
-def probe_rows(num_datapoints: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Datapoints out of order, a random order of these rows, and that order cut into a few rows and the rest."""
+def probe_rows(num_datapoints: int) -> Tensor:
+    """Some datapoints, out of order."""
     spread = torch.linspace(0, num_datapoints - 1, max(4, min(num_datapoints, CHECK_ROWS))).round().long()
-    indices = spread[torch.randperm(len(spread))]
-    order = torch.randperm(len(indices))
-    return indices, order, [order[:3], order[3:]]
+    return spread[torch.randperm(len(spread))]
 
 
-def same_density(left: Tensor, right: Tensor) -> bool:
-    """Whether two computations of the same log-densities agree but for rounding."""
+def rows_are_independent(log_density: Callable[[Tensor], Tensor], number: int) -> bool:
+    """Whether `log_density(positions)` of `number` rows is the same in another order, and of a row beside itself alone."""
+    together = log_density(torch.arange(number))
+    groups = [torch.randperm(number), *torch.randperm(number)[:NUM_ALONE, None].expand(-1, 2)]
+    return all(_same(together[group], log_density(group)) for group in groups)
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
     tolerance = 1e-8 if left.dtype == torch.float64 else 2e-3
     return torch.allclose(left, right, rtol=tolerance, atol=tolerance, equal_nan=True)

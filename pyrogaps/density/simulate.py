@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyrogaps.density.data import as_tuple
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, distribution_mask
 from pyrogaps.density.runs import evaluating
@@ -26,6 +27,7 @@ class DrawModel(ScoreModel):
         self.fixed = fixed
         self.drawn: dict[str, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
+        self.terms: dict[str, Tensor] = {}
 
     def _pyro_sample(self, message: Any) -> None:
         if is_bookkeeping(message):
@@ -40,6 +42,11 @@ class DrawModel(ScoreModel):
             value = self._place(name, fn, message, value)
         self.drawn[name] = value
         message["value"], message["done"] = value, True
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        before = self.log_prior + self.log_likelihood
+        super()._pyro_post_sample(message)
+        self.terms[message["name"]] = self.log_prior + self.log_likelihood - before
 
     def _place(self, name: str, fn: Any, message: Any, value: Tensor) -> Tensor:
         site, transform, mask = self.sites[name], biject_to(fn.support), distribution_mask(fn, message["mask"])
@@ -70,33 +77,47 @@ def simulate(joint: JointDensity, to_data: ToData | None = None) -> tuple[Any, T
     """
     if joint.plate is None:
         args, z = _simulate_rows(joint, torch.zeros(1, dtype=torch.long), to_data)
-        return (args if isinstance(joint.caller_data, tuple) else args[0]), z
+        return (args[0] if isinstance(joint.caller_data, Tensor) else args), z
     parts = [_simulate_rows(joint, batch, to_data) for batch in torch.arange(joint.num_datapoints).split(CHUNK)]
-    args = tuple(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*(p[0] for p in parts), strict=True))
+    args = tuple(_join(position, column) for position, column in enumerate(zip(*(p[0] for p in parts), strict=True)))
     data = args[0] if isinstance(joint.caller_data, Tensor) else args
     return data, torch.cat([part[1] for part in parts])
+
+
+def _join(position: int, column: tuple[Any, ...]) -> Any:
+    """One argument from those of consecutive batches."""
+    if isinstance(column[0], Tensor):
+        return torch.cat(column)
+    if len(column) > 1 and not isinstance(column[0], bool | int | float | str | None):
+        raise InputError(
+            f"data: argument {position} is a {type(column[0]).__name__}, which cannot be put together for {CHUNK} datapoints "
+            "and more; simulate fewer, or give the model tensors"
+        )
+    return column[0]
 
 
 def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None) -> tuple[tuple[Any, ...], Tensor]:
     template = tuple(value.clone() if isinstance(value, Tensor) else value for value in joint.fetch(indices))
     fixed: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     args = template
     with evaluating(joint.model), torch.no_grad():
         while True:
             draw = _run(joint, args, indices, fixed)
+            causal = all(_close(joint, draw.terms[name], score) for name, score in scores.items())
             args = _feed_back(draw, args, to_data)
-            if _scores_agree(joint, draw, args, indices):
+            if causal and _scores_agree(joint, draw, args, indices):
                 return args, draw.flat
             # A later site looked at data that had not been drawn yet: keep one more observed site and what precedes it.
             pending = [name for name in draw.drawn if name in draw.observed and name not in fixed]
-            if not pending:
+            if not pending or not causal:
                 raise InputError(
                     f"model: re-scoring simulated data does not give the score they were drawn with (observed site "
                     f"'{next(iter(draw.observed))}'); its likelihood depends on its own value, or arguments do not follow "
                     "from the drawn sites: pass to_data="
                 )
             for name, value in draw.drawn.items():
-                fixed[name] = value
+                fixed[name], scores[name] = value, draw.terms[name]
                 if name == pending[0]:
                     break
 
@@ -110,18 +131,21 @@ def _run(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, fixed: dic
 
 def _scores_agree(joint: JointDensity, draw: DrawModel, args: tuple[Any, ...], indices: Tensor) -> bool:
     again = joint.run(draw.flat, args, indices)
+    return _close(joint, draw.log_prior, again.log_prior) and _close(joint, draw.log_likelihood, again.log_likelihood)
+
+
+def _close(joint: JointDensity, left: Tensor, right: Tensor) -> bool:
     tolerance = 1e-3 if joint.dtype == torch.float32 else 1e-7
-    return all(
-        torch.allclose(left, right, rtol=tolerance, atol=tolerance)
-        for left, right in ((draw.log_prior, again.log_prior), (draw.log_likelihood, again.log_likelihood))
-    )
+    return torch.allclose(left, right, rtol=tolerance, atol=tolerance)
 
 
 def _feed_back(draw: DrawModel, args: tuple[Any, ...], to_data: ToData | None) -> tuple[Any, ...]:
     values = {name: draw.drawn[name] for name in draw.observed}
     if to_data is not None:
-        result = to_data(values)
-        return result if isinstance(result, tuple) else (result,)
+        result = as_tuple(to_data(values))
+        if len(result) != len(args):
+            raise InputError(f"to_data: it returned {len(result)} arguments where the model takes {len(args)} arguments")
+        return result
     fresh = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
     for name, observed in draw.observed.items():
         if not any(_write(observed, values[name], old, new) for old, new in zip(args, fresh, strict=True)):

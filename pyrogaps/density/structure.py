@@ -165,17 +165,19 @@ def is_factor(fn: Any) -> bool:
     return type(fn).__name__ == "Unit"
 
 
-def check_finite(tensors: Iterable[tuple[str, Any]], what: str) -> None:
+def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> None:
     """Refuse NaN and infinities, naming the tensor that holds them."""
     for name, tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{what} {name}: holds NaN or infinite values; clean or impute them first")
+            raise InputError(f"{what}: {name} holds NaN or infinite values; {remedy}")
 
 
 def check_parameters(*programs: Program) -> None:
     """Refuse NaN and infinities in the parameters of the programs' modules and of Pyro's param store."""
     store = pyro.get_param_store()
-    check_finite(((f"'{name}'", store._params[name]) for name in store.keys()), "parameter")
+    remedy = "training went astray: lower the learning rate, or load an earlier checkpoint"
+    check_finite(((f"parameter '{name}'", store._params[name]) for name in store.keys()), "param store", remedy)
     for program in programs:
         for module in modules_of(program):
-            check_finite(((f"'{name}'", value) for name, value in module.named_parameters()), "parameter")
+            named = ((f"parameter '{name}'", value) for name, value in module.named_parameters())
+            check_finite(named, type(module).__name__, remedy)

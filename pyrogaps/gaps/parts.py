@@ -57,7 +57,7 @@ def fingerprint(chunk: Chunk, joint: JointDensity, density: GuideDensity) -> str
 
 def _read(path: Path) -> Arrays | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None

@@ -13,6 +13,7 @@ from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.local import Draws, LocalGuide
 from pyrogaps.density.runs import evaluating, modules_of
 from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
 
 
 @dataclass
@@ -40,9 +41,25 @@ def learned_weights(density: GuideDensity) -> list[Weight]:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 weight(parameter).attributes.append((module, name))
-    if not found:
+    used = _used(density, list(found.values()))
+    if not used:
         raise InputError("guide: it has no learned parameters, so it has no family of its own to refine")
-    return list(found.values())
+    return used
+
+
+def _used(density: GuideDensity, weights: list[Weight]) -> list[Weight]:
+    """Those of `weights` that the guide's draws depend on; a module that is model and guide holds others too."""
+    few = torch.arange(min(8, density.num_datapoints))
+    values = [weight.value for weight in weights]
+    if not values:
+        return []
+    with seeded(0, "used weights"), torch.enable_grad():
+        z, log_q = density.at(few).sample(1)
+        total = z.sum() + log_q.sum()
+        if not total.requires_grad:
+            return []
+        gradients = torch.autograd.grad(total, values, allow_unused=True)
+    return [weight for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
 
 
 def _store_names(density: GuideDensity) -> list[str]:

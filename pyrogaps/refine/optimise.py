@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrogaps.capture import BoundDensity
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.errors import InputError
 from pyrogaps.refine.local import Refinable, keep_where
@@ -16,6 +17,7 @@ from pyrogaps.streams import Chunk
 BETAS, EPSILON = (0.9, 0.99), 1e-8
 CLIP = 3.0  # nats to a unit: at the optimum slopes are about 1, and Adam would long remember a far steeper start
 NUM_TRACE = 50
+MEASURE_EVERY = 5
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,11 @@ class Progress:
 
 
 Report = Callable[[float, Tensor], None]
-Evaluate = Callable[[Tensor], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
 
 def optimise(
     refinable: Refinable,
-    evaluate: Evaluate,
+    density: BoundDensity,
     chunk: Chunk,
     settings: Refinement,
     seed: int,
@@ -44,7 +45,7 @@ def optimise(
 
     The gradient is the path derivative (Roeder et al., 2017, arXiv:1703.09194), whose variance vanishes as q approaches
     the posterior; draws come in mirrored pairs. Adam's step is taken in the family's own units, decays by a cosine,
-    and the iterates of the last fifth are averaged. `evaluate` gives log p(x, z) and its gradient at `(S, B, dim)`.
+    and the iterates of the last fifth are averaged. The trace takes the ELBO of some steps: values cost as much as gradients.
     """
     start = _copy(refinable)
     again = max(10, settings.num_steps // 10)
@@ -53,23 +54,23 @@ def optimise(
         if report is not None:
             report(1 / (settings.num_steps + again), elbo)
 
-    trace = _ascend(refinable, evaluate, chunk, settings, settings.num_steps, seed, f"refine {name}", tell)
-    finish, before = _copy(refinable), _score(refinable, evaluate, chunk, settings, seed, name)
-    _ascend(refinable, evaluate, chunk, settings, again, seed, f"refine further {name}", tell)
-    further = _score(refinable, evaluate, chunk, settings, seed, name)
+    trace = _ascend(refinable, density, chunk, settings, settings.num_steps, seed, f"refine {name}", tell)
+    finish, before = _copy(refinable), _score(refinable, density, chunk, settings, seed, name)
+    _ascend(refinable, density, chunk, settings, again, seed, f"refine further {name}", tell)
+    further = _score(refinable, density, chunk, settings, seed, name)
     converged = _no_gain(before, further, settings.tolerance)
     better = _mean(further) > _mean(before)
     keep_where(~better, finish, refinable)
     best, highest = _copy(refinable), _mean(torch.where(better, further, before))
     keep_where(torch.ones_like(better), start, refinable)
-    kept = _mean(_score(refinable, evaluate, chunk, settings, seed, name)) > highest
+    kept = _mean(_score(refinable, density, chunk, settings, seed, name)) > highest
     keep_where(~kept, best, refinable)
     return Progress(converged, kept, _thin(trace))
 
 
 def _ascend(
     refinable: Refinable,
-    evaluate: Evaluate,
+    density: BoundDensity,
     chunk: Chunk,
     settings: Refinement,
     num_steps: int,
@@ -77,18 +78,22 @@ def _ascend(
     stream: str,
     tell: Callable[[Tensor], None],
 ) -> Tensor:
-    """Take `num_steps` of Adam and put the parameters at the mean of the last fifth; the ELBO on the way `(steps, B)`."""
+    """Take `num_steps` of Adam and put the parameters at the mean of the last fifth; the ELBO on the way `(some steps, B)`."""
     adam, tail = _Adam(refinable), max(1, num_steps // 5)
     history, average = [], [torch.zeros_like(parameter) for parameter in refinable.parameters]
+    every = max(1, min(MEASURE_EVERY, num_steps // (2 * NUM_TRACE)))
     for step in range(num_steps):
-        elbo, gradients = _path_gradient(refinable, evaluate, chunk, settings.num_particles, seed, stream, step)
-        history.append(elbo)
-        tell(elbo)
+        elbo, gradients = _path_gradient(
+            refinable, density, chunk, settings.num_particles, seed, stream, step, measure=step % every == 0
+        )
+        if elbo is not None:
+            history.append(elbo)
+        tell(history[-1])
         adam.step(gradients, settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / num_steps))))
         if step >= num_steps - tail:
             for total, parameter in zip(average, refinable.parameters, strict=True):
                 total += parameter.detach() / tail
-    keep_where(torch.ones(len(chunk), dtype=torch.bool, device=elbo.device), average, refinable)
+    keep_where(torch.ones(len(chunk), dtype=torch.bool, device=average[0].device), average, refinable)
     return torch.stack(history)
 
 
@@ -97,8 +102,18 @@ def _copy(refinable: Refinable) -> list[Tensor]:
 
 
 def _path_gradient(
-    refinable: Refinable, evaluate: Evaluate, chunk: Chunk, num_particles: int, seed: int, stream: str, step: int
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    refinable: Refinable,
+    density: BoundDensity,
+    chunk: Chunk,
+    num_particles: int,
+    seed: int,
+    stream: str,
+    step: int,
+    *,
+    measure: bool,
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The gradient of the ELBO and, if asked to `measure` it, the ELBO `(B,)`, on the draws of one step."""
+    log_joint = None
     guide = BlockedGuide(refinable, chunk, chunk.start)
     with torch.enable_grad():
         z, _ = guide.sample(num_particles, seed, stream, step, antithetic=True)
@@ -107,10 +122,15 @@ def _path_gradient(
         point = z.detach().requires_grad_()
         log_q = guide.log_prob(point)
         (score,) = torch.autograd.grad(log_q.sum(), point)
-        (log_joint,), (gradient,) = evaluate(point.detach())
+        if measure:
+            (log_joint,), (gradient,) = density(point.detach())
+        else:
+            (gradient,) = density.gradients(point.detach())
         path = torch.nan_to_num(gradient - score, nan=0.0, posinf=0.0, neginf=0.0)
-        gradients = torch.autograd.grad((path * z).sum() / num_particles, refinable.parameters)
-    return (log_joint - log_q.detach()).mean(0), gradients
+        target = (path * z).sum() / num_particles
+        # A guide may use some of its parameters for some of the data only.
+        gradients = torch.autograd.grad(target, refinable.parameters, allow_unused=True, materialize_grads=True)
+    return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients
 
 
 class _Adam:
@@ -134,13 +154,13 @@ class _Adam:
             parameter += rate * unit * mean / (spread + EPSILON)
 
 
-def _score(refinable: Refinable, evaluate: Evaluate, chunk: Chunk, settings: Refinement, seed: int, name: str) -> Tensor:
+def _score(refinable: Refinable, density: BoundDensity, chunk: Chunk, settings: Refinement, seed: int, name: str) -> Tensor:
     """The ELBO on the selection draws, the same for all that are compared: `(rounds, B)`, -inf where not finite."""
     guide, scores = BlockedGuide(refinable, chunk, chunk.start), []
     with torch.no_grad():
         for first in range(max(2, settings.num_selection // settings.num_particles)):
             z, log_q = guide.sample(settings.num_particles, seed, f"select {name}", first)
-            (log_joint,), _ = evaluate(z)
+            (log_joint,) = density.values(z)
             scores.append((log_joint - log_q).double().mean(0))
     scored = torch.stack(scores)
     return torch.where(torch.isfinite(scored), scored, torch.full_like(scored, -math.inf))

@@ -15,7 +15,7 @@ from pyrogaps.refine.families import FamilyGuide, restrict
 from pyrogaps.refine.finetune import FinetunedGuide
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, varying_parameters
 from pyrogaps.refine.local import Refinable
-from pyrogaps.streams import Chunk
+from pyrogaps.streams import Chunk, seeded
 
 NUM_MOMENTS = 1024
 
@@ -58,7 +58,7 @@ def own_family(density: GuideDensity) -> OwnFamily:
         return OwnFamily(density, "autoguide", type(guide))
     if density.factorised:
         few = torch.arange(min(density.num_datapoints, 64))
-        with evaluating(guide), torch.enable_grad():
+        with seeded(0, "own family"), evaluating(guide), torch.enable_grad():
             local = density.at(few)
         assert isinstance(local, FactorisedGuide)
         if can_be_freed(local):

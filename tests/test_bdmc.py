@@ -1,0 +1,101 @@
+"""BDMC on models of known evidence: two-sided, certified, and honest about what it does not know."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyrogaps import AIS, Refinement, bdmc
+from tests.references import (
+    STANDARD_ERRORS,
+    WrongEncoder,
+    anisotropic,
+    assert_exact,
+    assert_mean_one,
+    counts,
+    gamma_poisson,
+    gamma_poisson_evidence,
+)
+
+NUMBER = 512
+QUICK = Refinement(num_steps=200)
+
+
+def assert_below(lower: Tensor, upper: Tensor) -> None:
+    """Means of paired bounds in their order, to four standard errors."""
+    gap = upper - lower
+    assert float(gap.mean()) > -STANDARD_ERRORS * float(gap.std()) / math.sqrt(len(gap))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("initial", ["refined", "prior"])
+@pytest.mark.parametrize(("data_dim", "latent_dim", "decades"), [(8, 3, 0.6), (12, 3, 3.0)])
+def test_both_sides_of_a_linear_model(data_dim: int, latent_dim: int, decades: float, initial: str, dtype: torch.dtype) -> None:
+    if initial == "prior" and decades > 1:
+        latent_dim, decades = 3, 1.5
+    model = anisotropic(data_dim, latent_dim, decades=decades, dtype=dtype)
+    double = anisotropic(data_dim, latent_dim, decades=decades)
+    settings = AIS(num_chains=32, num_temperatures=150 if initial == "prior" else 30, initial=initial)  # type: ignore[arg-type]
+    shape = torch.zeros(NUMBER, data_dim, dtype=dtype)
+    result = bdmc(model, shape, settings=settings, refinement=QUICK, batch_size=NUMBER)
+    exact = double.log_evidence(result.data.double()).detach()
+    assert result.data.shape == shape.shape
+    assert_below(result.lower, exact)
+    assert_below(exact, result.upper)
+    # Each side is unbiased for p(x) or 1/p(x): ratios of mean 1 over datapoints.
+    assert_mean_one((result.lower - exact).exp())
+    assert_mean_one((exact - result.upper).exp())
+    for side in (result.lower, result.upper):
+        error = float((side - exact).std()) / math.sqrt(NUMBER)
+        assert error < 0.05
+        assert abs(float((side - exact).mean())) < STANDARD_ERRORS * error + 0.5 * float((side - exact).var())
+    assert abs(result.width - float((result.upper - result.lower).mean())) < 1e-12
+    assert result.width_mcse < 0.05
+
+
+def test_each_lower_bound_is_the_evidence() -> None:
+    model = anisotropic(8, 3)
+    result = bdmc(model, torch.zeros(8, 8).double(), settings=AIS(num_chains=128, num_temperatures=40), refinement=QUICK)
+    assert_exact(result.lower, result.forward.mcse, model.log_evidence(result.data))
+
+
+def test_a_guide_anchors_the_paths() -> None:
+    model = anisotropic(8, 3)
+    shape = torch.zeros(NUMBER, 8, dtype=torch.float64)
+    settings = AIS(num_chains=16, num_temperatures=20, initial="guide", widen=1.0)
+    result = bdmc(model, shape, guide_or_family=WrongEncoder(model, shrink=0.95), settings=settings, batch_size=NUMBER)
+    exact = model.log_evidence(result.data).detach()
+    assert_mean_one((result.lower - exact).exp())
+    assert_mean_one((exact - result.upper).exp())
+
+
+def test_gamma_poisson() -> None:
+    shape = counts(NUMBER).double()
+    result = bdmc(gamma_poisson, shape, settings=AIS(num_chains=32), refinement=QUICK, batch_size=NUMBER)
+    exact = gamma_poisson_evidence(result.data)
+    assert_mean_one((result.lower - exact).exp())
+    assert_mean_one((exact - result.upper).exp())
+
+
+def test_the_width_tells_how_good_the_settings_are() -> None:
+    """Two temperatures from the prior: wide. Thirty from a refined guide: narrow. The truth in between either way."""
+    model = anisotropic(8, 3)
+    shape = torch.zeros(NUMBER, 8, dtype=torch.float64)
+    poor = bdmc(model, shape, settings=AIS(num_chains=8, num_temperatures=2, initial="prior"), batch_size=NUMBER)
+    good = bdmc(model, shape, settings=AIS(num_chains=8), refinement=QUICK, batch_size=NUMBER)
+    assert poor.width > 10 * good.width
+    assert good.width < 0.2
+    for result in (poor, good):
+        exact = model.log_evidence(result.data).detach()
+        assert_below(result.lower, exact)
+        assert_below(exact, result.upper)
+
+
+def test_the_reverse_side_has_no_error_per_datapoint() -> None:
+    """Its chains share their start: their spread says too little, so nothing is said."""
+    model = anisotropic(8, 3)
+    result = bdmc(model, torch.zeros(4, 8).double(), settings=AIS(num_chains=4, num_temperatures=4), refinement=QUICK)
+    assert result.reverse.direction == "upper bound" and result.forward.direction == "lower bound"
+    assert torch.isnan(result.reverse.mcse).all()
+    assert not result.reverse.reliable.any()
