@@ -55,12 +55,12 @@ class AIS:
     """
 
     num_chains: int = 16
-    num_temperatures: int = 30
-    num_leapfrog: int = 5
+    num_temperatures: int = 50
+    num_leapfrog: int = 3
     schedule: Schedule = "linear"
     initial: Initial = "refined"
     widen: float = 1.2
-    target_acceptance: float = 0.8
+    target_acceptance: float = 0.9
     num_pilot_chains: int = 4
     num_pilot_temperatures: int = 20
     mode: Mode = "captured"

@@ -113,7 +113,7 @@ def gamma_poisson(x: Tensor) -> None:
     shape, rate = x.new_tensor(CONCENTRATION), x.new_tensor(RATE)
     with pyro.plate("data", len(x)):
         intensity = pyro.sample("intensity", dist.Gamma(shape, rate))
-        pyro.sample("x", dist.Poisson(intensity[..., None]).to_event(1), obs=x)
+        pyro.sample("x", dist.Poisson(intensity[..., None].expand(x.shape)).to_event(1), obs=x)
 
 
 def gamma_poisson_posterior(x: Tensor) -> dist.Gamma:

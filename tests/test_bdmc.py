@@ -29,11 +29,9 @@ def assert_below(lower: Tensor, upper: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("initial", ["refined", "prior"])
-@pytest.mark.parametrize(("data_dim", "latent_dim", "decades"), [(8, 3, 0.6), (12, 3, 3.0)])
-def test_both_sides_of_a_linear_model(data_dim: int, latent_dim: int, decades: float, initial: str, dtype: torch.dtype) -> None:
-    if initial == "prior" and decades > 1:
-        latent_dim, decades = 3, 1.5
+@pytest.mark.parametrize(("initial", "decades"), [("refined", 0.6), ("refined", 3.0), ("prior", 0.6)])
+def test_both_sides_of_a_linear_model(initial: str, decades: float, dtype: torch.dtype) -> None:
+    data_dim, latent_dim = 12, 3
     model = anisotropic(data_dim, latent_dim, decades=decades, dtype=dtype)
     double = anisotropic(data_dim, latent_dim, decades=decades)
     settings = AIS(num_chains=32, num_temperatures=150 if initial == "prior" else 30, initial=initial)  # type: ignore[arg-type]

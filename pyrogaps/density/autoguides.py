@@ -25,16 +25,17 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
             )
         if isinstance(part, AutoContinuous | AutoStructured) and plate is not None:
             raise InputError(
-                f"site '{first}': {_name(part)} is a flat joint autoguide, one distribution over all datapoints at once, "
-                f"so it has no density per datapoint of the plate '{plate}'; {REMEDY}"
+                f"site '{first}': {_name(part)} is a flat joint autoguide, one distribution over all datapoints at "
+                f"once, so it has no density per datapoint of the plate '{plate}'; {REMEDY}"
             )
         if isinstance(part, AutoStructured):
             raise InputError(f"guide: AutoStructured cannot be read as a density; {REMEDY}, or AutoMultivariateNormal")
         frame = part._prototype_frames.get(plate)
         if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
             raise InputError(
-                f"guide: the plate '{plate}' of this {_name(part)} has size {size}, the data set has {joint.num_datapoints} "
-                "datapoints; an autoguide holds parameters for each datapoint, so train it on these data"
+                f"guide: the plate '{plate}' of this {_name(part)} has size {size}, the data set has "
+                f"{joint.num_datapoints} datapoints; an autoguide holds parameters for each datapoint, so train it on "
+                "these data"
             )
 
 

@@ -39,14 +39,14 @@ def as_indexed(data: Data) -> IndexedData:
     tensors = (data,) if isinstance(data, Tensor) else tuple(data) if isinstance(data, list | tuple) else ()
     if not tensors or not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in tensors):
         raise InputError(
-            f"data: expected a tensor or a tuple of tensors whose first axis is the data plate, got {type(data).__name__}; "
-            "wrap anything else in IndexedData(num_datapoints, fetch)"
+            "data: expected a tensor or a tuple of tensors whose first axis is the data plate, got "
+            f"{type(data).__name__}; wrap anything else in IndexedData(num_datapoints, fetch)"
         )
     lengths = [len(tensor) for tensor in tensors]
     if len(set(lengths)) > 1:
         raise InputError(
-            f"data: the tensors have different lengths along their first axis, the data plate: {lengths}; cut them to one, or "
-            "pass plate=False where they are one datapoint all together"
+            f"data: the tensors have different lengths along their first axis, the data plate: {lengths}; cut them to "
+            "one, or pass plate=False where they are one datapoint all together"
         )
 
     def fetch(indices: Tensor) -> tuple[Tensor, ...]:

@@ -26,9 +26,7 @@ class BlockedGuide:
     def __init__(self, posterior: Posterior, chunk: Chunk, offset: int = 0) -> None:
         self.blocks = [(block, posterior.at(block.indices - offset)) for block in chunk.blocks()]
 
-    def sample(
-        self, num_particles: int, seed: int, purpose: str, first: int = 0, *, antithetic: bool = False
-    ) -> Draws:
+    def sample(self, num_particles: int, seed: int, purpose: str, first: int = 0, *, antithetic: bool = False) -> Draws:
         """Draws `z` `(S, B, dim)` and log q `(S, B)`: particle block `first` of the stream called `purpose`."""
         pairs = []
         for block, local in self.blocks:

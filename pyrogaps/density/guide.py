@@ -20,7 +20,6 @@ from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 
-
 SELECT = (
     "parameters held for each datapoint must be selected: loc[rows] with rows = torch.arange(N) as one of the data's "
     "tensors, or pyro.param(..., event_dim=0) in a plate of the whole data set's size"
@@ -28,9 +27,9 @@ SELECT = (
 
 
 class GuideDensity:
-    r"""log q(z | x_n) of a Pyro guide in the model's unconstrained space, one datapoint at a time.
+    r"""log q(z | x_n) of a Pyro guide in the model's unconstrained space, one datapoint at a time, in nats.
 
-    $$\log q(z \mid x_n) = \sum_{\text{sites}} \log q(\cdot) + \log |\partial \text{sites} / \partial z| \quad\text{[nats]}$$
+    $$\log q(z \mid x_n) = \sum_{\text{sites}} \log q(\cdot) + \log |\partial \text{sites} / \partial z|$$
 
     Args:
         guide: a Pyro guide, called with the model's arguments; a set-up autoguide or any guide whose data plate has the
@@ -153,8 +152,8 @@ class GuideDensity:
         z, _ = self.at(indices).sample(1)
         if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], len(indices)):
             raise InputError(
-                "guide: a datapoint's log q changes with its place in the batch or with the rows beside it; the guide must "
-                f"treat rows independently (no batch statistics), and {SELECT}"
+                "guide: a datapoint's log q changes with its place in the batch or with the rows beside it; the guide "
+                f"must treat rows independently (no batch statistics), and {SELECT}"
             )
 
     def _is_factorised(self) -> bool:

@@ -10,18 +10,21 @@ from torch.distributions import biject_to
 from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed, as_tuple, whole
-from pyrogaps.density.layout import Site, distribution_mask
+from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
-from pyrogaps.density.rows import CHECK_ROWS, probe_rows, rows_are_independent
+from pyrogaps.density.rows import CHECK_ROWS, probe_rows, rows_are_independent, same_density
 from pyrogaps.density.runs import Program, evaluating
-from pyrogaps.density.score import ScoreModel
+from pyrogaps.density.score import ScoreModel, stack_runs
 from pyrogaps.density.structure import (
+    batch_dims,
     check_finite,
     check_model_sites,
     check_observed,
     check_parameters,
     find_plate,
     first_sites,
+    frames_of,
+    is_masked,
     lay_out,
     sample_sites,
 )
@@ -40,7 +43,7 @@ class JointDensity:
     Latent sites are moved to unconstrained space with `biject_to` (log-Jacobian included), flattened and concatenated
     to a vector of length `dim`:
 
-    $$\log p(x_n, z) = \sum_{\text{sites}} \log p(\cdot) + \log |\partial \text{sites} / \partial z| \quad\text{[nats]}$$
+    $$\log p(x_n, z) = \sum_{\text{sites}} \log p(\cdot) + \log |\partial \text{sites} / \partial z| \;\text{[nats]}$$
 
     Args:
         model: a Pyro model, called with the positional arguments that `data` gives.
@@ -110,7 +113,7 @@ class JointDensity:
     def run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         """Run the model with `flat` in its latent sites; the handler holds the terms, site values and masks."""
         if self.plate is None and not self.vectorized:
-            return _stack_runs([self._run(row[None], args, indices[:1]) for row in flat])
+            return stack_runs([self._run(row[None], args, indices[:1]) for row in flat])
         return self._run(flat, args, indices)
 
     def _run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
@@ -135,8 +138,8 @@ class JointDensity:
         for name, value in handler.values.items():
             site = self.sites[name]
             value = value.movedim(site.batch_axis - site.event_dim, 0)
-            own = value.shape[1:] if self.plate is not None else value.shape[value.dim() - site.batch_dims - site.event_dim :]
-            result[name] = value.reshape(*z.shape[:2], *own)
+            padded = 1 if self.plate is not None else value.dim() - site.batch_dims - site.event_dim
+            result[name] = value.reshape(*z.shape[:2], *value.shape[padded:])
         return result
 
     def active(self, indices: Tensor) -> Tensor | None:
@@ -200,13 +203,15 @@ class JointDensity:
         if isinstance(plate, str):
             return plate
         number = data.num_datapoints
+        # A hard-coded size breaks off a run on a few rows, but shows the plate; `_structure` then refuses it.
         for few in (min(3, number), number):
-            # A hard-coded size breaks off a run on a few rows, but shows the plate; `_structure` then refuses it.
             with steady_plates():
                 sites, error = first_sites(self.model, as_tuple(data.fetch(torch.arange(few))))
-            if error is None or _frames_of(sites):
-                return find_plate(sites)
-        raise error
+            if error is None or frames_of(sites):
+                break
+        else:
+            raise error or AssertionError
+        return find_plate(sites)
 
     def _structure(self) -> dict[str, Site]:
         """Check every datapoint's sites batch by batch; returns the layout, which all batches must share."""
@@ -216,16 +221,16 @@ class JointDensity:
         for batch in batches:
             args = self.fetch(batch)
             sites = self._sites(args, batch)
-            if self.plate is not None and self.plate not in (names := _frames_of(sites)):
+            if self.plate is not None and self.plate not in (names := frames_of(sites)):
                 known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
                 raise InputError(f"plate: the model has no plate named '{self.plate}' ({known})")
             check_model_sites(sites, self.plate)
             self.observed = tuple(name for name, site in sites.items() if site["is_observed"])
             doubtful = [n for n, site in sites.items() if site["is_observed"] and not check_observed(n, site)]
             self.unnormalised = tuple(sorted({*self.unnormalised, *doubtful}))
-            self.masked |= any(_is_masked(site) for site in sites.values() if not site["is_observed"])
+            self.masked |= any(is_masked(site) for site in sites.values() if not site["is_observed"])
             nesting = max((-f.dim for s in sites.values() for f in s["cond_indep_stack"] if f.vectorized), default=0)
-            found = lay_out(sites, self.plate, -1 - max(nesting, _batch_dims(sites)))
+            found = lay_out(sites, self.plate, -1 - max(nesting, batch_dims(sites)))
             if layout is not None and found != layout:
                 raise InputError(f"model: its latent sites change shape from datapoint to datapoint; {PAD}")
             layout, self.bound = found, bool(self.bound)
@@ -254,46 +259,23 @@ class JointDensity:
         z = 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
         if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), len(indices)):
             raise InputError(
-                "data: a datapoint's density changes with the order of the indices it is fetched with, or with the rows "
-                "beside it; fetch(indices) must keep their order, and the model must treat rows independently (no batch "
-                "statistics)"
+                "data: a datapoint's density changes with the order of the indices it is fetched with, or with the "
+                "rows beside it; fetch(indices) must keep their order, and the model must treat rows independently "
+                "(no batch statistics)"
             )
 
     def _total(self, z: Tensor, indices: Tensor) -> Tensor:
-        return sum(self.score(z, self.fetch(indices), indices), start=z.new_zeros(len(z)))
+        return torch.stack(self.score(z, self.fetch(indices), indices)).sum(0)
 
     def _choose_vectorized(self) -> None:
         """Without a data plate, many particles run at once only where that gives what one at a time gives."""
         indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
         z, args = z.to(self.device), self.fetch(indices[:1])
         self.vectorized = False
-        one_by_one = sum(self.score(z, args, indices))
+        one_by_one = torch.stack(self.score(z, args, indices)).sum(0)
         try:
             self.vectorized = True
-            together = sum(self.score(z, args, indices))
-            self.vectorized = torch.allclose(together, one_by_one, rtol=1e-3, atol=1e-3, equal_nan=True)
+            together = torch.stack(self.score(z, args, indices)).sum(0)
+            self.vectorized = same_density(together, one_by_one)
         except Exception:
             self.vectorized = False
-
-
-def _stack_runs(runs: list[ScoreModel]) -> ScoreModel:
-    whole = runs[0]
-    whole.log_prior = torch.cat([run.log_prior for run in runs])
-    whole.log_likelihood = torch.cat([run.log_likelihood for run in runs])
-    whole.log_jacobian = torch.cat([run.log_jacobian for run in runs])
-    for name, site in whole.sites.items():
-        axis = site.batch_axis - site.event_dim
-        whole.values[name] = torch.cat([run.values[name] for run in runs], axis)
-    return whole
-
-
-def _is_masked(site: Any) -> bool:
-    return distribution_mask(site["fn"], site["mask"]) is not None
-
-
-def _batch_dims(sites: dict[str, Any]) -> int:
-    return max(len(site["fn"].batch_shape) for site in sites.values())
-
-
-def _frames_of(sites: dict[str, Any]) -> set[str]:
-    return {frame.name for site in sites.values() for frame in site["cond_indep_stack"]}

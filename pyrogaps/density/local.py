@@ -48,7 +48,12 @@ class FactorisedGuide:
     """A `LocalGuide` whose site distributions are known before any draw: `distributions` by term name."""
 
     def __init__(
-        self, joint: JointDensity, indices: Tensor, terms: list[Term], distributions: dict[str, Any], active: Tensor | None
+        self,
+        joint: JointDensity,
+        indices: Tensor,
+        terms: list[Term],
+        distributions: dict[str, Any],
+        active: Tensor | None,
     ) -> None:
         self.joint, self.indices, self.terms, self.active = joint, indices, terms, active
         self.distributions = distributions
@@ -113,7 +118,8 @@ class PlaceValues(Messenger):
 def place(term: Term, fn: Any, z: Tensor) -> Tensor:
     """The values of a term's site at unconstrained `z` `(S, B, dim)`, with S leading."""
     unconstrained = term.site.unflatten(z)
-    return unconstrained if term.unconstrained else biject_to(guide_support(fn))(unconstrained)  # type: ignore[no-any-return]
+    value: Tensor = unconstrained if term.unconstrained else biject_to(guide_support(fn))(unconstrained)
+    return value
 
 
 def score_term(

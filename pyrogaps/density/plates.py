@@ -31,7 +31,8 @@ def whole_plates(
 
     `indices` `(R,)` are the datapoints behind the rows, of `num_datapoints` in the data set. A data plate of `R` rows,
     subsampled or not, becomes `arange(R)`, one with an explicit subsample of `R` rows keeps it. `bound=True` marks a
-    program whose data plate has the data set's full size: it is given `indices`. `bound=None` raises `BoundPlate` for one.
+    program whose data plate has the data set's full size: it is given `indices`. `bound=None` raises `BoundPlate` for
+    one.
     """
     rows = len(indices)
 
@@ -57,8 +58,8 @@ def whole_plates(
     def check(messenger: SubsampleMessenger) -> None:
         if messenger.name == plate and messenger.subsample_size not in (rows, -1):
             raise InputError(
-                f"plate '{plate}' was made outside the program with size {messenger.subsample_size}; make it inside the "
-                f"program, sized by the data, as in pyro.plate('{plate}', len(x))"
+                f"plate '{plate}' was made outside the program with size {messenger.subsample_size}; make it inside "
+                f"the program, sized by the data, as in pyro.plate('{plate}', len(x))"
             )
 
     return _plates(choose, check)
@@ -118,5 +119,5 @@ def _plates(
     try:
         yield
     finally:
-        SubsampleMessenger._subsample = subsample
+        SubsampleMessenger._subsample = subsample  # type: ignore[method-assign]
         SubsampleMessenger._process_message = process  # type: ignore[method-assign]

@@ -16,12 +16,13 @@ def probe_rows(num_datapoints: int) -> Tensor:
 
 
 def rows_are_independent(log_density: Callable[[Tensor], Tensor], number: int) -> bool:
-    """Whether `log_density(positions)` of `number` rows is the same in another order, and of a row beside itself alone."""
+    """Whether `log_density(positions)` stays the same for `number` rows in another order, and for one beside itself."""
     together = log_density(torch.arange(number))
     groups = [torch.randperm(number), *torch.randperm(number)[:NUM_ALONE, None].expand(-1, 2)]
-    return all(_same(together[group], log_density(group)) for group in groups)
+    return all(same_density(together[group], log_density(group)) for group in groups)
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
+def same_density(left: Tensor, right: Tensor) -> bool:
+    """Whether two computations of the same log-densities agree but for rounding."""
     tolerance = 1e-8 if left.dtype == torch.float64 else 2e-3
     return torch.allclose(left, right, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -29,7 +29,8 @@ def log_jacobian(transform: Any, unconstrained: Tensor, value: Tensor, mask: Ten
         drop = transform.domain.event_dim
         keep = mask.all(tuple(range(-drop, 0)), keepdim=False) if drop else mask
         result = torch.where(keep, result, torch.zeros_like(result))
-    return sum_rightmost(result, result.dim() - (value.dim() - event_dim))
+    total: Tensor = sum_rightmost(result, result.dim() - (value.dim() - event_dim))
+    return total
 
 
 def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> Tensor:
@@ -59,7 +60,8 @@ def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> T
             )
         whole = events.all(-1)
         result = torch.where(whole, fn.log_prob(value), torch.zeros((), dtype=value.dtype, device=value.device))
-    return sum_rightmost(result, sum_dims)
+    total: Tensor = sum_rightmost(result, sum_dims)
+    return total
 
 
 class ScoreModel(Messenger):
@@ -126,3 +128,15 @@ class ScoreModel(Messenger):
     @property
     def _lead_axis(self) -> int:
         return next(iter(self.sites.values())).batch_axis
+
+
+def stack_runs(runs: list[ScoreModel]) -> ScoreModel:
+    """One handler that holds the rows of several."""
+    whole = runs[0]
+    whole.log_prior = torch.cat([run.log_prior for run in runs])
+    whole.log_likelihood = torch.cat([run.log_likelihood for run in runs])
+    whole.log_jacobian = torch.cat([run.log_jacobian for run in runs])
+    for name, site in whole.sites.items():
+        axis = site.batch_axis - site.event_dim
+        whole.values[name] = torch.cat([run.values[name] for run in runs], axis)
+    return whole

@@ -71,7 +71,8 @@ def simulate(joint: JointDensity, to_data: ToData | None = None) -> tuple[Any, T
     at earlier observations is simulated right. A drawn value goes to the argument that the observed value was (a view
     of); `to_data(values)` says otherwise: from drawn values by site to the model's arguments.
 
-    Returns the data, in the form that `joint` was given, and `z` `(N, dim)`, an exact posterior draw for each datapoint.
+    Returns the data, in the form that `joint` was given (fetched data: the model's arguments), and `z` `(N, dim)`, an
+    exact posterior draw for each datapoint.
 
     Raises `InputError` where re-scoring the simulated data does not give the score with which it was drawn.
     """
@@ -90,8 +91,8 @@ def _join(position: int, column: tuple[Any, ...]) -> Any:
         return torch.cat(column)
     if len(column) > 1 and not isinstance(column[0], bool | int | float | str | None):
         raise InputError(
-            f"data: argument {position} is a {type(column[0]).__name__}, which cannot be put together for {CHUNK} datapoints "
-            "and more; simulate fewer, or give the model tensors"
+            f"data: argument {position} is a {type(column[0]).__name__}, which cannot be put together for more than "
+            f"{CHUNK} datapoints; simulate fewer, or give the model tensors"
         )
     return column[0]
 
@@ -112,9 +113,9 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
             pending = [name for name in draw.drawn if name in draw.observed and name not in fixed]
             if not pending or not causal:
                 raise InputError(
-                    f"model: re-scoring simulated data does not give the score they were drawn with (observed site "
-                    f"'{next(iter(draw.observed))}'); its likelihood depends on its own value, or arguments do not follow "
-                    "from the drawn sites: pass to_data="
+                    "model: re-scoring simulated data does not give the score they were drawn with (observed site "
+                    f"'{next(iter(draw.observed))}'); its likelihood depends on its own value, or arguments do not "
+                    "follow from the drawn sites: pass to_data="
                 )
             for name, value in draw.drawn.items():
                 fixed[name], scores[name] = value, draw.terms[name]
@@ -144,7 +145,7 @@ def _feed_back(draw: DrawModel, args: tuple[Any, ...], to_data: ToData | None) -
     if to_data is not None:
         result = as_tuple(to_data(values))
         if len(result) != len(args):
-            raise InputError(f"to_data: it returned {len(result)} arguments where the model takes {len(args)} arguments")
+            raise InputError(f"to_data: it returned {len(result)} argument(s) where the model takes {len(args)}")
         return result
     fresh = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
     for name, observed in draw.observed.items():

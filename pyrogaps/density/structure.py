@@ -36,9 +36,7 @@ def first_sites(program: Program, args: tuple[Any, ...]) -> tuple[dict[str, Mess
 
 def _random_variables(tracer: Any) -> dict[str, Message]:
     return {
-        name: node
-        for name, node in tracer.trace.nodes.items()
-        if node["type"] == "sample" and not is_bookkeeping(node)
+        name: node for name, node in tracer.trace.nodes.items() if node["type"] == "sample" and not is_bookkeeping(node)
     }
 
 
@@ -53,7 +51,7 @@ def find_plate(sites: dict[str, Message]) -> str | None:
         return None
     common = sorted(set.intersection(*frames))
     if len(common) == 1:
-        return common[0]
+        return str(common[0])
     if common:
         raise InputError(f"several plates enclose every site ({', '.join(common)}): name the data plate with plate=")
     outside = [name for name, site in sites.items() if not site["cond_indep_stack"]]
@@ -76,8 +74,8 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
     for name, site in latent.items():
         if type(leaf(site["fn"])).__name__ == "Delta":
             raise InputError(
-                f"site '{name}': a Delta latent in the model has no density; use pyro.deterministic, or pyro.factor for its "
-                "log_density"
+                f"site '{name}': a Delta latent in the model has no density; use pyro.deterministic, or pyro.factor "
+                "for its log_density"
             )
         if site["fn"].has_enumerate_support or site["fn"].support.is_discrete:
             raise InputError(
@@ -89,7 +87,7 @@ def check_in_plate(name: str, site: Message, plate: str | None, program: str) ->
     if plate is None or plate_dim(site, plate) is not None:
         return
     if any(frame.name == plate for frame in site["cond_indep_stack"]):
-        raise InputError(f"site '{name}': the data plate '{plate}' is sequential in the {program}; use `with pyro.plate`")
+        raise InputError(f"site '{name}': the data plate '{plate}' is sequential in the {program}; use it with `with`")
     kind = "observed" if site["is_observed"] else "latent"
     raise InputError(
         f"site '{name}': {kind} outside the data plate '{plate}' in the {program}; move it inside the plate"
@@ -176,8 +174,23 @@ def check_parameters(*programs: Program) -> None:
     """Refuse NaN and infinities in the parameters of the programs' modules and of Pyro's param store."""
     store = pyro.get_param_store()
     remedy = "training went astray: lower the learning rate, or load an earlier checkpoint"
-    check_finite(((f"parameter '{name}'", store._params[name]) for name in store.keys()), "param store", remedy)
+    check_finite(((f"parameter '{name}'", store._params[name]) for name in store), "param store", remedy)
     for program in programs:
         for module in modules_of(program):
             named = ((f"parameter '{name}'", value) for name, value in module.named_parameters())
             check_finite(named, type(module).__name__, remedy)
+
+
+def is_masked(site: Any) -> bool:
+    """Whether a site is under any mask."""
+    return distribution_mask(site["fn"], site["mask"]) is not None
+
+
+def batch_dims(sites: dict[str, Any]) -> int:
+    """The most batch dimensions that any of `sites` has."""
+    return max(len(site["fn"].batch_shape) for site in sites.values())
+
+
+def frames_of(sites: dict[str, Any]) -> set[str]:
+    """The names of all plates around any of `sites`."""
+    return {frame.name for site in sites.values() for frame in site["cond_indep_stack"]}

@@ -1,5 +1,6 @@
 """Where a guide's distribution lives, also where torch does not know."""
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,17 +19,21 @@ def guide_support(fn: Any) -> Any:
     inner = leaf(fn)
     declared = getattr(type(inner), "support", None) is not TransformedDistribution.support
     steps = [] if declared else _steps(inner.transforms)
-    if not steps or not isinstance(steps[-1], AffineTransform):
+    if not steps or not _is_affine(steps[-1]):
         return fn.support
-    start = next((step.codomain for step in reversed(steps) if not isinstance(step, AffineTransform)), None)
+    start = next((step.codomain for step in reversed(steps) if not _is_affine(step)), None)
     support = inner.base_dist.support if start is None else start
-    trailing = [step for position, step in enumerate(steps) if all(isinstance(s, AffineTransform) for s in steps[position:])]
-    for step in trailing:
+    trailing = [step for step in takewhile(_is_affine, reversed(steps)) if isinstance(step, AffineTransform)]
+    for step in reversed(trailing):
         support = _image(support, step)
     if support is None:
         return fn.support
     extra = fn.event_dim - getattr(support, "event_dim", 0)
     return constraints.independent(support, extra) if extra > 0 else support
+
+
+def _is_affine(step: Transform) -> bool:
+    return isinstance(step, AffineTransform)
 
 
 def _steps(transforms: list[Transform]) -> list[Transform]:
@@ -51,9 +56,11 @@ def _image(support: Any, step: AffineTransform) -> Any:
         return step.loc + step.scale * bound
 
     if isinstance(support, constraints.greater_than | constraints.greater_than_eq):
-        return constraints.greater_than(at(support.lower_bound)) if rising else constraints.less_than(at(support.lower_bound))
+        end = at(support.lower_bound)
+        return constraints.greater_than(end) if rising else constraints.less_than(end)
     if isinstance(support, constraints.less_than):
-        return constraints.less_than(at(support.upper_bound)) if rising else constraints.greater_than(at(support.upper_bound))
+        end = at(support.upper_bound)
+        return constraints.less_than(end) if rising else constraints.greater_than(end)
     if isinstance(support, constraints.interval):
         ends = (support.lower_bound, support.upper_bound) if rising else (support.upper_bound, support.lower_bound)
         return constraints.interval(*(at(end) for end in ends))

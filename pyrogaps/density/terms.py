@@ -45,8 +45,8 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -
 def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
     if is_factor(message["fn"]):
         raise InputError(
-            f"site '{name}': a pyro.factor in the guide, so log q need not be normalised; give the site whose density it "
-            "corrects a distribution with the right density"
+            f"site '{name}': a pyro.factor in the guide, so log q need not be normalised; give the site whose density "
+            "it corrects a distribution with the right density"
         )
     if message["is_observed"]:
         raise InputError(f"site '{name}': observed in the guide; leave out obs=, a guide must draw it")
@@ -75,8 +75,8 @@ def _own_term(name: str, message: Any, site: Site, joint: JointDensity, indices:
         raise _does_not_fit(name, message, site)
     if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
         raise InputError(
-            f"site '{name}': the guide's support {guide_support(fn)} differs from the model's; use a distribution with the "
-            "model's support, or transform one to it"
+            f"site '{name}': the guide's support {guide_support(fn)} differs from the model's; use a distribution with "
+            "the model's support, or transform one to it"
         )
     return term
 

@@ -83,7 +83,7 @@ class FreedGuide:
             freed[name] = len(self.parameters)
             self.parameters.append(transforms[name].inv(value).clone().requires_grad_())
             self.axes.append((axis - _event_dims(inner, name)) % value.dim() if self.joint.plate is not None else 0)
-            self.units.append(inner.stddev.detach().expand_as(value).clone() if name == "loc" and _has_stddev(inner) else 1.0)
+            self.units.append(_unit(inner, name, value))
         return _FreedSite(term, build, event_dims, constants, freed, transforms, axis)
 
     def at(self, indices: Tensor) -> FactorisedGuide:
@@ -115,8 +115,17 @@ def _event_dims(distribution: Any, name: str) -> int:
     return 1 if kind == "Dirichlet" else 0
 
 
-def _has_stddev(inner: Any) -> bool:
-    return type(inner).__name__ in ("Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Laplace", "Gumbel")
+def _unit(inner: Any, name: str, value: Tensor) -> Tensor | float:
+    """A natural step in a parameter, as it is freed: its own scale where it is in units of the latent, else 1."""
+    if name == "loc":
+        matrix = type(inner).__name__ in ("MultivariateNormal", "LowRankMultivariateNormal")
+        return (inner.stddev if matrix else inner.scale).detach().expand_as(value).clone()
+    if name == "cov_factor":
+        return inner.stddev.detach()[..., None].expand_as(value).clone()
+    if name == "scale_tril":  # below the diagonal as it is, on the diagonal a logarithm
+        rows = inner.stddev.detach()[..., None].expand_as(value)
+        return rows.tril(-1) + torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
+    return 1.0
 
 
 def varying_parameters(guide: FactorisedGuide) -> dict[str, set[str]]:

@@ -16,6 +16,7 @@ from pyrogaps.streams import Chunk
 
 BETAS, EPSILON = (0.9, 0.99), 1e-8
 CLIP = 3.0  # nats to a unit: at the optimum slopes are about 1, and Adam would long remember a far steeper start
+STEADY, FASTER, SLOWER, FASTEST = 0.9, 1.05, 0.8, 100.0
 NUM_TRACE = 50
 MEASURE_EVERY = 5
 
@@ -134,24 +135,31 @@ def _path_gradient(
 
 
 class _Adam:
-    """Adam with steps in each parameter's own units, slopes clipped; no element, so no datapoint, feels another."""
+    """Adam with steps in each parameter's own units, slopes clipped; no element, so no datapoint, feels another.
+
+    Where slopes point one way step after step, the optimum is many units off and steps grow; they shrink back on arrival.
+    """
 
     def __init__(self, refinable: Refinable) -> None:
         self.refinable, self.count = refinable, 0
+        self.pace = [torch.ones_like(p) for p in refinable.parameters]
         self.first = [torch.zeros_like(p) for p in refinable.parameters]
         self.second = [torch.zeros_like(p) for p in refinable.parameters]
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...], rate: float) -> None:
         self.count += 1
-        zipped = zip(self.refinable.parameters, gradients, self.refinable.units, self.first, self.second, strict=True)
-        for parameter, gradient, unit, first, second in zipped:
+        moments = zip(self.first, self.second, self.pace, strict=True)
+        zipped = zip(self.refinable.parameters, gradients, self.refinable.units, moments, strict=True)
+        for parameter, gradient, unit, (first, second, pace) in zipped:
             scaled = torch.nan_to_num(gradient * unit).clamp(-CLIP, CLIP)
             first.lerp_(scaled, 1 - BETAS[0])
             second.lerp_(scaled.square(), 1 - BETAS[1])
             mean = first / (1 - BETAS[0] ** self.count)
             spread = (second / (1 - BETAS[1] ** self.count)).sqrt()
-            parameter += rate * unit * mean / (spread + EPSILON)
+            direction = mean / (spread + EPSILON)
+            pace.copy_(torch.where(direction.abs() > STEADY, pace * FASTER, pace * SLOWER).clamp(1.0, FASTEST))
+            parameter += rate * unit * pace * direction
 
 
 def _score(refinable: Refinable, density: BoundDensity, chunk: Chunk, settings: Refinement, seed: int, name: str) -> Tensor:

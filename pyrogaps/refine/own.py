@@ -57,7 +57,8 @@ def own_family(density: GuideDensity) -> OwnFamily:
     if isinstance(guide, AutoNormal) or (isinstance(guide, AutoGuide) and hasattr(guide, "start_at")):
         return OwnFamily(density, "autoguide", type(guide))
     if density.factorised:
-        few = torch.arange(min(density.num_datapoints, 64))
+        last = density.num_datapoints - 1
+        few = torch.linspace(0, last, min(last + 1, 64)).round().long()
         with seeded(0, "own family"), evaluating(guide), torch.enable_grad():
             local = density.at(few)
         assert isinstance(local, FactorisedGuide)

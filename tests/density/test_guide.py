@@ -37,7 +37,7 @@ def normal(value: Tensor, loc: Tensor | float, scale: Tensor | float) -> Tensor:
 
 def consistent(density: GuideDensity, log_q_of: Callable[[Tensor, Tensor], Tensor], number: int = 5) -> None:
     """`sample`, `log_prob` and `log_q_of(z, indices)` say the same, for all datapoints and for some, out of order."""
-    for indices in (torch.arange(number), ORDER[ORDER < number], torch.tensor([number - 1])):
+    for indices in (torch.arange(number), ORDER[number > ORDER], torch.tensor([number - 1])):
         z, log_q = density.sample(6, indices)
         assert z.shape == (6, len(indices), density.joint.dim) and log_q.shape == z.shape[:2]
         expected = log_q_of(z, indices)
@@ -249,7 +249,9 @@ def test_hints_and_scales_do_not_enter() -> None:
     @config_enumerate
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x), subsample_size=2), poutine.scale(scale=0.3):
-            pyro.sample("z", dist.Normal(x[:, :2], 0.5).to_event(1), infer={"baseline": {"use_decaying_avg_baseline": True}})
+            pyro.sample(
+                "z", dist.Normal(x[:, :2], 0.5).to_event(1), infer={"baseline": {"use_decaying_avg_baseline": True}}
+            )
             pyro.sample("rate", dist.LogNormal(0.0, 0.3))
 
     def log_q(z: Tensor, indices: Tensor) -> Tensor:
@@ -330,7 +332,7 @@ def test_own_parameters_in_a_guide_with_dependent_sites() -> None:
         with pyro.plate("data", 5, dim=-1):
             loc = pyro.param("loc", lambda: torch.arange(5.0), event_dim=0)
             rate = pyro.sample("rate", dist.LogNormal(loc, 0.5))
-            pyro.sample("z", dist.Normal(rate[..., None].expand(rate.shape + (2,)), 0.5).to_event(1))
+            pyro.sample("z", dist.Normal(rate[..., None].expand(*rate.shape, 2), 0.5).to_event(1))
 
     def log_q(z: Tensor, indices: Tensor) -> Tensor:
         rate = normal(z[..., 0], torch.arange(5.0)[indices], 0.5)

@@ -46,7 +46,11 @@ class DMM(nn.Module):
         super().__init__()
         self.transition, self.emission = nn.Linear(z_dim, z_dim), nn.Linear(z_dim, 3)
         self.rnn = nn.GRU(3, hidden, batch_first=True)
-        self.combine, self.loc, self.scale = nn.Linear(z_dim, hidden), nn.Linear(hidden, z_dim), nn.Linear(hidden, z_dim)
+        self.combine, self.loc, self.scale = (
+            nn.Linear(z_dim, hidden),
+            nn.Linear(hidden, z_dim),
+            nn.Linear(hidden, z_dim),
+        )
         self.z_0 = nn.Parameter(torch.zeros(z_dim))
         self.h_0 = nn.Parameter(torch.zeros(1, 1, hidden))
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -216,7 +216,7 @@ def test_indices_may_repeat_and_come_in_any_order() -> None:
 
 def test_a_likelihood_without_a_declared_support() -> None:
     class Tempered(dist.TorchDistribution):
-        arg_constraints: dict[str, Any] = {}
+        arg_constraints: ClassVar[dict[str, Any]] = {}
 
         def __init__(self, loc: Tensor) -> None:
             self.loc = loc

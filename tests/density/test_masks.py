@@ -99,7 +99,9 @@ def test_jacobians_of_masked_elements() -> None:
     simplex = torch.distributions.biject_to(torch.distributions.constraints.simplex)
     w = simplex(u)
     expected = ((dist.Gamma(2.0, 1.0).log_prob(gamma) + z[..., :3]) * KEEP).sum(-1)
-    expected += (dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])).log_prob(w) + simplex.log_abs_det_jacobian(u, w)) * keep_w
+    expected += (
+        dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])).log_prob(w) + simplex.log_abs_det_jacobian(u, w)
+    ) * keep_w
     expected += (dist.Normal(torch.where(KEEP, gamma, torch.ones(())) + w, 1.0).log_prob(x) * KEEP).sum(-1)
     joint = JointDensity(model, (x, KEEP))
     torch.testing.assert_close(joint(z), expected)
@@ -136,7 +138,7 @@ def test_a_full_covariance_without_marginals_is_refused() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.MultivariateNormal(x, torch.eye(3)))
 
-    with pytest.raises(InputError, match="site 'z': the model masks part of an event.*MultivariateNormal"):
+    with pytest.raises(InputError, match=r"site 'z': the model masks part of an event.*MultivariateNormal"):
         GuideDensity(guide, (torch.randn(4, 3), KEEP), inside_the_event).sample(2)
 
 

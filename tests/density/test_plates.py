@@ -1,4 +1,4 @@
-"""Plates: nested ones on either side of the data plate, subsampled ones, scales, and Pyro's wrong bound under scales."""
+"""Plates: nested ones on either side of the data plate, subsampled ones, scales, and Pyro's bound under them."""
 
 import math
 from collections.abc import Callable

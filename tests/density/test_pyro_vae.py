@@ -1,4 +1,4 @@
-"""A VAE written as in Pyro's example evaluates as it is, grey values and all; so does a model with every kind of site."""
+"""A VAE written as in Pyro's example evaluates as it is, grey values and all; so does a model of many parts."""
 
 from typing import Any
 
@@ -51,9 +51,7 @@ class VAE(nn.Module):
             z_scale = torch.ones(x.shape[0], self.z_dim, dtype=x.dtype, device=x.device)
             z = pyro.sample("latent", dist.Normal(z_loc, z_scale).to_event(1))
             loc_img = self.decoder.forward(z)
-            pyro.sample(
-                "obs", dist.Bernoulli(loc_img, validate_args=False).to_event(1), obs=x.reshape(-1, self.pixels)
-            )
+            pyro.sample("obs", dist.Bernoulli(loc_img, validate_args=False).to_event(1), obs=x.reshape(-1, self.pixels))
             return loc_img
 
     def guide(self, x: Tensor) -> None:

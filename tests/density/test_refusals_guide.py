@@ -48,7 +48,9 @@ def sites(x: Tensor, rate: Any = None, z: Any = None) -> None:
         pyro.sample("z", z or dist.Normal(x, 0.5))
 
 
-def refused(guide: Callable[..., Any], *words: str, model: Callable[..., Any] = model, data: Any = X, plate: Any = None) -> None:
+def refused(
+    guide: Callable[..., Any], *words: str, model: Callable[..., Any] = model, data: Any = X, plate: Any = None
+) -> None:
     """`GuideDensity` raises an `InputError` of one line that holds all of `words`."""
     with pytest.raises(InputError) as caught:
         GuideDensity(guide, data, model, plate)

@@ -42,7 +42,15 @@ def global_latent(x: Tensor) -> None:
 
 
 def test_latent_outside_the_data_plate() -> None:
-    refused(global_latent, X, "site 'm'", "latent outside the data plate 'data'", "move it inside", "pyro.param", plate="data")
+    refused(
+        global_latent,
+        X,
+        "site 'm'",
+        "latent outside the data plate 'data'",
+        "move it inside",
+        "pyro.param",
+        plate="data",
+    )
 
 
 def test_global_latents_beside_local_plates_ask_for_the_plate() -> None:
@@ -65,7 +73,9 @@ def test_factor_outside_the_data_plate() -> None:
     refused(model, X, "site 'penalty'", "outside the data plate", plate="data")
 
 
-@pytest.mark.parametrize("annotate", [lambda model: model, config_enumerate, lambda model: config_enumerate(model, "parallel")])
+@pytest.mark.parametrize(
+    "annotate", [lambda model: model, config_enumerate, lambda model: config_enumerate(model, "parallel")]
+)
 def test_discrete_latent(annotate: Callable[..., Any]) -> None:
     @annotate
     def model(x: Tensor) -> None:
@@ -194,7 +204,7 @@ def test_sequential_plate(plate: str | None) -> None:
             z = pyro.sample(f"z{n}", dist.Normal(0.0, 1.0))
             pyro.sample(f"x{n}", dist.Normal(z, 1.0), obs=x[n])
 
-    refused(model, X, "data plate 'data'", "sequential", "with pyro.plate", plate=plate)
+    refused(model, X, "data plate 'data'", "sequential", "`with`", plate=plate)
 
 
 def test_subsampled_plate_as_one_datapoint() -> None:
@@ -215,7 +225,15 @@ def test_counts_below_zero() -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Poisson(z.exp()), obs=x)
 
-    refused(model, torch.tensor([1.0, 2.0, -1.0]), "site 'x'", "outside the support", "Poisson", "transform", "validate_args=False")
+    refused(
+        model,
+        torch.tensor([1.0, 2.0, -1.0]),
+        "site 'x'",
+        "outside the support",
+        "Poisson",
+        "transform",
+        "validate_args=False",
+    )
 
 
 def test_grey_values_under_a_bernoulli() -> None:

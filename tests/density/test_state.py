@@ -1,4 +1,4 @@
-"""Evaluation leaves no trace of itself: parameters, gradients, modes, random state, settings and the param store stay."""
+"""Evaluation leaves no trace of itself: parameters, gradients, modes, randomness, settings and the param store."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

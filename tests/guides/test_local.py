@@ -32,11 +32,11 @@ def evidence_of_two_sites(x: Tensor) -> Tensor:
 def test_no_gap_in_linear_models(data_dim: int, latent_dim: int, decades: float) -> None:
     model = anisotropic(data_dim, latent_dim, decades=decades)
     x, _ = draws_of(model, 5)
-    assert float(model.approximation_gap()) > 0.1
     refined = refine(model, AutoLocalMultivariateNormal, x)
     bound = elbo(model, refined, x)
     assert refined.converged.all()
     assert_exact(bound.value, bound.mcse, model.log_evidence(x))
+    assert float(model.approximation_gap().detach()) > 4 * float(bound.mcse.max())  # which mean field would show
 
 
 def test_no_gap_over_several_sites_of_several_supports() -> None:
@@ -62,15 +62,16 @@ def test_scores_what_it_draws() -> None:
 
 
 def test_is_an_ordinary_pyro_guide() -> None:
-    """SVI trains it to the exact evidence: its loss, a sum over datapoints, comes down to that."""
+    """SVI trains it: its loss, a sum over datapoints, comes down to minus the exact evidence."""
     x = torch.tensor([[1.0, -0.5, 2.0], [0.2, 0.1, -0.4]], dtype=torch.float64)
     guide = AutoLocalMultivariateNormal(two_sites)
-    svi = SVI(two_sites, guide, pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.995}), Trace_ELBO(8, vectorize_particles=False))
-    for _ in range(600):
+    svi = SVI(two_sites, guide, pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.995}), Trace_ELBO(4))
+    for _ in range(500):
         svi.step(x)
     losses = torch.tensor([svi.evaluate_loss(x) for _ in range(50)])
     error = float(losses.std()) / 50**0.5
-    assert abs(float(losses.mean() + evidence_of_two_sites(x).sum())) < 4 * error + 0.02
+    assert abs(float(losses.mean() + evidence_of_two_sites(x).sum())) < 4 * error
+    assert error < 0.05
 
 
 def test_start_at_and_units() -> None:
