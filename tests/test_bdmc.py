@@ -28,13 +28,18 @@ def assert_below(lower: Tensor, upper: Tensor) -> None:
     assert float(gap.mean()) > -STANDARD_ERRORS * float(gap.std()) / math.sqrt(len(gap))
 
 
+def jensen(log_ratio: Tensor) -> float:
+    """How far a log is biased when its argument is not: half the relative variance of the argument."""
+    return 0.5 * float(log_ratio.exp().var()) + 0.5 * float((-log_ratio).exp().var())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("initial", "decades"), [("refined", 0.6), ("refined", 3.0), ("prior", 0.6)])
 def test_both_sides_of_a_linear_model(initial: str, decades: float, dtype: torch.dtype) -> None:
     data_dim, latent_dim = 12, 3
     model = anisotropic(data_dim, latent_dim, decades=decades, dtype=dtype)
     double = anisotropic(data_dim, latent_dim, decades=decades)
-    settings = AIS(num_chains=32, num_temperatures=150 if initial == "prior" else 30, initial=initial)  # type: ignore[arg-type]
+    settings = AIS(num_chains=32, num_temperatures=300 if initial == "prior" else 30, initial=initial)  # type: ignore[arg-type]
     shape = torch.zeros(NUMBER, data_dim, dtype=dtype)
     result = bdmc(model, shape, settings=settings, refinement=QUICK, batch_size=NUMBER)
     exact = double.log_evidence(result.data.double()).detach()
@@ -47,7 +52,7 @@ def test_both_sides_of_a_linear_model(initial: str, decades: float, dtype: torch
     for side in (result.lower, result.upper):
         error = float((side - exact).std()) / math.sqrt(NUMBER)
         assert error < 0.05
-        assert abs(float((side - exact).mean())) < STANDARD_ERRORS * error + 0.5 * float((side - exact).var())
+        assert abs(float((side - exact).mean())) < STANDARD_ERRORS * error + jensen(side - exact)
     assert abs(result.width - float((result.upper - result.lower).mean())) < 1e-12
     assert result.width_mcse < 0.05
 

@@ -38,6 +38,7 @@ class DrawModel(ScoreModel):
         value = self.fixed[name] if name in self.fixed else fn.sample()
         if message["is_observed"]:
             self.observed[name] = message["value"]
+            value = value.to(message["value"].dtype)
         else:
             value = self._place(name, fn, message, value)
         self.drawn[name] = value
@@ -105,7 +106,7 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
     with evaluating(joint.model), torch.no_grad():
         while True:
             draw = _run(joint, args, indices, fixed)
-            causal = all(_close(joint, draw.terms[name], score) for name, score in scores.items())
+            causal = all(_close(draw, draw.terms[name], score) for name, score in scores.items())
             args = _feed_back(draw, args, to_data)
             if causal and _scores_agree(joint, draw, args, indices):
                 return args, draw.flat
@@ -132,12 +133,14 @@ def _run(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, fixed: dic
 
 def _scores_agree(joint: JointDensity, draw: DrawModel, args: tuple[Any, ...], indices: Tensor) -> bool:
     again = joint.run(draw.flat, args, indices)
-    return _close(joint, draw.log_prior, again.log_prior) and _close(joint, draw.log_likelihood, again.log_likelihood)
+    return _close(draw, draw.log_prior, again.log_prior) and _close(draw, draw.log_likelihood, again.log_likelihood)
 
 
-def _close(joint: JointDensity, left: Tensor, right: Tensor) -> bool:
-    tolerance = 1e-3 if joint.dtype == torch.float32 else 1e-7
-    return torch.allclose(left, right, rtol=tolerance, atol=tolerance)
+def _close(draw: DrawModel, left: Tensor, right: Tensor) -> bool:
+    """Whether two scores agree in the coarsest precision that takes part."""
+    precise = all(value.dtype == torch.float64 for value in draw.drawn.values() if value.is_floating_point())
+    tolerance = 1e-7 if precise else 1e-3
+    return torch.allclose(left.double(), right.double(), rtol=tolerance, atol=tolerance)
 
 
 def _feed_back(draw: DrawModel, args: tuple[Any, ...], to_data: ToData | None) -> tuple[Any, ...]:

@@ -167,3 +167,27 @@ def test_hidden_global_under_a_delta() -> None:
 
     with pytest.raises(InputError, match="site 'mu': a Delta in the guide has no density"):
         GuideDensity(guide, (EFFECTS, ERRORS), eight_schools, plate=False)
+
+
+def test_a_guide_whose_sites_depend_on_each_other() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(2), scale).to_event(1))
+        pyro.sample("y", dist.Normal(x @ slope, 0.5).to_event(1), obs=y)
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(torch.ones(2), 0.3).to_event(1))
+        pyro.sample("scale", dist.LogNormal((x @ slope).mean(), 0.2))
+
+    x, y = torch.randn(9, 2), torch.randn(9)
+    joint = JointDensity(model, (x, y), plate=False)
+    density = GuideDensity(guide, None, joint)
+    assert not density.factorised and not joint.vectorized
+    z, log_q = density.sample(5)
+    slope = z[:, 0, 1:]
+    expected = dist.Normal(1.0, 0.3).log_prob(slope).sum(-1)
+    expected += dist.Normal((x @ slope.T).mean(0), 0.2).log_prob(z[:, 0, 0])
+    torch.testing.assert_close(log_q[:, 0], expected)
+    torch.testing.assert_close(density.log_prob(z)[:, 0], expected)
+    assert joint.constrain(z)["slope"].shape == (5, 1, 2)
+    torch.testing.assert_close(joint.constrain(z)["scale"], z[..., 0].exp())

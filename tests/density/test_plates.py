@@ -225,3 +225,19 @@ def test_iwae_under_a_subsampled_plate_where_renyi_is_wrong() -> None:
     lower = elbo(subsample_size, guide, x, num_particles=1000)
     gap = 0.5 * (2.0 - 1.0 - math.log(2.0))  # KL from N(x/2, 1) to the posterior N(x/2, 1/2)
     assert (lower.value.sum() - (log_evidence - 8 * gap)).abs() < 4 * lower.mcse.square().sum().sqrt()
+
+
+def test_parameters_selected_by_the_plate_of_a_minibatch() -> None:
+    """Pyro's idiom: the plate keeps the data set's size, and its indices select what belongs to each datapoint."""
+    x, offsets = torch.randn(6), torch.randn(6)
+
+    def model(x: Tensor) -> None:
+        offset = pyro.param("offset", lambda: offsets.clone())
+        with pyro.plate("data", 6, subsample_size=len(x)) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + offset[rows], 1.0), obs=x)
+
+    joint, z = JointDensity(model, x), torch.randn(2, 6, 1)
+    expected = log_normal(z[..., 0], 0.0, 1.0) + log_normal(x, z[..., 0] + offsets, 1.0)
+    for rows in (torch.arange(6), torch.tensor([5, 3, 0, 1, 4, 2]), torch.tensor([2, 2, 5]), torch.arange(18) % 6):
+        torch.testing.assert_close(joint(z[:, rows], rows), expected[:, rows])

@@ -309,3 +309,17 @@ def test_imputed_observations() -> None:
     (x, _), z = JointDensity(model, (torch.zeros(N), seen)).simulate()
     within((x[seen] - z[seen, 0]) ** 2, 0.25)
     within((z[~seen, 1] - z[~seen, 0]) ** 2, 0.25)
+
+
+@pytest.mark.parametrize("latent", [torch.float32, torch.float64])
+@pytest.mark.parametrize("observed", [torch.float32, torch.float64])
+def test_mixed_precision(latent: torch.dtype, observed: torch.dtype) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(torch.tensor(2.0, dtype=latent), torch.tensor(1.0, dtype=latent)))
+            pyro.sample("x", dist.Poisson(z), obs=x)
+
+    joint = JointDensity(model, torch.ones(N, dtype=observed))
+    x, z = joint.simulate()
+    assert (x.dtype, z.dtype) == (observed, latent)
+    within(x.double() - z[:, 0].double().exp(), 0.0)

@@ -52,11 +52,24 @@ def positive(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 0.8).to_event(1), obs=x)
 
 
+def heavy(x: Tensor) -> None:
+    """Tails so heavy that guides without a variance have an ELBO."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Cauchy(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
+        pyro.sample("x", dist.Cauchy(z, 0.7).to_event(1), obs=x)
+
+
+def heavy_positive(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.HalfCauchy(torch.ones(2, dtype=x.dtype)).to_event(1))
+        pyro.sample("x", dist.Cauchy(z, 0.7).to_event(1), obs=x)
+
+
 BUILDS: dict[str, tuple[Callable[..., None], int, Callable[[Tensor], Any]]] = {
     "Normal": (real, 4, lambda r: dist.Normal(r[..., :2].log(), r[..., 2:]).to_event(1)),
     "Laplace": (real, 4, lambda r: dist.Laplace(r[..., :2].log(), r[..., 2:]).to_event(1)),
     "Gumbel": (real, 4, lambda r: dist.Gumbel(r[..., :2].log(), r[..., 2:]).to_event(1)),
-    "Cauchy": (real, 4, lambda r: dist.Cauchy(r[..., :2].log(), 0.1 * r[..., 2:]).to_event(1)),
+    "Cauchy": (heavy, 4, lambda r: dist.Cauchy(r[..., :2].log(), 0.1 * r[..., 2:]).to_event(1)),
     "StudentT": (real, 6, lambda r: dist.StudentT(4 + r[..., :2], r[..., 2:4].log(), r[..., 4:]).to_event(1)),
     "MultivariateNormal": (real, 4, lambda r: dist.MultivariateNormal(r[..., :2].log(), scale_tril=torch.diag_embed(r[..., 2:]))),
     "LowRankMultivariateNormal": (
@@ -67,7 +80,7 @@ BUILDS: dict[str, tuple[Callable[..., None], int, Callable[[Tensor], Any]]] = {
     "Weibull": (positive, 4, lambda r: dist.Weibull(r[..., :2], 1 + r[..., 2:]).to_event(1)),
     "Exponential": (positive, 2, lambda r: dist.Exponential(r).to_event(1)),
     "HalfNormal": (positive, 2, lambda r: dist.HalfNormal(r).to_event(1)),
-    "HalfCauchy": (positive, 2, lambda r: dist.HalfCauchy(0.3 * r).to_event(1)),
+    "HalfCauchy": (heavy_positive, 2, lambda r: dist.HalfCauchy(0.3 * r).to_event(1)),
 }  # fmt: skip
 
 
@@ -152,18 +165,16 @@ def test_a_low_rank_covariance_holds_a_posterior_of_its_rank() -> None:
     assert_exact(bound.value, bound.mcse, exact)
 
 
-@pytest.mark.parametrize("event", [True, False])
-def test_a_constant_scale_stays_constant(event: bool) -> None:
+def test_a_constant_scale_stays_constant() -> None:
     """What neither varies nor is learned is part of the family; the location finds its best all the same."""
     model = anisotropic(8, 3)
     x, _ = draws_of(model, 5)
-    constant = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
+    mean, best = (part.detach() for part in model.mean_field_optimum(x))
+    constant = torch.tensor([0.6, 0.9, 1.1]) * best
     refined = refine(model, Learned(lambda r: dist.Normal(r.log(), constant).to_event(1), 8, 3), x)
-    fn = _leaf_of(refined)
-    assert torch.equal(fn.scale.expand(5, 3), constant.expand(5, 3))
+    assert torch.equal(_leaf_of(refined).scale.expand(5, 3), constant.expand(5, 3))
     assert len(refined.parts[0].parameters) == 1
     bound = elbo(model, refined, x, num_particles=4000)
-    mean, _ = model.posterior(x)
     assert_exact(bound.value, bound.mcse, model.elbo(x, mean, scale=constant))
 
 
@@ -173,7 +184,7 @@ def _leaf_of(refined: Any) -> Any:
 
 
 def test_what_varies_is_found_on_the_data_set_not_on_a_chunk() -> None:
-    """A scale that the data set, but not its first block, makes vary."""
+    """A scale that varies in the data set, but not in its first block."""
     model = anisotropic(8, 3)
     x, _ = draws_of(model, 70)
 
