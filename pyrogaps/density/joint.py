@@ -21,6 +21,7 @@ from pyrogaps.density.structure import (
     check_model_sites,
     check_observed,
     check_parameters,
+    dtypes_named,
     find_plate,
     first_sites,
     frames_of,
@@ -61,7 +62,7 @@ class JointDensity:
         self.model = model
         self.caller_data = data
         check_parameters(model)
-        with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
+        with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True), dtypes_named():
             self.plate = None if plate is False else self._plate_of(as_indexed(data), plate)
             self.data = whole(data) if self.plate is None else as_indexed(data)
             self.vectorized = True

@@ -395,3 +395,14 @@ def test_model_that_raises_keeps_its_own_error() -> None:
 
     with pytest.raises(KeyError, match="a user's own mistake"):
         JointDensity(model, X)
+
+
+def test_data_of_another_dtype_names_the_remedy() -> None:
+    layer = torch.nn.Linear(3, 2)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(layer(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).expand([len(x), 3]).to_event(1), obs=x)
+
+    refused(model, torch.randn(5, 3, dtype=torch.float64), "data: its dtype", "x.float()")
