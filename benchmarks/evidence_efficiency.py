@@ -1,10 +1,11 @@
 """What log p(x) costs: gradient evaluations per image until annealed importance sampling is within 0.1 nat.
 
-Paths from the refined guide against paths from the prior (sigmoid schedule), on 50 test images under an MNIST VAE of 50
-latent dimensions: `--chains` chains each, step sizes frozen after a pilot. Both are swept over temperatures and leapfrog
-steps; for every number of leapfrog steps the cost at which the mean error crosses 0.1 nat is interpolated (linear in the
-error, logarithmic in the cost), and each side is judged by its cheapest. The truth is a long run from the guide, beside
-which stands a long run from the prior. Pilot and refinement are counted too, values as dear as gradients.
+Paths from the refined guide against paths from the prior (sigmoid schedule), on 50 test images under an MNIST VAE of
+50 latent dimensions: `--chains` chains each, step sizes frozen after a pilot. Both are swept over temperatures and
+leapfrog steps; for every number of leapfrog steps the cost at which the mean error crosses 0.1 nat is interpolated
+(linear in the error, logarithmic in the cost), and each side is judged by its cheapest. The truth is a long run from
+the guide, beside which stands a long run from the prior. Pilot and refinement are counted too, values as dear as
+gradients.
 
 Then: refinement of 1,000 test images with default settings, against a refinement of three times as many steps.
 
@@ -15,7 +16,7 @@ Then: refinement of 1,000 test images with default settings, against a refinemen
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,6 @@ from reporting import machine, report
 from torch import Tensor
 
 from pyrogaps import AIS, GuideDensity, JointDensity, Refinement
-from pyrogaps.ais import Path as AnnealingPath
 from pyrogaps.ais import anchor, anchored_path, prior_path, run_path, run_pilot
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import GradientEvaluator
@@ -74,18 +74,13 @@ class Images:
         after = sum(e.num_gradients + e.num_values for e in evaluators)
         return result, Cost((after - before) / self.joint.num_datapoints, seconds)
 
-    def path_from_prior(self, seed: int) -> tuple[AnnealingPath, GradientEvaluator]:
-        return prior_path(self.split, self.chunk, seed), self.split
-
-    def path_from_guide(self, refined: object, widen: float, seed: int) -> tuple[AnnealingPath, GradientEvaluator]:
-        start = anchor(self.joint, refined, self.chunk, widen, seed)  # type: ignore[arg-type]
-        return anchored_path(self.whole, start, self.chunk, seed), self.whole
-
     def evidence(self, settings: AIS, refined: object, seed: int) -> tuple[Tensor, Cost, Cost]:
         """log p(x) `(N,)`, what the chains cost, and the pilot."""
-        from_prior = settings.initial == "prior"
-        make = (lambda: self.path_from_prior(seed)) if from_prior else (lambda: self.path_from_guide(refined, settings.widen, seed))
-        path, evaluator = make()
+        if settings.initial == "prior":
+            path, evaluator = prior_path(self.split, self.chunk, seed), self.split
+        else:
+            start = anchor(self.joint, refined, self.chunk, settings.widen, seed)  # type: ignore[arg-type]
+            path, evaluator = anchored_path(self.whole, start, self.chunk, seed), self.whole
         # Recording a graph is no part of what is compared, and is done once per shape.
         for number in (settings.num_chains, settings.num_pilot_chains):
             evaluator.bind(self.chunk.indices, number)
@@ -96,8 +91,16 @@ class Images:
         return log_mean_exp_estimate(result.log_weights).value, chains, pilot  # type: ignore[attr-defined]
 
 
+def average(costs: Sequence[Cost]) -> Cost:
+    return Cost(*(sum(parts) / len(costs) for parts in zip(*costs, strict=True)))
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    return float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
 def sweep(
-    images: Images, settings: AIS, refined: object, temperatures: list[int], leapfrogs: list[int], num_seeds: int
+    images: Images, settings: AIS, refined: object, temperatures: list[int], leapfrogs: list[int], repetitions: int
 ) -> dict[int, list[Point]]:
     """By number of leapfrog steps, the estimates along a ladder of temperatures."""
     result: dict[int, list[Point]] = {}
@@ -105,15 +108,18 @@ def sweep(
         result[leapfrog] = []
         for number in temperatures:
             one = replace(settings, num_temperatures=number, num_leapfrog=leapfrog)
-            runs = [images.evidence(one, refined, seed) for seed in range(num_seeds)]
-            chains, pilot = (Cost(*(sum(c) / num_seeds for c in zip(*costs, strict=True))) for costs in list(zip(*runs, strict=True))[1:])
-            result[leapfrog].append(Point(number, torch.stack([value for value, _, _ in runs]), chains, pilot))
-            print(f"  {settings.initial}, {number} temperatures x {leapfrog}: {chains.evaluations:.0f} evaluations", flush=True)
+            values, chains, pilots = zip(
+                *(images.evidence(one, refined, seed) for seed in range(repetitions)), strict=True
+            )
+            point = Point(number, torch.stack(values), average(chains), average(pilots))
+            result[leapfrog].append(point)
+            made = f"{settings.initial}, {number} temperatures x {leapfrog}"
+            print(f"  {made}: {point.chains.evaluations:.0f} evaluations", flush=True)
     return result
 
 
 def crossing(points: list[Point], truth: Tensor, rows: Tensor) -> dict[str, float] | None:
-    """Where the mean error over images `rows` falls below `WITHIN`: temperatures, evaluations, seconds; None if nowhere."""
+    """Where the mean error over images `rows` falls below `WITHIN`: temperatures, evaluations, seconds; or nowhere."""
     errors = [float((truth - point.estimates)[:, rows].mean()) for point in points]
     below = next((k for k, error in enumerate(errors) if error < WITHIN), None)
     if below is None:
@@ -137,7 +143,9 @@ def crossing(points: list[Point], truth: Tensor, rows: Tensor) -> dict[str, floa
 
 
 def cheapest(side: dict[int, list[Point]], truth: Tensor, rows: Tensor) -> dict[str, float] | None:
-    found = [{**at, "leapfrog": float(leapfrog)} for leapfrog, points in side.items() if (at := crossing(points, truth, rows))]
+    """Of the numbers of leapfrog steps, the one that crosses soonest."""
+    crossings = {leapfrog: crossing(points, truth, rows) for leapfrog, points in side.items()}
+    found = [{**at, "leapfrog": float(leapfrog)} for leapfrog, at in crossings.items() if at is not None]
     return min(found, key=lambda at: at["chains"], default=None)
 
 
@@ -157,25 +165,23 @@ def compare(images: Images, options: argparse.Namespace) -> None:
         lambda: refine_chunk(images.family, images.whole, images.chunk, QUICK_REFINEMENT, 0)
     )
     long = replace(settings, num_chains=2 * options.chains, num_temperatures=options.long, num_leapfrog=5)
-    well, _ = refine_chunk(images.family, images.whole, images.chunk, Refinement(), 1)
+    well, _ = refine_chunk(images.family, images.whole, images.chunk, options.refinement, 1)
     truth, _, _ = images.evidence(long, well, 1001)
     beside, _, _ = images.evidence(replace(from_prior, num_temperatures=10 * options.long, num_leapfrog=5), None, 1001)
-    gap = beside - truth
-    error = float(gap.std() / len(gap) ** 0.5)
-    print(f"log p(x): {float(truth.mean()):.3f} from the guide, {float(gap.mean()):+.3f} +- {error:.3f} from the prior")
+    gap, error = mean_and_error(beside - truth)
+    print(f"log p(x): {float(truth.mean()):.3f} from the guide, {gap:+.3f} +- {error:.3f} from the prior")
 
-    guide_side = sweep(images, settings, refined, options.guide_temperatures, options.guide_leapfrogs, options.seeds)
-    prior_side = sweep(images, from_prior, None, options.prior_temperatures, options.prior_leapfrogs, options.prior_seeds)
+    guide_side = sweep(images, settings, refined, *options.guide)
+    prior_side = sweep(images, from_prior, None, *options.prior)
     rows = [
         [name, leapfrog, point.num_temperatures, point.chains.evaluations, point.pilot.evaluations,
-         float((truth - point.estimates).mean()), float((truth - point.estimates).mean(1).std() / len(point.estimates) ** 0.5),
-         point.chains.seconds + point.pilot.seconds]
+         *mean_and_error((truth - point.estimates).mean(1)), point.chains.seconds + point.pilot.seconds]
         for name, side in (("guide", guide_side), ("prior", prior_side))
         for leapfrog, points in side.items()
         for point in points
     ]  # fmt: skip
     columns = ["from", "leapfrogs", "temperatures", "in chains", "in pilot", "error", "+-", "seconds"]
-    report("evidence_sweep", "Evaluations per image and error of log p(x), nats", columns, rows)
+    report("evidence_sweep", "Evaluations per image and error of log p(x), nats", columns, rows, quick=options.quick)
 
     everyone = torch.arange(len(truth))
     guide, prior = cheapest(guide_side, truth, everyone), cheapest(prior_side, truth, everyone)
@@ -193,30 +199,32 @@ def compare(images: Images, options: argparse.Namespace) -> None:
     names = ("in the chains", "with pilot and refinement", "wall time, all included")
     rows = [[n, r, a, b] for n, r, a, b in zip(names, ratios(guide, prior, refinement), low, high, strict=True)]
     title = f"Within {WITHIN} nat: prior over guide (90% interval over images)"
-    report("evidence_efficiency", title, ["evaluations", "ratio", "5%", "95%"], rows)
+    report("evidence_efficiency", title, ["evaluations", "ratio", "5%", "95%"], rows, quick=options.quick)
     for name, at, extra in (("guide", guide, refinement), ("prior", prior, Cost(0, 0))):
         print(
-            f"{name}: {at['temperatures']:.0f} temperatures x {at['leapfrog']:.0f}; evaluations per image {at['chains']:.0f} in the "
-            f"chains, {at['pilot']:.0f} in the pilot, {extra.evaluations:.0f} in refinement; {at['seconds'] + extra.seconds:.1f} s"
+            f"{name}: {at['temperatures']:.0f} temperatures x {at['leapfrog']:.0f}; evaluations per image: "
+            f"{at['chains']:.0f} in the chains, {at['pilot']:.0f} in the pilot, {extra.evaluations:.0f} in refinement; "
+            f"{at['seconds'] + extra.seconds:.1f} s"
         )
 
 
-def refine_many(model: torch.nn.Module, guide: torch.nn.Module, x: Tensor, batch_size: int) -> None:
+def refine_many(images: Images, options: argparse.Namespace) -> None:
     """Refinement of many images: seconds, and how far below a much longer one it ends."""
-    images = Images(model, guide, x)
-    longer = Refinement(num_steps=3000, num_particles=8, learning_rate=0.02)
     rows, elbos = [], []
-    for name, settings in (("default", Refinement()), ("three times as long", longer)):
+    longer = replace(options.refinement, num_steps=3 * options.refinement.num_steps)
+    pieces = chunks(images.joint.num_datapoints, options.batch_size)
+    for name, chosen in (("default", options.refinement), ("three times as long", longer)):
         begin = time.perf_counter()
-        parts = [(c, *refine_chunk(images.family, images.whole, c, settings, 0)) for c in chunks(len(x), batch_size)]
+        parts = [(piece, *refine_chunk(images.family, images.whole, piece, chosen, 0)) for piece in pieces]
         seconds = time.perf_counter() - begin
         weights = [chunk_log_weights(images.joint, part, c, 1000, 0, "score", c.start) for c, part, _ in parts]
         elbos.append(torch.cat([w.mean(0) for w in weights]))
         converged = torch.cat([how.converged for _, _, how in parts]).double().mean()
         rows.append([name, float(elbos[-1].mean()), float(converged), seconds])
     below = elbos[1] - elbos[0]
-    report("refinement", f"Refinement of {len(x)} images", ["settings", "L[q*]", "converged", "seconds"], rows)
-    print(f"default ends {float(below.mean()):.4f} nats below, at worst {float(below.max()):.3f}; batches of {batch_size}")
+    title = f"Refinement of {images.joint.num_datapoints} images in batches of {options.batch_size}"
+    report("refinement", title, ["settings", "L[q*]", "converged", "seconds"], rows, quick=options.quick)
+    print(f"the default ends {float(below.mean()):.4f} nats below, at worst {float(below.max()):.3f}")
 
 
 def main() -> None:
@@ -229,19 +237,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path(__file__).parent / "runs", help="folder of the checkpoint")
     options = parser.parse_args()
-    options.long, options.seeds, options.prior_seeds = 400, 6, 4
-    options.guide_temperatures, options.guide_leapfrogs = [4, 6, 9, 14, 20, 30], [1, 2, 3]
-    options.prior_temperatures, options.prior_leapfrogs = [100, 200, 400, 800], [3, 5, 10]
+    # Temperatures, leapfrog steps and repetitions of the two sweeps.
+    options.guide, options.prior = ([4, 6, 9, 14, 20, 30], [1, 2, 3], 6), ([100, 200, 400, 800], [3, 5, 10], 4)
+    options.long, options.refinement = 400, Refinement()
     if options.quick:
         options.images, options.refine_images, options.chains, options.long = 8, 64, 4, 20
-        options.seeds = options.prior_seeds = 1
-        options.guide_temperatures, options.guide_leapfrogs = [2, 8], [2]
-        options.prior_temperatures, options.prior_leapfrogs = [4, 64], [3]
+        options.guide, options.prior = ([2, 8], [2], 1), ([4, 64], [3], 1)
+        options.refinement = Refinement(num_steps=50)
     torch.set_num_threads(options.threads)
     model, guide, test = trained_vae(options.runs, quick=options.quick)
     with seeded(0, "benchmark"):
         compare(Images(model, guide, test[: options.images]), options)
-        refine_many(model, guide, test[: options.refine_images], options.batch_size)
+        refine_many(Images(model, guide, test[: options.refine_images]), options)
     print(machine())
 
 

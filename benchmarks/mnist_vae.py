@@ -1,4 +1,4 @@
-"""The VAE that the benchmarks measure inference in, trained on statically binarised MNIST (scikit-learn's digits if quick).
+"""The VAE that the benchmarks measure inference in, trained on statically binarised MNIST (if quick, on digits).
 
 Latent 50, decoder 50-200-200-784, encoder 784-200-200-(50, 50), ELU: the network of Cremer, Li and Duvenaud
 (arXiv:1801.03558). A run that was stopped continues from its checkpoint, one that has finished is loaded from it.
@@ -26,7 +26,7 @@ def trained_vae(runs: Path, *, quick: bool, num_epochs: int = 30) -> tuple[VAE, 
     with seeded(0, "benchmark networks"):
         model = VAE(height * width, latent, hidden)
         guide = AmortizedNormal(height * width, latent, hidden)
-    num_epochs = 20 if quick else num_epochs
+    num_epochs = 3 if quick else num_epochs
     runs.mkdir(parents=True, exist_ok=True)
     pg.train(
         model,

@@ -18,8 +18,8 @@ def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     packages = ("pyrogaps", "pyro-ppl", "torch", "blackjax", "jax")
     versions = ", ".join(f"{name} {found}" for name in packages if (found := _version(name)))
-    python = platform.python_version()
-    return f"{cores}-core {platform.machine()} CPU, {device}, {torch.get_num_threads()} threads; Python {python}, {versions}"
+    hardware = f"{cores}-core {platform.machine()} CPU, {device}, {torch.get_num_threads()} threads"
+    return f"{hardware}; Python {platform.python_version()}, {versions}"
 
 
 def _version(package: str) -> str | None:
@@ -29,19 +29,23 @@ def _version(package: str) -> str | None:
         return None
 
 
-def report(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print `rows` under `title` as a table and write them to `results/<name>.csv`, the machine in its last column."""
+def report(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, quick: bool) -> None:
+    """Print `rows` under `title` as a table and write them to `results/<name>.csv`, the machine in its last column.
+
+    A quick run measures nothing, so that its file is another.
+    """
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(line[k]) for line in [list(columns), *cells]) for k in range(len(columns))]
     print(f"\n{title}\n{'-' * len(title)}")
     for line in [list(columns), *cells]:
-        print("  ".join(text.ljust(width) if k == 0 else text.rjust(width) for k, (text, width) in enumerate(zip(line, widths, strict=True))))
+        first, *others = (text.rjust(width) for text, width in zip(line, widths, strict=True))
+        print("  ".join([first.strip().ljust(widths[0]), *others]))
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+    with (RESULTS / f"{name}{'-quick' if quick else ''}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, "machine"])
         writer.writerows([*row, machine()] for row in rows)
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -43,8 +43,8 @@ class AutoLocalMultivariateNormal(AutoGuide):
 
     $$q(z_n) = \mathcal N(z_n;\, m_n,\, L_n L_n^\top), \quad L_n = \mathrm{diag}(s_n)\, U_n$$
 
-    with $U_n$ unit lower triangular. Pyro's `AutoMultivariateNormal` has one covariance over all datapoints; this one is
-    local under the data plate, so its datapoints can be refined side by side.
+    with $U_n$ unit lower triangular. Pyro's `AutoMultivariateNormal` has one covariance over all datapoints; this one
+    is local under the data plate, so its datapoints can be refined side by side.
 
     Args:
         model: a Pyro model in which one plate encloses every site, or whose data plate is named by `plate`.
@@ -79,7 +79,9 @@ class AutoLocalMultivariateNormal(AutoGuide):
         messages = dict(self.prototype_trace.iter_stochastic_nodes())
         plate = self._plate or find_plate(messages)
         if plate is None:
-            raise InputError("AutoLocalMultivariateNormal: the model has no data plate; use Pyro's AutoMultivariateNormal")
+            raise InputError(
+                "AutoLocalMultivariateNormal: the model has no data plate; use Pyro's AutoMultivariateNormal"
+            )
         self._plate = plate
         self._sites: dict[str, Site] = lay_out(messages, plate, -1)
         columns = []

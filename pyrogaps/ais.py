@@ -1,4 +1,4 @@
-"""Annealed importance sampling of log p(x) per datapoint, forward and reverse, tuned by a pilot run that is thrown away."""
+"""Annealed importance sampling of log p(x) per datapoint, forward and reverse, tuned by a pilot run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,8 +46,8 @@ class AIS:
         num_leapfrog: leapfrog steps of each transition, one transition per temperature.
         schedule: "linear", "sigmoid", or "thermodynamic" (equal steps of thermodynamic length, set by the pilot).
         initial: where paths start: at the "refined" guide, at the "guide" as it is, or at the "prior".
-        widen: factor on the scales of the Gaussian fitted to the guide, at least 1: an anchor narrower than the posterior
-            has weights of infinite variance.
+        widen: factor on the scales of the Gaussian fitted to the guide, at least 1: an anchor narrower than the
+            posterior has weights of infinite variance.
         target_acceptance: what the pilot aims at.
         num_pilot_chains, num_pilot_temperatures: the pilot's size; its chains are thrown away, so that the step sizes
             of the run that counts do not depend on it.
@@ -131,7 +131,9 @@ def prior_path(evaluator: GradientEvaluator, chunk: Chunk, seed: int) -> Path:
     return Path(draw, evaluate, torch.where(spread > 0, spread, torch.ones_like(spread)))
 
 
-def anchor(joint: JointDensity, posterior: Posterior, chunk: Chunk, widen: float, seed: int, offset: int = 0) -> GaussianStart:
+def anchor(
+    joint: JointDensity, posterior: Posterior, chunk: Chunk, widen: float, seed: int, offset: int = 0
+) -> GaussianStart:
     """The Gaussian with a guide's moments, widened; its draws are used for nothing else."""
     guide = BlockedGuide(posterior, chunk, offset)
     draws, _ = guide.sample_all(NUM_ANCHOR_DRAWS, seed, "anchor")
@@ -147,9 +149,7 @@ def run_pilot(path: Path, evaluator: GradientEvaluator, chunk: Chunk, settings: 
     betas = schedule(settings.schedule, max(settings.num_pilot_temperatures, 2))
     evaluate = path.evaluate(settings.num_pilot_chains)
     state = evaluate(path.draw(settings.num_pilot_chains, "pilot"))
-    steps, spreads = pilot(
-        state, evaluate, betas, settings.num_leapfrog, path.scale, noise, settings.target_acceptance
-    )
+    steps, spreads = pilot(state, evaluate, betas, settings.num_leapfrog, path.scale, noise, settings.target_acceptance)
     return tune(settings.schedule, settings.num_temperatures, betas, steps, spreads)
 
 
@@ -198,7 +198,7 @@ def ais(
     temperatures, because they are set by a pilot run; the value, a log-mean-exp, is a lower bound in expectation.
 
     Args:
-        model, guide, data, plate: as for `JointDensity` and `GuideDensity`; the guide is not used with `initial="prior"`.
+        model, guide, data, plate: as for `JointDensity` and `GuideDensity`; no guide is used with `initial="prior"`.
         settings: see `AIS`; `initial` overrides its field of that name.
         refinement: settings of the refinement that "refined" starts need.
         batch_size: datapoints held at once; it does not change the result.
@@ -251,9 +251,9 @@ def _paths_from(
 class Sandwich:
     """Stochastic lower and upper bounds of log p(x) on data simulated from the model, nats, `(N,)` each.
 
-    `width` is the mean of `upper - lower` over datapoints and `width_mcse` its standard error across them: within it the
-    AIS settings are certified. `data` are the simulated data, `z` `(N, dim)` their exact posterior draws. `reverse` has
-    no error per datapoint: its chains share their start, so the spread among them says too little.
+    `width` is the mean of `upper - lower` over datapoints and `width_mcse` its standard error across them: within it
+    the AIS settings are certified. `data` are the simulated data, `z` `(N, dim)` their exact posterior draws.
+    `reverse` has no error per datapoint: its chains share their start, so the spread among them says too little.
     """
 
     lower: Tensor
@@ -289,8 +289,8 @@ def bdmc(
     """Bidirectional Monte Carlo: bound log p(x) from both sides on data simulated from the model.
 
     The latent behind a simulated datapoint is an exact posterior draw; AIS run in reverse from it gives
-    E[1/w] = 1/p(x), so -log-mean-exp(-log w) is an upper bound in expectation. Every reverse chain of a datapoint starts
-    at that one draw.
+    E[1/w] = 1/p(x), so -log-mean-exp(-log w) is an upper bound in expectation. Every reverse chain of a datapoint
+    starts at that one draw.
 
     Args:
         model, plate: as for `JointDensity`.

@@ -1,6 +1,5 @@
-"""The pieces of annealed importance sampling: where paths start, how they are scheduled and tuned, and a run along one."""
+"""The pieces of annealed importance sampling: where paths start, how they are scheduled and tuned, a run along one."""
 
-import math
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ JITTER = 0.3
 
 @dataclass(frozen=True)
 class GaussianStart:
-    """f_0 = N(loc, L L^T) per datapoint: `loc (B, dim)`, `scale` a diagonal `(B, dim)` or lower factor `(B, dim, dim)`."""
+    """f_0 = N(loc, L L^T) per datapoint: `loc (B, dim)`, `scale` a diagonal `(B, dim)` or factors L `(B, dim, dim)`."""
 
     loc: Tensor
     scale: Tensor
@@ -82,7 +81,7 @@ class AnnealResult(NamedTuple):
 
 
 def schedule(kind: Schedule, num_temperatures: int) -> Tensor:
-    """Inverse temperatures 0 = b_0 < ... < b_T = 1, `(T+1,)`; "thermodynamic" starts as sigmoid and is set by the pilot."""
+    """Inverse temperatures 0 = b_0 < ... < b_T = 1, `(T+1,)`; "thermodynamic" is sigmoid until the pilot sets it."""
     fraction = torch.linspace(0, 1, num_temperatures + 1, dtype=torch.float64)
     if kind == "linear":
         return fraction
@@ -91,7 +90,14 @@ def schedule(kind: Schedule, num_temperatures: int) -> Tensor:
 
 
 def anneal(
-    state: HMCState, evaluate: Evaluate, tuning: Tuning, num_leapfrog: int, scale: Tensor, noise: Noise, *, reverse: bool
+    state: HMCState,
+    evaluate: Evaluate,
+    tuning: Tuning,
+    num_leapfrog: int,
+    scale: Tensor,
+    noise: Noise,
+    *,
+    reverse: bool,
 ) -> AnnealResult:
     r"""Run chains along log f_b = (1-b) log f_0 + b log p(x, z), from b = 0 to 1 or, `reverse`, from 1 to 0.
 
@@ -158,9 +164,7 @@ def pilot(
     return _smooth(torch.stack(log_steps)).exp(), _smooth(torch.stack(spreads))
 
 
-def tune(
-    kind: Schedule, num_temperatures: int, pilot_betas: Tensor, step_sizes: Tensor, spreads: Tensor
-) -> Tuning:
+def tune(kind: Schedule, num_temperatures: int, pilot_betas: Tensor, step_sizes: Tensor, spreads: Tensor) -> Tuning:
     """The schedule and the step sizes along it, interpolated from a pilot run's.
 
     "thermodynamic" places inverse temperatures at equal steps of the length integral sqrt(Var_b[log p - log f_0]) db,
@@ -196,7 +200,8 @@ def moments_start(draws: Tensor, *, diagonal: bool, widen: float, active: Tensor
     standard = (centred / scale).double()
     correlation = torch.einsum("sbi,sbj->bij", standard, standard) / (len(draws) - 1)
     identity = torch.eye(draws.shape[-1], dtype=torch.float64, device=draws.device)
-    correlation = correlation * (1 - identity) + identity * correlation.diagonal(dim1=-2, dim2=-1).clamp(min=0.5)[..., None]
+    variances = correlation.diagonal(dim1=-2, dim2=-1).clamp(min=0.5)
+    correlation = correlation * (1 - identity) + identity * variances[..., None]
     factor = torch.linalg.cholesky(correlation + 1e-4 * identity).to(draws.dtype)
     return GaussianStart(loc, widen * scale[..., None] * factor)
 

@@ -1,7 +1,7 @@
 """ELBO and IWAE: lower bounds of log p(x) from a guide's importance weights."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,13 +28,20 @@ def posterior_of(
     model: Program, guide: Program | Posterior, data: Data, plate: Plate = None
 ) -> tuple[JointDensity, Posterior]:
     """As `densities`, for a guide that is a posterior per datapoint already (what `refine` returns) too."""
-    if isinstance(guide, Posterior) and hasattr(guide, "joint"):  # a caller's guide may well have a method `at`
+    # A caller's guide may well have a method `at`, of another meaning.
+    if isinstance(guide, Posterior) and hasattr(guide, "joint"):
         return JointDensity(model, data, plate), guide
-    return densities(model, guide, data, plate)
+    return densities(model, cast(Program, guide), data, plate)
 
 
 def chunk_log_weights(
-    joint: JointDensity, posterior: Posterior, chunk: Chunk, num_particles: int, seed: int, purpose: str, offset: int = 0
+    joint: JointDensity,
+    posterior: Posterior,
+    chunk: Chunk,
+    num_particles: int,
+    seed: int,
+    purpose: str,
+    offset: int = 0,
 ) -> Tensor:
     """log w = log p(x, z) - log q(z | x) of draws from `posterior`, `(S, B)` in double precision, nats.
 

@@ -58,7 +58,7 @@ def transition(
 
     Args:
         state: where the chains are.
-        evaluate: positions to state, `num_leapfrog` times; an `Evaluation` is asked for gradients alone but the last time.
+        evaluate: positions to state, called `num_leapfrog` times; an `Evaluation` gives gradients alone till the last.
         weights: K mixing weights, each broadcasting to `(S, B)`.
         step_size: broadcasting to `(S, B)`; it must not depend on the running chains.
         scale: the preconditioner, standard deviations `(B, dim)` or a lower Cholesky factor `(B, dim, dim)`: the mass

@@ -40,7 +40,7 @@ def mcse_of_mean(draws: Tensor) -> Tensor:
 
 
 def mcse_of_log_mean_exp(log_weights: Tensor) -> Tensor:
-    r"""Standard error of `log_mean_exp` by the delta method, $\sqrt{\mathrm{Var}(w)/S} \,/\, \bar w$, `(S, *)` to `(*)`."""
+    r"""Standard error of `log_mean_exp` by the delta method, $\sqrt{\mathrm{Var}(w)/S} / \bar w$, `(S, *)` to `(*)`."""
     weights = normalised(log_weights) * len(log_weights)
     return mcse_of_mean(weights)
 
@@ -57,12 +57,12 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
         for n, column in enumerate(columns):
             if np.isfinite(column).all() and np.ptp(column) > 1e-9:
                 with suppress(ValueError):  # all of the tail is one value
-                    result[n] = float(array_stats.psislw(column.max() - column, r_eff=1.0)[1])
+                    result[n] = float(array_stats.psislw(column.max() - column, r_eff=1.0)[1])  # type: ignore[no-untyped-call]
     return torch.from_numpy(result)
 
 
 def hall_interval(log_weights: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    r"""A central interval for the log of the weights' expectation, from `log_weights` `(S, *)`, two tensors `(*)`, nats.
+    r"""A central interval for the log of the weights' expectation from `log_weights` `(S, *)`: its ends `(*)`, in nats.
 
     Weights are skewed, so Student's t of their mean is too: Hall's cubic removes that to first order,
 
@@ -125,10 +125,10 @@ class Estimate:
         """Whether `interval` covers about as it says (93 to 97 of 100 for 95), `(N,)`.
 
         For a mean, wherever it is finite. For a log-mean-exp, where there are at least 16 draws, the relative standard
-        error of the mean weight is at most 0.1, so that the logarithm is as good as straight over the interval (its bias,
-        half the square, is at most a twentieth of the error), and k-hat is at most 0.5, so that the weights have a
-        variance; of fewer than 100 draws k-hat is too noisy to be heeded. Draws cannot tell of a mode that none of them
-        has hit: BDMC can.
+        error of the mean weight is at most 0.1, so that the logarithm is as good as straight over the interval (its
+        bias, half the square, is at most a twentieth of the error), and k-hat is at most 0.5, so that the weights
+        have a variance; of fewer than 100 draws k-hat is too noisy to be heeded. Draws cannot tell of a mode
+        that none of them has hit: BDMC can.
         """
         finite = torch.isfinite(self.value) & torch.isfinite(self.mcse)
         if self.log_weights is None or len(self.log_weights) < 2:

@@ -22,7 +22,8 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 def assert_exact(value: Tensor, mcse: Tensor, exact: Tensor | float, dtype: torch.dtype = torch.float64) -> None:
     """Each value within four of its standard errors of the truth, and the errors small enough to matter."""
-    exact = torch.as_tensor(exact).detach().double()
+    value, exact = value.detach(), torch.as_tensor(exact).detach().double()
+    mcse = mcse.detach()
     assert float(mcse.max()) < MCSE
     excess = (value - exact).abs() - STANDARD_ERRORS * mcse - ROUNDING[dtype]
     assert float(excess.max()) < 0, f"off by {((value - exact) / mcse).tolist()} standard errors"
@@ -58,7 +59,7 @@ def draws_of(model: LinearGaussian, number: int, seed: int = 0) -> tuple[Tensor,
 
 
 class WrongEncoder(nn.Module):
-    """The posterior mean of a linear-Gaussian model shrunk and shifted, with scales too wide by `width`: wrong, knowingly."""
+    """A linear-Gaussian posterior's mean shrunk and shifted, its scales too wide by `width`: wrong, knowingly."""
 
     def __init__(self, model: LinearGaussian, *, shrink: float = 0.8, shift: float = 0.3, width: float = 1.4) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class WrongEncoder(nn.Module):
         mean = torch.linalg.solve(model.precision, information).detach()
         best = model.precision.diagonal().rsqrt().detach()
         self.weight = nn.Parameter(shrink * mean)
-        self.bias = nn.Parameter((shift * best - shrink * mean @ model.bias.detach()))
+        self.bias = nn.Parameter(shift * best - shrink * mean @ model.bias.detach())
         self.log_scale = nn.Parameter((width * best).log())
 
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,9 @@ def log_normal_gap(concentration: Tensor) -> Tensor:
 
 
 def counts(number: int = 8, columns: int = 2) -> Tensor:
-    return torch.poisson(torch.linspace(0.3, 6, number).double()[:, None].expand(-1, columns), torch.Generator().manual_seed(2))
+    return torch.poisson(
+        torch.linspace(0.3, 6, number).double()[:, None].expand(-1, columns), torch.Generator().manual_seed(2)
+    )
 
 
 SPREAD = 0.8
@@ -155,7 +158,10 @@ def parabola_joint(x: float, z: np.ndarray) -> np.ndarray:
 
 def parabola_evidence(x: Tensor) -> Tensor:
     """By quadrature, to 1e-10, `(N,)`."""
-    values = [integrate.quad(lambda z, x=x: math.exp(parabola_joint(x, z)), -8, 8, epsabs=1e-12, limit=400)[0] for x in x.tolist()]
+    values = [
+        integrate.quad(lambda z, x=x: math.exp(parabola_joint(x, z)), -8, 8, epsabs=1e-12, limit=400)[0]
+        for x in x.tolist()
+    ]
     return torch.tensor(values, dtype=torch.float64).log()
 
 
@@ -169,6 +175,7 @@ def parabola_best_elbo(x: Tensor) -> Tensor:
         return energy - 0.5 * math.log(2 * math.pi * math.e * v)
 
     best = [
-        min(optimize.minimize(loss, (start, -1.0), args=(x,), tol=1e-12).fun for start in (0.0, 0.5, 1.5)) for x in x.tolist()
+        min(optimize.minimize(loss, (start, -1.0), args=(x,), tol=1e-12).fun for start in (0.0, 0.5, 1.5))
+        for x in x.tolist()
     ]
     return -torch.tensor(best, dtype=torch.float64)

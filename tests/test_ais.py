@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -52,7 +53,9 @@ def test_evidence_of_a_linear_model(initial: str, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("data_dim", "latent_dim", "decades"), [(50, 10, 0.6), (20, 4, 3.0)])
-def test_evidence_of_large_and_badly_scaled_models(data_dim: int, latent_dim: int, decades: float, dtype: torch.dtype) -> None:
+def test_evidence_of_large_and_badly_scaled_models(
+    data_dim: int, latent_dim: int, decades: float, dtype: torch.dtype
+) -> None:
     model = anisotropic(data_dim, latent_dim, decades=decades, dtype=dtype)
     x, _ = draws_of(model, 6)
     settings = AIS(num_chains=256, num_temperatures=60)
@@ -139,7 +142,9 @@ def assert_gate(path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("start", ["gaussian", "prior"])
-@pytest.mark.parametrize(("num_temperatures", "step"), [(3, 0.01), (3, 0.6), (3, 2.5), (30, 0.01), (30, 0.6), (30, 2.5)])
+@pytest.mark.parametrize(
+    ("num_temperatures", "step"), [(3, 0.01), (3, 0.6), (3, 2.5), (30, 0.01), (30, 0.6), (30, 2.5)]
+)
 def test_weights_are_unbiased(start: str, num_temperatures: int, step: float, dtype: torch.dtype) -> None:
     """E[w] = p(x) over 2,500 chains at each of 3 datapoints, with steps far too small, right, and far too large."""
     model, x, exact = small(dtype)
@@ -207,14 +212,14 @@ def gamma_path(position: Tensor) -> HMCState:
 
 
 def gamma_chains(*, adapting: bool) -> tuple[Tensor, HMCState]:
-    """Weights of 50,000 chains; each, if `adapting`, lengthens its step where it accepts and halves it where it does not."""
+    """Weights of 50,000 chains; if `adapting`, each lengthens its step where it accepts and halves it where not."""
     torch.manual_seed(0)
     count = 50_000
     state = gamma_path(1.5 * torch.randn(count, 1, 1, dtype=torch.float64))
     log_weights, steps = torch.zeros(count, 1, dtype=torch.float64), torch.ones(count, 1, dtype=torch.float64)
     betas, scale = torch.linspace(0, 1, 31, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     first = state
-    for previous, beta in zip(betas[:-1], betas[1:], strict=True):
+    for previous, beta in pairwise(betas):
         log_weights += (beta - previous) * (state.log_densities[1] - state.log_densities[0])
         velocity, uniform = torch.randn(count, 1, 1, dtype=torch.float64), torch.rand(count, 1, dtype=torch.float64)
         state, info = transition(state, gamma_path, (1 - beta, beta), steps, 3, scale, velocity, uniform)

@@ -59,7 +59,9 @@ def test_both_sides_of_a_linear_model(initial: str, decades: float, dtype: torch
 
 def test_each_lower_bound_is_the_evidence() -> None:
     model = anisotropic(8, 3)
-    result = bdmc(model, torch.zeros(8, 8).double(), settings=AIS(num_chains=128, num_temperatures=40), refinement=QUICK)
+    result = bdmc(
+        model, torch.zeros(8, 8).double(), settings=AIS(num_chains=128, num_temperatures=40), refinement=QUICK
+    )
     assert_exact(result.lower, result.forward.mcse, model.log_evidence(result.data))
 
 

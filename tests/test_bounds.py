@@ -92,7 +92,7 @@ def test_iwae_of_two_modes() -> None:
 def test_the_exact_posterior_has_no_gap_and_no_variance(dtype: torch.dtype) -> None:
     model = anisotropic(8, 3, dtype=dtype)
     x, _ = draws_of(model, 5)
-    mean, covariance = model.posterior(x)
+    _, covariance = model.posterior(x)
     factor = torch.linalg.cholesky(covariance).detach()
 
     def posterior(x: Tensor) -> None:

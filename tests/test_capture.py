@@ -14,7 +14,7 @@ from pyrogaps.density import JointDensity
 from pyrogaps.models.vae import VAE
 from tests.references import anisotropic, counts, draws_of, gamma_poisson
 
-CHUNKS = [range(0, 64), range(64, 128), range(128, 150)]  # the second has other data, the last is short
+CHUNKS = [range(64), range(64, 128), range(128, 150)]  # the second has other data, the last is short
 
 
 def masked(x: Tensor) -> None:

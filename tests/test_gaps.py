@@ -1,150 +1,315 @@
-"""The ledger: its sums, its figures, its provenance, its file, and runs that continue."""
+"""The ledger: exact gaps, sums, summary, files, provenance, and continuing where a run stopped."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
 
-from pyrogaps import AIS, GapLedger, Refinement, decompose
-from pyrogaps.errors import InputError
+from pyrogaps import AIS, GapLedger, InputError, Refinement, decompose
 from pyrogaps.gaps import parts
+from pyrogaps.gaps.decompose import QUANTITIES
 from pyrogaps.guides.local import AutoLocalMultivariateNormal
-from tests.references import WrongEncoder, anisotropic, draws_of
+from pyrogaps.models.linear_gaussian import LinearGaussian
+from tests.references import MCSE, STANDARD_ERRORS, WrongEncoder, anisotropic, draws_of
 
-FAST = {"evidence": AIS(num_chains=8, num_temperatures=5), "refinement": Refinement(num_steps=60), "progress": False}
+FAMILIES: dict[str, Callable[..., Any]] = {"mean-field": AutoNormal, "full": AutoLocalMultivariateNormal}
+
+
+def assert_variable(ledger: GapLedger, name: str, exact: Tensor, family: str | None = None) -> None:
+    """Every datapoint's value within four of its standard errors of the truth, and these below 0.05 nats."""
+    chosen = ledger.per_datapoint if family is None else ledger.per_datapoint.sel(family=family)
+    error = chosen[f"{name}_mcse"].values
+    assert error.max() < MCSE
+    assert (np.abs(chosen[name].values - exact.detach().numpy()) < STANDARD_ERRORS * error + 1e-9).all()
 
 
 @pytest.fixture(scope="module")
-def ledger() -> GapLedger:
-    model = anisotropic(6, 2)
-    x, _ = draws_of(model, 70)
-    families = {"mean-field": AutoNormal, "full": AutoLocalMultivariateNormal}
-    return decompose(model, WrongEncoder(model), x, families=families, num_particles=200, **FAST)
+def pair() -> tuple[LinearGaussian, WrongEncoder, Tensor]:
+    model = anisotropic(8, 3)
+    return model, WrongEncoder(model, shrink=0.9, shift=0.2, width=1.2), draws_of(model, 6)[0]
 
 
-def test_children_sum_to_their_parent(ledger: GapLedger) -> None:
-    p = ledger.per_datapoint
-    children = p["approximation_gap"] + p["amortization_gap"]
-    np.testing.assert_allclose(children, p["inference_gap"], atol=1e-5)
-    np.testing.assert_allclose(p["log_evidence"] - p["elbo"], p["inference_gap"], atol=1e-5)
-    np.testing.assert_allclose(p["family_approximation_gap"].sel(family="own"), p["approximation_gap"], atol=1e-12)
-    summary = ledger.summary()["mean"]
-    assert summary["inference_gap"] == pytest.approx(summary["approximation_gap"] + summary["amortization_gap"], abs=1e-5)
+@pytest.fixture(scope="module")
+def ledger(pair: tuple[LinearGaussian, WrongEncoder, Tensor]) -> GapLedger:
+    evidence = AIS(num_chains=128)
+    return decompose(*pair, families=FAMILIES, evidence=evidence, num_particles=6000, progress=False)
 
 
-def test_every_quantity_has_its_error_and_its_provenance(ledger: GapLedger) -> None:
-    p, quantities = ledger.per_datapoint, ledger.provenance["quantities"]
-    for name, how in quantities.items():
-        assert f"{name}_mcse" in p
-        assert how["estimator"] and how["direction"]
-        assert p[name].attrs["units"] == "nats"
-    assert ledger.provenance["seed"] == 0
-    assert ledger.provenance["evidence"]["num_temperatures"] == 5
-    assert {"torch", "pyro-ppl", "pyrogaps"} <= set(ledger.provenance["versions"])
+def test_every_number_is_the_exact_one(pair: Any, ledger: GapLedger) -> None:
+    model, guide, x = pair
+    mean, scale = guide.parameters_of(x)
+    log_evidence, approximation = model.log_evidence(x), model.approximation_gap().expand(len(x))
+    amortization = model.amortization_gap(x, mean, scale)
+    assert_variable(ledger, "log_evidence", log_evidence)
+    assert_variable(ledger, "elbo", model.elbo(x, mean, scale=scale))
+    assert_variable(ledger, "iwae", log_evidence)
+    assert_variable(ledger, "approximation_gap", approximation)
+    assert_variable(ledger, "amortization_gap", amortization)
+    assert_variable(ledger, "inference_gap", approximation + amortization)
+    for family, gap in (("own", approximation), ("mean-field", approximation), ("full", torch.zeros(len(x)))):
+        assert_variable(ledger, "elbo_refined", log_evidence - gap, family)
+        assert_variable(ledger, "family_approximation_gap", gap, family)
+    assert float(approximation.detach()[0]) > 3 * float(ledger.per_datapoint["approximation_gap_mcse"].max())
+    assert float(amortization.detach().min()) > STANDARD_ERRORS * float(
+        ledger.per_datapoint["amortization_gap_mcse"].max()
+    )
+    assert bool(ledger.per_datapoint["converged"].all())
 
 
-def test_errors_combine_as_independent_estimates(ledger: GapLedger) -> None:
-    p = ledger.per_datapoint
-    own = p["elbo_refined_mcse"].sel(family="own")
-    np.testing.assert_allclose(p["approximation_gap_mcse"], np.hypot(p["log_evidence_mcse"], own))
-    np.testing.assert_allclose(p["amortization_gap_mcse"], np.hypot(own, p["elbo_mcse"]))
+def test_children_sum_to_their_parents(ledger: GapLedger) -> None:
+    data = ledger.per_datapoint
+    total = data["approximation_gap"] + data["amortization_gap"]
+    assert float(np.abs(total - data["inference_gap"]).max()) < 1e-5
+    own = data["family_approximation_gap"].sel(family="own")
+    assert float(np.abs(own - data["approximation_gap"]).max()) < 1e-5
 
 
-def test_summary_is_the_mean_and_its_two_errors(ledger: GapLedger) -> None:
-    row, values = ledger.summary().loc["elbo"], ledger.per_datapoint["elbo"].values
+def test_errors_add_in_squares(ledger: GapLedger) -> None:
+    data = ledger.per_datapoint
+    for gap, of, less in (
+        ("inference_gap", data["log_evidence_mcse"], data["elbo_mcse"]),
+        ("approximation_gap", data["log_evidence_mcse"], data["elbo_refined_mcse"].sel(family="own")),
+        ("amortization_gap", data["elbo_refined_mcse"].sel(family="own"), data["elbo_mcse"]),
+    ):
+        np.testing.assert_allclose(data[f"{gap}_mcse"], np.sqrt(of**2 + less**2), rtol=1e-12)
+
+
+def test_variables_have_their_dimensions_and_units(ledger: GapLedger) -> None:
+    data = ledger.per_datapoint
+    by_family = {"elbo_refined", "family_approximation_gap", "converged", "kept_start"}
+    for name in data.data_vars:
+        family = str(name).removesuffix("_mcse") in by_family
+        assert data[name].dims == (("datapoint", "family") if family else ("datapoint",)), name
+    for name in QUANTITIES:
+        assert data[name].attrs["units"] == data[f"{name}_mcse"].attrs["units"] == "nats"
+        assert np.isfinite(data[name]).all() and (data[f"{name}_mcse"] >= 0).all()
+    assert ledger.families == ["own", "mean-field", "full"]
+    assert float(data["acceptance"].min()) > 0 and float(data["acceptance"].max()) <= 1
+    assert float(data["ess"].max()) <= 6000 and float(data["log_evidence_ess"].max()) <= 128
+    assert set(ledger.traces.data_vars) == {
+        "refined_elbo", "acceptance_by_temperature", "ess_by_temperature", "inverse_temperature"
+    }  # fmt: skip
+
+
+def test_summary_is_of_means_over_datapoints(ledger: GapLedger) -> None:
+    summary = ledger.summary()
+    assert {"log_evidence", "elbo", "iwae", "inference_gap", "approximation_gap", "amortization_gap"} <= set(
+        summary.index
+    )
+    assert {
+        "elbo_refined[own]",
+        "elbo_refined[full]",
+        "approximation_gap[full]",
+        "approximation_gap[mean-field]",
+    } <= set(summary.index)
+    values, errors = (ledger.per_datapoint[n].values for n in ("amortization_gap", "amortization_gap_mcse"))
+    row = summary.loc["amortization_gap"]
     assert row["mean"] == pytest.approx(values.mean())
-    assert row["standard_error"] == pytest.approx(values.std(ddof=1) / 70**0.5)
-    assert row["mcse"] == pytest.approx(np.sqrt((ledger.per_datapoint["elbo_mcse"].values ** 2).sum()) / 70)
+    assert row["standard_error"] == pytest.approx(values.std(ddof=1) / math.sqrt(6))
+    assert row["mcse"] == pytest.approx(np.sqrt((errors**2).sum()) / 6)
+    assert summary.loc["approximation_gap[full]", "mean"] == pytest.approx(
+        float(ledger.per_datapoint["family_approximation_gap"].sel(family="full").mean())
+    )
 
 
-def test_the_table_shows_every_quantity(ledger: GapLedger) -> None:
+def test_directions_are_those_in_expectation(ledger: GapLedger) -> None:
+    """log p(x) by AIS and L[q*] of a fitted q* fall short; differences of two that do can go either way."""
+    directions = {name: how["direction"] for name, how in ledger.provenance["quantities"].items()}
+    assert directions == {
+        "elbo": "unbiased",
+        "iwae": "lower bound of log p(x)",
+        "log_evidence": "lower bound of log p(x)",
+        "elbo_refined": "lower bound of L[q*]",
+        "approximation_gap": "estimate (either way)",
+        "family_approximation_gap": "estimate (either way)",
+        "amortization_gap": "lower bound of the gap",
+        "inference_gap": "lower bound of the gap",
+    }
+
+
+def test_the_table(ledger: GapLedger) -> None:
     table = str(ledger)
-    for label in ("70 datapoints", "log p(x)", "L[q]", "├─ approximation gap", "└─ amortization gap", "full", "nats"):
-        assert label in table
-    assert f"{ledger.summary()['mean']['inference_gap']:.3f}" in table
+    assert repr(ledger) == table
+    assert "6 datapoints, latent dimension 3" in table
+    for label in (
+        "log p(x)",
+        "L[q]",
+        "L[q*]",
+        "L[q*] full",
+        "inference gap",
+        "├─ approximation gap",
+        "└─ amortization gap",
+    ):
+        assert any(line.startswith(label) for line in table.splitlines()), label
+    row = next(line for line in table.splitlines() if line.startswith("└─ amortization gap"))
+    assert f"{float(ledger.per_datapoint['amortization_gap'].mean()):.2f}" in row
+    assert "IWAE-6000[q]" in table and "refinement converged: own 100%" in table
 
 
 def test_round_trip_through_a_file(ledger: GapLedger, tmp_path: Path) -> None:
     ledger.to_datatree().to_netcdf(tmp_path / "ledger.nc", engine="h5netcdf")
     with xr.open_datatree(tmp_path / "ledger.nc", engine="h5netcdf") as tree:
-        again = GapLedger.from_datatree(tree.load())
-    xr.testing.assert_equal(again.per_datapoint, ledger.per_datapoint)
-    xr.testing.assert_equal(again.traces, ledger.traces)
-    assert again.provenance == ledger.provenance
-    assert str(again) == str(ledger)
-    assert json.loads(ledger.to_datatree().attrs["pyrogaps"]) == ledger.provenance
+        provenance = json.loads(tree.attrs["pyrogaps"])
+        back = GapLedger.from_datatree(tree.load())
+    xr.testing.assert_identical(back.per_datapoint, ledger.per_datapoint)
+    xr.testing.assert_identical(back.traces, ledger.traces)
+    xr.testing.assert_identical(back.observed, ledger.observed)
+    assert provenance == back.provenance == ledger.provenance
+    assert str(back) == str(ledger)
 
 
-def test_a_tree_that_is_no_ledger_is_refused() -> None:
+def test_provenance_says_what_was_done(ledger: GapLedger) -> None:
+    provenance = ledger.provenance
+    assert json.loads(json.dumps(provenance)) == provenance
+    assert provenance["evidence"]["num_chains"] == 128
+    assert provenance["refinement"]["num_steps"] == 1000
+    assert provenance["num_particles"] == 6000 and provenance["num_datapoints"] == 6 and provenance["dim"] == 3
+    assert provenance["own_family"] == "freed" and provenance["plate"] == "data" and provenance["seed"] == 0
+    assert provenance["families"] == {"mean-field": "AutoNormal", "full": "AutoLocalMultivariateNormal"}
+    assert provenance["versions"]["torch"] and provenance["versions"]["pyro-ppl"] and provenance["dtype"] == "float64"
+
+
+def test_something_else_is_not_a_ledger() -> None:
     with pytest.raises(InputError, match="not a tree written by GapLedger"):
         GapLedger.from_datatree(xr.DataTree())
 
 
-class Interrupted(Exception):
-    pass
+# ------------------------------------------------------------------------------------------------------- going on again
+
+QUICK: dict[str, Any] = {
+    "evidence": AIS(num_chains=4, num_temperatures=3, num_pilot_temperatures=3),
+    "refinement": Refinement(num_steps=5, num_selection=16),
+    "num_particles": 20,
+    "progress": False,
+}
 
 
-def test_an_interrupted_run_continues_and_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = anisotropic(6, 2)
-    x, _ = draws_of(model, 150)
-    guide = WrongEncoder(model)
-    unbroken = decompose(model, guide, x, num_particles=100, **FAST)
-    computed: list[int] = []
-    get = parts.Parts.get
-
-    def counting(self, chunk, joint, density, compute):  # type: ignore[no-untyped-def]
-        def once():  # type: ignore[no-untyped-def]
-            if len(computed) == 2:
-                raise Interrupted
-            computed.append(chunk.start)
-            return compute()
-
-        return get(self, chunk, joint, density, once)
-
-    monkeypatch.setattr(parts.Parts, "get", counting)
-    with pytest.raises(Interrupted):
-        decompose(model, guide, x, num_particles=100, cache=tmp_path, **FAST)
-    assert computed == [0, 64]
-    computed[:] = [-1]
-    continued = decompose(model, guide, x, num_particles=100, cache=tmp_path, **FAST)
-    assert computed == [-1, 128]
-    xr.testing.assert_equal(continued.per_datapoint, unbroken.per_datapoint)
-    xr.testing.assert_equal(continued.traces, unbroken.traces)
+@pytest.fixture
+def chunked() -> tuple[LinearGaussian, WrongEncoder, Tensor]:
+    """Data of three chunks."""
+    model = anisotropic(4, 2)
+    return model, WrongEncoder(model), draws_of(model, 150)[0]
 
 
-@pytest.mark.parametrize("change", ["parameters", "data", "settings", "seed", "part"])
-def test_finished_chunks_count_only_for_what_they_were(change: str, tmp_path: Path) -> None:
-    model = anisotropic(6, 2)
-    x, _ = draws_of(model, 10)
-    guide = WrongEncoder(model)
-    arguments = {"num_particles": 100, **FAST}
-    decompose(model, guide, x, cache=tmp_path, **arguments)
-    if change == "parameters":
-        with torch.no_grad():
-            guide.bias += 0.1
-    elif change == "data":
-        x[3] += 0.1
-    elif change == "settings":
-        arguments["num_particles"] = 101
-    elif change == "seed":
-        arguments["seed"] = 1
-    else:
-        (part,) = tmp_path.glob("*.npz")
-        part.write_bytes(part.read_bytes()[:100])
-    fresh = decompose(model, guide, x, **arguments)
-    xr.testing.assert_equal(decompose(model, guide, x, cache=tmp_path, **arguments).per_datapoint, fresh.per_datapoint)
+def test_batches_and_seeds(chunked: Any) -> None:
+    whole, batched = (decompose(*chunked, batch_size=size, **QUICK) for size in (64, 256))
+    xr.testing.assert_allclose(batched.per_datapoint, whole.per_datapoint, rtol=1e-8, atol=1e-8)
+    other = decompose(*chunked, seed=1, **QUICK)
+    assert float(np.abs(other.per_datapoint["elbo"] - whole.per_datapoint["elbo"]).min()) > 0
 
 
-def test_bad_arguments_are_one_line() -> None:
-    model = anisotropic(6, 2)
-    x, _ = draws_of(model, 4)
-    with pytest.raises(InputError, match="'own' is the name of the guide's own family"):
-        decompose(model, WrongEncoder(model), x, families={"own": AutoNormal}, **FAST)
-    with pytest.raises(InputError, match="num_particles: must be at least 2"):
-        decompose(model, WrongEncoder(model), x, num_particles=1, **FAST)
-    with pytest.raises(InputError, match="families: 'x' must be a callable"):
-        decompose(model, WrongEncoder(model), x, families={"x": 3}, **FAST)  # type: ignore[dict-item]
+def test_a_stopped_run_goes_on(chunked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its third chunk, taken up again: nothing done twice, and the same ledger as unbroken."""
+    from pyrogaps.gaps.decompose import _Work
+
+    unbroken = decompose(*chunked, **QUICK)
+    measured: list[int] = []
+    original = _Work.measure
+
+    def measure(self: Any, chunk: Any) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(chunk.start)
+        return original(self, chunk)
+
+    monkeypatch.setattr(_Work, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        decompose(*chunked, cache=tmp_path, **QUICK)
+    assert measured == [0, 64]
+    again: list[int] = []
+
+    def counted(self: Any, chunk: Any) -> Any:
+        again.append(chunk.start)
+        return original(self, chunk)
+
+    monkeypatch.setattr(_Work, "measure", counted)
+    resumed = decompose(*chunked, cache=tmp_path, **QUICK)
+    assert again == [128]
+    xr.testing.assert_identical(resumed.per_datapoint, unbroken.per_datapoint)
+    xr.testing.assert_identical(resumed.traces, unbroken.traces)
+
+
+def changed_model(model: LinearGaussian, guide: WrongEncoder, x: Tensor) -> None:
+    with torch.no_grad():
+        model.weight.mul_(1.001)
+
+
+def changed_guide(model: LinearGaussian, guide: WrongEncoder, x: Tensor) -> None:
+    with torch.no_grad():
+        guide.log_scale.add_(1e-4)
+
+
+def changed_data(model: LinearGaussian, guide: WrongEncoder, x: Tensor) -> None:
+    x[:64] += 1e-3
+
+
+@pytest.mark.parametrize(("change", "redone"), [(None, 0), (changed_model, 3), (changed_guide, 3), (changed_data, 1)])
+def test_only_what_still_holds_is_taken_up(
+    chunked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, redone: int
+) -> None:
+    from pyrogaps.gaps.decompose import _Work
+
+    decompose(*chunked, cache=tmp_path, **QUICK)
+    if change is not None:
+        change(*chunked)
+    fresh = decompose(*chunked, **QUICK)
+    count, original = [0], _Work.measure
+
+    def measure(self: Any, chunk: Any) -> Any:
+        count[0] += 1
+        return original(self, chunk)
+
+    monkeypatch.setattr(_Work, "measure", measure)
+    cached = decompose(*chunked, cache=tmp_path, **QUICK)
+    assert count[0] == redone
+    xr.testing.assert_identical(cached.per_datapoint, fresh.per_datapoint)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"seed": 1}, {"num_particles": 21}, {"evidence": AIS(num_chains=5, num_temperatures=3)}]
+)
+def test_other_settings_begin_anew(chunked: Any, tmp_path: Path, setting: dict[str, Any]) -> None:
+    decompose(*chunked, cache=tmp_path, **QUICK)
+    cached = decompose(*chunked, cache=tmp_path, **{**QUICK, **setting})
+    xr.testing.assert_identical(cached.per_datapoint, decompose(*chunked, **{**QUICK, **setting}).per_datapoint)
+
+
+def test_a_torn_part_is_done_again(chunked: Any, tmp_path: Path) -> None:
+    whole = decompose(*chunked, cache=tmp_path, **QUICK)
+    part = sorted(tmp_path.glob("*.npz"))[1]
+    part.write_bytes(part.read_bytes()[:1000])
+    xr.testing.assert_identical(decompose(*chunked, cache=tmp_path, **QUICK).per_datapoint, whole.per_datapoint)
+    assert not list(tmp_path.glob("*.tmp"))
+    assert parts._read(part) is not None
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_bad_arguments_are_named(chunked: Any) -> None:
+    with pytest.raises(InputError, match="families: 'own' is the name of the guide's own family"):
+        decompose(*chunked, families={"own": AutoNormal}, **QUICK)
+    with pytest.raises(InputError, match="families: 'flow' must be a callable"):
+        decompose(*chunked, families={"flow": "AutoNormal"}, **QUICK)  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="num_particles: must be at least 2, got 1"):
+        decompose(*chunked, **{**QUICK, "num_particles": 1})
+
+
+@pytest.mark.parametrize("initial", ["prior", "guide"])
+def test_other_starts_of_the_evidence(initial: str) -> None:
+    model = anisotropic(4, 2)
+    x, _ = draws_of(model, 5)
+    evidence = AIS(num_chains=512, num_temperatures=100, initial=initial)  # type: ignore[arg-type]
+    ledger = decompose(
+        model, WrongEncoder(model), x, evidence=evidence, refinement=Refinement(num_steps=20), progress=False
+    )
+    assert_variable(ledger, "log_evidence", model.log_evidence(x))
+    assert initial in ledger.provenance["quantities"]["log_evidence"]["estimator"]

@@ -32,7 +32,9 @@ def move(state: HMCState, evaluate, step: float | Tensor, num_leapfrog: int, sca
     shape = state.position.shape
     velocity, uniform = torch.randn(shape, dtype=dtype), torch.rand(shape[:2], dtype=dtype)
     one = torch.ones((), dtype=dtype)
-    return transition(state, evaluate, (one,), torch.as_tensor(step, dtype=dtype), num_leapfrog, scale, velocity, uniform)
+    return transition(
+        state, evaluate, (one,), torch.as_tensor(step, dtype=dtype), num_leapfrog, scale, velocity, uniform
+    )
 
 
 def z_scores(draws: Tensor, functions: list[Tensor]) -> Tensor:
@@ -43,7 +45,7 @@ def z_scores(draws: Tensor, functions: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("triangular", [False, True])
 @pytest.mark.parametrize("step", [0.05, 0.7, 1.3])
 def test_leaves_a_skewed_badly_scaled_target_invariant(step: float, triangular: bool) -> None:
-    """Exact draws stay exact draws, here after three transitions: under f, E[y'] g(y)-identities hold for Gamma(a) = e^y."""
+    """Exact draws stay exact draws: after three transitions the moments of Gamma variables and of their logs hold."""
     torch.manual_seed(0)
     scale = torch.tensor([[0.8, 900.0]]).double()
     if triangular:
@@ -102,12 +104,18 @@ def test_is_reversible(dtype: torch.dtype, triangular: bool) -> None:
         last.append(position)
         return normal(position)
 
-    one, step, never = torch.ones((), dtype=dtype), torch.tensor(0.3, dtype=dtype), torch.full((50, 1), -1.0, dtype=dtype)
+    one, step, never = (
+        torch.ones((), dtype=dtype),
+        torch.tensor(0.3, dtype=dtype),
+        torch.full((50, 1), -1.0, dtype=dtype),
+    )
     end, _ = transition(normal(position), watched, (one,), step, 7, scale, velocity, never)
     # The last velocity, from the last two positions: v = L^-1 (z_7 - z_6) / step, and half a push more.
     push = torch.einsum("bij,sbi->sbj", scale, end.gradients[0]) if triangular else scale * end.gradients[0]
     drift = (last[-1] - last[-2]) / step
-    whitened = torch.linalg.solve_triangular(scale, drift[..., None], upper=False)[..., 0] if triangular else drift / scale
+    whitened = (
+        torch.linalg.solve_triangular(scale, drift[..., None], upper=False)[..., 0] if triangular else drift / scale
+    )
     turned = -(whitened + 0.5 * step * push)
     back, _ = transition(end, normal, (one,), step, 7, scale, turned, never)
     torch.testing.assert_close(back.position, position, atol=2e-5 if dtype == torch.float32 else 1e-12, rtol=0)
@@ -132,7 +140,14 @@ def test_energy_error_is_of_second_order(triangular: bool) -> None:
     for step, number in ((0.02, 20), (0.01, 40), (0.005, 80)):
         one = torch.ones(()).double()
         _, info = transition(
-            banana(position), banana, (one,), torch.tensor(step).double(), number, scale, velocity, torch.ones(400, 1).double()
+            banana(position),
+            banana,
+            (one,),
+            torch.tensor(step).double(),
+            number,
+            scale,
+            velocity,
+            torch.ones(400, 1).double(),
         )
         errors.append(float(info.acceptance.log().abs().max()))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
@@ -168,7 +183,14 @@ def test_a_rejected_chain_stays_exactly_where_it_was() -> None:
     never = torch.full((30, 2), 2.0).double()
     one = torch.ones(()).double()
     state, info = transition(
-        start, normal, (one,), torch.tensor(0.5).double(), 2, torch.ones(2, 3).double(), torch.randn(30, 2, 3).double(), never
+        start,
+        normal,
+        (one,),
+        torch.tensor(0.5).double(),
+        2,
+        torch.ones(2, 3).double(),
+        torch.randn(30, 2, 3).double(),
+        never,
     )
     assert not info.accepted.any()
     assert torch.equal(state.position, start.position)
@@ -181,9 +203,7 @@ def test_mixes_two_densities_by_their_weights() -> None:
 
     def both(position: Tensor) -> HMCState:
         left, right = position + 1, position - 3
-        return HMCState(
-            position, (-0.5 * left.square().sum(-1), -2 * right.square().sum(-1)), (-left, -4 * right)
-        )
+        return HMCState(position, (-0.5 * left.square().sum(-1), -2 * right.square().sum(-1)), (-left, -4 * right))
 
     b = 0.4
     precision = (1 - b) + 4 * b

@@ -37,7 +37,9 @@ def narrow(num_draws: int, generator: torch.Generator) -> Tensor:
 
 def test_values_by_hand() -> None:
     log_weights = torch.tensor([[0.0, 1.0], [math.log(3.0), 1.0]])
-    torch.testing.assert_close(log_mean_exp(log_weights), torch.tensor([math.log(2.0), 1.0]).double(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        log_mean_exp(log_weights), torch.tensor([math.log(2.0), 1.0]).double(), atol=1e-7, rtol=0
+    )
     torch.testing.assert_close(effective_sample_size(log_weights), torch.tensor([1.6, 2.0]).double(), atol=1e-6, rtol=0)
     # weights 1 and 3: sample variance 2, standard error of their mean 1, over the mean 2
     torch.testing.assert_close(mcse_of_log_mean_exp(log_weights), torch.tensor([0.5, 0.0]).double(), atol=1e-7, rtol=0)
@@ -54,7 +56,9 @@ def test_one_draw_has_no_error() -> None:
 def test_far_from_zero(shift: float) -> None:
     log_weights = torch.randn(50, 4, dtype=torch.float64)
     torch.testing.assert_close(log_mean_exp(log_weights + shift), log_mean_exp(log_weights) + shift)
-    torch.testing.assert_close(effective_sample_size(log_weights + shift), effective_sample_size(log_weights), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        effective_sample_size(log_weights + shift), effective_sample_size(log_weights), rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(
         hall_interval(log_weights + shift, 0.95)[0], hall_interval(log_weights, 0.95)[0] + shift, rtol=1e-9, atol=1e-6
     )
@@ -67,7 +71,7 @@ def test_single_precision_weights_are_summed_in_double() -> None:
 
 
 def test_khat_orders_tails() -> None:
-    """Weights of a Pareto tail with shape k have k-hat near k; its error over repetitions is about 0.1 with 4,000 draws."""
+    """Weights of a Pareto tail of shape k have k-hat near k; of 4,000 draws its error is about 0.1."""
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand(4000, 20, generator=generator, dtype=torch.float64)
     for k in (0.3, 0.9):
@@ -155,7 +159,7 @@ def test_the_gate_asks_for_draws_variance_and_a_finite_value() -> None:
 
 
 def test_mean_intervals_are_student_t() -> None:
-    """Of 5 Normal draws: 95% of 4,000 intervals cover to within four binomial standard errors; Normal quantiles give 88%."""
+    """Of 5 Normal draws, 95% of 4,000 intervals cover to four binomial standard errors; Normal quantiles give 88%."""
     draws = torch.randn(5, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     low, high = mean_estimate(draws).interval()
     covered = float(((low <= 0) & (high >= 0)).double().mean())

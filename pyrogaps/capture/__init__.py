@@ -1,4 +1,4 @@
-"""Turning a model's density into a fast value-and-gradient function: Pyro runs once per shape, not once per gradient."""
+"""Turning a model's density into a fast value-and-gradient function: Pyro runs once per shape, not per gradient."""
 
 from pyrogaps.capture.evaluator import BoundDensity, GradientEvaluator, Mode
 

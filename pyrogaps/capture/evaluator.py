@@ -22,8 +22,8 @@ class GradientEvaluator:
 
     "eager" goes through Pyro every time; "captured" records the tensor operations of one value-and-gradient once per
     shape (with data among the inputs, and parameters by reference) and replays them; "compiled" hands the record to
-    `torch.compile`. Each new batch of data is checked against eager once; a model that cannot be captured (data-dependent
-    control flow, recurrent networks) falls back to eager with a warning.
+    `torch.compile`. Each new batch of data is checked against eager once; a model that cannot be captured
+    (data-dependent control flow, recurrent networks) falls back to eager with a warning.
 
     `num_gradients` counts the points at which gradients were evaluated, `num_values` those where values alone were.
 
@@ -82,7 +82,7 @@ class GradientEvaluator:
 class BoundDensity:
     """K log densities of some datapoints, as functions of S points of each: `z (S, B, dim)`.
 
-    Called, it gives both the values, K times `(S, B)`, and their gradients, K times `(S, B, dim)`; either costs less alone.
+    Called, it gives the values, K times `(S, B)`, and their gradients, K times `(S, B, dim)`; either costs less alone.
     """
 
     def __init__(self, evaluator: GradientEvaluator, programs: "_Eager | _Graph", tensors: list[Tensor]) -> None:
@@ -134,8 +134,8 @@ class _Graph:
             return _value_and_gradients(densities, flat, *inputs)
 
         whole = record(both, flat, *tensors)
-        programs: list[Any] = [whole, output_alone(whole, 0), output_alone(whole, 1)]
-        self.both, self.values, self.gradients = map(torch.compile if compiled else reuse_memory, programs)
+        finish: Callable[[Any], Callable[..., Any]] = torch.compile if compiled else reuse_memory
+        self.both, self.values, self.gradients = map(finish, (whole, output_alone(whole, 0), output_alone(whole, 1)))
 
 
 def _value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:

@@ -27,7 +27,7 @@ SMALL_PRODUCT = 100_000
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """`left @ right + bias` by oneDNN; an operation of its own, because `torch.compile` takes oneDNN's for constants only."""
+    """`left @ right + bias` by oneDNN, as an operation of its own: `torch.compile` takes oneDNN's for constants."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
     return result
 
@@ -69,14 +69,19 @@ def reuse_memory(module: GraphModule) -> GraphModule:
     fresh: set[Node] = set()
     for node in module.graph.nodes:
         operand = node.args[0] if node.args else None
-        if node.target in IN_PLACE and operand in fresh and list(operand.users) == [node]:
-            if node.args.count(operand) == 1 and _same_layout(operand, node):
-                node.target = IN_PLACE[node.target]
-                fresh.add(node)
-        if _owns_memory(node):
+        if node.target in IN_PLACE and _last_read(operand, node) and operand in fresh:
+            node.target = IN_PLACE[node.target]
+            fresh.add(node)
+        elif _owns_memory(node):
             fresh.add(node)
     module.recompile()
     return module
+
+
+def _last_read(operand: Any, node: Node) -> bool:
+    """Whether `node` alone reads `operand`, once, and its result is laid out alike."""
+    alone = isinstance(operand, Node) and list(operand.users) == [node] and node.args.count(operand) == 1
+    return alone and _same_layout(operand, node)
 
 
 def _owns_memory(node: Node) -> bool:

@@ -58,7 +58,9 @@ def find_plate(sites: dict[str, Message]) -> str | None:
     outside = [name for name, site in sites.items() if not site["cond_indep_stack"]]
     where = f"; outside any plate: {', '.join(outside)}" if outside else ""
     if len(every) == 1 and outside:
-        where += ", which belong inside it, or into parameters (pyro.param), if datapoints are to have gaps of their own"
+        where += (
+            ", which belong inside it, or into parameters (pyro.param), if datapoints are to have gaps of their own"
+        )
     raise InputError(
         f"no plate encloses every site (plates: {', '.join(sorted(every))}{where}): name the data plate with plate=, "
         "or pass plate=False to treat the whole data set as one datapoint"
@@ -74,7 +76,9 @@ def dtypes_named() -> Iterator[None]:
         if "dtype" not in str(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"data: its dtype does not fit the model's ({reason}); convert the data, as in x.float()") from error
+        raise InputError(
+            f"data: its dtype does not fit the model's ({reason}); convert the data, as in x.float()"
+        ) from error
 
 
 def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
@@ -83,7 +87,9 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
     if not latent:
         raise InputError("model: there is no latent sample site, so there is nothing to infer")
     if len(latent) == len(sites):
-        raise InputError("model: there is no observed sample site; pass the data so that obs= is set (were model and guide swapped?)")
+        raise InputError(
+            "model: there is no observed sample site; pass the data so that obs= is set (were model and guide swapped?)"
+        )
     for name, site in sites.items():
         check_in_plate(name, site, plate, "model")
     for name, site in latent.items():

@@ -65,14 +65,14 @@ def decompose(
       \underbrace{\log p(x_n) - \mathcal L[q^*](x_n)}_{\text{approximation}} +
       \underbrace{\mathcal L[q^*](x_n) - \mathcal L[q](x_n)}_{\text{amortization}}$$
 
-    Every estimate uses draws of its own. log p(x) and L[q*] are bounded from below, so gaps are understated where AIS or
-    the refinement fell short: see the directions in the ledger.
+    Every estimate uses draws of its own. log p(x) and L[q*] are bounded from below, so gaps are understated where AIS
+    or the refinement fell short: see the directions in the ledger.
 
     Args:
         model: a Pyro model, called with the arguments that `data` gives.
         guide: a Pyro guide for it, trained.
         data: a tensor, a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
-        families: further families, `name -> family(model) -> guide`, each refined per datapoint and set beside the tree.
+        families: further families, `name -> family(model) -> guide`, each refined per datapoint, beside the tree.
         evidence: settings of AIS.
         refinement: settings of the per-datapoint refinement.
         num_particles: draws for each ELBO and for the IWAE bound.
@@ -115,7 +115,9 @@ def _checked(families: Mapping[str, Family] | None) -> dict[str, Family]:
         if name == OWN:
             raise InputError(f"families: '{OWN}' is the name of the guide's own family; choose another")
         if not callable(family):
-            raise InputError(f"families: '{name}' must be a callable family(model) -> guide, got {type(family).__name__}")
+            raise InputError(
+                f"families: '{name}' must be a callable family(model) -> guide, got {type(family).__name__}"
+            )
     return families
 
 
@@ -154,7 +156,9 @@ class _Work:
         for name, family in families.items():
             if name != OWN:
                 self.stage(f"refining {name}")
-            posterior, how = refine_chunk(family, self.evaluator, chunk, self.refinement, self.seed, name, start, self.report)
+            posterior, how = refine_chunk(
+                family, self.evaluator, chunk, self.refinement, self.seed, name, start, self.report
+            )
             if name == OWN:
                 own, start = posterior, moments(posterior, chunk, self.seed, chunk.start)
             weights = chunk_log_weights(
@@ -263,11 +267,15 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _ledger(results: list[tuple[Chunk, Arrays]], families: list[str], provenance: dict[str, Any], data: Data) -> GapLedger:
+def _ledger(
+    results: list[tuple[Chunk, Arrays]], families: list[str], provenance: dict[str, Any], data: Data
+) -> GapLedger:
     arrays = [result for _, result in results]
     weights = np.array([len(chunk) for chunk, _ in results], dtype=float)
     columns = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0] if not _is_trace(name)}
-    traces = {name: np.average([a[name] for a in arrays], axis=0, weights=weights) for name in arrays[0] if _is_trace(name)}
+    traces = {
+        name: np.average([a[name] for a in arrays], axis=0, weights=weights) for name in arrays[0] if _is_trace(name)
+    }
     own, own_mcse = columns["elbo_refined"][:, 0], columns["elbo_refined_mcse"][:, 0]
     evidence, evidence_mcse = columns["log_evidence"], columns["log_evidence_mcse"]
     gaps = {
@@ -319,4 +327,3 @@ def _observed(data: Data) -> xr.Dataset:
         return xr.Dataset()
     dims = ["datapoint", *[f"x_dim_{axis}" for axis in range(tensor.dim() - 1)]]
     return xr.Dataset({"x": (dims, tensor.detach().cpu().numpy())})
-

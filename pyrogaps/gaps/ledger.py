@@ -30,8 +30,8 @@ class GapLedger:
     differences along one chain of estimates.
 
     Attributes:
-        per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`, `iwae`,
-            `log_evidence`, `elbo_refined`, `approximation_gap`, `amortization_gap`, `inference_gap`,
+        per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`,
+            `iwae`, `log_evidence`, `elbo_refined`, `approximation_gap`, `amortization_gap`, `inference_gap`,
             `family_approximation_gap`, each with its Monte Carlo standard error `<name>_mcse`; `khat` and `ess` of the
             guide's importance weights, `log_evidence_ess` and `acceptance` of the AIS chains, `converged` and
             `kept_start` of the refinements.
@@ -47,7 +47,8 @@ class GapLedger:
 
     def summary(self) -> pd.DataFrame:
         """One row a quantity: mean over datapoints, its standard error over datapoints, its Monte Carlo standard error
-        (both of the mean, in nats), the estimator and the direction of the bound."""
+        (both of the mean, in nats), the estimator and the direction of the bound.
+        """
         rows = {}
         for label, name, family in self._quantities():
             values, errors = self._values(name, family), self._values(f"{name}_mcse", family)
@@ -64,7 +65,8 @@ class GapLedger:
 
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, and the provenance as one
-        JSON string in the attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`."""
+        JSON string in the attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`.
+        """
         tree = xr.DataTree.from_dict(dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed), strict=True)))
         tree.attrs[ATTRIBUTE] = json.dumps(self.provenance)
         return tree

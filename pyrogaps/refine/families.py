@@ -34,7 +34,7 @@ def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Modu
     guide = family(joint.model, plate=joint.plate) if takes_plate else family(joint.model)
     if not isinstance(guide, nn.Module):
         raise InputError(
-            f"family {_name(family)}: family(model) must return a guide that is an nn.Module (as Pyro's autoguides are), "
+            f"family {_name(family)}: family(model) must return a guide that is an nn.Module (as autoguides are), "
             f"got {type(guide).__name__}"
         )
     if isinstance(guide, PyroModule):
@@ -78,7 +78,7 @@ class FamilyGuide:
         return self.density.at(indices)
 
     def start_at(self, loc: Tensor, scale: Tensor) -> None:
-        """Start near a Gaussian with mean `loc (B, dim)` and standard deviations `scale (B, dim)`, where the family can.
+        """Start near a Gaussian with mean `loc (B, dim)` and standard deviations `scale (B, dim)`, where it can.
 
         `AutoNormal` can; another guide does if it has a method `start_at(loc, scale)`. A method `units()` that names
         parameters and natural steps for them is heeded.
@@ -108,8 +108,8 @@ def data_axes(family: Family, joint: JointDensity, seed: int) -> dict[str, int]:
         differing = [axis for axis in range(value.dim()) if value.shape[axis] != other.shape[axis]]
         if value.dim() != other.dim() or len(differing) != 1:
             raise InputError(
-                f"family {_name(family)}: parameter '{name}' is shared by datapoints, so the family is not local under the "
-                f"data plate '{joint.plate}'; use AutoNormal or AutoLocalMultivariateNormal"
+                f"family {_name(family)}: parameter '{name}' is shared by datapoints, so the family is not local under "
+                f"the data plate '{joint.plate}'; use AutoNormal or AutoLocalMultivariateNormal"
             )
         axes[name] = differing[0]
     return axes

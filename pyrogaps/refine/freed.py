@@ -74,7 +74,9 @@ class FreedGuide:
         constants, freed, transforms = {}, {}, {}
         for name in parameters:
             value = getattr(inner, name).detach()
-            value = value.expand(*inner.batch_shape, *value.shape[value.dim() - _event_dims(inner, name) :]).contiguous()
+            value = value.expand(
+                *inner.batch_shape, *value.shape[value.dim() - _event_dims(inner, name) :]
+            ).contiguous()
             if name not in names:
                 constants[name] = value
                 continue
@@ -117,15 +119,17 @@ def _event_dims(distribution: Any, name: str) -> int:
 
 def _unit(inner: Any, name: str, value: Tensor) -> Tensor | float:
     """A natural step in a parameter, as it is freed: its own scale where it is in units of the latent, else 1."""
+    matrix = type(inner).__name__ in ("MultivariateNormal", "LowRankMultivariateNormal")
+    if name not in ("loc", "cov_factor", "scale_tril"):
+        return 1.0
+    scale: Tensor = (inner.stddev if matrix else inner.scale).detach()
     if name == "loc":
-        matrix = type(inner).__name__ in ("MultivariateNormal", "LowRankMultivariateNormal")
-        return (inner.stddev if matrix else inner.scale).detach().expand_as(value).clone()
+        return scale.expand_as(value).clone()
+    rows = scale[..., None].expand_as(value)
     if name == "cov_factor":
-        return inner.stddev.detach()[..., None].expand_as(value).clone()
-    if name == "scale_tril":  # below the diagonal as it is, on the diagonal a logarithm
-        rows = inner.stddev.detach()[..., None].expand_as(value)
-        return rows.tril(-1) + torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
-    return 1.0
+        return rows.clone()
+    # Below the diagonal it is freed as it is, on the diagonal by its logarithm.
+    return rows.tril(-1) + torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
 
 
 def varying_parameters(guide: FactorisedGuide) -> dict[str, set[str]]:

@@ -11,8 +11,8 @@ from pyrogaps.density.local import LocalGuide
 class Refinable(Protocol):
     """A guide for the B datapoints of a chunk with parameters of their own.
 
-    `parameters` are leaf tensors, `axes` their axes of datapoints, `units` the size of a natural step in each (a number or
-    a tensor that broadcasts).
+    `parameters` are leaf tensors, `axes` their axes of datapoints, `units` the size of a natural step in each (a number
+    or a tensor that broadcasts).
     """
 
     parameters: list[Tensor]

@@ -10,20 +10,22 @@ from torch import Tensor
 from pyrogaps.capture import BoundDensity
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.errors import InputError
+from pyrogaps.refine.adam import Adam
 from pyrogaps.refine.local import Refinable, keep_where
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.streams import Chunk
 
-BETAS, EPSILON = (0.9, 0.99), 1e-8
-CLIP = 3.0  # nats to a unit: at the optimum slopes are about 1, and Adam would long remember a far steeper start
-STEADY, FASTER, SLOWER, FASTEST = 0.9, 1.05, 0.8, 100.0
+# Nats to a unit, for a time: at the optimum slopes are about 1, and Adam would long remember a far steeper start. Not
+# to the end, because where slopes are skewed, clipped ones are biased.
+CLIP, CLIP_FRACTION = 3.0, 0.3
+PLAIN_FRACTION = 0.1  # mirrored draws never leave a saddle between two modes
 NUM_TRACE = 50
 MEASURE_EVERY = 5
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How a refinement went: `converged (B,)`, `kept_start (B,)`, and the ELBO in nats `(NUM_TRACE,)`, a mean over B."""
+    """How a refinement went: `converged (B,)`, `kept_start (B,)`, the ELBO in nats `(NUM_TRACE,)`, a mean over B."""
 
     converged: Tensor
     kept_start: Tensor
@@ -45,17 +47,18 @@ def optimise(
     r"""Maximise $\mathbb E_q[\log p(x_n, z) - \log q(z)]$ over the parameters of every datapoint of a chunk.
 
     The gradient is the path derivative (Roeder et al., 2017, arXiv:1703.09194), whose variance vanishes as q approaches
-    the posterior; draws come in mirrored pairs. Adam's step is taken in the family's own units, decays by a cosine,
-    and the iterates of the last fifth are averaged. The trace takes the ELBO of some steps: values cost as much as gradients.
+    the posterior; draws come in mirrored pairs, but for the first tenth. Adam's step is taken in the family's own units
+    and decays by a cosine, and the iterates of the last fifth are averaged. The trace takes the ELBO of some steps:
+    values cost as much as gradients.
     """
     start = _copy(refinable)
-    again = max(10, settings.num_steps // 10)
+    again = max(50, settings.num_steps // 10)
 
     def tell(elbo: Tensor) -> None:
         if report is not None:
             report(1 / (settings.num_steps + again), elbo)
 
-    trace = _ascend(refinable, density, chunk, settings, settings.num_steps, seed, f"refine {name}", tell)
+    trace = _ascend(refinable, density, chunk, settings, settings.num_steps, seed, f"refine {name}", tell, clip=CLIP)
     finish, before = _copy(refinable), _score(refinable, density, chunk, settings, seed, name)
     _ascend(refinable, density, chunk, settings, again, seed, f"refine further {name}", tell)
     further = _score(refinable, density, chunk, settings, seed, name)
@@ -78,19 +81,29 @@ def _ascend(
     seed: int,
     stream: str,
     tell: Callable[[Tensor], None],
+    clip: float = math.inf,
 ) -> Tensor:
-    """Take `num_steps` of Adam and put the parameters at the mean of the last fifth; the ELBO on the way `(some steps, B)`."""
-    adam, tail = _Adam(refinable), max(1, num_steps // 5)
+    """Take `num_steps` of Adam, end at the mean of the last fifth; returns the ELBO at some of them `(some, B)`."""
+    adam, tail = Adam(refinable), max(1, num_steps // 5)
     history, average = [], [torch.zeros_like(parameter) for parameter in refinable.parameters]
     every = max(1, min(MEASURE_EVERY, num_steps // (2 * NUM_TRACE)))
     for step in range(num_steps):
         elbo, gradients = _path_gradient(
-            refinable, density, chunk, settings.num_particles, seed, stream, step, measure=step % every == 0
+            refinable,
+            density,
+            chunk,
+            settings.num_particles,
+            seed,
+            stream,
+            step,
+            measure=step % every == 0,
+            mirrored=step >= PLAIN_FRACTION * num_steps,
         )
         if elbo is not None:
             history.append(elbo)
         tell(history[-1])
-        adam.step(gradients, settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / num_steps))))
+        rate = settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+        adam.step(gradients, rate, clip if step < CLIP_FRACTION * num_steps else math.inf)
         if step >= num_steps - tail:
             for total, parameter in zip(average, refinable.parameters, strict=True):
                 total += parameter.detach() / tail
@@ -112,12 +125,13 @@ def _path_gradient(
     step: int,
     *,
     measure: bool,
+    mirrored: bool,
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """The gradient of the ELBO and, if asked to `measure` it, the ELBO `(B,)`, on the draws of one step."""
     log_joint = None
     guide = BlockedGuide(refinable, chunk, chunk.start)
     with torch.enable_grad():
-        z, _ = guide.sample(num_particles, seed, stream, step, antithetic=True)
+        z, _ = guide.sample(num_particles, seed, stream, step, antithetic=mirrored)
         if not z.requires_grad:
             raise InputError("family: its draws have no reparameterised gradient (rsample), so it cannot be refined")
         point = z.detach().requires_grad_()
@@ -134,35 +148,9 @@ def _path_gradient(
     return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients
 
 
-class _Adam:
-    """Adam with steps in each parameter's own units, slopes clipped; no element, so no datapoint, feels another.
-
-    Where slopes point one way step after step, the optimum is many units off and steps grow; they shrink back on arrival.
-    """
-
-    def __init__(self, refinable: Refinable) -> None:
-        self.refinable, self.count = refinable, 0
-        self.pace = [torch.ones_like(p) for p in refinable.parameters]
-        self.first = [torch.zeros_like(p) for p in refinable.parameters]
-        self.second = [torch.zeros_like(p) for p in refinable.parameters]
-
-    @torch.no_grad()
-    def step(self, gradients: tuple[Tensor, ...], rate: float) -> None:
-        self.count += 1
-        moments = zip(self.first, self.second, self.pace, strict=True)
-        zipped = zip(self.refinable.parameters, gradients, self.refinable.units, moments, strict=True)
-        for parameter, gradient, unit, (first, second, pace) in zipped:
-            scaled = torch.nan_to_num(gradient * unit).clamp(-CLIP, CLIP)
-            first.lerp_(scaled, 1 - BETAS[0])
-            second.lerp_(scaled.square(), 1 - BETAS[1])
-            mean = first / (1 - BETAS[0] ** self.count)
-            spread = (second / (1 - BETAS[1] ** self.count)).sqrt()
-            direction = mean / (spread + EPSILON)
-            pace.copy_(torch.where(direction.abs() > STEADY, pace * FASTER, pace * SLOWER).clamp(1.0, FASTEST))
-            parameter += rate * unit * pace * direction
-
-
-def _score(refinable: Refinable, density: BoundDensity, chunk: Chunk, settings: Refinement, seed: int, name: str) -> Tensor:
+def _score(
+    refinable: Refinable, density: BoundDensity, chunk: Chunk, settings: Refinement, seed: int, name: str
+) -> Tensor:
     """The ELBO on the selection draws, the same for all that are compared: `(rounds, B)`, -inf where not finite."""
     guide, scores = BlockedGuide(refinable, chunk, chunk.start), []
     with torch.no_grad():
@@ -179,7 +167,7 @@ def _mean(scores: Tensor) -> Tensor:
 
 
 def _no_gain(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
-    """Whether `after` is not above `before`, `(rounds, B)` each, by more than the tolerance and two standard errors: `(B,)`.
+    """Whether `after`, `(rounds, B)`, is not above `before` by more than the tolerance and two standard errors: `(B,)`.
 
     Both are on the same draws, so their difference is known far better than either. What cannot be compared has not
     converged.
@@ -192,5 +180,3 @@ def _no_gain(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
 def _thin(trace: Tensor) -> Tensor:
     """The mean over datapoints at `NUM_TRACE` evenly spaced stretches of the run."""
     return torch.stack([part.double().mean() for part in torch.tensor_split(trace, NUM_TRACE)])
-
-

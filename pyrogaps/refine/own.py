@@ -76,5 +76,3 @@ def moments(density: Any, chunk: Chunk, seed: int, offset: int = 0) -> tuple[tor
     guide = BlockedGuide(density, chunk, offset)
     draws, _ = guide.sample_all(NUM_MOMENTS, seed, "moments")
     return draws.mean(0), draws.std(0)
-
-

@@ -66,7 +66,9 @@ class RefinedGuide:
         traces: the ELBO along the refinement, a mean over the datapoints of each chunk, `(chunks, points)`, in nats.
     """
 
-    def __init__(self, joint: JointDensity, chunks: list[Chunk], parts: list[Refinable], progress: list[Progress]) -> None:
+    def __init__(
+        self, joint: JointDensity, chunks: list[Chunk], parts: list[Refinable], progress: list[Progress]
+    ) -> None:
         self.joint, self.chunks, self.parts = joint, chunks, parts
         self.converged = torch.cat([part.converged for part in progress])
         self.kept_start = torch.cat([part.kept_start for part in progress])
@@ -82,7 +84,10 @@ class RefinedGuide:
     def sample(self, num_particles: int) -> tuple[Tensor, Tensor]:
         """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, in the model's unconstrained space."""
         with torch.no_grad():
-            draws = [part.at(torch.arange(len(c))).sample(num_particles) for c, part in zip(self.chunks, self.parts, strict=True)]
+            draws = [
+                part.at(torch.arange(len(c))).sample(num_particles)
+                for c, part in zip(self.chunks, self.parts, strict=True)
+            ]
         return torch.cat([z for z, _ in draws], 1), torch.cat([log_q for _, log_q in draws], 1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -116,8 +121,8 @@ def refine(
 
     Args:
         model, data, plate: as for `JointDensity`.
-        guide_or_family: a guide, whose own family is refined from its output; or `family(model) -> guide`, a class such as
-            `AutoNormal`, a partial of one, or a function whose first argument is called `model`.
+        guide_or_family: a guide, whose own family is refined from its output; or `family(model) -> guide`, a class such
+            as `AutoNormal`, a partial of one, or a function whose first argument is called `model`.
         settings: see `Refinement`.
         batch_size: datapoints refined at once.
         seed: of all the randomness.
@@ -137,5 +142,3 @@ def refine(
         lambda chunk: (chunk, *refine_chunk(family, evaluator, chunk, settings, seed)), joint, batch_size, seed
     )
     return RefinedGuide(joint, [p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts])
-
-

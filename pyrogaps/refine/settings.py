@@ -16,8 +16,8 @@ class Refinement:
             cosine to a thousandth.
         num_selection: draws on which the refined and the starting guide are compared; where refinement ended below its
             start, the start is kept.
-        tolerance: a datapoint counts as converged when another tenth of the steps, begun at the full learning rate,
-            does not raise its ELBO by more than this, in nats (and two standard errors of that comparison).
+        tolerance: a datapoint counts as converged when another tenth of the steps (50 at least), begun at the full
+            rate, does not raise its ELBO by more than this, in nats (and two standard errors of that comparison).
     """
 
     num_steps: int = 1000

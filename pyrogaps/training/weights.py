@@ -96,7 +96,7 @@ def put_weights(weights: Weights, model: Program, guide: Program, *, unknown_mod
         raise InputError(f"it holds {len(weights['modules'])} modules where the model and guide have {len(modules)}")
     for module, state in zip(modules, weights["modules"], strict=True):
         _check_fit(state, module.state_dict(), type(module).__name__)
-    present = {name: store._params[name] for name in store.keys() if name in weights["store"]}
+    present = {name: store._params[name] for name in store.keys() if name in weights["store"]}  # noqa: SIM118
     _check_fit({name: weights["store"][name] for name in present}, present, "the param store")
     absent = [name for name in weights["store"] if name not in present]
     if unknown_modules == "refuse" and any("$$$" in name for name in absent):

@@ -43,7 +43,9 @@ class Learned(nn.Module):
 def real(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z @ torch.tensor([[1.0, 0.5], [0.5, -1.0]], dtype=x.dtype), 0.7).to_event(1), obs=x)
+        pyro.sample(
+            "x", dist.Normal(z @ torch.tensor([[1.0, 0.5], [0.5, -1.0]], dtype=x.dtype), 0.7).to_event(1), obs=x
+        )
 
 
 def positive(x: Tensor) -> None:
@@ -71,7 +73,9 @@ BUILDS: dict[str, tuple[Callable[..., None], int, Callable[[Tensor], Any]]] = {
     "Gumbel": (real, 4, lambda r: dist.Gumbel(r[..., :2].log(), r[..., 2:]).to_event(1)),
     "Cauchy": (heavy, 4, lambda r: dist.Cauchy(r[..., :2].log(), 0.1 * r[..., 2:]).to_event(1)),
     "StudentT": (real, 6, lambda r: dist.StudentT(4 + r[..., :2], r[..., 2:4].log(), r[..., 4:]).to_event(1)),
-    "MultivariateNormal": (real, 4, lambda r: dist.MultivariateNormal(r[..., :2].log(), scale_tril=torch.diag_embed(r[..., 2:]))),
+    "MultivariateNormal": (
+        real, 4, lambda r: dist.MultivariateNormal(r[..., :2].log(), scale_tril=torch.diag_embed(r[..., 2:]))
+    ),
     "LowRankMultivariateNormal": (
         real, 6, lambda r: dist.LowRankMultivariateNormal(r[..., :2].log(), 0.1 * r[..., 2:4, None], r[..., 4:])
     ),
@@ -104,7 +108,7 @@ def test_every_distribution_of_the_registry_is_tried() -> None:
 
 @pytest.mark.parametrize("name", list(BUILDS))
 def test_refining_raises_the_bound(name: str) -> None:
-    """Every distribution of the registry can be rebuilt and refined: up, and differently from datapoint to datapoint."""
+    """Every distribution of the registry can be rebuilt and refined, with parameters for each datapoint."""
     model, size, build = BUILDS[name]
     torch.manual_seed(0)
     x = torch.tensor([[0.5, 1.0], [2.0, 0.3], [1.5, 2.5]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Refinement against the exact optimum, from every kind of guide; never worse than where it began; honest about ends."""
+"""Refinement against the exact optimum, from every kind of guide; never worse than its start; honest about its end."""
 
 import math
 from typing import Any
@@ -37,14 +37,20 @@ def trained_auto_normal(model: Any, x: Tensor) -> AutoNormal:
 
 
 def assert_moments(draws: Tensor, mean: Tensor, covariance: Tensor) -> None:
-    """Mean and covariance of `draws` `(S, N, d)`, entry by entry, within four standard errors of those of a Gaussian."""
+    """Mean and covariance of `draws` `(S, N, d)` are those of a Gaussian, entry by entry.
+
+    All entries together fail by chance as often as one comparison at four standard errors.
+    """
     number = len(draws)
     centred = draws - mean
     variance = covariance.diagonal(dim1=-2, dim2=-1)
-    assert float((centred.mean(0) / (variance / number).sqrt()).abs().max()) < 4
     found = torch.einsum("sni,snj->nij", centred, centred) / number
     error = ((variance[..., :, None] * variance[..., None, :] + covariance**2) / number).sqrt()
-    assert float(((found - covariance) / error).abs().max()) < 4
+    scores = torch.cat(
+        [(centred.mean(0) / (variance / number).sqrt()).flatten(), ((found - covariance) / error).flatten()]
+    )
+    threshold = -float(torch.special.ndtri(torch.tensor(3.17e-5 / len(scores), dtype=torch.float64)))
+    assert float(scores.abs().max()) < threshold
 
 
 SIZES = [(8, 3, 0.6), (50, 10, 0.6), (20, 4, 3.0)]
@@ -55,8 +61,13 @@ SIZES = [(8, 3, 0.6), (50, 10, 0.6), (20, 4, 3.0)]
 def test_the_best_mean_field_guide(kind: str, data_dim: int, latent_dim: int, decades: float) -> None:
     model = anisotropic(data_dim, latent_dim, decades=decades)
     x, _ = draws_of(model, 4)
-    start = {"family": lambda: AutoNormal, "autoguide": lambda: trained_auto_normal(model, x), "freed": lambda: WrongEncoder(model)}
-    refined = refine(model, start[kind](), x)
+    start = {
+        "family": lambda: AutoNormal,
+        "autoguide": lambda: trained_auto_normal(model, x),
+        "freed": lambda: WrongEncoder(model),
+    }
+    far = kind == "autoguide" and decades > 1  # an AutoNormal begins with scales of 0.1 everywhere
+    refined = refine(model, start[kind](), x, settings=Refinement(num_steps=3000 if far else 1000))
     mean, scale = (part.detach() for part in model.mean_field_optimum(x))
     draws, _ = refined.sample(2000)
     assert_moments(draws, mean, torch.diag_embed(scale**2))
@@ -109,7 +120,7 @@ def test_a_positive_latent() -> None:
 
 
 def test_two_modes() -> None:
-    """The best Normal takes one mode of two, or covers both where they run together: by closed form, optimised exactly."""
+    """The best Normal takes one mode of two, or covers both where they run together. Its ELBO has a closed form."""
     x = torch.tensor([-1.0, 0.5, 2.0, 4.0], dtype=torch.float64)
     refined = refine(parabola, AutoNormal, x)
     bound = elbo(parabola, refined, x, num_particles=8000)
@@ -130,26 +141,26 @@ def test_never_below_its_start(kind: str, learning_rate: float) -> None:
     if learning_rate > 1 and kind == "optimal":
         assert float(refined.kept_start.double().mean()) > 0.9
         torch.testing.assert_close(
-            refined.at(torch.arange(64)[refined.kept_start]).sample(4)[0].shape, torch.Size([4, int(refined.kept_start.sum()), 3])
+            refined.at(torch.arange(64)[refined.kept_start]).sample(4)[0].shape,
+            torch.Size([4, int(refined.kept_start.sum()), 3]),
         )
 
 
 def test_converged_means_converged() -> None:
-    """Short runs from a useless encoder: what is called converged is; what is not has far to go."""
+    """Short runs from a useless encoder: what is called converged is, and much is not."""
     torch.manual_seed(0)
     model = LinearGaussian.random(20, 6, noise_scale=0.3, seed=1).double()
     x, _ = draws_of(model, 64)
     guide = AmortizedNormal(20, 6, (10,)).double()
-    settings = Refinement(num_steps=200)
-    refined = refine(model, guide, x, settings=settings)
-    mean, scale = parameters_of(refined)
-    remaining = model.amortization_gap(x, mean, scale).detach()
-    done = refined.converged
-    assert 0.2 < float(done.double().mean()) < 0.95
-    assert float(remaining[done].max()) < 5 * settings.tolerance
-    assert float(remaining[~done].min()) > settings.tolerance
-    assert float(remaining[~done].median()) > 50 * settings.tolerance
-    assert not refine(model, guide, x, settings=Refinement(num_steps=20)).converged.any()
+    tolerance, shares = Refinement().tolerance, []
+    for num_steps in (20, 100, 1000):
+        refined = refine(model, guide, x, settings=Refinement(num_steps=num_steps))
+        remaining = model.amortization_gap(x, *parameters_of(refined)).detach()
+        shares.append(float(refined.converged.double().mean()))
+        assert (remaining[refined.converged] < 5 * tolerance).all()
+        if num_steps == 20:
+            assert float(remaining.max()) > 500 * tolerance
+    assert shares[0] == 0 < shares[1] < shares[2] == 1
 
 
 def parameters_of(refined: RefinedGuide) -> tuple[Tensor, Tensor]:
@@ -190,7 +201,9 @@ def test_trace_rises_to_the_bound() -> None:
     refined = refine(model, WrongEncoder(model), x)
     bound = elbo(model, refined, x)
     assert refined.traces.shape == (1, 50)
-    assert float(refined.traces[0, -1]) == pytest.approx(float(bound.value.mean()), abs=4 * math.sqrt(64 * 6 / (8 * 20)) / 8)
+    assert float(refined.traces[0, -1]) == pytest.approx(
+        float(bound.value.mean()), abs=4 * math.sqrt(64 * 6 / (8 * 20)) / 8
+    )
     assert float(refined.traces[0, 0]) < float(refined.traces[0, -1])
 
 
