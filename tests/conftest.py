@@ -12,9 +12,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_threads() -> None:
-    """The tests' tensors are small: more threads than this cost more than they bring."""
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
+def one_thread() -> None:
+    """The tests' tensors are small: threads cost more than they bring, and most where other work shares the cores."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 
 
 @pytest.fixture(autouse=True)

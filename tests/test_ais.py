@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pyrogaps import AIS, Refinement, ais
 from pyrogaps.ais import Path, anchored_path, prior_path, run_path, run_pilot
-from pyrogaps.anneal import AnnealResult, GaussianStart, Tuning, moments_start, schedule, tune
+from pyrogaps.anneal import AnnealResult, GaussianStart, Tuning, anneal, moments_start, schedule, tune
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.hmc import HMCState, transition
 from pyrogaps.log_weights import effective_sample_size
 from pyrogaps.models.linear_gaussian import LinearGaussian
-from pyrogaps.streams import Chunk, seeded
+from pyrogaps.streams import Chunk, Noise, seeded
 from tests.references import (
     NearPosterior,
     WrongEncoder,
@@ -240,6 +240,20 @@ def test_adapting_on_the_running_chain_is_biased() -> None:
     assert_mean_one(fixed)
     adapted, _ = gamma_chains(adapting=True)
     assert float(adapted.mean()) - 1 > 10 * float(adapted.std()) / math.sqrt(len(adapted))
+
+
+@pytest.mark.parametrize("step", [0.05, 1.0, 3.0])
+def test_weights_are_unbiased_on_a_skewed_path(step: float) -> None:
+    """By `anneal` itself, with fixed steps whatever their size, to half a percent."""
+    torch.manual_seed(0)
+    count = 50_000
+    betas = torch.linspace(0, 1, 31, dtype=torch.float64)[:, None]
+    tuning = Tuning(betas, torch.full((30, 1), step, dtype=torch.float64))
+    noise = Noise(0, "test", Chunk(0, 1), dtype=torch.float64, device=torch.device("cpu"))
+    state = gamma_path(1.5 * torch.randn(count, 1, 1, dtype=torch.float64))
+    result = anneal(state, gamma_path, tuning, 3, torch.ones(1, 1, dtype=torch.float64), noise, reverse=False)
+    assert_mean_one(result.log_weights.exp())
+    assert float(result.log_weights.exp().std()) / math.sqrt(count) < 0.005
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
