@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from pyrogaps.errors import InputError
-from pyrogaps.gaps.table import render
+from pyrogaps.gaps.table import render, summary_mcse
 
 OWN = "own"
 ATTRIBUTE = "pyrogaps"
@@ -57,7 +57,7 @@ class GapLedger:
             rows[label] = {
                 "mean": values.mean(),
                 "standard_error": values.std(ddof=1) / number**0.5 if number > 1 else np.nan,
-                "mcse": np.sqrt(np.square(errors).sum()) / number,
+                "mcse": summary_mcse(errors),
                 "estimator": how["estimator"],
                 "direction": how["direction"],
             }

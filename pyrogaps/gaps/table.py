@@ -61,6 +61,11 @@ def _label(name: str, provenance: dict[str, Any]) -> str:
     return BOUNDS.get(name, name)
 
 
+def summary_mcse(errors: Any) -> float:
+    """Monte Carlo standard error of a mean over datapoints, from theirs `(N,)`."""
+    return float(np.sqrt(np.square(errors).sum())) / len(errors)
+
+
 def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     converged = per_datapoint["converged"].mean("datapoint")
     shares = zip(converged["family"].values, converged.values, strict=True)
@@ -70,6 +75,9 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
         "refinement converged: " + ", ".join(f"{name} {float(share):.0%}" for name, share in shares),
         f"AIS: acceptance {acceptance:.2f}, effective share of the chains {ess:.0%}",
     ]
+    low = float((per_datapoint["log_evidence_mcse"] ** 2).mean()) / 2
+    if low > summary_mcse(per_datapoint["log_evidence_mcse"].values):
+        notes.append(f"log p(x) is about {low:.3f} nats low (half its squared MCSE, which means do not average out)")
     khat = per_datapoint["khat"].values
     unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
     if unreliable > 0:
