@@ -33,6 +33,7 @@ def watch(name, pattern):
     os.kill(os.getpid(), getattr(signal, name))
 
 if "INTERRUPT" in os.environ:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     threading.Thread(target=watch, args=os.environ["INTERRUPT"].split(), daemon=True).start()
 
 class Data:
@@ -138,7 +139,7 @@ def command(*arguments, **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
