@@ -1,5 +1,6 @@
 """Per-datapoint families: autoguides that are local under the data plate."""
 
+from abc import abstractmethod
 from contextlib import ExitStack
 from typing import Any
 
@@ -38,13 +39,13 @@ class MarginalMultivariateNormal(dist.MultivariateNormal):
         return MarginalMultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
 
-class AutoLocalMultivariateNormal(AutoGuide):
-    r"""A full-covariance Normal for every datapoint, over all its latent sites in unconstrained space.
+class AutoLocal(AutoGuide):
+    """A guide for every datapoint over all its latent sites, as one flat vector in unconstrained space.
 
-    $$q(z_n) = \mathcal N(z_n;\, m_n,\, L_n L_n^\top), \quad L_n = \mathrm{diag}(s_n)\, U_n$$
-
-    with $U_n$ unit lower triangular. Pyro's `AutoMultivariateNormal` has one covariance over all datapoints; this one
-    is local under the data plate, so its datapoints can be refined side by side.
+    Local under the data plate: its parameters have an axis of datapoints, so that datapoints can be refined side by
+    side. A family is a subclass with two methods: `setup_posterior(loc)`, which makes the parameters beside `self.loc`
+    and `self.scale` when the first run has shown the shapes, and `get_posterior()`, the distribution over the vector,
+    which is drawn at the site "_local_latent".
 
     Args:
         model: a Pyro model in which one plate encloses every site, or whose data plate is named by `plate`.
@@ -72,16 +73,22 @@ class AutoLocalMultivariateNormal(AutoGuide):
     prototype_trace: Any
     loc: Any
     scale: Any
-    unit_scale_tril: Any
+
+    @abstractmethod
+    def setup_posterior(self, loc: Tensor) -> None:
+        """Make further parameters; `loc` `(*batch, dim)` is the start, its axis of datapoints that of the plate."""
+
+    @abstractmethod
+    def get_posterior(self) -> Any:
+        """The distribution over the vector: batch shape that of the plate, its first `dim` elements the latents."""
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         messages = dict(self.prototype_trace.iter_stochastic_nodes())
         plate = self._plate or find_plate(messages)
         if plate is None:
-            raise InputError(
-                "AutoLocalMultivariateNormal: the model has no data plate; use Pyro's AutoMultivariateNormal"
-            )
+            name = type(self).__name__
+            raise InputError(f"{name}: the model has no data plate; use Pyro's AutoMultivariateNormal")
         self._plate = plate
         self._sites: dict[str, Site] = lay_out(messages, plate, -1)
         columns = []
@@ -94,20 +101,14 @@ class AutoLocalMultivariateNormal(AutoGuide):
         loc = loc.reshape(rows, *shape, dim)
         self.loc = PyroParam(loc, event_dim=1)
         self.scale = PyroParam(torch.full_like(loc, self._init_scale), constraints.softplus_positive, 1)
-        identity = torch.eye(dim, dtype=loc.dtype, device=loc.device).expand(*loc.shape, dim).clone()
-        self.unit_scale_tril = PyroParam(identity, constraints.unit_lower_cholesky, 2)
+        self.setup_posterior(loc)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         with plates[self._plate]:
-            scale_tril = self.scale[..., None] * self.unit_scale_tril
-            latent = pyro.sample(
-                "_local_latent",
-                MarginalMultivariateNormal(self.loc, scale_tril=scale_tril),
-                infer={"is_auxiliary": True},
-            )
+            latent = pyro.sample("_local_latent", self.get_posterior(), infer={"is_auxiliary": True})
         batch = -self._prototype_frames[self._plate].dim - 1
         flat = latent.flatten(-1 - batch, -2) if batch else latent
         result = {}
@@ -133,6 +134,27 @@ class AutoLocalMultivariateNormal(AutoGuide):
             parameters["loc_unconstrained"].copy_(loc.reshape(self.loc.shape))
             parameters["scale_unconstrained"].copy_(softplus_inverse(scale.clamp(min=1e-6)).reshape(self.loc.shape))
 
-    def units(self) -> dict[str, Tensor]:
-        """A natural step in a location is the standard deviation there."""
+    def units(self) -> dict[str, Tensor | float]:
+        """A natural step in a location is the standard deviation there; 1 in parameters that are not named."""
         return {"loc_unconstrained": self.scale.detach().clone()}
+
+
+class AutoLocalMultivariateNormal(AutoLocal):
+    r"""A full-covariance Normal for every datapoint, over all its latent sites in unconstrained space.
+
+    $$q(z_n) = \mathcal N(z_n;\, m_n,\, L_n L_n^\top), \quad L_n = \mathrm{diag}(s_n)\, U_n$$
+
+    with $U_n$ unit lower triangular. Pyro's `AutoMultivariateNormal` has one covariance over all datapoints; this one
+    is local under the data plate. Arguments and errors as for `AutoLocal`.
+    """
+
+    unit_scale_tril: Any
+
+    def setup_posterior(self, loc: Tensor) -> None:
+        dim = loc.shape[-1]
+        identity = torch.eye(dim, dtype=loc.dtype, device=loc.device).expand(*loc.shape, dim).clone()
+        self.unit_scale_tril = PyroParam(identity, constraints.unit_lower_cholesky, 2)
+
+    def get_posterior(self) -> MarginalMultivariateNormal:
+        scale_tril = self.scale[..., None] * self.unit_scale_tril
+        return MarginalMultivariateNormal(self.loc, scale_tril=scale_tril)

@@ -13,7 +13,43 @@ from pyrogaps.errors import InputError
 from pyrogaps.models.mlp import mlp
 
 
-class VAE(nn.Module):
+class Decoded(nn.Module):
+    """z ~ N(0, I), x | z ~ `decode(z)`: the Pyro program of every variational autoencoder here.
+
+    A subclass says what `decode` returns; its `decoder` has weights of the dtype in which everything is computed.
+    """
+
+    def __init__(self, data_dim: int, latent_dim: int, decoder: nn.Module) -> None:
+        super().__init__()
+        self.data_dim, self.latent_dim, self.decoder = data_dim, latent_dim, decoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the model on `x` `(N, *event)`; returns z, shape `(N, latent_dim)`."""
+        if x[0].numel() != self.data_dim:
+            name = type(self).__name__
+            raise InputError(f"{name}: data_dim is {self.data_dim}, but a datapoint has {x[0].numel()} elements")
+        weight = next(self.decoder.parameters())
+        with pyro.plate("data", len(x)):
+            z: Tensor = pyro.sample("z", dist.Normal(weight.new_zeros(self.latent_dim), 1.0).to_event(1))
+            pyro.sample("x", self.decode(z, x.shape[1:]), obs=x.to(weight.dtype))
+        return z
+
+    def decode(self, z: Tensor, event_shape: torch.Size) -> dist.TorchDistribution:
+        """p(x|z) for `z` `(..., latent_dim)`, over events of shape `event_shape`."""
+        raise NotImplementedError
+
+    def check_choice(self, name: str, value: str, choices: tuple[str, ...]) -> None:
+        """Refuse a setting that is not one of its choices."""
+        if value not in choices:
+            raise InputError(f"{type(self).__name__}: {name} must be one of {', '.join(choices)}, got '{value}'")
+
+    def check_positive(self, name: str, value: float) -> None:
+        """Refuse a setting that is not above 0."""
+        if not value > 0:
+            raise InputError(f"{type(self).__name__}: {name} must be positive, got {value}")
+
+
+class VAE(Decoded):
     """z ~ N(0, I), x | z ~ Bernoulli(logits = f(z)) or N(f(z), noise_scale^2) (Kingma and Welling, arXiv:1312.6114).
 
     A Pyro model: `vae(x)` with `x` of shape `(N, *event)`, `data_dim` elements per event; sites "z" `(N, latent_dim)`
@@ -34,26 +70,14 @@ class VAE(nn.Module):
         noise: Literal["fixed", "learned", "per_pixel"] = "fixed",
         noise_scale: float = 0.1,
     ) -> None:
-        super().__init__()
-        _check_choice("likelihood", likelihood, ("bernoulli", "gaussian"))
-        _check_choice("noise", noise, ("fixed", "learned", "per_pixel"))
-        if not noise_scale > 0:
-            raise InputError(f"VAE: noise_scale must be positive, got {noise_scale}")
-        self.data_dim, self.latent_dim, self.likelihood = data_dim, latent_dim, likelihood
-        self.decoder = mlp([latent_dim, *hidden, data_dim], activation)
+        super().__init__(data_dim, latent_dim, mlp([latent_dim, *hidden, data_dim], activation))
+        self.check_choice("likelihood", likelihood, ("bernoulli", "gaussian"))
+        self.check_choice("noise", noise, ("fixed", "learned", "per_pixel"))
+        self.check_positive("noise_scale", noise_scale)
+        self.likelihood = likelihood
         if likelihood == "gaussian":
             log_scale = torch.full((data_dim if noise == "per_pixel" else 1,), math.log(noise_scale))
             self.log_noise_scale = nn.Parameter(log_scale, requires_grad=noise != "fixed")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the model on `x` `(N, *event)`; returns z, shape `(N, latent_dim)`."""
-        if x[0].numel() != self.data_dim:
-            raise InputError(f"VAE: data_dim is {self.data_dim}, but a datapoint has {x[0].numel()} elements")
-        weight = next(self.decoder.parameters())
-        with pyro.plate("data", len(x)):
-            z: Tensor = pyro.sample("z", dist.Normal(weight.new_zeros(self.latent_dim), 1.0).to_event(1))
-            pyro.sample("x", self.decode(z, x.shape[1:]), obs=x.to(weight.dtype))
-        return z
 
     def decode(self, z: Tensor, event_shape: torch.Size) -> dist.TorchDistribution:
         """p(x|z) for `z` `(..., latent_dim)`, over events of shape `event_shape`."""
@@ -66,8 +90,3 @@ class VAE(nn.Module):
             pixels = dist.Normal(output.reshape(shape), scale)
         likelihood: dist.TorchDistribution = pixels.to_event(len(event_shape))
         return likelihood
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"VAE: {name} must be one of {', '.join(choices)}, got '{value}'")

@@ -5,7 +5,8 @@ from pyrogaps.bounds import elbo, iwae
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import GapLedger, decompose
-from pyrogaps.plots import plot_datapoints, plot_gaps, plot_ledger, plot_traces
+from pyrogaps.plots import plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
+from pyrogaps.posterior_grid import posterior_grid
 from pyrogaps.refine import Refinement, refine
 from pyrogaps.training import train
 
@@ -25,7 +26,9 @@ __all__ = [
     "plot_datapoints",
     "plot_gaps",
     "plot_ledger",
+    "plot_posteriors",
     "plot_traces",
+    "posterior_grid",
     "refine",
     "train",
 ]

@@ -137,9 +137,10 @@ def anchor(
     """The Gaussian with a guide's moments, widened; its draws are used for nothing else."""
     guide = BlockedGuide(posterior, chunk, offset)
     draws, _ = guide.sample_all(NUM_ANCHOR_DRAWS, seed, "anchor")
-    diagonal = all(getattr(local, "mean_field", False) for _, local in guide.blocks)
+    if isinstance(posterior, GuideDensity) and posterior.joint is not joint:
+        draws = posterior.joint.columns_of(draws, joint)
     active = joint.active(chunk.indices)
-    return moments_start(draws, diagonal=diagonal, widen=widen, active=active)
+    return moments_start(draws, diagonal=guide.mean_field, widen=widen, active=active)
 
 
 def run_pilot(path: Path, evaluator: GradientEvaluator, chunk: Chunk, settings: AIS, seed: int) -> Tuning:

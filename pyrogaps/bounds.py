@@ -17,11 +17,18 @@ Plate = str | Literal[False] | None
 
 
 def densities(model: Program, guide: Program, data: Data, plate: Plate = None) -> tuple[JointDensity, GuideDensity]:
-    """The two densities of a pair; a guide with auxiliary variables brings `augment(model)`, the model extended."""
-    if hasattr(guide, "augment"):
-        model = guide.augment(model)
-    joint = JointDensity(model, data, plate)
-    return joint, GuideDensity(guide, None, joint)
+    """The two densities of a pair.
+
+    A guide with auxiliary variables brings `augment(model)`, the model extended by a reverse model for them, whose
+    evidence is the model's own: `GuideDensity.joint`. Where the guide has a `local_family` too, that takes care of the
+    auxiliary variables, and the first density is the plain model's.
+    """
+    if not hasattr(guide, "augment"):
+        joint = JointDensity(model, data, plate)
+        return joint, GuideDensity(guide, None, joint)
+    extended = JointDensity(guide.augment(model), data, plate)
+    joint = JointDensity(model, data, plate) if hasattr(guide, "local_family") else extended
+    return joint, GuideDensity(guide, None, extended)
 
 
 def posterior_of(
@@ -118,6 +125,7 @@ def _log_weights(
     model: Program, guide: Program | Posterior, data: Data, num_particles: int, plate: Plate, batch_size: int, seed: int
 ) -> Tensor:
     joint, density = posterior_of(model, guide, data, plate)
+    joint = density.joint if isinstance(density, GuideDensity) else joint
 
     def one(chunk: Chunk) -> Tensor:
         return chunk_log_weights(joint, density, chunk, num_particles, seed, "elbo")

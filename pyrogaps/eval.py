@@ -16,7 +16,7 @@ from pyrogaps.plots import plot_ledger
 from pyrogaps.plots.ledger import page_size
 from pyrogaps.recipe import Recipe
 from pyrogaps.run_folder import PARTS, RESULTS, TRAINING, RunFolder
-from pyrogaps.training import load_weights, save_weights, train
+from pyrogaps.training import load_model_weights, load_weights, save_weights, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,8 +48,10 @@ def _run(recipe: Recipe, options: Options) -> None:
     device = check_device(recipe.device)
     # What cannot be built leaves no folder behind, and what is finished needs no building.
     if options.overwrite or not (folder / "ledger.nc").exists():
-        if recipe.checkpoint is not None and not Path(recipe.checkpoint).is_file():
-            raise InputError(f"checkpoint: no file {recipe.checkpoint}")
+        for name in ("checkpoint", "model_checkpoint"):
+            path = getattr(recipe, name)
+            if path is not None and not Path(path).is_file():
+                raise InputError(f"{name}: no file {path}")
         data, remarks = build_data(recipe, data_root=options.data_root, download=options.download)
         for remark in remarks:
             _say(f"pyrogaps: {remark}")
@@ -88,10 +90,14 @@ def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder
     """Give the model and guide their weights: those already in the folder, a checkpoint's, or freshly trained ones."""
     weights = folder / "checkpoint.pt"
     source = weights if weights.exists() else Path(recipe.checkpoint) if recipe.checkpoint else None
+    example = data.evaluated if data.train is None else data.train
     if source is not None:
         _say(f"loading weights from {source}")
-        load_weights(source, model, guide, data.evaluated if data.train is None else data.train)
-    elif recipe.training is not None:
+        load_weights(source, model, guide, example)
+    elif recipe.model_checkpoint is not None:
+        _say(f"loading the model's weights from {recipe.model_checkpoint}")
+        load_model_weights(recipe.model_checkpoint, model, guide, example)
+    if source is None and recipe.training is not None:
         _say("training")
         assert data.train is not None
         try:

@@ -64,6 +64,7 @@ class Recipe:
         seed: of everything random.
         device: where to run, such as cpu, cuda or cuda:1.
         checkpoint: weights to load in place of training, as an earlier run's checkpoint.pt.
+        model_checkpoint: weights of the model alone, from an earlier run's checkpoint.pt, to start training from.
     """
 
     data: Component
@@ -81,12 +82,15 @@ class Recipe:
     seed: int = 0
     device: str = "cpu"
     checkpoint: str | None = None
+    model_checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.pair is not None and (self.model is not None or self.guide is not None):
             raise InputError("recipe: pair stands in place of model and guide; set those to null")
         if self.pair is None and (self.model is None or self.guide is None):
             raise InputError("recipe: name a model and a guide, or a pair in place of both")
+        if self.checkpoint is not None and self.model_checkpoint is not None:
+            raise InputError("recipe: checkpoint holds the model's weights too; give it or model_checkpoint, not both")
 
     def to_yaml(self) -> str:
         """The recipe with every field written out; `read_recipe` of it gives the recipe back."""
@@ -97,6 +101,7 @@ class Recipe:
 COMPONENTS = ("model", "guide", "pair", "data")
 SECTIONS: dict[str, type] = {"split": Split, "training": Training, "evidence": AIS, "refinement": Refinement}
 FIELDS = dict(re.findall(r"^ {8}(\w+): (.+)$", Recipe.__doc__ or "", re.MULTILINE))
+NULLABLE = ("training", "plate", "checkpoint", "model_checkpoint")
 SCALARS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in {*COMPONENTS, *SECTIONS, "families"}}
 
 
@@ -111,12 +116,42 @@ def _recipes() -> Traversable:
 
 
 def read_document(recipe: str) -> Document:
-    """The YAML document of a shipped recipe, by name, or of a recipe file, by path.
+    """The YAML document of a shipped recipe, by name, or of a recipe file, by path, with what it `extends` filled in.
 
-    A file's folder, and the current one, become importable, so that it can name classes that lie beside it.
+    `extends` names another recipe, shipped or a file beside this one, whose fields hold where this one is silent:
+    mappings are merged field by field, everything else is replaced. A file's folder, and the current one, become
+    importable, so that it can name classes that lie beside it.
 
-    Raises `InputError` where there is no such recipe or it is not a YAML mapping.
+    Raises `InputError` where there is no such recipe, it is not a YAML mapping, or it extends itself.
     """
+    return _extended(recipe, ())
+
+
+def _extended(recipe: str, above: tuple[str, ...]) -> Document:
+    if recipe in above:
+        raise InputError(f"{recipe}: extends itself ({' -> '.join((*above, recipe))})")
+    document = _own_document(recipe)
+    base = document.pop("extends", None)
+    if base is None:
+        return document
+    if not isinstance(base, str):
+        raise InputError(f"{recipe}: extends: expected the name or path of a recipe, got {base!r}")
+    beside = Path(recipe).parent / base
+    found = str(beside) if recipe not in shipped() and beside.is_file() else base
+    return _merged(_extended(found, (*above, recipe)), document)
+
+
+def _merged(base: Document, document: Document) -> Document:
+    """`base` with the fields of `document` over it."""
+    both = {name: _merged(base[name], value) for name, value in document.items() if _are_mappings(base, name, value)}
+    return {**base, **document, **both}
+
+
+def _are_mappings(base: Document, name: str, value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(base.get(name), dict)
+
+
+def _own_document(recipe: str) -> Document:
     path = Path(recipe)
     if recipe in shipped():
         text = _recipes().joinpath(f"{recipe}.yaml").read_text("utf-8")
@@ -181,7 +216,9 @@ def resolve(document: Document) -> Recipe:
     if not isinstance(families, dict):
         raise InputError("families: expected a mapping of names to dotted paths")
     fields: Document = {name: component(name, document[name]) for name in COMPONENTS if document.get(name) is not None}
-    fields["families"] = {str(name): component(f"families.{name}", entry) for name, entry in families.items()}
+    # Null takes a family away that an extended recipe named.
+    named = {str(name): entry for name, entry in families.items() if entry is not None}
+    fields["families"] = {name: component(f"families.{name}", entry) for name, entry in named.items()}
     return Recipe(**fields, **_typed(document))
 
 
@@ -212,7 +249,7 @@ def check_names(given: Mapping[str, Any], known: list[str], where: str) -> None:
 def _typed(document: Document) -> Document:
     """The sections and scalars of `document`, type-checked, as `Recipe` takes them."""
     given = {name: document[name] for name in (*SECTIONS, *SCALARS) if name in document}
-    absent = [name for name, value in given.items() if value is None and name in ("training", "plate", "checkpoint")]
+    absent = [name for name, value in given.items() if value is None and name in NULLABLE]
     for name, value in given.items():
         if name in SECTIONS and name not in absent:
             if not isinstance(value, dict):

@@ -179,3 +179,42 @@ def parabola_best_elbo(x: Tensor) -> Tensor:
         for x in x.tolist()
     ]
     return -torch.tensor(best, dtype=torch.float64)
+
+
+BEND = 0.3
+
+
+def banana(x: Tensor) -> None:
+    """z_1 ~ N(0, 1), z_2 ~ N(0, 3), x ~ N(z_2 + z_1^2, 0.3): the posterior bends along a parabola."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), x.new_tensor([1.0, 3.0])).to_event(1))
+        pyro.sample("x", dist.Normal(z[..., 1] + z[..., 0] ** 2, BEND), obs=x)
+
+
+def two_wells(x: Tensor) -> None:
+    """z ~ N(0, I) in two dimensions, x ~ N(z_1^2 + 0.3 z_2, 0.3): two modes where x is well above 0."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z[..., 0] ** 2 + 0.3 * z[..., 1], BEND), obs=x)
+
+
+def grid_of_plane(half_width: float = 7.0, points: int = 601) -> tuple[Tensor, float]:
+    """Points `(points^2, 2)` of a square around 0, and the log of the area that each stands for."""
+    line = torch.linspace(-half_width, half_width, points, dtype=torch.float64)
+    return torch.cartesian_prod(line, line), 2 * math.log(float(line[1] - line[0]))
+
+
+def banana_evidence(x: Tensor) -> Tensor:
+    """log p(x) of `banana` by quadrature over z_1, z_2 summed out in closed form, `(N,)`."""
+    z = torch.linspace(-10, 10, 20001, dtype=torch.float64)
+    width = math.hypot(3.0, BEND)
+    log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z**2, width).log_prob(x.double()[:, None])
+    return torch.logsumexp(log_joint, -1) + math.log(float(z[1] - z[0]))
+
+
+def two_wells_evidence(x: Tensor) -> Tensor:
+    """log p(x) of `two_wells`, in the same way."""
+    z = torch.linspace(-10, 10, 20001, dtype=torch.float64)
+    width = math.hypot(0.3, BEND)
+    log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z**2, width).log_prob(x.double()[:, None])
+    return torch.logsumexp(log_joint, -1) + math.log(float(z[1] - z[0]))

@@ -18,6 +18,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.eval import main
 from pyrogaps.recipe import Component, read_document, resolve, shipped
 from pyrogaps.run_folder import RunFolder
+from pyrogaps.training.weights import read_file
 
 RESULTS = ["checkpoint.pt", "gaps.png", "ledger.nc", "recipe.yaml", "summary.csv"]
 
@@ -248,7 +249,10 @@ def test_help_lists_recipes_options_and_fields(capsys):
         (["--split.part", "exam"], "has no 'exam'"),
         (["--split.num_datapoints", "99999"], "asked for 99999"),
         (["--device", "toaster"], "'toaster' is not a device"),
-        (["--checkpoint", "missing.pt"], "no file missing.pt"),
+        (["--checkpoint", "missing.pt"], "checkpoint: no file missing.pt"),
+        (["--model_checkpoint", "missing.pt"], "model_checkpoint: no file missing.pt"),
+        (["--model_checkpoint", "a.pt", "--checkpoint", "b.pt"], "give it or model_checkpoint, not both"),
+        (["--training.freeze_model", "perhaps"], "training.freeze_model: expected bool, got perhaps"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
@@ -389,6 +393,86 @@ def test_what_follows_a_finished_run(recipe, capsys):
 
     assert main([recipe, "--seed", "1", "--overwrite", "--quiet"]) == 0
     assert not np.allclose(ledger("runs/linear")["elbo"], saved["elbo"])
+
+
+@pytest.fixture
+def weigh(monkeypatch, capsys):
+    """Run the command up to the point where weights are written: what it said, and the folder's weights."""
+
+    def stop(*_, **__):
+        raise InputError("weighed")
+
+    def run(*arguments, out):
+        assert main([*arguments, "--families", "{}", "--quiet", "--out", out]) == 2
+        said = capsys.readouterr().err
+        return said, read_file(Path(out) / "checkpoint.pt")["weights"] if said.endswith("weighed\n") else None
+
+    monkeypatch.setattr(pyrogaps.eval, "decompose", stop)
+    return run
+
+
+def flat(weights):
+    """All weights of the model, and all of the guide."""
+    return [torch.cat([value.flatten() for value in module.values()]) for module in weights["modules"]]
+
+
+FROM_FIRST = ("--model_checkpoint", "first/checkpoint.pt")
+FROZEN = (*FROM_FIRST, "--training.freeze_model", "true", "--seed", "1")
+
+
+def test_a_new_guide_for_a_frozen_model_of_another_run(recipe, weigh):
+    model, guide = flat(weigh(recipe, out="first")[1])
+    said, weights = weigh(recipe, *FROZEN, out="second")
+    assert "loading the model's weights from first/checkpoint.pt\ntraining" in said
+    same_model, other_guide = flat(weights)
+    assert torch.equal(model, same_model) and not torch.equal(guide, other_guide)
+    written = yaml.safe_load(Path("second/recipe.yaml").read_text())
+    assert written["training"]["freeze_model"] is True and written["model_checkpoint"] == "first/checkpoint.pt"
+
+    # Without the freeze training moves on from there; without training the guide stays as it was made.
+    assert not torch.equal(flat(weigh(recipe, *FROM_FIRST, out="moving")[1])[0], model)
+    fresh_model, fresh_guide = flat(weigh(recipe, *FROM_FIRST, "--training", "null", out="fresh")[1])
+    assert torch.equal(fresh_model, model) and not torch.equal(fresh_guide, guide)
+
+
+def test_model_weights_in_the_store(recipe, weigh):
+    """Functions that register their parameters with Pyro when they run."""
+    with Path(recipe).with_name("mine.py").open("a") as module:
+        module.write(
+            "\nfrom torch.distributions import constraints\n"
+            "def decoding(x):\n"
+            "    scale = pyro.param('scale', torch.ones(4), constraint=constraints.positive)\n"
+            "    with pyro.plate('data', len(x)):\n"
+            "        z = pyro.sample('z', dist.Normal(torch.zeros(4), 1.).to_event(1))\n"
+            "        pyro.sample('x', dist.Normal(z, scale).to_event(1), obs=x)\n"
+            "def encoding(x):\n"
+            "    loc = pyro.param('loc', torch.zeros(4))\n"
+            "    with pyro.plate('data', len(x)):\n"
+            "        pyro.sample('z', dist.Normal(0.5 * x + loc, 0.5).to_event(1))\n"
+        )
+    programs = (recipe, "--model", "mine.decoding", "--guide", "mine.encoding")
+    first, second = (weigh(*programs, *how, out=out)[1]["store"] for how, out in (((), "first"), (FROZEN, "second")))
+    assert torch.equal(first["scale"], second["scale"]) and not torch.equal(first["loc"], second["loc"])
+    assert "it holds too few modules" in weigh(recipe, *FROZEN, out="third")[0]
+    weigh(recipe, "--training", "null", out="modules")
+    said, _ = weigh(*programs, "--model_checkpoint", "modules/checkpoint.pt", out="fourth")
+    assert "it does not fit the model: the checkpoint lacks 'scale'" in said
+
+
+def test_model_weights_that_do_not_fit(recipe, weigh):
+    weigh(recipe, "--training", "null", out="first")
+    larger = [f"--{part}.init_args.latent_dim=3" for part in ("model", "guide")]
+    said = weigh(recipe, *FROM_FIRST, *larger, out="larger")[0].splitlines()[-1]
+    assert "model weights first/checkpoint.pt: it does not fit Model" in said
+    assert "'decoder.weight' has shape (4, 2) in the checkpoint, (4, 3) here" in said
+
+    document = {name: value for name, value in RECIPE.items() if name not in ("model", "guide")}
+    Path("pair.yaml").write_text(yaml.safe_dump({**document, "pair": "mine.make_pair"}))
+    (Path.cwd() / "mine.py").write_text(MODULE)
+    assert "share a module" in weigh("pair.yaml", *FROM_FIRST, out="pair")[0]
+
+    Path("damaged.pt").write_text("no weights")
+    assert "cannot be read" in weigh(recipe, "--model_checkpoint", "damaged.pt", out="damaged")[0]
 
 
 def test_pairs_and_data_options(recipe, capsys):

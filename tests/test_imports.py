@@ -28,7 +28,9 @@ PUBLIC = {
     "plot_datapoints",
     "plot_gaps",
     "plot_ledger",
+    "plot_posteriors",
     "plot_traces",
+    "posterior_grid",
     "refine",
     "train",
 }
@@ -47,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bounds": GROUND | {"density", "log_weights"},
     "refine": GROUND | {"density", "bounds", "capture", "log_weights"},
     "ais": GROUND | {"hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine"},
+    "posterior_grid": GROUND | {"density", "bounds", "refine"},
     "training": GROUND | {"density"},
     "conditioning": GROUND | ESTIMATORS,
     "mapa": GROUND | ESTIMATORS,

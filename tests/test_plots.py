@@ -10,9 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from pyrogaps.plots import plot_datapoints, plot_gaps, plot_ledger, plot_traces
+from pyrogaps.plots import plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
 from pyrogaps.plots.datapoints import image_shape
 from pyrogaps.plots.ledger import page_size
+from pyrogaps.plots.posteriors import SHARES
 from pyrogaps.plots.source import COLOURS
 
 FAMILIES = ["own", "mean-field", "flow"]
@@ -236,9 +237,93 @@ def test_ledger_and_tree_give_one_picture():
     np.testing.assert_array_equal(*pictures)
 
 
+def fabricate_grid(*, columns=3, x_shape=(28, 28), without=(), offset=1.0):
+    """Normals on a grid: the true posteriors at 0 with scale 1, the guides `offset` away with scale 0.5."""
+    axis = np.linspace(-6, 6, 121)
+
+    def normal(loc, scale):
+        return np.exp(-0.5 * ((axis - loc) / scale) ** 2) / (scale * np.sqrt(2 * np.pi))
+
+    panels = [np.outer(normal(0, 1), normal(0, 1)), np.outer(normal(offset, 0.5), normal(0, 0.5))]
+    density = np.stack([np.stack([*panels, panels[1]])] * columns)
+    gap = np.tile([0.0, 1.234, np.nan], (columns, 1))
+    variables = {
+        "density": (("datapoint", "posterior", "z_1", "z_2"), density),
+        "grid_1": (("datapoint", "z_1"), np.stack([10 * n + axis for n in range(columns)])),
+        "grid_2": (("datapoint", "z_2"), np.stack([axis] * columns)),
+        "log_evidence": ("datapoint", np.full(columns, -88.04)),
+        "gap": (("datapoint", "posterior"), gap),
+        "gap_mcse": (("datapoint", "posterior"), np.full((columns, 3), 0.056)),
+        "label": ("datapoint", [f"case {n}" for n in range(columns)]),
+    }
+    if x_shape is not None:
+        x = np.random.default_rng(0).random((columns, *x_shape))
+        variables["x"] = (("datapoint", *(f"x_dim_{k}" for k in range(len(x_shape)))), x)
+    coordinates = {"datapoint": 5 + np.arange(columns), "posterior": ["true posterior", "amortized", "flow"]}
+    grid = xr.Dataset(variables, coordinates).drop_vars(without, errors="ignore")
+    return grid.set_coords([name for name in ("grid_1", "grid_2", "label") if name in grid])
+
+
+def test_posteriors_are_rows_and_datapoints_columns():
+    figure = render(plot_posteriors(fabricate_grid(), Figure(figsize=(7, 8), layout="constrained")))
+    assert [text for text in texts(figure) if text] == ["true posterior", "amortized", "flow"]
+    names, columns = figure.axes[:3], [figure.axes[3 + 4 * n : 7 + 4 * n] for n in range(3)]
+    assert all(not ax.axison for ax in names)
+    for number, (image, true, amortized, flow) in enumerate(columns):
+        assert image.get_title() == f"case {number}\n#{5 + number}: log p(x) = −88.0"
+        assert np.asarray(image.images[0].get_array()).shape == (28, 28)
+        assert [ax.get_title() for ax in (true, amortized, flow)] == ["", "1.23 ± 0.06 nats", ""]
+        assert true.get_xlim() == amortized.get_xlim() == flow.get_xlim()
+        left, right = true.get_xlim()
+        bottom, top = true.get_ylim()
+        assert right - left == pytest.approx(top - bottom)
+        assert 10 * number - 4.5 < left < 10 * number - 2.8 and 10 * number + 2.8 < right < 10 * number + 4.5
+    assert [ax.get_xlabel() for ax in columns[0]] == ["", "", "", "$z_1$"]
+
+
+def test_contours_enclose_their_shares_of_the_mass():
+    figure = plot_posteriors(fabricate_grid(columns=1, x_shape=None), blank())
+    (filled,) = figure.axes[3].collections
+    # A standard Normal's region of mass s in the plane ends where its density is (1 - s) / 2 pi.
+    np.testing.assert_allclose(filled.levels[:-1], (1 - np.array(SHARES)) / (2 * np.pi), rtol=0.03)
+    _, outline = figure.axes[4].collections
+    np.testing.assert_allclose(outline.levels, (1 - np.array([0.95, 0.4])) / (2 * np.pi), rtol=0.03)
+
+
+def test_window_widens_for_a_guide_that_misses():
+    near, far = (plot_posteriors(fabricate_grid(columns=1, offset=o), blank()).axes[4].get_xlim() for o in (0.5, 4.0))
+    assert far[1] > 5 > near[1]
+
+
+@pytest.mark.parametrize("without", [("x",), ("gap",), ("gap_mcse",), ("label",), ("x", "gap", "gap_mcse", "label")])
+def test_posteriors_cope_with_what_is_missing(without):
+    figure = render(plot_posteriors(fabricate_grid(without=without), blank()))
+    assert len(figure.axes) == 3 + 3 * (4 - ("x" in without))
+    titles = [ax.get_title() for ax in figure.axes]
+    assert any("#5" in title for title in titles)
+    assert any("nats" in title for title in titles) == ("gap" not in without)
+    assert any("±" in title for title in titles) == ("gap" not in without and "gap_mcse" not in without)
+
+
+def test_labels_of_posteriors_do_not_overlap():
+    figure = render(plot_posteriors(fabricate_grid(), Figure(figsize=(8, 9), layout="constrained")))
+    drawn = [text for ax in figure.axes for text in (*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label)]
+    boxes = [text.get_window_extent() for text in drawn if text.get_text()]
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+
+
+def test_a_density_that_underflowed_leaves_its_panel_empty():
+    grid = fabricate_grid(columns=1)
+    grid["density"][0, 2] = 0.0
+    figure = render(plot_posteriors(grid, blank()))
+    assert len(figure.axes[-1].collections) == 1
+
+
 def test_something_else_is_refused():
     with pytest.raises(TypeError, match="per_datapoint"):
         plot_gaps(SimpleNamespace(posterior=1))
+    with pytest.raises(TypeError, match="posterior_grid"):
+        plot_posteriors(xr.Dataset())
 
 
 def test_own_figures_are_pyplot_figures(monkeypatch):
@@ -250,10 +335,12 @@ def test_own_figures_are_pyplot_figures(monkeypatch):
             assert plot(fabricate()).number in pyplot.get_fignums()
         pyplot.close("all")
         plot_gaps(fabricate())
-        assert len(pyplot.get_fignums()) == 1
+        plot_posteriors(fabricate_grid())
+        assert len(pyplot.get_fignums()) == 2
         pyplot.close("all")
 
 
 def test_drawing_into_a_figure_leaves_pyplot_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     render(plot_ledger(fabricate(), Figure(figsize=(10, 10), layout="constrained")))
+    render(plot_posteriors(fabricate_grid(), Figure(figsize=(8, 8), layout="constrained")))

@@ -88,6 +88,11 @@ class BoundDensity:
     def __init__(self, evaluator: GradientEvaluator, programs: "_Eager | _Graph", tensors: list[Tensor]) -> None:
         self._evaluator, self._programs, self._tensors = evaluator, programs, tensors
 
+    @property
+    def dim(self) -> int:
+        """The length of a point."""
+        return self._evaluator.joint.dim
+
     def __call__(self, z: Tensor) -> tuple[Values, Values]:
         self._evaluator.num_gradients += z.shape[0] * z.shape[1]
         values, gradients = self._run(self._programs.both, z)

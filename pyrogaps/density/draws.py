@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pyrogaps.density.local import Draws, LocalGuide
+from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide
 from pyrogaps.streams import BLOCK, Chunk, particle_blocks, reseed
 
 
@@ -34,11 +34,36 @@ class BlockedGuide:
             pairs.append(local.sample(num_particles, antithetic))
         return _join(pairs)
 
+    def sample_extended(
+        self, num_particles: int, seed: int, purpose: str, first: int = 0, *, antithetic: bool = False
+    ) -> Draws:
+        """As `sample`, the elements of auxiliary variables behind those of the latents."""
+        pairs = []
+        for block, local in self.blocks:
+            reseed(seed, purpose, block.start // BLOCK, first)
+            draw = local.sample_extended if isinstance(local, FactorisedGuide) else local.sample
+            pairs.append(draw(num_particles, antithetic))
+        return _join(pairs)
+
     def sample_all(self, num_particles: int, seed: int, purpose: str) -> Draws:
         """`num_particles` draws, in particle blocks, without gradients."""
         with torch.no_grad():
             parts = [self.sample(size, seed, purpose, i) for i, size in enumerate(particle_blocks(num_particles))]
         return torch.cat([z for z, _ in parts]), torch.cat([log_q for _, log_q in parts])
+
+    def moments(self, num_particles: int, seed: int, purpose: str) -> Draws:
+        """Mean and standard deviation `(B, dim)`: exact where the guide knows them, else of `num_particles` draws."""
+        exact = [local.moments() if isinstance(local, FactorisedGuide) else None for _, local in self.blocks]
+        known = [pair for pair in exact if pair is not None]
+        if len(known) == len(exact):
+            return torch.cat([mean for mean, _ in known]), torch.cat([scale for _, scale in known])
+        draws, _ = self.sample_all(num_particles, seed, purpose)
+        return draws.mean(0), draws.std(0)
+
+    @property
+    def mean_field(self) -> bool:
+        """Whether every coordinate is known to be independent of the others."""
+        return all(getattr(local, "mean_field", False) for _, local in self.blocks)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log q `(S, B)` of `z` `(S, B, dim)`."""
@@ -47,6 +72,15 @@ class BlockedGuide:
             parts.append(local.log_prob(z[:, start : start + len(block)]))
             start += len(block)
         return torch.cat(parts, 1)
+
+    def log_reverse(self, z: Tensor) -> Tensor | None:
+        """log r(v|z) `(S, B)` of extended draws; None for a guide without auxiliary variables."""
+        start, parts = 0, []
+        for block, local in self.blocks:
+            rows = z[:, start : start + len(block)]
+            parts.append(local.log_reverse(rows) if isinstance(local, FactorisedGuide) else None)
+            start += len(block)
+        return torch.cat([part for part in parts if part is not None], 1) if parts[0] is not None else None
 
 
 def _join(pairs: list[Draws]) -> Draws:

@@ -149,7 +149,8 @@ class GuideDensity:
         if self.joint.plate is None:
             return
         indices = probe_rows(self.num_datapoints)
-        z, _ = self.at(indices).sample(1)
+        local = self.at(indices)
+        z, _ = local.sample_extended(1) if isinstance(local, FactorisedGuide) else local.sample(1)
         if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], len(indices)):
             raise InputError(
                 "guide: a datapoint's log q changes with its place in the batch or with the rows beside it; the guide "

@@ -197,6 +197,10 @@ class JointDensity:
                 columns.append(site.flatten(unconstrained))
         return torch.cat(columns, -1)
 
+    def columns_of(self, z: Tensor, other: "JointDensity") -> Tensor:
+        """The columns of `z` `(*, dim)` that belong to the sites of `other`, as they lie there."""
+        return torch.cat([z[..., self.sites[name].columns] for name in other.sites], -1)
+
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.num_datapoints) if indices is None else indices
 

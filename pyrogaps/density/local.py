@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import TransformedDistribution, biject_to
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf
@@ -63,7 +63,28 @@ class FactorisedGuide:
         """Whether every coordinate is independent of the others."""
         return all(leaf(fn).event_dim == 0 for fn in self.distributions.values())
 
+    @property
+    def num_auxiliary(self) -> int:
+        """How many auxiliary elements a draw has behind its latents, see `AuxiliaryPosterior`."""
+        return sum(getattr(fn, "num_auxiliary", 0) for fn in self.distributions.values())
+
+    def moments(self) -> Draws | None:
+        """Mean and standard deviation `(B, dim)` where every site is Normal in unconstrained space; else None."""
+        columns = {}
+        for term in self.terms:
+            fn = self.distributions[term.name]
+            if type(leaf(fn)).__name__ != "Normal" or self.joint.plate is None:
+                return None
+            columns[term.site.start] = [term.site.flatten(part) for part in (fn.mean, fn.stddev)]
+        means, scales = ([columns[start][k] for start in sorted(columns)] for k in (0, 1))
+        return torch.cat(means, -1), torch.cat(scales, -1)
+
     def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
+        z, log_q = self.sample_extended(num_particles, antithetic)
+        return (z[..., : -self.num_auxiliary], log_q) if self.num_auxiliary else (z, log_q)
+
+    def sample_extended(self, num_particles: int, antithetic: bool = False) -> Draws:
+        """As `sample`, with the auxiliary elements: draws `(S, B, dim + num_auxiliary)`."""
         parts = []
         for term in self.terms:
             fn = self.distributions[term.name]
@@ -71,8 +92,19 @@ class FactorisedGuide:
         return self._assemble(num_particles, parts)
 
     def log_prob(self, z: Tensor) -> Tensor:
+        """log q `(S, B)` of `z` `(S, B, dim + num_auxiliary)`; for an auxiliary posterior, log q(z, v) - log r(v|z)."""
+        if z.shape[-1] != self.joint.dim + self.num_auxiliary:
+            raise NotImplementedError("a guide with auxiliary variables scores no latents alone, only its own draws")
         parts = [(t, fn, place(t, fn, z)) for t in self.terms for fn in [self.distributions[t.name]]]
         return self._assemble(len(z), parts)[1]
+
+    def log_reverse(self, z: Tensor) -> Tensor | None:
+        """log r(v|z) `(S, B)` of extended draws; None for a guide without auxiliary variables."""
+        if not self.num_auxiliary:
+            return None
+        (fn,) = self.distributions.values()
+        (term,) = self.terms
+        return term.site.sum_to_rows(fn.log_reverse(term.site.unflatten(z)), lead=1)
 
     def _assemble(self, num_particles: int, parts: list[tuple[Term, Any, Tensor]]) -> Draws:
         shape = (num_particles, len(self.indices))
@@ -85,7 +117,8 @@ def join_terms(terms: list[Term], scored: list[Draws], active: Tensor | None) ->
     order = sorted(range(len(terms)), key=lambda position: terms[position].site.start)
     z = torch.cat([scored[position][0] for position in order], -1)
     if active is not None:
-        z = torch.where(active, z, torch.zeros_like(z))
+        keep = torch.nn.functional.pad(active, (0, z.shape[-1] - active.shape[-1]), value=True)
+        z = torch.where(keep, z, torch.zeros_like(z))
     return z, sum((log_q for _, log_q in scored[1:]), start=scored[0][1])
 
 
@@ -93,8 +126,14 @@ SYMMETRIC = ("Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Lapla
 
 
 def _draw(fn: Any, num_particles: int, antithetic: bool) -> Tensor:
+    """Draws `(S, *)`; `antithetic` mirrors half of them, or the noise from which a flow makes them."""
+    inner = leaf(getattr(fn, "joint", fn))
+    if antithetic and isinstance(inner, TransformedDistribution):
+        value = _draw(inner.base_dist, num_particles, antithetic)
+        for transform in inner.transforms:
+            value = transform(value)
+        return value
     draw = fn.rsample if fn.has_rsample else fn.sample
-    inner = leaf(fn)
     if antithetic and num_particles % 2 == 0 and (type(inner).__name__ in SYMMETRIC):
         half = draw(torch.Size([num_particles // 2]))
         return torch.cat([half, 2 * inner.loc - half])

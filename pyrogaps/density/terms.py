@@ -123,9 +123,10 @@ def _flat_term(deltas: list[str], messages: dict[str, Any], auxiliary: dict[str,
         helper = auxiliary[name]
         in_plate = joint.plate is None or plate_dim(helper, joint.plate) is not None
         whole = joint.sites if len(deltas) == len(joint.sites) else None
-        if in_plate and whole is not None and helper["value"].shape[-1:] == (size,) and helper["fn"].event_dim == 1:
+        length = size + getattr(helper["fn"], "num_auxiliary", 0)
+        if in_plate and whole is not None and helper["value"].shape[-1:] == (length,) and helper["fn"].event_dim == 1:
             del auxiliary[name]
-            flat_site = Site(name, 0, (size,), -2, 1, 1, 1)
+            flat_site = Site(name, 0, (length,), -2, 1, 1, 1)
             return _term(name, helper, flat_site, joint, unconstrained=True)
     raise InputError(
         f"site '{deltas[0]}': a Delta in the guide has no density, so no gap is defined; use a guide with one, "

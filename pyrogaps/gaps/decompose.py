@@ -26,7 +26,7 @@ from pyrogaps.gaps.parts import Arrays, Parts
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.refine import OwnFamily, Refinement, own_family, refine_chunk
 from pyrogaps.refine.families import Family
-from pyrogaps.refine.own import moments
+from pyrogaps.refine.own import start_of
 from pyrogaps.streams import BLOCK, Chunk, chunks
 
 MAX_OBSERVED = 20_000_000
@@ -147,7 +147,7 @@ class _Work:
 
     def measure(self, chunk: Chunk) -> Arrays:
         self.stage("ELBO of the guide")
-        guide = chunk_log_weights(self.joint, self.density, chunk, self.num_particles, self.seed, "elbo")
+        guide = chunk_log_weights(self.density.joint, self.density, chunk, self.num_particles, self.seed, "elbo")
         elbo, iwae = mean_estimate(guide), log_mean_exp_estimate(guide)
         self.stage("refining the guide's own family")
         refined, converged, kept, traces = [], [], [], []
@@ -160,7 +160,7 @@ class _Work:
                 family, self.evaluator, chunk, self.refinement, self.seed, name, start, self.report
             )
             if name == OWN:
-                own, start = posterior, moments(posterior, chunk, self.seed, chunk.start)
+                own, start = posterior, start_of(posterior, chunk, self.seed)
             weights = chunk_log_weights(
                 self.joint, posterior, chunk, self.num_particles, self.seed, f"refined {name}", chunk.start
             )

@@ -40,7 +40,7 @@ def plot_datapoints(source: Source, figure: FigureBase | None = None, *, num_ima
     """
     dataset = per_datapoint(source)
     worst = _worst(dataset, num_images)
-    images = _images(group(source, "observed", "observed_data"), worst)
+    images = images_of(group(source, "observed", "observed_data"), worst)
     if figure is None:
         figure = new_figure(10 if images is not None else 5.5, 4.4)
     if images is None:
@@ -138,7 +138,7 @@ def _gallery(figure: FigureBase, grid, images: list[np.ndarray], worst: np.ndarr
         ax.set_title(f"{rank}: #{labels[position]}\n{gap[position]:.1f} nats", fontsize=8)
 
 
-def _images(observed: xr.Dataset, positions: np.ndarray) -> list[np.ndarray] | None:
+def images_of(observed: xr.Dataset, positions: np.ndarray) -> list[np.ndarray] | None:
     """The inputs at `positions` as images `(height, width)` or `(height, width, 3)`; None where they are not such."""
     if "x" not in observed or not len(positions):
         return None

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, cast
 
@@ -59,6 +60,18 @@ def _parameters(family: Any) -> list[str]:
         return []
 
 
+@dataclass(frozen=True)
+class Start:
+    """A factorised Gaussian that a further family starts at: means and standard deviations `(B, dim)`.
+
+    `fitted` says whether it is the best of its kind; some families, such as flows, need that.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    fitted: bool
+
+
 class FamilyGuide:
     """A guide of some family for the datapoints of a chunk; see `Refinable`."""
 
@@ -77,16 +90,25 @@ class FamilyGuide:
     def at(self, indices: Tensor) -> LocalGuide:
         return self.density.at(indices)
 
-    def start_at(self, loc: Tensor, scale: Tensor) -> None:
-        """Start near a Gaussian with mean `loc (B, dim)` and standard deviations `scale (B, dim)`, where it can.
+    def start_at(self, start: Start) -> None:
+        """Start at a factorised Gaussian, or near it, where the guide can.
 
         `AutoNormal` can; another guide does if it has a method `start_at(loc, scale)`. A method `units()` that names
         parameters and natural steps for them is heeded.
         """
         if isinstance(self.guide, AutoNormal):
-            _start_auto_normal(self.guide, self.joint, loc, scale)
+            _start_auto_normal(self.guide, self.joint, start.loc, start.scale)
         elif hasattr(self.guide, "start_at"):
-            cast(Any, self.guide).start_at(loc, scale)
+            cast(Any, self.guide).start_at(start.loc, start.scale)
+        self._take_units()
+
+    def start_by(self, start_local: Callable[..., None]) -> None:
+        """Start where `start_local(guide, *args)` puts the guide, given the model's arguments for its datapoints."""
+        with evaluating(self.joint.model), torch.no_grad():
+            start_local(self.guide, *self.joint.fetch(torch.arange(self.joint.num_datapoints)))
+        self._take_units()
+
+    def _take_units(self) -> None:
         units = _auto_normal_units(self.guide) if isinstance(self.guide, AutoNormal) else {}
         if hasattr(self.guide, "units"):
             units = cast(Any, self.guide).units()

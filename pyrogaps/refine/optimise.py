@@ -106,9 +106,23 @@ def _ascend(
         adam.step(gradients, rate, clip if step < CLIP_FRACTION * num_steps else math.inf)
         if step >= num_steps - tail:
             for total, parameter in zip(average, refinable.parameters, strict=True):
-                total += parameter.detach() / tail
+                total.add_(parameter.detach(), alpha=1 / tail)
     keep_where(torch.ones(len(chunk), dtype=torch.bool, device=average[0].device), average, refinable)
     return torch.stack(history)
+
+
+def take_better(
+    refinable: Refinable,
+    other: Refinable,
+    density: BoundDensity,
+    chunk: Chunk,
+    settings: Refinement,
+    seed: int,
+    name: str,
+) -> None:
+    """Put `refinable` at the parameters of `other` for the datapoints whose bound is higher there."""
+    scores = [_mean(_score(guide, density, chunk, settings, seed, name)) for guide in (refinable, other)]
+    keep_where(scores[1] > scores[0], _copy(other), refinable)
 
 
 def _copy(refinable: Refinable) -> list[Tensor]:
@@ -131,18 +145,24 @@ def _path_gradient(
     log_joint = None
     guide = BlockedGuide(refinable, chunk, chunk.start)
     with torch.enable_grad():
-        z, _ = guide.sample(num_particles, seed, stream, step, antithetic=mirrored)
-        if not z.requires_grad:
+        draws, _ = guide.sample_extended(num_particles, seed, stream, step, antithetic=mirrored)
+        if not draws.requires_grad:
             raise InputError("family: its draws have no reparameterised gradient (rsample), so it cannot be refined")
-        point = z.detach().requires_grad_()
+        point = draws.detach().requires_grad_()
         log_q = guide.log_prob(point)
         (score,) = torch.autograd.grad(log_q.sum(), point)
+        z = point.detach()[..., : density.dim].contiguous()
         if measure:
-            (log_joint,), (gradient,) = density(point.detach())
+            (log_joint,), (gradient,) = density(z)
         else:
-            (gradient,) = density.gradients(point.detach())
+            (gradient,) = density.gradients(z)
+        gradient = torch.nn.functional.pad(gradient, (0, draws.shape[-1] - density.dim))
         path = torch.nan_to_num(gradient - score, nan=0.0, posinf=0.0, neginf=0.0)
-        target = (path * z).sum() / num_particles
+        target = (path * draws).sum() / num_particles
+        # A reverse model's own parameters move no draw: they are fitted to the auxiliary variables by likelihood.
+        log_reverse = guide.log_reverse(point.detach())
+        if log_reverse is not None:
+            target = target + log_reverse.sum() / num_particles
         # A guide may use some of its parameters for some of the data only.
         gradients = torch.autograd.grad(target, refinable.parameters, allow_unused=True, materialize_grads=True)
     return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients

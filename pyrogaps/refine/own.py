@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoGuide, AutoNormal
 
-from pyrogaps.density import GuideDensity
+from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
-from pyrogaps.refine.families import FamilyGuide, restrict
+from pyrogaps.refine.families import FamilyGuide, Start, restrict
 from pyrogaps.refine.finetune import FinetunedGuide
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, varying_parameters
 from pyrogaps.refine.local import Refinable
@@ -33,12 +33,16 @@ class OwnFamily:
     family: Callable[[Any], Any] | None = None
     varies: dict[str, set[str]] = field(default_factory=dict)
 
-    def start(self, chunk: Chunk, seed: int) -> Refinable:
-        """A refinable guide for `chunk`, at the guide's own output there."""
-        joint = restrict(self.density.joint, chunk.indices)
+    def start(self, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
+        """A refinable guide for `chunk` of `joint`, the model's own density, at the guide's own output there."""
+        joint = restrict(joint, chunk.indices)
         if self.family is not None:
             guide = FamilyGuide(self.family, joint, seed)
-            guide.start_at(*moments(self.density, chunk, seed))
+            start_local = getattr(self.density.guide, "start_local", None)
+            if start_local is None:
+                guide.start_at(Start(*moments(self.density, chunk, seed), fitted=False))
+            else:
+                guide.start_by(start_local)
             return guide
         if self.kind == "freed":
             with torch.no_grad():
@@ -47,6 +51,13 @@ class OwnFamily:
             local.joint = joint
             return FreedGuide(local, self.varies)
         return FinetunedGuide(self.density, joint, chunk.indices)
+
+    def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
+        """A refinable guide for `chunk` of a family that can start elsewhere, at the Gaussian `start`."""
+        assert self.family is not None
+        guide = FamilyGuide(self.family, restrict(joint, chunk.indices), seed)
+        guide.start_at(start)
+        return guide
 
 
 def own_family(density: GuideDensity) -> OwnFamily:
@@ -72,7 +83,12 @@ def own_family(density: GuideDensity) -> OwnFamily:
 
 
 def moments(density: Any, chunk: Chunk, seed: int, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation `(B, dim)` of a posterior's draws in unconstrained space."""
-    guide = BlockedGuide(density, chunk, offset)
-    draws, _ = guide.sample_all(NUM_MOMENTS, seed, "moments")
-    return draws.mean(0), draws.std(0)
+    """Mean and standard deviation `(B, dim)` of a posterior in unconstrained space."""
+    with torch.no_grad():
+        return BlockedGuide(density, chunk, offset).moments(NUM_MOMENTS, seed, "moments")
+
+
+def start_of(refined: Any, chunk: Chunk, seed: int) -> Start:
+    """The start that the refined guide of a chunk gives further families."""
+    fitted = BlockedGuide(refined, chunk, chunk.start).mean_field
+    return Start(*moments(refined, chunk, seed, chunk.start), fitted=fitted)

@@ -14,14 +14,12 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.refine.families import Family, FamilyGuide, is_family, restrict
+from pyrogaps.refine.families import Family, FamilyGuide, Start, is_family, restrict
 from pyrogaps.refine.local import Refinable
-from pyrogaps.refine.optimise import Progress, Report, optimise
-from pyrogaps.refine.own import OwnFamily, own_family
+from pyrogaps.refine.optimise import Progress, Report, optimise, take_better
+from pyrogaps.refine.own import OwnFamily, own_family, start_of
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.streams import BLOCK, Chunk
-
-Start = tuple[Tensor, Tensor] | None
 
 
 def refine_chunk(
@@ -31,26 +29,41 @@ def refine_chunk(
     settings: Refinement,
     seed: int,
     name: str = "own",
-    start: Start = None,
+    start: Start | None = None,
     report: Report | None = None,
 ) -> tuple[Refinable, Progress]:
     """Refine one chunk: q* of its datapoints, counted from 0, and how it went.
 
-    A further family starts at the Gaussian `start` (means and standard deviations `(B, dim)`), the guide's own at the
-    guide's output. `report(fraction of the work, ELBO (B,))` is called along the way.
+    A further family starts at the Gaussian `start`, the guide's own at the guide's output. Where guides of the family
+    have `starts_from`, another family, that one is refined first: a further family starts at the Gaussian which this
+    amounts to, the guide's own there or at the guide's output, whichever bound is higher.
+    `report(fraction of the work, ELBO (B,))` is called along the way.
     """
-    if isinstance(family, OwnFamily):
-        refinable = family.start(chunk, seed)
-    else:
-        guide = FamilyGuide(family, restrict(evaluator.joint, chunk.indices), seed)
-        if start is not None:
-            guide.start_at(*start)
-        refinable = guide
     evaluate = evaluator.bind(chunk.indices, settings.num_particles)
+
+    def first(family: Family) -> Start:
+        refined, _ = refine_chunk(family, evaluator, chunk, settings, seed, f"{name} start", start)
+        return start_of(refined, chunk, seed)
+
+    if isinstance(family, OwnFamily):
+        refinable = family.start(evaluator.joint, chunk, seed)
+        if before := _starts_from(refinable):
+            there = family.start_at(first(before), evaluator.joint, chunk, seed)
+            take_better(refinable, there, evaluate, chunk, settings, seed, name)
+    else:
+        refinable = FamilyGuide(family, restrict(evaluator.joint, chunk.indices), seed)
+        if (before := _starts_from(refinable)) and not (start and start.fitted):
+            start = first(before)
+        if start is not None:
+            refinable.start_at(start)
     progress = optimise(refinable, evaluate, chunk, settings, seed, name, report)
     for parameter in refinable.parameters:
         parameter.requires_grad_(False)
     return refinable, progress
+
+
+def _starts_from(refinable: Refinable) -> Family | None:
+    return getattr(refinable.guide, "starts_from", None) if isinstance(refinable, FamilyGuide) else None
 
 
 class RefinedGuide:

@@ -3,7 +3,7 @@
 from pyrogaps.training.loop import train
 from pyrogaps.training.schedules import Constant, Cosine, Exponential, Schedule, Staircase
 from pyrogaps.training.settings import Training, TrainingResult
-from pyrogaps.training.weights import load_weights, save_weights
+from pyrogaps.training.weights import load_model_weights, load_weights, save_weights
 
 __all__ = [
     "Constant",
@@ -13,6 +13,7 @@ __all__ = [
     "Staircase",
     "Training",
     "TrainingResult",
+    "load_model_weights",
     "load_weights",
     "save_weights",
     "train",

@@ -85,11 +85,11 @@ class Checkpoint:
             )
 
 
-def fingerprint(settings: Training, *, seed: int, freeze_model: bool, **data: IndexedData | None) -> dict[str, str]:
+def fingerprint(settings: Training, *, seed: int, **data: IndexedData | None) -> dict[str, str]:
     """What two parts of one run must have in common: settings, seed, and the look of each data set."""
     chosen = {name: _describe(value) for name, value in vars(settings).items() if name not in _FREE}
     digests = {name: "none" if item is None else _digest(item) for name, item in data.items()}
-    return {**chosen, **digests, "seed": str(seed), "freeze_model": str(freeze_model)}
+    return {**chosen, **digests, "seed": str(seed)}
 
 
 def _describe(value: Any) -> str:

@@ -72,12 +72,12 @@ def train(
     """
     settings = Training(
         num_epochs, batch_size, learning_rate, schedule, optimizer, optimizer_options or {},
-        kl_warmup, entropy_annealing, clip_norm, num_particles, patience,
+        kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model,
     )  # fmt: skip
     if patience is not None and validation is None:
         raise InputError("training: patience needs validation data")
     with _modes_restored(model, guide):
-        trainer = _Trainer(model, guide, data, validation, settings, seed, freeze_model, device)
+        trainer = _Trainer(model, guide, data, validation, settings, seed, device)
         return trainer.run(checkpoint, progress)
 
 
@@ -92,21 +92,20 @@ class _Trainer:
         validation: Data | None,
         settings: Training,
         seed: int,
-        freeze_model: bool,
         device: torch.device | str | None,
     ) -> None:
         self.model, self.guide, self.settings = model, guide, settings
-        self.seed, self.freeze_model = seed, freeze_model
+        self.seed = seed
         self.device = _place(all_modules(model, guide), device)
         self.data = _on_device(as_indexed(data), device)
         self.validation = None if validation is None else _on_device(as_indexed(validation), device)
         self.batch_size = min(settings.batch_size, len(self.data))
-        self.objective = Objective(model, guide, settings.num_particles)
+        # A guide with auxiliary variables is trained with the model that has a reverse model for them.
+        self.augmented = guide.augment(model) if hasattr(guide, "augment") else model
+        self.objective = Objective(self.augmented, guide, settings.num_particles)
         with self._evaluating("set up"):
             self.optimizer = self._set_up()
-            self.fingerprint = fingerprint(
-                settings, seed=seed, freeze_model=freeze_model, data=self.data, validation=self.validation
-            )
+            self.fingerprint = fingerprint(settings, seed=seed, data=self.data, validation=self.validation)
         loss = self.objective.loss_and_grads
         self.svi = SVI(self.objective.model, self.objective.guide, self.optimizer, loss=loss, loss_and_grads=loss)
 
@@ -115,14 +114,14 @@ class _Trainer:
         size = len(self.data)
         rows = self.batch_size if self.batch_size < size else size - 1
         if rows and (self.batch_size < size or self.validation is not None):
-            check_minibatches(self.model, self.guide, self.data, rows)
+            check_minibatches(self.augmented, self.guide, self.data, rows)
         first = torch.arange(self.batch_size)
         self._evaluate(self.data, first)
         args = self.data.fetch(first)
-        named = trainable_parameters(self.model, self.guide, args, freeze_model=self.freeze_model)
         chosen = self.settings
+        named = trainable_parameters(self.model, self.guide, args, freeze_model=chosen.freeze_model)
         options = {"lr": chosen.learning_rate, **chosen.optimizer_options}
-        return JointOptimizer(chosen.optimizer, options, named, clip_norm=chosen.clip_norm, fixed=self.freeze_model)
+        return JointOptimizer(chosen.optimizer, options, named, clip_norm=chosen.clip_norm, fixed=chosen.freeze_model)
 
     def run(self, path: str | Path | None, progress: bool) -> TrainingResult:
         checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
@@ -227,7 +226,7 @@ class _Trainer:
     @contextmanager
     def _training(self, epoch: int) -> Iterator[None]:
         # A frozen model keeps its buffers, batch statistics among them, as well as its parameters.
-        frozen = {id(module) for module in modules_of(self.model)} if self.freeze_model else set()
+        frozen = {id(module) for module in modules_of(self.model)} if self.settings.freeze_model else set()
         for top in all_modules(self.model, self.guide):
             for module in top.modules():
                 # cuDNN takes gradients through recurrent layers in training mode only.

@@ -79,6 +79,9 @@ def _guide_only(named: dict[str, Tensor], model: Program, guide: Program, args: 
     in_guide = _touched(draws + guide_trace.log_prob_sum(), named)
     guide_trace.detach_()
     in_model = _touched(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args).log_prob_sum(), named)
+    if hasattr(guide, "augment"):
+        extended = poutine.replay(guide.augment(model), trace=guide_trace)
+        in_guide |= _touched(poutine.trace(extended).get_trace(*args).log_prob_sum(), named) - in_model
     if shared := sorted(in_guide & in_model):
         raise InputError(f"training: freeze_model=True, but the guide shares parameter '{shared[0]}' with the model")
     return {name: value for name, value in named.items() if name in in_guide}

@@ -28,6 +28,7 @@ class Training:
     clip_norm: float | None = None
     num_particles: int = 1
     patience: int | None = None
+    freeze_model: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "num_particles"):

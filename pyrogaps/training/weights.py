@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import constraints as pyro_constraints
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
@@ -53,6 +54,45 @@ def load_weights(path: str | Path, model: Program, guide: Program, data: Data | 
         put_weights(content["weights"], model, guide, unknown_modules="refuse" if data is None else "ignore")
     except InputError as error:
         raise InputError(f"checkpoint {path}: {error}") from error
+
+
+def load_model_weights(path: str | Path, model: Program, guide: Program, data: Data | None = None) -> None:
+    """Put the weights of the model alone from `path` into `model`, whatever guide they were trained with.
+
+    `guide` keeps its own. Arguments and files otherwise as for `load_weights`.
+
+    Raises `InputError` where the file is missing, damaged, or holds another model's weights, and where model and guide
+    are, or close over, one module.
+    """
+    content = read_file(path)["weights"]
+    modules = all_modules(model, model)
+    if {id(module) for module in modules} & {id(module) for module in modules_of(guide)}:
+        raise InputError(
+            f"model weights {path}: model and guide share a module here, so their weights cannot be parted"
+        )
+    try:
+        if len(content["modules"]) < len(modules):
+            raise InputError("it does not fit the model: it holds too few modules")
+        # The model's modules come first, see `all_modules`; a guide's parameters in the store have other names.
+        content = {**content, "modules": content["modules"][: len(modules)]}
+        names = [] if data is None else _loose_parameters(model, data)
+        if lacking := [name for name in names if name not in content["store"]]:
+            raise InputError(f"it does not fit the model: the checkpoint lacks '{lacking[0]}'")
+        for part in ("store", "constraints"):
+            content[part] = {name: content[part][name] for name in names}
+        put_weights(content, model, model)
+    except InputError as error:
+        raise InputError(f"model weights {path}: {error}") from error
+
+
+def _loose_parameters(model: Program, data: Data) -> list[str]:
+    """Names of the parameters in the store that `model` registers and that are no module's own."""
+    indexed = as_indexed(data)
+    owned = {id(value) for module in modules_of(model) for value in module.parameters()}
+    with torch.no_grad(), seeded(0, "set up"), poutine.trace(param_only=True) as capture:
+        model(*indexed.fetch(torch.arange(min(len(indexed), 2))))
+    sites: dict[str, Any] = {name: site for name, site in capture.trace.nodes.items() if site["type"] == "param"}
+    return [name for name, site in sites.items() if id(site["value"].unconstrained()) not in owned]
 
 
 def _run_once(model: Program, guide: Program, data: Data) -> None:

@@ -1,0 +1,150 @@
+"""Flow guides on halves of the latent vector: amortized, and with one set of flow weights for every datapoint."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from pyro.infer.autoguide.initialization import init_to_feasible
+from torch import Tensor, nn
+
+from pyrogaps.errors import InputError
+from pyrogaps.guides.amortized import Amortized
+from pyrogaps.guides.couplings import (
+    AutoLocalNetworks,
+    CouplingNetwork,
+    ShiftAndLogScale,
+    coupling_flow,
+    first_weights,
+    local_weights,
+)
+
+
+class AmortizedFlow(Amortized):
+    r"""q(z|x): a Normal whose halves are moved, in turn, by affine couplings of the other half.
+
+    $$z = m(x) + s(x) \odot T_x(\epsilon), \quad \epsilon \sim \mathcal N(0, I)$$
+
+    The networks of $T_x$ have weights shared by all x and read a half where it is, $m + s \odot \epsilon$, so that the
+    flow bends the Normal differently in different places. This is the flow without auxiliary variable of Cremer, Li
+    and Duvenaud (arXiv:1801.03558): `num_steps` steps of two couplings, one hidden tanh layer of `flow_hidden` units;
+    in place of their gate, scales are bounded both ways.
+
+    A Pyro guide: `guide(x)`, arguments, sites and errors otherwise as in `AmortizedNormal`; it starts as one.
+    """
+
+    def __init__(
+        self,
+        data_dim: int = 64,
+        latent_dim: int = 8,
+        hidden: Sequence[int] = (100, 100),
+        activation: str = "ELU",
+        min_scale: float = 1e-4,
+        num_steps: int = 2,
+        flow_hidden: int = 50,
+        features: nn.Module | None = None,
+    ) -> None:
+        super().__init__(data_dim, latent_dim, hidden, activation, min_scale, 2 * latent_dim, features)
+        check_sizes(self, latent_dim, num_steps, flow_hidden)
+        self.num_steps, self.flow_hidden = num_steps, flow_hidden
+        sizes = _sizes(latent_dim, num_steps)
+        self.networks = nn.ModuleList(CouplingNetwork(read, moved, flow_hidden) for read, moved in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the guide on `x` `(N, *event)`; returns z, shape `(N, latent_dim)`."""
+        with pyro.plate("data", len(x)):
+            z: Tensor = pyro.sample("z", self.posterior(x))
+        return z
+
+    def posterior(self, x: Tensor) -> dist.TransformedDistribution:
+        """q(z|x) of `x` `(N, *event)`, batch shape `(N,)`."""
+        loc, scale = self.parameters_of(x)
+        halves = _halves(loc, scale)
+        networks = [partial(read_at, network, *halves[k % 2]) for k, network in enumerate(self.networks)]
+        return coupling_flow(networks, loc, scale, self.latent_dim // 2)
+
+    def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """m(x) and s(x), each `(N, latent_dim)`."""
+        loc, raw = self.encode(x).chunk(2, -1)
+        return loc, self.positive(raw)
+
+    def local_family(self, model: Any, plate: str | None = None) -> "AutoLocalFlow":
+        """The family of this guide, for every datapoint its own m, s and weights."""
+        return AutoLocalFlow(model, plate=plate, num_steps=self.num_steps, hidden=self.flow_hidden)
+
+    def start_local(self, guide: "AutoLocalFlow", x: Tensor) -> None:
+        """Start `guide`, one of the local family set up on `x`, at this guide's q(z|x)."""
+        loc, scale = self.parameters_of(x)
+        halves = _halves(loc, scale)
+        guide.start_at(loc, scale)
+        for k, network in enumerate(self.networks):
+            at, spread = halves[k % 2]
+            guide.start_network(f"{k}", local_weights(network, spread, at))  # type: ignore[arg-type]
+
+
+class AutoLocalFlow(AutoLocalNetworks):
+    r"""A coupling flow for every datapoint, over all its latent sites in unconstrained space.
+
+    $$z_n = m_n + s_n \odot T_n(\epsilon), \quad \epsilon \sim \mathcal N(0, I)$$
+
+    $T_n$: `num_steps` steps of two affine couplings of halves (Dinh et al., arXiv:1605.08803), networks with one hidden
+    tanh layer of `hidden` units, all weights and biases the datapoint's own. It starts as a Normal with independent
+    coordinates. Further arguments and errors as for `AutoLocal`; one latent dimension has no halves and is refused.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_steps: int = 2,
+        hidden: int = 50,
+        plate: str | None = None,
+        init_loc_fn: Any = init_to_feasible,
+        init_scale: float = 0.1,
+        create_plates: Any = None,
+    ) -> None:
+        super().__init__(
+            model, plate=plate, init_loc_fn=init_loc_fn, init_scale=init_scale, create_plates=create_plates
+        )
+        self._num_steps, self._hidden = num_steps, hidden
+
+    def setup_posterior(self, loc: Tensor) -> None:
+        dim = loc.shape[-1]
+        check_sizes(self, dim, self._num_steps, self._hidden)
+        sizes = enumerate(_sizes(dim, self._num_steps))
+        self.setup_networks({f"{k}": first_weights(read, moved, self._hidden, loc) for k, (read, moved) in sizes})
+
+    def get_posterior(self) -> dist.TransformedDistribution:
+        return coupling_flow(list(self.networks().values()), self.loc, self.scale, self.loc.shape[-1] // 2)
+
+
+def check_sizes(guide: Any, dim: int, num_steps: int, hidden: int) -> None:
+    """Refuse a flow without couplings, units, or halves."""
+    name = type(guide).__name__
+    if num_steps < 1 or hidden < 1:
+        raise InputError(f"{name}: a flow needs at least one step and one hidden unit, got {num_steps} and {hidden}")
+    if dim < 2:
+        raise InputError(
+            f"{name}: one latent dimension has no halves to couple; use the flow with an auxiliary variable"
+        )
+
+
+def _sizes(dim: int, num_steps: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of the coupling networks, two to a step."""
+    half = dim // 2
+    return [(half, dim - half), (dim - half, half)] * num_steps
+
+
+def _halves(*vectors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The first halves of some vectors `(*batch, dim)`, and the second."""
+    half = vectors[0].shape[-1] // 2
+    return [tuple(v[..., :half] for v in vectors), tuple(v[..., half:] for v in vectors)]
+
+
+def read_at(
+    network: nn.Module, loc: Tensor, scale: Tensor, inputs: Tensor, context: Tensor | float = 0.0
+) -> ShiftAndLogScale:
+    """What a `CouplingNetwork` gives that reads `inputs` where they lie, at `loc + scale * inputs`."""
+    outputs: ShiftAndLogScale = network(loc + scale * inputs, context)
+    return outputs

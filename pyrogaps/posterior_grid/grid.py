@@ -1,0 +1,183 @@
+"""`posterior_grid`: the true posterior and every guide, as densities on one grid per datapoint."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrogaps.bounds import Plate, posterior_of
+from pyrogaps.density import Data, JointDensity
+from pyrogaps.density.draws import Posterior
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+from pyrogaps.posterior_grid.modes import count_modes
+from pyrogaps.posterior_grid.quadrature import Array, around, integrate
+from pyrogaps.posterior_grid.scoring import Scorer, array, extent, in_rows
+from pyrogaps.streams import seeded
+
+TRUE = "true posterior"
+# A guide's gap is an integral over the grid: it is given where the grid holds the guide's mass to within this.
+MASS_TOLERANCE = 0.01
+
+
+def posterior_grid(
+    model: Program,
+    guides: Mapping[str, Program | Posterior],
+    data: Data,
+    *,
+    datapoints: Sequence[int] | None = None,
+    num_points: int = 200,
+    plate: Plate = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    r"""Evaluate p(z|x_n) and each q(z|x_n) on a grid of the two latent dimensions, in unconstrained space.
+
+    $$p(z \mid x_n) = p(x_n, z) / p(x_n), \quad p(x_n) = \int p(x_n, z) \, dz \text{ by quadrature}$$
+
+    so that log p(x_n) is exact up to `log_evidence_error`: a reference for AIS and every bound. Each datapoint has a
+    window of its own that holds its posterior and its guides. A guide that gives draws but no density at a point (one
+    with auxiliary variables) is shown by a kernel density of 20,000 draws.
+
+    Args:
+        model, data, plate: as for `JointDensity`; two latent dimensions in all.
+        guides: by name, Pyro guides, `GuideDensity`s, or what `refine` returned for these `data`.
+        datapoints: indices of those to evaluate; default all.
+        num_points: points along each dimension.
+        seed: of the draws that windows and kernel densities are made from.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A Dataset over "datapoint", "posterior" (the first is "true posterior"), "z_1", "z_2", with
+
+        - `density`: per unit of area, and its coordinates `grid_1` (datapoint, z_1), `grid_2` (datapoint, z_2);
+        - `log_evidence` and `log_evidence_error` (datapoint): log p(x_n) by quadrature, nats, and how far half the
+          resolution is from it;
+        - `gap` (datapoint, posterior): log p(x_n) - L[q] = KL(q || p(z|x_n)), nats, by quadrature on this grid; NaN
+          where q cannot be scored or the grid misses a hundredth of its mass;
+        - `mass`: the share of each posterior on the grid; `num_modes`: how many modes it has there;
+        - `x`: the datapoints, where `data` is one tensor.
+
+    Raises:
+        InputError: where the latent space has not two dimensions, or p(x_n, z) cannot be integrated.
+    """
+    joint = JointDensity(model, data, plate)
+    _refuse_other_dimensions(joint)
+    if num_points < 10:
+        raise InputError(f"num_points: a grid needs at least 10 points along each dimension, got {num_points}")
+    number = joint.num_datapoints
+    posteriors = {n: _posterior(n, model, guide, data, plate, number) for n, guide in _named(guides).items()}
+    indices = _indices(datapoints, number)
+    panels = []
+    for index in tqdm(indices, desc="posteriors on a grid", disable=not progress, dynamic_ncols=True):
+        with seeded(seed, "posterior grid", index, device=joint.device), torch.no_grad():
+            panels.append(_Panel(joint, posteriors, index).evaluate(num_points))
+    variables = {name: (DIMS[name], np.stack([panel[name] for panel in panels])) for name in DIMS}
+    variables |= _observed(data, indices, joint)
+    names = [TRUE, *posteriors]
+    dataset = xr.Dataset(variables, {"datapoint": indices, "posterior": names}).set_coords(["grid_1", "grid_2"])
+    for name in ("log_evidence", "log_evidence_error", "gap"):
+        dataset[name].attrs["units"] = "nats"
+    return dataset
+
+
+PER_POSTERIOR = ("datapoint", "posterior")
+DIMS: dict[str, tuple[str, ...]] = {
+    "density": (*PER_POSTERIOR, "z_1", "z_2"),
+    "grid_1": ("datapoint", "z_1"),
+    "grid_2": ("datapoint", "z_2"),
+    "log_evidence": ("datapoint",),
+    "log_evidence_error": ("datapoint",),
+    "gap": PER_POSTERIOR,
+    "mass": PER_POSTERIOR,
+    "num_modes": PER_POSTERIOR,
+}
+
+
+def _refuse_other_dimensions(joint: JointDensity) -> None:
+    if joint.dim != 2:
+        sites = ", ".join(f"'{name}' {site.size}" for name, site in joint.sites.items())
+        raise InputError(f"model: a grid needs two latent dimensions, this model has {joint.dim} (sites: {sites})")
+
+
+def _named(guides: Any) -> Mapping[str, Program | Posterior]:
+    if not isinstance(guides, Mapping):
+        raise InputError(f"guides: expected a mapping of names to guides, got {type(guides).__name__}")
+    if TRUE in guides:
+        raise InputError(f"guides: '{TRUE}' is the name of the exact one; choose another")
+    return guides
+
+
+def _posterior(
+    name: str, model: Program, guide: Program | Posterior, data: Data, plate: Plate, number: int
+) -> Posterior:
+    _, posterior = posterior_of(model, guide, data, plate)
+    held = posterior.joint.num_datapoints  # type: ignore[attr-defined]
+    if held != number:
+        raise InputError(f"guides: '{name}' is a posterior of {held} datapoints, the data are {number}")
+    return posterior
+
+
+def _indices(datapoints: Sequence[int] | None, number: int) -> list[int]:
+    indices = list(range(number)) if datapoints is None else [int(index) for index in datapoints]
+    outside = [index for index in indices if not 0 <= index < number]
+    if outside or not indices:
+        raise InputError(f"datapoints: expected indices from 0 to {number - 1}, got {outside[:5] or 'none'}")
+    return indices
+
+
+class _Panel:
+    """One datapoint's densities; call it inside `seeded` and `no_grad`."""
+
+    def __init__(self, joint: JointDensity, posteriors: Mapping[str, Posterior], index: int) -> None:
+        self.joint, self.index = joint, torch.tensor([index])
+        self.name = f"datapoint {index}"
+        self.guides = {name: Scorer(joint, posterior, self.index) for name, posterior in posteriors.items()}
+
+    def evaluate(self, num_points: int) -> dict[str, Any]:
+        guides = [guide.window for guide in self.guides.values()]
+        prior = array(self.joint.sample_prior(1024, self.index)[:, 0])
+        exact = integrate(self.log_joint, around(extent(prior, self.name), *guides), self.name)
+        window = around(exact.body, *guides)
+        axes, cell = window.axes(num_points), window.cell(num_points)
+        log_p = self.log_joint(window.points(num_points)) - exact.log_evidence
+        densities, gaps = [np.exp(log_p)], [0.0]
+        for guide in self.guides.values():
+            density, log_q = guide.on(window, num_points)
+            densities.append(density)
+            gaps.append(_divergence(density, log_q, log_p, cell))
+        grids = np.stack(densities).reshape(-1, num_points, num_points)
+        return {
+            "density": grids,
+            "grid_1": axes[0],
+            "grid_2": axes[1],
+            "log_evidence": exact.log_evidence,
+            "log_evidence_error": exact.error,
+            "gap": np.array(gaps),
+            "mass": grids.sum((1, 2)) * cell,
+            "num_modes": np.array([count_modes(grid) for grid in grids]),
+        }
+
+    def log_joint(self, points: Array) -> Array:
+        return in_rows(lambda z: self.joint(z, self.index), points, self.joint)
+
+
+def _divergence(density: Array, log_q: Array | None, log_p: Array, cell: float) -> float:
+    """KL(q || p) as a sum over the grid; NaN where that is not the integral."""
+    if log_q is None or abs(density.sum() * cell - 1) > MASS_TOLERANCE:
+        return np.nan
+    held = density > 0
+    return float((density[held] * (log_q[held] - log_p[held])).sum() * cell)
+
+
+def _observed(data: Data, indices: list[int], joint: JointDensity) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """The datapoints themselves, where they are rows of one tensor."""
+    tensor = data[0] if isinstance(data, tuple) and len(data) == 1 else data
+    if not isinstance(tensor, Tensor) or joint.plate is None:
+        return {}
+    x = tensor[indices].detach().cpu().numpy()
+    return {"x": (("datapoint", *(f"x_dim_{k}" for k in range(x.ndim - 1))), x)}
