@@ -11,6 +11,7 @@ from torch.distributions import transform_to
 from pyrogaps.density import JointDensity
 from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import FactorisedGuide, Term
+from pyrogaps.refine.families import Start
 
 FREE_PARAMETERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "Normal": (dist.Normal, ("loc", "scale")),
@@ -87,6 +88,20 @@ class FreedGuide:
             self.axes.append((axis - _event_dims(inner, name)) % value.dim() if self.joint.plate is not None else 0)
             self.units.append(_unit(inner, name, value))
         return _FreedSite(term, build, event_dims, constants, freed, transforms, axis)
+
+    def start_at(self, start: Start) -> bool:
+        """Start at a factorised Gaussian; whether it can, which it does where all its sites are free Normals."""
+        if any(site.build is not dist.Normal or set(site.freed) != {"loc", "scale"} for site in self.sites):
+            return False
+        for site in self.sites:
+            values = {"loc": start.loc, "scale": start.scale.clamp(min=1e-6)}
+            shaped = {name: site.term.site.unflatten(value) for name, value in values.items()}
+            for name, position in site.freed.items():
+                parameter = self.parameters[position]
+                with torch.no_grad():
+                    parameter.copy_(site.transforms[name].inv(shaped[name].reshape(parameter.shape)))
+            self.units[site.freed["loc"]] = shaped["scale"].reshape(self.parameters[site.freed["loc"]].shape).clone()
+        return True
 
     def at(self, indices: Tensor) -> FactorisedGuide:
         """The guide at positions `indices` of the chunk, differentiable in `parameters`."""

@@ -119,10 +119,12 @@ def take_better(
     settings: Refinement,
     seed: int,
     name: str,
-) -> None:
-    """Put `refinable` at the parameters of `other` for the datapoints whose bound is higher there."""
+) -> Tensor:
+    """Put `refinable` at the parameters of `other` for the datapoints whose bound is higher there: `(B,)`."""
     scores = [_mean(_score(guide, density, chunk, settings, seed, name)) for guide in (refinable, other)]
-    keep_where(scores[1] > scores[0], _copy(other), refinable)
+    better = scores[1] > scores[0]
+    keep_where(better, _copy(other), refinable)
+    return better
 
 
 def _copy(refinable: Refinable) -> list[Tensor]:

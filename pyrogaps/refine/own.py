@@ -11,6 +11,7 @@ from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
+from pyrogaps.errors import InputError
 from pyrogaps.refine.families import FamilyGuide, Start, restrict
 from pyrogaps.refine.finetune import FinetunedGuide
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, varying_parameters
@@ -53,11 +54,18 @@ class OwnFamily:
         return FinetunedGuide(self.density, joint, chunk.indices)
 
     def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
-        """A refinable guide for `chunk` of a family that can start elsewhere, at the Gaussian `start`."""
-        assert self.family is not None
-        guide = FamilyGuide(self.family, restrict(joint, chunk.indices), seed)
-        guide.start_at(start)
-        return guide
+        """A refinable guide for `chunk` at the Gaussian `start`; raises `InputError` where it cannot start there."""
+        if self.family is not None:
+            guide = FamilyGuide(self.family, restrict(joint, chunk.indices), seed)
+            guide.start_at(start)
+            return guide
+        freed = self.start(joint, chunk, seed)
+        if not (isinstance(freed, FreedGuide) and freed.start_at(start)):
+            raise InputError(
+                "refinement.num_starts: this guide can be refined from its own output alone, because its family has "
+                "distributions other than Normals or none that can be freed; leave it at 1"
+            )
+        return freed
 
 
 def own_family(density: GuideDensity) -> OwnFamily:

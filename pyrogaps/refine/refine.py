@@ -1,6 +1,7 @@
 """`refine`: per-datapoint guides for a whole data set."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -18,6 +19,7 @@ from pyrogaps.refine.families import Family, FamilyGuide, Start, is_family, rest
 from pyrogaps.refine.local import Refinable
 from pyrogaps.refine.optimise import Progress, Report, optimise, take_better
 from pyrogaps.refine.own import OwnFamily, own_family, start_of
+from pyrogaps.refine.restarts import prior_start
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.streams import BLOCK, Chunk
 
@@ -45,21 +47,42 @@ def refine_chunk(
         refined, _ = refine_chunk(family, evaluator, chunk, settings, seed, f"{name} start", start)
         return start_of(refined, chunk, seed)
 
+    restart = True
     if isinstance(family, OwnFamily):
         refinable = family.start(evaluator.joint, chunk, seed)
         if before := _starts_from(refinable):
             there = family.start_at(first(before), evaluator.joint, chunk, seed)
             take_better(refinable, there, evaluate, chunk, settings, seed, name)
+            restart = False
     else:
         refinable = FamilyGuide(family, restrict(evaluator.joint, chunk.indices), seed)
-        if (before := _starts_from(refinable)) and not (start and start.fitted):
-            start = first(before)
+        if before := _starts_from(refinable):
+            start = start if start and start.fitted else first(before)
+            restart = False
         if start is not None:
             refinable.start_at(start)
     progress = optimise(refinable, evaluate, chunk, settings, seed, name, report)
+    # A family that starts from another one has had its further starts there.
+    for attempt in range(1, settings.num_starts if restart else 1):
+        elsewhere = prior_start(evaluator, chunk, seed, name, attempt)
+        other = _started(family, elsewhere, evaluator, chunk, seed)
+        its = optimise(other, evaluate, chunk, settings, seed, f"{name} {attempt}")
+        better = take_better(refinable, other, evaluate, chunk, settings, seed, name)
+        converged = torch.where(better, its.converged, progress.converged)
+        progress = replace(progress, converged=converged, kept_start=progress.kept_start & ~better)
     for parameter in refinable.parameters:
         parameter.requires_grad_(False)
     return refinable, progress
+
+
+def _started(
+    family: OwnFamily | Family, start: Start, evaluator: GradientEvaluator, chunk: Chunk, seed: int
+) -> Refinable:
+    if isinstance(family, OwnFamily):
+        return family.start_at(start, evaluator.joint, chunk, seed)
+    guide = FamilyGuide(family, restrict(evaluator.joint, chunk.indices), seed)
+    guide.start_at(start)
+    return guide
 
 
 def _starts_from(refinable: Refinable) -> Family | None:

@@ -14,6 +14,8 @@ class Refinement:
         num_particles: draws per step and datapoint, in mirrored pairs where the family is symmetric.
         learning_rate: the first step's, in units of the posterior's own scale where the family tells it; it decays by a
             cosine to a thousandth.
+        num_starts: how often refinement is begun: at the guide's own output first, then each time at the best of 256
+            draws from the prior; of the optima found the best is kept. For posteriors with several modes.
         num_selection: draws on which the refined and the starting guide are compared; where refinement ended below its
             start, the start is kept.
         tolerance: a datapoint counts as converged when another tenth of the steps (50 at least), begun at the full
@@ -23,11 +25,12 @@ class Refinement:
     num_steps: int = 1000
     num_particles: int = 8
     learning_rate: float = 0.05
+    num_starts: int = 1
     num_selection: int = 256
     tolerance: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "num_particles", "num_selection"):
+        for name in ("num_steps", "num_particles", "num_starts", "num_selection"):
             if getattr(self, name) < 1:
                 raise InputError(f"refinement.{name}: must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
