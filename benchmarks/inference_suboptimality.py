@@ -8,18 +8,16 @@ lies in `--runs` when it is done, so that a run that was stopped continues, and 
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyro
-import xarray as xr
 from torch import Tensor
 
 import pyrogaps as pg
-from benchmarks.reporting import RESULTS, machine
+from benchmarks.reporting import RESULTS, kept_ledger, machine, write_whole
 from benchmarks.suboptimality_page import page
 from pyrogaps import GapLedger
 from pyrogaps.building import DataSet, build_data, build_families, build_programs
@@ -52,12 +50,17 @@ def column_recipe(name: str, num_epochs: int | None = None, num_images: int | No
     return resolve(document)
 
 
-def trained(recipe: Recipe, folder: Path, *, progress: bool) -> tuple[Program, Program, DataSet]:
-    """The pair of `recipe` with its weights, trained where `folder` does not hold them yet, and the data."""
+def untrained(recipe: Recipe) -> tuple[Program, Program, DataSet]:
+    """The pair of `recipe` with the weights that its seed gives, and the data."""
     data, _ = build_data(recipe)
     pyro.clear_param_store()
     pyro.set_rng_seed(recipe.seed)
-    model, guide = build_programs(recipe)
+    return *build_programs(recipe), data
+
+
+def trained(recipe: Recipe, folder: Path, *, progress: bool) -> tuple[Program, Program, DataSet]:
+    """The pair of `recipe` with its weights, trained where `folder` does not hold them yet, and the data."""
+    model, guide, data = untrained(recipe)
     weights = folder / "checkpoint.pt"
     if weights.exists():
         load_weights(weights, model, guide, data.train)
@@ -82,30 +85,35 @@ def trained(recipe: Recipe, folder: Path, *, progress: bool) -> tuple[Program, P
 
 def evaluated(recipe: Recipe, folder: Path, model: Program, guide: Program, data: DataSet, part: str) -> GapLedger:
     """The ledger of the recipe's number of "test" or "train" images, computed where `folder` does not hold it yet."""
-    path = folder / f"{part}.nc"
-    if not path.exists():
+
+    def measure() -> GapLedger:
         source = data.evaluated if part == "test" else data.train
         assert isinstance(source, Tensor)
-        ledger = pg.decompose(
-            model,
-            guide,
-            source[: recipe.split.num_datapoints],
-            families=build_families(recipe),
-            evidence=recipe.evidence,
-            refinement=recipe.refinement,
-            num_particles=recipe.num_particles,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            cache=folder / f"{part}-parts",
-        )
+        ledger = decomposed(recipe, model, guide, source[: recipe.split.num_datapoints], cache=folder / f"{part}-parts")
         bound = pg.iwae(
             model, guide, source[: recipe.split.num_datapoints], num_particles=NUM_IWAE, seed=recipe.seed + 1
         )
         ledger.per_datapoint["iwae_5000"] = "datapoint", bound.value.cpu().numpy()
         ledger.per_datapoint["iwae_5000_mcse"] = "datapoint", bound.mcse.cpu().numpy()
-        write_whole(path, lambda to: ledger.to_datatree().to_netcdf(to, engine="h5netcdf"))
-    with xr.open_datatree(path, engine="h5netcdf") as tree:
-        return GapLedger.from_datatree(tree.load())
+        return ledger
+
+    return kept_ledger(folder / f"{part}.nc", measure)
+
+
+def decomposed(recipe: Recipe, model: Program, guide: Program, x: Tensor, *, cache: Path | None = None) -> GapLedger:
+    """The ledger of `x` as `recipe` asks for it; `cache` is a folder for its finished chunks."""
+    return pg.decompose(
+        model,
+        guide,
+        x,
+        families=build_families(recipe),
+        evidence=recipe.evidence,
+        refinement=recipe.refinement,
+        num_particles=recipe.num_particles,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        cache=cache,
+    )
 
 
 def certified(recipe: Recipe, folder: Path, model: Program, data: DataSet) -> dict[str, float]:
@@ -165,13 +173,6 @@ def statistics(ledger: GapLedger) -> Iterator[tuple[str, object]]:
     yield "num_images", len(per["datapoint"])
     for name, family in (("flow", flow), ("ffg", mean_field)):
         yield f"converged_{name}", float(per["converged"].sel(family=family).mean())
-
-
-def write_whole(path: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file that appears at `path` whole or not at all."""
-    temporary = path.with_name(f".unfinished-{path.name}")
-    save(temporary)
-    os.replace(temporary, path)
 
 
 def main() -> None:

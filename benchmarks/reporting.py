@@ -1,13 +1,16 @@
-"""What the benchmarks share: the machine in words, a table on the screen, the same rows as CSV."""
+"""What the benchmarks share: the machine in words, tables on the screen and as CSV, ledgers kept on disk."""
 
 import csv
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import xarray as xr
+
+from pyrogaps import GapLedger
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,3 +52,19 @@ def report(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequenc
 
 def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def kept_ledger(path: Path, measure: Callable[[], GapLedger]) -> GapLedger:
+    """The ledger in the file `path`, measured and written there where it does not lie there yet."""
+    if not path.exists():
+        tree = measure().to_datatree()
+        write_whole(path, lambda to: tree.to_netcdf(to, engine="h5netcdf"))
+    with xr.open_datatree(path, engine="h5netcdf") as tree:
+        return GapLedger.from_datatree(tree.load())
+
+
+def write_whole(path: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a file that appears at `path` whole or not at all."""
+    temporary = path.with_name(f".unfinished-{path.name}")
+    save(temporary)
+    os.replace(temporary, path)

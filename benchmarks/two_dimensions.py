@@ -18,8 +18,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import pyrogaps as pg
-from benchmarks.inference_suboptimality import column_recipe, trained
-from benchmarks.reporting import RESULTS, machine, report
+from benchmarks.inference_suboptimality import column_recipe, decomposed, trained
+from benchmarks.reporting import RESULTS, kept_ledger, machine, report
 from pyrogaps.bounds import densities
 from pyrogaps.building import build_families
 from pyrogaps.capture import GradientEvaluator
@@ -32,27 +32,6 @@ from pyrogaps.streams import Chunk
 
 AMORTIZED, MEAN_FIELD, FLOW = "amortized FFG", "optimal FFG", "optimal flow"
 WORST_AMORTIZED, WORST_APPROXIMATED, TYPICAL = "largest amortization gap", "largest approximation gap", "typical"
-
-
-def decomposed(recipe: Recipe, model: Program, guide: Program, x: Tensor, folder: Path) -> pg.GapLedger:
-    """The ledger of `x`, from `folder` where it lies there."""
-    file = folder / f"ledger-{len(x)}.nc"
-    if not file.exists():
-        ledger = pg.decompose(
-            model,
-            guide,
-            x,
-            families=build_families(recipe),
-            evidence=recipe.evidence,
-            refinement=recipe.refinement,
-            num_particles=recipe.num_particles,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            cache=folder / f"parts-{len(x)}",
-        )
-        ledger.to_datatree().to_netcdf(file, engine="h5netcdf")
-    with xr.open_datatree(file, engine="h5netcdf") as tree:
-        return pg.GapLedger.from_datatree(tree.load())
 
 
 def best_mean_field(cell: xr.Dataset, num_starts: int = 12) -> float:
@@ -226,7 +205,10 @@ def main() -> None:
     model, guide, data = trained(recipe, options.runs, progress=True)
     assert isinstance(data.evaluated, Tensor)
     x = data.evaluated[: options.images]
-    ledger = decomposed(recipe, model, guide, x, options.runs)
+    ledger = kept_ledger(
+        options.runs / f"ledger-{len(x)}.nc",
+        lambda: decomposed(recipe, model, guide, x, cache=options.runs / f"parts-{len(x)}"),
+    )
     print(ledger)
 
     choice = chosen(model, x, ledger)

@@ -7,7 +7,6 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import AffineCoupling, Permute
-from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, constraints
@@ -116,8 +115,6 @@ class AutoLocalNetworks(AutoLocal):
     """
 
     weights: Any
-    # Weights of a flow and the place it bends are hard to find together: it starts where a Normal fits best.
-    starts_from = AutoNormal
 
     def setup_networks(self, networks: dict[str, Weights]) -> None:
         """Make the weights of `networks`, by name, see `local_network`, a parameter of this guide."""

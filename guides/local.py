@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.nn import PyroParam
 from torch import Tensor
@@ -70,6 +70,8 @@ class AutoLocal(AutoGuide):
         self._plate = plate
         self._init_scale = init_scale
 
+    # What bends or correlates a posterior is hard to find together with its place: start where AutoNormal fits best.
+    starts_from = AutoNormal
     prototype_trace: Any
     loc: Any
     scale: Any
