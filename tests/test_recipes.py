@@ -1,0 +1,99 @@
+"""Recipes that extend others, and what the command says to flows that cannot be used."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pyrogaps.building import build_programs
+from pyrogaps.errors import InputError
+from pyrogaps.eval import main
+from pyrogaps.guides.flows import AmortizedFlow
+from pyrogaps.recipe import read_document, resolve
+
+SMALL = (
+    "--data.init_args.num_train 60 --data.init_args.num_validation 10 --data.init_args.num_test 4 --split.num_datapoints 4 --quiet"
+)
+FLOW = "--guide.class_path pyrogaps.guides.flows.AmortizedFlow"
+
+
+def recipe_file(folder: Path, name: str, document: object) -> str:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return str(path)
+
+
+def test_mappings_merge_and_everything_else_is_replaced(tmp_path: Path) -> None:
+    path = recipe_file(
+        tmp_path,
+        "mine",
+        {
+            "extends": "digits",
+            "guide": {"class_path": "pyrogaps.guides.flows.AmortizedFlow", "init_args": {"hidden": [16, 16]}},
+            "training": {"num_epochs": 3},
+            "families": {"full-covariance": None},
+        },
+    )
+    recipe, base = resolve(read_document(path)), resolve(read_document("digits"))
+    assert recipe.guide is not None
+    assert recipe.guide.init_args == {"data_dim": 64, "latent_dim": 8, "hidden": [16, 16]}
+    assert recipe.training is not None
+    assert (recipe.training.num_epochs, recipe.training.kl_warmup) == (3, 20)
+    assert list(recipe.families) == ["mean-field"]
+    assert recipe.model == base.model
+
+
+def test_files_extend_files_beside_them(tmp_path: Path) -> None:
+    recipe_file(tmp_path, "base", {"extends": "digits", "seed": 3})
+    path = recipe_file(tmp_path, "mine", {"extends": "base.yaml", "num_particles": 50})
+    recipe = resolve(read_document(path))
+    assert (recipe.seed, recipe.num_particles, recipe.batch_size) == (3, 50, 64)
+
+
+def test_a_circle_is_refused(tmp_path: Path) -> None:
+    recipe_file(tmp_path, "one", {"extends": "two.yaml"})
+    path = recipe_file(tmp_path, "two", {"extends": "one.yaml"})
+    with pytest.raises(InputError, match="extends itself"):
+        read_document(path)
+
+
+@pytest.mark.parametrize(("base", "said"), [("nothing", "no recipe 'nothing'"), (3, "extends: expected the name")])
+def test_bases_that_are_none(base: object, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        read_document(recipe_file(tmp_path, "mine", {"extends": base}))
+
+
+@pytest.mark.parametrize("data", ["mnist", "fashion"])
+@pytest.mark.parametrize("setting", ["", "-large", "-no-anneal"])
+def test_columns_differ_as_they_should(data: str, setting: str) -> None:
+    ffg, flow = (resolve(read_document(f"{data}-{guide}{setting}")) for guide in ("ffg", "flow"))
+    assert (ffg.data, ffg.model, ffg.training) == (flow.data, flow.model, flow.training)
+    assert (list(ffg.families), list(flow.families)) == (["flow"], ["mean-field"])
+    assert isinstance(build_programs(flow)[1], AmortizedFlow)
+    assert ffg.training is not None
+    assert ffg.training.entropy_annealing == (0 if setting == "-no-anneal" else 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--guide.class_path pyrogaps.guides.flows.AmortisedFlow", "did you mean 'AmortizedFlow'?"),
+        (f"{FLOW} --guide.init_args.num_steps 0", "a flow needs at least one step"),
+        (f"{FLOW} --training.learning_rate 1e9 --training.num_epochs 20", "training diverged"),
+    ],
+)
+def test_flows_that_cannot_be_used(options: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["digits", *SMALL.split(), *options.split(), "--out", str(tmp_path / "run")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert said in lines[-1]
+    assert sum(line.startswith("pyrogaps:") for line in lines) == 1
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.name != "recipe.yaml"]
+
+
+def test_weights_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = "--training.num_epochs 1 --evidence.num_temperatures 2 --refinement.num_steps 2 --num_particles 4"
+    run = str(tmp_path / "run")
+    assert main(["digits", *SMALL.split(), *short.split(), "--families", "{}", "--out", run]) == 0
+    again = [*SMALL.split(), *FLOW.split(), "--checkpoint", f"{run}/checkpoint.pt", "--out", str(tmp_path / "other")]
+    assert main(["digits", *again]) == 2
+    assert "it does not fit AmortizedFlow" in capsys.readouterr().err
