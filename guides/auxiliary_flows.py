@@ -137,11 +137,10 @@ class AutoLocalAuxiliaryFlow(AutoLocalNetworks):
         init_scale: float = 0.1,
         create_plates: Any = None,
     ) -> None:
-        super().__init__(
-            model, plate=plate, init_loc_fn=init_loc_fn, init_scale=init_scale, create_plates=create_plates
-        )
+        options = {"plate": plate, "init_loc_fn": init_loc_fn, "init_scale": init_scale, "create_plates": create_plates}
+        super().__init__(model, num_steps=num_steps, hidden=hidden, **options)
         _check(self, num_steps, hidden, 1 if auxiliary_dim is None else auxiliary_dim)
-        self._num_steps, self._hidden, self._auxiliary_dim = num_steps, hidden, auxiliary_dim
+        self._auxiliary_dim = auxiliary_dim
 
     def setup_posterior(self, loc: Tensor) -> None:
         dim = loc.shape[-1]

@@ -7,6 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import AffineCoupling, Permute
+from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, constraints
@@ -113,6 +114,22 @@ class AutoLocalNetworks(AutoLocal):
 
     All weights of a datapoint lie in one vector: a guide with few parameters runs faster through Pyro.
     """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_steps: int = 2,
+        hidden: int = 50,
+        plate: str | None = None,
+        init_loc_fn: Any = init_to_feasible,
+        init_scale: float = 0.1,
+        create_plates: Any = None,
+    ) -> None:
+        super().__init__(
+            model, plate=plate, init_loc_fn=init_loc_fn, init_scale=init_scale, create_plates=create_plates
+        )
+        self._num_steps, self._hidden = num_steps, hidden
 
     weights: Any
 

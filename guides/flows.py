@@ -6,7 +6,6 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-from pyro.infer.autoguide.initialization import init_to_feasible
 from torch import Tensor, nn
 
 from pyrogaps.errors import InputError
@@ -92,22 +91,6 @@ class AutoLocalFlow(AutoLocalNetworks):
     tanh layer of `hidden` units, all weights and biases the datapoint's own. It starts as a Normal with independent
     coordinates. Further arguments and errors as for `AutoLocal`; one latent dimension has no halves and is refused.
     """
-
-    def __init__(
-        self,
-        model: Any,
-        *,
-        num_steps: int = 2,
-        hidden: int = 50,
-        plate: str | None = None,
-        init_loc_fn: Any = init_to_feasible,
-        init_scale: float = 0.1,
-        create_plates: Any = None,
-    ) -> None:
-        super().__init__(
-            model, plate=plate, init_loc_fn=init_loc_fn, init_scale=init_scale, create_plates=create_plates
-        )
-        self._num_steps, self._hidden = num_steps, hidden
 
     def setup_posterior(self, loc: Tensor) -> None:
         dim = loc.shape[-1]
