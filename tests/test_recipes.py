@@ -11,9 +11,8 @@ from pyrogaps.eval import main
 from pyrogaps.guides.flows import AmortizedFlow
 from pyrogaps.recipe import read_document, resolve
 
-SMALL = (
-    "--data.init_args.num_train 60 --data.init_args.num_validation 10 --data.init_args.num_test 4 --split.num_datapoints 4 --quiet"
-)
+DATA = "--data.init_args.num_train 60 --data.init_args.num_validation 10 --data.init_args.num_test 4"
+SMALL = f"{DATA} --split.num_datapoints 4 --quiet"
 FLOW = "--guide.class_path pyrogaps.guides.flows.AmortizedFlow"
 
 
