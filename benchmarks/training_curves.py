@@ -38,7 +38,7 @@ GAPS = ("approximation_gap", "amortization_gap")
 QUANTITIES = ("log_evidence", "elbo_refined[own]", "elbo", *GAPS, "inference_gap")
 COLUMNS = (
     *("pair", "part", "epoch", "images"),
-    *(f"{name}{suffix}" for name in QUANTITIES for suffix in ("", "_se", "_mcse")),
+    *(f"{name}{suffix}" for name in QUANTITIES for suffix in ("", "_se")),
     *("converged", "training images", "seed"),
 )
 EVIDENCE = pg.AIS(num_chains=16, num_temperatures=30, num_leapfrog=5)
@@ -95,7 +95,7 @@ def along_training(recipe: Recipe, folder: Path) -> Iterator[tuple[int, str, pg.
 
 def row(pair: str, part: str, epoch: int, ledger: pg.GapLedger, options: argparse.Namespace) -> list[object]:
     summary, gaps = ledger.summary(), ledger.per_datapoint
-    numbers = [float(summary.loc[name, column]) for name in QUANTITIES for column in ("mean", "standard_error", "mcse")]
+    numbers = [float(summary.loc[name, column]) for name in QUANTITIES for column in ("mean", "standard_error")]
     converged = float(gaps["converged"].mean())
     return [pair, part, epoch, gaps.sizes["datapoint"], *numbers, converged, options.num_train, options.seed]
 
@@ -112,15 +112,16 @@ def draw(table: pd.DataFrame, figure: Figure) -> None:
     for ax, gap in zip(axes[:, 0], GAPS, strict=True):
         ax.set_ylabel(f"{gap.removesuffix('_gap')} gap (nats)")
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    figure.align_ylabels(axes[:, 0])
     axes[0, 0].legend(frameon=False, fontsize=8, loc="best")
 
 
 def _panel(ax: Axes, rows: pd.DataFrame, gap: str) -> None:
-    for part, colour, marker, line in zip(PARTS, SHADES, ("o", "s"), ("--", "-"), strict=False):
+    for part, label, colour, form in zip(PARTS, ("training", "validation"), SHADES, ("o--", "s-"), strict=False):
         of = rows[rows["part"] == part].sort_values("epoch")
         epochs, mean, error = (of[name].to_numpy(float) for name in ("epoch", gap, f"{gap}_se"))
         ax.fill_between(epochs, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
-        ax.plot(epochs, mean, color=colour, marker=marker, ms=3.5, lw=1.4, ls=line, label=f"{part} images")
+        ax.plot(epochs, mean, form, color=colour, ms=3.5, lw=1.4, label=f"{label} images")
     ax.set_xlim(left=0)
     ax.grid(axis="y", color="0.92", lw=0.8)
     tidy(ax)
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.quick:
-        options.runs, options.num_train, options.num_epochs, options.images = options.runs / "quick", 200, 8, 16
+        options.runs, options.num_train, options.num_epochs, options.images = options.runs / "quick", 200, 2, 16
     # What makes another run has another folder.
     sizes = f"{options.num_train}-images-{options.num_epochs}-epochs-{options.images}-measured-seed-{options.seed}"
     rows = []

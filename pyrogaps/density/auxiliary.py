@@ -49,6 +49,4 @@ class AuxiliaryPosterior(dist.TorchDistribution):
         return log_r
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "AuxiliaryPosterior":
-        if torch.Size(batch_shape) != self.batch_shape:
-            raise NotImplementedError(f"its parameters have batch shape {tuple(self.batch_shape)}, not {batch_shape}")
-        return self
+        return AuxiliaryPosterior(self.joint.expand(batch_shape), self.reverse, self.dim)
