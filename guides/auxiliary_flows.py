@@ -142,6 +142,11 @@ class AutoLocalAuxiliaryFlow(AutoLocalNetworks):
         _check(self, num_steps, hidden, 1 if auxiliary_dim is None else auxiliary_dim)
         self._auxiliary_dim = auxiliary_dim
 
+    def local_family(self, model: Any, plate: str | None = None) -> "AutoLocalAuxiliaryFlow":
+        """The same family, of the same size, for other datapoints."""
+        sizes: dict[str, Any] = {"num_steps": self._num_steps, "hidden": self._hidden}
+        return AutoLocalAuxiliaryFlow(model, **sizes, auxiliary_dim=self._auxiliary_dim, plate=plate)
+
     def setup_posterior(self, loc: Tensor) -> None:
         dim = loc.shape[-1]
         self._auxiliary_dim = self._auxiliary_dim or dim

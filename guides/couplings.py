@@ -133,6 +133,10 @@ class AutoLocalNetworks(AutoLocal):
 
     weights: Any
 
+    def local_family(self, model: Any, plate: str | None = None) -> "AutoLocalNetworks":
+        """The same family, of the same size, for other datapoints."""
+        return type(self)(model, num_steps=self._num_steps, hidden=self._hidden, plate=plate)
+
     def setup_networks(self, networks: dict[str, Weights]) -> None:
         """Make the weights of `networks`, by name, see `local_network`, a parameter of this guide."""
         batch = self.loc.dim() - 1

@@ -95,6 +95,19 @@ def test_the_local_family_starts_at_the_guide() -> None:
     torch.testing.assert_close(start.at(torch.arange(len(X))).log_prob(z), density.log_prob(z))
 
 
+def test_a_trained_local_flow_is_its_own_family_in_its_own_size() -> None:
+    guide = AutoLocalFlow(banana, hidden=7, num_steps=1)
+    guide(X)
+    _, density = densities(banana, guide, X)
+    family = own_family(density)
+    assert family.family is not None
+    other = family.family(banana)
+    other(X)
+    assert {n: p.shape for n, p in other.named_parameters()} == {n: p.shape for n, p in guide.named_parameters()}
+    ledger = decompose(banana, guide, X, refinement=Refinement(num_steps=100), progress=False)
+    assert (ledger.per_datapoint["amortization_gap"] > 0).all()  # it was never trained
+
+
 def test_closes_the_gap_of_a_banana() -> None:
     """At least four fifths of what mean-field leaves."""
     ledger = decompose(
