@@ -23,6 +23,7 @@ from pyrogaps import GapLedger
 from pyrogaps.building import DataSet, build_data, build_families, build_programs
 from pyrogaps.density.runs import Program
 from pyrogaps.recipe import Recipe, override, read_document, resolve
+from pyrogaps.run_folder import RunFolder
 from pyrogaps.training import load_weights, save_weights
 
 COLUMNS = tuple(
@@ -59,13 +60,16 @@ def untrained(recipe: Recipe) -> tuple[Program, Program, DataSet]:
 
 
 def trained(recipe: Recipe, folder: Path, *, progress: bool) -> tuple[Program, Program, DataSet]:
-    """The pair of `recipe` with its weights, trained where `folder` does not hold them yet, and the data."""
+    """The pair of `recipe` with its weights, trained where `folder` does not hold them yet, and the data.
+
+    Raises `InputError` where `folder` holds what another recipe made.
+    """
+    RunFolder(folder).claim(recipe.to_yaml(), overwrite=False)
     model, guide, data = untrained(recipe)
     weights = folder / "checkpoint.pt"
     if weights.exists():
         load_weights(weights, model, guide, data.train)
         return model, guide, data
-    folder.mkdir(parents=True, exist_ok=True)
     assert recipe.training is not None
     settings = vars(recipe.training)
     checkpoint = folder / "training.pt"
