@@ -1,6 +1,6 @@
 """The table of `inference_suboptimality`, beside the one of the paper, and its claims judged from the numbers alone.
 
-The criteria were written before any number was seen; in the paper's own table each of them holds. A margin in nats
+The criteria were written before any column was finished; in the paper's own table each of them holds. A margin in nats
 says by how much a criterion is met (negative: missed); a claim "holds" where every margin lies two of its standard
 errors (over images) above 0, "does not hold" where one lies two below, and is "within error" otherwise.
 """
