@@ -17,7 +17,7 @@ import pyro
 from torch import Tensor
 
 import pyrogaps as pg
-from benchmarks.reporting import RESULTS, kept_ledger, machine, write_whole
+from benchmarks.reporting import RESULTS, kept_ledger, machine
 from benchmarks.suboptimality_page import page
 from pyrogaps import GapLedger
 from pyrogaps.building import DataSet, build_data, build_families, build_programs
@@ -134,7 +134,7 @@ def certified(recipe: Recipe, folder: Path, model: Program, data: DataSet) -> di
             seed=recipe.seed,
         )
         result = {"sandwich_width": sandwich.width, "sandwich_width_mcse": sandwich.width_mcse}
-        write_whole(path, lambda to: to.write_text(json.dumps(result)))
+        RunFolder(folder).write(path.name, lambda to: to.write_text(json.dumps(result)))
     found: dict[str, float] = json.loads(path.read_text())
     return found
 
@@ -207,8 +207,9 @@ def write(rows: list[dict[str, object]]) -> None:
     table = pd.DataFrame(rows)
     table["machine"] = machine()
     RESULTS.mkdir(exist_ok=True)
-    write_whole(RESULTS / "inference_suboptimality.csv", lambda to: table.to_csv(to, index=False))
-    write_whole(RESULTS / "inference_suboptimality.md", lambda to: to.write_text(page(table)))
+    results = RunFolder(RESULTS)
+    results.write("inference_suboptimality.csv", lambda to: table.to_csv(to, index=False))
+    results.write("inference_suboptimality.md", lambda to: to.write_text(page(table)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 
 from pyrogaps import GapLedger
+from pyrogaps.run_folder import RunFolder
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,13 +59,6 @@ def kept_ledger(path: Path, measure: Callable[[], GapLedger]) -> GapLedger:
     """The ledger in the file `path`, measured and written there where it does not lie there yet."""
     if not path.exists():
         tree = measure().to_datatree()
-        write_whole(path, lambda to: tree.to_netcdf(to, engine="h5netcdf"))
+        RunFolder(path.parent).write(path.name, lambda to: tree.to_netcdf(to, engine="h5netcdf"))
     with xr.open_datatree(path, engine="h5netcdf") as tree:
         return GapLedger.from_datatree(tree.load())
-
-
-def write_whole(path: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file that appears at `path` whole or not at all."""
-    temporary = path.with_name(f".unfinished-{path.name}")
-    save(temporary)
-    os.replace(temporary, path)

@@ -26,7 +26,7 @@ from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density.runs import Program
 from pyrogaps.recipe import Recipe
 from pyrogaps.refine import own_family, refine_chunk
-from pyrogaps.refine.own import moments
+from pyrogaps.refine.own import start_of
 from pyrogaps.refine.refine import RefinedGuide
 from pyrogaps.streams import Chunk
 
@@ -110,7 +110,7 @@ def refined(recipe: Recipe, model: Program, guide: Program, x: Tensor) -> dict[s
     evaluator, chunk = GradientEvaluator(joint), Chunk(0, len(x))
     settings, seed = recipe.refinement, recipe.seed
     own, how = refine_chunk(own_family(density), evaluator, chunk, settings, seed)
-    start = moments(own, chunk, seed)
+    start = start_of(own, chunk, seed)
     family = build_families(recipe)["flow"]
     flow, how_flow = refine_chunk(family, evaluator, chunk, settings, seed, "flow", start)
     return {

@@ -19,6 +19,7 @@ from pyrogaps.guides.couplings import (
     coupling_flow,
     first_weights,
     local_weights,
+    normal_of,
 )
 from pyrogaps.guides.flows import read_at
 
@@ -88,9 +89,7 @@ class AmortizedAuxiliaryFlow(Amortized):
 
     def reverse_posterior(self, z: Tensor, x: Tensor) -> dist.TorchDistribution:
         """r(v|z, x) of `z` `(N, latent_dim)`, batch shape `(N,)`."""
-        shift, log_scale = self.reverse(z, self._outputs(x)[3])
-        normal: dist.TorchDistribution = dist.Normal(shift, log_scale.exp()).to_event(1)
-        return normal
+        return normal_of(self.reverse(z, self._outputs(x)[3]))
 
     def _outputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sizes = [self.latent_dim, self.latent_dim, self.flow_hidden, self.flow_hidden]
@@ -161,9 +160,7 @@ class AutoLocalAuxiliaryFlow(AutoLocalNetworks):
         flow = coupling_flow(list(networks.values()), *_padded(loc, scale, self._auxiliary_dim), loc.shape[-1])
 
         def reverse(z: Tensor) -> dist.TorchDistribution:
-            shift, log_scale = network((z - loc) / scale)
-            normal: dist.TorchDistribution = dist.Normal(shift, log_scale.exp()).to_event(1)
-            return normal
+            return normal_of(network((z - loc) / scale))
 
         return AuxiliaryPosterior(flow, reverse, loc.shape[-1])
 

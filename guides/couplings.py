@@ -26,6 +26,13 @@ def bounded(outputs: Tensor) -> ShiftAndLogScale:
     return shift, MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
 
 
+def normal_of(outputs: ShiftAndLogScale) -> dist.TorchDistribution:
+    """The Normal with a network's shift and scale, its elements independent."""
+    shift, log_scale = outputs
+    normal: dist.TorchDistribution = dist.Normal(shift, log_scale.exp()).to_event(1)
+    return normal
+
+
 class CouplingNetwork(nn.Module):
     """One hidden tanh layer from `(..., num_inputs)` to shift and log scale `(..., num_outputs)`, both 0 at the start.
 

@@ -28,11 +28,8 @@ class BlockedGuide:
 
     def sample(self, num_particles: int, seed: int, purpose: str, first: int = 0, *, antithetic: bool = False) -> Draws:
         """Draws `z` `(S, B, dim)` and log q `(S, B)`: particle block `first` of the stream called `purpose`."""
-        pairs = []
-        for block, local in self.blocks:
-            reseed(seed, purpose, block.start // BLOCK, first)
-            pairs.append(local.sample(num_particles, antithetic))
-        return _join(pairs)
+        z, log_q = self.sample_extended(num_particles, seed, purpose, first, antithetic=antithetic)
+        return z[..., : self.blocks[0][1].joint.dim], log_q
 
     def sample_extended(
         self, num_particles: int, seed: int, purpose: str, first: int = 0, *, antithetic: bool = False
