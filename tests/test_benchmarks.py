@@ -1,0 +1,101 @@
+"""The benchmarks whose runs take hours, on digits and for seconds: that they run, continue, and write what they say."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks import inference_suboptimality, reporting, training_curves, two_dimensions
+from pyrogaps.recipe import Recipe
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder in the place of `benchmarks/results`."""
+    for module in (inference_suboptimality, reporting, training_curves, two_dimensions):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def small(column_recipe: Callable[..., Recipe], **settings: float) -> Callable[..., Recipe]:
+    """Recipes of the same form as `column_recipe` makes, on digits, for one epoch and eight images."""
+
+    def recipe(name: str, *_: object) -> Recipe:
+        of = training_curves.on_digits(column_recipe(name, 1, 8))
+        assert of.model is not None
+        assert of.training is not None
+        data = replace(of.data, init_args={"num_train": 200, "num_validation": 50})
+        return replace(of, data=data, training=replace(of.training, **settings))
+
+    return recipe
+
+
+def run(module: object, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", *map(str, arguments)])
+    module.main()  # type: ignore[attr-defined]
+
+
+def test_table_holds_every_column_and_computes_none_again(
+    monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path
+) -> None:
+    module = inference_suboptimality
+    monkeypatch.setattr(module, "column_recipe", small(module.column_recipe))
+    monkeypatch.setattr(module, "NUM_IWAE", 50)
+    monkeypatch.setattr(module, "NUM_SIMULATED", 8)
+    columns = "mnist-ffg", "mnist-flow"
+    run(module, monkeypatch, *columns, "--runs", tmp_path / "runs")
+    table = pd.read_csv(results / "inference_suboptimality.csv").set_index("column")
+    assert tuple(table.index) == columns
+    assert (table["status"] == "done").all()
+    for part in ("test", "train"):
+        whole = table[f"{part}_approximation_gap"] + table[f"{part}_amortization_gap"]
+        assert (whole - table[f"{part}_inference_gap"]).abs().max() < 1e-4
+    assert "mnist-flow" in (results / "inference_suboptimality.md").read_text()
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("computed again")
+
+    for name in ("train", "decompose", "iwae", "bdmc"):
+        monkeypatch.setattr(module.pg, name, again)
+    run(module, monkeypatch, *columns, "--runs", tmp_path / "runs")
+    pd.testing.assert_frame_equal(pd.read_csv(results / "inference_suboptimality.csv").set_index("column"), table)
+
+
+def test_column_that_diverged_is_flagged(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    module = inference_suboptimality
+    monkeypatch.setattr(module, "column_recipe", small(module.column_recipe, learning_rate=1e30))
+    run(module, monkeypatch, "mnist-ffg", "--runs", tmp_path / "runs")
+    (status,) = pd.read_csv(results / "inference_suboptimality.csv")["status"]
+    assert "the loss is nan" in status
+    assert not (tmp_path / "runs" / "mnist-ffg" / "checkpoint.pt").exists()
+
+
+def test_training_curves(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(training_curves, "PAIRS", {"standard": "mnist-ffg"})
+    run(training_curves, monkeypatch, "--quick", "--runs", tmp_path / "runs")
+    table = pd.read_csv(results / "training_curves-quick.csv")
+    assert set(table["part"]) == {"train", "validation"}
+    assert sorted(set(table["epoch"])) == [1, 2]
+    assert (tmp_path / "runs" / "quick" / "training_curves.png").stat().st_size > 0
+
+
+def test_two_dimensions(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    def recipe(*_: object) -> Recipe:
+        of = small(inference_suboptimality.column_recipe)("mnist-2d")
+        plane = {"data_dim": 64, "latent_dim": 2}
+        assert of.model is not None
+        assert of.guide is not None
+        return replace(
+            of,
+            model=replace(of.model, init_args={**of.model.init_args, **plane}),
+            guide=replace(of.guide, init_args={**of.guide.init_args, **plane}),
+            refinement=replace(of.refinement, num_steps=300),
+        )
+
+    monkeypatch.setattr(two_dimensions, "column_recipe", recipe)
+    run(two_dimensions, monkeypatch, "--quick", "--runs", tmp_path / "runs")
+    table = pd.read_csv(results / "two_dimensions-quick.csv")
+    assert len(table) == 4
+    assert (tmp_path / "runs" / "quick" / "two_dimensions.png").stat().st_size > 0
