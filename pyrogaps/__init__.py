@@ -2,6 +2,7 @@
 
 from pyrogaps.ais import AIS, ais, bdmc
 from pyrogaps.bounds import elbo, iwae
+from pyrogaps.conditioning import Conditioning, SimulatedData, shared_posterior
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import GapLedger, decompose
@@ -12,12 +13,14 @@ from pyrogaps.training import train
 
 __all__ = [
     "AIS",
+    "Conditioning",
     "GapLedger",
     "GuideDensity",
     "IndexedData",
     "InputError",
     "JointDensity",
     "Refinement",
+    "SimulatedData",
     "ais",
     "bdmc",
     "decompose",
@@ -30,5 +33,6 @@ __all__ = [
     "plot_traces",
     "posterior_grid",
     "refine",
+    "shared_posterior",
     "train",
 ]

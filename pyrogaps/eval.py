@@ -71,6 +71,7 @@ def _run(recipe: Recipe, options: Options) -> None:
             families=families,
             evidence=recipe.evidence,
             refinement=recipe.refinement,
+            conditioning=recipe.conditioning,
             num_particles=recipe.num_particles,
             plate=recipe.plate,
             batch_size=recipe.batch_size,

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from pyrogaps.ais import AIS
+from pyrogaps.conditioning import Conditioning
 from pyrogaps.errors import InputError
 from pyrogaps.refine import Refinement
 from pyrogaps.training import Training
@@ -58,6 +59,7 @@ class Recipe:
         families: further variational families to compare, by name; each is called with the model.
         evidence: settings of annealed importance sampling, for log p(x).
         refinement: settings of the per-datapoint refinement.
+        conditioning: settings of the shared posterior, for a guide that is not shown all of x.
         num_particles: draws for each bound.
         batch_size: datapoints handled at once.
         plate: name of the data plate; null finds it, false takes the whole data set as one datapoint.
@@ -76,6 +78,7 @@ class Recipe:
     families: dict[str, Component] = field(default_factory=dict)
     evidence: AIS = field(default_factory=AIS)
     refinement: Refinement = field(default_factory=Refinement)
+    conditioning: Conditioning = field(default_factory=Conditioning)
     num_particles: int = 1000
     batch_size: int = 64
     plate: str | Literal[False] | None = None
@@ -99,7 +102,13 @@ class Recipe:
 
 
 COMPONENTS = ("model", "guide", "pair", "data")
-SECTIONS: dict[str, type] = {"split": Split, "training": Training, "evidence": AIS, "refinement": Refinement}
+SECTIONS: dict[str, type] = {
+    "split": Split,
+    "training": Training,
+    "evidence": AIS,
+    "refinement": Refinement,
+    "conditioning": Conditioning,
+}
 FIELDS = dict(re.findall(r"^ {8}(\w+): (.+)$", Recipe.__doc__ or "", re.MULTILINE))
 NULLABLE = ("training", "plate", "checkpoint", "model_checkpoint")
 SCALARS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in {*COMPONENTS, *SECTIONS, "families"}}

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pyrogaps.errors import InputError
+from pyrogaps.recipe import resolve
 
 RESULTS = ("recipe.yaml", "checkpoint.pt", "ledger.nc", "summary.csv", "gaps.png")
 TRAINING, PARTS = "training.pt", "parts"
@@ -66,8 +67,12 @@ class RunFolder:
             raise InputError(f"{self.path} holds {', '.join(done)} without the recipe they belong to; {remedy}")
         try:
             other = yaml.safe_load(held.read_text("utf-8"))
+            if isinstance(other, dict):
+                other = yaml.safe_load(resolve(other).to_yaml())  # with the defaults of fields that came later
         except (yaml.YAMLError, UnicodeDecodeError):
             other = None
+        except InputError:
+            pass  # no recipe of this version: it differs
         if other != recipe:
             differing = ", ".join(_differing(other, recipe)) if isinstance(other, dict) else "it cannot be read"
             raise InputError(f"{self.path} holds the run of a different recipe ({differing}); {remedy}")

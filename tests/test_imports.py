@@ -14,12 +14,14 @@ ZOO = ("models", "guides")
 # The public names, in full. InputError is the one exception that users catch.
 PUBLIC = {
     "AIS",
+    "Conditioning",
     "GapLedger",
     "GuideDensity",
     "IndexedData",
     "InputError",
     "JointDensity",
     "Refinement",
+    "SimulatedData",
     "ais",
     "bdmc",
     "decompose",
@@ -32,6 +34,7 @@ PUBLIC = {
     "plot_traces",
     "posterior_grid",
     "refine",
+    "shared_posterior",
     "train",
 }
 

@@ -93,6 +93,15 @@ class BoundDensity:
         """The length of a point."""
         return self._evaluator.joint.dim
 
+    def on(self, args: tuple[Any, ...]) -> "BoundDensity":
+        """The same densities on other arguments of the same shapes, for the same datapoints; nothing is checked."""
+        leaves, _ = tree_flatten(args)
+        return BoundDensity(self._evaluator, self._programs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    def at_step(self, step: int) -> "BoundDensity":
+        """The density to use at a step of an optimisation: this one at every step, because it is known exactly."""
+        return self
+
     def __call__(self, z: Tensor) -> tuple[Values, Values]:
         self._evaluator.num_gradients += z.shape[0] * z.shape[1]
         values, gradients = self._run(self._programs.both, z)

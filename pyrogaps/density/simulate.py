@@ -107,7 +107,7 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
         while True:
             draw = _run(joint, args, indices, fixed)
             causal = all(_close(draw, draw.terms[name], score) for name, score in scores.items())
-            args = _feed_back(draw, args, to_data)
+            args = feed_back(draw.drawn, draw.observed, args, to_data)
             if causal and _scores_agree(joint, draw, args, indices):
                 return args, draw.flat
             # A later site looked at data that had not been drawn yet: keep one more observed site and what precedes it.
@@ -143,16 +143,22 @@ def _close(draw: DrawModel, left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left.double(), right.double(), rtol=tolerance, atol=tolerance)
 
 
-def _feed_back(draw: DrawModel, args: tuple[Any, ...], to_data: ToData | None) -> tuple[Any, ...]:
-    values = {name: draw.drawn[name] for name in draw.observed}
+def feed_back(
+    drawn: dict[str, Tensor], observed: dict[str, Tensor], args: tuple[Any, ...], to_data: ToData | None = None
+) -> tuple[Any, ...]:
+    """The model's arguments with drawn values in the places of the observed ones, by site.
+
+    Raises `InputError` naming a site whose observed value is not found in any argument.
+    """
+    values = {name: drawn[name] for name in observed}
     if to_data is not None:
         result = as_tuple(to_data(values))
         if len(result) != len(args):
             raise InputError(f"to_data: it returned {len(result)} argument(s) where the model takes {len(args)}")
         return result
     fresh = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
-    for name, observed in draw.observed.items():
-        if not any(_write(observed, values[name], old, new) for old, new in zip(args, fresh, strict=True)):
+    for name, value in observed.items():
+        if not any(_write(value, values[name], old, new) for old, new in zip(args, fresh, strict=True)):
             raise InputError(
                 f"site '{name}': cannot tell which argument its observed value comes from; pass to_data=, which turns "
                 "drawn values by site into the model's arguments"

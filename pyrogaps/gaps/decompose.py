@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,10 +16,12 @@ from pyrogaps.ais import AIS, anchor, anchored_path, prior_path, run_path, run_p
 from pyrogaps.anneal import AnnealResult, Tuning
 from pyrogaps.bounds import Plate, chunk_log_weights, densities, over_chunks
 from pyrogaps.capture import GradientEvaluator
+from pyrogaps.conditioning import Conditioning, ConditioningMeasure, conditioning_measure, declared
 from pyrogaps.density import Data, GuideDensity, JointDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.gaps.assemble import assemble
 from pyrogaps.gaps.ledger import OWN, GapLedger
 from pyrogaps.gaps.parts import Arrays, Parts
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
@@ -29,7 +30,6 @@ from pyrogaps.refine.families import Family
 from pyrogaps.refine.own import start_of
 from pyrogaps.streams import BLOCK, Chunk, chunks
 
-MAX_OBSERVED = 20_000_000
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 QUANTITIES = {
@@ -52,6 +52,8 @@ def decompose(
     families: Mapping[str, Family] | None = None,
     evidence: AIS | None = None,
     refinement: Refinement | None = None,
+    conditioning: Conditioning | None = None,
+    reference: Program | None = None,
     num_particles: int = 1000,
     plate: Plate = None,
     batch_size: int = BLOCK,
@@ -65,6 +67,13 @@ def decompose(
       \underbrace{\log p(x_n) - \mathcal L[q^*](x_n)}_{\text{approximation}} +
       \underbrace{\mathcal L[q^*](x_n) - \mathcal L[q](x_n)}_{\text{amortization}}$$
 
+    A guide that is not shown all of x says so: by `conditions`, a boolean mask over the model's first argument (True
+    where it is shown) or a function from the model's arguments to masks, or, for a sequence, by `lookahead` = k, where
+    the factor of step t is shown the data up to step t + k. Between L[q*] and L[q] then stands q*_C, the best of the
+    family that is shown no more than that, and the amortization gap is L[q*_C] - L[q]:
+
+    $$\text{conditioning gap} = \mathcal L[q^*](x_n) - \mathcal L[q^*_C](x_n)$$
+
     Every estimate uses draws of its own. log p(x) and L[q*] are bounded from below, so gaps are understated where AIS
     or the refinement fell short: see the directions in the ledger.
 
@@ -75,6 +84,9 @@ def decompose(
         families: further families, `name -> family(model) -> guide`, each refined per datapoint, beside the tree.
         evidence: settings of AIS.
         refinement: settings of the per-datapoint refinement.
+        conditioning: settings of the shared posterior that measures the conditioning gap of `conditions`.
+        reference: for a `lookahead`, a guide with the same one, trained as well as can be for this model
+            (`SimulatedData`): its ELBO takes the place of L[q*_C]. Without it the gap stays in the amortization gap.
         num_particles: draws for each ELBO and for the IWAE bound.
         plate: the data plate's name, see `JointDensity`.
         batch_size: datapoints held at once, in whole blocks of 64; it does not change the ledger.
@@ -94,6 +106,9 @@ def decompose(
         raise InputError(f"num_particles: must be at least 2, got {num_particles}")
     joint, density = densities(model, guide, data, plate)
     work = _Work(joint, density, own_family(density), further, evidence, refinement, num_particles, seed)
+    work.conditioned = conditioning_measure(
+        density, work.evaluator, conditioning or Conditioning(), evidence, refinement, num_particles, seed, reference
+    )
     provenance = work.provenance(plate)
     parts = Parts(cache, {**provenance, "batch_size": batch_size})
     number = len(chunks(joint.num_datapoints, batch_size))
@@ -106,7 +121,7 @@ def decompose(
             return chunk, result
 
         results = over_chunks(one, joint, batch_size, seed)
-    return _ledger(results, [OWN, *further], provenance, data)
+    return assemble(results, [OWN, *further], provenance, data)
 
 
 def _checked(families: Mapping[str, Family] | None) -> dict[str, Family]:
@@ -141,9 +156,13 @@ class _Work:
         self.evidence, self.refinement, self.num_particles, self.seed = evidence, refinement, num_particles, seed
         self.evaluator = GradientEvaluator(joint, evidence.mode)
         self.prior_evaluator = GradientEvaluator(joint, evidence.mode, split=True)
-        self.num_stages = 3 + len(further)
+        self.conditioned: ConditioningMeasure | None = None
         self._started = 0
         self._finished: list[np.ndarray[Any, Any]] = []
+
+    @property
+    def num_stages(self) -> int:
+        return 3 + len(self.further) + (self.conditioned is not None)
 
     def measure(self, chunk: Chunk) -> Arrays:
         self.stage("ELBO of the guide")
@@ -168,12 +187,16 @@ class _Work:
             converged.append(how.converged)
             kept.append(how.kept_start)
             traces.append(how.trace)
+        if self.conditioned is not None:
+            self.stage(self.conditioned.stage)
+        shared = {} if self.conditioned is None else self.conditioned.arrays(chunk)
         self.stage("AIS")
         annealed, tuning = self.annealed(own, chunk)
         log_evidence = log_mean_exp_estimate(annealed.log_weights, acceptance=annealed.acceptance)
         arrays = {
             **_columns("elbo", elbo),
             **_columns("iwae", iwae),
+            **shared,
             "khat": iwae.khat,
             "ess": iwae.ess,
             **_columns("log_evidence", log_evidence),
@@ -231,7 +254,8 @@ class _Work:
 
     def provenance(self, plate: Plate) -> dict[str, Any]:
         evidence = asdict(self.evidence)
-        quantities = {name: {"estimator": how, "direction": which} for name, (how, which) in QUANTITIES.items()}
+        told = QUANTITIES | ({} if self.conditioned is None else self.conditioned.quantities)
+        quantities = {name: {"estimator": how, "direction": which} for name, (how, which) in told.items()}
         quantities["log_evidence"]["estimator"] = f"AIS from the {self.evidence.initial} " + (
             "distribution" if self.evidence.initial == "prior" else "guide"
         )
@@ -245,6 +269,8 @@ class _Work:
             "num_datapoints": self.joint.num_datapoints,
             "dim": self.joint.dim,
             "plate": self.joint.plate,
+            "shown": None if (shown := declared(self.density.guide)) is None else str(shown),
+            "conditioning": None if self.conditioned is None else self.conditioned.settings,
             "unnormalised_likelihood": list(self.joint.unnormalised),
             "seed": self.seed,
             "dtype": str(self.joint.dtype).removeprefix("torch."),
@@ -265,65 +291,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return versions
-
-
-def _ledger(
-    results: list[tuple[Chunk, Arrays]], families: list[str], provenance: dict[str, Any], data: Data
-) -> GapLedger:
-    arrays = [result for _, result in results]
-    weights = np.array([len(chunk) for chunk, _ in results], dtype=float)
-    columns = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0] if not _is_trace(name)}
-    traces = {
-        name: np.average([a[name] for a in arrays], axis=0, weights=weights) for name in arrays[0] if _is_trace(name)
-    }
-    own, own_mcse = columns["elbo_refined"][:, 0], columns["elbo_refined_mcse"][:, 0]
-    evidence, evidence_mcse = columns["log_evidence"], columns["log_evidence_mcse"]
-    gaps = {
-        "inference_gap": (evidence - columns["elbo"], np.hypot(evidence_mcse, columns["elbo_mcse"])),
-        "approximation_gap": (evidence - own, np.hypot(evidence_mcse, own_mcse)),
-        "amortization_gap": (own - columns["elbo"], np.hypot(own_mcse, columns["elbo_mcse"])),
-        "family_approximation_gap": (
-            evidence[:, None] - columns["elbo_refined"],
-            np.hypot(evidence_mcse[:, None], columns["elbo_refined_mcse"]),
-        ),
-    }
-    for name, (value, mcse) in gaps.items():
-        columns[name], columns[f"{name}_mcse"] = value, mcse
-    per_datapoint = xr.Dataset(
-        {name: (("datapoint", "family")[: value.ndim], value) for name, value in columns.items()},
-        coords={"datapoint": np.arange(provenance["num_datapoints"]), "family": families},
-    )
-    for variable in per_datapoint.data_vars:
-        if str(variable).removesuffix("_mcse") in QUANTITIES:
-            per_datapoint[variable].attrs["units"] = "nats"
-    return GapLedger(per_datapoint, _traces(traces, families, provenance), _observed(data), provenance)
-
-
-TRACES = ("refined_elbo", "acceptance_by_temperature", "ess_by_temperature", "inverse_temperature")
-
-
-def _is_trace(name: str) -> bool:
-    return name in TRACES
-
-
-def _traces(traces: Arrays, families: list[str], provenance: dict[str, Any]) -> xr.Dataset:
-    num_points = traces["refined_elbo"].shape[1]
-    steps = (np.arange(num_points) + 0.5) * provenance["refinement"]["num_steps"] / num_points
-    dims = {"refined_elbo": ("family", "refinement_step")}
-    return xr.Dataset(
-        {name: (dims.get(name, ("temperature",)), value) for name, value in traces.items()},
-        coords={
-            "family": families,
-            "refinement_step": steps,
-            "temperature": np.arange(1, len(traces["inverse_temperature"]) + 1),
-        },
-    )
-
-
-def _observed(data: Data) -> xr.Dataset:
-    """The data, where they are one tensor of moderate size: pictures show the datapoints that are explained worst."""
-    tensor = data[0] if isinstance(data, tuple) and len(data) == 1 else data
-    if not isinstance(tensor, Tensor) or tensor.numel() > MAX_OBSERVED or tensor.dim() == 0:
-        return xr.Dataset()
-    dims = ["datapoint", *[f"x_dim_{axis}" for axis in range(tensor.dim() - 1)]]
-    return xr.Dataset({"x": (dims, tensor.detach().cpu().numpy())})

@@ -23,10 +23,12 @@ class GapLedger:
     ```
     inference gap = log p(x) - L[q]
     ├─ approximation gap = log p(x) - L[q*]     the family cannot hold the posterior
-    └─ amortization gap  = L[q*] - L[q]         one network for all x
+    ├─ conditioning gap  = L[q*]    - L[q*_C]   the guide is not shown all of x (where that is so, and measured)
+    └─ amortization gap  = L[q*_C]  - L[q]      one network for all x
     ```
 
-    with q* the best of the guide's own family for each datapoint. Children sum to their parent, because they are
+    with q* the best of the guide's own family for each datapoint, and q*_C the best that is shown no more of x than the
+    guide (q* itself for a guide that is shown all). Children sum to their parent, because they are
     differences along one chain of estimates.
 
     Attributes:
@@ -34,7 +36,9 @@ class GapLedger:
             `iwae`, `log_evidence`, `elbo_refined`, `approximation_gap`, `amortization_gap`, `inference_gap`,
             `family_approximation_gap`, each with its Monte Carlo standard error `<name>_mcse`; `khat` and `ess` of the
             guide's importance weights, `log_evidence_ess` and `acceptance` of the AIS chains, `converged` and
-            `kept_start` of the refinements.
+            `kept_start` of the refinements. Where a conditioning gap was measured: `elbo_shared`, `conditioning_gap`,
+            and of a shared posterior `elbo_on_completions`, `overfitting`, `shared_converged`, `completions_ess` and
+            `num_completions`.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
         observed: the data, where they are one tensor of moderate size.
         provenance: which estimator, direction of bound and settings each number has; seed and versions.
@@ -89,7 +93,9 @@ class GapLedger:
         """(row label, variable, family) of every row of the summary."""
         rows: list[tuple[str, str, str | None]] = [("log_evidence", "log_evidence", None)]
         rows += [(f"elbo_refined[{family}]", "elbo_refined", family) for family in self.families]
-        rows += [(name, name, None) for name in ("iwae", "elbo", "inference_gap", "approximation_gap")]
+        shared = [name for name in ("elbo_shared", "elbo_on_completions") if name in self.per_datapoint]
+        bounds = [*shared, "iwae", "elbo", "inference_gap", "approximation_gap"]
+        rows += [(name, name, None) for name in bounds]
         if "conditioning_gap" in self.per_datapoint:
             rows.append(("conditioning_gap", "conditioning_gap", None))
         rows.append(("amortization_gap", "amortization_gap", None))

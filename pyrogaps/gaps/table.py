@@ -12,7 +12,12 @@ TREE = {
     "conditioning_gap": "├─ conditioning gap",
     "amortization_gap": "└─ amortization gap",
 }
-BOUNDS = {"log_evidence": "log p(x)", "elbo": "L[q]"}
+BOUNDS = {
+    "log_evidence": "log p(x)",
+    "elbo_shared": "L[q*_C]",
+    "elbo_on_completions": "L[q*_C] on completions",
+    "elbo": "L[q]",
+}
 HEADINGS = ("mean", "s.e.", "MCSE", "in expectation, by what")
 
 
@@ -82,6 +87,7 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
     if unreliable > 0:
         notes.append(f"IWAE: k-hat above 0.7 for {unreliable:.0%} of the datapoints; the gaps do not rest on it")
+    notes += _on_conditions(per_datapoint, provenance)
     if provenance["unnormalised_likelihood"]:
         sites = ", ".join(provenance["unnormalised_likelihood"])
         notes.append(
@@ -89,3 +95,28 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
             "validate_args=False, so log p(x) is not a log-probability; gaps are still gaps"
         )
     return notes
+
+
+def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """What to know of a guide that is not shown all of x; ledgers of earlier versions say nothing."""
+    shown = provenance.get("shown")
+    if shown is None:
+        return []
+    if "elbo_shared" not in per_datapoint:
+        return [
+            f"the guide is shown {shown}; without a reference guide its amortization gap holds the conditioning gap"
+        ]
+    if "overfitting" not in per_datapoint:
+        return [
+            f"the guide is shown {shown}; the conditioning gap is at most this, where the reference is not the best"
+        ]
+    number = int(per_datapoint["num_completions"].max())
+    excess = float(per_datapoint["overfitting"].mean()) / 2
+    misfit = (per_datapoint["elbo_on_completions"] - per_datapoint["elbo_shared"]).values
+    error = misfit.std(ddof=1) / len(misfit) ** 0.5 if len(misfit) > 1 else np.nan
+    return [
+        f"the guide is shown {shown}; q*_C, fitted to halves of up to {number} completions, makes the conditioning gap "
+        f"about {excess:.3f} nats too large",
+        f"L[q*_C] on the model's completions is higher than on the data by {misfit.mean():.2f} ± {error:.2f} nats; far "
+        "from 0, the data do not follow the model",
+    ]

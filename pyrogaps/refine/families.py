@@ -41,8 +41,9 @@ def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Modu
     if isinstance(guide, PyroModule):
         # Pyro's param store would hand this guide the parameters of any other of the same name.
         guide._pyro_set_supermodule(f"{type(guide).__name__}_{next(_serial)}", guide._pyro_context)
+    args = joint.fetch(indices)
     with whole_plates(joint.plate, indices, num_datapoints=len(indices)):
-        guide(*joint.fetch(indices))
+        guide(*args)
     return guide
 
 
@@ -145,11 +146,9 @@ def instantiate_few(family: Family, joint: JointDensity, number: int, seed: int)
 
 def restrict(joint: JointDensity, indices: Tensor) -> JointDensity:
     """The density of the datapoints `indices` alone, counted from 0; no checks are run again."""
-    part = object.__new__(JointDensity)
-    part.__dict__.update(joint.__dict__)
-    if joint.plate is not None:
-        part.data = IndexedData(len(indices), lambda some: joint.data.fetch(indices[some]))
-    return part
+    if joint.plate is None:
+        return joint
+    return joint.over(IndexedData(len(indices), lambda some: joint.data.fetch(indices[some])))
 
 
 def _start_auto_normal(guide: AutoNormal, joint: JointDensity, loc: Tensor, scale: Tensor) -> None:

@@ -12,6 +12,7 @@ from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.errors import InputError
 from pyrogaps.refine.adam import Adam
 from pyrogaps.refine.local import Refinable, keep_where
+from pyrogaps.refine.objective import Objective
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.streams import Chunk
 
@@ -37,7 +38,7 @@ Report = Callable[[float, Tensor], None]
 
 def optimise(
     refinable: Refinable,
-    density: BoundDensity,
+    density: Objective,
     chunk: Chunk,
     settings: Refinement,
     seed: int,
@@ -74,7 +75,7 @@ def optimise(
 
 def _ascend(
     refinable: Refinable,
-    density: BoundDensity,
+    density: Objective,
     chunk: Chunk,
     settings: Refinement,
     num_steps: int,
@@ -90,7 +91,7 @@ def _ascend(
     for step in range(num_steps):
         elbo, gradients = _path_gradient(
             refinable,
-            density,
+            density.at_step(step),
             chunk,
             settings.num_particles,
             seed,
@@ -114,7 +115,7 @@ def _ascend(
 def take_better(
     refinable: Refinable,
     other: Refinable,
-    density: BoundDensity,
+    density: Objective,
     chunk: Chunk,
     settings: Refinement,
     seed: int,
@@ -171,14 +172,14 @@ def _path_gradient(
 
 
 def _score(
-    refinable: Refinable, density: BoundDensity, chunk: Chunk, settings: Refinement, seed: int, name: str
+    refinable: Refinable, density: Objective, chunk: Chunk, settings: Refinement, seed: int, name: str
 ) -> Tensor:
     """The ELBO on the selection draws, the same for all that are compared: `(rounds, B)`, -inf where not finite."""
     guide, scores = BlockedGuide(refinable, chunk, chunk.start), []
     with torch.no_grad():
         for first in range(max(2, settings.num_selection // settings.num_particles)):
             z, log_q = guide.sample(settings.num_particles, seed, f"select {name}", first)
-            (log_joint,) = density.values(z)
+            (log_joint,) = density.at_step(first).values(z)
             scores.append((log_joint - log_q).double().mean(0))
     scored = torch.stack(scores)
     return torch.where(torch.isfinite(scored), scored, torch.full_like(scored, -math.inf))

@@ -17,6 +17,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.refine.families import Family, FamilyGuide, Start, is_family, restrict
 from pyrogaps.refine.local import Refinable
+from pyrogaps.refine.objective import Evaluator
 from pyrogaps.refine.optimise import Progress, Report, optimise, take_better
 from pyrogaps.refine.own import OwnFamily, own_family, start_of
 from pyrogaps.refine.restarts import prior_start
@@ -26,7 +27,7 @@ from pyrogaps.streams import BLOCK, Chunk
 
 def refine_chunk(
     family: OwnFamily | Family,
-    evaluator: GradientEvaluator,
+    evaluator: Evaluator,
     chunk: Chunk,
     settings: Refinement,
     seed: int,
@@ -75,9 +76,7 @@ def refine_chunk(
     return refinable, progress
 
 
-def _started(
-    family: OwnFamily | Family, start: Start, evaluator: GradientEvaluator, chunk: Chunk, seed: int
-) -> Refinable:
+def _started(family: OwnFamily | Family, start: Start, evaluator: Evaluator, chunk: Chunk, seed: int) -> Refinable:
     if isinstance(family, OwnFamily):
         return family.start_at(start, evaluator.joint, chunk, seed)
     guide = FamilyGuide(family, restrict(evaluator.joint, chunk.indices), seed)

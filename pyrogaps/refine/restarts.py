@@ -2,22 +2,22 @@
 
 import torch
 
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.refine.families import Start
+from pyrogaps.refine.objective import Evaluator
 from pyrogaps.streams import BLOCK, Chunk, reseed
 
 NUM_DRAWS = 256
 NARROW = 0.1
 
 
-def prior_start(evaluator: GradientEvaluator, chunk: Chunk, seed: int, name: str, attempt: int) -> Start:
+def prior_start(evaluator: Evaluator, chunk: Chunk, seed: int, name: str, attempt: int) -> Start:
     """The best of some prior draws, by log p(x, z), of every datapoint of a chunk; narrow, to stay in its mode."""
     draws = []
     for block in chunk.blocks():
         reseed(seed, f"start {name}", block.start // BLOCK, attempt)
         draws.append(evaluator.joint.sample_prior(NUM_DRAWS, block.indices))
     z = torch.cat(draws, 1)
-    (log_joint,) = evaluator.bind(chunk.indices, NUM_DRAWS).values(z)
+    (log_joint,) = evaluator.bind(chunk.indices, NUM_DRAWS).at_step(0).values(z)
     best = torch.nan_to_num(log_joint, nan=-torch.inf).argmax(0)
     spread = z.std(0)
     scale = NARROW * torch.where(spread > 0, spread, torch.ones_like(spread))

@@ -1,0 +1,20 @@
+"""What a guide loses by not being shown all of x."""
+
+from pyrogaps.conditioning.conditions import Lookahead, Shown, check_no_leak, declared
+from pyrogaps.conditioning.measure import ConditioningMeasure, conditioning_measure
+from pyrogaps.conditioning.posterior import SharedPosterior, shared_posterior
+from pyrogaps.conditioning.settings import Conditioning
+from pyrogaps.conditioning.simulated import SimulatedData
+
+__all__ = [
+    "Conditioning",
+    "ConditioningMeasure",
+    "Lookahead",
+    "SharedPosterior",
+    "Shown",
+    "SimulatedData",
+    "check_no_leak",
+    "conditioning_measure",
+    "declared",
+    "shared_posterior",
+]

@@ -1,0 +1,135 @@
+"""L[q*_C] of a chunk of datapoints: of the shared posterior, or of a reference guide with the same conditions."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from pyrogaps.ais import AIS
+from pyrogaps.bounds import chunk_log_weights
+from pyrogaps.capture import GradientEvaluator
+from pyrogaps.conditioning.conditions import Lookahead, Shown, check_no_leak, declared
+from pyrogaps.conditioning.settings import Conditioning
+from pyrogaps.conditioning.shared import Sharing, sharing_of
+from pyrogaps.density import GuideDensity
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+from pyrogaps.log_weights import mean_estimate
+from pyrogaps.refine import Refinement
+from pyrogaps.streams import Chunk
+
+Quantities = dict[str, tuple[str, str]]
+GAPS: Quantities = {
+    "conditioning_gap": ("L[q*] - L[q*_C]", "estimate (either way)"),
+    "amortization_gap": ("L[q*_C] - L[q]", "lower bound of the gap"),
+}
+
+
+class ConditioningMeasure(Protocol):
+    """How L[q*_C] is measured: `elbo_shared` among `arrays`, and what else is known; `quantities` say what they are."""
+
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def quantities(self) -> Quantities: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def arrays(self, chunk: Chunk) -> dict[str, Tensor]:
+        """Columns over the datapoints of `chunk`, nats."""
+        ...
+
+
+@dataclass(frozen=True)
+class SharedMeasure:
+    """By the shared posterior, block by block, so that the size of a chunk changes nothing."""
+
+    sharing: Sharing
+    stage: ClassVar[str] = "completing the data and refining the shared posterior"
+    quantities: ClassVar[Quantities] = {
+        "elbo_shared": ("Monte Carlo ELBO of the shared posterior", "lower bound of L[q*_C]"),
+        "elbo_on_completions": ("the same on data completed by the model", "lower bound of L[q*_C]"),
+        **GAPS,
+    }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return asdict(self.sharing.settings)
+
+    def arrays(self, chunk: Chunk) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {}
+        for block in chunk.blocks():
+            shared = self.sharing.fit(block)
+            columns = {
+                "elbo_shared": shared.elbo.value,
+                "elbo_shared_mcse": shared.elbo.mcse,
+                "elbo_on_completions": shared.on_completions.value,
+                "elbo_on_completions_mcse": shared.on_completions.mcse,
+                "overfitting": shared.overfitting,
+                "shared_converged": shared.converged,
+                "completions_ess": shared.completions.ess,
+                "num_completions": torch.full((len(block),), len(shared.completions)),
+            }
+            for name, column in columns.items():
+                parts.setdefault(name, []).append(column)
+        return {name: torch.cat(columns) for name, columns in parts.items()}
+
+
+@dataclass(frozen=True)
+class ReferenceMeasure:
+    """By another guide of the same conditions, the best that could be trained."""
+
+    density: GuideDensity
+    num_particles: int
+    seed: int
+    stage: ClassVar[str] = "ELBO of the reference guide"
+    quantities: ClassVar[Quantities] = {
+        "elbo_shared": ("Monte Carlo ELBO of the reference guide", "lower bound of L[q*_C]"),
+        **GAPS,
+    }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"reference": type(self.density.guide).__name__}
+
+    def arrays(self, chunk: Chunk) -> dict[str, Tensor]:
+        weights = chunk_log_weights(self.density.joint, self.density, chunk, self.num_particles, self.seed, "reference")
+        estimate = mean_estimate(weights)
+        return {"elbo_shared": estimate.value, "elbo_shared_mcse": estimate.mcse}
+
+
+def conditioning_measure(
+    density: GuideDensity,
+    evaluator: GradientEvaluator,
+    settings: Conditioning,
+    evidence: AIS,
+    refinement: Refinement,
+    num_particles: int,
+    seed: int,
+    reference: Program | None,
+) -> ConditioningMeasure | None:
+    """How a guide's conditioning gap is measured; None where it is shown all of x, or a lookahead has no reference.
+
+    Raises `InputError` where the guide or the reference look at what they declare not to be shown, and for a reference
+    that declares something else than the guide.
+    """
+    told = declared(density.guide)
+    if told is not None:
+        check_no_leak(density, told)
+    if isinstance(told, Shown):
+        if reference is not None:
+            raise InputError("reference: a guide with conditions has a shared posterior; leave reference out")
+        return SharedMeasure(sharing_of(density, evaluator, told, settings, evidence, refinement, num_particles, seed))
+    if reference is None:
+        return None
+    if not isinstance(told, Lookahead) or declared(reference) != told:
+        raise InputError(
+            f"reference: it must declare the guide's own lookahead; the guide declares {told}, the reference "
+            f"{declared(reference)}"
+        )
+    best = GuideDensity(reference, None, density.joint)
+    check_no_leak(best, told)
+    return ReferenceMeasure(best, num_particles, seed)

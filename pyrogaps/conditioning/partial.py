@@ -1,0 +1,115 @@
+"""A model with part of its data withheld: log p(C, z), the marginal of log p(C, Cbar, z)."""
+
+import functools
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyrogaps.conditioning.conditions import NUM_CHECKED_ROWS, Shown, hidden
+from pyrogaps.density import IndexedData, JointDensity
+from pyrogaps.density.data import as_tuple
+from pyrogaps.density.layout import distribution_mask, leaf
+from pyrogaps.density.rows import same_density
+from pyrogaps.density.runs import evaluating
+from pyrogaps.density.structure import sample_sites
+from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
+
+ShownElements = dict[str, Tensor]
+
+
+class ShowOnly(Messenger):
+    """Leaves what is not shown out of the likelihood: `shown` has masks over the observed sites' values."""
+
+    def __init__(self, shown: ShownElements) -> None:
+        super().__init__()
+        self.shown = shown
+
+    def _pyro_sample(self, message: Any) -> None:
+        if not message["is_observed"] or message["name"] not in self.shown:
+            return
+        fn, keep = message["fn"], self.shown[message["name"]]
+        before = distribution_mask(fn, None)
+        keep = keep if before is None else keep & before
+        inner = leaf(fn)
+        if inner.event_dim:
+            keep = keep.flatten(-inner.event_dim).all(-1)
+        masked = inner.expand(keep.shape).mask(keep)
+        message["fn"] = masked.to_event(fn.event_dim - inner.event_dim)
+
+
+def partially_observed(joint: JointDensity, conditions: Shown) -> JointDensity:
+    r"""The density of what is shown, $\log p(C_n, z)$, in the latent space of `joint`, in nats.
+
+    Observed sites must factorise over shown and withheld elements given the latents: a likelihood whose shown elements
+    depend on withheld ones (autoregressive) has no such marginal.
+
+    Raises `InputError` naming the site, where it does not.
+    """
+
+    def shown(args: tuple[Any, ...], indices: Tensor) -> ShownElements:
+        return shown_elements(joint, conditions, args, indices)
+
+    @functools.wraps(joint.model)
+    def model(*args_and_shown: Any) -> Any:
+        *args, elements = args_and_shown
+        with ShowOnly(elements):
+            return joint.model(*args)
+
+    def fetch(indices: Tensor) -> tuple[Any, ...]:
+        args = as_tuple(joint.data.fetch(indices))
+        return *args, shown(args, indices)
+
+    partial = JointDensity(model, IndexedData(joint.num_datapoints, fetch), joint.plate)
+    _check_independence(joint, partial, conditions)
+    return partial
+
+
+def shown_elements(joint: JointDensity, conditions: Shown, args: tuple[Any, ...], indices: Tensor) -> ShownElements:
+    """Masks over the values of the observed sites that see a part of what is withheld, True where they do not.
+
+    Found by running the model on data that differ in everything that is withheld.
+    """
+    masks = conditions.masks(args)
+    with seeded(0, "shown"), evaluating(joint.model), joint.plates(indices), torch.no_grad():
+        before, after = (_observed(joint, given) for given in (args, hidden(args, masks)))
+    result = {}
+    for name, (value, fn) in before.items():
+        same = value == after[name][0]
+        if bool(same.all()):
+            continue
+        inner = leaf(fn)
+        if inner.event_dim:
+            events = same.flatten(-inner.event_dim)
+            if not torch.equal(events.all(-1), events.any(-1)):
+                raise InputError(
+                    f"site '{name}': a {type(inner).__name__} cannot be observed in part; show or withhold its events "
+                    "whole, or write the likelihood with independent elements"
+                )
+        result[name] = same
+    return result
+
+
+def _observed(joint: JointDensity, args: tuple[Any, ...]) -> dict[str, tuple[Tensor, Any]]:
+    sites = sample_sites(joint.model, args)
+    return {name: (site["value"], site["fn"]) for name, site in sites.items() if site["is_observed"]}
+
+
+def _check_independence(joint: JointDensity, partial: JointDensity, conditions: Shown) -> None:
+    """What is withheld must not move the density of what is shown."""
+    indices = torch.arange(min(NUM_CHECKED_ROWS, joint.num_datapoints))
+    args = partial.fetch(indices)
+    other = *hidden(args[:-1], conditions.masks(args[:-1])), args[-1]
+    flat = 0.1 * torch.linspace(-1, 1, len(indices) * joint.dim, dtype=joint.dtype).reshape(len(indices), joint.dim)
+    flat = flat.to(joint.device)
+    with evaluating(joint.model), torch.no_grad():
+        before, after = (sum(partial.score(flat, given, indices)) for given in (args, other))
+    assert isinstance(before, Tensor)
+    assert isinstance(after, Tensor)
+    if not same_density(before, after):
+        raise InputError(
+            "conditions: the model's density of what is shown depends on what is withheld (an autoregressive "
+            "likelihood, or inputs that are not modelled); condition on parts that are independent given the latents"
+        )

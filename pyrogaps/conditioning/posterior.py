@@ -1,0 +1,156 @@
+"""`shared_posterior`: the best guide that is shown only a part of x, for every datapoint, without training one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrogaps.ais import AIS
+from pyrogaps.bounds import Plate, densities, over_chunks
+from pyrogaps.capture import GradientEvaluator
+from pyrogaps.conditioning.conditions import Shown, check_no_leak, declared
+from pyrogaps.conditioning.settings import Conditioning
+from pyrogaps.conditioning.shared import SharedBlock, sharing_of
+from pyrogaps.density import Data, JointDensity
+from pyrogaps.density.runs import Program, evaluating
+from pyrogaps.errors import InputError
+from pyrogaps.log_weights import Estimate
+from pyrogaps.refine import Refinement
+from pyrogaps.refine.refine import RefinedGuide
+from pyrogaps.streams import BLOCK, Chunk
+
+MAX_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class SharedPosterior:
+    r"""q*_C of every datapoint, fitted to two halves of the completions of what is shown.
+
+    Attributes:
+        elbo: L[q*_C](x_n) of the datapoints themselves, nats, the mean of the halves; its error counts the completions.
+        on_completions: the mean ELBO of either half's guide on the other half's completions.
+        overfitting: by how much each half's guide does better than the other on its own completions, `(N,)`, nats.
+        guides: the refined guides of the two halves.
+        num_completions: how many were drawn, `(N,)`.
+    """
+
+    joint: JointDensity
+    elbo: Estimate
+    on_completions: Estimate
+    overfitting: Tensor
+    guides: tuple[RefinedGuide, RefinedGuide]
+    num_completions: Tensor
+    blocks: list[tuple[Chunk, SharedBlock]]
+
+    def completions(self, datapoint: int) -> tuple[tuple[Any, ...], Tensor]:
+        """The model's arguments for the K completions of a datapoint, and the latents `(K, dim)` they come from."""
+        block, shared = self._block_of(datapoint)
+        position, drawn = datapoint - block.start, shared.completions
+        number = len(block)
+        args = tuple(
+            arg[position::number] if isinstance(arg, Tensor) and len(arg) == len(drawn) * number else arg
+            for arg in drawn.args
+        )
+        return args, drawn.z[:, position]
+
+    def log_density(self, z: Tensor, datapoint: int) -> Tensor:
+        r"""ln q_C(z) but for a constant, the mean of $\log p(C_n, \bar C_k, z)$ over completions: `(S, dim)` to `(S,)`.
+
+        q_C is the renormalised product of the completions' posteriors, the optimum of all densities.
+        """
+        args, latents = self.completions(datapoint)
+        number, parts = len(latents), []
+        with evaluating(self.joint.model), torch.no_grad():
+            for points in z.split(max(1, MAX_ROWS // number)):
+                rows = torch.full((len(points) * number,), datapoint)
+                repeated = tuple(
+                    arg.repeat(len(points), *[1] * (arg.dim() - 1))
+                    if isinstance(arg, Tensor) and len(arg) == number
+                    else arg
+                    for arg in args
+                )
+                terms = self.joint.score(points.repeat_interleave(number, 0), repeated, rows)
+                parts.append((terms[0] + terms[1]).double().reshape(-1, number).mean(1))
+        return torch.cat(parts)
+
+    def _block_of(self, datapoint: int) -> tuple[Chunk, SharedBlock]:
+        for block, shared in self.blocks:
+            if block.start <= datapoint < block.stop:
+                return block, shared
+        raise InputError(f"datapoint: there are {self.joint.num_datapoints}, so no number {datapoint}")
+
+
+def shared_posterior(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    settings: Conditioning | None = None,
+    evidence: AIS | None = None,
+    refinement: Refinement | None = None,
+    num_particles: int = 1000,
+    plate: Plate = None,
+    seed: int = 0,
+) -> SharedPosterior:
+    r"""Fit the best guide of a family that is shown only a part C of every datapoint, $x = (C, \bar C)$:
+
+    $$q^*_C = \arg\max_{q \in Q} \mathbb E_{p(\bar C|C)}[\mathcal L[q](C, \bar C)]$$
+
+    K completions of every datapoint are drawn from the model, and one q is refined for all of them; no network is
+    trained. `.elbo` is a lower bound of L[q*_C](x_n), too low by about half of `.overfitting`.
+
+    Args:
+        model, guide, data, plate: as for `decompose`. The guide declares what it is shown by its attribute
+            `conditions`: a boolean mask over the model's first argument, True where that is shown, or a function from
+            its arguments to masks. The family is the guide's own.
+        settings: number of completions, see `Conditioning`.
+        evidence: settings of the AIS that draws latents given C; its chains are as many as completions.
+        refinement: settings of the refinements.
+        num_particles: draws for each ELBO.
+        seed: of all the randomness.
+
+    Raises:
+        InputError: where the guide looks at what it declares not to be shown, where it declares a lookahead (its
+            conditions differ from step to step, so that there is no one shared posterior), or where the model's
+            likelihood does not factorise over what is shown and what is not.
+    """
+    told = declared(guide)
+    if not isinstance(told, Shown):
+        raise InputError(
+            "guide: it declares no conditions, or a lookahead, whose conditions differ from step to step; give it an "
+            "attribute conditions, a boolean mask over the data, True where they are shown"
+        )
+    joint, density = densities(model, guide, data, plate)
+    check_no_leak(density, told)
+    sharing = sharing_of(
+        density,
+        GradientEvaluator(joint),
+        told,
+        settings or Conditioning(),
+        evidence or AIS(),
+        refinement or Refinement(),
+        num_particles,
+        seed,
+    )
+    blocks: list[tuple[Chunk, SharedBlock]] = over_chunks(lambda c: (c, sharing.fit(c)), joint, BLOCK, seed)
+    chunks, shared = [block for block, _ in blocks], [found for _, found in blocks]
+    guides = tuple(
+        RefinedGuide(joint, chunks, [s.halves[half] for s in shared], [s.progress[half] for s in shared])
+        for half in (0, 1)
+    )
+    return SharedPosterior(
+        joint,
+        _joined([s.elbo for s in shared]),
+        _joined([s.on_completions for s in shared]),
+        torch.cat([s.overfitting for s in shared]),
+        (guides[0], guides[1]),
+        torch.cat([torch.full((len(block),), len(s.completions)) for block, s in blocks]),
+        blocks,
+    )
+
+
+def _joined(estimates: list[Estimate]) -> Estimate:
+    return Estimate(
+        torch.cat([e.value for e in estimates]), torch.cat([e.mcse for e in estimates]), estimates[0].direction
+    )

@@ -1,0 +1,33 @@
+"""What the measurement of a conditioning gap is told."""
+
+from dataclasses import dataclass
+
+from pyrogaps.errors import InputError
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Settings of the shared posterior of a guide that is not shown all of x.
+
+    Attributes:
+        num_completions: K, how many times the withheld part is drawn for every datapoint, an even number. Two shared
+            posteriors are refined, each on one half of the completions, and each is judged on the other half too.
+        max_completions: K is doubled, block of datapoints by block, while overfitting exceeds `tolerance`, up to this.
+        tolerance: by how much, nats, a shared posterior may do better on its own half of the completions than the one
+            of the other half does, on average over a block. A gap g is overestimated by half of that, about 2 g / K.
+    """
+
+    num_completions: int = 128
+    max_completions: int = 512
+    tolerance: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.num_completions < 4 or self.num_completions % 2:
+            raise InputError(f"conditioning.num_completions: must be even and at least 4, got {self.num_completions}")
+        if self.max_completions < self.num_completions:
+            raise InputError(
+                f"conditioning.max_completions: must be at least num_completions ({self.num_completions}), got "
+                f"{self.max_completions}"
+            )
+        if not self.tolerance > 0:
+            raise InputError(f"conditioning.tolerance: must be positive, got {self.tolerance}")

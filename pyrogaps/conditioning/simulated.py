@@ -1,0 +1,51 @@
+"""Unlimited data from a frozen model, to train the best guide for it."""
+
+from typing import Any
+
+from torch import Tensor
+
+from pyrogaps.bounds import Plate
+from pyrogaps.density import Data, IndexedData, JointDensity
+from pyrogaps.density.data import as_tuple
+from pyrogaps.density.runs import Program
+from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.errors import InputError
+
+
+class SimulatedData(IndexedData):
+    """Datapoints drawn from the model anew every time they are fetched, in the shape of `data`.
+
+    `train(model, guide, SimulatedData(model, data), freeze_model=True)` fits a guide to the model's own data without
+    end: with enough capacity it approaches the best guide of its conditions, q*_C, from below. What is not drawn, such
+    as the lengths of sequences, is that of `data`.
+
+    Args:
+        model, data, plate: as for `JointDensity`.
+        num_datapoints: how many make an epoch; by default as many as there are in `data`.
+        to_data: as for `JointDensity.simulate`.
+
+    Raises:
+        InputError: where the model cannot be simulated.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        data: Data,
+        num_datapoints: int | None = None,
+        plate: Plate = None,
+        to_data: ToData | None = None,
+    ) -> None:
+        joint = JointDensity(model, data, plate)
+        if joint.plate is None:
+            raise InputError("SimulatedData: the model has no data plate; simulate the one datapoint with JointDensity")
+        number = joint.num_datapoints
+
+        def fetch(indices: Tensor) -> tuple[Any, ...]:
+            args = joint.data.fetch(indices % number)
+            rows = IndexedData(
+                len(indices), lambda some: tuple(arg[some] if isinstance(arg, Tensor) else arg for arg in args)
+            )
+            return as_tuple(simulate(joint.over(rows), to_data)[0])
+
+        super().__init__(number if num_datapoints is None else num_datapoints, fetch)

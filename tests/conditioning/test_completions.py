@@ -1,0 +1,168 @@
+"""The density of what is shown, and draws of what is not, against dense Gaussian algebra and enumeration."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+import pyrogaps as pg
+from pyrogaps.capture import GradientEvaluator
+from pyrogaps.conditioning import Shown
+from pyrogaps.conditioning.completions import Completions, completed, draw_completions, systematic
+from pyrogaps.conditioning.partial import partially_observed
+from pyrogaps.models.linear_gaussian import LinearGaussian
+from pyrogaps.refine.families import Start
+from pyrogaps.streams import Chunk, seeded
+
+SHOWN = torch.tensor([True, False, True, False, False])
+
+
+def pair(number: int) -> tuple[LinearGaussian, LinearGaussian, Tensor]:
+    """A factor analysis with badly scaled loadings, the same model of the shown elements alone, and data."""
+    weight = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weight = weight * torch.tensor([3.0, 1.0, 0.3, 2.0, 0.1], dtype=torch.float64)[:, None]
+    noise = torch.tensor([0.5, 1.0, 0.2, 1.0, 0.3], dtype=torch.float64)
+    whole = LinearGaussian(weight, 0.5, noise)
+    x = (
+        torch.randn(number, 2, dtype=torch.float64) @ weight.T
+        + 0.5
+        + noise * torch.randn(number, 5, dtype=torch.float64)
+    )
+    return whole, LinearGaussian(weight[SHOWN], 0.5, noise[SHOWN]), x
+
+
+def test_density_of_what_is_shown() -> None:
+    whole, part, x = pair(7)
+    found = partially_observed(pg.JointDensity(whole, x), Shown(SHOWN))
+    expected = pg.JointDensity(part, x[:, SHOWN])
+    z = torch.randn(3, 7, 2, dtype=torch.float64)
+    torch.testing.assert_close(found(z), expected(z))
+
+
+def test_masks_of_their_own_for_every_datapoint() -> None:
+    whole, _, x = pair(6)
+    mask = torch.rand(6, 5) < 0.5
+    mask[0] = True
+    by_row = {tuple(row.tolist()): masked for row, masked in zip(x, mask, strict=True)}
+    found = partially_observed(
+        pg.JointDensity(whole, x), Shown(lambda x: torch.stack([by_row[tuple(row.tolist())] for row in x]))
+    )
+    z = torch.randn(2, 6, 2, dtype=torch.float64)
+    for n in range(6):
+        keep = mask[n]
+        alone = LinearGaussian(whole.weight[keep], whole.bias[keep], whole.noise_scale[keep])
+        assert keep.any()
+        expected = pg.JointDensity(alone, x[n : n + 1, keep])(z[:, n : n + 1])
+        torch.testing.assert_close(found(z)[:, n : n + 1], expected)
+
+
+def test_completions_follow_the_model() -> None:
+    """Mean, covariance and kept elements of 4,000 completions of each of 3 datapoints."""
+    whole, part, x = pair(3)
+    joint = pg.JointDensity(whole, x)
+    partial = partially_observed(joint, Shown(SHOWN))
+    chunk, number = Chunk(0, 3), 4000
+    start = Start(torch.zeros(3, 2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64), fitted=False)
+    with seeded(0, "test"):
+        drawn = draw_completions(
+            GradientEvaluator(partial), joint, chunk, start, number,
+            pg.AIS(num_chains=number, num_temperatures=20), pg.Refinement(num_steps=200), 0,
+        )  # fmt: skip
+    values = drawn.args[0].reshape(number, 3, 5)
+    assert torch.equal(values[..., SHOWN], x[:, SHOWN].expand(number, 3, 2))
+    mean, covariance = part.posterior(x[:, SHOWN])
+    hidden = ~SHOWN
+    loadings = whole.weight[hidden]
+    expected_mean = mean @ loadings.T + whole.bias[hidden]
+    expected = loadings @ covariance @ loadings.T + whole.noise_scale[hidden].diag() ** 2
+    error = (expected.diagonal() / drawn.ess.min()).sqrt()
+    assert drawn.ess.min() > 0.5 * number
+    assert ((values[..., hidden].mean(0) - expected_mean).abs() < 4 * error).all()
+    for n in range(3):
+        centred = values[:, n, hidden] - expected_mean[n]
+        products = centred[:, :, None] * centred[:, None, :]
+        spread = products.std(0) / drawn.ess.min().sqrt()
+        assert ((products.mean(0) - expected).abs() < 4 * spread).all()
+
+
+def test_completions_of_bits_keep_their_type() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z[:, None].expand(x.shape)).to_event(1), obs=x)
+
+    x = torch.randint(0, 2, (4, 6)).float()
+    joint = pg.JointDensity(model, x)
+    shown = torch.arange(6) < 2
+    partial = partially_observed(joint, Shown(shown))
+    z = torch.full((500, 4, 1), 2.0)
+    with seeded(0, "bits"):
+        (values,) = completed(joint, partial, Chunk(0, 4), z, 0)
+    values = values.reshape(500, 4, 6)
+    assert values.dtype == x.dtype
+    assert set(values.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(values[..., :2], x[:, :2].expand(500, 4, 2))
+    p = torch.sigmoid(torch.tensor(2.0))
+    error = (p * (1 - p) / 8000).sqrt()
+    assert (values[..., 2:].mean() - p).abs() < 4 * error
+
+
+def test_rows_are_those_of_the_completion() -> None:
+    args = torch.arange(3 * 4).reshape(12, 1), "constant"
+    drawn = Completions(args, torch.zeros(3, 4, 1), torch.ones(4))
+    taken, constant = drawn.rows(torch.tensor([2, 0]))
+    assert constant == "constant"
+    assert taken.flatten().tolist() == [8, 9, 10, 11, 0, 1, 2, 3]
+
+
+def test_systematic_resampling_is_unbiased() -> None:
+    log_weights = torch.log(torch.tensor([[0.1], [0.6], [0.3]], dtype=torch.float64))
+    with seeded(0, "resample"):
+        counts = torch.stack([torch.bincount(systematic(log_weights, 5)[:, 0], minlength=3) for _ in range(2000)])
+    expected = 5 * log_weights[:, 0].exp()
+    error = counts.double().std(0) / 2000**0.5
+    assert ((counts.double().mean(0) - expected).abs() < 4 * error + 1e-9).all()
+    assert ((counts - expected).abs() < 1 + 1e-9).all()
+
+
+def autoregressive(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        before = torch.nn.functional.pad(x[:, :-1], (1, 0))
+        pyro.sample("x", dist.Normal(z[:, None] + 0.5 * before, 1.0).to_event(1), obs=x)
+
+
+def correlated(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.MultivariateNormal(z[:, None].expand(x.shape), torch.eye(x.shape[1])), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "shown", "message"),
+    [
+        (autoregressive, [False, True, True], "depends on what is withheld"),
+        (correlated, [True, False, False], "MultivariateNormal cannot be observed in part"),
+    ],
+)
+def test_likelihoods_that_do_not_factorise(model: Any, shown: list[bool], message: str) -> None:
+    joint = pg.JointDensity(model, torch.randn(5, 3))
+    with pytest.raises(pg.InputError, match=message):
+        partially_observed(joint, Shown(torch.tensor(shown)))
+
+
+def test_withheld_data_that_depend_on_each_other() -> None:
+    x = torch.randn(5, 3)
+    joint = pg.JointDensity(autoregressive, x)
+    partial = partially_observed(joint, Shown(torch.tensor([True, False, False])))
+    with seeded(0, "chain"), pytest.raises(pg.InputError, match="depends on other withheld data"):
+        completed(joint, partial, Chunk(0, 5), torch.randn(3, 5, 1), 0)
+
+
+def test_guides_without_conditions_are_told() -> None:
+    with pytest.raises(pg.InputError, match="declares no conditions"):
+        pg.shared_posterior(LinearGaussian.random(), AutoNormal(LinearGaussian.random()), torch.randn(4, 8))

@@ -1,0 +1,150 @@
+"""What a guide declares to be shown, and that it is held to it."""
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyrogaps as pg
+from pyrogaps.conditioning import Lookahead, Shown, check_no_leak, declared
+from pyrogaps.guides.partial import PartialNormal
+from pyrogaps.models.linear_gaussian import LinearGaussian
+
+MODEL = LinearGaussian.random(data_dim=6, latent_dim=2)
+
+
+def density(guide: Any, x: Tensor, model: Any = MODEL) -> pg.GuideDensity:
+    return pg.GuideDensity(guide, x, model)
+
+
+class Peeking(PartialNormal):
+    """Declares the first half of x, and looks at all of it."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.encoder(x)
+        return outputs
+
+
+def test_guide_that_keeps_its_word_passes() -> None:
+    guide = PartialNormal(6, 2, (8,), shown=3)
+    told = declared(guide)
+    assert isinstance(told, Shown)
+    check_no_leak(density(guide, torch.randn(20, 6)), told)
+
+
+@pytest.mark.parametrize("data", [torch.randn(20, 6), torch.randint(0, 2, (20, 6)).float(), torch.zeros(20, 6)])
+def test_guide_that_looks_is_refused(data: Tensor) -> None:
+    guide = Peeking(6, 2, (8,), shown=3)
+    with pytest.raises(pg.InputError, match="site 'z' changes with a part of the data outside its conditions"):
+        pg.decompose(MODEL, guide, data, progress=False)
+
+
+def counts(x: Tensor) -> Tensor:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Poisson(z.exp()[:, None].expand(x.shape)).to_event(1), obs=x)
+    return z
+
+
+def test_integer_data_are_checked_too() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 1].float(), 1.0))
+
+    guide.conditions = torch.tensor([True, False])  # type: ignore[attr-defined]
+    x = torch.randint(0, 5, (10, 2))
+    told = declared(guide)
+    assert told is not None
+    with pytest.raises(pg.InputError, match="site 'z' changes"):
+        check_no_leak(density(guide, x, counts), told)
+
+
+class Chain(nn.Module):
+    """z_t | z_{t-1} with one observation a step; the guide's factor t looks `sees` steps ahead."""
+
+    def __init__(self, lookahead: float, sees: int) -> None:
+        super().__init__()
+        self.lookahead, self.sees = lookahead, sees
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z: Any = 0.0
+            for t in range(x.shape[1]):
+                z = pyro.sample(f"z_{t + 1}", dist.Normal(z, 1.0))
+                pyro.sample(f"x_{t + 1}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z: Any = 0.0
+            for t in range(x.shape[1]):
+                z = pyro.sample(f"z_{t + 1}", dist.Normal(0.1 * z + x[:, : t + 1 + self.sees].sum(1), 1.0))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_lookahead_that_is_kept(lookahead: int) -> None:
+    guide = Chain(lookahead, lookahead)
+    told = declared(guide)
+    assert told == Lookahead(lookahead)
+    check_no_leak(density(guide, torch.randn(8, 6), guide.model), told)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_lookahead_that_is_not_kept(lookahead: int) -> None:
+    guide = Chain(lookahead, lookahead + 1)
+    with pytest.raises(pg.InputError, match=r"site 'z_\d' changes with data after step"):
+        pg.decompose(guide.model, guide, torch.randn(8, 6), progress=False)
+
+
+def test_infinite_lookahead_is_no_condition() -> None:
+    assert declared(Chain(math.inf, 0)) is None
+
+
+@pytest.mark.parametrize("lookahead", [-1, 0.5, True])
+def test_lookahead_that_is_none(lookahead: float) -> None:
+    with pytest.raises(pg.InputError, match="lookahead must be 0, 1, 2"):
+        declared(Chain(lookahead, 0))
+
+
+def test_lookahead_without_steps_in_the_data() -> None:
+    guide = Chain(0, 0)
+
+    def model(x: Tensor) -> None:
+        guide.model(x.flatten(1))
+
+    def flat(x: Tensor) -> None:
+        guide(x.flatten(1))
+
+    with pytest.raises(pg.InputError, match="no argument has 6 steps"):
+        check_no_leak(density(flat, torch.randn(8, 2, 3), model), Lookahead(0))
+
+
+def test_both_declarations_are_refused() -> None:
+    guide = PartialNormal(6, 2, (8,), shown=3)
+    guide.lookahead = 1  # type: ignore[assignment]
+    with pytest.raises(pg.InputError, match="both conditions and a lookahead"):
+        declared(guide)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(6), "must be a boolean tensor"),
+        (torch.ones(5, dtype=torch.bool), "does not fit the argument's"),
+        ((None, torch.ones(6, dtype=torch.bool)), r"2 masks for the model's 1 argument\(s\)"),
+    ],
+)
+def test_masks_that_do_not_fit(mask: Any, message: str) -> None:
+    with pytest.raises(pg.InputError, match=message):
+        Shown(lambda x: mask).masks((torch.randn(4, 6),))
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"), [(7, "from 0 to data_dim = 6"), ([True] * 5, "with data_dim = 6 elements")]
+)
+def test_partial_guide_with_another_mask(shown: Any, message: str) -> None:
+    with pytest.raises(pg.InputError, match=message):
+        PartialNormal(6, 2, shown=shown)
