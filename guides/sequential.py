@@ -1,0 +1,211 @@
+"""Structured guides of sequences: every latent given the one before it and what the guide may see of the data."""
+
+import copy
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, softplus
+
+from pyrogaps.errors import InputError
+from pyrogaps.models.sequences import sequence_mask, within
+
+
+class Combiner(nn.Module):
+    r"""Mean and scale of q(z_t | z_{t-1}, h_t), as in arXiv:1609.09869:
+
+    $$c_t = \tfrac12 (\tanh(W z_{t-1} + b) + h_t), \quad m_t = A c_t + a, \quad
+    s_t = \mathrm{softplus}(B c_t + e) + \mathrm{min\_scale}$$
+
+    Called with `z` `(..., latent_dim)` and `h` `(..., rnn_dim)`; gives m and s, each `(..., latent_dim)`. z_0 is a
+    parameter.
+    """
+
+    def __init__(self, latent_dim: int, rnn_dim: int, min_scale: float) -> None:
+        super().__init__()
+        self.min_scale = min_scale
+        self.z_0 = nn.Parameter(torch.zeros(latent_dim))
+        self.inner, self.heads = nn.Linear(latent_dim, rnn_dim), nn.Linear(rnn_dim, 2 * latent_dim)
+
+    def forward(self, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        loc, raw = self.heads((torch.tanh(self.inner(z)) + h) / 2).chunk(2, -1)
+        return loc, softplus(raw) + self.min_scale
+
+    def draw(self, h: Tensor, keep: Tensor | None) -> Tensor:
+        """Make the sites "z_1" to "z_T" of states `h` `(N, T, rnn_dim)`, in a plate; returns z `(N, T, latent_dim)`."""
+        z, states = self.z_0.expand(len(h), -1), []
+        for t, h_t in enumerate(h.unbind(1)):
+            with within(keep, t):
+                z = pyro.sample(f"z_{t + 1}", dist.Normal(*self(z, h_t)).to_event(1))
+            states.append(z)
+        return torch.stack(states, -2)
+
+
+class StructuredNormal(nn.Module):
+    r"""A Normal for every latent given the one before it, looking `lookahead` steps ahead:
+
+    $$q(z_{1:T} \mid x) = \prod_t \mathcal N(z_t;\, m(z_{t-1}, h_t),\, \mathrm{diag}\, s(z_{t-1}, h_t)^2)$$
+
+    m and s by the `Combiner`. For `lookahead` k, h_t is the state of a GRU that has read x_1 to x_{min(t+k, length)}
+    and k padding steps at the end: filtering for k = 0. For infinity the GRU reads backwards and h_t has seen x_t to
+    x_length: smoothing, given z_{t-1}. Every input carries a channel that says whether it lies past the end of its
+    sequence, so that all lookaheads have the same parameters.
+
+    A Pyro guide: `guide(x)` or `guide(x, lengths)` with `x` `(N, T, data_dim)`, padded to one T, and `lengths` `(N,)`,
+    integers from 1 to T; sites "z_1" to "z_T", each `(N, latent_dim)`, in the plate "data". Steps beyond a sequence's
+    length are masked, and what stands there is not read.
+
+    Args:
+        data_dim, latent_dim: of one step.
+        rnn_dim: of the GRU's state, and of the combiner.
+        lookahead: 0 or more; `math.inf` or "inf" for all of the future.
+        min_scale: the least that s can be.
+
+    Raises `InputError` for settings other than these, and for `x` and `lengths` that do not fit.
+    """
+
+    def __init__(
+        self,
+        data_dim: int = 88,
+        latent_dim: int = 100,
+        rnn_dim: int = 600,
+        lookahead: int | float | str = math.inf,
+        min_scale: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        for name, value in (("data_dim", data_dim), ("latent_dim", latent_dim), ("rnn_dim", rnn_dim)):
+            if value < 1:
+                raise InputError(f"StructuredNormal: {name} must be at least 1, got {value}")
+        if not min_scale > 0:
+            raise InputError(f"StructuredNormal: min_scale must be positive, got {min_scale}")
+        self.data_dim, self.latent_dim, self.rnn_dim = data_dim, latent_dim, rnn_dim
+        self.lookahead = checked_lookahead(lookahead)
+        self.rnn = nn.GRU(data_dim + 1, rnn_dim, batch_first=True)
+        self.combiner = Combiner(latent_dim, rnn_dim, min_scale)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Run the guide; returns z, shape `(N, T, latent_dim)`."""
+        keep = self._mask(x, lengths)
+        h = self._encode(x, keep)
+        with pyro.plate("data", len(x)):
+            return self.combiner.draw(h, keep)
+
+    def encode(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """All h_t, shape `(N, T, rnn_dim)`."""
+        return self._encode(x, self._mask(x, lengths))
+
+    def _mask(self, x: Tensor, lengths: Tensor | None) -> Tensor | None:
+        return sequence_mask(type(self).__name__, x, lengths, self.data_dim)
+
+    def _encode(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        period = _period(x, keep)
+        if period < len(x):
+            part = self._encode(x[:period], None if keep is None else keep[:period])
+            return part.repeat(len(x) // period, 1, 1)
+        x = x.to(self.combiner.z_0.dtype)
+        past = torch.zeros_like(x[..., :1]) if keep is None else (~keep)[..., None].to(x.dtype)
+        inputs = torch.cat([x if keep is None else torch.where(keep[..., None], x, torch.zeros_like(x)), past], -1)
+        if isinstance(self.lookahead, int):
+            beyond = pad(inputs.new_zeros(self.lookahead, self.data_dim), (0, 1), value=1.0)
+            states: Tensor = self.rnn(torch.cat([inputs, beyond.expand(len(x), -1, -1)], 1))[0]
+            return states[:, self.lookahead :]
+        order = _backwards(x, keep)
+        return _reorder(self.rnn(_reorder(inputs, order))[0], order)
+
+    def local_family(self, model: Any) -> "LocalStructuredNormal":
+        """The family of this guide: for every datapoint its own h, with the combiner as it is now."""
+        return LocalStructuredNormal(self.combiner)
+
+    def start_local(self, guide: "LocalStructuredNormal", x: Tensor, lengths: Tensor | None = None) -> None:
+        """Start `guide`, one of the local family set up on these arguments, at this guide's q(z|x)."""
+        guide.start_states(self.encode(x, lengths))
+
+
+class LocalStructuredNormal(nn.Module):
+    """`StructuredNormal` with every h_t of every datapoint free, whatever network might have given it.
+
+    Called like the model; the first call says how many datapoints and steps there are. `h` `(N, T, rnn_dim)`, zero at
+    first, is the one parameter: the combiner is a copy that is not trained. In a plate that holds some of the N
+    datapoints it is read at those.
+
+    Raises `InputError` where the data are not those of the plate, or have other than T steps.
+    """
+
+    h: nn.Parameter | None
+
+    def __init__(self, combiner: Combiner) -> None:
+        super().__init__()
+        self.combiner = _frozen(combiner)
+        self.register_parameter("h", None)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Run the guide; returns z, shape `(N, T, latent_dim)`."""
+        keep = sequence_mask(type(self).__name__, x, lengths, x.shape[-1])
+        if self.h is None:
+            self.h = nn.Parameter(self.combiner.z_0.new_zeros(*x.shape[:2], self.combiner.inner.out_features))
+        number, steps = self.h.shape[:2]
+        with pyro.plate("data", number) as rows:
+            assert rows is not None
+            if len(rows) != len(x) or x.shape[1] != steps:
+                raise InputError(
+                    f"LocalStructuredNormal: it holds parameters for {number} sequences of {steps} steps, and is given "
+                    f"{len(x)} of {x.shape[1]}; set up a new one for other data"
+                )
+            return self.combiner.draw(self.h[rows], keep)
+
+    def start_states(self, h: Tensor) -> None:
+        """Set every h_t: `(N, T, rnn_dim)`."""
+        assert self.h is not None
+        with torch.no_grad():
+            self.h.copy_(h)
+
+
+def checked_lookahead(lookahead: int | float | str) -> int | float:
+    """`lookahead` as a whole number, 0 or more, or infinity; raises `InputError` for anything else."""
+    try:
+        number = float(lookahead)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(lookahead, bool) or not number >= 0 or not (number.is_integer() or number == math.inf):
+        raise InputError(
+            f"StructuredNormal: lookahead must be 0 (filtering), a whole number of steps, or inf, got {lookahead!r}"
+        )
+    return number if number == math.inf else int(number)
+
+
+def _period(x: Tensor, keep: Tensor | None) -> int:
+    """After how many rows all the sequences come again, as where every particle of a batch has a row; else N.
+
+    A recurrent network costs more than finding out.
+    """
+    if len(x) < 2 or x.requires_grad:
+        return len(x)
+    sequences = [x.flatten(1)] if keep is None else [x.flatten(1), keep]
+    like_first = torch.stack([(part == part[0]).all(1) for part in sequences]).all(0)
+    period = int(like_first[1:].nonzero()[0]) + 1 if bool(like_first[1:].any()) else len(x)
+    tiled = len(x) % period == 0 and all(torch.equal(part[period:], part[:-period]) for part in sequences)
+    return period if tiled else len(x)
+
+
+def _backwards(x: Tensor, keep: Tensor | None) -> Tensor:
+    """The order `(N, T)` that reverses every sequence within its own length, and leaves the padding where it is."""
+    steps = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    return steps.flip(1) if keep is None else torch.where(keep, keep.sum(1, keepdim=True) - 1 - steps, steps)
+
+
+def _reorder(sequences: Tensor, order: Tensor) -> Tensor:
+    """`sequences` `(N, T, D)` with the steps of each in its `order` `(N, T)`."""
+    return sequences.gather(1, order[..., None].expand(sequences.shape))
+
+
+def _frozen(combiner: Combiner) -> Combiner:
+    """A copy whose weights are buffers: no parameters, which datapoints would share."""
+    copied = copy.deepcopy(combiner)
+    for part in copied.modules():
+        for name, value in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, value.detach())
+    return copied
