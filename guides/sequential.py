@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
+from pyrogaps.conditioning import checked_lookahead
 from pyrogaps.errors import InputError
 from pyrogaps.models.sequences import sequence_mask, within
 
@@ -82,7 +83,7 @@ class StructuredNormal(nn.Module):
         if not min_scale > 0:
             raise InputError(f"StructuredNormal: min_scale must be positive, got {min_scale}")
         self.data_dim, self.latent_dim, self.rnn_dim = data_dim, latent_dim, rnn_dim
-        self.lookahead = checked_lookahead(lookahead)
+        self.lookahead = checked_lookahead("StructuredNormal", lookahead)
         self.rnn = nn.GRU(data_dim + 1, rnn_dim, batch_first=True)
         self.combiner = Combiner(latent_dim, rnn_dim, min_scale)
 
@@ -161,19 +162,6 @@ class LocalStructuredNormal(nn.Module):
         assert self.h is not None
         with torch.no_grad():
             self.h.copy_(h)
-
-
-def checked_lookahead(lookahead: int | float | str) -> int | float:
-    """`lookahead` as a whole number, 0 or more, or infinity; raises `InputError` for anything else."""
-    try:
-        number = float(lookahead)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(lookahead, bool) or not number >= 0 or not (number.is_integer() or number == math.inf):
-        raise InputError(
-            f"StructuredNormal: lookahead must be 0 (filtering), a whole number of steps, or inf, got {lookahead!r}"
-        )
-    return number if number == math.inf else int(number)
 
 
 def _period(x: Tensor, keep: Tensor | None) -> int:

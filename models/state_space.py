@@ -1,13 +1,11 @@
 """The linear-Gaussian state space: a sequence model whose every gap is known in closed form, looking ahead or not."""
 
-import math
-
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrogaps.errors import InputError
+from pyrogaps.conditioning import checked_lookahead
 from pyrogaps.models.kalman import NAME, Backward, KalmanRecursions, check_steps
 
 
@@ -80,7 +78,7 @@ class LinearGaussianStateSpace(KalmanRecursions):
         with G, R, $\Omega$ and $\lambda$ of `backward_information`, P_s the covariance of z_s given x_1 to x_{s-1}.
         `lookahead` is 0, 1, 2, ... or `math.inf`; from T - 1 on the gap is 0. Raises `InputError` for another.
         """
-        lookahead, backward = check_lookahead(lookahead), self.backward_information(steps)
+        lookahead, backward = checked_lookahead(NAME, lookahead), self.backward_information(steps)
         ahead, _ = self.covariances(steps)
         total = self.transition.new_zeros(())
         for s in range(steps - 1, 0, -1):
@@ -150,7 +148,7 @@ class LookaheadGuide(nn.Module):
 
     def __init__(self, model: LinearGaussianStateSpace, lookahead: float = 0, *, diagonal: bool = False) -> None:
         super().__init__()
-        self.model, self.lookahead, self.diagonal = model, check_lookahead(lookahead), diagonal
+        self.model, self.lookahead, self.diagonal = model, checked_lookahead(NAME, lookahead), diagonal
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of N(offset_t + G_t z_{t-1}, L_t L_t'): offsets `(N, T, d)`, gains G and L, each `(T, d, d)`; G_1 = 0."""
@@ -170,11 +168,3 @@ class LookaheadGuide(nn.Module):
                 z = pyro.sample(f"z_{t + 1}", factor)
                 states.append(z)
         return torch.stack(states, 1)
-
-
-def check_lookahead(lookahead: float) -> float:
-    """`lookahead`; raises `InputError` unless it is 0, 1, 2, ... or infinity."""
-    whole = lookahead == math.inf or isinstance(lookahead, int)
-    if isinstance(lookahead, bool) or not whole or lookahead < 0:
-        raise InputError(f"{NAME}: lookahead must be 0, 1, 2, ... or math.inf, got {lookahead}")
-    return lookahead

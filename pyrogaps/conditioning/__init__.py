@@ -1,6 +1,6 @@
 """What a guide loses by not being shown all of x."""
 
-from pyrogaps.conditioning.conditions import Lookahead, Shown, check_no_leak, declared
+from pyrogaps.conditioning.conditions import Lookahead, Shown, check_no_leak, checked_lookahead, declared
 from pyrogaps.conditioning.measure import ConditioningMeasure, conditioning_measure
 from pyrogaps.conditioning.posterior import SharedPosterior, shared_posterior
 from pyrogaps.conditioning.settings import Conditioning
@@ -14,6 +14,7 @@ __all__ = [
     "Shown",
     "SimulatedData",
     "check_no_leak",
+    "checked_lookahead",
     "conditioning_measure",
     "declared",
     "shared_posterior",

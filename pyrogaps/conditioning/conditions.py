@@ -82,11 +82,24 @@ def declared(guide: Any) -> Conditions | None:
         raise InputError("guide: it declares both conditions and a lookahead; leave one of them out")
     if part is not None:
         return Shown(part)
-    if lookahead is None or lookahead == math.inf:
+    if lookahead is None:
         return None
-    if isinstance(lookahead, bool) or int(lookahead) != lookahead or lookahead < 0:
-        raise InputError(f"guide: lookahead must be 0, 1, 2, ... or infinity, got {lookahead}")
-    return Lookahead(int(lookahead))
+    number = checked_lookahead("guide", lookahead)
+    return None if number == math.inf else Lookahead(int(number))
+
+
+def checked_lookahead(program: str, lookahead: int | float | str) -> int | float:
+    """`lookahead` as a whole number from 0 on, or infinity ("inf" in recipes).
+
+    Raises `InputError`, on behalf of `program`, for anything else.
+    """
+    try:
+        number = math.nan if isinstance(lookahead, bool) else float(lookahead)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number >= 0 or not (number.is_integer() or number == math.inf):
+        raise InputError(f"{program}: lookahead must be 0 (filtering), 1, 2, ... or inf (smoothing), got {lookahead!r}")
+    return number if number == math.inf else int(number)
 
 
 def hidden(args: tuple[Any, ...], masks: Masks) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrogaps.datasets.folder import FOLDER, data_folder, reading
+from pyrogaps.datasets.folder import locate, reading
 from pyrogaps.errors import InputError
 
 LOWEST, HIGHEST = 21, 108
@@ -43,22 +43,13 @@ class Chorales:
     test: Sequences = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        path = self._locate()
+        path = locate("Chorales", self.path, self.data_root)
         with reading("Chorales", path, "is it whole, and JSON?"):
             content = json.loads(path.read_text("utf-8"))
         parts = {ours: _chorales(path, content, theirs) for theirs, ours in PARTS.items()}
         longest = max(len(chorale) for chorales in parts.values() for chorale in chorales)
         for name, chorales in parts.items():
             setattr(self, name, _padded(chorales, longest))
-
-    def _locate(self) -> Path:
-        path, folder = Path(self.path).expanduser(), data_folder(self.data_root)
-        candidates = [path] if folder is None else [path, folder / path]
-        for candidate in candidates:
-            if candidate.is_file():
-                return candidate
-        looked = " nor ".join(dict.fromkeys(str(candidate) for candidate in candidates))
-        raise InputError(f"Chorales: there is no file {looked}; give its full path, or the folder by {FOLDER}")
 
 
 def _chorales(path: Path, content: Any, part: str) -> list[list[list[int]]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyrogaps.datasets.folder import FOLDER, data_folder, reading
+from pyrogaps.datasets.folder import locate, reading
 from pyrogaps.datasets.images import Array, GreyImages, ImageData
 from pyrogaps.errors import InputError
 
@@ -35,7 +35,7 @@ class NPZ(ImageData):
     data_root: str | None = None
 
     def read(self) -> GreyImages:
-        path = self._locate()
+        path = locate(self.name, self.path, self.data_root)
         with reading(self.name, path, "is it whole, and an npz file?"), path.open("rb") as opened:
             file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
@@ -49,15 +49,6 @@ class NPZ(ImageData):
                     f"those in '{self.train_key}' {train.shape[1:]}"
                 )
         return GreyImages(train, test, validation)
-
-    def _locate(self) -> Path:
-        path, folder = Path(self.path).expanduser(), data_folder(self.data_root)
-        candidates = [path] if folder is None else [path, folder / path]
-        for candidate in candidates:
-            if candidate.is_file():
-                return candidate
-        looked = " nor ".join(dict.fromkeys(str(candidate) for candidate in candidates))
-        raise InputError(f"{self.name}: there is no file {looked}; give its full path, or the folder by {FOLDER}")
 
     def _array(self, path: Path, file: "np.lib.npyio.NpzFile", key: str) -> Array:
         if key not in file.files:

@@ -159,7 +159,7 @@ class GuideDensity:
 
     def _is_factorised(self) -> bool:
         """Whether site distributions stay the same when the draws before them change: checked on two runs."""
-        indices = torch.arange(min(4, self.num_datapoints))
+        indices = probe_rows(self.num_datapoints)  # of all lengths, where later sites may be masked
         first, second = self.messages(indices), self.messages(indices)
         values = {term.name: first[term.name]["value"] for term in self.terms}
         return all(

@@ -21,12 +21,13 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -
     for name, message in messages.items():
         _check_guide_site(name, message, joint)
     terms, deltas = [], []
+    probe, values = _probe(joint, indices)
     for name, site in joint.sites.items():
         message = messages.get(name)
         if message is None:
             raise InputError(f"site '{name}': latent in the model but missing from the guide; add a pyro.sample for it")
         if type(leaf(message["fn"])).__name__ != "Delta":
-            terms.append(_own_term(name, message, site, joint, indices))
+            terms.append(_own_term(name, message, site, joint, probe, values[name]))
         elif f"{name}_unconstrained" in auxiliary:
             helper = auxiliary.pop(f"{name}_unconstrained")
             terms.append(_term(f"{name}_unconstrained", helper, site, joint, unconstrained=True))
@@ -58,18 +59,23 @@ def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
         )
 
 
-def _own_term(name: str, message: Any, site: Site, joint: JointDensity, indices: Tensor) -> Term:
-    fn = message["fn"]
-    if fn.support.is_discrete:
-        raise InputError(f"site '{name}': discrete in the guide; discrete latents are not supported")
-    term = _term(name, message, site, joint, unconstrained=False)
+def _probe(joint: JointDensity, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Points `(R, dim)` and the values of the model's latent sites there."""
     probe = torch.linspace(-1.5, 1.5, len(indices) * joint.dim, dtype=joint.dtype, device=joint.device)
     flat = probe.reshape(len(indices), joint.dim)
     active = joint.active(indices)
     if active is not None:
         flat = torch.where(active, flat, torch.zeros_like(flat))
+    return flat, joint.run(flat, joint.fetch(indices), indices).values
+
+
+def _own_term(name: str, message: Any, site: Site, joint: JointDensity, flat: Tensor, theirs: Tensor) -> Term:
+    """The term of a site that the guide draws itself; `theirs` are the model's values at the points `flat`."""
+    fn = message["fn"]
+    if fn.support.is_discrete:
+        raise InputError(f"site '{name}': discrete in the guide; discrete latents are not supported")
+    term = _term(name, message, site, joint, unconstrained=False)
     ours = place(term, fn, flat[None])[0] if joint.plate is not None else place(term, fn, flat[None]).flatten()
-    theirs = joint.run(flat, joint.fetch(indices), indices).values[name]
     theirs = theirs if joint.plate is not None else theirs.flatten()
     if ours.shape != theirs.shape:
         raise _does_not_fit(name, message, site)
