@@ -12,7 +12,7 @@ from torch.nn.functional import pad, softplus
 
 from pyrogaps.conditioning import checked_lookahead
 from pyrogaps.errors import InputError
-from pyrogaps.models.sequences import sequence_mask, within
+from pyrogaps.models.sequences import SequenceModel, sequence_mask, within
 
 
 class Combiner(nn.Module):
@@ -22,12 +22,14 @@ class Combiner(nn.Module):
     s_t = \mathrm{softplus}(B c_t + e) + \mathrm{min\_scale}$$
 
     Called with `z` `(..., latent_dim)` and `h` `(..., rnn_dim)`; gives m and s, each `(..., latent_dim)`. z_0 is a
-    parameter.
+    parameter. Drawn `around` a model of sequences, whose next state has mean and scale (mu, sigma), they are
+    mu + sigma m and sigma s.
     """
 
-    def __init__(self, latent_dim: int, rnn_dim: int, min_scale: float) -> None:
+    def __init__(self, latent_dim: int, rnn_dim: int, min_scale: float, around: SequenceModel | None) -> None:
         super().__init__()
         self.min_scale = min_scale
+        self._around = (around,)  # in a tuple, so that its parameters are not the guide's
         self.z_0 = nn.Parameter(torch.zeros(latent_dim))
         self.inner, self.heads = nn.Linear(latent_dim, rnn_dim), nn.Linear(rnn_dim, 2 * latent_dim)
 
@@ -37,10 +39,14 @@ class Combiner(nn.Module):
 
     def draw(self, h: Tensor, keep: Tensor | None) -> Tensor:
         """Make the sites "z_1" to "z_T" of states `h` `(N, T, rnn_dim)`, in a plate; returns z `(N, T, latent_dim)`."""
-        z, states = self.z_0.expand(len(h), -1), []
+        z, states, (around,) = self.z_0.expand(len(h), -1), [], self._around
         for t, h_t in enumerate(h.unbind(1)):
+            loc, scale = self(z, h_t)
+            if around is not None:
+                centre, unit = around.transition(z) if t else around.first(len(h))
+                loc, scale = centre + unit * loc, unit * scale
             with within(keep, t):
-                z = pyro.sample(f"z_{t + 1}", dist.Normal(*self(z, h_t)).to_event(1))
+                z = pyro.sample(f"z_{t + 1}", dist.Normal(loc, scale).to_event(1))
             states.append(z)
         return torch.stack(states, -2)
 
@@ -64,6 +70,8 @@ class StructuredNormal(nn.Module):
         rnn_dim: of the GRU's state, and of the combiner.
         lookahead: 0 or more; `math.inf` or "inf" for all of the future.
         min_scale: the least that s can be.
+        around: a model of sequences, the one that the guide is for: its own transition is where the guide starts from,
+            and steps are counted in its scales. For processes with little noise a guide can hardly be trained without.
 
     Raises `InputError` for settings other than these, and for `x` and `lengths` that do not fit.
     """
@@ -75,6 +83,7 @@ class StructuredNormal(nn.Module):
         rnn_dim: int = 600,
         lookahead: int | float | str = math.inf,
         min_scale: float = 1e-4,
+        around: SequenceModel | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("data_dim", data_dim), ("latent_dim", latent_dim), ("rnn_dim", rnn_dim)):
@@ -85,7 +94,7 @@ class StructuredNormal(nn.Module):
         self.data_dim, self.latent_dim, self.rnn_dim = data_dim, latent_dim, rnn_dim
         self.lookahead = checked_lookahead("StructuredNormal", lookahead)
         self.rnn = nn.GRU(data_dim + 1, rnn_dim, batch_first=True)
-        self.combiner = Combiner(latent_dim, rnn_dim, min_scale)
+        self.combiner = Combiner(latent_dim, rnn_dim, min_scale, around)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Run the guide; returns z, shape `(N, T, latent_dim)`."""

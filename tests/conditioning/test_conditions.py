@@ -105,7 +105,7 @@ def test_infinite_lookahead_is_no_condition() -> None:
 
 @pytest.mark.parametrize("lookahead", [-1, 0.5, True])
 def test_lookahead_that_is_none(lookahead: float) -> None:
-    with pytest.raises(pg.InputError, match="lookahead must be 0 .filtering., 1, 2"):
+    with pytest.raises(pg.InputError, match=r"lookahead must be 0 .filtering., 1, 2"):
         declared(Chain(lookahead, 0))
 
 

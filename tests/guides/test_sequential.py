@@ -17,6 +17,7 @@ from pyrogaps.bounds import densities
 from pyrogaps.building import build_programs
 from pyrogaps.guides.sequential import LocalStructuredNormal, StructuredNormal
 from pyrogaps.models.dmm import DeepMarkovModel
+from pyrogaps.models.pendulum import Pendulum
 from pyrogaps.models.sequences import SequenceModel
 from pyrogaps.recipe import Component, Recipe
 from pyrogaps.refine import own_family
@@ -308,3 +309,24 @@ def test_decompose_takes_the_guides_own_family() -> None:
     )  # fmt: skip
     assert ledger.provenance["own_family"] == "local_family"
     assert torch.isfinite(torch.from_numpy(ledger.per_datapoint["elbo_refined"].values)).all()
+
+
+def test_guide_around_its_model_starts_at_the_prior_and_keeps_its_parameters_apart() -> None:
+    """With heads at zero, the mean is the model's own next state, whatever the data; and the scale is in its units."""
+    model = Pendulum(process_scale=1e-3, known_first_state=True)
+    guide = StructuredNormal(1, 2, 4, lookahead=0, around=model)
+    assert all(not name.startswith("combiner._around") for name, _ in guide.named_parameters())
+    torch.nn.init.zeros_(guide.combiner.heads.weight)
+    torch.nn.init.zeros_(guide.combiner.heads.bias)
+    x, _ = model.simulate(3, 4)
+    trace = pyro.poutine.trace(guide).get_trace(x)
+    for t in range(1, 5):
+        fn = trace.nodes[f"z_{t}"]["fn"].base_dist
+        loc, scale = model.transition(trace.nodes[f"z_{t - 1}"]["value"]) if t > 1 else model.first(3)
+        torch.testing.assert_close(fn.loc, loc)
+        torch.testing.assert_close(fn.scale, scale * (torch.nn.functional.softplus(torch.zeros(())) + 1e-4))
+    density = GuideDensity(guide, x, model)
+    assert density.num_datapoints == 3
+    local = guide.local_family(model)
+    local(x)
+    assert [name for name, _ in local.named_parameters()] == ["h"]
