@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 
 from benchmarks import inference_suboptimality, reporting, training_curves, two_dimensions
+from benchmarks.conditioning import __main__ as conditioning
+from benchmarks.conditioning import chain
 from pyrogaps.recipe import Recipe
 
 
@@ -99,3 +101,15 @@ def test_two_dimensions(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path
     table = pd.read_csv(results / "two_dimensions-quick.csv")
     assert len(table) == 4
     assert (tmp_path / "runs" / "quick" / "two_dimensions.png").stat().st_size > 0
+
+
+def test_conditioning(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    """The chain alone: rows for what is finished, and none made again."""
+    monkeypatch.setattr(chain, "CHAINS", {"unit": (1.0, 1.0, 1.0, 1.0, 1.0)})
+    monkeypatch.setattr(chain, "LOOKAHEADS", (0,))
+    for _ in range(2):
+        run(conditioning, monkeypatch, "--quick", "chain", "--runs", tmp_path / "runs")
+        table = pd.read_csv(results / "conditioning-quick.csv")
+        assert len(table) == 3
+        monkeypatch.setattr(chain, "rows", None)
+    assert table["known"].round(4).tolist() == [0.6044, 0.6044, 0.0]

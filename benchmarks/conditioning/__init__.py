@@ -1,0 +1,1 @@
+"""The conditioning gap, measured: what filters lose by not seeing the future, and encoders by seeing a part."""

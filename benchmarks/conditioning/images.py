@@ -1,0 +1,77 @@
+"""MNIST of which the guide sees the upper half: what the lower half's absence costs, and what the encoder does."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pyro
+from torch import Tensor
+
+import pyrogaps as pg
+from benchmarks.conditioning.rows import Options, Row
+from benchmarks.inference_suboptimality import column_recipe, trained
+from benchmarks.reporting import kept_ledger
+from pyrogaps.building import DataSet
+from pyrogaps.density.runs import Program
+from pyrogaps.guides.partial import PartialNormal
+from pyrogaps.recipe import Recipe
+from pyrogaps.training import Cosine, load_weights, save_weights
+
+MODEL = "mnist-ffg"
+NUM_IMAGES, NUM_EPOCHS = 200, 30
+QUANTITIES = (
+    *("log_evidence", "elbo_refined[own]", "elbo_shared", "elbo_on_completions", "elbo"),
+    *("inference_gap", "approximation_gap", "conditioning_gap", "amortization_gap"),
+)
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """The ledger of the upper half of the first test images, for the model of the table's first column, frozen."""
+    recipe = column_recipe(MODEL, 1 if options.quick else None)
+    folder = options.runs / "images"
+    model, _, data = trained(recipe, folder / "model", progress=True)
+    assert isinstance(data.evaluated, Tensor)
+    guide = half_guide(recipe, model, data, options)
+    number = 8 if options.quick else NUM_IMAGES
+    ledger = kept_ledger(
+        folder / f"ledger-{number}.nc",
+        lambda: pg.decompose(
+            model,
+            guide,
+            data.evaluated[:number],
+            evidence=pg.AIS(num_chains=2, num_temperatures=3) if options.quick else recipe.evidence,
+            refinement=pg.Refinement(num_steps=5) if options.quick else recipe.refinement,
+            conditioning=pg.Conditioning(4, 4) if options.quick else pg.Conditioning(tolerance=0.5),
+            num_particles=recipe.num_particles,
+            seed=options.seed,
+            cache=folder / "parts",
+        ),
+    )
+    print(ledger)
+    summary = ledger.summary()
+    for quantity in QUANTITIES:
+        line = summary.loc[quantity]
+        error = (float(line["standard_error"]) ** 2 + float(line["mcse"]) ** 2) ** 0.5
+        yield Row("images", f"{MODEL}, upper half", "PartialNormal", quantity, float(line["mean"]), error)
+
+
+def half_guide(recipe: Recipe, model: Program, data: DataSet, options: Options) -> PartialNormal:
+    """An encoder of the upper half, trained for the frozen model on its training images."""
+    assert recipe.guide is not None
+    assert recipe.training is not None
+    pyro.set_rng_seed(options.seed)
+    guide = PartialNormal(**recipe.guide.init_args, shown=recipe.guide.init_args["data_dim"] // 2)
+    folder = options.runs / "images"
+    weights, num_epochs = folder / "half.pt", 1 if options.quick else NUM_EPOCHS
+    if weights.exists():
+        load_weights(weights, model, guide, data.train)
+        return guide
+    settings = replace(
+        recipe.training,
+        num_epochs=num_epochs,
+        schedule=Cosine(num_epochs, final=0.01),
+        entropy_annealing=0,
+        freeze_model=True,
+    )
+    pg.train(model, guide, data.train, **vars(settings), checkpoint=folder / "half-training.pt", seed=options.seed)
+    save_weights(weights, model, guide)
+    return guide
