@@ -56,7 +56,8 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
     if columns.shape[1] >= 25:
         for n, column in enumerate(columns):
             if np.isfinite(column).all() and np.ptp(column) > 1e-9:
-                with suppress(ValueError):  # all of the tail is one value
+                # The tail may be one value, or a few of them.
+                with suppress(ValueError), np.errstate(all="ignore"):
                     result[n] = float(array_stats.psislw(column.max() - column, r_eff=1.0)[1])  # type: ignore[no-untyped-call]
     return torch.from_numpy(result)
 

@@ -170,3 +170,10 @@ def test_an_estimate_without_draws_has_no_interval() -> None:
     estimate = Estimate(torch.zeros(2), torch.ones(2), "upper bound")
     assert torch.isnan(torch.stack(estimate.interval())).all()
     assert not estimate.reliable.any()
+
+
+def test_khat_of_weights_with_few_values_is_silent() -> None:
+    """As of a guide that is exact but for rounding in single precision."""
+    log_weights = torch.full((1000, 1), -3.0)
+    log_weights[::100] += 1e-6
+    pareto_khat(log_weights)
