@@ -16,7 +16,7 @@ from pyrogaps.recipe import Recipe
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder in the place of `benchmarks/results`."""
-    for module in (inference_suboptimality, reporting, training_curves, two_dimensions):
+    for module in (conditioning, inference_suboptimality, reporting, training_curves, two_dimensions):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     return tmp_path / "results"
 
@@ -112,4 +112,5 @@ def test_conditioning(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: 
         table = pd.read_csv(results / "conditioning-quick.csv")
         assert len(table) == 3
         monkeypatch.setattr(chain, "rows", None)
+    assert (tmp_path / "runs" / "quick" / "conditioning.png").stat().st_size > 0
     assert table["known"].round(4).tolist() == [0.6044, 0.6044, 0.0]

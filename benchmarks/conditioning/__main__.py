@@ -1,4 +1,5 @@
-"""`python -m benchmarks.conditioning [EXPERIMENTS]`: the table `results/conditioning.csv`, a row a quantity, in nats.
+"""`python -m benchmarks.conditioning [EXPERIMENTS]`: the table `results/conditioning.csv`, a row a quantity, in nats;
+and the gap against the lookahead, `results/conditioning.png`.
 
 What is finished lies in `--runs`; a run that was stopped continues, and the table is of all that is finished.
 """
@@ -9,9 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.conditioning import chain, images, pendulum
+from matplotlib.figure import Figure
+
+from benchmarks.conditioning import chain, images, pendulum, picture
 from benchmarks.conditioning.rows import Options, Row
-from benchmarks.reporting import machine, report
+from benchmarks.reporting import RESULTS, machine, report
 from pyrogaps.run_folder import RunFolder
 
 # Another experiment is another file, and a line here.
@@ -61,6 +64,10 @@ def main() -> None:
     report(
         "conditioning", "Conditioning gaps", COLUMNS, [list(asdict(row).values()) for row in rows], quick=options.quick
     )
+    if any(row.quantity == picture.MEASURED for row in rows):
+        figure = Figure(layout="constrained", figsize=(9, 3.6))
+        picture.draw(rows, figure)
+        figure.savefig((options.runs if options.quick else RESULTS) / "conditioning.png", dpi=200)
     print(machine())
 
 

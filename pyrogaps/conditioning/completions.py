@@ -44,10 +44,15 @@ class Completions:
         rows = (which[:, None] * number + torch.arange(number)).flatten()
 
         def take(leaf: Any) -> Any:
-            return leaf[rows.to(leaf.device)] if isinstance(leaf, Tensor) and len(leaf) == count * number else leaf
+            return leaf[rows.to(leaf.device)] if has_rows(leaf, count * number) else leaf
 
         taken: tuple[Any, ...] = tree_map(take, self.args)
         return taken
+
+
+def has_rows(argument: Any, number: int) -> bool:
+    """Whether a model's argument has an entry for each of `number` rows, rather than one for all of them."""
+    return isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == number
 
 
 def draw_completions(
@@ -126,7 +131,7 @@ def completed(joint: JointDensity, partial: JointDensity, chunk: Chunk, z: Tenso
     number, sizes = len(z), [len(block) for block in chunk.blocks()]
 
     def join(*leaves: Any) -> Any:
-        if not isinstance(leaves[0], Tensor) or len(leaves[0]) != number * sizes[0]:
+        if not has_rows(leaves[0], number * sizes[0]):
             return leaves[0]
         shaped = [leaf.reshape(number, size, *leaf.shape[1:]) for leaf, size in zip(leaves, sizes, strict=True)]
         return torch.cat(shaped, 1).flatten(0, 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyrogaps.ais import AIS
 from pyrogaps.bounds import Plate, densities, over_chunks
 from pyrogaps.capture import GradientEvaluator
+from pyrogaps.conditioning.completions import has_rows
 from pyrogaps.conditioning.conditions import Shown, check_no_leak, declared
 from pyrogaps.conditioning.settings import Conditioning
 from pyrogaps.conditioning.shared import SharedBlock, sharing_of
@@ -48,10 +49,7 @@ class SharedPosterior:
         block, shared = self._block_of(datapoint)
         position, drawn = datapoint - block.start, shared.completions
         number = len(block)
-        args = tuple(
-            arg[position::number] if isinstance(arg, Tensor) and len(arg) == len(drawn) * number else arg
-            for arg in drawn.args
-        )
+        args = tuple(arg[position::number] if has_rows(arg, len(drawn) * number) else arg for arg in drawn.args)
         return args, drawn.z[:, position]
 
     def log_density(self, z: Tensor, datapoint: int) -> Tensor:
@@ -65,10 +63,7 @@ class SharedPosterior:
             for points in z.split(max(1, MAX_ROWS // number)):
                 rows = torch.full((len(points) * number,), datapoint)
                 repeated = tuple(
-                    arg.repeat(len(points), *[1] * (arg.dim() - 1))
-                    if isinstance(arg, Tensor) and len(arg) == number
-                    else arg
-                    for arg in args
+                    arg.repeat(len(points), *[1] * (arg.dim() - 1)) if has_rows(arg, number) else arg for arg in args
                 )
                 terms = self.joint.score(points.repeat_interleave(number, 0), repeated, rows)
                 parts.append((terms[0] + terms[1]).double().reshape(-1, number).mean(1))
