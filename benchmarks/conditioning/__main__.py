@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.conditioning import chain, images, pendulum, picture
+from benchmarks.conditioning import chain, chorales, images, pendulum, picture
 from benchmarks.conditioning.rows import Options, Row
 from benchmarks.reporting import RESULTS, machine, report
 from pyrogaps.run_folder import RunFolder
@@ -22,6 +22,7 @@ EXPERIMENTS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "chain": chain.rows,
     "pendulum": pendulum.rows,
     "images": images.rows,
+    "chorales": chorales.rows,
 }
 COLUMNS = ("experiment", "setting", "guide", "quantity", "nats", "standard error", "known")
 
