@@ -10,6 +10,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.eval import main
 from pyrogaps.guides.flows import AmortizedFlow
 from pyrogaps.recipe import read_document, resolve
+from pyrogaps.run_folder import RunFolder
 
 DATA = "--data.init_args.num_train 60 --data.init_args.num_validation 10 --data.init_args.num_test 4"
 SMALL = f"{DATA} --split.num_datapoints 4 --quiet"
@@ -96,3 +97,15 @@ def test_weights_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureF
     again = [*SMALL.split(), *FLOW.split(), "--checkpoint", f"{run}/checkpoint.pt", "--out", str(tmp_path / "other")]
     assert main(["digits", *again]) == 2
     assert "it does not fit AmortizedFlow" in capsys.readouterr().err
+
+
+def test_folder_of_an_older_recipe_is_taken_up(tmp_path: Path) -> None:
+    """A field that came later stands at its default in a recipe that does not know it."""
+    text = resolve(read_document("digits")).to_yaml()
+    older = {name: value for name, value in yaml.safe_load(text).items() if name != "conditioning"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    RunFolder(tmp_path).claim(text, overwrite=False)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**older, "seed": 7}))
+    with pytest.raises(InputError, match=r"different recipe \(seed\)"):
+        RunFolder(tmp_path).claim(text, overwrite=False)
