@@ -4,12 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pyrogaps.ais import AIS, ais_chunk, anchor, anchored_path
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning.partial import ShownElements
 from pyrogaps.density import JointDensity
 from pyrogaps.density.runs import evaluating
@@ -17,9 +14,6 @@ from pyrogaps.density.score import ScoreModel, is_bookkeeping
 from pyrogaps.density.simulate import feed_back
 from pyrogaps.density.structure import is_factor
 from pyrogaps.errors import InputError
-from pyrogaps.log_weights import effective_sample_size
-from pyrogaps.refine import Refinement, refine_chunk
-from pyrogaps.refine.families import Start
 from pyrogaps.streams import BLOCK, Chunk, reseed
 
 
@@ -53,47 +47,6 @@ class Completions:
 def has_rows(argument: Any, number: int) -> bool:
     """Whether a model's argument has an entry for each of `number` rows, rather than one for all of them."""
     return isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == number
-
-
-def draw_completions(
-    evaluator: GradientEvaluator,
-    joint: JointDensity,
-    chunk: Chunk,
-    start: Start,
-    number: int,
-    settings: AIS,
-    refinement: Refinement,
-    seed: int,
-) -> Completions:
-    """Draw `number` completions of every datapoint of `chunk`.
-
-    p(z | C_n) is drawn from by AIS anchored at a refined mean-field Normal that begins at `start`, with resampling;
-    `evaluator` is of the partially observed density. Then the likelihood of `joint` draws what is withheld.
-    """
-    refined, _ = refine_chunk(AutoNormal, evaluator, chunk, refinement, seed, "shown part", start)
-    path = anchored_path(
-        evaluator, anchor(evaluator.joint, refined, chunk, settings.widen, seed, chunk.start), chunk, seed
-    )
-    annealed = ais_chunk(path, evaluator, chunk, settings, seed)
-    z, columns = annealed.state.position, torch.arange(len(chunk))
-    parts = []
-    for block in chunk.blocks():
-        reseed(seed, "resample", block.start // BLOCK)
-        parts.append(systematic(annealed.log_weights[:, block.start - chunk.start : block.stop - chunk.start], number))
-    z = z[torch.cat(parts, 1).to(z.device), columns.to(z.device)]
-    args = completed(joint, evaluator.joint, chunk, z, seed)
-    return Completions(args, z, effective_sample_size(annealed.log_weights))
-
-
-def systematic(log_weights: Tensor, number: int) -> Tensor:
-    """`number` particles of each column of `log_weights` `(S, B)`, systematic resampling in random order: `(K, B)`."""
-    weights = (log_weights - log_weights.max(0).values).exp()
-    cumulative = (weights / weights.sum(0)).cumsum(0)
-    count = log_weights.shape[1]
-    points = (torch.arange(number, dtype=torch.float64)[:, None] + torch.rand(1, count, dtype=torch.float64)) / number
-    found = torch.searchsorted(cumulative.T.contiguous().cpu(), points.T.contiguous()).clamp(max=len(log_weights) - 1)
-    order = torch.rand(count, number).argsort(1)
-    return found.gather(1, order).T
 
 
 class CompleteData(ScoreModel):

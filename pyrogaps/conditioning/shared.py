@@ -7,7 +7,7 @@ Bayer et al., "Mind the Gap when Conditioning Amortised Inference in Sequential 
 arXiv:2101.07046).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch import Tensor
 from pyrogaps.ais import AIS
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import BoundDensity, GradientEvaluator
-from pyrogaps.conditioning.completions import Completions, draw_completions
+from pyrogaps.conditioning.completions import Completions, completed
 from pyrogaps.conditioning.conditions import Shown
+from pyrogaps.conditioning.latents import LatentsGiven
 from pyrogaps.conditioning.partial import partially_observed
 from pyrogaps.conditioning.settings import Conditioning
 from pyrogaps.density import GuideDensity, JointDensity
@@ -81,15 +82,14 @@ class SharedBlock:
 class Sharing:
     """How the shared posterior of a block is found: densities, family and settings.
 
-    `evaluator` is of the model's density, `partial` of that of what is shown.
+    `evaluator` is of the model's density; `latents` are drawn given what is shown.
     """
 
     density: GuideDensity
     family: OwnFamily | Family
     evaluator: GradientEvaluator
-    partial: GradientEvaluator
+    latents: LatentsGiven
     settings: Conditioning
-    evidence: AIS
     refinement: Refinement
     num_particles: int
     seed: int
@@ -107,10 +107,8 @@ class Sharing:
 
     def _draw(self, block: Chunk, number: int, seed: int) -> Completions:
         start = Start(*moments(self.density, block, seed), fitted=False)
-        evidence = replace(self.evidence, num_chains=number, initial="refined")
-        return draw_completions(
-            self.partial, self.evaluator.joint, block, start, number, evidence, self.refinement, seed
-        )
+        z, ess = self.latents.draw(block, start, number, seed)
+        return Completions(completed(self.evaluator.joint, self.latents.partial, block, z, seed), z, ess)
 
     def _judge(self, block: Chunk, completions: Completions, seed: int) -> SharedBlock:
         evaluator, both = self.evaluator, torch.arange(len(completions)).chunk(2)
@@ -154,9 +152,9 @@ def sharing_of(
     seed: int,
 ) -> Sharing:
     """How shared posteriors of the guide's own family are found under `conditions`."""
-    partial = GradientEvaluator(partially_observed(evaluator.joint, conditions), evaluator.mode)
+    latents = LatentsGiven(partially_observed(evaluator.joint, conditions), evidence, refinement)
     family = own_family(density)
-    return Sharing(density, family, evaluator, partial, settings, evidence, refinement, num_particles, seed)
+    return Sharing(density, family, evaluator, latents, settings, refinement, num_particles, seed)
 
 
 def _of_halves(first: Estimate, second: Estimate) -> Estimate:

@@ -10,11 +10,12 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pyrogaps as pg
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning import Shown
-from pyrogaps.conditioning.completions import Completions, completed, draw_completions, systematic
+from pyrogaps.conditioning.completions import Completions, completed
+from pyrogaps.conditioning.latents import LatentsGiven, systematic
 from pyrogaps.conditioning.partial import partially_observed
 from pyrogaps.models.linear_gaussian import LinearGaussian
+from pyrogaps.models.toy import MissingBit
 from pyrogaps.refine.families import Start
 from pyrogaps.streams import Chunk, seeded
 
@@ -68,25 +69,37 @@ def test_completions_follow_the_model() -> None:
     chunk, number = Chunk(0, 3), 4000
     start = Start(torch.zeros(3, 2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64), fitted=False)
     with seeded(0, "test"):
-        drawn = draw_completions(
-            GradientEvaluator(partial), joint, chunk, start, number,
-            pg.AIS(num_chains=number, num_temperatures=20), pg.Refinement(num_steps=200), 0,
-        )  # fmt: skip
-    values = drawn.args[0].reshape(number, 3, 5)
+        latents = LatentsGiven(partial, pg.AIS(num_temperatures=20), pg.Refinement(num_steps=200))
+        z, ess = latents.draw(chunk, start, number, 0)
+        (values,) = completed(joint, partial, chunk, z, 0)
+    values = values.reshape(number, 3, 5)
     assert torch.equal(values[..., SHOWN], x[:, SHOWN].expand(number, 3, 2))
     mean, covariance = part.posterior(x[:, SHOWN])
     hidden = ~SHOWN
     loadings = whole.weight[hidden]
     expected_mean = mean @ loadings.T + whole.bias[hidden]
     expected = loadings @ covariance @ loadings.T + whole.noise_scale[hidden].diag() ** 2
-    error = (expected.diagonal() / drawn.ess.min()).sqrt()
-    assert drawn.ess.min() > 0.5 * number
+    error = (expected.diagonal() / ess.min()).sqrt()
+    assert ess.min() > 0.5 * number
     assert ((values[..., hidden].mean(0) - expected_mean).abs() < 4 * error).all()
     for n in range(3):
         centred = values[:, n, hidden] - expected_mean[n]
         products = centred[:, :, None] * centred[:, None, :]
-        spread = products.std(0) / drawn.ess.min().sqrt()
+        spread = products.std(0) / ess.min().sqrt()
         assert ((products.mean(0) - expected).abs() < 4 * spread).all()
+
+
+def test_modes_that_an_anchor_does_not_know() -> None:
+    """Nothing is shown, and p(z) has two modes nine standard deviations apart: half of the draws are in either."""
+    model = MissingBit(means=(-6.0, 6.0))
+    x = torch.zeros(32)
+    partial = partially_observed(pg.JointDensity(model, x), Shown(torch.tensor(False)))
+    start = Start(torch.full((32, 1), -6.0), torch.ones(32, 1), fitted=False)
+    latents = LatentsGiven(partial, pg.AIS(num_temperatures=10), pg.Refinement(num_steps=20))
+    with seeded(0, "modes"):
+        z, _ = latents.draw(Chunk(0, 32), start, 100, 0)
+    share = (z > 0).double().mean()
+    assert abs(share - 0.5) < 4 * (0.25 / 3200) ** 0.5
 
 
 def test_completions_of_bits_keep_their_type() -> None:
