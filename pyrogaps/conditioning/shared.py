@@ -111,25 +111,25 @@ class Sharing:
         return Completions(completed(self.evaluator.joint, self.latents.partial, block, z, seed), z, ess)
 
     def _judge(self, block: Chunk, completions: Completions, seed: int) -> SharedBlock:
-        evaluator, both = self.evaluator, torch.arange(len(completions)).chunk(2)
-        halves, progress = [], []
-        for half, which in zip(("first", "second"), both, strict=True):
+        names, evaluator = ("first half", "second half"), self.evaluator
+        both = dict(zip(names, torch.arange(len(completions)).chunk(2), strict=True))
+        halves, progress, at_data = [], [], []
+        for name, which in both.items():
             on = OnCompletions(evaluator, completions, which)
-            guide, how = refine_chunk(self.family, on, block, self.refinement, seed, f"shared {half}")
+            guide, how = refine_chunk(self.family, on, block, self.refinement, seed, f"shared {name}")
+            weights = chunk_log_weights(evaluator.joint, guide, block, self.num_particles, seed, name, block.start)
             halves.append(guide)
             progress.append(how)
-        at_data = [
-            mean_estimate(
-                chunk_log_weights(evaluator.joint, guide, block, self.num_particles, seed, "shared", block.start)
+            at_data.append(mean_estimate(weights))
+
+        # The same noise for both guides on a half, so that their difference is known best.
+        def judged(guide: Refinable, name: str) -> Estimate:
+            stream = f"completions, {name}"
+            return mean_estimate(
+                _on_completions(evaluator, guide, block, completions, both[name], self.num_particles, seed, stream)
             )
-            for guide in halves
-        ]
 
-        # The same draws of noise for both guides on a half, so that their difference is known best.
-        def judged(guide: Refinable, which: Tensor) -> Estimate:
-            return mean_estimate(_on_completions(evaluator, guide, block, completions, which, self.num_particles, seed))
-
-        (own_1, other_1), (other_2, own_2) = [[judged(guide, which) for guide in halves] for which in both]
+        (own_1, other_1), (other_2, own_2) = [[judged(guide, name) for guide in halves] for name in names]
         return SharedBlock(
             _of_halves(*at_data),
             _of_halves(other_1, other_2),
@@ -158,10 +158,10 @@ def sharing_of(
 
 
 def _of_halves(first: Estimate, second: Estimate) -> Estimate:
-    """The mean of two estimates; the error is their own and what sets them apart."""
+    """The mean of two independent estimates; what sets them apart is their error, that of the completions too."""
     value = (first.value + second.value) / 2
-    # Their difference holds the error of the draws already, and that of the completions.
     mcse = (first.value - second.value).abs() / 2
+    # One difference may be small by chance: the error of the draws is known better.
     least = torch.hypot(first.mcse, second.mcse) / 2
     return Estimate(value, torch.maximum(mcse, least), "lower bound")
 
@@ -174,12 +174,13 @@ def _on_completions(
     which: Tensor,
     num_particles: int,
     seed: int,
+    stream: str,
 ) -> Tensor:
     """log p(x_nk, z) - log q(z) `(S, B)`, each draw of z with one completion, all of them in turn."""
     guide, parts, met = BlockedGuide(posterior, block, block.start), [], 0
     with torch.no_grad():
         for first, size in enumerate(particle_blocks(num_particles)):
-            z, log_q = guide.sample(size, seed, "on completions", first)
+            z, log_q = guide.sample(size, seed, stream, first)
             turn = (met + torch.arange(size)) % len(which)
             (log_joint,) = evaluator.bind(block.indices, size).on(completions.rows(which[turn])).values(z)
             parts.append(log_joint.double() - log_q.double())
