@@ -120,14 +120,15 @@ def decomposed(recipe: Recipe, model: Program, guide: Program, x: Tensor, *, cac
     )
 
 
-def certified(recipe: Recipe, folder: Path, model: Program, data: DataSet) -> dict[str, float]:
-    """BDMC on images simulated from the model, with the settings that measured the evidence: the sandwich's width."""
+def certified(recipe: Recipe, folder: Path, model: Program, guide: Program, data: DataSet) -> dict[str, float]:
+    """BDMC on images simulated from the model, its width, with the anchor and settings that measured the evidence."""
     path = folder / "sandwich.json"
     if not path.exists():
         assert isinstance(data.evaluated, Tensor)
         sandwich = pg.bdmc(
             model,
             data.evaluated[:NUM_SIMULATED],
+            guide_or_family=guide,
             settings=recipe.evidence,
             refinement=recipe.refinement,
             batch_size=recipe.batch_size,
@@ -153,7 +154,7 @@ def row(recipe: Recipe, name: str, runs: Path) -> dict[str, object]:
             numbers |= {
                 f"{part}_{key}": value for key, value in statistics(evaluated(recipe, folder, model, guide, data, part))
             }
-        numbers |= certified(recipe, folder, model, data)
+        numbers |= certified(recipe, folder, model, guide, data)
     except (FloatingPointError, pg.InputError) as error:
         return {**told, "status": " ".join(str(error).split())}
     return {**told, **numbers}
