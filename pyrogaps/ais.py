@@ -296,7 +296,8 @@ def bdmc(
     Args:
         model, plate: as for `JointDensity`.
         data: what to simulate in the shape of.
-        guide_or_family: what anchors the paths (a family is refined on the simulated data); unused from the prior.
+        guide_or_family: what anchors the paths, refined on the simulated data; unused from the prior. To certify an
+            evidence give the guide that it was measured with: another anchor's width is another's.
         settings, initial, refinement, batch_size, seed: as for `ais`.
         to_data: from drawn values by observed site to the model's arguments, where that is not plain.
 
