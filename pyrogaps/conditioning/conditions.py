@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrogaps.density import GuideDensity, IndexedData
 from pyrogaps.density.data import as_tuple
-from pyrogaps.density.local import PlaceValues
+from pyrogaps.density.local import FactorisedGuide, PlaceValues
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
@@ -119,11 +119,12 @@ def check_no_leak(density: GuideDensity, conditions: Conditions) -> None:
         raise InputError("conditions: they need a data plate; the model has none")
     indices = torch.arange(min(NUM_CHECKED_ROWS, density.num_datapoints))
     with seeded(0, "leak"), evaluating(density.guide, density.joint.model), torch.no_grad():
-        z, _ = density.at(indices).sample(1)
+        local = density.at(indices)
+        z, _ = local.sample_extended(1) if isinstance(local, FactorisedGuide) else local.sample(1)
         before = _factors(density, indices, z)
         for sites, masks, told in _withholdings(density, conditions):
             after = _factors(_blind(density, masks), indices, z)
-            for name in sites:
+            for name in before if sites is None else sites:
                 if not same_density(before[name], after[name]):
                     raise InputError(
                         f"guide: site '{name}' changes with {told}, which the guide declares not to be shown; do not "
@@ -134,12 +135,14 @@ def check_no_leak(density: GuideDensity, conditions: Conditions) -> None:
 Maker = Callable[[tuple[Any, ...]], Masks]
 
 
-def _withholdings(density: GuideDensity, conditions: Conditions) -> Iterator[tuple[list[str], Maker, str]]:
-    """The sites to compare, the masks to compare them under, and what they withhold in words."""
-    names = list(density.joint.sites)
+def _withholdings(density: GuideDensity, conditions: Conditions) -> Iterator[tuple[list[str] | None, Maker, str]]:
+    """The guide's sites to compare (None: all), the masks to compare them under, and what they withhold in words."""
     if isinstance(conditions, Shown):
-        yield names, conditions.masks, "a part of the data outside its conditions"
+        yield None, conditions.masks, "a part of the data outside its conditions"
         return
+    names = list(density.joint.sites)
+    if [term.name for term in density.terms] != names:
+        raise InputError("guide: a lookahead needs a site of its own for every step; declare conditions instead")
     last = len(names) - 2 - conditions.steps
     for step in sorted({round(float(s)) for s in torch.linspace(0, max(last, 0), NUM_CHECKED_STEPS)}):
         masks = functools.partial(conditions.masks, step=step, num_steps=len(names))
@@ -193,11 +196,14 @@ def _until(arg: Tensor, stop: int) -> Tensor:
 
 
 def _others(arg: Tensor) -> Tensor:
-    """Values of the same range that differ everywhere: reflected, or the least where that changes nothing."""
+    """Values of the same range that differ everywhere: reflected, or the least where that changes nothing.
+
+    Where all values are one, zero, or one for zero: what most supports hold.
+    """
     if arg.dtype == torch.bool:
         return ~arg
     low, high = arg.min(), arg.max()
     if bool(low == high):
-        return arg + 1
+        return torch.zeros_like(arg) if bool(low != 0) else torch.ones_like(arg)
     reflected = low + high - arg
     return torch.where(reflected == arg, low, reflected)

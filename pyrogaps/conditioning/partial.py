@@ -36,7 +36,8 @@ class ShowOnly(Messenger):
         inner = leaf(fn)
         if inner.event_dim:
             keep = keep.flatten(-inner.event_dim).all(-1)
-        masked = inner.expand(keep.shape).mask(keep)
+        shape = torch.broadcast_shapes(inner.batch_shape, keep.shape)
+        masked = inner.expand(shape).mask(keep.expand(shape))
         message["fn"] = masked.to_event(fn.event_dim - inner.event_dim)
 
 

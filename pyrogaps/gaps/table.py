@@ -113,10 +113,10 @@ def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> lis
     number = int(per_datapoint["num_completions"].max())
     excess = float(per_datapoint["overfitting"].mean()) / 2
     misfit = (per_datapoint["elbo_on_completions"] - per_datapoint["elbo_shared"]).values
-    error = misfit.std(ddof=1) / len(misfit) ** 0.5 if len(misfit) > 1 else np.nan
+    error = f" ± {misfit.std(ddof=1) / len(misfit) ** 0.5:.2f}" if len(misfit) > 1 else ""
     return [
         f"the guide is shown {shown}; q*_C, fitted to halves of up to {number} completions, makes the conditioning gap "
         f"about {excess:.3f} nats too large",
-        f"L[q*_C] on the model's completions is higher than on the data by {misfit.mean():.2f} ± {error:.2f} nats; far "
+        f"L[q*_C] on the model's completions is higher than on the data by {misfit.mean():.2f}{error} nats; far "
         "from 0, the data do not follow the model",
     ]

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import pyrogaps as pg
+from pyrogaps.bounds import densities
 from pyrogaps.conditioning import Lookahead, Shown, check_no_leak, declared
+from pyrogaps.conditioning.partial import partially_observed
+from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
+from pyrogaps.guides.flows import AmortizedFlow
+from pyrogaps.guides.local import AutoLocalMultivariateNormal
 from pyrogaps.guides.partial import PartialNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 
@@ -148,3 +153,54 @@ def test_masks_that_do_not_fit(mask: Any, message: str) -> None:
 def test_partial_guide_with_another_mask(shown: Any, message: str) -> None:
     with pytest.raises(pg.InputError, match=message):
         PartialNormal(6, 2, shown=shown)
+
+
+class HalfFlow(AmortizedFlow):
+    """A flow of the first half of x."""
+
+    conditions = torch.arange(6) < 3
+
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(torch.where(self.conditions, x, torch.zeros_like(x)))
+
+
+def test_guides_with_sites_of_other_names_are_checked() -> None:
+    """Autoguides draw one vector for all latents; auxiliary flows more than the latents."""
+    x = torch.randn(6, 6)
+    honest = HalfFlow(6, 2, (4,))
+    check_no_leak(density(honest, x), Shown(honest.conditions))
+    leaking = AmortizedFlow(6, 2, (4,))
+    with pytest.raises(pg.InputError, match="changes with a part of the data"):
+        check_no_leak(density(leaking, x), Shown(honest.conditions))
+    auxiliary = AmortizedAuxiliaryFlow(6, 2, (4,), flow_hidden=4)
+    _, extended = densities(MODEL, auxiliary, x)
+    with pytest.raises(pg.InputError, match="changes with a part of the data"):
+        check_no_leak(extended, Shown(honest.conditions))
+    local = AutoLocalMultivariateNormal(MODEL)
+    local(x)
+    check_no_leak(density(local, x), Shown(honest.conditions))
+
+
+@pytest.mark.parametrize("value", [0, 1, 2])
+def test_labels_that_are_all_alike(value: int) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Categorical(logits=z[:, None].expand(-1, 2, -1)).to_event(1), obs=x)
+
+    x = torch.full((5, 2), value)
+    partially_observed(pg.JointDensity(model, x), Shown(torch.tensor([True, False])))
+
+
+def test_observed_values_that_broadcast() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("three", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+            pyro.sample("y", dist.Normal(z, 1.0), obs=x[:, 1])
+
+    x = torch.randn(4, 2)
+    found = partially_observed(pg.JointDensity(model, x, plate="data"), Shown(torch.tensor([True, False])))
+    z = torch.randn(2, 4, 3)
+    prior = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(found(z), prior + dist.Normal(z, 1.0).log_prob(x[:, :1]).sum(-1))
