@@ -65,7 +65,13 @@ class CompleteData(ScoreModel):
         name, fn, value = message["name"], message["fn"], message["value"]
         if is_factor(fn) or name not in self.shown:
             return
-        drawn = torch.where(self.shown[name], value, fn.sample().to(value.dtype))
+        sample = fn.sample()
+        if sample.shape != value.shape:
+            raise InputError(
+                f"site '{name}': its observed value {tuple(value.shape)} stands for several draws "
+                f"{tuple(sample.shape)}; expand the data, so that each can be drawn"
+            )
+        drawn = torch.where(self.shown[name], value, sample.to(value.dtype))
         self.drawn[name], self.observed[name] = drawn, value
         message["value"] = drawn
 
@@ -101,12 +107,19 @@ def _completed_block(joint: JointDensity, partial: JointDensity, block: Chunk, z
         handler = CompleteData(joint, flat, shown)
         with joint.plates(rows), handler:
             joint.model(*args)
-        fresh = feed_back(handler.drawn, handler.observed, args)
+        try:
+            fresh = feed_back(handler.drawn, handler.observed, args)
+        except InputError as error:
+            raise InputError(
+                f"{str(error).split(':')[0]}: its observed value is made from the data in a way that cannot be undone, "
+                "so that completions cannot be put back; convert the data before they are passed (x.float(), say)"
+            ) from error
         _, again = joint.score(flat, fresh, rows)
     tolerance = 1e-7 if again.dtype == torch.float64 else 1e-3
     if not torch.allclose(handler.log_likelihood, again, rtol=tolerance, atol=tolerance):
         raise InputError(
             f"conditions: the withheld part of site '{next(iter(handler.drawn))}' depends on other withheld data, so "
-            "that it cannot be drawn at once; condition on parts that are independent given the latents"
+            "that it cannot be drawn at once, or the data's type cannot hold it; condition on parts that are "
+            "independent given the latents, and convert integers by x.float() where the likelihood is continuous"
         )
     return fresh

@@ -16,15 +16,19 @@ from pyrogaps.refine import Refinement, refine_chunk
 from pyrogaps.refine.families import Start
 from pyrogaps.streams import BLOCK, Chunk, derive_seed, reseed
 
+# Of the chains.
+FEW = 1 / 8
+
 
 @dataclass(frozen=True)
 class LatentsGiven:
     """AIS with resampling, in the density of what is shown.
 
-    Two runs are made: one anchored at a refined mean-field Normal, one from the prior. For every datapoint that run is
-    taken whose estimate of log p(C), a lower bound in expectation, is the higher, less two of its standard errors. The
-    first is far the better where much is shown; where little is, p(z | C) may have modes of which an anchor in one of
-    them never hears, and its estimate then misses their mass. `AIS(initial="prior")` makes the second run alone.
+    Two runs are made, one from the prior and one anchored at a refined mean-field Normal. The second is far the better
+    where much is shown; where little is, p(z | C) may have modes of which an anchor in one of them never hears, and its
+    estimate of log p(C) then misses their mass without knowing. So for every datapoint the run from the prior is taken,
+    unless too few of its draws count or its estimate, a lower bound in expectation as the other's, is significantly
+    lower. `AIS(initial="prior")` makes that run alone.
     """
 
     partial: JointDensity
@@ -37,8 +41,9 @@ class LatentsGiven:
         runs = [self._from_prior(block, settings, derive_seed(seed, "prior run"))]
         if settings.initial != "prior":
             runs.append(self._anchored(block, start, settings, seed))
-        scores = torch.stack([_certain(run.log_weights) for run in runs])
-        best, columns = scores.argmax(0), torch.arange(len(block), device=scores.device)
+        best = _anchored_is_better(*runs) if len(runs) > 1 else torch.zeros(len(block), dtype=torch.long)
+        best = best.to(runs[0].log_weights.device)
+        columns = torch.arange(len(block), device=best.device)
         log_weights = torch.stack([run.log_weights for run in runs])[best, :, columns].T
         position = torch.stack([run.state.position for run in runs], 2)[:, columns, best]
         parts = []
@@ -67,9 +72,13 @@ class LatentsGiven:
         return GradientEvaluator(self.partial, self.settings.mode, split=True)
 
 
-def _certain(log_weights: Tensor) -> Tensor:
-    """log p(C), less two standard errors, of log-weights `(S, B)`."""
-    return log_mean_exp(log_weights) - 2 * mcse_of_log_mean_exp(log_weights)
+def _anchored_is_better(prior: AnnealResult, anchored: AnnealResult) -> Tensor:
+    """1 where the draws from the prior are too few or miss what the anchored ones have, else 0: `(B,)`."""
+    few = effective_sample_size(prior.log_weights) < FEW * len(prior.log_weights)
+    gain = log_mean_exp(anchored.log_weights) - log_mean_exp(prior.log_weights)
+    error = torch.hypot(mcse_of_log_mean_exp(anchored.log_weights), mcse_of_log_mean_exp(prior.log_weights))
+    worse: Tensor = few | (gain > 2 * error)
+    return worse.long()
 
 
 def systematic(log_weights: Tensor, number: int) -> Tensor:

@@ -42,6 +42,10 @@ class ConditioningMeasure(Protocol):
         """Columns over the datapoints of `chunk`, nats."""
         ...
 
+    def score(self, z: Tensor, indices: Tensor) -> Tensor:
+        """A density that changes with what the measure rests on, at points `z` `(1, B, dim)`."""
+        ...
+
 
 @dataclass(frozen=True)
 class SharedMeasure:
@@ -50,14 +54,17 @@ class SharedMeasure:
     sharing: Sharing
     stage: ClassVar[str] = "completing the data and refining the shared posterior"
     quantities: ClassVar[Quantities] = {
-        "elbo_shared": ("Monte Carlo ELBO of the shared posterior", "lower bound of L[q*_C]"),
-        "elbo_on_completions": ("the same on data completed by the model", "lower bound of L[q*_C]"),
+        "elbo_shared": ("Monte Carlo ELBO of the shared posterior", "lower bound of L[q*_C], on average"),
+        "elbo_on_completions": ("the same on data completed by the model", "lower bound of L[q*_C], on average"),
         **GAPS,
     }
 
     @property
     def settings(self) -> dict[str, Any]:
         return asdict(self.sharing.settings)
+
+    def score(self, z: Tensor, indices: Tensor) -> Tensor:
+        return self.sharing.latents.partial(z, indices)
 
     def arrays(self, chunk: Chunk) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {}
@@ -87,13 +94,16 @@ class ReferenceMeasure:
     seed: int
     stage: ClassVar[str] = "ELBO of the reference guide"
     quantities: ClassVar[Quantities] = {
-        "elbo_shared": ("Monte Carlo ELBO of the reference guide", "lower bound of L[q*_C]"),
+        "elbo_shared": ("Monte Carlo ELBO of the reference guide", "lower bound of L[q*_C], on average"),
         **GAPS,
     }
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"reference": type(self.density.guide).__name__}
+
+    def score(self, z: Tensor, indices: Tensor) -> Tensor:
+        return self.density.log_prob(z, indices)
 
     def arrays(self, chunk: Chunk) -> dict[str, Tensor]:
         weights = chunk_log_weights(self.density.joint, self.density, chunk, self.num_particles, self.seed, "reference")

@@ -7,13 +7,12 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrogaps.conditioning.conditions import NUM_CHECKED_ROWS, Shown, hidden
+from pyrogaps.conditioning.conditions import NUM_CHECKED_ROWS, Shown, hidden, observed
 from pyrogaps.density import IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple
 from pyrogaps.density.layout import distribution_mask, leaf
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import evaluating
-from pyrogaps.density.structure import sample_sites
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 
@@ -75,7 +74,7 @@ def shown_elements(joint: JointDensity, conditions: Shown, args: tuple[Any, ...]
     """
     masks = conditions.masks(args)
     with seeded(0, "shown"), evaluating(joint.model), joint.plates(indices), torch.no_grad():
-        before, after = (_observed(joint, given) for given in (args, hidden(args, masks)))
+        before, after = (observed(joint, given) for given in (args, hidden(args, masks)))
     result = {}
     for name, (value, fn) in before.items():
         same = value == after[name][0]
@@ -91,11 +90,6 @@ def shown_elements(joint: JointDensity, conditions: Shown, args: tuple[Any, ...]
                 )
         result[name] = same
     return result
-
-
-def _observed(joint: JointDensity, args: tuple[Any, ...]) -> dict[str, tuple[Tensor, Any]]:
-    sites = sample_sites(joint.model, args)
-    return {name: (site["value"], site["fn"]) for name, site in sites.items() if site["is_observed"]}
 
 
 def _check_independence(joint: JointDensity, partial: JointDensity, conditions: Shown) -> None:

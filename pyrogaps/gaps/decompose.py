@@ -23,7 +23,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.assemble import assemble
 from pyrogaps.gaps.ledger import OWN, GapLedger
-from pyrogaps.gaps.parts import Arrays, Parts
+from pyrogaps.gaps.parts import Arrays, Parts, Score
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.refine import OwnFamily, Refinement, own_family, refine_chunk
 from pyrogaps.refine.families import Family
@@ -111,12 +111,13 @@ def decompose(
     )
     provenance = work.provenance(plate)
     parts = Parts(cache, {**provenance, "batch_size": batch_size})
+    scores: list[Score] = [joint, density.log_prob, *([] if work.conditioned is None else [work.conditioned.score])]
     number = len(chunks(joint.num_datapoints, batch_size))
     with tqdm(total=number * work.num_stages, disable=not progress, dynamic_ncols=True, bar_format=BAR) as bar:
         work.bar = bar
 
         def one(chunk: Chunk) -> tuple[Chunk, Arrays]:
-            result = parts.get(chunk, joint, density, lambda: work.measure(chunk))
+            result = parts.get(chunk, joint, scores, lambda: work.measure(chunk))
             work.finish(result)
             return chunk, result
 

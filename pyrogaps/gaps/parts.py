@@ -4,17 +4,19 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pyrogaps.density import GuideDensity, JointDensity
+from pyrogaps.density import JointDensity
 from pyrogaps.streams import Chunk
 
 Arrays = dict[str, Any]
+Score = Callable[[Tensor, Tensor], Tensor]  # of points (1, B, dim) at some datapoints
 
 
 class Parts:
@@ -29,12 +31,12 @@ class Parts:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, chunk: Chunk, joint: JointDensity, density: GuideDensity, compute: Callable[[], Arrays]) -> Arrays:
-        """The result of a chunk, from disk or computed and kept."""
+    def get(self, chunk: Chunk, joint: JointDensity, scores: Sequence[Score], compute: Callable[[], Arrays]) -> Arrays:
+        """The result of a chunk, from disk or computed and kept; `scores` are all the densities that it rests on."""
         if self.folder is None:
             return compute()
         path = self.folder / f"{chunk.start:09d}-{chunk.stop:09d}.npz"
-        probe = fingerprint(chunk, joint, density) + self.digest
+        probe = fingerprint(chunk, joint, scores) + self.digest
         kept = _read(path)
         if kept is not None and str(kept.pop("fingerprint", "")) == probe:
             return kept
@@ -46,12 +48,12 @@ class Parts:
         return arrays
 
 
-def fingerprint(chunk: Chunk, joint: JointDensity, density: GuideDensity) -> str:
-    """A digest of both densities at fixed points: it changes with data and parameters."""
+def fingerprint(chunk: Chunk, joint: JointDensity, scores: Sequence[Score]) -> str:
+    """A digest of densities at fixed points: it changes with data and parameters."""
     with torch.no_grad():
         z = torch.linspace(-1, 1, len(chunk) * joint.dim, dtype=joint.dtype, device=joint.device)
         z = z.reshape(1, len(chunk), joint.dim)
-        values = torch.cat([joint(z, chunk.indices), density.log_prob(z, chunk.indices)])
+        values = torch.cat([score(z, chunk.indices) for score in scores])
     return hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """What a guide declares to be shown, and that it is held to it."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -123,7 +124,7 @@ def test_lookahead_without_steps_in_the_data() -> None:
     def flat(x: Tensor) -> None:
         guide(x.flatten(1))
 
-    with pytest.raises(pg.InputError, match="no argument has 6 steps"):
+    with pytest.raises(pg.InputError, match="no argument that it observes has 6 steps"):
         check_no_leak(density(flat, torch.randn(8, 2, 3), model), Lookahead(0))
 
 
@@ -137,7 +138,7 @@ def test_both_declarations_are_refused() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(6), "must be a boolean tensor"),
+        (torch.ones(6), "must be boolean"),
         (torch.ones(5, dtype=torch.bool), "does not fit the argument's"),
         ((None, torch.ones(6, dtype=torch.bool)), r"2 masks for the model's 1 argument\(s\)"),
     ],
@@ -165,7 +166,7 @@ class HalfFlow(AmortizedFlow):
 
 
 def test_guides_with_sites_of_other_names_are_checked() -> None:
-    """Autoguides draw one vector for all latents; auxiliary flows more than the latents."""
+    """Auxiliary flows draw one vector, and more than the latents."""
     x = torch.randn(6, 6)
     honest = HalfFlow(6, 2, (4,))
     check_no_leak(density(honest, x), Shown(honest.conditions))
@@ -176,9 +177,14 @@ def test_guides_with_sites_of_other_names_are_checked() -> None:
     _, extended = densities(MODEL, auxiliary, x)
     with pytest.raises(pg.InputError, match="changes with a part of the data"):
         check_no_leak(extended, Shown(honest.conditions))
+
+
+def test_parameters_for_each_datapoint_have_seen_all_of_it() -> None:
+    x = torch.randn(6, 6)
     local = AutoLocalMultivariateNormal(MODEL)
     local(x)
-    check_no_leak(density(local, x), Shown(honest.conditions))
+    with pytest.raises(pg.InputError, match="encoder of what is shown"):
+        check_no_leak(density(local, x), Shown(torch.arange(6) < 3))
 
 
 @pytest.mark.parametrize("value", [0, 1, 2])
@@ -204,3 +210,76 @@ def test_observed_values_that_broadcast() -> None:
     z = torch.randn(2, 4, 3)
     prior = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
     torch.testing.assert_close(found(z), prior + dist.Normal(z, 1.0).log_prob(x[:, :1]).sum(-1))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda x: x[:, 1:].std(1), lambda x: x[:, 1] ** 2, lambda x: (x[:, 1] - x[:, 2]).abs()],
+    ids=["spread", "square", "distance"],
+)
+def test_leaks_that_a_reflection_does_not_show(look: Any) -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            mean = torch.stack([x[:, 0], 0.3 * look(x)], 1)
+            pyro.sample("z", dist.Normal(mean, 1.0).to_event(1))
+
+    x = 2 * torch.rand(20, 6) - 1
+    with pytest.raises(pg.InputError, match="site 'z' changes"):
+        check_no_leak(density(guide, x), Shown(torch.arange(6) < 1))
+
+
+def test_small_leak_among_many_latents() -> None:
+    model = LinearGaussian.random(data_dim=3, latent_dim=100)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            mean = torch.nn.functional.pad(0.01 * x[:, 1:2], (0, 99))
+            pyro.sample("z", dist.Normal(mean, 1.0).to_event(1))
+
+    with pytest.raises(pg.InputError, match="site 'z' changes"):
+        check_no_leak(density(guide, torch.randn(20, 3), model), Shown(torch.arange(3) < 1))
+
+
+def test_every_step_of_a_long_lookahead_is_checked() -> None:
+    class Strided(Chain):
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                for t in range(x.shape[1]):
+                    seen = min(t + t % 2, x.shape[1] - 1)
+                    pyro.sample(f"z_{t + 1}", dist.Normal(x[:, seen], 1.0))
+
+    guide = Strided(0, 0)
+    with pytest.raises(pg.InputError, match="site 'z_2' changes with data after step 2"):
+        check_no_leak(density(guide, torch.randn(8, 32), guide.model), Lookahead(0))
+
+
+def test_covariates_with_as_many_columns_as_steps_are_no_sequence() -> None:
+    chain = Chain(0, 0)
+
+    def model(x: Tensor, u: Tensor) -> None:
+        chain.model(x)
+
+    def guide(x: Tensor, u: Tensor) -> None:
+        chain(x + u.sum(1, keepdim=True))
+
+    data = torch.randn(8, 6), torch.randn(8, 6)
+    check_no_leak(pg.GuideDensity(guide, data, model), Lookahead(0))
+
+
+def test_cache_knows_the_conditions(tmp_path: Path) -> None:
+    """Another mask is another ledger."""
+    x, guide = torch.randn(4, 6), HalfFlow(6, 2, (4,))
+    settings = {
+        "conditioning": pg.Conditioning(4, 4),
+        "evidence": pg.AIS(num_chains=2, num_temperatures=2),
+        "refinement": pg.Refinement(num_steps=2),
+        "num_particles": 10,
+        "progress": False,
+    }
+    first = pg.decompose(MODEL, guide, x, cache=tmp_path, **settings)  # type: ignore[arg-type]
+    again = pg.decompose(MODEL, guide, x, cache=tmp_path, **settings)  # type: ignore[arg-type]
+    guide.conditions = torch.ones(6, dtype=torch.bool)
+    other = pg.decompose(MODEL, guide, x, cache=tmp_path, **settings)  # type: ignore[arg-type]
+    gaps = [ledger.per_datapoint["conditioning_gap"].values for ledger in (first, again, other)]
+    assert (gaps[0] == gaps[1]).all()
+    assert (gaps[0] != gaps[2]).any()
