@@ -1,6 +1,7 @@
 """What a guide loses by not being shown all of x."""
 
-from pyrogaps.conditioning.conditions import Lookahead, Shown, check_no_leak, checked_lookahead, declared
+from pyrogaps.conditioning.conditions import Lookahead, Shown, checked_lookahead, declared
+from pyrogaps.conditioning.leaks import check_no_leak
 from pyrogaps.conditioning.measure import ConditioningMeasure, conditioning_measure
 from pyrogaps.conditioning.posterior import SharedPosterior, shared_posterior
 from pyrogaps.conditioning.settings import Conditioning

@@ -1,4 +1,4 @@
-"""What a guide is shown of the data: declared conditions, and the check that it looks at nothing else."""
+"""What a guide is shown of the data, as it declares it."""
 
 import math
 from dataclasses import dataclass
@@ -7,17 +7,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pyrogaps.density import GuideDensity, IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple
-from pyrogaps.density.layout import leaf
-from pyrogaps.density.local import FactorisedGuide, PlaceValues, Term
-from pyrogaps.density.runs import evaluating
-from pyrogaps.density.structure import sample_sites
 from pyrogaps.errors import InputError
-from pyrogaps.streams import seeded
 
 Masks = tuple[Tensor | None, ...]
-NUM_CHECKED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -103,122 +95,6 @@ def hidden(args: tuple[Any, ...], masks: Masks, *, at_random: bool = False) -> t
     return tuple(
         arg if mask is None else torch.where(mask, arg, other(arg)) for arg, mask in zip(args, masks, strict=True)
     )
-
-
-def check_no_leak(density: GuideDensity, conditions: Conditions) -> None:
-    """Raise `InputError` where a guide looks at what its conditions withhold: its factors change when that is changed.
-
-    What is withheld is replaced by other values of its range, reflected ones and random ones, at some datapoints and
-    for every step of a lookahead, so that integer data are checked as well. The message names the site.
-    """
-    if density.joint.plate is None:
-        raise InputError("conditions: they need a data plate; the model has none")
-    if density.bound:
-        raise InputError(
-            "guide: it holds parameters for each datapoint, fitted to all of x, so it cannot be shown a part; take an "
-            "encoder of what is shown"
-        )
-    with seeded(0, "leak"), evaluating(density.guide, density.joint.model), torch.no_grad():
-        rows = _Rows(density, conditions)
-        before = rows.factors(None)
-        for at_random in (False, True):
-            rows.compare(before, rows.factors(at_random))
-
-
-class _Rows:
-    """Some datapoints, once for each of what is withheld: the steps of a lookahead, or one part for all factors."""
-
-    def __init__(self, density: GuideDensity, conditions: Conditions) -> None:
-        self.density, self.conditions = density, conditions
-        self.names = [term.name for term in density.terms]
-        self.few = torch.arange(min(NUM_CHECKED_ROWS, density.num_datapoints))
-        args = as_tuple(density.joint.data.fetch(self.few))
-        self.steps = torch.zeros(1, dtype=torch.long)
-        self.temporal = [False] * len(args)
-        if isinstance(conditions, Lookahead):
-            if self.names != list(density.joint.sites):
-                raise InputError("guide: a lookahead needs a site of the guide's own for every step")
-            self.steps = torch.arange(len(self.names))
-            self.temporal = _temporal(density.joint, args, self.few, len(self.names))
-        local = density.at(self.few)
-        z, _ = local.sample_extended(1) if isinstance(local, FactorisedGuide) else local.sample(1)
-        self.z = z[0].repeat(len(self.steps), 1)
-
-    def factors(self, at_random: bool | None) -> dict[str, Tensor]:
-        """Elements of the log-density of every site at fixed z, `(rows, *)`; `at_random` None withholds nothing."""
-        fetch, each = self.density.joint.data.fetch, len(self.few)
-
-        def other(indices: Tensor) -> tuple[Any, ...]:
-            args = as_tuple(fetch(self.few[indices % each]))
-            if at_random is None:
-                return args
-            if isinstance(self.conditions, Shown):
-                masks = self.conditions.masks(args)
-            else:
-                masks = self.conditions.masks(args, self.steps[indices // each], self.temporal)
-            return hidden(args, masks, at_random=at_random)
-
-        indices = torch.arange(len(self.z))
-        blind = self.density.restrict(
-            self.density.joint.over(IndexedData(len(indices), other)), self.few.repeat(len(self.steps))
-        )
-        messages = blind.messages(indices, 1, PlaceValues(self.density.terms, self.z, in_plate=True))
-        return {term.name: _elements(term, messages[term.name]) for term in self.density.terms}
-
-    def compare(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-        """Raise `InputError` for a site that changed where it should not have."""
-        each = len(self.few)
-        for position, name in enumerate(self.names):
-            # The rows of step t withhold what the factors up to t are not shown.
-            first = position * each if isinstance(self.conditions, Lookahead) else 0
-            left, right = before[name][first:], after[name][first:]
-            tolerance = 1e-8 if left.dtype == torch.float64 else 1e-4
-            same = (
-                torch.isclose(left, right, rtol=tolerance, atol=tolerance, equal_nan=True).reshape(len(left), -1).all(1)
-            )
-            if not bool(same.all()):
-                told = "a part of the data outside its conditions"
-                if isinstance(self.conditions, Lookahead):
-                    step = position + int((~same).nonzero()[0]) // each
-                    told = f"data after step {step + 1 + self.conditions.steps}"
-                raise InputError(
-                    f"guide: site '{name}' changes with {told}, which the guide declares not to be shown; do not look "
-                    "at it there, or declare what is shown"
-                )
-
-
-def _elements(term: Term, message: Any) -> Tensor:
-    """The log-density of a site, its elements apart where they are independent, rows first."""
-    fn = message["fn"]
-    inner = leaf(fn)
-    elements: Tensor = inner.log_prob(message["value"])
-    axis = term.site.batch_axis - (fn.event_dim - inner.event_dim)
-    return elements.movedim(axis, 0) if elements.dim() >= -axis else elements.expand(1)
-
-
-def _temporal(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, num_steps: int) -> list[bool]:
-    """Which arguments are sequences of observations: as many steps as there are latents, and observed by the model."""
-    sized = [isinstance(arg, Tensor) and arg.dim() > 1 and arg.shape[1] == num_steps for arg in args]
-    found = [sized[k] and _is_observed(joint, args, indices, k) for k in range(len(args))]
-    if not any(found):
-        raise InputError(
-            f"lookahead: the model has {num_steps} latent sites, which should be one a step, but no argument that it "
-            f"observes has {num_steps} steps along its second axis"
-        )
-    return found
-
-
-def _is_observed(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, position: int) -> bool:
-    masks = [None if k != position else torch.zeros_like(arg, dtype=torch.bool) for k, arg in enumerate(args)]
-    with joint.plates(indices):
-        before, after = (observed(joint, given) for given in (args, hidden(args, tuple(masks))))
-    return any(not torch.equal(value, after[name][0]) for name, (value, _) in before.items())
-
-
-def observed(joint: JointDensity, args: tuple[Any, ...]) -> dict[str, tuple[Tensor, Any]]:
-    """Value and distribution of every observed site of a run of the model."""
-    sites = sample_sites(joint.model, args)
-    return {name: (site["value"], site["fn"]) for name, site in sites.items() if site["is_observed"]}
 
 
 def _checked(position: int, mask: Any, arg: Any) -> Tensor | None:

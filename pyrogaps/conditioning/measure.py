@@ -9,7 +9,8 @@ from torch import Tensor
 from pyrogaps.ais import AIS
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import GradientEvaluator
-from pyrogaps.conditioning.conditions import Lookahead, Shown, check_no_leak, declared
+from pyrogaps.conditioning.conditions import Lookahead, Shown, declared
+from pyrogaps.conditioning.leaks import check_no_leak
 from pyrogaps.conditioning.settings import Conditioning
 from pyrogaps.conditioning.shared import Sharing, sharing_of
 from pyrogaps.density import GuideDensity

@@ -7,7 +7,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrogaps.conditioning.conditions import NUM_CHECKED_ROWS, Shown, hidden, observed
+from pyrogaps.conditioning.conditions import Shown, hidden
+from pyrogaps.conditioning.leaks import NUM_CHECKED_ROWS, observed
 from pyrogaps.density import IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple
 from pyrogaps.density.layout import distribution_mask, leaf

@@ -10,7 +10,8 @@ from pyrogaps.ais import AIS
 from pyrogaps.bounds import Plate, densities, over_chunks
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning.completions import has_rows
-from pyrogaps.conditioning.conditions import Shown, check_no_leak, declared
+from pyrogaps.conditioning.conditions import Shown, declared
+from pyrogaps.conditioning.leaks import check_no_leak
 from pyrogaps.conditioning.settings import Conditioning
 from pyrogaps.conditioning.shared import SharedBlock, sharing_of
 from pyrogaps.density import Data, JointDensity
