@@ -66,7 +66,9 @@ def main() -> None:
         "conditioning", "Conditioning gaps", COLUMNS, [list(asdict(row).values()) for row in rows], quick=options.quick
     )
     if any(row.quantity == picture.MEASURED for row in rows):
-        figure = Figure(layout="constrained", figsize=(9, 3.6))
+        figure = Figure(
+            layout="constrained", figsize=(9, 3.6) if "pendulum" in {row.experiment for row in rows} else (5, 3.6)
+        )
         picture.draw(rows, figure)
         figure.savefig((options.runs if options.quick else RESULTS) / "conditioning.png", dpi=200)
     print(machine())

@@ -33,7 +33,9 @@ def draw(rows: Sequence[Row], figure: Figure) -> None:
                 label=setting,
             )
             if all(row.known is not None for row in line):
-                ax.plot(places, [row.known for row in line], "x", color=colour, ms=8, label="in closed form")
+                ax.plot(places, [row.known for row in line], "x", color="0.3", ms=8, zorder=3)
+        if any(row.known is not None for row in found):
+            ax.plot([], [], "x", color="0.3", ms=8, label="best guide, in closed form")
         ax.set(title=PANELS[name], xlabel="lookahead", ylabel="log p(x) - L[q] (nats)")
         ax.set_xticks([*range(int(finite) + 1), finite + 1], [*map(str, range(int(finite) + 1)), "all"])
         ax.legend(frameon=False, fontsize=8)
