@@ -17,14 +17,13 @@ import pyro
 from torch import Tensor
 
 import pyrogaps as pg
-from benchmarks.reporting import RESULTS, kept_ledger, machine
+from benchmarks.reporting import RESULTS, keep_trained, kept_ledger, machine
 from benchmarks.suboptimality_page import page
 from pyrogaps import GapLedger
 from pyrogaps.building import DataSet, build_data, build_families, build_programs
 from pyrogaps.density.runs import Program
 from pyrogaps.recipe import Recipe, override, read_document, resolve
 from pyrogaps.run_folder import RunFolder
-from pyrogaps.training import load_weights, save_weights
 
 COLUMNS = tuple(
     f"{data}-{guide}{setting}"
@@ -66,24 +65,22 @@ def trained(recipe: Recipe, folder: Path, *, progress: bool) -> tuple[Program, P
     """
     RunFolder(folder).claim(recipe.to_yaml(), overwrite=False)
     model, guide, data = untrained(recipe)
-    weights = folder / "checkpoint.pt"
-    if weights.exists():
-        load_weights(weights, model, guide, data.train)
-        return model, guide, data
     assert recipe.training is not None
     settings = vars(recipe.training)
-    checkpoint = folder / "training.pt"
-    pg.train(
-        model,
-        guide,
-        data.train,
-        **settings,
-        validation=data.validation,
-        checkpoint=checkpoint,
-        seed=recipe.seed,
-        progress=progress,
-    )
-    save_weights(weights, model, guide)
+
+    def train() -> None:
+        pg.train(
+            model,
+            guide,
+            data.train,
+            **settings,
+            validation=data.validation,
+            checkpoint=folder / "training.pt",
+            seed=recipe.seed,
+            progress=progress,
+        )
+
+    keep_trained(folder / "checkpoint.pt", model, guide, data.train, train)
     return model, guide, data
 
 

@@ -11,7 +11,10 @@ import torch
 import xarray as xr
 
 from pyrogaps import GapLedger
+from pyrogaps.density import Data
+from pyrogaps.density.runs import Program
 from pyrogaps.run_folder import RunFolder
+from pyrogaps.training import load_weights, save_weights
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,6 +56,16 @@ def report(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequenc
 
 def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def keep_trained(weights: Path, model: Program, guide: Program, data: Data, train: Callable[[], object]) -> None:
+    """Give the pair the weights in the file `weights`, trained by `train` where there is no such file yet."""
+    if weights.exists():
+        load_weights(weights, model, guide, data)
+        return
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    train()
+    save_weights(weights, model, guide)
 
 
 def kept_ledger(path: Path, measure: Callable[[], GapLedger]) -> GapLedger:

@@ -44,14 +44,15 @@ class Amortized(nn.Module):
             raise InputError(f"{type(self).__name__}: features must say how many there are: {kind} has no num_features")
         return number
 
-    def check(self, x: Tensor) -> None:
-        """Raise `InputError` for `x` of another size than the encoder's."""
+    def seen(self, x: Tensor) -> Tensor:
+        """What the encoder reads of `x`, of its shape: all of it, unless a subclass is shown less."""
+        return x
+
+    def encode(self, x: Tensor) -> Tensor:
         if x[0].numel() != self.data_dim:
             name = type(self).__name__
             raise InputError(f"{name}: data_dim is {self.data_dim}, but a datapoint has {x[0].numel()} elements")
-
-    def encode(self, x: Tensor) -> Tensor:
-        self.check(x)
+        x = self.seen(x)
         inputs = x.reshape(len(x), -1) if self.features is None else self.features(x)
         outputs: Tensor = self.encoder(inputs.to(next(self.encoder.parameters()).dtype))
         return outputs

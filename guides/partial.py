@@ -37,9 +37,8 @@ class PartialNormal(AmortizedNormal):
         """Which elements of a datapoint are shown, of its shape."""
         return self.shown.reshape(x.shape[1:])
 
-    def encode(self, x: Tensor) -> Tensor:
-        self.check(x)
-        return super().encode(torch.where(self.conditions(x), x, torch.zeros_like(x)))
+    def seen(self, x: Tensor) -> Tensor:
+        return torch.where(self.conditions(x), x, torch.zeros_like(x))
 
 
 def _mask(shown: int | Sequence[Any] | Tensor, data_dim: int) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import pyrogaps as pg
 from benchmarks.conditioning.rows import Options, Row
+from benchmarks.reporting import keep_trained
 from pyrogaps.datasets import Chorales
 from pyrogaps.guides.sequential import StructuredNormal
 from pyrogaps.models.dmm import DeepMarkovModel
-from pyrogaps.training import load_weights, save_weights
 
 LATENT, HIDDEN, RNN = 32, 64, 128
 LOOKAHEADS = (0, 2, math.inf)
@@ -94,24 +94,23 @@ def _train(
     kl_warmup: int,
     freeze_model: bool,
 ) -> None:
-    weights, data = folder / "checkpoint.pt", trimmed(chorales.train)
-    if weights.exists():
-        load_weights(weights, model, guide, chorales.train)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    pg.train(
-        model,
-        guide,
-        pg.IndexedData(4, data.fetch) if options.quick else data,
-        num_epochs=1 if options.quick else NUM_EPOCHS,
-        batch_size=20,
-        learning_rate=2e-3,
-        clip_norm=10.0,
-        kl_warmup=0 if options.quick else kl_warmup,
-        validation=pg.IndexedData(2, data.fetch) if options.quick else trimmed(chorales.validation),
-        patience=40,
-        freeze_model=freeze_model,
-        checkpoint=folder / "training.pt",
-        seed=options.seed,
-    )
-    save_weights(weights, model, guide)
+    data = trimmed(chorales.train)
+
+    def train() -> None:
+        pg.train(
+            model,
+            guide,
+            pg.IndexedData(4, data.fetch) if options.quick else data,
+            num_epochs=1 if options.quick else NUM_EPOCHS,
+            batch_size=20,
+            learning_rate=2e-3,
+            clip_norm=10.0,
+            kl_warmup=0 if options.quick else kl_warmup,
+            validation=pg.IndexedData(2, data.fetch) if options.quick else trimmed(chorales.validation),
+            patience=40,
+            freeze_model=freeze_model,
+            checkpoint=folder / "training.pt",
+            seed=options.seed,
+        )
+
+    keep_trained(folder / "checkpoint.pt", model, guide, chorales.train, train)

@@ -9,12 +9,12 @@ from torch import Tensor
 import pyrogaps as pg
 from benchmarks.conditioning.rows import Options, Row
 from benchmarks.inference_suboptimality import column_recipe, trained
-from benchmarks.reporting import kept_ledger
+from benchmarks.reporting import keep_trained, kept_ledger
 from pyrogaps.building import DataSet
 from pyrogaps.density.runs import Program
 from pyrogaps.guides.partial import PartialNormal
 from pyrogaps.recipe import Recipe
-from pyrogaps.training import Cosine, load_weights, save_weights
+from pyrogaps.training import Cosine
 
 MODEL = "mnist-ffg"
 NUM_IMAGES, NUM_EPOCHS = 200, 30
@@ -61,10 +61,7 @@ def half_guide(recipe: Recipe, model: Program, data: DataSet, options: Options) 
     pyro.set_rng_seed(options.seed)
     guide = PartialNormal(**recipe.guide.init_args, shown=recipe.guide.init_args["data_dim"] // 2)
     folder = options.runs / "images"
-    weights, num_epochs = folder / "half.pt", 1 if options.quick else NUM_EPOCHS
-    if weights.exists():
-        load_weights(weights, model, guide, data.train)
-        return guide
+    num_epochs = 1 if options.quick else NUM_EPOCHS
     settings = replace(
         recipe.training,
         num_epochs=num_epochs,
@@ -72,6 +69,9 @@ def half_guide(recipe: Recipe, model: Program, data: DataSet, options: Options) 
         entropy_annealing=0,
         freeze_model=True,
     )
-    pg.train(model, guide, data.train, **vars(settings), checkpoint=folder / "half-training.pt", seed=options.seed)
-    save_weights(weights, model, guide)
+
+    def train() -> None:
+        pg.train(model, guide, data.train, **vars(settings), checkpoint=folder / "half-training.pt", seed=options.seed)
+
+    keep_trained(folder / "half.pt", model, guide, data.train, train)
     return guide

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import pyrogaps as pg
+from benchmarks.reporting import keep_trained
 from pyrogaps.density.runs import Program
-from pyrogaps.run_folder import RunFolder
-from pyrogaps.training import Cosine, load_weights, save_weights
+from pyrogaps.training import Cosine
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,24 @@ def trained_for(
     An epoch is 50 minibatches. Its weights lie in `folder` when it is done; a run that was stopped continues.
     """
     pyro.set_rng_seed(options.seed)
-    guide, weights = make(), folder / "checkpoint.pt"
-    if weights.exists():
-        load_weights(weights, model, guide, shape)
-        return guide
-    folder.mkdir(parents=True, exist_ok=True)
-    pg.train(
-        model,
-        guide,
-        pg.SimulatedData(model, shape, num_datapoints=50 * batch_size),
-        num_epochs=options.num_epochs,
-        batch_size=batch_size,
-        learning_rate=5e-3,
-        schedule=Cosine(options.num_epochs, final=0.01),
-        clip_norm=10.0,
-        freeze_model=True,
-        checkpoint=folder / "training.pt",
-        seed=options.seed,
-    )
-    RunFolder(folder).write(weights.name, lambda path: save_weights(path, model, guide))
+    guide = make()
+
+    def train() -> None:
+        pg.train(
+            model,
+            guide,
+            pg.SimulatedData(model, shape, num_datapoints=50 * batch_size),
+            num_epochs=options.num_epochs,
+            batch_size=batch_size,
+            learning_rate=5e-3,
+            schedule=Cosine(options.num_epochs, final=0.01),
+            clip_norm=10.0,
+            freeze_model=True,
+            checkpoint=folder / "training.pt",
+            seed=options.seed,
+        )
+
+    keep_trained(folder / "checkpoint.pt", model, guide, shape, train)
     return guide
 
 

@@ -19,7 +19,7 @@ from pyrogaps.streams import BLOCK, Chunk, reseed
 
 @dataclass(frozen=True)
 class Completions:
-    """K draws of (C_n, Cbar_k) for every datapoint of a chunk: what is shown stays, what is withheld is drawn.
+    """K draws of (C_n, Cbar_k) for every datapoint of a block: what is shown stays, what is withheld is drawn.
 
     `args` are the model's arguments for K B rows, completion by completion; `z` `(K, B, dim)` the latents that they
     were drawn with, from p(z | C_n); `ess` `(B,)` the effective number of independent latents among them.
@@ -76,31 +76,13 @@ class CompleteData(ScoreModel):
         message["value"] = drawn
 
 
-def completed(joint: JointDensity, partial: JointDensity, chunk: Chunk, z: Tensor, seed: int) -> tuple[Any, ...]:
-    """The model's arguments with what is withheld drawn given latents `z` `(K, B, dim)`: K B rows.
+def completed(joint: JointDensity, partial: JointDensity, block: Chunk, z: Tensor, seed: int) -> tuple[Any, ...]:
+    """The model's arguments with what is withheld drawn given latents `z` `(K, B, dim)` of a block: K B rows.
 
     Raises `InputError` where the score of what was drawn is not that with which it was drawn.
     """
-    parts = []
-    for block in chunk.blocks():
-        reseed(seed, "complete", block.start // BLOCK)
-        parts.append(_completed_block(joint, partial, block, z[:, block.start - chunk.start :][:, : len(block)]))
-    if len(parts) == 1:
-        return parts[0]
-    number, sizes = len(z), [len(block) for block in chunk.blocks()]
-
-    def join(*leaves: Any) -> Any:
-        if not has_rows(leaves[0], number * sizes[0]):
-            return leaves[0]
-        shaped = [leaf.reshape(number, size, *leaf.shape[1:]) for leaf, size in zip(leaves, sizes, strict=True)]
-        return torch.cat(shaped, 1).flatten(0, 1)
-
-    joined: tuple[Any, ...] = tree_map(join, *parts)
-    return joined
-
-
-def _completed_block(joint: JointDensity, partial: JointDensity, block: Chunk, z: Tensor) -> tuple[Any, ...]:
     flat, rows = z.flatten(0, 1), block.indices.repeat(len(z))
+    reseed(seed, "complete", block.start // BLOCK)
     with evaluating(joint.model), torch.no_grad():
         fetched = partial.fetch(block.indices, len(z))
         args, shown = fetched[:-1], fetched[-1]

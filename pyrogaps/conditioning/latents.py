@@ -46,11 +46,8 @@ class LatentsGiven:
         columns = torch.arange(len(block), device=best.device)
         log_weights = torch.stack([run.log_weights for run in runs])[best, :, columns].T
         position = torch.stack([run.state.position for run in runs], 2)[:, columns, best]
-        parts = []
-        for part in block.blocks():
-            reseed(seed, "resample", part.start // BLOCK)
-            parts.append(systematic(log_weights[:, part.start - block.start : part.stop - block.start], number))
-        which = torch.cat(parts, 1).to(position.device)
+        reseed(seed, "resample", block.start // BLOCK)
+        which = systematic(log_weights, number).to(position.device)
         return position[which, columns.to(position.device)], effective_sample_size(log_weights)
 
     def _anchored(self, block: Chunk, start: Start, settings: AIS, seed: int) -> AnnealResult:
