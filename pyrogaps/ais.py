@@ -109,7 +109,7 @@ def anchored_path(evaluator: GradientEvaluator, start: GaussianStart, chunk: Chu
         bound = evaluator.bind(chunk.indices, num_chains)
         return starting_at(start, bound, bound.gradients)
 
-    return Path(draw, evaluate, start.scale)
+    return Path(draw, evaluate, start.moves)
 
 
 def prior_path(evaluator: GradientEvaluator, chunk: Chunk, seed: int) -> Path:
@@ -128,7 +128,8 @@ def prior_path(evaluator: GradientEvaluator, chunk: Chunk, seed: int) -> Path:
         return Evaluation(lambda position: HMCState(position, *bound(position)), bound.gradients)
 
     spread = draw(256, "scale").std(0)
-    return Path(draw, evaluate, torch.where(spread > 0, spread, torch.ones_like(spread)))
+    scale, active = torch.where(spread > 0, spread, torch.ones_like(spread)), joint.active(chunk.indices)
+    return Path(draw, evaluate, scale if active is None else torch.where(active, scale, torch.zeros_like(scale)))
 
 
 def anchor(

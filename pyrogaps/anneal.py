@@ -20,30 +20,47 @@ JITTER = 0.3
 
 @dataclass(frozen=True)
 class GaussianStart:
-    """f_0 = N(loc, L L^T) per datapoint: `loc (B, dim)`, `scale` a diagonal `(B, dim)` or factors L `(B, dim, dim)`."""
+    """f_0 = N(loc, L L^T) per datapoint: `loc (B, dim)`, `scale` a diagonal `(B, dim)` or factors L `(B, dim, dim)`.
+
+    Coordinates that are not `active` `(B, dim)`, such as those past the end of a sequence, are in no density: they are
+    0 in draws and count for nothing in f_0, and L does not mix them with others.
+    """
 
     loc: Tensor
     scale: Tensor
+    active: Tensor | None = None
 
     def draw(self, noise: Tensor) -> Tensor:
         """Points `(S, B, dim)` from standard noise of that shape."""
-        return self.loc + apply_scale(self.scale, noise)
+        return self._kept(self.loc + apply_scale(self.scale, noise))
 
     def log_density(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """log f_0 `(S, B)` and its gradient `(S, B, dim)`."""
+        centred = self._kept(z - self.loc)
         if self.scale.dim() == 2:
-            whitened = (z - self.loc) / self.scale
+            whitened = centred / self.scale
         else:
             # Not by the precision: its rounding errors grow with the square of the correlations.
-            whitened = torch.einsum("bij,sbj->sbi", self._inverse, z - self.loc)
+            whitened = torch.einsum("bij,sbj->sbi", self._inverse, centred)
         return self._peak - 0.5 * whitened.square().sum(-1), self.gradient(z)
 
     def gradient(self, z: Tensor) -> Tensor:
         """The gradient of log f_0, `(S, B, dim)`."""
-        centred = self.loc - z
+        centred = self._kept(self.loc - z)
         if self.scale.dim() == 2:
             return centred * self._precision
         return torch.einsum("bij,sbj->sbi", self._precision, centred)
+
+    @cached_property
+    def moves(self) -> Tensor:
+        """`scale` as the preconditioner of moves: those that are not active stay where they are."""
+        if self.active is None:
+            return self.scale
+        active = self.active if self.scale.dim() == 2 else self.active[..., None]
+        return torch.where(active, self.scale, torch.zeros_like(self.scale))
+
+    def _kept(self, z: Tensor) -> Tensor:
+        return z if self.active is None else torch.where(self.active, z, torch.zeros_like(z))
 
     @cached_property
     def _inverse(self) -> Tensor:
@@ -60,7 +77,7 @@ class GaussianStart:
     @cached_property
     def _peak(self) -> Tensor:
         diagonal = self.scale if self.scale.dim() == 2 else self.scale.diagonal(dim1=-2, dim2=-1)
-        return -diagonal.log().sum(-1) - 0.5 * self.loc.shape[-1] * math.log(2 * math.pi)
+        return -self._kept(diagonal.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 class Tuning(NamedTuple):
@@ -196,14 +213,14 @@ def moments_start(draws: Tensor, *, diagonal: bool, widen: float, active: Tensor
     if active is not None:
         scale = torch.where(active, scale, torch.ones_like(scale))
     if diagonal or len(draws) < 10 * draws.shape[-1]:
-        return GaussianStart(loc, widen * scale)
+        return GaussianStart(loc, widen * scale, active)
     standard = (centred / scale).double()
     correlation = torch.einsum("sbi,sbj->bij", standard, standard) / (len(draws) - 1)
     identity = torch.eye(draws.shape[-1], dtype=torch.float64, device=draws.device)
     variances = correlation.diagonal(dim1=-2, dim2=-1).clamp(min=0.5)
     correlation = correlation * (1 - identity) + identity * variances[..., None]
     factor = torch.linalg.cholesky(correlation + 1e-4 * identity).to(draws.dtype)
-    return GaussianStart(loc, widen * scale[..., None] * factor)
+    return GaussianStart(loc, widen * scale[..., None] * factor, active)
 
 
 def starting_at(start: GaussianStart, joint: Joint, gradients: Gradients | None = None) -> Evaluation:

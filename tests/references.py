@@ -14,6 +14,8 @@ from scipy import integrate, optimize
 from torch import Tensor, nn
 
 from pyrogaps.models.linear_gaussian import LinearGaussian
+from pyrogaps.models.sequences import SequenceModel
+from pyrogaps.models.state_space import LinearGaussianStateSpace
 
 STANDARD_ERRORS = 4.0
 MCSE = 0.05
@@ -218,3 +220,30 @@ def two_wells_evidence(x: Tensor) -> Tensor:
     width = math.hypot(0.3, BEND)
     log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z**2, width).log_prob(x.double()[:, None])
     return torch.logsumexp(log_joint, -1) + math.log(float(z[1] - z[0]))
+
+
+class RaggedWalk(SequenceModel):
+    """A scalar linear-Gaussian chain of sequences of several lengths: `RaggedWalk()(x, lengths)`."""
+
+    data_dim = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("decay", torch.tensor(0.9, dtype=torch.float64))
+
+    def first(self, number: int) -> tuple[Tensor, Tensor]:
+        return self.decay.new_zeros(number, 1), self.decay.new_ones(number, 1)
+
+    def transition(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.decay * z, torch.full_like(z, 0.7)
+
+    def emission(self, z: Tensor) -> Tensor:
+        return z
+
+    def likelihood(self, output: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(output, 1.0).to_event(1)
+
+    def log_evidence(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """By Kalman, sequence by sequence."""
+        exact = LinearGaussianStateSpace(float(self.decay), 0.49, 1.0, 1.0, 1.0)
+        return torch.cat([exact.log_evidence(s[None, :n].float()).double() for s, n in zip(x, lengths, strict=True)])

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -14,12 +15,14 @@ from pyrogaps.anneal import AnnealResult, GaussianStart, Tuning, anneal, moments
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import JointDensity
 from pyrogaps.errors import InputError
+from pyrogaps.guides.sequential import StructuredNormal
 from pyrogaps.hmc import HMCState, transition
 from pyrogaps.log_weights import effective_sample_size
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.streams import Chunk, Noise, seeded
 from tests.references import (
     NearPosterior,
+    RaggedWalk,
     WrongEncoder,
     anisotropic,
     assert_exact,
@@ -49,6 +52,20 @@ def test_evidence_of_a_linear_model(initial: str, kind: str) -> None:
     assert_exact(estimate.value, estimate.mcse, model.log_evidence(x))
     assert estimate.direction == "lower bound"
     assert estimate.acceptance is not None and 0.5 < float(estimate.acceptance.min()) <= 1
+
+
+@pytest.mark.parametrize(("initial", "num_draws"), [("refined", 1024), ("refined", 40), ("guide", 1024), ("prior", 0)])
+def test_evidence_of_ragged_sequences(initial: str, num_draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps past a sequence's end are in no density, the start's included; 40 draws are too few for a covariance."""
+    monkeypatch.setattr(import_module("pyrogaps.ais"), "NUM_ANCHOR_DRAWS", num_draws)
+    model, guide = RaggedWalk(), StructuredNormal(1, 1, 4).double()
+    lengths = torch.tensor([5, 1, 3, 4, 2])
+    with seeded(0, "walks"):
+        x = 1.5 * torch.randn(len(lengths), 5, 1, dtype=torch.float64)
+    chains, temperatures = {"prior": (128, 200), "guide": (512, 50), "refined": (128, 50)}[initial]
+    settings = AIS(num_chains=chains, num_temperatures=temperatures, num_leapfrog=5, initial=initial)  # type: ignore[arg-type]
+    estimate = ais(model, guide, (x, lengths), settings=settings, refinement=QUICK)
+    assert_exact(estimate.value, estimate.mcse, model.log_evidence(x, lengths))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyrogaps import AIS, Refinement, bdmc
 from tests.references import (
     STANDARD_ERRORS,
+    RaggedWalk,
     WrongEncoder,
     anisotropic,
     assert_exact,
@@ -55,6 +56,19 @@ def test_both_sides_of_a_linear_model(initial: str, decades: float, dtype: torch
         assert abs(float((side - exact).mean())) < STANDARD_ERRORS * error + jensen(side - exact)
     assert abs(result.width - float((result.upper - result.lower).mean())) < 1e-12
     assert result.width_mcse < 0.05
+
+
+def test_both_sides_of_ragged_sequences() -> None:
+    """What is drawn past the end of a sequence counts for nothing."""
+    model, lengths = RaggedWalk(), torch.tensor([4, 1, 3, 2]).repeat(NUMBER // 4)
+    shape = torch.zeros(NUMBER, 4, 1, dtype=torch.float64), lengths
+    result = bdmc(model, shape, settings=AIS(num_chains=32, num_temperatures=30), refinement=QUICK, batch_size=NUMBER)
+    assert isinstance(result.data, tuple)
+    exact = model.log_evidence(*result.data)
+    assert_below(result.lower, exact)
+    assert_below(exact, result.upper)
+    assert_mean_one((result.lower - exact).exp())
+    assert_mean_one((exact - result.upper).exp())
 
 
 def test_each_lower_bound_is_the_evidence() -> None:
