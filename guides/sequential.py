@@ -23,21 +23,29 @@ class Combiner(nn.Module):
 
     Called with `z` `(..., latent_dim)` and `h` `(..., rnn_dim)`; gives m and s, each `(..., latent_dim)`. z_0 is a
     parameter. Drawn `around` a model of sequences, whose next state has mean and scale (mu, sigma), they are
-    mu + sigma m and sigma s.
+    mu + sigma m and sigma s; with innovations of dimension `innovations`, mu + sigma m + G (x_t - E[x_t | z_t = mu]),
+    the gain G a parameter, zero at first.
     """
 
-    def __init__(self, latent_dim: int, rnn_dim: int, min_scale: float, around: SequenceModel | None) -> None:
+    gain: nn.Linear | None
+
+    def __init__(
+        self, latent_dim: int, rnn_dim: int, min_scale: float, around: SequenceModel | None, innovations: int | None
+    ) -> None:
         super().__init__()
         self.min_scale = min_scale
         self._around = (around,)  # in a tuple, so that its parameters are not the guide's
         self.z_0 = nn.Parameter(torch.zeros(latent_dim))
         self.inner, self.heads = nn.Linear(latent_dim, rnn_dim), nn.Linear(rnn_dim, 2 * latent_dim)
+        self.gain = None if innovations is None else nn.Linear(innovations, latent_dim, bias=False)
+        if self.gain is not None:
+            nn.init.zeros_(self.gain.weight)
 
     def forward(self, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         loc, raw = self.heads((torch.tanh(self.inner(z)) + h) / 2).chunk(2, -1)
         return loc, softplus(raw) + self.min_scale
 
-    def draw(self, h: Tensor, keep: Tensor | None) -> Tensor:
+    def draw(self, h: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
         """Make the sites "z_1" to "z_T" of states `h` `(N, T, rnn_dim)`, in a plate; returns z `(N, T, latent_dim)`."""
         z, states, (around,) = self.z_0.expand(len(h), -1), [], self._around
         for t, h_t in enumerate(h.unbind(1)):
@@ -45,6 +53,8 @@ class Combiner(nn.Module):
             if around is not None:
                 centre, unit = around.transition(z) if t else around.first(len(h))
                 loc, scale = centre + unit * loc, unit * scale
+                if self.gain is not None:
+                    loc = loc + self.gain(x[:, t] - around.likelihood(around.emission(centre)).mean)
             with within(keep, t):
                 z = pyro.sample(f"z_{t + 1}", dist.Normal(loc, scale).to_event(1))
             states.append(z)
@@ -72,6 +82,8 @@ class StructuredNormal(nn.Module):
         min_scale: the least that s can be.
         around: a model of sequences, the one that the guide is for: its own transition is where the guide starts from,
             and steps are counted in its scales. For processes with little noise a guide can hardly be trained without.
+        innovations: whether the mean moves, in proportion, with how far x_t is from what the model `around` expects of
+            it, as in a Kalman filter. For exact observations a guide can hardly be trained without.
 
     Raises `InputError` for settings other than these, and for `x` and `lengths` that do not fit.
     """
@@ -84,6 +96,7 @@ class StructuredNormal(nn.Module):
         lookahead: int | float | str = math.inf,
         min_scale: float = 1e-4,
         around: SequenceModel | None = None,
+        innovations: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("data_dim", data_dim), ("latent_dim", latent_dim), ("rnn_dim", rnn_dim)):
@@ -91,17 +104,19 @@ class StructuredNormal(nn.Module):
                 raise InputError(f"StructuredNormal: {name} must be at least 1, got {value}")
         if not min_scale > 0:
             raise InputError(f"StructuredNormal: min_scale must be positive, got {min_scale}")
+        if innovations and around is None:
+            raise InputError("StructuredNormal: innovations need the model that they are of; give it as around")
         self.data_dim, self.latent_dim, self.rnn_dim = data_dim, latent_dim, rnn_dim
         self.lookahead = checked_lookahead("StructuredNormal", lookahead)
         self.rnn = nn.GRU(data_dim + 1, rnn_dim, batch_first=True)
-        self.combiner = Combiner(latent_dim, rnn_dim, min_scale, around)
+        self.combiner = Combiner(latent_dim, rnn_dim, min_scale, around, data_dim if innovations else None)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Run the guide; returns z, shape `(N, T, latent_dim)`."""
         keep = self._mask(x, lengths)
         h = self._encode(x, keep)
         with pyro.plate("data", len(x)):
-            return self.combiner.draw(h, keep)
+            return self.combiner.draw(h, x, keep)
 
     def encode(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """All h_t, shape `(N, T, rnn_dim)`."""
@@ -164,7 +179,7 @@ class LocalStructuredNormal(nn.Module):
                     f"LocalStructuredNormal: it holds parameters for {number} sequences of {steps} steps, and is given "
                     f"{len(x)} of {x.shape[1]}; set up a new one for other data"
                 )
-            return self.combiner.draw(self.h[rows], keep)
+            return self.combiner.draw(self.h[rows], x, keep)
 
     def start_states(self, h: Tensor) -> None:
         """Set every h_t: `(N, T, rnn_dim)`."""

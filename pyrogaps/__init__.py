@@ -2,7 +2,7 @@
 
 from pyrogaps.ais import AIS, ais, bdmc
 from pyrogaps.bounds import elbo, iwae
-from pyrogaps.conditioning import Conditioning, SimulatedData, shared_posterior
+from pyrogaps.conditioning import Conditioning, SimulatedData, reference_guide, shared_posterior
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import GapLedger, decompose
@@ -33,6 +33,7 @@ __all__ = [
     "plot_traces",
     "posterior_grid",
     "refine",
+    "reference_guide",
     "shared_posterior",
     "train",
 ]

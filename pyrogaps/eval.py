@@ -1,6 +1,8 @@
 """The command `python -m pyrogaps.eval [RECIPE] [options]`: from a recipe to its ledger of gaps."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyro
@@ -9,13 +11,14 @@ from matplotlib.figure import Figure
 
 from pyrogaps.building import DataSet, build_data, build_families, build_programs, check_device, failures_named
 from pyrogaps.command_line import Options, help_text, parse
+from pyrogaps.conditioning import Lookahead, declared, reference_guide
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import GapLedger, decompose
 from pyrogaps.plots import plot_ledger
 from pyrogaps.plots.ledger import page_size
 from pyrogaps.recipe import Recipe
-from pyrogaps.run_folder import PARTS, RESULTS, TRAINING, RunFolder
+from pyrogaps.run_folder import PARTS, REFERENCE, RESULTS, TRAINING, RunFolder
 from pyrogaps.training import load_model_weights, load_weights, save_weights, train
 
 
@@ -63,6 +66,7 @@ def _run(recipe: Recipe, options: Options) -> None:
             module.to(device)
         folder.claim(recipe.to_yaml(), overwrite=options.overwrite)
         _weigh(recipe, model, guide, data, folder, progress=not options.quiet)
+        reference = _reference(recipe, model, guide, data, folder, progress=not options.quiet)
         _say("decomposing the inference gap")
         ledger = decompose(
             model,
@@ -72,6 +76,7 @@ def _run(recipe: Recipe, options: Options) -> None:
             evidence=recipe.evidence,
             refinement=recipe.refinement,
             conditioning=recipe.conditioning,
+            reference=reference,
             num_particles=recipe.num_particles,
             plate=recipe.plate,
             batch_size=recipe.batch_size,
@@ -101,7 +106,7 @@ def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder
     if source is None and recipe.training is not None:
         _say("training")
         assert data.train is not None
-        try:
+        with _divergence_named("training"):
             train(
                 model,
                 guide,
@@ -112,10 +117,44 @@ def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder
                 seed=recipe.seed,
                 progress=progress,
             )
-        except FloatingPointError as error:
-            raise InputError(f"training diverged: {error}; try a smaller training.learning_rate") from error
     if source != weights:
         folder.write("checkpoint.pt", lambda path: save_weights(path, model, guide))
+
+
+def _reference(
+    recipe: Recipe, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool
+) -> Program | None:
+    """The guide that the conditioning gap of a lookahead is measured by; None where none was asked for, or has a use.
+
+    It learns from drawn data of the training data's shape: from those evaluated it would learn their lengths alone.
+    """
+    if recipe.reference is None:
+        return None
+    if not isinstance(declared(guide), Lookahead):
+        _say("pyrogaps: reference has no effect: the guide declares no lookahead short of all the future")
+        return None
+    _say("training the reference guide on data drawn from the model")
+    settings = {name: value for name, value in vars(recipe.reference).items() if name != "freeze_model"}
+    with _divergence_named("reference"):
+        return reference_guide(
+            model,
+            guide,
+            data.evaluated if data.train is None else data.train,
+            plate=recipe.plate,
+            checkpoint=folder / REFERENCE,
+            **settings,
+            seed=recipe.seed,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _divergence_named(section: str) -> Iterator[None]:
+    """Say in one line that a training failed, and what to try."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise InputError(f"{section} diverged: {error}; try a smaller {section}.learning_rate") from error
 
 
 def _read_ledger(path: Path) -> GapLedger:

@@ -60,6 +60,7 @@ class Recipe:
         evidence: settings of annealed importance sampling, for log p(x).
         refinement: settings of the per-datapoint refinement.
         conditioning: settings of the shared posterior, for a guide that is not shown all of x.
+        reference: settings of the training of the guide that a lookahead's conditioning gap is measured by; null: none.
         num_particles: draws for each bound.
         batch_size: datapoints handled at once.
         plate: name of the data plate; null finds it, false takes the whole data set as one datapoint.
@@ -79,6 +80,7 @@ class Recipe:
     evidence: AIS = field(default_factory=AIS)
     refinement: Refinement = field(default_factory=Refinement)
     conditioning: Conditioning = field(default_factory=Conditioning)
+    reference: Training | None = None
     num_particles: int = 1000
     batch_size: int = 64
     plate: str | Literal[False] | None = None
@@ -108,9 +110,10 @@ SECTIONS: dict[str, type] = {
     "evidence": AIS,
     "refinement": Refinement,
     "conditioning": Conditioning,
+    "reference": Training,
 }
 FIELDS = dict(re.findall(r"^ {8}(\w+): (.+)$", Recipe.__doc__ or "", re.MULTILINE))
-NULLABLE = ("training", "plate", "checkpoint", "model_checkpoint")
+NULLABLE = ("training", "reference", "plate", "checkpoint", "model_checkpoint")
 SCALARS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in {*COMPONENTS, *SECTIONS, "families"}}
 
 
@@ -259,6 +262,7 @@ def _typed(document: Document) -> Document:
     """The sections and scalars of `document`, type-checked, as `Recipe` takes them."""
     given = {name: document[name] for name in (*SECTIONS, *SCALARS) if name in document}
     absent = [name for name, value in given.items() if value is None and name in NULLABLE]
+    absent += ["reference"] if "reference" not in given else []
     for name, value in given.items():
         if name in SECTIONS and name not in absent:
             if not isinstance(value, dict):

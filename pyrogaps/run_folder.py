@@ -12,7 +12,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.recipe import resolve
 
 RESULTS = ("recipe.yaml", "checkpoint.pt", "ledger.nc", "summary.csv", "gaps.png")
-TRAINING, PARTS = "training.pt", "parts"
+TRAINING, REFERENCE, PARTS = "training.pt", "reference-training.pt", "parts"
 
 
 class RunFolder:
@@ -48,7 +48,8 @@ class RunFolder:
 
     def finish(self) -> None:
         """Remove what only an unfinished run needs."""
-        (self / TRAINING).unlink(missing_ok=True)
+        for name in (TRAINING, REFERENCE):
+            (self / name).unlink(missing_ok=True)
         shutil.rmtree(self / PARTS, ignore_errors=True)
 
     def _clear(self) -> None:
@@ -59,7 +60,7 @@ class RunFolder:
     def _refuse_other(self, recipe: dict[str, Any]) -> None:
         remedy = "use --out for another folder or --overwrite to replace it"
         held = self / "recipe.yaml"
-        done = [name for name in (*RESULTS, TRAINING, PARTS) if name != "recipe.yaml" and (self / name).exists()]
+        done = [name for name in (*RESULTS, TRAINING, REFERENCE, PARTS) if name != "recipe.yaml" and (self / name).exists()]
         if not done:  # nothing was computed yet, so nothing is lost
             held.unlink(missing_ok=True)
             return

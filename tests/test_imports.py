@@ -34,6 +34,7 @@ PUBLIC = {
     "plot_traces",
     "posterior_grid",
     "refine",
+    "reference_guide",
     "shared_posterior",
     "train",
 }
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ais": GROUND | {"hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine"},
     "posterior_grid": GROUND | {"density", "bounds", "refine"},
     "training": GROUND | {"density"},
-    "conditioning": GROUND | ESTIMATORS,
+    "conditioning": GROUND | ESTIMATORS | {"training"},
     "mapa": GROUND | ESTIMATORS,
     "gaps": GROUND | ESTIMATORS | {"training", "conditioning", "mapa"},
     "datasets": {"errors"},

@@ -1,8 +1,11 @@
 """Recipes that extend others, and what the command says to flows that cannot be used."""
 
+import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 import yaml
 
 from pyrogaps.building import build_programs
@@ -109,3 +112,59 @@ def test_folder_of_an_older_recipe_is_taken_up(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**older, "seed": 7}))
     with pytest.raises(InputError, match=r"different recipe \(seed\)"):
         RunFolder(tmp_path).claim(text, overwrite=False)
+
+
+@pytest.fixture
+def few_chorales(tmp_path: Path) -> list[str]:
+    """Options that make of the recipe `chorales` a run of seconds, on a file of short ones."""
+    part = [[[60, 64], [62], [], [64, 67]][:steps] for steps in (4, 2, 3, 1)]
+    (tmp_path / "few.json").write_text(json.dumps({"train": part, "valid": part, "test": part[:3]}))
+    options = {
+        "data.init_args.path": tmp_path / "few.json",
+        "model.init_args": "{data_dim: 88, latent_dim: 2, emission_dim: 4, transition_dim: 4}",
+        "guide.init_args.latent_dim": 2,
+        "guide.init_args.rnn_dim": 4,
+        "training.num_epochs": 1,
+        "reference.num_epochs": 2,
+        "evidence.num_temperatures": 2,
+        "refinement.num_steps": 2,
+        "num_particles": 4,
+        "out": tmp_path / "run",
+    }
+    return ["chorales", "--quiet", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def test_reference_measures_the_conditioning_gap_of_a_lookahead(few_chorales: list[str], tmp_path: Path) -> None:
+    assert main(few_chorales) == 0
+    summary = pd.read_csv(tmp_path / "run" / "summary.csv", index_col="quantity")["mean"]
+    children = summary[["approximation_gap", "conditioning_gap", "amortization_gap"]]
+    assert children.sum() == pytest.approx(summary["inference_gap"], abs=1e-4)
+    assert not (tmp_path / "run" / "reference-training.pt").exists()
+
+
+def test_a_smoother_has_no_use_for_a_reference(
+    few_chorales: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*few_chorales, "--guide.init_args.lookahead", "inf"]) == 0
+    assert "reference has no effect: the guide declares no lookahead" in capsys.readouterr().err
+    assert "conditioning_gap" not in (tmp_path / "run" / "summary.csv").read_text()
+
+
+def test_no_reference_is_the_default_and_null_takes_it_away() -> None:
+    assert resolve(read_document("digits")).reference is None
+    document = read_document("chorales")
+    assert resolve(document).reference is not None
+    assert resolve({**document, "reference": None}).reference is None
+
+
+def test_a_reference_that_diverges(few_chorales: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--reference.learning_rate 1e30 --reference.num_epochs 20 --reference.clip_norm null"
+    assert main([*few_chorales, *options.split()]) == 2
+    assert "reference diverged" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rows_of_images_are_sequences() -> None:
+    """MNIST as 28 steps: the images' own shape is that of sequences."""
+    model, guide = build_programs(resolve(read_document("mnist-rows")))
+    x = (torch.rand(2, 28, 28) > 0.5).float()
+    assert tuple(guide(x).shape) == tuple(model(x).shape) == (2, 28, 8)

@@ -270,6 +270,11 @@ class JointDensity:
         indices = probe_rows(self.num_datapoints)
         z = 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
         if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), len(indices)):
+            if not torch.equal(self._total(z, indices), self._total(z, indices)):
+                raise InputError(
+                    "data: a datapoint's density is another every time it is fetched, or the model itself random; draw "
+                    "data once (SimulatedData(...).fetch(indices)) and give those tensors"
+                )
             raise InputError(
                 "data: a datapoint's density changes with the order of the indices it is fetched with, or with the "
                 "rows beside it; fetch(indices) must keep their order, and the model must treat rows independently "

@@ -57,3 +57,10 @@ def test_models_without_a_plate_are_refused() -> None:
 
     with pytest.raises(pg.InputError, match="no data plate"):
         pg.SimulatedData(model, torch.randn(5))
+
+
+def test_it_is_for_training_and_not_to_be_evaluated() -> None:
+    model = LinearGaussian.random(data_dim=4, latent_dim=2)
+    data = pg.SimulatedData(model, torch.zeros(10, 4))
+    with pytest.raises(pg.InputError, match=r"another every time it is fetched.*SimulatedData.*fetch\(indices\)"):
+        pg.elbo(model, AmortizedNormal(4, 2, ()), data)

@@ -208,6 +208,7 @@ def test_lookahead_in_a_recipe(written: Any, read: float) -> None:
         ({"lookahead": None}, "lookahead must be 0 .*, got None"),
         ({"rnn_dim": 0}, "rnn_dim must be at least 1"),
         ({"min_scale": 0.0}, "min_scale must be positive"),
+        ({"innovations": True}, "innovations need the model"),
     ],
 )
 def test_refusals(arguments: dict[str, Any], said: str) -> None:
@@ -330,3 +331,25 @@ def test_guide_around_its_model_starts_at_the_prior_and_keeps_its_parameters_apa
     local = guide.local_family(model)
     local(x)
     assert [name for name, _ in local.named_parameters()] == ["h"]
+
+
+def test_innovations_move_the_mean_as_a_kalman_filter_does() -> None:
+    """With the gain of a state that is seen, q(z_t | z_{t-1}, x_t) is exact."""
+    model = Pendulum(process_scale=0.05, observation_scale=0.02, full_state=True)
+    guide = StructuredNormal(2, 2, 4, lookahead=0, around=model, innovations=True)
+    x, z = model.simulate(3, 2, seed=1)
+    variance, noise = 0.05**2, 0.02**2
+    share = variance / (variance + noise)
+    assert guide.combiner.gain is not None
+    with torch.no_grad():
+        guide.combiner.heads.weight.zero_()
+        guide.combiner.heads.bias.copy_(
+            torch.tensor([0.0, 0.0, *2 * [math.log(math.expm1((1 - share) ** 0.5 - 1e-4))]])
+        )
+        guide.combiner.gain.weight.copy_(torch.eye(2) * share)
+    first = z[:, 0]
+    with pyro.condition(data={"z_1": first}):
+        drawn = pyro.poutine.trace(guide).get_trace(x).nodes["z_2"]["fn"].base_dist
+    centre = model.transition(first)[0]
+    torch.testing.assert_close(drawn.mean, centre + share * (x[:, 1] - centre))
+    torch.testing.assert_close(drawn.stddev, torch.full((3, 2), (share * noise) ** 0.5))
