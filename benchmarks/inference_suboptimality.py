@@ -32,6 +32,7 @@ COLUMNS = tuple(
     for guide in ("ffg", "flow")
 )
 PARTS = ("test", "train")
+RUNS = Path("benchmarks/runs/inference_suboptimality")
 LEDGER = ("log_evidence", "iwae_5000", "elbo", "approximation_gap", "amortization_gap", "inference_gap")
 NUM_IWAE, NUM_SIMULATED = 5000, 256
 
@@ -180,7 +181,7 @@ def statistics(ledger: GapLedger) -> Iterator[tuple[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("columns", nargs="*", help=f"which columns, of {', '.join(COLUMNS)} (default: all)")
-    parser.add_argument("--runs", type=Path, default=Path("benchmarks/runs/inference_suboptimality"))
+    parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--num_epochs", type=int, help="in place of the recipes' own")
     parser.add_argument("--num_images", type=int, help="of each of test and train, in place of the recipes' own")
     parser.add_argument("--train_only", action="store_true", help="stop when the columns are trained")

@@ -60,7 +60,9 @@ class RunFolder:
     def _refuse_other(self, recipe: dict[str, Any]) -> None:
         remedy = "use --out for another folder or --overwrite to replace it"
         held = self / "recipe.yaml"
-        done = [name for name in (*RESULTS, TRAINING, REFERENCE, PARTS) if name != "recipe.yaml" and (self / name).exists()]
+        done = [
+            name for name in (*RESULTS, TRAINING, REFERENCE, PARTS) if name != "recipe.yaml" and (self / name).exists()
+        ]
         if not done:  # nothing was computed yet, so nothing is lost
             held.unlink(missing_ok=True)
             return

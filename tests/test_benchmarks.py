@@ -3,20 +3,30 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
-from benchmarks import inference_suboptimality, reporting, training_curves, two_dimensions
+from benchmarks import half_images, inference_suboptimality, reporting, training_curves, two_dimensions
 from benchmarks.conditioning import __main__ as conditioning
-from benchmarks.conditioning import chain
+from benchmarks.conditioning import chain, chorales, ledgers
 from pyrogaps.recipe import Recipe
 
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder in the place of `benchmarks/results`."""
-    for module in (conditioning, inference_suboptimality, reporting, training_curves, two_dimensions):
+    for module in (
+        conditioning,
+        half_images,
+        inference_suboptimality,
+        ledgers,
+        reporting,
+        training_curves,
+        two_dimensions,
+    ):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     return tmp_path / "results"
 
@@ -83,24 +93,53 @@ def test_training_curves(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_pat
     assert (tmp_path / "runs" / "quick" / "training_curves.png").stat().st_size > 0
 
 
-def test_two_dimensions(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
-    def recipe(*_: object) -> Recipe:
-        of = small(inference_suboptimality.column_recipe)("mnist-2d")
-        plane = {"data_dim": 64, "latent_dim": 2}
-        assert of.model is not None
-        assert of.guide is not None
-        return replace(
-            of,
-            model=replace(of.model, init_args={**of.model.init_args, **plane}),
-            guide=replace(of.guide, init_args={**of.guide.init_args, **plane}),
-            refinement=replace(of.refinement, num_steps=300),
-        )
+def in_the_plane(*_: object) -> Recipe:
+    """The recipe mnist-2d on digits."""
+    of = small(inference_suboptimality.column_recipe)("mnist-2d")
+    plane = {"data_dim": 64, "latent_dim": 2}
+    assert of.model is not None
+    assert of.guide is not None
+    return replace(
+        of,
+        model=replace(of.model, init_args={**of.model.init_args, **plane}),
+        guide=replace(of.guide, init_args={**of.guide.init_args, **plane}),
+        refinement=replace(of.refinement, num_steps=300),
+    )
 
-    monkeypatch.setattr(two_dimensions, "column_recipe", recipe)
+
+def test_two_dimensions(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(two_dimensions, "column_recipe", in_the_plane)
     run(two_dimensions, monkeypatch, "--quick", "--runs", tmp_path / "runs")
     table = pd.read_csv(results / "two_dimensions-quick.csv")
     assert len(table) == 4
     assert (tmp_path / "runs" / "quick" / "two_dimensions.png").stat().st_size > 0
+
+
+def test_half_images(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(half_images, "column_recipe", in_the_plane)
+    run(half_images, monkeypatch, "--quick", "--runs", tmp_path / "runs")
+    table = pd.read_csv(results / "half_images-quick.csv")
+    assert table["chosen for"].tolist() == ["largest gap", "upper quartile", "median", "least gap"]
+    children = table[[f"{part}_gap, quadrature" for part in ("approximation", "conditioning", "amortization")]]
+    assert (children.sum(axis=1) - table["inference_gap, quadrature"]).abs().max() < 1e-3
+    assert (tmp_path / "runs" / "quick" / "half_images.png").stat().st_size > 0
+
+
+def test_ledgers_of_chorales(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    """On chorales made up: a row for each and every guide, and a conditioning gap for those that are not shown all."""
+    part = torch.bernoulli(torch.full((4, 8, 88), 0.05)), torch.tensor([8, 3, 5, 8])
+    made_up = SimpleNamespace(train=part, validation=part, test=part)
+    monkeypatch.setattr(ledgers, "GROUPS", (5, 8))
+    for module in (chorales, ledgers):
+        monkeypatch.setattr(module, "Chorales", lambda: made_up)
+    run(conditioning, monkeypatch, "--quick", "chorales", "ledgers", "--runs", tmp_path / "runs")
+    table = pd.read_csv(results / "conditioning-quick.csv")
+    gaps = table[table["quantity"] == "conditioning_gap per chorale"]
+    assert gaps["guide"].tolist() == ["trained with lookahead 0", "trained with lookahead 2"]
+    every = pd.read_csv(tmp_path / "runs" / "quick" / "chorales.csv")
+    assert every.groupby("guide")["length"].apply(list).map(sorted).tolist() == 3 * [[3, 5, 8, 8]]
+    gap = every["approximation_gap"] + every["conditioning_gap"].fillna(0) + every["amortization_gap"]
+    assert (gap - every["inference_gap"]).abs().max() < 0.1  # as printed, five digits of some hundreds
 
 
 def test_conditioning(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:

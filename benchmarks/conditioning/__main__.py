@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.conditioning import chain, chorales, images, pendulum, picture
+from benchmarks.conditioning import chain, chorales, images, ledgers, pendulum, picture
 from benchmarks.conditioning.rows import Options, Row
 from benchmarks.reporting import RESULTS, machine, report
 from pyrogaps.run_folder import RunFolder
@@ -23,6 +23,7 @@ EXPERIMENTS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "pendulum": pendulum.rows,
     "images": images.rows,
     "chorales": chorales.rows,
+    "ledgers": ledgers.rows,
 }
 COLUMNS = ("experiment", "setting", "guide", "quantity", "nats", "standard error", "known")
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pyro
 from torch import Tensor
 
 import pyrogaps as pg
 from benchmarks.conditioning.rows import Options, Row
-from benchmarks.inference_suboptimality import column_recipe, trained
+from benchmarks.inference_suboptimality import RUNS, column_recipe, trained
 from benchmarks.reporting import keep_trained, kept_ledger
 from pyrogaps.building import DataSet
 from pyrogaps.density.runs import Program
@@ -26,11 +27,10 @@ QUANTITIES = (
 
 def rows(options: Options) -> Iterator[Row]:
     """The ledger of the upper half of the first test images, for the model of the table's first column, frozen."""
-    recipe = column_recipe(MODEL, 1 if options.quick else None)
-    folder = options.runs / "images"
-    model, _, data = trained(recipe, folder / "model", progress=True)
+    recipe, folder = column_recipe(MODEL, 1 if options.quick else None), options.runs / "images"
+    model, _, data = trained(recipe, folder / "model" if options.quick else RUNS / MODEL, progress=True)
     assert isinstance(data.evaluated, Tensor)
-    guide = half_guide(recipe, model, data, options)
+    guide = half_guide(recipe, model, data, folder, options)
     number = 8 if options.quick else NUM_IMAGES
     ledger = kept_ledger(
         folder / f"ledger-{number}.nc",
@@ -54,13 +54,12 @@ def rows(options: Options) -> Iterator[Row]:
         yield Row("images", f"{MODEL}, upper half", "PartialNormal", quantity, float(line["mean"]), error)
 
 
-def half_guide(recipe: Recipe, model: Program, data: DataSet, options: Options) -> PartialNormal:
-    """An encoder of the upper half, trained for the frozen model on its training images."""
+def half_guide(recipe: Recipe, model: Program, data: DataSet, folder: Path, options: Options) -> PartialNormal:
+    """An encoder of the upper half, trained for the frozen model on its training images, with its run in `folder`."""
     assert recipe.guide is not None
     assert recipe.training is not None
     pyro.set_rng_seed(options.seed)
     guide = PartialNormal(**recipe.guide.init_args, shown=recipe.guide.init_args["data_dim"] // 2)
-    folder = options.runs / "images"
     num_epochs = 1 if options.quick else NUM_EPOCHS
     settings = replace(
         recipe.training,
