@@ -1,0 +1,137 @@
+"""One way to train every method: the same decoder, steps, minibatches and optimizer under another loss."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import ELBO, SVI, Trace_ELBO
+from torch import Tensor, nn
+
+import pyrogaps as pg
+from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.mapa import empiricalized_posterior, uniform_posterior
+from pyrogaps.mapa.prior import recovered_transport
+from pyrogaps.models.curves import ACTIVATION, HIDDEN
+from pyrogaps.models.mlp import mlp
+from pyrogaps.models.synthetic import SyntheticData, SyntheticModel
+from pyrogaps.streams import derive_seed, seeded
+from pyrogaps.training import Cosine
+from pyrogaps.training.parameters import JointOptimizer, trainable_parameters
+
+VAE, IWAE, MAPA, MAPA_GT, MAPA_NAIVE = "VAE", "IWAE", "MAPA", "MAPA-GT", "MAPA-naive"
+BATCH_SIZE = 100
+LEARNING_RATE = 0.01
+# Of the prior that is recovered from a MAPA model's latents: the likeliest for the validation data is taken.
+NUM_PIECES = (4, 8, 16, 32)
+
+
+class Encoder(nn.Module):
+    """h(x), a perceptron; a Pyro guide with one Delta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = mlp([2, *HIDDEN, 1], ACTIVATION)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x), event_dim=1))
+
+
+@dataclass
+class Passes:
+    """Rows that went through a network."""
+
+    rows: int = 0
+
+    @contextmanager
+    def counted(self, network: nn.Module) -> Iterator[None]:
+        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self.rows += output.shape[:-1].numel()
+
+        handle = network.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A generative model with prior N(0, 1), and what its training cost: passes per datapoint and step, CPU seconds."""
+
+    model: SyntheticModel
+    num_pieces: int | None
+    validation: float
+    decoder_passes: float
+    encoder_passes: float
+    seconds: float
+
+
+def trained(method: str, num_samples: int, data: SyntheticData, num_steps: int, seed: int) -> Trained:
+    """`method` with S = `num_samples`, trained from a start of its own for `num_steps`.
+
+    `validation` is the mean log p(x) of the validation data, by quadrature, in nats. Raises `FloatingPointError` where
+    training diverges.
+    """
+    with seeded(seed, "mapa benchmark"), pyro.validation_enabled(False):
+        model = SyntheticModel(data.truth.curve)
+        guide = AmortizedNormal(2, 1, HIDDEN, ACTIVATION) if method in (VAE, IWAE) else Encoder()
+        decoded, encoded, started = Passes(), Passes(), time.process_time()
+        with decoded.counted(model.decoder), encoded.counted(guide.encoder):
+            num_rows = _fit(model, guide, _loss(method, num_samples, data, seed), data.train, num_steps)
+        seconds = time.process_time() - started
+        made = [(model, None)] if method in (VAE, IWAE) else list(_with_priors(model, guide, data.train))
+    validation = [float(candidate.log_evidence(data.validation, tolerance=1e-3).mean()) for candidate, _ in made]
+    best = max(range(len(made)), key=lambda number: validation[number])
+    return Trained(*made[best], validation[best], decoded.rows / num_rows, encoded.rows / num_rows, seconds)
+
+
+def _loss(method: str, num_samples: int, data: SyntheticData, seed: int) -> ELBO:
+    if method == VAE:
+        return Trace_ELBO()
+    if method == IWAE:
+        return pg.IWAE_ELBO(num_samples, vectorize_particles=True, plate="data")
+    if method == MAPA:
+        posterior = pg.mapa_posterior(data.train, "gaussian", bandwidth=float(data.truth.variance))
+    elif method == MAPA_GT:
+        posterior = empiricalized_posterior(data.truth, data.latents["train"], data.train)
+    else:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "uniform"))
+        posterior = uniform_posterior(data.train, generator=generator)
+    return pg.MAPA_ELBO(posterior, num_top=NUM_TOP, num_samples=num_samples - NUM_TOP, plate="data")
+NUM_TOP = 1
+
+
+def _fit(model: nn.Module, guide: nn.Module, loss: ELBO, x: Tensor, num_steps: int) -> int:
+    """Take `num_steps`; returns the number of datapoints in all their minibatches."""
+    named = trainable_parameters(model, guide, (x[:BATCH_SIZE],), freeze_model=False)
+    optimizer = JointOptimizer(torch.optim.Adam, {"lr": LEARNING_RATE, "fused": True}, named, fixed=True)
+    svi = SVI(model, guide, optimizer, loss=loss)
+    rate, num_rows = Cosine(num_steps, final=0.01), 0
+    for step, indices in enumerate(_minibatches(len(x), num_steps)):
+        optimizer.set_rate(LEARNING_RATE * rate(step))
+        svi.step(indices if isinstance(loss, pg.MAPA_ELBO) else x[indices])
+        num_rows += len(indices)
+    return num_rows
+
+
+def _minibatches(number: int, num_steps: int) -> Iterator[Tensor]:
+    while num_steps > 0:
+        for indices in torch.randperm(number).split(BATCH_SIZE)[:num_steps]:
+            yield indices
+            num_steps -= 1
+
+
+def _with_priors(model: SyntheticModel, encoder: Encoder, x: Tensor) -> Iterator[tuple[SyntheticModel, int]]:
+    """Models whose decoders take standard Normal noise: what maps it to latents, then the decoder that was trained."""
+    with torch.no_grad():
+        latents = encoder.encoder(x)
+    for pieces in NUM_PIECES:
+        whole = SyntheticModel(model.curve)
+        whole.decoder = nn.Sequential(recovered_transport(latents, num_pieces=pieces), model.decoder)
+        yield whole, pieces
