@@ -6,6 +6,15 @@ from pyrogaps.conditioning import Conditioning, SimulatedData, reference_guide, 
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import GapLedger, decompose
+from pyrogaps.mapa import (
+    MAPA_ELBO,
+    BernoulliKernel,
+    ContinuousBernoulliKernel,
+    GaussianKernel,
+    MapaPosterior,
+    mapa_posterior,
+)
+from pyrogaps.objectives import IWAE_ELBO
 from pyrogaps.plots import plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
 from pyrogaps.posterior_grid import posterior_grid
 from pyrogaps.refine import Refinement, refine
@@ -13,12 +22,18 @@ from pyrogaps.training import train
 
 __all__ = [
     "AIS",
+    "IWAE_ELBO",
+    "MAPA_ELBO",
+    "BernoulliKernel",
     "Conditioning",
+    "ContinuousBernoulliKernel",
     "GapLedger",
+    "GaussianKernel",
     "GuideDensity",
     "IndexedData",
     "InputError",
     "JointDensity",
+    "MapaPosterior",
     "Refinement",
     "SimulatedData",
     "ais",
@@ -26,14 +41,15 @@ __all__ = [
     "decompose",
     "elbo",
     "iwae",
+    "mapa_posterior",
     "plot_datapoints",
     "plot_gaps",
     "plot_ledger",
     "plot_posteriors",
     "plot_traces",
     "posterior_grid",
-    "refine",
     "reference_guide",
+    "refine",
     "shared_posterior",
     "train",
 ]

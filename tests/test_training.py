@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -11,18 +12,23 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
-from pyrogaps.density.data import IndexedData
+from pyrogaps import IWAE_ELBO, iwae
+from pyrogaps.density.data import IndexedData, as_indexed
 from pyrogaps.errors import InputError
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.training import Constant, Cosine, Exponential, Schedule, Staircase, Training, TrainingResult, train
+from pyrogaps.training.checkpoints import fingerprint
+from pyrogaps.training.lagging import WINDOW, GuideAhead
 from pyrogaps.training.objective import Objective, WeightLatents
+from tests.references import NearPosterior, anisotropic, draws_of
 
 quick: dict[str, Any] = {"progress": False, "learning_rate": 1e-2}
 
@@ -146,7 +152,10 @@ def test_staircase_takes_three_to_the_i_epochs_per_stage() -> None:
         lambda: Exponential(0.0), lambda: Cosine(0), lambda: Cosine(3, 2.0), lambda: Staircase(0),
         lambda: Staircase(10, 1), lambda: Training(num_epochs=0), lambda: Training(batch_size=0),
         lambda: Training(kl_warmup=-1), lambda: Training(learning_rate=0.0), lambda: Training(clip_norm=0.0),
-        lambda: Training(patience=0), lambda: Training(num_particles=0),
+        lambda: Training(patience=0), lambda: Training(num_particles=0), lambda: Training(guide_steps=-1),
+        lambda: Training(guide_steps=2, freeze_model=True), lambda: Training(objective=RenyiELBO()),
+        lambda: Training(objective=IWAE_ELBO(2), num_particles=2),
+        lambda: Training(objective=IWAE_ELBO(2), kl_warmup=2),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(make: Callable[[], object]) -> None:
@@ -178,6 +187,15 @@ def test_recipes_can_build_the_settings() -> None:
     assert settings == Training(50, 100, 1e-3, Staircase(50), torch.optim.AdamW, {"eps": 1e-4}, clip_norm=5)
 
 
+def test_recipes_can_build_an_objective() -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--training", type=Training)
+    objective = {"class_path": "pyrogaps.IWAE_ELBO", "init_args": {"num_particles": 7, "doubly_reparametrised": True}}
+    settings = parser.instantiate(parser.parse_object({"training": {"objective": objective}})).training
+    assert settings == Training(objective=IWAE_ELBO(7, doubly_reparametrised=True))
+
+
 def test_schedule_scales_the_learning_rate_of_the_optimizer() -> None:
     class Never(Schedule):
         def __call__(self, epoch: int) -> float:
@@ -196,6 +214,170 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient() -> None:
           optimizer=torch.optim.SGD, progress=False)  # fmt: skip
     after = torch.cat([value.flatten() for value in (*model.parameters(), *guide.parameters())])
     assert (after - before).norm().item() == pytest.approx(0.1, rel=1e-3)
+
+
+# --- Other objectives, and the guide ahead of the model ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("doubly", [False, True])
+def test_another_objective_is_trained_reported_and_selected_by(doubly: bool) -> None:
+    model, guide = pair()
+    x = data()
+    objective = IWAE_ELBO(20, doubly_reparametrised=doubly, vectorize_particles=True)
+    before = iwae(model, guide, x, num_particles=20).value.mean()
+    result = train(model, guide, x, num_epochs=40, batch_size=20, objective=objective, validation=x, **quick)
+    after = iwae(model, guide, x, num_particles=20).value.mean().item()
+    assert after > before + 1
+    assert result.validation_elbo is not None
+    assert abs(result.validation_elbo - after) < 0.1 < after - elbo_of(model, guide, x)
+    assert result.validation_elbo == max(result.history["validation_elbo"])
+
+
+def test_objective_counts_datapoints_as_the_elbo_does() -> None:
+    """One particle of either is the same, per datapoint, with and without a plate that scales minibatches up."""
+    x = data()[:20, :2]
+    for size in (20, 60):
+
+        def model(x: Tensor, size: int = size) -> None:
+            with pyro.plate("data", size, subsample=torch.arange(len(x))):
+                z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z.expand(len(x), 2), 0.5).to_event(1), obs=x)
+
+        def guide(x: Tensor, size: int = size) -> None:
+            with pyro.plate("data", size, subsample=torch.arange(len(x))):
+                pyro.sample("z", dist.Normal(x[:, :1], 0.5).to_event(1))
+
+        values = []
+        for estimator in (None, IWAE_ELBO(1), Trace_ELBO()):
+            objective = Objective(model, guide, 1, estimator)
+            objective.begin(20)
+            torch.manual_seed(3)
+            values.append(objective.evaluate(x))
+        assert values[0] == pytest.approx(values[1]) == pytest.approx(values[2])
+
+
+def test_checkpoints_tell_objectives_apart_and_older_ones_stay_good(tmp_path: Path) -> None:
+    known = fingerprint(Training(), seed=0, data=as_indexed(data()))
+    assert not {"objective", "guide_steps"} & set(known)
+    told = [fingerprint(Training(objective=o), seed=0)["objective"] for o in (IWAE_ELBO(2), IWAE_ELBO(3), Trace_ELBO())]
+    assert len(set(told)) == 3
+    assert told[2] == fingerprint(Training(objective=Trace_ELBO()), seed=0)["objective"]
+    common: dict[str, Any] = {"num_epochs": 1, "checkpoint": tmp_path / "run.pt", **quick}
+    train(*pair(), data(), objective=IWAE_ELBO(2), **common)
+    with pytest.raises(InputError, match=r"objective IWAE_ELBO\(num_particles=2.*now IWAE_ELBO\(num_particles=3"):
+        train(*pair(), data(), objective=IWAE_ELBO(3), **common)
+
+
+@pytest.mark.parametrize("objective", [None, IWAE_ELBO(3, doubly_reparametrised=True)])
+def test_the_guide_goes_ahead_and_a_resumed_run_is_the_unbroken_one(objective: Any, tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"batch_size": 20, "guide_steps": 12, "objective": objective, **quick}
+    whole = pair((5,))
+    result = train(*whole, data(), num_epochs=4, **chosen)
+    parts = pair((5,))
+    train(*parts, data(), num_epochs=2, checkpoint=tmp_path / "run.pt", **chosen)
+    parts = pair((5,))
+    resumed = train(*parts, data(), num_epochs=4, checkpoint=tmp_path / "run.pt", **chosen)
+    assert resumed == result
+    for left, right in zip(whole, parts, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+    found = result.history["mutual_information"]
+    assert 2 <= len(found) <= 4 and all(value >= 0 for value in found)
+    assert sorted(found[:-1]) == found[:-1]
+
+
+def test_steps_ahead_move_the_guide_and_then_the_model_moves_alone() -> None:
+    """Three epochs of one minibatch each: the model takes three steps; the guide, as many as its steps ahead."""
+    model, guide = pair()
+    moved: list[str] = []
+    values = {"model": model.weight, "guide": guide.encoder[0].weight}
+    last = {name: value.detach().clone() for name, value in values.items()}
+
+    def watch() -> None:
+        for name, value in values.items():
+            if not torch.equal(last[name], value):
+                moved.append(name)
+                last[name] = value.detach().clone()
+
+    class Watched(IWAE_ELBO):
+        def differentiable_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            watch()
+            return super().differentiable_loss(*args, **kwargs)
+
+    train(model, guide, data(), num_epochs=1, batch_size=60, guide_steps=4, objective=Watched(1), **quick)
+    watch()
+    assert moved == ["guide"] * 4 + ["model"]
+
+
+def test_steps_ahead_stop_where_the_loss_no_longer_falls() -> None:
+    model = anisotropic(4, 2)
+    x, _ = draws_of(model, 20)
+    ahead = GuideAhead(model, NearPosterior(model), as_indexed(x), set(), limit=100)
+    rows: list[Tensor] = []
+
+    class Stub:
+        moves: Any = None
+
+    def losses(falling: int) -> Callable[[Tensor], float]:
+        rows.clear()
+
+        def step(indices: Tensor) -> float:
+            rows.append(indices)
+            return float(-min(len(rows), falling))
+
+        return step
+
+    batches = [torch.arange(10), torch.arange(10, 20)]
+    ahead.run(losses(3 * WINDOW), Stub(), batches[1], batches)  # type: ignore[arg-type]
+    assert len(rows) == 5 * WINDOW and rows[0] is batches[1]
+    assert {int(each[0]) for each in rows} == {0, 10}
+    ahead.run(losses(1000), Stub(), batches[1], batches)  # type: ignore[arg-type]
+    assert len(rows) == 100
+    assert ahead.goes_on({}) and ahead.goes_on({"mutual_information": [0.1, 0.3, 0.3]})
+    assert not ahead.goes_on({"mutual_information": [0.1, 0.3, 0.2]})
+    assert not ahead.goes_on({"mutual_information": [0.3, 0.2, 0.4]})
+
+
+def test_mutual_information_of_the_exact_posterior() -> None:
+    """Half the log-determinant of prior over posterior covariance, less what a mean of 256 posteriors leaves out."""
+    model = anisotropic(4, 1)
+    guide = NearPosterior(model, shift=0.0, width=1.0)
+    exact = float((model.precision.logdet() / 2 + model.prior_scale.log().sum()).detach())
+    found = []
+    for seed in range(8):
+        x, _ = draws_of(model, 300, seed=seed)
+        found.append(GuideAhead(model, guide, as_indexed(x), set(), limit=1).mutual_information())
+    error = torch.tensor(found).std().item() / math.sqrt(8)
+    assert error < 0.02 < exact / 10
+    assert abs(sum(found) / 8 - exact) < 4 * error + 1 / 256 * math.exp(exact)
+
+
+def test_steps_ahead_need_a_guide_and_datapoints_of_their_own() -> None:
+    net = nn.Linear(1, 2)
+
+    def model(x: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ net.weight, 1.0).to_event(1))
+
+    with pytest.raises(InputError, match="guide_steps train the guide alone, but the guide shares parameter"):
+        train(model, guide, data()[:, :2], guide_steps=5, **quick)
+
+    def whole(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.ones(()))
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), scale))
+        pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(2), obs=x)
+
+    def whole_guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 0.1))
+
+    with pytest.raises(InputError, match="give the model a data plate"):
+        train(whole, whole_guide, data()[:, :2], guide_steps=5, **quick)
 
 
 # --- Parameters of every style ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
 
 from pyrogaps.density.data import IndexedData
@@ -19,6 +20,8 @@ from pyrogaps.training.weights import Weights, copy_weights, put_weights, read_f
 
 # Settings that may change between one part of a run and the next: they do not touch an epoch already run.
 _FREE = {"num_epochs", "patience"}
+# Settings that came later: at these values they are left out, so that a checkpoint from before them stays good.
+_LATER = {"objective": None, "guide_steps": 0}
 # Share of the running time that writing checkpoints may take.
 _OVERHEAD = 0.05
 
@@ -87,13 +90,17 @@ class Checkpoint:
 
 def fingerprint(settings: Training, *, seed: int, **data: IndexedData | None) -> dict[str, str]:
     """What two parts of one run must have in common: settings, seed, and the look of each data set."""
-    chosen = {name: _describe(value) for name, value in vars(settings).items() if name not in _FREE}
+    told = {name: value for name, value in vars(settings).items() if name not in _FREE}
+    chosen = {name: _describe(value) for name, value in told.items() if name not in _LATER or value != _LATER[name]}
     digests = {name: "none" if item is None else _digest(item) for name, item in data.items()}
     return {**chosen, **digests, "seed": str(seed)}
 
 
 def _describe(value: Any) -> str:
     name = getattr(value, "__qualname__", None)
+    if isinstance(value, ELBO) and type(value).__repr__ is object.__repr__:
+        plain = {key: item for key, item in vars(value).items() if item is None or isinstance(item, int | float | str)}
+        return f"{type(value).__name__}({', '.join(f'{key}={item}' for key, item in sorted(plain.items()))})"
     return f"{value.__module__}.{name}" if name else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI
+from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -18,8 +19,9 @@ from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
+from pyrogaps.training.lagging import MUTUAL_INFORMATION, GuideAhead
 from pyrogaps.training.objective import Objective
-from pyrogaps.training.parameters import JointOptimizer, clear_gradients, trainable_parameters
+from pyrogaps.training.parameters import JointOptimizer, clear_gradients, guide_parameters, trainable_parameters
 from pyrogaps.training.settings import Training, TrainingResult
 from pyrogaps.training.setup import check_minibatches
 from pyrogaps.training.weights import all_modules, copy_weights, put_weights
@@ -43,6 +45,8 @@ def train(
     patience: int | None = None,
     validation: Data | None = None,
     freeze_model: bool = False,
+    objective: ELBO | None = None,
+    guide_steps: int = 0,
     checkpoint: str | Path | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -59,6 +63,15 @@ def train(
     bounds the norm of the whole gradient of that mean. Parameters are what the programs register with Pyro, and those
     of `nn.Module`s that are the model or the guide or own it as a method; `freeze_model` trains the guide's alone.
 
+    `objective` is another bound to climb, such as `IWAE_ELBO(10)`: any loss for `pyro.infer.SVI` with a method
+    `differentiable_loss`, summed over the data plate as Pyro's are. It then stands wherever the ELBO does below.
+
+    With `guide_steps`, each step of the model's parameters is preceded by up to so many of the guide's alone, on random
+    minibatches, until the bound (its mean over ten steps) rises no more. This lasts until mutual information between
+    data and latents under the guide, of the validation data if there are any, falls from one epoch to the next; then
+    both step together. It is a remedy for guides so far behind that the model learns to ignore its latents (He et al.,
+    2019, arXiv:1901.05534).
+
     With `validation` data the ELBO on them is measured after every epoch, in evaluation mode and with the same noise
     each time; the best weights among epochs trained on the ELBO itself (beta = lambda = 1) are kept in the end, and
     `patience` such epochs without a new best stop the run. Otherwise the last weights stay.
@@ -72,7 +85,7 @@ def train(
     """
     settings = Training(
         num_epochs, batch_size, learning_rate, schedule, optimizer, optimizer_options or {},
-        kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model,
+        kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model, objective, guide_steps,
     )  # fmt: skip
     if patience is not None and validation is None:
         raise InputError("training: patience needs validation data")
@@ -102,9 +115,10 @@ class _Trainer:
         self.batch_size = min(settings.batch_size, len(self.data))
         # A guide with auxiliary variables is trained with the model that has a reverse model for them.
         self.augmented = guide.augment(model) if hasattr(guide, "augment") else model
-        self.objective = Objective(self.augmented, guide, settings.num_particles)
+        self.objective = Objective(self.augmented, guide, settings.num_particles, settings.objective)
         with self._evaluating("set up"):
             self.optimizer = self._set_up()
+            self.ahead = self._guide_ahead() if settings.guide_steps else None
             self.fingerprint = fingerprint(settings, seed=seed, data=self.data, validation=self.validation)
         loss = self.objective.loss_and_grads
         self.svi = SVI(self.objective.model, self.objective.guide, self.optimizer, loss=loss, loss_and_grads=loss)
@@ -122,6 +136,12 @@ class _Trainer:
         named = trainable_parameters(self.model, self.guide, args, freeze_model=chosen.freeze_model)
         options = {"lr": chosen.learning_rate, **chosen.optimizer_options}
         return JointOptimizer(chosen.optimizer, options, named, clip_norm=chosen.clip_norm, fixed=chosen.freeze_model)
+
+    def _guide_ahead(self) -> GuideAhead:
+        args, named = self.data.fetch(torch.arange(self.batch_size)), self.optimizer.named
+        names = set(guide_parameters(named, self.model, self.guide, args, "guide_steps train the guide alone"))
+        measured = self.data if self.validation is None else self.validation
+        return GuideAhead(self.augmented, self.guide, measured, names, self.settings.guide_steps)
 
     def run(self, path: str | Path | None, progress: bool) -> TrainingResult:
         checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
@@ -163,19 +183,26 @@ class _Trainer:
         epoch, chosen = state.epoch, self.settings
         self.optimizer.set_rate(chosen.rate(epoch))
         self.objective.anneal(chosen.beta(epoch), chosen.entropy_weight(epoch))
-        elbo = 0.0
+        elbo, self.optimizer.moves = 0.0, None
+        ahead = self.ahead if self.ahead is not None and self.ahead.goes_on(state.history) else None
         with self._training(epoch):
-            for step, indices in enumerate(self._minibatches()):
+            batches = self._minibatches()
+            for step, indices in enumerate(batches):
+                if ahead is not None:
+                    ahead.run(partial(self._step, step=step), self.optimizer, indices, batches)
                 self._step(indices, step)
                 elbo += self.objective.elbo * len(indices) / len(self.data)
                 bar.set_postfix_str(f"ELBO {self.objective.elbo:.3f}", refresh=False)
                 bar.update()
+        if ahead is not None:
+            with self._evaluating("mutual information"), pyro.validation_enabled(False):
+                state.history.setdefault(MUTUAL_INFORMATION, []).append(ahead.mutual_information())
         self._finish_epoch(state, elbo)
 
-    def _step(self, indices: Tensor, step: int) -> None:
+    def _step(self, indices: Tensor, step: int) -> float:
         self.objective.begin(len(indices))
         try:
-            self.svi.step(*self.data.fetch(indices))
+            return float(self.svi.step(*self.data.fetch(indices)))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} at step {step + 1}") from None
 
@@ -197,11 +224,11 @@ class _Trainer:
         patience = self.settings.patience
         return patience is not None and state.epoch - state.best_epoch >= patience
 
-    def _minibatches(self) -> Iterator[Tensor]:
+    def _minibatches(self) -> list[Tensor]:
         if self.batch_size == len(self.data):
             # In order: a guide may have parameters for each datapoint.
-            return iter([torch.arange(self.batch_size)])
-        return iter(torch.randperm(len(self.data), device="cpu").split(self.batch_size))
+            return [torch.arange(self.batch_size)]
+        return list(torch.randperm(len(self.data), device="cpu").split(self.batch_size))
 
     def _validate(self, data: IndexedData) -> float:
         """The ELBO on `data`, nats per datapoint, with the same noise in every epoch."""

@@ -1,4 +1,4 @@
-"""The minibatch objective, per datapoint, on Pyro's own `Trace_ELBO`."""
+"""The minibatch objective, per datapoint, on Pyro's own `Trace_ELBO` or another loss like it."""
 
 import math
 import warnings
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -74,14 +74,15 @@ class Objective:
     """E_q[log p(x|z) + beta (log p(z) - lambda log q(z|x))], nats per datapoint, by `num_particles` draws.
 
     `begin(rows)` announces a minibatch of that many rows. `loss_and_grads` has the signature that `pyro.infer.SVI`
-    asks for; it and `evaluate` leave the plain ELBO (beta = lambda = 1) of the same draws in `elbo`.
+    asks for; it and `evaluate` leave the plain ELBO (beta = lambda = 1) of the same draws in `elbo`. An `estimator` of
+    another bound takes the ELBO's place, with beta = lambda = 1.
     """
 
-    def __init__(self, model: Program, guide: Program, num_particles: int) -> None:
+    def __init__(self, model: Program, guide: Program, num_particles: int, estimator: ELBO | None = None) -> None:
         self._model_weight, self._guide_weight, self._count = WeightLatents(), WeightLatents(), CountDatapoints()
         self.model = self._count(self._model_weight(model))
         self.guide = self._guide_weight(guide)
-        self._estimator = Trace_ELBO(num_particles=num_particles)
+        self._estimator: Any = estimator or Trace_ELBO(num_particles=num_particles)
         self.elbo = math.nan
 
     def anneal(self, beta: float, entropy_weight: float) -> None:

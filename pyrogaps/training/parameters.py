@@ -1,7 +1,7 @@
 """Which tensors are trained, and the optimizer that steps them all at once."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyro
@@ -31,7 +31,7 @@ def trainable_parameters(
     found = {id(value): (name, value) for name, value in reversed(candidates)}
     named = {name: value for name, value in found.values() if value.requires_grad}
     if freeze_model:
-        named = _guide_only(named, model, guide, args)
+        named = guide_parameters(named, model, guide, args, "freeze_model=True")
     if not named:
         raise InputError(
             "training: there is nothing to train; register parameters with pyro.param or pyro.module, or make the "
@@ -72,7 +72,10 @@ def _own_tensor(name: str, site: Any) -> Tensor:
     return own
 
 
-def _guide_only(named: dict[str, Tensor], model: Program, guide: Program, args: tuple[Any, ...]) -> dict[str, Tensor]:
+def guide_parameters(
+    named: dict[str, Tensor], model: Program, guide: Program, args: tuple[Any, ...], setting: str
+) -> dict[str, Tensor]:
+    """Those of `named` that the guide depends on; `InputError` where the model does too, which `setting` rules out."""
     guide_trace = poutine.trace(guide).get_trace(*args)
     sites: list[Any] = [site for site in guide_trace.nodes.values() if site["type"] == "sample"]
     draws = sum(site["value"].sum() for site in sites)
@@ -83,7 +86,7 @@ def _guide_only(named: dict[str, Tensor], model: Program, guide: Program, args: 
         extended = poutine.replay(guide.augment(model), trace=guide_trace)
         in_guide |= _touched(poutine.trace(extended).get_trace(*args).log_prob_sum(), named) - in_model
     if shared := sorted(in_guide & in_model):
-        raise InputError(f"training: freeze_model=True, but the guide shares parameter '{shared[0]}' with the model")
+        raise InputError(f"training: {setting}, but the guide shares parameter '{shared[0]}' with the model")
     return {name: value for name, value in named.items() if name in in_guide}
 
 
@@ -105,9 +108,12 @@ class JointOptimizer(PyroOptim):
     """One torch optimizer over all parameters, for `pyro.infer.SVI`.
 
     Pyro's own keeps one optimizer per parameter, whose gradient clipping knows that parameter only; here the norm is
-    that of the whole gradient. Parameters that first appear while training join, unless `fixed`. Each step raises
-    `FloatingPointError`, and changes nothing, when the gradient is not finite.
+    that of the whole gradient. Parameters that first appear while training join, unless `fixed`. A step moves those
+    alone whose names `moves` accepts, all by default. It raises `FloatingPointError`, and changes nothing, when the
+    gradient is not finite.
     """
+
+    moves: Callable[[str], bool] | None = None
 
     def __init__(
         self,
@@ -134,6 +140,8 @@ class JointOptimizer(PyroOptim):
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         if not self.fixed:
             self._adopt(params)
+        if self.moves is not None:
+            clear_gradients(value for name, value in self.named.items() if not self.moves(name))
         norm = float(clip_grad_norm_(list(self.named.values()), self.max_norm))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the norm of the gradient is {norm}")

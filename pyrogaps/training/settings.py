@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch.optim import Optimizer
 
 from pyrogaps.errors import InputError
@@ -29,6 +30,8 @@ class Training:
     num_particles: int = 1
     patience: int | None = None
     freeze_model: bool = False
+    objective: ELBO | None = None
+    guide_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "num_particles"):
@@ -38,10 +41,26 @@ class Training:
         self._check("learning_rate", self.learning_rate > 0, "positive")
         self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive, or None")
         self._check("patience", self.patience is None or self.patience >= 1, "at least 1 epoch, or None")
+        self._check("guide_steps", self.guide_steps >= 0, "0 or more")
+        if self.guide_steps and self.freeze_model:
+            raise InputError("training: guide_steps run ahead of the model's steps, of which freeze_model leaves none")
+        if self.objective is not None:
+            self._check_objective(type(self.objective).__name__)
 
     def _check(self, name: str, valid: bool, requirement: str) -> None:
         if not valid:
             raise InputError(f"training: {name} must be {requirement}, got {getattr(self, name)}")
+
+    def _check_objective(self, name: str) -> None:
+        if not hasattr(self.objective, "differentiable_loss"):
+            raise InputError(f"training: objective {name} has no differentiable_loss; use pyrogaps.IWAE_ELBO")
+        if self.num_particles != 1:
+            raise InputError(f"training: objective {name} has a num_particles of its own; set it there")
+        if self.kl_warmup or self.entropy_annealing:
+            raise InputError(
+                f"training: kl_warmup and entropy_annealing weigh the terms of the ELBO, not of objective {name}; "
+                "leave them at 0"
+            )
 
     def rate(self, epoch: int) -> float:
         """The learning rate in `epoch`, counted from 0."""
@@ -70,7 +89,8 @@ class TrainingResult:
 
     `history` has one entry per epoch under each key: `train_elbo`, the ELBO in nats per datapoint averaged over the
     epoch's minibatches while the weights were moving; `validation_elbo`, of the weights at the epoch's end, where
-    validation data were given; `learning_rate`. Both bounds are plain ELBOs, without warm-up or annealing weights.
+    validation data were given; `learning_rate`. Both bounds are plain ELBOs, without warm-up or annealing weights,
+    or those of the `objective` that was trained. `mutual_information` has one for each epoch with `guide_steps`.
     `best_epoch`, counted from 1, is the epoch whose weights the model and the guide now hold.
     """
 

@@ -1,0 +1,93 @@
+r"""Which datapoints explain each one of a batch in one step: the most probable ones, and draws from the others.
+
+For any function f of datapoints, the weighted sum of f over them is an unbiased estimate of the sum of f over all M
+datapoints that a row of the posterior holds.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyrogaps.mapa.posterior import MapaPosterior
+
+# Of the trapezoidal rule in log time. The integrand's mode lies from 0 to log(S + 1) and is no narrower than
+# 1 / sqrt(S + 1); it falls off at least as exp(u) to the left and as exp(u - exp(u)) to the right. It is smooth, so the
+# rule's error falls exponentially with the number of steps: with what is cut off, below 1e-8.
+LEFT, RIGHT, MAX_STEP = -22.0, 3.5, 0.25
+
+
+def explainers(
+    posterior: MapaPosterior, indices: Tensor, num_top: int, num_samples: int, *, replacement: bool
+) -> tuple[Tensor, Tensor]:
+    r"""K = `num_top` datapoints with weight 1 and S = `num_samples` draws from the rest, for each of `indices` `(B,)`.
+
+    The draws are from q~, the posterior without the K, renormalised. With replacement each has the weight of
+    importance sampling, 1 / (S q~(i)); without, see `log_weights_without_replacement`. Where fewer than S of the rest
+    have any probability, the draws that are too many have weight 0 and repeat the most probable datapoint.
+
+    Returns datapoints `(B, K + S)` and their log-weights, `(B, K + S)`, double precision, without gradients.
+    """
+    columns, log_q = posterior.indices[indices].long(), posterior.log_q[indices]
+    top, log_weights = columns[:, :num_top], log_q.new_zeros(len(indices), num_top)
+    if not num_samples:
+        return top, log_weights
+    rest = log_q[:, num_top:]
+    total = rest.logsumexp(1, keepdim=True)
+    alive = total > -torch.inf
+    rest = torch.where(alive, rest - total, torch.zeros_like(rest))
+    draw = _with_replacement if replacement else _without_replacement
+    positions, drawn = draw(rest, num_samples)
+    drawn = torch.where(alive, drawn, torch.full_like(drawn, -torch.inf))
+    chosen = columns[:, num_top:].gather(1, positions)
+    chosen = torch.where(drawn > -torch.inf, chosen, columns[:, :1])
+    return torch.cat([top, chosen], 1), torch.cat([log_weights, drawn], 1)
+
+
+def _with_replacement(log_q: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    positions = log_q.exp().multinomial(number, replacement=True)
+    return positions, -math.log(number) - log_q.gather(1, positions)
+
+
+def _without_replacement(log_q: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    keys = log_q - torch.empty_like(log_q).exponential_().log()  # the number largest are a draw, by the Gumbel trick
+    positions = keys.topk(number, 1).indices
+    drawn = log_q.gather(1, positions)
+    log_rest = log_q.scatter(1, positions, -torch.inf).logsumexp(1)
+    return positions, log_weights_without_replacement(drawn, log_rest)
+
+
+def log_weights_without_replacement(log_q: Tensor, log_rest: Tensor) -> Tensor:
+    r"""log W `(B, S)` of S draws without replacement, of probabilities `log_q` `(B, S)`; the rest sums to `log_rest`.
+
+    Murthy's estimator $\sum_{s \in D} W_s f_s$ of $\sum_i f_i$, of a drawn set D, has
+    $W_s = p(D | s \text{ first}) / p(D)$. It is unbiased, since $\sum_{D \ni s} p(D) W_s = \sum_{D \ni s}
+    p(D | s \text{ first}) = 1$; never of more variance than sampling with replacement; exact where D is all there is,
+    and where f is proportional to q.
+
+    Let every i arrive after an exponential time of rate q_i; D are those that arrive before the first of the rest:
+
+    $$p(D) = \int_0^\infty r e^{-r t} \prod_{s \in D} (1 - e^{-q_s t}) \,dt, \quad r = \sum_{i \notin D} q_i$$
+
+    and $p(D | s \text{ first})$ is the same without the factor of s, so that $W_s$ is the mean of $1 / (1 - e^{-q_s
+    t})$, the weight of priority sampling, over the threshold t given D. By the trapezoidal rule in u = log(r t).
+
+    Source: M. N. Murthy (Sankhya 18, 1957); Kool et al. (ICLR 2020, arXiv:2002.06043); priority sampling is N.
+    Duffield, C. Lund, M. Thorup (J. ACM 54, 2007, doi:10.1145/1314690.1314696).
+    """
+    alive = (log_q > -torch.inf) & (log_rest > -torch.inf)[:, None]
+    # log(q_s t) = log(q_s / r) + u, at which nothing is done where there is no rest, or no draw.
+    ratio = torch.where(alive, log_q - log_rest[:, None], torch.zeros_like(log_q))
+    number = log_q.shape[1]
+    step = min(MAX_STEP, 0.75 / math.sqrt(number + 1))
+    u = torch.arange(LEFT, RIGHT + math.log(number + 1), step, dtype=log_q.dtype, device=log_q.device)
+    factors = _log1mexp(ratio[..., None] + u)
+    factors = torch.where(alive[..., None], factors, torch.zeros_like(factors))
+    log_p = factors.sum(1) + u - u.exp()
+    log_weights = (log_p[:, None] - factors).logsumexp(-1) - log_p.logsumexp(-1)[:, None]
+    return torch.where(log_q > -torch.inf, log_weights, log_q)
+
+
+def _log1mexp(log_x: Tensor) -> Tensor:
+    """log(1 - exp(-x)) of log x."""
+    return torch.where(log_x < -30, log_x, torch.log(-torch.expm1(-log_x.clamp(min=-30, max=30).exp())))

@@ -1,0 +1,154 @@
+"""Log-probabilities per datapoint and particle, read off the traces of a model and a guide."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyrogaps.density.layout import leaf, plate_dim
+from pyrogaps.density.score import is_bookkeeping
+from pyrogaps.density.structure import check_in_plate, find_plate
+from pyrogaps.errors import InputError
+
+# The plate in which Pyro runs all particles at once.
+PARTICLES = "num_particles_vectorized"
+
+Sites = dict[str, Any]
+
+
+class SameSubsamples(Messenger):
+    """Gives a plate the rows that it drew first whenever it is to draw again: all particles are of one minibatch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, message: Any) -> None:
+        if site_is_subsample(message) and message["value"] is None and message["name"] in self.drawn:
+            message["value"], message["done"] = self.drawn[message["name"]], True
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if site_is_subsample(message):
+            self.drawn.setdefault(message["name"], message["value"])
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Terms of K particles at the n datapoints at hand, `(K, n)`, in nats, the plate's scale left out.
+
+    `log_score` is the part of `log_guide` that was drawn without reparametrisation, None where there is none. `scale`
+    is the number of datapoints that each one at hand stands for; `sites` are the guide's, one dictionary per run.
+    """
+
+    log_model: Tensor
+    log_guide: Tensor
+    log_score: Tensor | None
+    scale: float
+    sites: list[Sites]
+
+    @property
+    def log_weights(self) -> Tensor:
+        return self.log_model - self.log_guide
+
+
+def read_particles(traces: list[tuple[Any, Any]], plate: str | Literal[False] | None) -> Particles:
+    """The particles in `traces`, pairs of a model's and a guide's: one each, or all of them in a single pair.
+
+    Raises `InputError`, naming the site or the plate, where there is no log-weight per datapoint.
+    """
+    runs = [_read(_random(model), _random(guide), plate) for model, guide in traces]
+    scores = [run.log_score for run in runs if run.log_score is not None]
+    return Particles(
+        torch.cat([run.log_model for run in runs]),
+        torch.cat([run.log_guide for run in runs]),
+        torch.cat(scores) if scores else None,
+        runs[0].scale,
+        [sites for run in runs for sites in run.sites],
+    )
+
+
+def _random(trace: Any) -> Sites:
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not is_bookkeeping(site)}
+
+
+def _read(model: Sites, guide: Sites, plate: str | Literal[False] | None) -> Particles:
+    _check_pair(model, guide)
+    name = find_plate({key: _unvectorised(site) for key, site in model.items()}) if plate is None else plate or None
+    for sites, program in ((model, "model"), (guide, "guide")):
+        for key, site in sites.items():
+            check_in_plate(key, site, name, program)
+            _refuse_subsamples(key, site, name)
+    scale = _plate_scale(next(iter(model.values())), name)
+    return Particles(_total(model, name), _total(guide, name), _score(guide, name), scale, [guide])
+
+
+def _check_pair(model: Sites, guide: Sites) -> None:
+    """Refuse latents that one program has and the other lacks, and guides without a density."""
+    for name, site in model.items():
+        if not site["is_observed"] and name not in guide:
+            raise InputError(f"site '{name}': latent in the model but missing from the guide; add a pyro.sample for it")
+    auxiliary = [name for name, site in guide.items() if site["infer"].get("is_auxiliary")]
+    for name, site in guide.items():
+        if name not in model and name not in auxiliary:
+            raise InputError(
+                f"site '{name}': in the guide but not in the model; remove it, or mark it "
+                "infer={'is_auxiliary': True}"
+            )
+        if type(leaf(site["fn"])).__name__ == "Delta" and not auxiliary:
+            raise InputError(
+                f"site '{name}': a Delta in the guide has no density, so there is no bound; use a guide with one, such "
+                "as AutoNormal instead of AutoDelta"
+            )
+
+
+def _unvectorised(site: Any) -> dict[str, Any]:
+    return {"cond_indep_stack": [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]}
+
+
+def _refuse_subsamples(name: str, site: Any, plate: str | None) -> None:
+    for frame in site["cond_indep_stack"]:
+        if frame.name != plate and frame.full_size not in (None, frame.size):
+            raise InputError(
+                f"site '{name}': the plate '{frame.name}' is subsampled within a datapoint, and the logarithm of an "
+                "estimated weight is no bound; use all of that plate, or name it with plate= if it holds the datapoints"
+            )
+
+
+def _plate_scale(site: Any, plate: str | None) -> float:
+    """How many datapoints of the data set each one at hand stands for."""
+    if plate is None:
+        return 1.0
+    frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
+    return 1.0 if frame.full_size is None else float(frame.full_size) / float(frame.size)
+
+
+def _total(sites: Sites, plate: str | None) -> Tensor:
+    """The sum of the sites' masked log-probabilities by particle and datapoint."""
+    parts = [_per_row(site, site["scale"] / _plate_scale(site, plate), plate) for site in sites.values()]
+    return sum(parts[1:], start=parts[0])
+
+
+def _score(guide: Sites, plate: str | None) -> Tensor | None:
+    """log q of what was drawn without reparametrisation: its gradient is the score, whatever scale it is under."""
+    drawn = [site for site in guide.values() if not is_identically_zero(site["score_parts"].score_function)]
+    parts = [_per_row(site, 1.0, plate) for site in drawn]
+    return sum(parts[1:], start=parts[0]) if parts else None
+
+
+def _per_row(site: Any, scale: float, plate: str | None) -> Tensor:
+    """A site's log-probability `(K, n)`, summed over every dimension but those of particles and datapoints.
+
+    Either is 1 where the site is not in that plate.
+    """
+    term: Tensor = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
+    particle_dim = plate_dim(site, PARTICLES) or 0
+    data_dim = (plate_dim(site, plate) or 0) if plate is not None else 0
+    depth = max(term.dim(), -particle_dim, -data_dim)
+    padded = term.reshape((1,) * (depth + 2 - term.dim()) + tuple(term.shape))
+    first = padded.movedim((particle_dim or -depth - 1, data_dim or -depth - 2), (0, 1))
+    return first.reshape(*first.shape[:2], math.prod(first.shape[2:])).sum(-1)
