@@ -74,22 +74,25 @@ def _store_names(density: GuideDensity) -> list[str]:
 @contextmanager
 def substituted(weights: list[Weight], values: list[Tensor]) -> Iterator[None]:
     """Run a guide with other tensors in the places of its weights; gradients reach them."""
-    store = pyro.get_param_store()
     try:
         for weight, value in zip(weights, values, strict=True):
-            for module, name in weight.attributes:
-                del module._parameters[name]
-                module.__dict__[name] = value
-            for name in weight.names:
-                store._params[name] = value
+            _put(weight, value)
         yield
     finally:
         for weight in weights:
-            for module, name in weight.attributes:
-                module.__dict__.pop(name, None)
-                module._parameters[name] = weight.value  # type: ignore[assignment]
-            for name in weight.names:
-                store._params[name] = weight.value
+            _put(weight, weight.value)
+
+
+def _put(weight: Weight, value: Tensor) -> None:
+    """`value` in every place of `weight`, among its module's parameters as before: guides ask those for their dtype."""
+    store = pyro.get_param_store()
+    for module, name in weight.attributes:
+        module._parameters[name] = value  # type: ignore[assignment]
+        if "_flat_weights" in vars(module):  # a recurrent network, of torch versions that keep a list besides
+            names: list[str] = vars(module)["_flat_weights_names"]
+            vars(module)["_flat_weights"] = [module._parameters.get(flat) for flat in names]
+    for name in weight.names:
+        store._params[name] = value
 
 
 class FinetunedGuide:

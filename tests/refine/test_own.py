@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyrogaps import GuideDensity, InputError, JointDensity, Refinement, elbo, refine
 from pyrogaps.guides.local import AutoLocalMultivariateNormal
 from pyrogaps.refine import own_family
+from pyrogaps.refine.finetune import FinetunedGuide
 from tests.references import WrongEncoder, anisotropic, assert_exact, draws_of
 
 LINEAR = anisotropic(6, 2)
@@ -62,6 +63,34 @@ def test_a_structured_guide_finds_a_correlated_posterior() -> None:
     assert float(LINEAR.approximation_gap().detach()) > 4 * float(bound.mcse.max())
     assert all(torch.equal(weights[name], value) for name, value in guide.state_dict().items())
     assert all(parameter.requires_grad for parameter in guide.parameters())
+
+
+class Recurrent(nn.Module):
+    """Asks its parameters for their dtype, as many modules do, and reads x with a recurrent network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.heads = nn.GRU(1, 3, batch_first=True).double(), nn.Linear(3, 4).double()
+
+    def forward(self, x: Tensor) -> None:
+        states = self.rnn(x.to(next(self.parameters()).dtype)[..., None])[0]
+        first, second, raw_first, raw_second = self.heads(states[:, -1]).unbind(-1)
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(first, raw_first.exp()))
+            pyro.sample("b", dist.Normal(second + 0.1 * a, raw_second.exp()))
+
+
+def test_every_weight_of_a_recurrent_guide_is_fine_tuned() -> None:
+    x, _ = draws_of(LINEAR, 2)
+    guide = Recurrent()
+    density = GuideDensity(guide, x, split)
+    tuned = FinetunedGuide(density, density.joint, torch.arange(2))
+    assert len(tuned.parameters) == len(list(guide.parameters()))
+    z, log_q = tuned.at(torch.arange(2)).sample(3)
+    gradients = torch.autograd.grad(z.sum() + log_q.sum(), tuned.parameters)
+    assert all(bool((gradient.flatten(1) != 0).any(1).all()) for gradient in gradients)
+    assert [parameter.shape for parameter in guide.parameters()] == [copies.shape[1:] for copies in tuned.parameters]
 
 
 def test_weights_in_the_param_store_are_fine_tuned_too() -> None:
