@@ -3,6 +3,7 @@
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.mapa.training import IWAE, MAPA, MAPA_GT, MAPA_NAIVE, VAE
 from pyrogaps.plots.source import SHADES, tidy
@@ -26,8 +27,9 @@ def draw(table: pd.DataFrame, figure: Figure) -> None:
         axes[1, column].set_xlabel("passes per point and step")
     for ax in axes[:, 0]:
         ax.set_ylabel("KL (nats)")
-    if axes[0, 0].get_legend_handles_labels()[1]:
-        axes[0, 0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=8)
 
 
 def _panel(ax: Axes, rows: pd.DataFrame, against: str) -> None:
@@ -37,7 +39,11 @@ def _panel(ax: Axes, rows: pd.DataFrame, against: str) -> None:
         if len(of):
             ax.errorbar(places, mean, error, fmt=form, ms=4, lw=1.2, capsize=2, color=colour, label=method)
     ax.set_xscale("log")
-    ax.set_yscale("log")
     ax.minorticks_off()
+    ax.set_yscale("log")
+    # A range may hold no power of ten.
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.grid(axis="y", color="0.92", lw=0.8)
     tidy(ax)
