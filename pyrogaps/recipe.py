@@ -262,7 +262,9 @@ def _typed(document: Document) -> Document:
     """The sections and scalars of `document`, type-checked, as `Recipe` takes them."""
     given = {name: document[name] for name in (*SECTIONS, *SCALARS) if name in document}
     absent = [name for name, value in given.items() if value is None and name in NULLABLE]
-    absent += ["reference"] if "reference" not in given else []
+    absent += [
+        f.name for f in dataclasses.fields(Recipe) if f.name in SECTIONS and f.default is None and f.name not in given
+    ]
     for name, value in given.items():
         if name in SECTIONS and name not in absent:
             if not isinstance(value, dict):

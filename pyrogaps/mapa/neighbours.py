@@ -1,8 +1,6 @@
 """The nearest neighbours of every datapoint, found once and kept in a file."""
 
 import hashlib
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.errors import InputError
+from pyrogaps.files import replacing
 from pyrogaps.mapa.comparisons import Comparison
 from pyrogaps.mapa.kernels import Kernel
 
@@ -120,15 +119,6 @@ def _read(path: Path, told: dict[str, str]) -> Neighbours:
 
 
 def _write(path: Path, found: Neighbours, told: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     arrays = {"indices": found.indices.cpu().numpy(), "distances": found.distances.cpu().numpy()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays, **{name: np.array(value) for name, value in told.items()})
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cache {path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with replacing(path, "cache") as file:
+        np.savez(file, allow_pickle=False, **arrays, **{name: np.array(value) for name, value in told.items()})

@@ -1,8 +1,6 @@
 """The weights of a model and a guide: modules and Pyro's param store, in memory and on disk."""
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.distributions import constraints as torch_constraints
 from pyrogaps.density.data import Data, as_indexed
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
+from pyrogaps.files import replacing
 from pyrogaps.streams import seeded
 
 FORMAT = "pyrogaps checkpoint 1"
@@ -184,20 +183,8 @@ def _check_constraint(name: str, constraint: Any) -> None:
 
 def write_file(path: str | Path, content: dict[str, Any]) -> None:
     """Write `content` so that `path` holds either its old content or all of the new. Raises `InputError`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"checkpoint {path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with replacing(Path(path), "checkpoint") as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
