@@ -8,6 +8,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.gaps import GapLedger, decompose
 from pyrogaps.mapa import (
     MAPA_ELBO,
+    MAPA_IWAE_ELBO,
     BernoulliKernel,
     ContinuousBernoulliKernel,
     GaussianKernel,
@@ -24,6 +25,7 @@ __all__ = [
     "AIS",
     "IWAE_ELBO",
     "MAPA_ELBO",
+    "MAPA_IWAE_ELBO",
     "BernoulliKernel",
     "Conditioning",
     "ContinuousBernoulliKernel",

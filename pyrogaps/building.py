@@ -36,6 +36,11 @@ def build_programs(recipe: Recipe) -> tuple[Program, Program]:
     return model, _program("guide", recipe.guide, model)
 
 
+def build_encoder(recipe: Recipe) -> Program | None:
+    """The encoder that MAPA trains the model of `recipe` with; None where it names none."""
+    return None if recipe.encoder is None else _program("encoder", recipe.encoder)
+
+
 def build_families(recipe: Recipe) -> dict[str, Callable[[Program], Program]]:
     """The further families of `recipe`, each a callable of the model."""
     return {name: _family(f"families.{name}", entry) for name, entry in recipe.families.items()}
@@ -196,7 +201,8 @@ def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool =
             remarks.append(f"--{option} has no effect: {component.class_path} takes no such argument")
     data = construct("data", component)
     evaluated = _part(recipe, data, recipe.split.part, required=True)
-    train = _part(recipe, data, "train", required=recipe.training is not None and recipe.checkpoint is None)
+    trains = recipe.training is not None or recipe.mapa is not None
+    train = _part(recipe, data, "train", required=trains and recipe.checkpoint is None)
     validation = _part(recipe, data, "validation", required=False)
     return DataSet(train, validation, _first(recipe, evaluated)), remarks
 

@@ -9,16 +9,25 @@ import pyro
 import xarray as xr
 from matplotlib.figure import Figure
 
-from pyrogaps.building import DataSet, build_data, build_families, build_programs, check_device, failures_named
+from pyrogaps.building import (
+    DataSet,
+    build_data,
+    build_encoder,
+    build_families,
+    build_programs,
+    check_device,
+    failures_named,
+)
 from pyrogaps.command_line import Options, help_text, parse
 from pyrogaps.conditioning import Lookahead, declared, reference_guide
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import GapLedger, decompose
+from pyrogaps.mapa import Mapa, train_by_mapa
 from pyrogaps.plots import plot_ledger
 from pyrogaps.plots.ledger import page_size
 from pyrogaps.recipe import Recipe
-from pyrogaps.run_folder import PARTS, REFERENCE, RESULTS, TRAINING, RunFolder
+from pyrogaps.run_folder import MAPA, PARTS, REFERENCE, RESULTS, TRAINING, RunFolder
 from pyrogaps.training import load_model_weights, load_weights, save_weights, train
 
 
@@ -103,6 +112,8 @@ def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder
     elif recipe.model_checkpoint is not None:
         _say(f"loading the model's weights from {recipe.model_checkpoint}")
         load_model_weights(recipe.model_checkpoint, model, guide, example)
+    if source is None and recipe.mapa is not None:
+        _train_by_mapa(recipe, recipe.mapa, model, guide, data, folder, progress=progress)
     if source is None and recipe.training is not None:
         _say("training")
         assert data.train is not None
@@ -119,6 +130,29 @@ def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder
             )
     if source != weights:
         folder.write("checkpoint.pt", lambda path: save_weights(path, model, guide))
+
+
+def _train_by_mapa(
+    recipe: Recipe, mapa: Mapa, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool
+) -> None:
+    """Train the model by MAPA, with the recipe's encoder or else with the guide."""
+    _say("training the model by MAPA")
+    assert data.train is not None
+    encoder = build_encoder(recipe)
+    for module in modules_of(encoder) if encoder is not None else ():
+        module.to(recipe.device)
+    with _divergence_named("mapa.training"):
+        train_by_mapa(
+            model,
+            encoder,
+            guide,
+            data.train,
+            mapa,
+            plate=recipe.plate,
+            checkpoint=folder / MAPA,
+            seed=recipe.seed,
+            progress=progress,
+        )
 
 
 def _reference(

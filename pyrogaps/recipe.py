@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader
 from pyrogaps.ais import AIS
 from pyrogaps.conditioning import Conditioning
 from pyrogaps.errors import InputError
+from pyrogaps.mapa import Mapa
 from pyrogaps.refine import Refinement
 from pyrogaps.training import Training
 
@@ -55,6 +56,8 @@ class Recipe:
         pair: in place of `model` and `guide`, one object that has both as `.model` and `.guide`.
         data: the data set: an object with tensors `.train` and `.test`, and `.validation` if it likes.
         split: which datapoints are evaluated.
+        mapa: settings of MAPA, which trains the model before `training`; null: none.
+        encoder: the encoder h that MAPA trains the model with; null: the guide, and MAPA's bound is one of log p(x).
         training: settings of `pyrogaps.train`; null trains nothing.
         families: further variational families to compare, by name; each is called with the model.
         evidence: settings of annealed importance sampling, for log p(x).
@@ -75,6 +78,8 @@ class Recipe:
     guide: Component | None = None
     pair: Component | None = None
     split: Split = field(default_factory=Split)
+    mapa: Mapa | None = None
+    encoder: Component | None = None
     training: Training | None = field(default_factory=Training)
     families: dict[str, Component] = field(default_factory=dict)
     evidence: AIS = field(default_factory=AIS)
@@ -96,6 +101,8 @@ class Recipe:
             raise InputError("recipe: name a model and a guide, or a pair in place of both")
         if self.checkpoint is not None and self.model_checkpoint is not None:
             raise InputError("recipe: checkpoint holds the model's weights too; give it or model_checkpoint, not both")
+        if self.encoder is not None and self.mapa is None:
+            raise InputError("recipe: encoder is what mapa trains the model with; set mapa too, or leave encoder out")
 
     def to_yaml(self) -> str:
         """The recipe with every field written out; `read_recipe` of it gives the recipe back."""
@@ -103,9 +110,10 @@ class Recipe:
         return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100))
 
 
-COMPONENTS = ("model", "guide", "pair", "data")
+COMPONENTS = ("model", "guide", "pair", "data", "encoder")
 SECTIONS: dict[str, type] = {
     "split": Split,
+    "mapa": Mapa,
     "training": Training,
     "evidence": AIS,
     "refinement": Refinement,
@@ -113,7 +121,7 @@ SECTIONS: dict[str, type] = {
     "reference": Training,
 }
 FIELDS = dict(re.findall(r"^ {8}(\w+): (.+)$", Recipe.__doc__ or "", re.MULTILINE))
-NULLABLE = ("training", "reference", "plate", "checkpoint", "model_checkpoint")
+NULLABLE = ("mapa", "training", "reference", "plate", "checkpoint", "model_checkpoint")
 SCALARS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in {*COMPONENTS, *SECTIONS, "families"}}
 
 

@@ -12,7 +12,8 @@ from pyrogaps.errors import InputError
 from pyrogaps.recipe import resolve
 
 RESULTS = ("recipe.yaml", "checkpoint.pt", "ledger.nc", "summary.csv", "gaps.png")
-TRAINING, REFERENCE, PARTS = "training.pt", "reference-training.pt", "parts"
+TRAINING, REFERENCE, MAPA, PARTS = "training.pt", "reference-training.pt", "mapa-training.pt", "parts"
+CHECKPOINTS = (TRAINING, REFERENCE, MAPA)
 
 
 class RunFolder:
@@ -48,7 +49,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Remove what only an unfinished run needs."""
-        for name in (TRAINING, REFERENCE):
+        for name in CHECKPOINTS:
             (self / name).unlink(missing_ok=True)
         shutil.rmtree(self / PARTS, ignore_errors=True)
 
@@ -61,7 +62,9 @@ class RunFolder:
         remedy = "use --out for another folder or --overwrite to replace it"
         held = self / "recipe.yaml"
         done = [
-            name for name in (*RESULTS, TRAINING, REFERENCE, PARTS) if name != "recipe.yaml" and (self / name).exists()
+            name
+            for name in (*RESULTS, TRAINING, REFERENCE, MAPA, PARTS)
+            if name != "recipe.yaml" and (self / name).exists()
         ]
         if not done:  # nothing was computed yet, so nothing is lost
             held.unlink(missing_ok=True)

@@ -168,3 +168,53 @@ def test_rows_of_images_are_sequences() -> None:
     model, guide = build_programs(resolve(read_document("mnist-rows")))
     x = (torch.rand(2, 28, 28) > 0.5).float()
     assert tuple(guide(x).shape) == tuple(model(x).shape) == (2, 28, 8)
+
+
+@pytest.fixture
+def few_points(tmp_path: Path) -> list[str]:
+    """Options that make of a recipe `mapa-…` a run of seconds."""
+    options = {
+        "data.init_args.num_train": 60,
+        "data.init_args.num_validation": 30,
+        "data.init_args.num_test": 9,
+        "split.num_datapoints": 6,
+        "mapa.training.num_epochs": 2,
+        "training.num_epochs": 2,
+        "evidence": "{num_chains: 2, num_temperatures: 3, num_leapfrog: 2, initial: prior}",
+        "refinement": "{num_steps: 3}",
+        "num_particles": 8,
+        "out": tmp_path / "run",
+    }
+    return ["--quiet", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+
+
+@pytest.mark.parametrize("curve", ["figure-8", "spiral-dots"])
+def test_mapa_trains_the_model_and_then_the_guide(curve: str, few_points: list[str], tmp_path: Path) -> None:
+    assert main([f"mapa-{curve}", *few_points]) == 0
+    summary = pd.read_csv(tmp_path / "run" / "summary.csv", index_col="quantity")["mean"]
+    children = summary[["approximation_gap", "amortization_gap"]]
+    assert children.sum() == pytest.approx(summary["inference_gap"], abs=1e-4)
+    assert not (tmp_path / "run" / "mapa-training.pt").exists()
+    held = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]["modules"]
+    recovered = next(module for module in held if "log_weights" in module)
+    assert not torch.equal(recovered["means"], torch.zeros_like(recovered["means"]))
+
+
+def test_without_an_encoder_mapa_trains_the_guide_too(few_points: list[str], tmp_path: Path) -> None:
+    options = [*few_points, "--encoder", "null", "--training", "null", "--families", "{}"]
+    model = "{class_path: pyrogaps.models.synthetic.SyntheticModel, init_args: {curve: circle}}"
+    assert main(["mapa-circle", *options, "--model", model]) == 0
+    held = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["weights"]["modules"]
+    assert len(held) == 2
+
+
+def test_mapa_that_does_not_fit(few_points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for options, said in (
+        (["--mapa", "null"], "encoder is what mapa trains the model with; set mapa too"),
+        (["--mapa.bandwidth", "0"], "bandwidth"),
+        (["--mapa.num_top", "61"], "num_top=61, but there are 60 N datapoints"),
+        (["--encoder.class_path", "pyrogaps.guides.amortized.AmortizedNormal"], "a Normal in the encoder"),
+        (["--mapa.training.learning_rate", "1e30", "--mapa.training.num_epochs", "30"], "mapa.training diverged"),
+    ):
+        assert main(["mapa-circle", *few_points, *options]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]

@@ -5,10 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import TransformedDistribution, constraints
+from torch.distributions import TransformedDistribution, biject_to, constraints, transform_to
 from torch.distributions.transforms import AffineTransform, ComposeTransform, Transform
 
 from pyrogaps.density.layout import leaf
+
+_MIXTURE = getattr(constraints, "MixtureSameFamilyConstraint", None)
+if _MIXTURE is not None:
+    # A mixture lives where its components do. Recent torch says so in a constraint of its own, and has no way there.
+    for registry in (biject_to, transform_to):
+        registry.register(_MIXTURE, lambda support, registry=registry: registry(support.base_constraint))
 
 
 def guide_support(fn: Any) -> Any:

@@ -5,19 +5,25 @@ from pyrogaps.mapa.batches import neighbourhood_batches
 from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel
 from pyrogaps.mapa.explainers import explainers, log_weights_without_replacement
+from pyrogaps.mapa.iwae import MAPA_IWAE_ELBO
 from pyrogaps.mapa.kernels import BernoulliKernel, ContinuousBernoulliKernel, GaussianKernel, Kernel
 from pyrogaps.mapa.posterior import MapaPosterior, mapa_posterior
 from pyrogaps.mapa.prior import MonotoneTransport, recovered_prior, recovered_transport
+from pyrogaps.mapa.recovered import RecoveredPrior
+from pyrogaps.mapa.settings import Mapa, train_by_mapa
 
 __all__ = [
     "MAPA_ELBO",
+    "MAPA_IWAE_ELBO",
     "BernoulliKernel",
     "ContinuousBernoulliKernel",
     "EmpiricalizedModel",
     "GaussianKernel",
     "Kernel",
+    "Mapa",
     "MapaPosterior",
     "MonotoneTransport",
+    "RecoveredPrior",
     "empiricalized_posterior",
     "explainers",
     "log_weights_without_replacement",
@@ -25,5 +31,6 @@ __all__ = [
     "neighbourhood_batches",
     "recovered_prior",
     "recovered_transport",
+    "train_by_mapa",
     "uniform_posterior",
 ]

@@ -9,9 +9,10 @@ from torch import Tensor
 from pyrogaps.density import Data
 from pyrogaps.density.data import as_indexed
 from pyrogaps.density.runs import Program, evaluating
-from pyrogaps.mapa.empiricalized import EmpiricalizedModel, Latents
+from pyrogaps.mapa.empiricalized import EmpiricalizedModel
 from pyrogaps.mapa.kernels import OwnKernel
 from pyrogaps.mapa.neighbours import BLOCK_ELEMENTS, search
+from pyrogaps.mapa.paired import Latents
 from pyrogaps.mapa.posterior import MapaPosterior, checked_number, first_argument
 
 COLUMNS = 512

@@ -1,20 +1,16 @@
 """`MAPA_ELBO`: the bound that trains a model against a posterior known before training."""
 
 import math
-from typing import Any
 
-import torch
-from pyro.infer import ELBO
 from torch import Tensor
 
-from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel
 from pyrogaps.mapa.explainers import explainers
+from pyrogaps.mapa.indexed import IndexedELBO
 from pyrogaps.mapa.posterior import MapaPosterior
 
 
-class MAPA_ELBO(ELBO):
+class MAPA_ELBO(IndexedELBO):
     r"""A lower bound of the empiricalized model's log-likelihood, for `pyro.infer.SVI`, by a posterior that is fixed.
 
     $$\mathcal L = \frac1B \sum_n \mathbb E_{i_1..i_S} \log \frac1N \Big\{ \sum_{k \in K_n} p_\theta(x_n | h_\phi(x_k))
@@ -30,7 +26,8 @@ class MAPA_ELBO(ELBO):
     model's prior plays no part.
 
     Hand it to `SVI(model, encoder, optim, loss=MAPA_ELBO(posterior, ...))` and call `svi.step(indices)` with a batch
-    of indices, `(B,)`: the rows are fetched from the posterior's data. `model` is a Pyro model with a data plate,
+    of indices, `(B,)`: the rows are fetched from the posterior's data. Or to `pyrogaps.train(model, encoder, data,
+    objective=...)`, with the posterior's data. `model` is a Pyro model with a data plate,
     `encoder`, h, a guide whose sites are Deltas (see `EmpiricalizedModel`). Steps return the loss -L. Each datapoint
     that takes part in a step, once or often, is encoded and decoded once.
 
@@ -39,6 +36,8 @@ class MAPA_ELBO(ELBO):
         num_top: K.
         num_samples: S.
         replacement: whether the S are drawn with replacement.
+        neighbourhood_size: how many near neighbours at a time make up the minibatches of `pyrogaps.train`; above 1 they
+            share much of what is decoded, see `neighbourhood_batches`.
         plate: the data plate's name, where it cannot be found.
 
     Attributes:
@@ -46,12 +45,15 @@ class MAPA_ELBO(ELBO):
         num_scored: datapoints of all batches so far; `num_decoded / num_scored` are the passes per point.
 
     Raises:
-        InputError: for K + S < 1, K or S that the M neighbours do not suffice for, indices that are empty, out of range
-            or no whole numbers, and for what `EmpiricalizedModel` refuses, at the first step.
+        InputError: for K + S < 1, K or S that the M neighbours do not suffice for, a size of neighbourhoods below 1,
+            indices that are empty, out of range or no whole numbers, and for what `EmpiricalizedModel` refuses, at the
+            first step.
         FloatingPointError: where a loss is not finite, before any gradient is taken.
 
     Source: Y. Yacoby et al. (AABI 2024, arXiv:2403.08941).
     """
+
+    pairing = EmpiricalizedModel
 
     def __init__(
         self,
@@ -60,90 +62,20 @@ class MAPA_ELBO(ELBO):
         num_top: int = 1,
         num_samples: int = 0,
         replacement: bool = True,
+        neighbourhood_size: int = 1,
         plate: str | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        _check_sizes(posterior, num_top, num_samples, replacement)
-        self.posterior, self.num_top, self.num_samples = posterior, num_top, num_samples
-        self.replacement, self.plate = replacement, plate
-        self.reset_counts()
-        self._programs: tuple[Program, Program] | None = None
+        super().__init__(posterior, num_top, num_samples, neighbourhood_size, plate)
+        self.replacement = replacement
+        if not replacement:
+            self._check_without_replacement()
 
-    def reset_counts(self) -> None:
-        """Count passes from 0 again."""
-        self.num_encoded = self.num_decoded = self.num_scored = 0
-
-    def bounds(self, model: Program, encoder: Program, indices: Tensor) -> Tensor:
-        """One draw of the bound for each of the datapoints `indices` `(B,)`: shape `(B,)`, nats, differentiable."""
-        indices = checked_indices(indices, self.posterior.num_datapoints).to(self.posterior.indices.device)
+    def draw_bounds(self, joint: EmpiricalizedModel, indices: Tensor) -> tuple[Tensor, int]:
+        """One draw of the bound for each of `indices`, `(B,)`, and how many rows were encoded and decoded for it."""
         columns, log_weights = explainers(
             self.posterior, indices, self.num_top, self.num_samples, replacement=self.replacement
         )
-        log_likelihood, passes = self._empiricalized(model, encoder).log_likelihood(indices, columns)
-        self.num_encoded += passes
-        self.num_decoded += passes
-        self.num_scored += len(indices)
+        log_likelihood, passes = joint.log_likelihood(indices, columns)
         # Weights may be of any size; in double precision their logarithms lose nothing that matters.
         terms = log_likelihood.double() + log_weights.to(log_likelihood.device)
-        return terms.logsumexp(1) - math.log(self.posterior.num_datapoints)
-
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any) -> Tensor:
-        """-L of one batch of indices, the only argument."""
-        if len(args) != 1 or not isinstance(args[0], Tensor):
-            raise InputError("MAPA_ELBO: step takes a batch of indices, such as torch.arange(100); it fetches the data")
-        return -self.bounds(model, guide, args[0]).mean()
-
-    def loss(self, model: Program, guide: Program, *args: Any) -> float:
-        """-L of one batch of indices, without gradients."""
-        with torch.no_grad():
-            return self.differentiable_loss(model, guide, *args).item()
-
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float:
-        """-L of one batch of indices; its gradient is left in the parameters."""
-        loss = self.differentiable_loss(model, guide, *args)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the MAPA bound is {-value}; lower the learning rate, or bound the scales")
-        if loss.requires_grad:
-            loss.backward()
-        return value
-
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError("MAPA_ELBO scores pairs of datapoints, which no one trace holds")
-
-    def _empiricalized(self, model: Program, encoder: Program) -> EmpiricalizedModel:
-        if self._programs is None or self._programs[0] is not model or self._programs[1] is not encoder:
-            self._joint = EmpiricalizedModel(model, encoder, self.posterior.data, self.plate)
-            self._programs = model, encoder
-        return self._joint
-
-
-def checked_indices(indices: Tensor, num_datapoints: int) -> Tensor:
-    """A batch of indices `(B,)`. Raises `InputError` where it is empty, out of range, or not of whole numbers."""
-    whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
-    if indices.dim() != 1 or len(indices) == 0 or not whole:
-        told = f"{indices.dtype} of shape {tuple(indices.shape)}"
-        raise InputError(f"indices: expected at least one whole number, shape (B,), got {told}")
-    if int(indices.min()) < 0 or int(indices.max()) >= num_datapoints:
-        raise InputError(f"indices: they must be from 0 to N - 1 = {num_datapoints - 1}")
-    return indices.long()
-
-
-def _check_sizes(posterior: MapaPosterior, num_top: int, num_samples: int, replacement: bool) -> None:
-    if num_top < 0 or num_samples < 0 or num_top + num_samples < 1:
-        raise InputError(
-            f"MAPA_ELBO: num_top and num_samples must not be negative, and one of them positive, got {num_top} and "
-            f"{num_samples}"
-        )
-    number, kept = posterior.num_neighbours, "N datapoints"
-    if number < posterior.num_datapoints:
-        kept = "neighbours that the posterior keeps of each row"
-    if num_top > number:
-        raise InputError(f"MAPA_ELBO: num_top={num_top}, but there are {number} {kept}; lower it")
-    if num_samples and num_top == number:
-        raise InputError(f"MAPA_ELBO: num_top={num_top} leaves none of the {number} {kept} to draw; set num_samples=0")
-    if not replacement and num_samples > number - num_top:
-        raise InputError(
-            f"MAPA_ELBO: num_samples={num_samples} without replacement, but num_top={num_top} leaves "
-            f"{number - num_top} of the {number} {kept} to draw; lower it, or draw with replacement"
-        )
+        return terms.logsumexp(1) - math.log(self.posterior.num_datapoints), passes

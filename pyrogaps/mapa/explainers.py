@@ -28,8 +28,29 @@ def explainers(
 
     Returns datapoints `(B, K + S)` and their log-weights, `(B, K + S)`, double precision, without gradients.
     """
-    columns, log_q = posterior.indices[indices].long(), posterior.log_q[indices]
-    top, log_weights = columns[:, :num_top], log_q.new_zeros(len(indices), num_top)
+    positions, log_weights = _chosen(posterior, indices, num_top, num_samples, replacement=replacement)
+    return posterior.indices[indices].long().gather(1, positions), log_weights
+
+
+def explaining_mixture(
+    posterior: MapaPosterior, indices: Tensor, num_top: int, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """The datapoints of `explainers`, drawn without replacement, and the log of q(i|x_n) renormalised over them.
+
+    Both are `(B, K + S)`. Where fewer than S of the rest have any probability, those that are too many have none here.
+    """
+    positions, log_weights = _chosen(posterior, indices, num_top, num_samples, replacement=False)
+    log_q = posterior.log_q[indices].gather(1, positions).masked_fill(log_weights == -torch.inf, -torch.inf)
+    return posterior.indices[indices].long().gather(1, positions), log_q.log_softmax(1)
+
+
+def _chosen(
+    posterior: MapaPosterior, indices: Tensor, num_top: int, num_samples: int, *, replacement: bool
+) -> tuple[Tensor, Tensor]:
+    """Where the datapoints of `explainers` lie in their rows of the posterior, and their log-weights."""
+    log_q = posterior.log_q[indices]
+    top = torch.arange(num_top, device=log_q.device).expand(len(indices), -1)
+    log_weights = log_q.new_zeros(len(indices), num_top)
     if not num_samples:
         return top, log_weights
     rest = log_q[:, num_top:]
@@ -39,9 +60,8 @@ def explainers(
     draw = _with_replacement if replacement else _without_replacement
     positions, drawn = draw(rest, num_samples)
     drawn = torch.where(alive, drawn, torch.full_like(drawn, -torch.inf))
-    chosen = columns[:, num_top:].gather(1, positions)
-    chosen = torch.where(drawn > -torch.inf, chosen, columns[:, :1])
-    return torch.cat([top, chosen], 1), torch.cat([log_weights, drawn], 1)
+    positions = torch.where(drawn > -torch.inf, positions + num_top, torch.zeros_like(positions))
+    return torch.cat([top, positions], 1), torch.cat([log_weights, drawn], 1)
 
 
 def _with_replacement(log_q: Tensor, number: int) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,6 @@ from pyrogaps.errors import InputError
 
 Array = NDArray[np.float64]
 
-NUM_COMPONENTS = (1, 2, 4, 8, 16)
-
 
 class MonotoneTransport(nn.Module):
     """z = T(eps), a cubic spline that never falls, with straight lines beyond its ends; made by `recovered_transport`.
@@ -97,7 +95,9 @@ def _monotone_spline(x: Array, y: Array, breaks: Array) -> Any:
     return interpolate.PPoly.from_spline(interpolate.BSpline(knots, np.cumsum(found.x), 3))
 
 
-def recovered_prior(latents: Tensor, *, num_components: int | None = None, seed: int = 0) -> Any:
+def recovered_prior(
+    latents: Tensor, *, num_components: int | None = None, max_components: int = 16, seed: int = 0
+) -> Any:
     """A mixture of Gaussians fitted to the latents, of any dimension: a Pyro distribution of event shape `(D,)`.
 
     Put it in the prior's place: `pyro.sample("z", recovered_prior(latents))`. In one dimension `recovered_transport`
@@ -105,8 +105,8 @@ def recovered_prior(latents: Tensor, *, num_components: int | None = None, seed:
 
     Args:
         latents: h(x_n), `(N, D)`.
-        num_components: of the mixture; by default, of 1, 2, 4, 8 and 16, the number of least BIC, among those that the
-            number of latents allows. Every component has a covariance of its own.
+        num_components: of the mixture; by default, of the powers of 2 up to `max_components`, the number of least BIC,
+            among those that the number of latents allows. Every component has a covariance of its own.
         seed: of the fit's starts.
 
     Raises:
@@ -119,7 +119,7 @@ def recovered_prior(latents: Tensor, *, num_components: int | None = None, seed:
     if num_components is not None and not 1 <= num_components <= len(z):
         raise InputError(f"num_components: must be from 1 to N = {len(z)}, got {num_components}")
     center, scale = z.mean(0), z.std(0)
-    choices = [num_components] if num_components is not None else _choices(*z.shape)
+    choices = [num_components] if num_components is not None else _choices(len(z), z.shape[1], max_components)
     mixture = _fitted((z - center) / scale, choices, seed)
     covariance = scale[:, None] * mixture.covariances_ * scale
     weights, means, tril = (
@@ -129,10 +129,11 @@ def recovered_prior(latents: Tensor, *, num_components: int | None = None, seed:
     return dist.MixtureSameFamily(dist.Categorical(weights), dist.MultivariateNormal(means, scale_tril=tril))
 
 
-def _choices(number: int, dim: int) -> list[int]:
+def _choices(number: int, dim: int, most: int) -> list[int]:
     """Numbers of components for which there are at least two latents a parameter, or else 1."""
     each = 1 + dim + dim * (dim + 1) // 2
-    return [1, *(components for components in NUM_COMPONENTS[1:] if 2 * components * each <= number)]
+    powers = [2**exponent for exponent in range(1, most.bit_length())]
+    return [1, *(components for components in powers if 2 * components * each <= number)]
 
 
 def _fitted(z: Array, choices: list[int], seed: int) -> Any:

@@ -20,7 +20,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
 from pyrogaps.training.lagging import MUTUAL_INFORMATION, GuideAhead
-from pyrogaps.training.objective import Objective
+from pyrogaps.training.objective import IndexedBound, IndexedObjective, Objective
 from pyrogaps.training.parameters import JointOptimizer, clear_gradients, guide_parameters, trainable_parameters
 from pyrogaps.training.settings import Training, TrainingResult
 from pyrogaps.training.setup import check_minibatches
@@ -64,7 +64,9 @@ def train(
     of `nn.Module`s that are the model or the guide or own it as a method; `freeze_model` trains the guide's alone.
 
     `objective` is another bound to climb, such as `IWAE_ELBO(10)`: any loss for `pyro.infer.SVI` with a method
-    `differentiable_loss`, summed over the data plate as Pyro's are. It then stands wherever the ELBO does below.
+    `differentiable_loss`, summed over the data plate as Pyro's are. It then stands wherever the ELBO does below. One
+    that takes indices and makes its own minibatches, as `MAPA_ELBO` does, is a mean over data that it holds itself:
+    `data` must be these, and there can be no validation data.
 
     With `guide_steps`, each step of the model's parameters is preceded by up to so many of the guide's alone, on random
     minibatches, until the bound (its mean over ten steps) rises no more. This lasts until mutual information between
@@ -115,13 +117,31 @@ class _Trainer:
         self.batch_size = min(settings.batch_size, len(self.data))
         # A guide with auxiliary variables is trained with the model that has a reverse model for them.
         self.augmented = guide.augment(model) if hasattr(guide, "augment") else model
-        self.objective = Objective(self.augmented, guide, settings.num_particles, settings.objective)
+        self.indexed = settings.objective if isinstance(settings.objective, IndexedBound) else None
+        self.objective = self._objective()
         with self._evaluating("set up"):
             self.optimizer = self._set_up()
             self.ahead = self._guide_ahead() if settings.guide_steps else None
             self.fingerprint = fingerprint(settings, seed=seed, data=self.data, validation=self.validation)
         loss = self.objective.loss_and_grads
         self.svi = SVI(self.objective.model, self.objective.guide, self.optimizer, loss=loss, loss_and_grads=loss)
+
+    def _objective(self) -> Objective | IndexedObjective:
+        bound, chosen = self.indexed, self.settings
+        if bound is None:
+            return Objective(self.augmented, self.guide, chosen.num_particles, chosen.objective)
+        name = type(bound).__name__
+        if len(self.data) != bound.num_datapoints:
+            raise InputError(
+                f"training: objective {name} holds {bound.num_datapoints} datapoints, not the {len(self.data)} given"
+            )
+        if self.validation is not None:
+            raise InputError(f"training: objective {name} is a bound on its own data alone; leave out validation data")
+        return IndexedObjective(self.augmented, self.guide, bound)
+
+    def _args(self, data: IndexedData, indices: Tensor) -> tuple[Any, ...]:
+        """What a step takes."""
+        return (indices,) if self.indexed is not None else tuple(data.fetch(indices))
 
     def _set_up(self) -> JointOptimizer:
         """Run the pair once, under the caller's validation, so that parameters exist and mistakes show."""
@@ -202,7 +222,7 @@ class _Trainer:
     def _step(self, indices: Tensor, step: int) -> float:
         self.objective.begin(len(indices))
         try:
-            return float(self.svi.step(*self.data.fetch(indices)))
+            return float(self.svi.step(*self._args(self.data, indices)))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} at step {step + 1}") from None
 
@@ -225,6 +245,8 @@ class _Trainer:
         return patience is not None and state.epoch - state.best_epoch >= patience
 
     def _minibatches(self) -> list[Tensor]:
+        if self.indexed is not None:
+            return self.indexed.minibatches(self.batch_size)
         if self.batch_size == len(self.data):
             # In order: a guide may have parameters for each datapoint.
             return [torch.arange(self.batch_size)]
@@ -241,7 +263,7 @@ class _Trainer:
 
     def _evaluate(self, data: IndexedData, indices: Tensor) -> float:
         self.objective.begin(len(indices))
-        return self.objective.evaluate(*data.fetch(indices))
+        return self.objective.evaluate(*self._args(data, indices))
 
     @contextmanager
     def _evaluating(self, purpose: str) -> Iterator[None]:

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -119,6 +119,55 @@ class Objective:
         withheld = self._model_weight.withheld - self._guide_weight.withheld
         self.elbo = -value + withheld / (self._estimator.num_particles * self._count.num_datapoints)
         return value
+
+
+@runtime_checkable
+class IndexedBound(Protocol):
+    """A loss whose steps take indices of the `num_datapoints` that it holds, and that says which go together."""
+
+    num_datapoints: int
+
+    def minibatches(self, batch_size: int) -> list[Tensor]:
+        """One pass over the data in batches of indices."""
+
+    def loss(self, model: Program, guide: Program, *args: Any) -> float:
+        """The negative bound, nats per datapoint."""
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float:
+        """The same, with its gradient left in the parameters. Raises `FloatingPointError` where it is not finite."""
+
+
+class IndexedObjective:
+    """A bound on datapoints that `estimator` fetches by index itself, such as `MAPA_ELBO`, nats per datapoint.
+
+    Used as `Objective` is; `args` is a batch of indices.
+    """
+
+    def __init__(self, model: Program, guide: Program, estimator: IndexedBound) -> None:
+        self.model, self.guide, self._estimator = model, guide, estimator
+        self.elbo = math.nan
+
+    def anneal(self, beta: float, entropy_weight: float) -> None:
+        """Nothing: the bound has no terms to weigh."""
+
+    def begin(self, rows: int) -> None:
+        """Nothing: the bound is a mean."""
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float:
+        """The negative bound of one minibatch; its gradient is left in the parameters.
+
+        Raises `FloatingPointError` where it is not finite, before any gradient is taken.
+        """
+        with _no_nan_warnings():
+            value = self._estimator.loss_and_grads(model, guide, *args)
+        self.elbo = -value
+        return value
+
+    def evaluate(self, *args: Any) -> float:
+        """The bound of one batch, nats per datapoint, without gradients."""
+        with _no_nan_warnings():
+            self.elbo = -self._estimator.loss(self.model, self.guide, *args)
+        return self.elbo
 
 
 @contextmanager

@@ -1,0 +1,110 @@
+"""A model and an encoder, run on some datapoints whose latents serve the others too."""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from pyrogaps.density import IndexedData, JointDensity
+from pyrogaps.density.rows import same_density
+from pyrogaps.density.runs import Program, evaluating
+from pyrogaps.density.structure import is_factor, is_masked, sample_sites
+from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
+
+Latents: TypeAlias = Tensor | Mapping[str, Tensor]
+CHECK_ROWS = 16
+
+
+class Paired:
+    """Runs `model` with the latents that `encoder` makes of datapoints, and checks that this can serve others.
+
+    A subclass says in `check_encoded` which encoders it takes. Arguments and errors are those of `EmpiricalizedModel`.
+    """
+
+    def __init__(self, model: Program, encoder: Program | Latents, data: IndexedData, plate: str | None = None) -> None:
+        self.model = model
+        programs = [program for program in (model, encoder) if callable(program)]
+        # What is run to check must not reach an optimizer that is looking on.
+        with poutine.block():
+            self.joint = JointDensity(model, data, plate)
+            self.plate = self._plate()
+            self.encoder = self._named(encoder)
+            with seeded(0, "structure"), evaluating(*programs), pyro.validation_enabled(True), torch.no_grad():
+                self._check()
+
+    def check_encoded(self, sites: dict[str, Any], indices: Tensor, args: tuple[Any, ...]) -> None:
+        """Refuse sites of the encoder that cannot serve other datapoints."""
+        raise NotImplementedError
+
+    def encode(self, indices: Tensor, args: tuple[Any, ...]) -> dict[str, Any]:
+        """The encoder's sites on the datapoints `indices`; for latents that are given, their values alone."""
+        if isinstance(self.encoder, dict):
+            return {name: {"value": value[indices.to(value.device)]} for name, value in self.encoder.items()}
+        with self.joint.plates(indices):
+            return sample_sites(self.encoder, args)
+
+    def decode(self, indices: Tensor, args: tuple[Any, ...], encoded: dict[str, Any]) -> dict[str, Any]:
+        """The model's sites on `args`, with the values of the encoder's sites in their place."""
+        placed = poutine.condition(self.model, data={name: site["value"] for name, site in encoded.items()})
+        with self.joint.plates(indices):
+            return sample_sites(placed, args)
+
+    def _plate(self) -> str:
+        if self.joint.plate is None:
+            raise InputError("model: it has no data plate; put its sites inside `with pyro.plate('data', len(x))`")
+        return self.joint.plate
+
+    def _named(self, encoder: Program | Latents) -> Program | dict[str, Tensor]:
+        if isinstance(encoder, AutoGuide):
+            raise InputError(
+                f"encoder: {type(encoder).__name__} holds latents for the datapoints it was set up with; give a "
+                "function of x"
+            )
+        names = list(self.joint.sites)
+        if isinstance(encoder, Tensor):
+            if len(names) > 1:
+                raise InputError(f"latents: there are several sites ({', '.join(names)}); give a dictionary of them")
+            encoder = {names[0]: encoder}
+        if not isinstance(encoder, Mapping):
+            return encoder
+        for name, value in encoder.items():
+            if len(value) != self.joint.num_datapoints:
+                raise InputError(f"latents '{name}': {len(value)} of them for {self.joint.num_datapoints} datapoints")
+        return dict(encoder)
+
+    def _check(self) -> None:
+        number = self.joint.num_datapoints
+        indices = torch.linspace(0, number - 1, min(number, CHECK_ROWS)).round().long()
+        args = self.joint.fetch(indices)
+        encoded = self.encode(indices, args)
+        if odd := sorted(encoded.keys() ^ self.joint.sites.keys()):
+            side = "the encoder lacks it" if odd[0] in self.joint.sites else "only the encoder has it"
+            raise InputError(f"site '{odd[0]}': {side}; model and encoder must have the same latent sites")
+        if callable(self.encoder):
+            self.check_encoded(encoded, indices, args)
+        with self.joint.plates(indices):
+            drawn = sample_sites(self.model, args)
+        for name, site in encoded.items():
+            value = site["value"]
+            if not bool(torch.isfinite(value).all() and drawn[name]["fn"].support.check(value).all()):
+                raise InputError(f"site '{name}': encoded to a value outside its support in the model, or to NaN")
+        self._check_likelihood(indices, args, encoded)
+
+    def _check_likelihood(self, indices: Tensor, args: tuple[Any, ...], encoded: dict[str, Any]) -> None:
+        """With the data of other datapoints, but the same latents, the likelihood must be the same."""
+        sites = self.decode(indices, args, encoded)
+        others = self.decode(indices, self.joint.fetch(indices.roll(1)), encoded)
+        for name in self.joint.observed:
+            site, other = sites[name], others[name]
+            if is_factor(site["fn"]) or is_masked(site) or is_masked(other):
+                raise InputError(f"site '{name}': masked, or a pyro.factor, so not known for other datapoints' z")
+            if not same_density(*(part["fn"].log_prob(site["value"]) for part in (site, other))):
+                raise InputError(
+                    f"site '{name}': its likelihood depends on the data other than through z (on earlier observations, "
+                    "say), so that a datapoint decoded once does not serve the others"
+                )
