@@ -1,4 +1,4 @@
-"""The benchmark of MAPA, for seconds: a row for every method, nothing trained again, failures said."""
+"""The benchmark of MAPA, for seconds: a row for every method, nothing trained again, failures said, figures drawn."""
 
 from pathlib import Path
 
@@ -8,17 +8,21 @@ import torch
 
 from benchmarks import reporting
 from benchmarks.mapa import __main__ as mapa
-from benchmarks.mapa import runs, training
+from benchmarks.mapa import decoders, evaluation, posteriors, runs, training
+from benchmarks.mapa.figures import figures
 from benchmarks.mapa.findings import findings
+from benchmarks.mapa.intuition import of_two_minds
 from pyrogaps.models.synthetic import SyntheticData
 
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder in the place of `benchmarks/results`, and runs with the least S alone."""
+    """A folder in the place of `benchmarks/results`, runs with the least S alone, and none but their own picture."""
     for module in (mapa, reporting):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(mapa, "figures", lambda *_: None)
     monkeypatch.setattr(runs, "SAMPLES", (3,))
+    monkeypatch.setattr(evaluation, "NUM_SAMPLES", 3)
     return tmp_path / "results"
 
 
@@ -35,6 +39,7 @@ def test_every_method_has_a_row_and_none_is_trained_again(
     assert set(table.index) == {("circle", name) for name in (runs.VAE, *runs.METHODS)}
     assert table["KL"].notna().all()
     assert (table["draws"] == 2).all()
+    assert (table["steps"] == 20).all()
     passes = table["decoder passes per point"]["circle"]
     assert passes[[runs.VAE, runs.IWAE]].round(1).tolist() == [1, 3]
     assert (tmp_path / "quick" / "mapa.png").stat().st_size > 0
@@ -84,3 +89,88 @@ def test_unknown_data_set_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(SystemExit) as error:
         run(monkeypatch, tmp_path, "square")
     assert error.value.code == 2
+
+
+def options(folder: Path, num_steps: int | None) -> runs.Options:
+    return runs.Options(folder, True, 1, 1, num_steps, 60, 30, 0)
+
+
+def test_a_data_set_has_its_number_of_steps_unless_another_is_given(tmp_path: Path) -> None:
+    usual, given = options(tmp_path, None), options(tmp_path, 7)
+    assert [usual.steps(name) for name in ("circle", "spiral-dots")] == [1200, 4000]
+    assert [given.steps(name) for name in ("circle", "spiral-dots")] == [7, 7]
+    assert usual.folder("spiral-dots") == tmp_path / "60-datapoints-4000-steps-seed-0" / "spiral-dots"
+    for number, name in enumerate(("circle", "spiral-dots")):
+        runs.write_json(usual.folder(name), "VAE-1-draw-0-restart-0.json", {"validation": 1.0, "divergence": number})
+    best = runs.best_runs(usual)
+    assert runs.summary(best)[["data set", "steps", "KL"]].to_numpy().tolist() == [
+        ["circle", 1200, 0.0],
+        ["spiral-dots", 4000, 1.0],
+    ]
+
+
+def test_evaluation_is_of_the_best_models_and_made_once(
+    monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path
+) -> None:
+    training_run = run(monkeypatch, tmp_path, "circle", "--draws", "1", "--evaluate")
+    table = pd.read_csv(results / "mapa_evaluation-quick.csv").set_index("model")
+    assert set(table.index) == {"truth", runs.VAE, *runs.METHODS}
+    # What was trained again is the model that the run measured.
+    assert table["KL"][list(runs.METHODS)].to_numpy() == pytest.approx(training_run["KL"]["circle"][list(runs.METHODS)])
+    assert (table["log p(x)"] - table["log p(x) by IWAE"]).to_numpy() == pytest.approx(table["difference"], abs=1e-9)
+    assert abs(table["difference"]["truth"]) < 5 * table["standard error"]["truth"]
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("made again")
+
+    for module, name in ((runs, "trained"), (evaluation, "evaluated")):
+        monkeypatch.setattr(module, name, again)
+    run(monkeypatch, tmp_path, "circle", "--draws", "1", "--evaluate")
+    pd.testing.assert_frame_equal(pd.read_csv(results / "mapa_evaluation-quick.csv").set_index("model"), table)
+
+
+@pytest.mark.parametrize("method", [runs.VAE, runs.MAPA])
+def test_weights_that_are_kept_give_the_same_model(method: str, tmp_path: Path) -> None:
+    few, data = options(tmp_path, 5), SyntheticData("circle", 60, 60, 30)
+    few.folder("circle").mkdir(parents=True)
+    job = runs.Job("circle", 0, method, 3, 0)
+    expected = runs.train(job, data, few).model.log_evidence(data.test)
+    for _ in range(2):
+        assert torch.equal(evaluation.retrained(job, data, few).log_evidence(data.test), expected)
+
+
+def test_figures_are_drawn_and_distances_written(results: Path, tmp_path: Path) -> None:
+    figures(["circle"], options(tmp_path, None), tmp_path)
+    for name in ("mapa_intuition", "mapa_posteriors", "mapa_decoders"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 0
+    distances = pd.read_csv(results / "mapa_posteriors-quick.csv").set_index("posterior")["from the true posterior"]
+    assert distances["empiricalized"] < distances["MAPA"] < 0.5 * distances["uniform"]
+
+
+def test_smoothed_posteriors_are_densities() -> None:
+    data = SyntheticData("absolute-value", 200, 1, 1)
+    step = posteriors.LINE[1] - posteriors.LINE[0]
+    found = posteriors.over_datapoints(data)
+    for density in (posteriors.smoothed(q, data.latents["train"]) for q in found.values()):
+        assert torch.allclose(density.sum(1) * step, torch.ones(200, dtype=torch.float64), atol=1e-6)
+    truth = posteriors.true_posterior(data.truth, data.train)
+    assert torch.allclose(truth.sum(1) * step, torch.ones(200, dtype=torch.float64), atol=1e-4)
+
+
+def test_empiricalized_posterior_tends_to_the_true_one() -> None:
+    few, many = (next(posteriors.distances("circle", SyntheticData("circle", number, 1, 1)))[2] for number in (50, 800))
+    assert many < 0.5 * few
+
+
+def test_both_decoders_explain_a_datapoint_by_the_same_place() -> None:
+    data = SyntheticData("absolute-value", 200, 1, 1)
+    places = [model.decoder(z) for model, z in decoders.variants(data).values()]
+    assert (places[0] - places[1]).norm(dim=1).max() < 0.2 * data.truth.variance.sqrt()
+
+
+def test_datapoint_of_two_minds() -> None:
+    data = SyntheticData("figure-8", 300, 1, 1)
+    row = of_two_minds(data)
+    density = posteriors.true_posterior(data.truth, data.train[row : row + 1])[0]
+    peaks = (density[1:-1] > density[:-2]) & (density[1:-1] > density[2:]) & (density[1:-1] > 0.1 * density.max())
+    assert peaks.sum() == 2

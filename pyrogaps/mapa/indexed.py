@@ -41,6 +41,11 @@ class IndexedELBO(ELBO):
         """N, of the posterior's data."""
         return self.posterior.num_datapoints
 
+    @property
+    def device(self) -> torch.device:
+        """Where the posterior lies, and its data with it."""
+        return self.posterior.indices.device
+
     def __repr__(self) -> str:
         held = f"{self.posterior.num_neighbours} of {self.num_datapoints} datapoints by {self.posterior.kernel}"
         chosen = ("num_top", "num_samples", "replacement", "num_draws", "neighbourhood_size")
@@ -57,7 +62,7 @@ class IndexedELBO(ELBO):
 
     def bounds(self, model: Program, encoder: Program, indices: Tensor) -> Tensor:
         """One draw of the bound for each of the datapoints `indices` `(B,)`: shape `(B,)`, nats, differentiable."""
-        indices = checked_indices(indices, self.num_datapoints).to(self.posterior.indices.device)
+        indices = checked_indices(indices, self.num_datapoints).to(self.device)
         values, passes = self.draw_bounds(self._paired(model, encoder), indices)
         self.num_encoded += passes
         self.num_decoded += passes

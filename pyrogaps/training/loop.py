@@ -135,6 +135,10 @@ class _Trainer:
             raise InputError(
                 f"training: objective {name} holds {bound.num_datapoints} datapoints, not the {len(self.data)} given"
             )
+        if bound.device.type != self.device.type:
+            raise InputError(
+                f"training: objective {name} holds its data on {bound.device.type}; move them to {self.device}"
+            )
         if self.validation is not None:
             raise InputError(f"training: objective {name} is a bound on its own data alone; leave out validation data")
         return IndexedObjective(self.augmented, self.guide, bound)

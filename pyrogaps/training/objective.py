@@ -126,6 +126,7 @@ class IndexedBound(Protocol):
     """A loss whose steps take indices of the `num_datapoints` that it holds, and that says which go together."""
 
     num_datapoints: int
+    device: torch.device
 
     def minibatches(self, batch_size: int) -> list[Tensor]:
         """One pass over the data in batches of indices."""

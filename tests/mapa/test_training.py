@@ -98,3 +98,5 @@ def test_other_data_are_refused() -> None:
         pg.train(Model(), Encoder(), X[:30], objective=loss, **quick)
     with pytest.raises(pg.InputError, match="objective MAPA_ELBO is a bound on its own data alone"):
         pg.train(Model(), Encoder(), X, objective=loss, validation=X[:5], **quick)
+    with pytest.raises(pg.InputError, match="objective MAPA_ELBO holds its data on cpu; move them to meta"):
+        pg.train(Model(), Encoder(), X, objective=loss, device="meta", **quick)
