@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 
 import pyrogaps as pg
 from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.guides.delta import AmortizedDelta
 from pyrogaps.mapa import empiricalized_posterior, uniform_posterior
 from pyrogaps.mapa.prior import recovered_transport
 from pyrogaps.models.curves import ACTIVATION, HIDDEN
-from pyrogaps.models.mlp import mlp
 from pyrogaps.models.synthetic import SyntheticData, SyntheticModel
 from pyrogaps.streams import derive_seed, seeded
 from pyrogaps.training import Cosine
@@ -30,18 +29,6 @@ LEARNING_RATE = 0.03
 NUM_TOP = 1
 # Of the prior that is recovered from a MAPA model's latents: the likeliest for the validation data is taken.
 NUM_PIECES = (8, 32)
-
-
-class Encoder(nn.Module):
-    """h(x), a perceptron; a Pyro guide with one Delta."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = mlp([2, *HIDDEN, 1], ACTIVATION)
-
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(self.encoder(x), event_dim=1))
 
 
 @dataclass
@@ -92,9 +79,11 @@ def trained(method: str, num_samples: int, data: SyntheticData, num_steps: int, 
     return Trained(*made[best], scores[best], decoded.rows / num_rows, encoded.rows / num_rows, seconds)
 
 
-def untrained(method: str, data: SyntheticData) -> tuple[SyntheticModel, AmortizedNormal | Encoder]:
+def untrained(method: str, data: SyntheticData) -> tuple[SyntheticModel, AmortizedNormal | AmortizedDelta]:
     """The decoder that all methods share, and the encoder that the method wants."""
-    guide = AmortizedNormal(2, 1, HIDDEN, ACTIVATION) if method in (VAE, IWAE) else Encoder()
+    guide = (
+        AmortizedNormal(2, 1, HIDDEN, ACTIVATION) if method in (VAE, IWAE) else AmortizedDelta(2, 1, HIDDEN, ACTIVATION)
+    )
     return SyntheticModel(data.truth.curve), guide
 
 
@@ -134,7 +123,7 @@ def _minibatches(number: int, num_steps: int) -> Iterator[Tensor]:
             num_steps -= 1
 
 
-def _with_priors(model: SyntheticModel, encoder: Encoder, x: Tensor) -> Iterator[tuple[SyntheticModel, int]]:
+def _with_priors(model: SyntheticModel, encoder: AmortizedDelta, x: Tensor) -> Iterator[tuple[SyntheticModel, int]]:
     """Models whose decoders take standard Normal noise: what maps it to latents, then the decoder that was trained."""
     with torch.no_grad():
         latents = encoder.encoder(x)

@@ -14,29 +14,28 @@ from pyrogaps.mapa.shared_draws import SharedDraws
 class MAPA_IWAE_ELBO(IndexedELBO):
     r"""A lower bound of log p(x_n) itself, by a mixture of the amortized posteriors of what explains x_n.
 
-    Of D datapoints $i \in D_n$ that explain $x_n$ (x_n itself, as a rule, among the K most probable under MAPA's fixed
-    q(i|x_n), and S others drawn from it without replacement), every one contributes R draws to an importance-weighted
-    bound whose proposal is their mixture:
+    D_n are the K most probable explanations of x_n under MAPA's fixed q(i|x_n), itself among them as a rule, and S
+    others drawn from it without replacement. Each of them gives R draws to an importance-weighted bound whose proposal
+    is their mixture:
 
     $$\mathcal L_n = \mathbb E \log \sum_{i \in D_n} a_{ni} \frac1R \sum_r \frac{p_\theta(x_n, z_{ir})}{q_n(z_{ir})}
       \le \log p_\theta(x_n), \quad z_{ir} \sim q_\phi(z|x_i), \quad q_n(z) = \sum_{i \in D_n} a_{ni} q_\phi(z|x_i)$$
 
-    in nats, with $a_{ni} \propto q(i|x_n)$ over D_n. Each stratum's mean is the integral of $a_{ni} q_\phi(z|x_i)
-    p_\theta(x_n, z) / q_n(z)$ over z; these sum to p(x_n), whatever D_n and a are. Draws serve all datapoints of a
-    batch that they explain, and are decoded once.
+    in nats, with $a_{ni} \propto q(i|x_n)$ over D_n. The terms of one i have the mean $\int a_{ni} q_\phi(z|x_i)
+    p_\theta(x_n, z) / q_n(z) dz$, and these sum to p(x_n), whatever D_n and a are. A draw serves all datapoints of a
+    batch that it explains, and is decoded once.
 
     **The entropy.** With K = 1, S = 0, R = 1 this is the ELBO, $\mathbb E_q \log p(x_n|z) + \mathbb E_q \log p(z) +
-    H[q_\phi(z|x_n)]$. Let q become a Delta: H falls to minus infinity, for each draw that far beyond the prior's
-    reach. MAPA evades this by a prior made of the same Deltas, $p(z) = \frac1N \sum_i \delta(z - h(x_i))$. Densities
-    relative to it are counts, $p(z_i) / q_n(z_i) = 1 / (N a_{ni})$, and the bound becomes that of `MAPA_ELBO` over D_n.
-    What an explanation may say about its datapoint,
+    H[q_\phi(z|x_n)]$. For a Delta the last term is minus infinity. MAPA escapes that by a prior made of the same
+    Deltas, $p(z) = \frac1N \sum_i \delta(z - h(x_i))$: then $p(z_i) / q_n(z_i) = 1 / (N a_{ni})$, and the bound is that
+    of `MAPA_ELBO` over D_n. So what the latent says about its datapoint,
 
     $$I(x; z) = H[\mathbb E_x q(z|x)] - \mathbb E_x H[q(z|x)],$$
 
-    costs then log N at the most, were it ever so precise: the last term is what is missing. In few dimensions the
-    datapoints lie close to one another, and log N is about right. In many, each is explained by itself alone, and the
-    model is an autoencoder with nothing to hold its latents together. Here the term is back, and with it the model's
-    own prior; none has to be recovered. `encoder` can serve as its guide.
+    costs log N at the most, however finely it says it: the entropy of q is what is missing. In few dimensions other
+    datapoints explain x_n about as well as itself, and the price is right. In many, each is explained by itself alone,
+    and the model is an autoencoder whose latents nothing holds together. Here the term is back, and the prior is the
+    model's own, so that none has to be recovered and `encoder` is the model's guide.
 
     Hand it to SVI or to `pyrogaps.train` as you would `MAPA_ELBO`; `encoder` is a Pyro guide with one density for each
     site, of x alone, such as an amortized Normal. With K = 1, S = 0 and R draws it is `IWAE_ELBO(R)`.

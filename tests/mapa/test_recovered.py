@@ -114,6 +114,22 @@ def test_training_by_settings_leaves_a_better_generative_model(with_encoder: boo
     assert float(after.value.mean()) > float(before.value.mean()) + 5
 
 
+def test_a_resumed_run_ends_with_the_same_prior(tmp_path: Path) -> None:
+    held = SyntheticData("circle", 120, 0, 5)
+
+    def run(num_epochs: int, path: Path | None) -> Tensor:
+        torch.manual_seed(7)
+        model, encoder = RecoveredPrior(SyntheticModel("circle")), AmortizedDelta(2, 1, (8,))
+        settings = Mapa(bandwidth=0.02, num_samples=3, training=Training(num_epochs=num_epochs, learning_rate=0.01))
+        train_by_mapa(model, encoder, encoder, held.train, settings, checkpoint=path, progress=False)
+        return model.means
+
+    run(2, tmp_path / "run.pt")
+    unbroken = run(4, None)
+    for _ in range(2):  # the second time there is nothing left to train
+        torch.testing.assert_close(run(4, tmp_path / "run.pt"), unbroken, rtol=0, atol=0)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(pg.InputError, match="RecoveredPrior: latent_dim must be at least 1, got 0"):
         RecoveredPrior(linear(), 0)
