@@ -208,11 +208,11 @@ def test_batches_and_seeds(chunked: Any) -> None:
 
 def test_a_stopped_run_goes_on(chunked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in its third chunk, taken up again: nothing done twice, and the same ledger as unbroken."""
-    from pyrogaps.gaps.decompose import _Work
+    from pyrogaps.gaps.work import Work
 
     unbroken = decompose(*chunked, **QUICK)
     measured: list[int] = []
-    original = _Work.measure
+    original = Work.measure
 
     def measure(self: Any, chunk: Any) -> Any:
         if len(measured) == 2:
@@ -220,7 +220,7 @@ def test_a_stopped_run_goes_on(chunked: Any, tmp_path: Path, monkeypatch: pytest
         measured.append(chunk.start)
         return original(self, chunk)
 
-    monkeypatch.setattr(_Work, "measure", measure)
+    monkeypatch.setattr(Work, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         decompose(*chunked, cache=tmp_path, **QUICK)
     assert measured == [0, 64]
@@ -230,7 +230,7 @@ def test_a_stopped_run_goes_on(chunked: Any, tmp_path: Path, monkeypatch: pytest
         again.append(chunk.start)
         return original(self, chunk)
 
-    monkeypatch.setattr(_Work, "measure", counted)
+    monkeypatch.setattr(Work, "measure", counted)
     resumed = decompose(*chunked, cache=tmp_path, **QUICK)
     assert again == [128]
     xr.testing.assert_identical(resumed.per_datapoint, unbroken.per_datapoint)
@@ -255,19 +255,19 @@ def changed_data(model: LinearGaussian, guide: WrongEncoder, x: Tensor) -> None:
 def test_only_what_still_holds_is_taken_up(
     chunked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, redone: int
 ) -> None:
-    from pyrogaps.gaps.decompose import _Work
+    from pyrogaps.gaps.work import Work
 
     decompose(*chunked, cache=tmp_path, **QUICK)
     if change is not None:
         change(*chunked)
     fresh = decompose(*chunked, **QUICK)
-    count, original = [0], _Work.measure
+    count, original = [0], Work.measure
 
     def measure(self: Any, chunk: Any) -> Any:
         count[0] += 1
         return original(self, chunk)
 
-    monkeypatch.setattr(_Work, "measure", measure)
+    monkeypatch.setattr(Work, "measure", measure)
     cached = decompose(*chunked, cache=tmp_path, **QUICK)
     assert count[0] == redone
     xr.testing.assert_identical(cached.per_datapoint, fresh.per_datapoint)

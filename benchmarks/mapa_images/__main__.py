@@ -38,6 +38,7 @@ class Options:
     quick: bool
     minutes: float
     num_images: int
+    latents: tuple[int, ...] | None
     seed: int
 
 
@@ -50,7 +51,7 @@ def tasks(name: str, options: Options) -> tuple[Tensor, list[Task]]:
         data = MNIST(binarisation="stochastic", num_train=500 if options.quick else None)
         seconds, dims, hidden = 60.0 * options.minutes, (2, 10), (200, 200)
     images = data.train.flatten(1)
-    found = [Task(images, dim, hidden, seconds) for dim in dims]
+    found = [Task(images, dim, hidden, seconds) for dim in options.latents or dims]
     return data.test.flatten(1)[: options.num_images], found
 
 
@@ -113,7 +114,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny runs, to see that it works")
     parser.add_argument("--runs", type=Path, default=Path("benchmarks/runs/mapa_images"))
     parser.add_argument(
-        "--minutes", type=float, default=6.0, help="CPU time of a training on MNIST; on digits 1 at most"
+        "--minutes", type=float, default=3.0, help="CPU time of a training on MNIST; on digits 1 at most"
+    )
+    parser.add_argument(
+        "--latents", type=int, nargs="+", help="dimensions (default: 2, and 8 or 10)"
     )
     parser.add_argument("--num_images", type=int, default=200, help="test images that are evaluated")
     parser.add_argument("--seed", type=int, default=0)

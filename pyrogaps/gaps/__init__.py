@@ -2,5 +2,6 @@
 
 from pyrogaps.gaps.decompose import decompose
 from pyrogaps.gaps.ledger import GapLedger
+from pyrogaps.gaps.retrain import Retraining, Split
 
-__all__ = ["GapLedger", "decompose"]
+__all__ = ["GapLedger", "Retraining", "Split", "decompose"]

@@ -1,7 +1,7 @@
 """`GapLedger`: the gaps of every datapoint, with their errors and where each number comes from."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -9,11 +9,14 @@ import pandas as pd
 import xarray as xr
 
 from pyrogaps.errors import InputError
-from pyrogaps.gaps.table import render, summary_mcse
+from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
+from pyrogaps.gaps.split import parts_of
+from pyrogaps.gaps.table import cautions, render, summary_mcse
 
 OWN = "own"
 ATTRIBUTE = "pyrogaps"
 GROUPS = ("per_datapoint", "traces", "observed_data")
+TRAINING = "training_data"
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,6 +28,9 @@ class GapLedger:
     ├─ approximation gap = log p(x) - L[q*]     the family cannot hold the posterior
     ├─ conditioning gap  = L[q*]    - L[q*_C]   the guide is not shown all of x (where that is so, and measured)
     └─ amortization gap  = L[q*_C]  - L[q]      one network for all x
+       ├─ capacity gap                          what the network cannot do, however well trained (where split)
+       ├─ optimization gap                      what training it on would gain on the training data
+       └─ generalization gap                    what it does worse on these data than on the training data
     ```
 
     with q* the best of the guide's own family for each datapoint, and q*_C the best that is shown no more of x than the
@@ -42,12 +48,15 @@ class GapLedger:
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
         observed: the data, where they are one tensor of moderate size.
         provenance: which estimator, direction of bound and settings each number has; seed and versions.
+        training: of a split amortization gap, over "training_datapoint": `elbo` of the guide, `elbo_retrained` of the
+            guide trained on, `elbo_target` (L[q*_C]), each with `<name>_mcse`; else None.
     """
 
     per_datapoint: xr.Dataset
     traces: xr.Dataset
     observed: xr.Dataset
     provenance: dict[str, Any]
+    training: xr.Dataset | None = None
 
     def summary(self) -> pd.DataFrame:
         """One row a quantity: mean over datapoints, its standard error over datapoints, its Monte Carlo standard error
@@ -65,13 +74,25 @@ class GapLedger:
                 "estimator": how["estimator"],
                 "direction": how["direction"],
             }
+            if name == "amortization_gap" and self.training is not None:
+                for part, value in parts_of(self.per_datapoint, self.training):
+                    rows[part] = {**asdict(value), **self.provenance["quantities"][part]}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("quantity")
 
-    def to_datatree(self) -> xr.DataTree:
-        """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, and the provenance as one
-        JSON string in the attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`.
+    def diagnose(self) -> Diagnosis:
+        """Which gap dominates and what usually closes it, ranked by nats.
+
+        Nothing is advised on a difference within two standard errors. Take `.dominant` and `.findings`, or print it.
         """
-        tree = xr.DataTree.from_dict(dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed), strict=True)))
+        return diagnosis(self.summary(), tuple(cautions(self.per_datapoint, self.provenance)))
+
+    def to_datatree(self) -> xr.DataTree:
+        """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, where the amortization
+        gap is split `training_data`, and the provenance as one JSON string in the attribute "pyrogaps". Save it with
+        `.to_netcdf(path, engine="h5netcdf")`.
+        """
+        groups = dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed), strict=True))
+        tree = xr.DataTree.from_dict(groups if self.training is None else {**groups, TRAINING: self.training})
         tree.attrs[ATTRIBUTE] = json.dumps(self.provenance)
         return tree
 
@@ -82,7 +103,8 @@ class GapLedger:
         if missing or ATTRIBUTE not in tree.attrs:
             raise InputError(f"ledger: not a tree written by GapLedger.to_datatree (missing {missing or ATTRIBUTE})")
         per_datapoint, traces, observed = (tree.children[name].to_dataset() for name in GROUPS)
-        return cls(per_datapoint, traces, observed, json.loads(tree.attrs[ATTRIBUTE]))
+        training = tree.children[TRAINING].to_dataset() if TRAINING in tree.children else None
+        return cls(per_datapoint, traces, observed, json.loads(tree.attrs[ATTRIBUTE]), training)
 
     @property
     def families(self) -> list[str]:

@@ -11,6 +11,9 @@ TREE = {
     "approximation_gap": "├─ approximation gap",
     "conditioning_gap": "├─ conditioning gap",
     "amortization_gap": "└─ amortization gap",
+    "capacity_gap": "   ├─ capacity gap",
+    "optimization_gap": "   ├─ optimization gap",
+    "generalization_gap": "   └─ generalization gap",
 }
 BOUNDS = {
     "log_evidence": "log p(x)",
@@ -87,7 +90,7 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
     if unreliable > 0:
         notes.append(f"IWAE: k-hat above 0.7 for {unreliable:.0%} of the datapoints; the gaps do not rest on it")
-    notes += _on_conditions(per_datapoint, provenance)
+    notes += [*_on_conditions(per_datapoint, provenance), *_on_split(provenance)]
     if provenance["unnormalised_likelihood"]:
         sites = ", ".join(provenance["unnormalised_likelihood"])
         notes.append(
@@ -95,6 +98,30 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
             "validate_args=False, so log p(x) is not a log-probability; gaps are still gaps"
         )
     return notes
+
+
+def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """What the numbers rest on that does not bear weight."""
+    found = []
+    moving = 1 - float(per_datapoint["converged"].sel(family="own").mean())
+    if moving > 0.1:
+        found.append(
+            f"the refinement of {moving:.0%} of the datapoints had not converged, which makes the approximation gap "
+            "too large and the amortization gap too small; give Refinement more num_steps"
+        )
+    ess = float(per_datapoint["log_evidence_ess"].mean()) / provenance["evidence"]["num_chains"]
+    if ess < 0.2:
+        found.append(
+            f"AIS kept {ess:.0%} of its chains effective, so log p(x), and every gap to it, may be too small; give AIS "
+            "more temperatures"
+        )
+    starts = provenance.get("split", {}).get("starts", [])
+    if starts and not all(start["converged"] for start in starts):
+        found.append(
+            "phi-hat had not converged, so the capacity gap may be too large and the optimization gap too small; give "
+            "Retraining more max_rounds"
+        )
+    return found
 
 
 def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
@@ -120,3 +147,14 @@ def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> lis
         f"L[q*_C] on the model's completions is higher than on the data by {misfit.mean():.2f}{error} nats; far "
         "from 0, the data do not follow the model",
     ]
+
+
+def _on_split(provenance: dict[str, Any]) -> list[str]:
+    """How the guide that was trained on came about."""
+    starts = provenance.get("split", {}).get("starts", [])
+    if not starts:
+        return []
+    rounds = [len(start["elbo"]) - 1 for start in starts]
+    left = [start["start"] for start in starts if not start["converged"]]
+    told = f"phi-hat: best of {len(starts)} starts ({starts[0]['start']}), {min(rounds)} to {max(rounds)} rounds each"
+    return [told + (f"; not converged: {', '.join(left)}" if left else ", all converged")]

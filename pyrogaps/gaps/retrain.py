@@ -1,0 +1,170 @@
+"""phi-hat: the guide's own network, trained on for the frozen model until its training bound improves no more."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyrogaps.density import Data, IndexedData
+from pyrogaps.density.data import as_indexed
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+from pyrogaps.streams import derive_seed, seeded
+from pyrogaps.training import Cosine, Training, train
+
+WARM = "warm"
+
+
+def _round() -> Training:
+    return Training(num_epochs=50, schedule=Cosine(50, final=0.01))
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """How phi-hat is found, for the `split` of the amortization gap.
+
+    Args:
+        training: settings of one round of `pyrogaps.train`, for the guide alone; the learning rate should fall in it.
+        num_restarts: how often to start from fresh weights, besides the guide's own.
+        max_rounds: of every start.
+        tolerance: a start has converged when a round raises its ELBO on the training data by no more, nats.
+        num_datapoints: how many training datapoints, evenly spaced, bounds are measured on; null: all.
+
+    Raises `InputError` for a setting out of range.
+    """
+
+    training: Training = field(default_factory=_round)
+    num_restarts: int = 1
+    max_rounds: int = 10
+    tolerance: float = 0.01
+    num_datapoints: int | None = 512
+
+    def __post_init__(self) -> None:
+        limits = {"num_restarts": 0, "max_rounds": 1, "num_datapoints": 2}
+        for name, least in limits.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"retraining: {name} must be at least {least}, got {value}")
+        if not self.tolerance > 0:
+            raise InputError(f"retraining: tolerance must be positive, got {self.tolerance}")
+        for name in ("objective", "patience"):
+            if getattr(self.training, name) is not None:
+                raise InputError(f"retraining.training: phi-hat climbs the ELBO for whole rounds; leave {name} out")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The data that the guide was trained on, and how to train it on: what splits the amortization gap.
+
+    Args:
+        train_data: as the data of `decompose`.
+        retraining: how phi-hat is found.
+    """
+
+    train_data: Data
+    retraining: Retraining = field(default_factory=Retraining)
+
+    def measured(self) -> tuple[IndexedData, torch.Tensor]:
+        """The training datapoints that bounds are measured on, and their indices."""
+        indexed, most = as_indexed(self.train_data), self.retraining.num_datapoints
+        number = len(indexed) if most is None else min(most, len(indexed))
+        chosen = torch.linspace(0, len(indexed) - 1, number).round().long()
+        return IndexedData(number, lambda indices: indexed.fetch(chosen[indices])), chosen
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of the retraining: its name, the bound before and after every round, nats, and its best guide."""
+
+    name: str
+    bounds: list[float]
+    converged: bool
+    guide: nn.Module
+
+    def told(self) -> dict[str, Any]:
+        """What is kept of it."""
+        return {"start": self.name, "elbo": self.bounds, "converged": self.converged}
+
+
+def retrain(
+    model: Program,
+    guide: Program,
+    split: Split,
+    bound: Callable[[Program], float],
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> list[Start]:
+    """Copies of `guide` trained on from its weights and from fresh ones, the best by `bound` first.
+
+    A start is trained in rounds until one of them raises `bound`, the ELBO of the measured training data, by no more
+    than the tolerance, or there have been `max_rounds`. Neither model nor guide are changed. `folder` keeps finished
+    rounds, from which a run that was stopped continues.
+
+    Raises `InputError` for a guide that is no module, and where training diverges.
+    """
+    if not isinstance(guide, nn.Module):
+        raise InputError("split: only a guide that is a module can be copied and trained on, and this one is not")
+    starts = [
+        _trained_on(model, name, copied, split, bound, seed, folder, progress)
+        for name, copied in _copies(guide, split.retraining.num_restarts, seed)
+    ]
+    return sorted(starts, key=lambda start: -max(start.bounds))
+
+
+def _copies(guide: nn.Module, num_restarts: int, seed: int) -> Iterator[tuple[str, nn.Module]]:
+    yield WARM, copy.deepcopy(guide)
+    for number in range(1, num_restarts + 1):
+        fresh = copy.deepcopy(guide)
+        with seeded(seed, "fresh weights", number):
+            _reset(fresh)
+        yield f"fresh {number}", fresh
+
+
+def _reset(guide: nn.Module) -> None:
+    """Fresh weights for every layer, as torch's own `reset_parameters` draws them."""
+    for name, module in guide.named_modules():
+        own = [part for part, _ in module.named_parameters(recurse=False)]
+        if own and not hasattr(module, "reset_parameters"):
+            where = ".".join(part for part in (name, own[0]) if part)
+            raise InputError(
+                f"split: parameter '{where}' cannot be started afresh, because {type(module).__name__} has no "
+                "reset_parameters(); write one, or set num_restarts=0"
+            )
+        if own:
+            module.reset_parameters()
+
+
+def _trained_on(
+    model: Program,
+    name: str,
+    guide: nn.Module,
+    split: Split,
+    bound: Callable[[Program], float],
+    seed: int,
+    folder: Path | None,
+    progress: bool,
+) -> Start:
+    chosen, bounds = split.retraining, [bound(guide)]
+    best = copy.deepcopy(guide)
+    options = {**vars(chosen.training), "freeze_model": True}
+    for number in range(1, chosen.max_rounds + 1):
+        file = None if folder is None else folder / f"retraining-{name.replace(' ', '-')}-{number}.pt"
+        stream = derive_seed(seed, "retraining", name, number)
+        try:
+            train(model, guide, split.train_data, **options, checkpoint=file, seed=stream, progress=progress)
+        except FloatingPointError as error:
+            raise InputError(
+                f"split: the {name} start diverged: {error}; lower retraining.training.learning_rate"
+            ) from error
+        bounds.append(bound(guide))
+        if bounds[-1] == max(bounds):
+            best = copy.deepcopy(guide)
+        if bounds[-1] - bounds[-2] <= chosen.tolerance:
+            return Start(name, bounds, True, best)
+    return Start(name, bounds, False, best)

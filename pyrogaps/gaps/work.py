@@ -1,0 +1,190 @@
+"""What is measured of each chunk of datapoints: the guide's bounds, refinements, evidence."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrogaps.ais import AIS, anchor, anchored_path, prior_path, run_path, run_pilot
+from pyrogaps.anneal import AnnealResult, Tuning
+from pyrogaps.bounds import chunk_log_weights, over_chunks
+from pyrogaps.capture import GradientEvaluator
+from pyrogaps.conditioning import ConditioningMeasure
+from pyrogaps.density import GuideDensity, JointDensity
+from pyrogaps.density.draws import Posterior
+from pyrogaps.gaps.ledger import OWN
+from pyrogaps.gaps.parts import Arrays, Parts, Score
+from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
+from pyrogaps.refine import OwnFamily, Refinement, refine_chunk
+from pyrogaps.refine.families import Family
+from pyrogaps.refine.own import start_of
+from pyrogaps.streams import Chunk, chunks
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+
+class Work:
+    """What is done for each chunk, in order: the guide's ELBO, refinements, evidence."""
+
+    bar: Any
+
+    def __init__(
+        self,
+        joint: JointDensity,
+        density: GuideDensity,
+        own: OwnFamily,
+        further: dict[str, Family],
+        evidence: AIS,
+        refinement: Refinement,
+        num_particles: int,
+        seed: int,
+    ) -> None:
+        self.joint, self.density, self.own, self.further = joint, density, own, further
+        self.evidence, self.refinement, self.num_particles, self.seed = evidence, refinement, num_particles, seed
+        self.evaluator = GradientEvaluator(joint, evidence.mode)
+        self.prior_evaluator = GradientEvaluator(joint, evidence.mode, split=True)
+        self.conditioned: ConditioningMeasure | None = None
+        self._started = 0
+        self._finished: list[np.ndarray[Any, Any]] = []
+
+    @property
+    def num_stages(self) -> int:
+        return 3 + len(self.further) + (self.conditioned is not None)
+
+    def measure(self, chunk: Chunk) -> Arrays:
+        """All columns of the ledger for a chunk."""
+        arrays, own = self.bounds(chunk)
+        self.stage("AIS")
+        annealed, tuning = self.annealed(own, chunk)
+        log_evidence = log_mean_exp_estimate(annealed.log_weights, acceptance=annealed.acceptance)
+        assert log_evidence.ess is not None
+        assert log_evidence.acceptance is not None
+        evidence = {
+            **columns("log_evidence", log_evidence),
+            "log_evidence_ess": log_evidence.ess,
+            "acceptance": log_evidence.acceptance,
+            "acceptance_by_temperature": annealed.acceptance_by_temperature,
+            "ess_by_temperature": annealed.ess_by_temperature,
+            "inverse_temperature": tuning.inverse_temperatures[1:].mean(1),
+        }
+        return {**arrays, **as_arrays(evidence)}
+
+    def bounds(self, chunk: Chunk) -> tuple[Arrays, Posterior]:
+        """The columns of a chunk but for log p(x), and the refined guide of its own family."""
+        self.stage("ELBO of the guide")
+        guide = chunk_log_weights(self.density.joint, self.density, chunk, self.num_particles, self.seed, "elbo")
+        elbo, iwae = mean_estimate(guide), log_mean_exp_estimate(guide)
+        self.stage("refining the guide's own family")
+        refined, converged, kept, traces = [], [], [], []
+        start = None
+        families: dict[str, OwnFamily | Family] = {OWN: self.own, **self.further}
+        for name, family in families.items():
+            if name != OWN:
+                self.stage(f"refining {name}")
+            posterior, how = refine_chunk(
+                family, self.evaluator, chunk, self.refinement, self.seed, name, start, self.report
+            )
+            if name == OWN:
+                own, start = posterior, start_of(posterior, chunk, self.seed)
+            weights = chunk_log_weights(
+                self.joint, posterior, chunk, self.num_particles, self.seed, f"refined {name}", chunk.start
+            )
+            refined.append(mean_estimate(weights))
+            converged.append(how.converged)
+            kept.append(how.kept_start)
+            traces.append(how.trace)
+        if self.conditioned is not None:
+            self.stage(self.conditioned.stage)
+        shared = {} if self.conditioned is None else self.conditioned.arrays(chunk)
+        arrays = {
+            **columns("elbo", elbo),
+            **columns("iwae", iwae),
+            **shared,
+            "khat": iwae.khat,
+            "ess": iwae.ess,
+            "elbo_refined": torch.stack([estimate.value for estimate in refined], 1),
+            "elbo_refined_mcse": torch.stack([estimate.mcse for estimate in refined], 1),
+            "converged": torch.stack(converged, 1),
+            "kept_start": torch.stack(kept, 1),
+            "refined_elbo": torch.stack(traces),
+        }
+        return as_arrays(arrays), own
+
+    def annealed(self, own: Posterior, chunk: Chunk) -> tuple[AnnealResult, Tuning]:
+        """AIS of a chunk from where its settings say, and how the pilot tuned it."""
+        if self.evidence.initial == "prior":
+            path, evaluator = prior_path(self.prior_evaluator, chunk, self.seed), self.prior_evaluator
+        else:
+            refined = self.evidence.initial == "refined"
+            posterior, offset = (own, chunk.start) if refined else (self.density, 0)
+            start = anchor(self.joint, posterior, chunk, self.evidence.widen, self.seed, offset)
+            path, evaluator = anchored_path(self.evaluator, start, chunk, self.seed), self.evaluator
+        tuning = run_pilot(path, evaluator, chunk, self.evidence, self.seed)
+        return run_path(path, tuning, evaluator, chunk, self.evidence, self.seed), tuning
+
+    def stage(self, name: str) -> None:
+        """Say what is being done; the stages before it are finished."""
+        self._advance_to(self._started)
+        self._started += 1
+        self.bar.set_description_str(name)
+
+    def report(self, fraction: float, elbo: Tensor) -> None:
+        """Move the bar within a refinement, and show the bound it has reached."""
+        self.bar.set_postfix_str(f"{self._bounds()}ELBO {float(elbo.mean()):.2f} nats", refresh=False)
+        self.bar.update(fraction)
+
+    def finish(self, result: Arrays) -> None:
+        """A chunk is done: the bounds so far, beside the bar."""
+        # On training data there is no evidence: the refined bound stands in its place.
+        reached = result.get("log_evidence", result["elbo_refined"][:, 0])
+        self._finished.append(np.stack([result["elbo"], reached]))
+        self.bar.set_postfix_str(self._bounds() + "nats", refresh=False)
+        self._started = len(self._finished) * self.num_stages
+        self._advance_to(self._started)
+
+    def _advance_to(self, position: float) -> None:
+        self.bar.update(position - self.bar.n)
+
+    def _bounds(self) -> str:
+        if not self._finished:
+            return ""
+        elbo, log_evidence = np.concatenate(self._finished, 1).mean(1)
+        return f"L[q] {elbo:.2f}, log p(x) {log_evidence:.2f} "
+
+
+def columns(name: str, estimate: Estimate) -> dict[str, Tensor]:
+    """An estimate and its Monte Carlo error, as columns of the ledger."""
+    return {name: estimate.value, f"{name}_mcse": estimate.mcse}
+
+
+def as_arrays(tensors: dict[str, Any]) -> Arrays:
+    """The tensors there are, as arrays."""
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items() if value is not None}
+
+
+def run_chunks(
+    work: Work,
+    measure: Callable[[Work, Chunk], Arrays],
+    provenance: dict[str, Any],
+    batch_size: int,
+    progress: bool,
+    cache: str | os.PathLike[str] | None,
+) -> list[tuple[Chunk, Arrays]]:
+    """What `measure` finds on every chunk; finished ones are kept in the folder `cache`, for settings as they are."""
+    joint, density = work.joint, work.density
+    parts = Parts(cache, {**provenance, "batch_size": batch_size})
+    scores: list[Score] = [joint, density.log_prob, *([] if work.conditioned is None else [work.conditioned.score])]
+    number = len(chunks(joint.num_datapoints, batch_size))
+    with tqdm(total=number * work.num_stages, disable=not progress, dynamic_ncols=True, bar_format=BAR) as bar:
+        work.bar = bar
+
+        def one(chunk: Chunk) -> tuple[Chunk, Arrays]:
+            result = parts.get(chunk, joint, scores, lambda: measure(work, chunk))
+            work.finish(result)
+            return chunk, result
+
+        return over_chunks(one, joint, batch_size, work.seed)

@@ -1,0 +1,197 @@
+"""The amortization gap in three: closed forms, the ledger that holds it, how phi-hat is found, refusals, advice."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+import pyrogaps as pg
+from benchmarks import whose_fault
+from pyrogaps.gaps.diagnose import diagnosis
+from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.models.linear_gaussian import LinearGaussian
+from pyrogaps.training import Training
+from tests.references import anisotropic, draws_of
+
+STANDARD_ERRORS = 4.0
+GAPS = list(whose_fault.GAPS)
+TINY: dict[str, Any] = {
+    "evidence": pg.AIS(num_chains=2, num_temperatures=4, num_leapfrog=2),
+    "refinement": pg.Refinement(num_steps=20),
+    "num_particles": 20,
+    "progress": False,
+}
+QUICK = pg.Retraining(Training(num_epochs=2, learning_rate=1e-2), max_rounds=2, num_datapoints=40)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def pair(seed: int = 0) -> tuple[LinearGaussian, AmortizedNormal, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    model = anisotropic(4, 2)
+    x, _ = draws_of(model, 130)
+    return model, AmortizedNormal(4, 2, (3,)).double(), x[:100], x[100:]
+
+
+def split_ledger(retraining: pg.Retraining = QUICK, **options: Any) -> pg.GapLedger:
+    model, guide, train, test = pair()
+    return pg.decompose(model, guide, test, split=pg.Split(train, retraining), **{**TINY, **options})
+
+
+@pytest.mark.parametrize("cause", GAPS)
+def test_children_are_those_of_the_closed_form_and_the_cause_is_named(cause: str) -> None:
+    ledger, exact = whose_fault.measured(whose_fault.CASES[cause](0), seed=0)
+    summary = ledger.summary()
+    for gap in GAPS:
+        off = summary.loc[gap, "mean"] - exact[gap]
+        # A refinement of 300 steps is short of its optimum by less than a thousandth.
+        assert abs(off) < STANDARD_ERRORS * summary.loc[gap, "mcse"] + 1e-3, f"{gap}: off by {off} of {exact}"
+    assert max(exact, key=lambda gap: exact[gap]) == cause
+    assert ledger.diagnose().dominant == cause
+
+
+def test_children_sum_to_their_parent() -> None:
+    summary = split_ledger().summary()
+    assert list(summary.index[-4:]) == ["amortization_gap", *GAPS]
+    assert summary.loc[GAPS, "mean"].sum() == pytest.approx(summary.loc["amortization_gap", "mean"], abs=1e-12)
+    assert np.isfinite(summary.loc[GAPS, ["standard_error", "mcse"]].to_numpy(float)).all()
+
+
+def test_the_ledger_keeps_its_split(tmp_path: Path) -> None:
+    ledger = split_ledger()
+    ledger.to_datatree().to_netcdf(tmp_path / "ledger.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path / "ledger.nc", engine="h5netcdf") as tree:
+        back = pg.GapLedger.from_datatree(tree.load())
+    assert str(back) == str(ledger)
+    assert str(back.diagnose()) == str(ledger.diagnose())
+    assert "   ├─ capacity gap" in str(ledger)
+    assert "   └─ generalization gap" in str(ledger)
+    assert "phi-hat: best of 2 starts" in str(ledger)
+    assert back.training is not None
+    assert back.training.sizes["training_datapoint"] == 40
+
+
+def test_model_and_guide_are_left_as_they_were() -> None:
+    model, guide, train, test = pair()
+    before = [value.clone() for value in (*model.parameters(), *guide.parameters())]
+    whole = pg.decompose(model, guide, test, **TINY)
+    ledger = pg.decompose(model, guide, test, split=pg.Split(train, QUICK), **TINY)
+    for value, kept in zip((*model.parameters(), *guide.parameters()), before, strict=True):
+        assert torch.equal(value, kept)
+    pd.testing.assert_frame_equal(ledger.summary().drop(index=GAPS), whole.summary())
+
+
+def test_phi_hat_is_never_worse_than_the_guide() -> None:
+    """Training that ruins the network leaves the guide itself the best."""
+    ruin = replace(QUICK, training=Training(num_epochs=1, learning_rate=3.0), num_restarts=0)
+    ledger = split_ledger(ruin, num_particles=400)
+    row = ledger.summary().loc["optimization_gap"]
+    assert abs(row["mean"]) < STANDARD_ERRORS * row["mcse"]
+
+
+def test_a_run_that_was_stopped_continues_to_the_same_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = split_ledger()
+    from pyrogaps.gaps import retrain
+
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    original, calls = retrain.train, []
+
+    def second_round_stops(*args: Any, **options: Any) -> Any:
+        calls.append(options["seed"])
+        return stop() if len(calls) == 3 else original(*args, **options)
+
+    monkeypatch.setattr(retrain, "train", second_round_stops)
+    with pytest.raises(KeyboardInterrupt):
+        split_ledger(cache=tmp_path)
+    monkeypatch.setattr(retrain, "train", original)
+    assert len(list((tmp_path / "training").glob("retraining-*.pt"))) == 2
+    continued = split_ledger(cache=tmp_path)
+    pd.testing.assert_frame_equal(continued.summary(), whole.summary())
+
+
+class Loose(nn.Module):
+    """A guide with a parameter that no layer owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = nn.Linear(4, 2).double(), nn.Parameter(torch.zeros(2).double())
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x), self.scale.exp()).to_event(1))
+
+
+def test_what_cannot_be_split_is_refused() -> None:
+    model, guide, train, test = pair()
+
+    def refuse(said: str, guide: Any, retraining: pg.Retraining = QUICK) -> None:
+        with pytest.raises(pg.InputError, match=said):
+            pg.decompose(model, guide, test, split=pg.Split(train, retraining), **TINY)
+
+    refuse("only a guide that is a module", lambda x: guide(x))
+    refuse("parameter 'scale' cannot be started afresh, because Loose has no reset_parameters", Loose())
+    refuse("the warm start diverged", guide, replace(QUICK, training=Training(num_epochs=9, learning_rate=1e200)))
+    with pytest.raises(pg.InputError, match="leave split out"):
+        pg.decompose(model, guide, test, split=pg.Split(train, QUICK), plate=False, **TINY)
+    local = AutoNormal(model)
+    local(test)
+    refuse("AutoNormal|parameters for each", local)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_restarts": -1}, "num_restarts must be at least 0"),
+        ({"max_rounds": 0}, "max_rounds must be at least 1"),
+        ({"num_datapoints": 1}, "num_datapoints must be at least 2"),
+        ({"tolerance": 0.0}, "tolerance must be positive"),
+        ({"training": Training(patience=3)}, "leave patience out"),
+        ({"training": Training(objective=pg.IWAE_ELBO(3))}, "leave objective out"),
+    ],
+)
+def test_settings_are_checked(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(pg.InputError, match=said):
+        pg.Retraining(**options)
+
+
+def summary_of(**gaps: tuple[float, float]) -> pd.DataFrame:
+    """A summary with these means and standard errors."""
+    rows = {name: {"mean": mean, "standard_error": error, "mcse": 0.0} for name, (mean, error) in gaps.items()}
+    total = sum(mean for mean, _ in gaps.values())
+    return pd.DataFrame.from_dict(
+        {"inference_gap": {"mean": total, "standard_error": 0.1, "mcse": 0.0}, **rows}, "index"
+    )
+
+
+def test_advice_is_ranked_and_never_within_its_error() -> None:
+    told = diagnosis(summary_of(approximation_gap=(1.0, 0.1), amortization_gap=(4.0, 0.2)), ())
+    assert told.dominant == "amortization_gap"
+    assert [finding.gap for finding in told.findings] == ["amortization_gap", "approximation_gap"]
+    assert "split=Split(train_data)" in str(told)
+    near = diagnosis(summary_of(approximation_gap=(1.0, 0.3), amortization_gap=(1.4, 0.3)), ())
+    assert near.dominant is None
+    assert "amortization and approximation lie within their errors of one another" in str(near)
+    none = diagnosis(summary_of(approximation_gap=(0.1, 0.3), amortization_gap=(0.2, 0.3)), ("look out",))
+    assert none.dominant is None
+    assert "No gap exceeds its error" in str(none)
+    assert "What usually helps" not in str(none)
+    assert str(none).endswith("Mind: look out.")
+    alone = diagnosis(summary_of(approximation_gap=(1.0, 0.4), amortization_gap=(0.5, 0.9)), ())
+    assert alone.dominant is None
+    assert "The approximation gap is the only one that exceeds its error" in str(alone)
