@@ -202,7 +202,8 @@ def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool =
     data = construct("data", component)
     evaluated = _part(recipe, data, recipe.split.part, required=True)
     trains = recipe.training is not None or recipe.mapa is not None
-    train = _part(recipe, data, "train", required=trains and recipe.checkpoint is None)
+    trains = (trains and recipe.checkpoint is None) or recipe.retraining is not None
+    train = _part(recipe, data, "train", required=trains)
     validation = _part(recipe, data, "validation", required=False)
     return DataSet(train, validation, _first(recipe, evaluated)), remarks
 

@@ -22,7 +22,7 @@ from pyrogaps.command_line import Options, help_text, parse
 from pyrogaps.conditioning import Lookahead, declared, reference_guide
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
-from pyrogaps.gaps import GapLedger, decompose
+from pyrogaps.gaps import GapLedger, Split, decompose
 from pyrogaps.mapa import Mapa, train_by_mapa
 from pyrogaps.plots import plot_ledger
 from pyrogaps.plots.ledger import page_size
@@ -86,6 +86,7 @@ def _run(recipe: Recipe, options: Options) -> None:
             refinement=recipe.refinement,
             conditioning=recipe.conditioning,
             reference=reference,
+            split=_split(recipe, data),
             num_particles=recipe.num_particles,
             plate=recipe.plate,
             batch_size=recipe.batch_size,
@@ -180,6 +181,14 @@ def _reference(
             seed=recipe.seed,
             progress=progress,
         )
+
+
+def _split(recipe: Recipe, data: DataSet) -> Split | None:
+    """What splits the amortization gap; None where nothing does."""
+    if recipe.retraining is None:
+        return None
+    assert data.train is not None
+    return Split(data.train, recipe.retraining)
 
 
 @contextmanager

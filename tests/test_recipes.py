@@ -218,3 +218,12 @@ def test_mapa_that_does_not_fit(few_points: list[str], capsys: pytest.CaptureFix
     ):
         assert main(["mapa-circle", *few_points, *options]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_retraining_splits_the_amortization_gap(few_points: list[str], tmp_path: Path) -> None:
+    retraining = "{max_rounds: 1, num_datapoints: 20, training: {num_epochs: 1}}"
+    assert main(["mapa-circle", *few_points, "--retraining", retraining]) == 0
+    summary = pd.read_csv(tmp_path / "run" / "summary.csv", index_col="quantity")["mean"]
+    children = summary[["capacity_gap", "optimization_gap", "generalization_gap"]]
+    assert children.sum() == pytest.approx(summary["amortization_gap"], abs=1e-6)
+    assert resolve(read_document("digits")).retraining is None

@@ -53,12 +53,17 @@ class Finding:
     share: float
 
     @property
+    def name(self) -> str:
+        """The gap in words."""
+        return self.gap.replace("_", " ")
+
+    @property
     def certain(self) -> bool:
         """Whether the gap exceeds its error."""
         return self.nats > CERTAIN * self.error
 
     def __str__(self) -> str:
-        told = f"{self.gap.removesuffix('_gap')} gap {self.nats:.3f} ± {self.error:.3f} nats ({self.share:.0%})"
+        told = f"{self.name} {self.nats:.3f} ± {self.error:.3f} nats ({self.share:.0%})"
         cause, remedy = REMEDIES[self.gap]
         if not self.certain:
             return f"{told}: not larger than its error"
@@ -80,17 +85,20 @@ class Diagnosis:
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
-        first = self.findings[0]
-        if self.dominant is not None:
-            head = f"Mostly the {self.dominant.removesuffix('_gap')} gap."
-        elif not first.certain:
-            head = "No gap exceeds its error: inference is as good as these data can tell."
-        else:
-            near = [f.gap.removesuffix("_gap") for f in self.findings if f.certain and not _exceeds(first, f)]
-            head = f"No single cause: {' and '.join(near)} lie within their errors of one another."
-            head = head if len(near) > 1 else f"The {near[0]} gap is the only one that exceeds its error."
+        head = self._head(self.findings[0])
         lines = [head, *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1))]
         return "\n".join([*lines, *(f"Mind: {warning}." for warning in self.warnings)])
+
+    def _head(self, first: Finding) -> str:
+        if self.dominant is not None:
+            return f"Mostly the {first.name}."
+        if not first.certain:
+            return "No gap exceeds its error: inference is as good as these data can tell."
+        rivals = [finding for finding in self.findings[1:] if not _exceeds(first, finding)]
+        names = " and ".join(finding.name for finding in rivals)
+        if all(finding.certain for finding in rivals):
+            return f"No single cause: the {first.name} is within the errors of the {names}."
+        return f"The {first.name} is the largest that exceeds its error; the {names} may be as large."
 
     __repr__ = __str__
 

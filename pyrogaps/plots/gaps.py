@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
+from pyrogaps.gaps.split import CAPACITY, GENERALIZATION, OPTIMIZATION, parts_of
 from pyrogaps.plots.source import (
     AMORTIZATION,
     APPROXIMATION,
@@ -16,6 +17,7 @@ from pyrogaps.plots.source import (
     INFERENCE,
     Source,
     families,
+    group,
     mean_and_error,
     new_figure,
     note,
@@ -27,6 +29,7 @@ from pyrogaps.plots.source import (
 )
 
 TREE = (APPROXIMATION, CONDITIONING, AMORTIZATION)
+CHILDREN = (CAPACITY, OPTIMIZATION, GENERALIZATION)
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
 
     The first row is the guide's inference gap, log p(x) - L[q], stacked of its parts. Below it the parts follow one
     another along the axis: the approximation gap ends at the refined bound L[q*] of the guide's own family, the
-    conditioning gap (where measured) starts there, and the amortization gap ends at L[q]. A part below zero runs
-    backwards, and then the first row shows the total only. The last rows are the refined bounds of the other families.
+    conditioning gap (where measured) starts there, and the amortization gap ends at L[q]; where it is split, its own
+    parts follow one another below it. A part below zero runs backwards, and then the first row shows the total only. The
+    last rows are the refined bounds of the other families.
 
     Args:
         source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
@@ -56,8 +60,8 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    dataset = per_datapoint(source)
-    bars = [*_tree(dataset), *_other_families(dataset)]
+    dataset, training = per_datapoint(source), group(source, "training", "training_data")
+    bars = [*_tree(dataset), *_children(dataset, training), *_other_families(dataset)]
     if ax is None:
         ax = new_figure(8, 1.1 + 0.42 * max(len(bars), 2)).add_subplot()
     if not bars:
@@ -87,6 +91,20 @@ def _tree(dataset: xr.Dataset) -> list[Bar]:
             mean, error = mean_and_error(gap)
             bars.append(Bar(_name(kind), kind, start, mean, error))
             start += mean
+    return bars
+
+
+def _children(dataset: xr.Dataset, training: xr.Dataset) -> list[Bar]:
+    """The parts of a split amortization gap, one behind the other where that gap lies."""
+    if not training.data_vars:
+        return []
+    bars, start = [], 0.0
+    for kind in TREE[:-1]:
+        gap = values(dataset, kind)
+        start += 0.0 if gap is None else mean_and_error(gap)[0]
+    for kind, part in parts_of(dataset, training):
+        bars.append(Bar("  " + _name(kind), kind, start, part.mean, part.standard_error))
+        start += part.mean
     return bars
 
 
@@ -134,7 +152,7 @@ def _connect(ax: Axes, bars: list[Bar]) -> None:
 
 def _finish(ax: Axes, bars: list[Bar]) -> None:
     ax.axvline(0.0, color="black", lw=1.0)
-    own = sum(bar.label == _name(bar.kind) or bar.kind == INFERENCE for bar in bars)
+    own = sum(bar.label == _name(bar.kind) or bar.kind in (INFERENCE, *CHILDREN) for bar in bars)
     if 0 < own < len(bars):
         ax.axhline(own - 0.5, color="0.8", lw=0.8)
     ax.set_yticks(range(len(bars)), [bar.label for bar in bars])
