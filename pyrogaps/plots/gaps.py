@@ -50,8 +50,8 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
     The first row is the guide's inference gap, log p(x) - L[q], stacked of its parts. Below it the parts follow one
     another along the axis: the approximation gap ends at the refined bound L[q*] of the guide's own family, the
     conditioning gap (where measured) starts there, and the amortization gap ends at L[q]; where it is split, its own
-    parts follow one another below it. A part below zero runs backwards, and then the first row shows the total only. The
-    last rows are the refined bounds of the other families.
+    parts follow one another below it. A part below zero runs backwards, and then the first row shows the total only.
+    The last rows are the refined bounds of the other families.
 
     Args:
         source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
