@@ -5,7 +5,7 @@ from pyrogaps.bounds import elbo, iwae
 from pyrogaps.conditioning import Conditioning, SimulatedData, reference_guide, shared_posterior
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
-from pyrogaps.gaps import GapLedger, Retraining, Split, decompose
+from pyrogaps.gaps import Certificate, GapLedger, Retraining, Split, decompose
 from pyrogaps.mapa import (
     MAPA_ELBO,
     MAPA_IWAE_ELBO,
@@ -27,6 +27,7 @@ __all__ = [
     "MAPA_ELBO",
     "MAPA_IWAE_ELBO",
     "BernoulliKernel",
+    "Certificate",
     "Conditioning",
     "ContinuousBernoulliKernel",
     "GapLedger",

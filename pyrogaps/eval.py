@@ -87,6 +87,7 @@ def _run(recipe: Recipe, options: Options) -> None:
             conditioning=recipe.conditioning,
             reference=reference,
             split=_split(recipe, data),
+            certificate=recipe.certificate,
             num_particles=recipe.num_particles,
             plate=recipe.plate,
             batch_size=recipe.batch_size,

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader
 from pyrogaps.ais import AIS
 from pyrogaps.conditioning import Conditioning
 from pyrogaps.errors import InputError
-from pyrogaps.gaps import Retraining
+from pyrogaps.gaps import Certificate, Retraining
 from pyrogaps.mapa import Mapa
 from pyrogaps.refine import Refinement
 from pyrogaps.training import Training
@@ -66,6 +66,7 @@ class Recipe:
         conditioning: settings of the shared posterior, for a guide that is not shown all of x.
         reference: settings of the training of the guide that a lookahead's conditioning gap is measured by; null: none.
         retraining: settings of phi-hat, the guide trained on, which splits the amortization gap in three; null: whole.
+        certificate: what to spend on finding out how wrong the bounds can be; null: nothing.
         num_particles: draws for each bound.
         batch_size: datapoints handled at once.
         plate: name of the data plate; null finds it, false takes the whole data set as one datapoint.
@@ -89,6 +90,7 @@ class Recipe:
     conditioning: Conditioning = field(default_factory=Conditioning)
     reference: Training | None = None
     retraining: Retraining | None = None
+    certificate: Certificate | None = None
     num_particles: int = 1000
     batch_size: int = 64
     plate: str | Literal[False] | None = None
@@ -123,9 +125,10 @@ SECTIONS: dict[str, type] = {
     "conditioning": Conditioning,
     "reference": Training,
     "retraining": Retraining,
+    "certificate": Certificate,
 }
 FIELDS = dict(re.findall(r"^ {8}(\w+): (.+)$", Recipe.__doc__ or "", re.MULTILINE))
-NULLABLE = ("mapa", "training", "reference", "retraining", "plate", "checkpoint", "model_checkpoint")
+NULLABLE = ("mapa", "training", "reference", "retraining", "certificate", "plate", "checkpoint", "model_checkpoint")
 SCALARS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in {*COMPONENTS, *SECTIONS, "families"}}
 
 

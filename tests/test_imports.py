@@ -18,6 +18,7 @@ PUBLIC = {
     "MAPA_ELBO",
     "MAPA_IWAE_ELBO",
     "BernoulliKernel",
+    "Certificate",
     "Conditioning",
     "ContinuousBernoulliKernel",
     "GapLedger",

@@ -1,7 +1,8 @@
 """The ledger of gaps: what separates inference from the truth, and whose fault it is."""
 
+from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.decompose import decompose
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.retrain import Retraining, Split
 
-__all__ = ["GapLedger", "Retraining", "Split", "decompose"]
+__all__ = ["Certificate", "GapLedger", "Retraining", "Split", "decompose"]

@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,6 +15,8 @@ from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble
+from pyrogaps.gaps.certificate import Certificate
+from pyrogaps.gaps.certify import certify
 from pyrogaps.gaps.ledger import OWN, GapLedger
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.work import Work, run_chunks
@@ -45,6 +47,7 @@ def decompose(
     conditioning: Conditioning | None = None,
     reference: Program | None = None,
     split: Split | None = None,
+    certificate: Certificate | None = None,
     num_particles: int = 1000,
     plate: Plate = None,
     batch_size: int = BLOCK,
@@ -87,6 +90,7 @@ def decompose(
         reference: for a `lookahead`, a guide with the same one, trained as well as can be for this model
             (`SimulatedData`): its ELBO takes the place of L[q*_C]. Without it the gap stays in the amortization gap.
         split: the training data, and how to train the guide on; None leaves the amortization gap whole.
+        certificate: what to spend on finding out how wrong the bounds can be; None spends nothing.
         num_particles: draws for each ELBO and for the IWAE bound.
         plate: the data plate's name, see `JointDensity`.
         batch_size: datapoints held at once, in whole blocks of 64; it does not change the ledger.
@@ -120,9 +124,12 @@ def decompose(
     provenance = _provenance(work)
     results = run_chunks(work, Work.measure, provenance, batch_size, progress, cache)
     ledger = assemble(results, [OWN, *further], provenance, data)
-    if split is None or training is None:
-        return ledger
-    return with_split(ledger, split, training, batch_size, progress, cache)
+    if split is not None and training is not None:
+        ledger = with_split(ledger, split, training, batch_size, progress, cache)
+    if certificate is not None:
+        settings = certificate, work.evidence, work.refinement
+        ledger = replace(ledger, certificate=certify(work, ledger.per_datapoint, *settings, batch_size))
+    return ledger
 
 
 def _checked(families: Mapping[str, Family] | None) -> dict[str, Family]:

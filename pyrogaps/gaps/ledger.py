@@ -9,6 +9,7 @@ import pandas as pd
 import xarray as xr
 
 from pyrogaps.errors import InputError
+from pyrogaps.gaps import certificate as certificates
 from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
 from pyrogaps.gaps.split import parts_of
 from pyrogaps.gaps.table import cautions, render, summary_mcse
@@ -16,7 +17,7 @@ from pyrogaps.gaps.table import cautions, render, summary_mcse
 OWN = "own"
 ATTRIBUTE = "pyrogaps"
 GROUPS = ("per_datapoint", "traces", "observed_data")
-TRAINING = "training_data"
+TRAINING, CERTIFICATE = "training_data", "certificate"
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,6 +51,8 @@ class GapLedger:
         provenance: which estimator, direction of bound and settings each number has; seed and versions.
         training: of a split amortization gap, over "training_datapoint": `elbo` of the guide, `elbo_retrained` of the
             guide trained on, `elbo_target` (L[q*_C]), each with `<name>_mcse`; else None.
+        certificate: where asked for, how wrong the bounds can be: `lower` and `upper` bounds of log p(x) over
+            "simulated" datapoints, `gain` of L[q*] by a longer refinement over "refined_again" ones; else None.
     """
 
     per_datapoint: xr.Dataset
@@ -57,6 +60,7 @@ class GapLedger:
     observed: xr.Dataset
     provenance: dict[str, Any]
     training: xr.Dataset | None = None
+    certificate: xr.Dataset | None = None
 
     def summary(self) -> pd.DataFrame:
         """One row a quantity: mean over datapoints, its standard error over datapoints, its Monte Carlo standard error
@@ -84,15 +88,20 @@ class GapLedger:
 
         Nothing is advised on a difference within two standard errors. Take `.dominant` and `.findings`, or print it.
         """
-        return diagnosis(self.summary(), tuple(cautions(self.per_datapoint, self.provenance)))
+        summary, warnings = self.summary(), [*cautions(self.per_datapoint, self.provenance)]
+        if self.certificate is not None:
+            warnings += certificates.cautions(self.certificate, float(summary["mean"]["inference_gap"]))
+        return diagnosis(summary, tuple(warnings))
 
     def to_datatree(self) -> xr.DataTree:
-        """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, where the amortization
-        gap is split `training_data`, and the provenance as one JSON string in the attribute "pyrogaps". Save it with
-        `.to_netcdf(path, engine="h5netcdf")`.
+        """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `training_data` where the
+        amortization gap is split, `certificate` where there is one, and the provenance as one JSON string in the
+        attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`.
         """
         groups = dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed), strict=True))
-        tree = xr.DataTree.from_dict(groups if self.training is None else {**groups, TRAINING: self.training})
+        further = {TRAINING: self.training, CERTIFICATE: self.certificate}
+        groups |= {name: dataset for name, dataset in further.items() if dataset is not None}
+        tree = xr.DataTree.from_dict(groups)
         tree.attrs[ATTRIBUTE] = json.dumps(self.provenance)
         return tree
 
@@ -103,8 +112,9 @@ class GapLedger:
         if missing or ATTRIBUTE not in tree.attrs:
             raise InputError(f"ledger: not a tree written by GapLedger.to_datatree (missing {missing or ATTRIBUTE})")
         per_datapoint, traces, observed = (tree.children[name].to_dataset() for name in GROUPS)
-        training = tree.children[TRAINING].to_dataset() if TRAINING in tree.children else None
-        return cls(per_datapoint, traces, observed, json.loads(tree.attrs[ATTRIBUTE]), training)
+        further = (tree.children.get(name) for name in (TRAINING, CERTIFICATE))
+        parts = (None if node is None else node.to_dataset() for node in further)
+        return cls(per_datapoint, traces, observed, json.loads(tree.attrs[ATTRIBUTE]), *parts)
 
     @property
     def families(self) -> list[str]:
@@ -130,7 +140,9 @@ class GapLedger:
         return (values if family is None else values.sel(family=family)).values
 
     def __str__(self) -> str:
-        return render(self.summary(), self.per_datapoint, self.provenance)
+        table = render(self.summary(), self.per_datapoint, self.provenance)
+        lines = [] if self.certificate is None else certificates.told(self.certificate)
+        return "\n".join([table, *(f"certificate: {line}" for line in lines)])
 
     def __repr__(self) -> str:
         return str(self)

@@ -33,7 +33,7 @@ class EmpiricalizedModel(Paired):
         Also the number of datapoints that were encoded and decoded for it, each once.
         """
         unique, positions = torch.cat([indices[:, None], columns], 1).unique(return_inverse=True)
-        args = self.joint.fetch(unique)
+        args = self.fetch(unique)
         sites = self.decode(unique, args, self.encode(unique, args))
         rows, columns = positions[:, 0], positions[:, 1:]
         terms = [pair_log_likelihood(sites[name], self.plate, rows, columns) for name in self.joint.observed]

@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyrogaps.density import IndexedData, JointDensity
+from pyrogaps.density.data import as_tuple
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import is_factor, is_masked, sample_sites
@@ -40,6 +41,10 @@ class Paired:
     def check_encoded(self, sites: dict[str, Any], indices: Tensor, args: tuple[Any, ...]) -> None:
         """Refuse sites of the encoder that cannot serve other datapoints."""
         raise NotImplementedError
+
+    def fetch(self, indices: Tensor) -> tuple[Any, ...]:
+        """The arguments of the datapoints `indices`, which the joint density has looked through once already."""
+        return as_tuple(self.joint.data.fetch(indices))
 
     def encode(self, indices: Tensor, args: tuple[Any, ...]) -> dict[str, Any]:
         """The encoder's sites on the datapoints `indices`; for latents that are given, their values alone."""
@@ -80,7 +85,7 @@ class Paired:
     def _check(self) -> None:
         number = self.joint.num_datapoints
         indices = torch.linspace(0, number - 1, min(number, CHECK_ROWS)).round().long()
-        args = self.joint.fetch(indices)
+        args = self.fetch(indices)
         encoded = self.encode(indices, args)
         if odd := sorted(encoded.keys() ^ self.joint.sites.keys()):
             side = "the encoder lacks it" if odd[0] in self.joint.sites else "only the encoder has it"
@@ -98,7 +103,7 @@ class Paired:
     def _check_likelihood(self, indices: Tensor, args: tuple[Any, ...], encoded: dict[str, Any]) -> None:
         """With the data of other datapoints, but the same latents, the likelihood must be the same."""
         sites = self.decode(indices, args, encoded)
-        others = self.decode(indices, self.joint.fetch(indices.roll(1)), encoded)
+        others = self.decode(indices, self.fetch(indices.roll(1)), encoded)
         for name in self.joint.observed:
             site, other = sites[name], others[name]
             if is_factor(site["fn"]) or is_masked(site) or is_masked(other):

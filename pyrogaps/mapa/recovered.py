@@ -72,7 +72,7 @@ class RecoveredPrior(nn.Module):
         joint = EmpiricalizedModel(self.model, encoder, indexed, plate)
         with torch.no_grad():
             parts = [
-                joint.encode(rows, joint.joint.fetch(rows))[self.site]["value"]
+                joint.encode(rows, joint.fetch(rows))[self.site]["value"]
                 for rows in torch.arange(len(indexed)).split(ROWS)
             ]
         mixture = recovered_prior(torch.cat(parts), max_components=self.max_components, seed=seed)

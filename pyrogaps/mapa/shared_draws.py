@@ -40,7 +40,7 @@ class SharedDraws(Paired):
         """The terms for n = `indices` `(B,)` and i = `columns` `(B, D)`, with R = `num_draws` draws of each i."""
         unique, positions = torch.cat([indices[:, None], columns], 1).unique(return_inverse=True)
         drawn = unique.repeat(num_draws)
-        args = self.joint.fetch(drawn)
+        args = self.fetch(drawn)
         encoded = self.encode(drawn, args)
         sites = self.decode(drawn, args, encoded)
         rows, explained = positions[:, 0], positions[:, 1:]

@@ -1,0 +1,1 @@
+"""What MAPA costs: its posterior, its training steps, batches of neighbours, and draws without replacement."""

@@ -1,0 +1,68 @@
+"""`Certificate`: how wrong a ledger's bounds can be, what is spent on finding out, and the answer in words."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from pyrogaps.errors import InputError
+
+# A refinement that gains more than this, nats, had not ended.
+IMPROVING = 0.01
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is spent on finding out how wrong the bounds of a ledger can be.
+
+    Args:
+        num_simulated: datapoints drawn from the model, on which BDMC bounds log p(x) from both sides.
+        num_refined_again: of the ledger's datapoints, evenly spaced, how many are refined once more.
+        longer: how many times as many steps that takes.
+
+    Raises `InputError` for a setting out of range.
+    """
+
+    num_simulated: int = 64
+    num_refined_again: int = 32
+    longer: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_simulated", 2), ("num_refined_again", 2), ("longer", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"certificate: {name} must be at least {least}, got {getattr(self, name)}")
+
+
+def told(certificate: xr.Dataset) -> Iterator[str]:
+    """The certificate in words, a line for each of its parts."""
+    width = (certificate["upper"] - certificate["lower"]).values
+    middle, most = np.quantile(width, [0.5, 0.9])
+    yield (
+        f"BDMC on {len(width)} datapoints simulated from the model: log p(x) is at most {_mean(width)} nats above its "
+        f"bound on average (median {middle:.3f}, nine in ten below {most:.3f}, largest {width.max():.3f})"
+    )
+    gain = certificate["gain"].values
+    share = float((gain > IMPROVING + 2 * certificate["gain_mcse"].values).mean())
+    yield (
+        f"refined {certificate.attrs['longer']} times as long, {len(gain)} datapoints gain {_mean(gain)} nats; "
+        f"{share:.0%} of them more than {IMPROVING} and their error"
+    )
+
+
+def cautions(certificate: xr.Dataset, inference_gap: float) -> Iterator[str]:
+    """What the certificate says against the ledger: errors beyond a tenth of the gap that it explains."""
+    width = float((certificate["upper"] - certificate["lower"]).mean())
+    gain = float(certificate["gain"].mean())
+    if width > abs(inference_gap) / 10:
+        yield f"log p(x) may be {width:.3f} nats higher than measured (BDMC); give AIS more temperatures"
+    if gain > abs(inference_gap) / 10:
+        yield (
+            f"a longer refinement gains {gain:.3f} nats, which move from the approximation to the amortization gap; "
+            "give Refinement more num_steps"
+        )
+
+
+def _mean(values: np.ndarray) -> str:
+    error = values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean():.3f} ± {error:.3f}"

@@ -1,0 +1,58 @@
+"""A sandwich of log p(x) on simulated data, and a longer refinement of some datapoints: the certificate of a ledger."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import xarray as xr
+
+from pyrogaps.ais import AIS, bdmc
+from pyrogaps.bounds import elbo
+from pyrogaps.density import IndexedData
+from pyrogaps.gaps.certificate import Certificate
+from pyrogaps.gaps.work import Work
+from pyrogaps.refine import Refinement, refine
+from pyrogaps.streams import derive_seed
+
+
+def certify(
+    work: Work, per_datapoint: xr.Dataset, settings: Certificate, evidence: AIS, refinement: Refinement, batch_size: int
+) -> xr.Dataset:
+    """The certificate of a ledger: `lower` and `upper` bounds of log p(x), with `lower_mcse`, over "simulated"
+    datapoints; `gain` of L[q*], with `gain_mcse`, over "refined_again" datapoints, whose coordinates are their indices.
+
+    Raises `InputError` where the model cannot be simulated, or the guide holds parameters for each datapoint and is no
+    autoguide.
+    """
+    joint, density, seed = work.joint, work.density, derive_seed(work.seed, "certificate")
+    # An autoguide has parameters for the datapoints that it was trained on; a fresh one of its class has none yet.
+    own = work.own.family if work.own.kind == "autoguide" else density.guide
+    simulated = bdmc(
+        joint.model,
+        _some(work, settings.num_simulated)[0],
+        guide_or_family=own,
+        settings=evidence,
+        refinement=refinement,
+        plate=joint.plate,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    data, chosen = _some(work, settings.num_refined_again)
+    longer = replace(refinement, num_steps=settings.longer * refinement.num_steps)
+    again = refine(joint.model, own, data, settings=longer, plate=joint.plate, batch_size=batch_size, seed=seed)
+    reached = elbo(joint.model, again, data, num_particles=work.num_particles, plate=joint.plate, seed=seed)
+    own_bound = per_datapoint.isel(family=0, datapoint=chosen.numpy())
+    gain = reached.value.cpu().numpy() - own_bound["elbo_refined"].values
+    error = np.hypot(reached.mcse.cpu().numpy(), own_bound["elbo_refined_mcse"].values)
+    bounds = {"lower": simulated.lower, "upper": simulated.upper, "lower_mcse": simulated.forward.mcse}
+    found = {name: ("simulated", value.cpu().numpy(), {"units": "nats"}) for name, value in bounds.items()}
+    gains = {"gain": gain, "gain_mcse": error}
+    found |= {name: ("refined_again", value, {"units": "nats"}) for name, value in gains.items()}
+    return xr.Dataset(found, {"refined_again": chosen.numpy()}, {"longer": settings.longer})
+
+
+def _some(work: Work, number: int) -> tuple[IndexedData, torch.Tensor]:
+    """So many of the datapoints, evenly spaced, and their indices; all where there are no more."""
+    joint = work.joint
+    chosen = torch.linspace(0, joint.num_datapoints - 1, min(number, joint.num_datapoints)).round().long()
+    return IndexedData(len(chosen), lambda indices: joint.fetch(chosen[indices])), chosen

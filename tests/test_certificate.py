@@ -1,0 +1,115 @@
+"""The certificate of a ledger: what it finds against closed forms, that it is kept, what it warns of, refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+import xarray as xr
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+import pyrogaps as pg
+from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.models.linear_gaussian import LinearGaussian
+from tests.references import anisotropic, draws_of
+
+STANDARD_ERRORS = 4.0
+CERTIFICATE = pg.Certificate(num_simulated=24, num_refined_again=16)
+EVIDENCE = pg.AIS(num_chains=8, num_temperatures=20, num_leapfrog=3)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+def pair() -> tuple[LinearGaussian, AmortizedNormal, Tensor]:
+    torch.manual_seed(0)
+    return anisotropic(4, 2), AmortizedNormal(4, 2, (3,)).double(), draws_of(anisotropic(4, 2), 40)[0]
+
+
+def ledger_of(num_steps: int, certificate: pg.Certificate = CERTIFICATE, **options: Any) -> pg.GapLedger:
+    model, guide, x = pair()
+    chosen = {"refinement": pg.Refinement(num_steps=num_steps), "evidence": EVIDENCE, "num_particles": 400, **options}
+    return pg.decompose(model, guide, x, certificate=certificate, progress=False, **chosen)
+
+
+@pytest.mark.parametrize("num_steps", [10, 300])
+def test_gain_is_what_the_refinement_had_left(num_steps: int) -> None:
+    """To the best diagonal Gaussian, which thirty times as many steps reach."""
+    model, _, x = pair()
+    certificate = ledger_of(num_steps, replace(CERTIFICATE, longer=30 if num_steps == 10 else 4)).certificate
+    assert certificate is not None
+    assert certificate.sizes == {"simulated": 24, "refined_again": 16}
+    chosen = torch.from_numpy(certificate["refined_again"].values)
+    mean, scale = model.mean_field_optimum(x[chosen])
+    best = model.elbo(x[chosen], mean, scale=scale).detach()
+    before = torch.from_numpy(ledger_of(num_steps).per_datapoint["elbo_refined"].values[chosen.numpy(), 0])
+    left, gain = float((best - before).mean()), float(certificate["gain"].mean())
+    error = float(certificate["gain_mcse"].values.mean()) / 16**0.5
+    assert abs(gain - left) < STANDARD_ERRORS * error + 1e-3
+    assert (left > 0.1) == (num_steps == 10)
+
+
+def test_sandwich_holds_the_truth_and_narrows() -> None:
+    widths = []
+    for num_temperatures in (2, 40):
+        evidence = pg.AIS(num_chains=8, num_temperatures=num_temperatures, num_leapfrog=3, initial="prior")
+        certificate = ledger_of(50, evidence=evidence).certificate
+        assert certificate is not None
+        widths.append((certificate["upper"] - certificate["lower"]).values)
+    assert widths[1].mean() < widths[0].mean() / 2
+    assert all(width.mean() > -2 * width.std() / len(width) ** 0.5 for width in widths)
+
+
+def test_the_ledger_keeps_and_prints_it(tmp_path: Path) -> None:
+    ledger = ledger_of(50)
+    ledger.to_datatree().to_netcdf(tmp_path / "ledger.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path / "ledger.nc", engine="h5netcdf") as tree:
+        back = pg.GapLedger.from_datatree(tree.load())
+    assert str(back) == str(ledger)
+    assert "certificate: BDMC on 24 datapoints simulated from the model" in str(ledger)
+    assert "certificate: refined 4 times as long, 16 datapoints gain" in str(ledger)
+
+
+def test_nothing_else_changes() -> None:
+    model, guide, x = pair()
+    options: dict[str, Any] = {"refinement": pg.Refinement(num_steps=20), "evidence": EVIDENCE, "progress": False}
+    whole = pg.decompose(model, guide, x, **options)
+    xr.testing.assert_identical(
+        pg.decompose(model, guide, x, certificate=CERTIFICATE, **options).per_datapoint, whole.per_datapoint
+    )
+    assert whole.certificate is None
+
+
+def test_advice_minds_it() -> None:
+    poor = ledger_of(
+        3,
+        replace(CERTIFICATE, longer=100),
+        evidence=pg.AIS(num_chains=2, num_temperatures=2, num_leapfrog=1, initial="prior"),
+    )
+    warnings = " ".join(poor.diagnose().warnings)
+    assert "nats higher than measured (BDMC); give AIS more temperatures" in warnings
+    assert "a longer refinement gains" in warnings
+    assert not [warning for warning in ledger_of(300).diagnose().warnings if "BDMC" in warning or "longer" in warning]
+
+
+def test_an_autoguide_of_these_datapoints_is_certified_by_its_class() -> None:
+    model, _, x = pair()
+    guide = AutoNormal(model)
+    pg.train(model, guide, x, freeze_model=True, num_epochs=20, batch_size=len(x), progress=False)
+    options: dict[str, Any] = {"refinement": pg.Refinement(num_steps=50), "evidence": EVIDENCE, "progress": False}
+    ledger = pg.decompose(model, guide, x, certificate=CERTIFICATE, **options)
+    assert ledger.certificate is not None
+    assert bool(ledger.certificate.notnull().all().to_array().all())
+
+
+@pytest.mark.parametrize("name", ["num_simulated", "num_refined_again", "longer"])
+def test_settings_are_checked(name: str) -> None:
+    with pytest.raises(pg.InputError, match=f"certificate: {name} must be at least 2, got 1"):
+        pg.Certificate(**{name: 1})
