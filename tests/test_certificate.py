@@ -46,10 +46,10 @@ def test_gain_is_what_the_refinement_had_left(num_steps: int) -> None:
     certificate = ledger_of(num_steps, replace(CERTIFICATE, longer=30 if num_steps == 10 else 4)).certificate
     assert certificate is not None
     assert certificate.sizes == {"simulated": 24, "refined_again": 16}
-    chosen = torch.from_numpy(certificate["refined_again"].values)
+    chosen = torch.tensor(certificate["refined_again"].values)
     mean, scale = model.mean_field_optimum(x[chosen])
     best = model.elbo(x[chosen], mean, scale=scale).detach()
-    before = torch.from_numpy(ledger_of(num_steps).per_datapoint["elbo_refined"].values[chosen.numpy(), 0])
+    before = torch.tensor(ledger_of(num_steps).per_datapoint["elbo_refined"].values[chosen.numpy(), 0])
     left, gain = float((best - before).mean()), float(certificate["gain"].mean())
     error = float(certificate["gain_mcse"].values.mean()) / 16**0.5
     assert abs(gain - left) < STANDARD_ERRORS * error + 1e-3
@@ -113,3 +113,18 @@ def test_an_autoguide_of_these_datapoints_is_certified_by_its_class() -> None:
 def test_settings_are_checked(name: str) -> None:
     with pytest.raises(pg.InputError, match=f"certificate: {name} must be at least 2, got 1"):
         pg.Certificate(**{name: 1})
+
+
+def test_a_gap_within_its_error_says_so() -> None:
+    """With one latent a Normal is exact, so that the approximation gap is none; the guide is far from trained."""
+    model = LinearGaussian.random(4, 1).double()
+    torch.manual_seed(1)
+    guide = AmortizedNormal(4, 1, (3,)).double()
+    options: dict[str, Any] = {"refinement": pg.Refinement(num_steps=200), "evidence": EVIDENCE, "progress": False}
+    lines = str(pg.decompose(model, guide, draws_of(model, 40)[0], **options)).splitlines()
+    told = {
+        line.split(" gap")[0].strip(" ├└─"): line.endswith("; within its error") for line in lines if " gap " in line
+    }
+    assert told["approximation"]
+    assert not told["amortization"]
+    assert not told["inference"]

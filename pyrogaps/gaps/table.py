@@ -48,8 +48,15 @@ def render(summary: pd.DataFrame, per_datapoint: xr.Dataset, provenance: dict[st
         figures = "  ".join(
             _number(row[column], size, decimals) for column, size in (("mean", 9), ("standard_error", 7), ("mcse", 7))
         )
-        lines.append(f"{labels[name]:{width}}  {figures}  {row['direction']}: {row['estimator']}")
+        told = f"{row['direction']}: {row['estimator']}{_doubt(str(name), row)}"
+        lines.append(f"{labels[name]:{width}}  {figures}  {told}")
     return "\n".join([*lines, "", *_notes(per_datapoint, provenance)])
+
+
+def _doubt(name: str, row: Any) -> str:
+    """A remark on a gap that two of its errors, over datapoints or Monte Carlo, reach around."""
+    error = np.nanmax([row["standard_error"], row["mcse"]])
+    return "; within its error" if "_gap" in name and abs(row["mean"]) <= 2 * error else ""
 
 
 def _number(value: float, width: int, decimals: int) -> str:
