@@ -17,6 +17,7 @@ from pyrogaps.mapa import (
 )
 from pyrogaps.objectives import IWAE_ELBO
 from pyrogaps.plots import plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
+from pyrogaps.posterior_export import loo, to_datatree
 from pyrogaps.posterior_grid import posterior_grid
 from pyrogaps.refine import Refinement, refine
 from pyrogaps.training import train
@@ -46,6 +47,7 @@ __all__ = [
     "decompose",
     "elbo",
     "iwae",
+    "loo",
     "mapa_posterior",
     "plot_datapoints",
     "plot_gaps",
@@ -56,5 +58,6 @@ __all__ = [
     "reference_guide",
     "refine",
     "shared_posterior",
+    "to_datatree",
     "train",
 ]

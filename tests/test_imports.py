@@ -37,6 +37,7 @@ PUBLIC = {
     "decompose",
     "elbo",
     "iwae",
+    "loo",
     "mapa_posterior",
     "plot_datapoints",
     "plot_gaps",
@@ -47,6 +48,7 @@ PUBLIC = {
     "reference_guide",
     "refine",
     "shared_posterior",
+    "to_datatree",
     "train",
 }
 
@@ -67,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ais": GROUND | {"hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine"},
     "objectives": GROUND | {"density"},
     "posterior_grid": GROUND | {"density", "bounds", "refine"},
+    "posterior_export": GROUND | {"density", "bounds"},
     "training": GROUND | {"density"},
     "conditioning": GROUND | ESTIMATORS | {"training"},
     "mapa": GROUND | ESTIMATORS | {"training"},

@@ -1,0 +1,176 @@
+"""Draws from a guide and what the model makes of them: site values and pointwise log-likelihoods."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from pyrogaps.bounds import over_chunks
+from pyrogaps.density import JointDensity
+from pyrogaps.density.draws import BlockedGuide, Posterior
+from pyrogaps.density.rows import same_density
+from pyrogaps.density.runs import evaluating
+from pyrogaps.posterior_export.record import Record, RecordSites
+from pyrogaps.streams import Chunk, particle_blocks
+
+Sites: TypeAlias = dict[str, Tensor]
+Records: TypeAlias = dict[str, Record]
+FEW = 3
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """S draws of N datapoints: `values` and `log_likelihood` by site, each `(S, N, *)`, and `log_p`, `log_q` `(S, N)`.
+
+    Where the whole data set is one datapoint, there is no axis of datapoints: `(S, *)`, in the model's own shapes.
+    """
+
+    values: Sites
+    log_likelihood: Sites
+    log_p: Tensor
+    log_q: Tensor
+
+    @classmethod
+    def join(cls, parts: list["Drawn"], axis: int) -> "Drawn":
+        """Consecutive draws (axis 0) or consecutive datapoints (axis 1) put together."""
+        values = {name: torch.cat([part.values[name] for part in parts], axis) for name in parts[0].values}
+        names = parts[0].log_likelihood
+        log_likelihood = {name: torch.cat([part.log_likelihood[name] for part in parts], axis) for name in names}
+        log_p, log_q = (torch.cat([getattr(part, name) for part in parts], axis) for name in ("log_p", "log_q"))
+        return cls(values, log_likelihood, log_p, log_q)
+
+    def same_as(self, other: "Drawn") -> bool:
+        """Whether two computations agree but for rounding."""
+        pairs = [(self.log_p, other.log_p)]
+        for mine, theirs in ((self.values, other.values), (self.log_likelihood, other.log_likelihood)):
+            pairs += [(mine[name], theirs[name]) for name in mine]
+        return all(a.shape == b.shape and same_density(a, b) for a, b in pairs)
+
+
+def draw_all(joint: JointDensity, posterior: Posterior, num_draws: int, seed: int) -> tuple[Drawn, Records]:
+    """`num_draws` draws for every datapoint, and the sites as they are in one run of the model over all of the data."""
+
+    def work(chunk: Chunk) -> tuple[Drawn, Records]:
+        guide, parts = BlockedGuide(posterior, chunk), []
+        with torch.no_grad(), evaluating(joint.model):
+            for first, size in enumerate(particle_blocks(num_draws)):
+                z, log_q = guide.sample(size, seed, "posterior", first)
+                if first == 0:
+                    read = _reader(joint, z, chunk.indices)
+                parts.append(read(z, log_q.double()))
+        return Drawn.join(parts, 0), read.records
+
+    chunks = over_chunks(work, joint, batch_size=1, seed=seed)
+    if joint.plate is None:
+        drawn, records = chunks[0]
+        return drawn, records
+    return Drawn.join([drawn for drawn, _ in chunks], 1), _join_records([records for _, records in chunks], joint.plate)
+
+
+def _reader(joint: JointDensity, z: Tensor, indices: Tensor) -> "ReadLocal | ReadTogether | ReadOneByOne":
+    """How draws like `z` `(S, B, dim)` are read: all at once where that gives what one at a time gives."""
+    if joint.plate is not None:
+        return ReadLocal(joint, z, indices)
+    alone = ReadOneByOne(joint, z, indices)
+    if not joint.vectorized:
+        return alone
+    few, log_q = z[:FEW], torch.zeros(min(FEW, len(z)), 1)
+    try:
+        together = ReadTogether(joint, alone.records, indices)
+        safe = together(few, log_q).same_as(alone(few, log_q))
+    except Exception:
+        safe = False
+    return together if safe else alone
+
+
+class ReadLocal:
+    """Reads latents that every datapoint has for itself: draws of a batch of datapoints are rows of one run.
+
+    `records` are of the first draw.
+    """
+
+    def __init__(self, joint: JointDensity, z: Tensor, indices: Tensor) -> None:
+        self.joint, self.indices, self.plate = joint, indices, str(joint.plate)
+        sites, _ = run(joint, z[0], joint.fetch(indices), indices)
+        # With other numbers of rows what only happens to be as long as there are rows is told apart.
+        more, _ = run(joint, z[:2].flatten(0, 1), joint.fetch(indices, 2), indices.repeat(2))
+        axes = {name: site.axis_of(self.plate) for name, site in sites.items()}
+        self.axes = {n: axis for n, axis in axes.items() if axis is not None and more[n].axis_of(self.plate) == axis}
+        self.records = {name: sites[name] for name in self.axes}
+
+    def __call__(self, z: Tensor, log_q: Tensor) -> Drawn:
+        shape = z.shape[:2]
+        args, rows = self.joint.fetch(self.indices, len(z)), self.indices.repeat(len(z))
+        sites, log_p = run(self.joint, z.flatten(0, 1), args, rows)
+        values, log_likelihood = {}, {}
+        for name, axis in self.axes.items():
+            site, own = sites[name], sites[name].log_likelihood
+            if own is None:
+                values[name] = site.value.movedim(axis, 0).unflatten(0, shape)
+            else:
+                log_likelihood[name] = own.movedim(axis + site.event_dim, 0).unflatten(0, shape)
+        return Drawn(values, log_likelihood, log_p.reshape(shape), log_q)
+
+
+class ReadOneByOne:
+    """Reads latents of the whole data set, the model run once a draw; `records` are of the first."""
+
+    def __init__(self, joint: JointDensity, z: Tensor, indices: Tensor) -> None:
+        self.joint, self.indices, self.args = copy.copy(joint), indices, joint.fetch(indices)
+        self.joint.vectorized = False
+        self.records, _ = run(self.joint, z[0], self.args, indices)
+
+    def __call__(self, z: Tensor, log_q: Tensor) -> Drawn:
+        runs = [run(self.joint, flat, self.args, self.indices) for flat in z]
+        values, log_likelihood = {}, {}
+        for name, record in self.records.items():
+            sites = [sites[name] for sites, _ in runs]
+            if record.log_likelihood is None:
+                values[name] = torch.stack([site.value for site in sites])
+            else:
+                log_likelihood[name] = torch.stack([cast(Tensor, site.log_likelihood) for site in sites])
+        return Drawn(values, log_likelihood, torch.cat([log_p for _, log_p in runs]), log_q[:, 0])
+
+
+class ReadTogether:
+    """Reads latents of the whole data set, draws along a batch dimension of their own left of every plate."""
+
+    def __init__(self, joint: JointDensity, records: Records, indices: Tensor) -> None:
+        self.joint, self.indices, self.args, self.records = joint, indices, joint.fetch(indices), records
+
+    def __call__(self, z: Tensor, log_q: Tensor) -> Drawn:
+        sites, log_p = run(self.joint, z[:, 0], self.args, self.indices.repeat(len(z)))
+        values, log_likelihood = {}, {}
+        for name, record in self.records.items():
+            own = sites[name].log_likelihood
+            if own is None or record.log_likelihood is None:
+                values[name] = _draws_first(sites[name].value, len(z), record.value.shape)
+            else:
+                log_likelihood[name] = _draws_first(own, len(z), record.log_likelihood.shape)
+        return Drawn(values, log_likelihood, log_p, log_q[:, 0])
+
+
+def _join_records(parts: list[Records], plate: str) -> Records:
+    """The sites over all of the data from those over consecutive datapoints."""
+    result = {}
+    for name, record in parts[0].items():
+        axis = record.axis_of(plate)
+        assert axis is not None
+        result[name] = replace(record, value=torch.cat([part[name].value for part in parts], axis))
+    return result
+
+
+def _draws_first(tensor: Tensor, number: int, shape: torch.Size) -> Tensor:
+    """To `(S, *shape)`, a tensor that no draw changes repeated for each."""
+    if tensor.numel() == shape.numel():
+        return tensor.reshape(shape).expand(number, *shape)
+    return tensor.reshape(number, *shape)
+
+
+def run(joint: JointDensity, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> tuple[Records, Tensor]:
+    """Sites and log p `(R,)` of the model with the rows of `flat` `(R, dim)` in its latents."""
+    with RecordSites() as recorder:
+        handler = joint.run(flat, args, indices)
+    return recorder.sites, (handler.log_prior + handler.log_likelihood).double()

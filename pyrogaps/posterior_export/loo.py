@@ -1,0 +1,94 @@
+"""`loo`: leave-one-out cross-validation from a guide's draws, where the latents are global."""
+
+from typing import cast
+
+import numpy as np
+import xarray as xr
+from arviz_stats.loo import loo_approximate_posterior
+from arviz_stats.utils import ELPDData
+
+from pyrogaps.errors import InputError
+from pyrogaps.posterior_export.record import DATAPOINT
+from pyrogaps.posterior_export.tree import GLOBAL, LOCAL, SAMPLE_DIMS
+
+MIN_DRAWS = 25  # for the five largest ratios, a fifth of them, that a Pareto tail is fitted to
+NEEDED = {"log_likelihood": (), "sample_stats": ("log_p", "log_q")}
+
+
+def loo(tree: xr.DataTree, *, var_name: str | None = None, pointwise: bool | None = None) -> ELPDData:
+    r"""PSIS-LOO of a tree from `to_datatree`, corrected by the guide's own importance ratios.
+
+    $$\widehat{\mathrm{elpd}} = \sum_n \log \frac{\sum_s r_{ns}\, p(x_n \mid z_s)}{\sum_s r_{ns}}, \quad
+      r_{ns} = \frac{p(x, z_s)}{q(z_s)} \frac{1}{p(x_n \mid z_s)}, \quad z_s \sim q$$
+
+    with Pareto-smoothed $r_{ns}$ (Vehtari et al., arXiv:1507.04544; for approximate posteriors Magnusson et al., 2019,
+    arXiv:1904.10679). The estimate is of $\sum_n \log p(x_n \mid x_{-n})$ under the *model's* posterior, consistent
+    for any guide that covers it; Pareto k-hat, one for every observation, says when the guide does not.
+
+    Args:
+        tree: with global latents. With local ones the posterior without x_n says nothing of z_n, so that $1/p(x_n|z_n)$
+            has infinite variance and the estimate is refused; log p(x_n) is the predictive there.
+        var_name: the observed site, needed where there are several.
+        pointwise: whether to keep `elpd_i` and `pareto_k` of every observation; None asks ArviZ's settings.
+
+    Returns:
+        ArviZ's `ELPDData`, in nats: `elpd`, its standard error `se` over observations, and `p`, the effective number
+        of parameters (how far `elpd` lies below the density in the sample, for which ArviZ takes the guide's draws as
+        they are). Observations that a mask hides are left out.
+
+    Raises:
+        InputError: for local latents, with the reason; for a tree that `to_datatree` did not write, fewer than 25
+            draws, a site that is not in the tree, observations that no plate or batch shape tells apart, and densities
+            that are infinite.
+    """
+    _check_tree(tree)
+    name = _site(tree, var_name)
+    pointwise_density: xr.DataArray = tree["log_likelihood"].to_dataset()[name]
+    observations = [dim for dim in pointwise_density.dims if dim not in SAMPLE_DIMS]
+    if not observations:
+        raise InputError(
+            f"site '{name}': it is a single observation to the model, so there is none to leave out; put it in a plate "
+            "and take the plate's dimension out of to_event"
+        )
+    hidden = pointwise_density.isnull().all(SAMPLE_DIMS)
+    if bool(hidden.any()):
+        pointwise_density = pointwise_density.stack(observation=observations)
+        pointwise_density = pointwise_density[..., ~hidden.stack(observation=observations).values]
+    log_p, log_q = (tree["sample_stats"].to_dataset()[density] for density in NEEDED["sample_stats"])
+    for what, density in (("log_likelihood", pointwise_density), ("log_p", log_p), ("log_q", log_q)):
+        if not bool(np.isfinite(density).all()):
+            raise InputError(f"tree: {what} is infinite at some draws, so the guide draws what the model excludes")
+    one_site = xr.DataTree.from_dict({"log_likelihood": xr.Dataset({name: pointwise_density})})
+    result = loo_approximate_posterior(one_site, log_p, log_q, pointwise, name)  # type: ignore[no-untyped-call]
+    return cast(ELPDData, result)
+
+
+def _check_tree(tree: xr.DataTree) -> None:
+    if not isinstance(tree, xr.DataTree) or "latents" not in tree.attrs:
+        raise InputError("tree: not one that pyrogaps.to_datatree wrote")
+    if tree.attrs["latents"] != GLOBAL:
+        remedy = (
+            f"the predictive of a {DATAPOINT} is log p(x) there: take log_evidence of decompose, or ais"
+            if tree.attrs["latents"] == LOCAL
+            else "sum or integrate it out in the model, or leave out whole groups"
+        )
+        raise InputError(
+            f"tree: loo is refused, for each observation has a latent of its own ({tree.attrs['local_latents']}): "
+            "leaving one out by the harmonic mean of p(x|z) has infinite variance (on an exact case it gave -508, the "
+            f"truth being -384); {remedy}"
+        )
+    for group, variables in NEEDED.items():
+        missing = [group] if group not in tree.children else [n for n in variables if n not in tree[group]]
+        if missing:
+            raise InputError(f"tree: it has no {missing[0]}, which loo needs")
+    if (draws := tree["sample_stats"].sizes["draw"]) < MIN_DRAWS:
+        raise InputError(f"tree: loo needs at least {MIN_DRAWS} draws, it has {draws}; raise num_draws of to_datatree")
+
+
+def _site(tree: xr.DataTree, var_name: str | None) -> str:
+    sites = [str(name) for name in tree["log_likelihood"].data_vars]
+    if var_name is None and len(sites) > 1:
+        raise InputError(f"var_name: the tree has several observed sites ({', '.join(sites)}): name one")
+    if var_name is not None and var_name not in sites:
+        raise InputError(f"var_name: no observed site '{var_name}' in the tree; it has {', '.join(sites)}")
+    return sites[0] if var_name is None else var_name

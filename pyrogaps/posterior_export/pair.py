@@ -1,0 +1,60 @@
+"""Model and guide as the densities that are exported: per datapoint, or of the whole data set at once."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrogaps.bounds import Plate, posterior_of
+from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
+from pyrogaps.density.data import whole
+from pyrogaps.density.draws import Posterior
+from pyrogaps.density.plates import steady_plates, whole_plates
+from pyrogaps.density.runs import Program, evaluating
+from pyrogaps.density.structure import first_sites
+from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
+
+
+class WholeModel(JointDensity):
+    """A model whose whole data set is one datapoint, its subsampled plates made whole."""
+
+    def plates(self, indices: Tensor) -> AbstractContextManager[None]:
+        return whole_plates("", indices)
+
+
+class WholeGuide(GuideDensity):
+    """The guide of a `WholeModel`, its subsampled plates made whole."""
+
+    def plates(self, indices: Tensor) -> AbstractContextManager[None]:
+        return whole_plates("", indices)
+
+
+def pair_of(model: Program, guide: Any, data: Data, plate: Plate) -> tuple[JointDensity, Posterior]:
+    """The densities of model and guide: per datapoint where the data plate encloses every latent, else of the whole
+    data set at once.
+    """
+    if plate is not False:
+        try:
+            joint, posterior = posterior_of(model, guide, data, plate)
+            return (posterior.joint if isinstance(posterior, GuideDensity) else joint), posterior
+        except InputError:
+            if not _latents_outside(model, data, plate):
+                raise
+    joint = WholeModel(guide.augment(model) if hasattr(guide, "augment") else model, data, False)
+    return joint, guide if isinstance(guide, Posterior) and hasattr(guide, "joint") else WholeGuide(guide, None, joint)
+
+
+def _latents_outside(model: Program, data: Data, plate: Plate) -> bool:
+    """Whether the model has plates that its observed sites are in, and latents outside them."""
+    tensors = data if isinstance(data, list | tuple) else (data,)
+    if not isinstance(data, IndexedData) and not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return False
+    with seeded(0, "structure"), evaluating(model), torch.no_grad(), steady_plates():
+        sites, _ = first_sites(model, whole(data).fetch(torch.zeros(1, dtype=torch.long)))
+    names = {name: {frame.name for frame in site["cond_indep_stack"]} for name, site in sites.items()}
+    latent = [names[name] for name, site in sites.items() if not site["is_observed"]]
+    if isinstance(plate, str):
+        return any(plate in found for found in names.values()) and any(plate not in found for found in latent)
+    return bool(latent) and not set.intersection(*names.values())
