@@ -17,6 +17,7 @@ from pyrogaps.gaps.retrain import Split, retrain
 from pyrogaps.gaps.split import QUANTITIES
 from pyrogaps.gaps.work import Work, as_arrays, columns, run_chunks
 from pyrogaps.log_weights import mean_estimate
+from pyrogaps.refine import own_family
 from pyrogaps.streams import Chunk
 
 # Draws by which rounds and starts are compared, the same for all of them.
@@ -48,6 +49,8 @@ def with_split(
 
     starts = retrain(model, guide, split, bound, seed=work.seed, folder=folder, progress=progress)
     best = GuideDensity(starts[0].guide, None, work.joint)
+    # The optimum is the same, but from phi-hat a refinement gets there where from a broken guide it may fall short.
+    work.own = own_family(best)
 
     def measure(work: Work, chunk: Chunk) -> Arrays:
         weights = chunk_log_weights(work.joint, best, chunk, work.num_particles, work.seed, "retrained")
