@@ -85,7 +85,7 @@ def help_text() -> str:
     built = "".join(f"  --{name:<15} {FIELDS[name]}\n" for name in (*COMPONENTS, "families"))
     listed = parser().format_help().partition("options:\n")[2]
     # Sections are given field by field or as YAML here, not as the files that jsonargparse would take.
-    fields = re.sub(r"  --\w+ CONFIG +Path to a configuration file.\n", "", listed)
+    fields = re.sub(r"  --[\w.]+ CONFIG\s+Path to a configuration file.\n", "", listed)
     return USAGE + "\n" + HELP.format(shipped=", ".join(shipped()), fields=f"fields:\n{built}{fields}")
 
 

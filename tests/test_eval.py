@@ -217,6 +217,7 @@ def test_help_lists_recipes_options_and_fields(capsys):
     text = capsys.readouterr().out
     for word in [*shipped(), "--checkpoint", "--overwrite", "--evidence.num_chains", "--training.num_epochs"]:
         assert word in text
+    assert "CONFIG" not in text
 
 
 # Mistakes

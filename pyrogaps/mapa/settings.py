@@ -43,6 +43,8 @@ class Mapa:
     def __post_init__(self) -> None:
         if self.training.objective is not None:
             raise InputError("mapa.training: the objective is MAPA's bound; leave objective out")
+        if self.training.freeze_model:
+            raise InputError("mapa.training: the model is what MAPA trains; leave freeze_model false")
         if self.training.patience is not None:
             raise InputError("mapa.training: patience needs validation data, which MAPA's bound cannot be taken of")
 

@@ -140,6 +140,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for training, message in (
         (Training(objective=pg.IWAE_ELBO(3)), "leave objective out"),
         (Training(patience=3), "patience needs validation data"),
+        (Training(freeze_model=True), "leave freeze_model false"),
     ):
         with pytest.raises(pg.InputError, match=message):
             Mapa(training=training)
