@@ -13,14 +13,14 @@ from benchmarks.mapa_images.training import METHODS
 
 def test_every_method_is_trained_and_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "RESULTS", tmp_path / "results")
-    arguments = ["mapa_images", "digits", "--quick", "--runs", str(tmp_path / "runs")]
+    arguments = ["mapa_images", "digits", "--quick", "--latents", "2", "--runs", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", arguments)
     mapa_images.main()
     table = pd.read_csv(tmp_path / "results" / "mapa_images-quick.csv")
-    assert table["method"].tolist() == 2 * list(METHODS)
+    assert table["method"].tolist() == list(METHODS)
     children = table["approximation gap"] + table["amortization gap"]
     assert children.to_numpy() == pytest.approx(table["inference gap"].to_numpy(), abs=1e-4)
-    assert table["log p(x) by quadrature"].notna().tolist() == 4 * [True] + 4 * [False]
+    assert table["log p(x) by quadrature"].notna().all()
     weights = sorted((tmp_path / "runs").rglob("*.pt"))
     written = [path.stat().st_mtime_ns for path in weights]
     mapa_images.main()

@@ -18,9 +18,9 @@ INFERENCE = "inference_gap"
 # Told apart by lightness and hatching as well as by hue, so that a grey print keeps them distinct.
 COLOURS = {INFERENCE: "#d9d9d9", APPROXIMATION: "#2f5d8c", CONDITIONING: "#7fa650", AMORTIZATION: "#f2b27a"}
 HATCHES = {INFERENCE: "", APPROXIMATION: "", CONDITIONING: "....", AMORTIZATION: "////"}
-# The children of the amortization gap have its colour, paler.
-COLOURS |= dict.fromkeys((CAPACITY, OPTIMIZATION, GENERALIZATION), "#fae0c8")
-HATCHES |= {CAPACITY: "", OPTIMIZATION: "////", GENERALIZATION: "xxxx"}
+# The children of the amortization gap are of its hue.
+COLOURS |= {CAPACITY: "#b5561e", OPTIMIZATION: "#e39a5c", GENERALIZATION: "#fdeedd"}
+HATCHES |= {CAPACITY: "", OPTIMIZATION: "\\\\\\\\", GENERALIZATION: "xxxx"}
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
 SHADES = ["#2f5d8c", "#c8641e", "#4b7a2b", "#8b5a9f", "#444444"]
 
