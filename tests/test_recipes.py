@@ -227,3 +227,11 @@ def test_retraining_splits_the_amortization_gap(few_points: list[str], tmp_path:
     children = summary[["capacity_gap", "optimization_gap", "generalization_gap"]]
     assert children.sum() == pytest.approx(summary["amortization_gap"], abs=1e-6)
     assert resolve(read_document("digits")).retraining is None
+
+
+def test_a_certificate_is_asked_for_and_printed(few_points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    certificate = "{num_simulated: 4, num_refined_again: 3}"
+    assert main(["mapa-circle", *few_points, "--certificate", certificate]) == 0
+    printed = capsys.readouterr().out
+    assert "certificate: BDMC on 4 datapoints" in printed
+    assert "certificate: refined 4 times as long, 3 datapoints" in printed
