@@ -116,9 +116,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=3.0, help="CPU time of a training on MNIST; on digits 1 at most"
     )
-    parser.add_argument(
-        "--latents", type=int, nargs="+", help="dimensions (default: 2, and 8 or 10)"
-    )
+    parser.add_argument("--latents", type=int, nargs="+", help="dimensions (default: 2, and 8 or 10)")
     parser.add_argument("--num_images", type=int, default=200, help="test images that are evaluated")
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
