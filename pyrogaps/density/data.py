@@ -68,6 +68,17 @@ def as_tuple(args: Any) -> tuple[Any, ...]:
     return args if isinstance(args, tuple) else (args,)
 
 
+def evenly_spaced(num_datapoints: int, number: int) -> Tensor:
+    """Indices of `number` datapoints of a data set, from the first to the last; all where there are no more."""
+    return torch.linspace(0, num_datapoints - 1, min(number, num_datapoints)).round().long()
+
+
+def part_of(data: IndexedData, number: int) -> tuple[IndexedData, Tensor]:
+    """`number` datapoints of `data`, evenly spaced, as a data set of their own, and their indices in `data`."""
+    chosen = evenly_spaced(len(data), number)
+    return IndexedData(len(chosen), lambda indices: data.fetch(chosen[indices])), chosen
+
+
 def _not_empty(data: IndexedData) -> IndexedData:
     if data.num_datapoints < 1:
         raise InputError("data: there are no datapoints")

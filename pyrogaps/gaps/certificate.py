@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from pyrogaps.errors import InputError
+from pyrogaps.gaps.table import standard_error
 
 # A refinement that gains more than this, nats, had not ended.
 IMPROVING = 0.01
@@ -64,5 +65,4 @@ def cautions(certificate: xr.Dataset, inference_gap: float) -> Iterator[str]:
 
 
 def _mean(values: np.ndarray) -> str:
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return f"{values.mean():.3f} ± {error:.3f}"
+    return f"{values.mean():.3f} ± {standard_error(values):.3f}"

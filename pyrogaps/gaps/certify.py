@@ -3,21 +3,18 @@
 from dataclasses import replace
 
 import numpy as np
-import torch
 import xarray as xr
 
-from pyrogaps.ais import AIS, bdmc
+from pyrogaps.ais import bdmc
 from pyrogaps.bounds import elbo
-from pyrogaps.density import IndexedData
+from pyrogaps.density.data import part_of
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.work import Work
-from pyrogaps.refine import Refinement, refine
+from pyrogaps.refine import refine
 from pyrogaps.streams import derive_seed
 
 
-def certify(
-    work: Work, per_datapoint: xr.Dataset, settings: Certificate, evidence: AIS, refinement: Refinement, batch_size: int
-) -> xr.Dataset:
+def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_size: int) -> xr.Dataset:
     """The certificate of a ledger: `lower` and `upper` bounds of log p(x), with `lower_mcse`, over "simulated"
     datapoints; `gain` of L[q*], with `gain_mcse`, over "refined_again" datapoints, whose coordinates are their indices.
 
@@ -29,16 +26,16 @@ def certify(
     own = work.own.family if work.own.kind == "autoguide" else density.guide
     simulated = bdmc(
         joint.model,
-        _some(work, settings.num_simulated)[0],
+        part_of(joint.data, settings.num_simulated)[0],
         guide_or_family=own,
-        settings=evidence,
-        refinement=refinement,
+        settings=work.evidence,
+        refinement=work.refinement,
         plate=joint.plate,
         batch_size=batch_size,
         seed=seed,
     )
-    data, chosen = _some(work, settings.num_refined_again)
-    longer = replace(refinement, num_steps=settings.longer * refinement.num_steps)
+    data, chosen = part_of(joint.data, settings.num_refined_again)
+    longer = replace(work.refinement, num_steps=settings.longer * work.refinement.num_steps)
     again = refine(joint.model, own, data, settings=longer, plate=joint.plate, batch_size=batch_size, seed=seed)
     reached = elbo(joint.model, again, data, num_particles=work.num_particles, plate=joint.plate, seed=seed)
     own_bound = per_datapoint.isel(family=0, datapoint=chosen.numpy())
@@ -49,10 +46,3 @@ def certify(
     gains = {"gain": gain, "gain_mcse": error}
     found |= {name: ("refined_again", value, {"units": "nats"}) for name, value in gains.items()}
     return xr.Dataset(found, {"refined_again": chosen.numpy()}, {"longer": settings.longer})
-
-
-def _some(work: Work, number: int) -> tuple[IndexedData, torch.Tensor]:
-    """So many of the datapoints, evenly spaced, and their indices; all where there are no more."""
-    joint = work.joint
-    chosen = torch.linspace(0, joint.num_datapoints - 1, min(number, joint.num_datapoints)).round().long()
-    return IndexedData(len(chosen), lambda indices: joint.fetch(chosen[indices])), chosen

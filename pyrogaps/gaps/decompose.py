@@ -127,8 +127,7 @@ def decompose(
     if split is not None and training is not None:
         ledger = with_split(ledger, split, training, batch_size, progress, cache)
     if certificate is not None:
-        settings = certificate, work.evidence, work.refinement
-        ledger = replace(ledger, certificate=certify(work, ledger.per_datapoint, *settings, batch_size))
+        ledger = replace(ledger, certificate=certify(work, ledger.per_datapoint, certificate, batch_size))
     return ledger
 
 

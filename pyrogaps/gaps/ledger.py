@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -12,7 +11,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.gaps import certificate as certificates
 from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
 from pyrogaps.gaps.split import parts_of
-from pyrogaps.gaps.table import cautions, render, summary_mcse
+from pyrogaps.gaps.table import cautions, render, standard_error, summary_mcse
 
 OWN = "own"
 ATTRIBUTE = "pyrogaps"
@@ -69,11 +68,10 @@ class GapLedger:
         rows = {}
         for label, name, family in self._quantities():
             values, errors = self._values(name, family), self._values(f"{name}_mcse", family)
-            number = len(values)
             how = self.provenance["quantities"][name]
             rows[label] = {
                 "mean": values.mean(),
-                "standard_error": values.std(ddof=1) / number**0.5 if number > 1 else np.nan,
+                "standard_error": standard_error(values),
                 "mcse": summary_mcse(errors),
                 "estimator": how["estimator"],
                 "direction": how["direction"],

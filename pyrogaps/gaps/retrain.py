@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pyrogaps.density import Data, IndexedData
-from pyrogaps.density.data import as_indexed
+from pyrogaps.density.data import as_indexed, part_of
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.streams import derive_seed, seeded
@@ -71,9 +71,7 @@ class Split:
     def measured(self) -> tuple[IndexedData, torch.Tensor]:
         """The training datapoints that bounds are measured on, and their indices."""
         indexed, most = as_indexed(self.train_data), self.retraining.num_datapoints
-        number = len(indexed) if most is None else min(most, len(indexed))
-        chosen = torch.linspace(0, len(indexed) - 1, number).round().long()
-        return IndexedData(number, lambda indices: indexed.fetch(chosen[indices])), chosen
+        return part_of(indexed, len(indexed) if most is None else most)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from pyrogaps.gaps.table import summary_mcse
+from pyrogaps.gaps.table import standard_error, summary_mcse
 
 Array = NDArray[np.float64]
 CAPACITY, OPTIMIZATION, GENERALIZATION = "capacity_gap", "optimization_gap", "generalization_gap"
@@ -54,5 +54,4 @@ def _difference(left: tuple[Array, Array], right: tuple[Array, Array]) -> Part:
 
 def _mean(pair: tuple[Array, Array]) -> Part:
     values, errors = pair
-    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
-    return Part(float(values.mean()), error, summary_mcse(errors))
+    return Part(float(values.mean()), standard_error(values), summary_mcse(errors))

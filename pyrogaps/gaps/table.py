@@ -76,6 +76,11 @@ def _label(name: str, provenance: dict[str, Any]) -> str:
     return BOUNDS.get(name, name)
 
 
+def standard_error(values: Any) -> float:
+    """Of the mean over datapoints of `values` `(N,)`; NaN for one."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
 def summary_mcse(errors: Any) -> float:
     """Monte Carlo standard error of a mean over datapoints, from theirs `(N,)`."""
     return float(np.sqrt(np.square(errors).sum())) / len(errors)
@@ -147,7 +152,7 @@ def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> lis
     number = int(per_datapoint["num_completions"].max())
     excess = float(per_datapoint["overfitting"].mean()) / 2
     misfit = (per_datapoint["elbo_on_completions"] - per_datapoint["elbo_shared"]).values
-    error = f" ± {misfit.std(ddof=1) / len(misfit) ** 0.5:.2f}" if len(misfit) > 1 else ""
+    error = f" ± {standard_error(misfit):.2f}" if len(misfit) > 1 else ""
     return [
         f"the guide is shown {shown}; q*_C, fitted to halves of up to {number} completions, makes the conditioning gap "
         f"about {excess:.3f} nats too large",

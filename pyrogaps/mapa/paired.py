@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyrogaps.density import IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple
+from pyrogaps.density.data import as_tuple, evenly_spaced
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import is_factor, is_masked, sample_sites
@@ -83,8 +83,7 @@ class Paired:
         return dict(encoder)
 
     def _check(self) -> None:
-        number = self.joint.num_datapoints
-        indices = torch.linspace(0, number - 1, min(number, CHECK_ROWS)).round().long()
+        indices = evenly_spaced(self.joint.num_datapoints, CHECK_ROWS)
         args = self.fetch(indices)
         encoded = self.encode(indices, args)
         if odd := sorted(encoded.keys() ^ self.joint.sites.keys()):

@@ -8,6 +8,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide, AutoNormal
 
 from pyrogaps.density import GuideDensity, JointDensity
+from pyrogaps.density.data import evenly_spaced
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
@@ -76,8 +77,7 @@ def own_family(density: GuideDensity) -> OwnFamily:
     if isinstance(guide, AutoNormal) or (isinstance(guide, AutoGuide) and hasattr(guide, "start_at")):
         return OwnFamily(density, "autoguide", type(guide))
     if density.factorised:
-        last = density.num_datapoints - 1
-        few = torch.linspace(0, last, min(last + 1, 64)).round().long()
+        few = evenly_spaced(density.num_datapoints, 64)
         with seeded(0, "own family"), evaluating(guide), torch.enable_grad():
             local = density.at(few)
         assert isinstance(local, FactorisedGuide)

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyrogaps.density.data import IndexedData
+from pyrogaps.density.data import IndexedData, evenly_spaced
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.training.parameters import JointOptimizer
@@ -106,7 +105,7 @@ def _describe(value: Any) -> str:
 
 def _digest(data: IndexedData) -> str:
     """The number of datapoints and a hash of up to 16 of them."""
-    indices = torch.linspace(0, len(data) - 1, min(16, len(data))).round().long()
+    indices = evenly_spaced(len(data), 16)
     digest = hashlib.blake2b(digest_size=4)
     for item in data.fetch(indices):
         if isinstance(item, Tensor):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density import GuideDensity, IndexedData
+from pyrogaps.density.data import evenly_spaced
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.training.parameters import JointOptimizer
@@ -35,8 +36,7 @@ class GuideAhead:
         self._density = GuideDensity(guide, data, model)
         if self._density.joint.plate is None:
             raise InputError("training: guide_steps measure information over datapoints; give the model a data plate")
-        number = min(NUM_DATAPOINTS, len(data))
-        self._indices = torch.linspace(0, len(data) - 1, number).round().long()
+        self._indices = evenly_spaced(len(data), NUM_DATAPOINTS)
 
     def goes_on(self, history: dict[str, list[float]]) -> bool:
         """Whether mutual information has not fallen from one epoch to the next yet."""
