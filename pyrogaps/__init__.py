@@ -2,6 +2,7 @@
 
 from pyrogaps.ais import AIS, ais, bdmc
 from pyrogaps.bounds import elbo, iwae
+from pyrogaps.calibration import Calibration, calibrate
 from pyrogaps.conditioning import Conditioning, SimulatedData, reference_guide, shared_posterior
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
@@ -16,7 +17,7 @@ from pyrogaps.mapa import (
     mapa_posterior,
 )
 from pyrogaps.objectives import IWAE_ELBO
-from pyrogaps.plots import plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
+from pyrogaps.plots import plot_calibration, plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
 from pyrogaps.posterior_export import loo, to_datatree
 from pyrogaps.posterior_grid import posterior_grid
 from pyrogaps.refine import Refinement, refine
@@ -28,6 +29,7 @@ __all__ = [
     "MAPA_ELBO",
     "MAPA_IWAE_ELBO",
     "BernoulliKernel",
+    "Calibration",
     "Certificate",
     "Conditioning",
     "ContinuousBernoulliKernel",
@@ -44,11 +46,13 @@ __all__ = [
     "Split",
     "ais",
     "bdmc",
+    "calibrate",
     "decompose",
     "elbo",
     "iwae",
     "loo",
     "mapa_posterior",
+    "plot_calibration",
     "plot_datapoints",
     "plot_gaps",
     "plot_ledger",

@@ -18,6 +18,7 @@ PUBLIC = {
     "MAPA_ELBO",
     "MAPA_IWAE_ELBO",
     "BernoulliKernel",
+    "Calibration",
     "Certificate",
     "Conditioning",
     "ContinuousBernoulliKernel",
@@ -34,11 +35,13 @@ PUBLIC = {
     "Split",
     "ais",
     "bdmc",
+    "calibrate",
     "decompose",
     "elbo",
     "iwae",
     "loo",
     "mapa_posterior",
+    "plot_calibration",
     "plot_datapoints",
     "plot_gaps",
     "plot_ledger",
@@ -75,7 +78,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mapa": GROUND | ESTIMATORS | {"training"},
     "gaps": GROUND | ESTIMATORS | {"training", "conditioning", "mapa"},
     "datasets": {"errors"},
-    "plots": {"errors", "gaps"},
+    "calibration": GROUND | {"density", "bounds", "capture", "refine"},
+    "plots": {"errors", "gaps", "calibration"},
 }
 # The command is the top floor. Nothing below it imports it, and it finds models and guides by dotted path alone.
 COMMAND = ("recipe", "building", "command_line", "run_folder", "eval")

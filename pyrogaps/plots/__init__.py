@@ -1,9 +1,10 @@
 """Pictures of a gap ledger, drawn from a ledger or from the `DataTree` it was saved as, and of posteriors on a grid."""
 
+from pyrogaps.plots.calibration import plot_calibration
 from pyrogaps.plots.datapoints import plot_datapoints
 from pyrogaps.plots.gaps import plot_gaps
 from pyrogaps.plots.ledger import plot_ledger
 from pyrogaps.plots.posteriors import plot_posteriors
 from pyrogaps.plots.traces import plot_traces
 
-__all__ = ["plot_datapoints", "plot_gaps", "plot_ledger", "plot_posteriors", "plot_traces"]
+__all__ = ["plot_calibration", "plot_datapoints", "plot_gaps", "plot_ledger", "plot_posteriors", "plot_traces"]

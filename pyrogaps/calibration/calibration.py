@@ -1,0 +1,122 @@
+"""`Calibration`: the ranks of simulation-based calibration, and what they say."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from arviz_base import dict_to_dataset
+
+from pyrogaps.calibration.report import render
+from pyrogaps.calibration.statistics import covered, proportion
+from pyrogaps.calibration.summary import summarise
+from pyrogaps.errors import InputError
+
+SIMULATED, LATENT = "simulated", "latent"
+GROUP, PIT_GROUP = "calibration", "prior_sbc"
+ATTRIBUTE = "pyrogaps"
+SAMPLE_DIMS = ["chain", "draw"]
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """Ranks of the truth among a posterior's draws, on datapoints simulated from the model; see `calibrate`.
+
+    Latent dimensions are the coordinates of the model's unconstrained space: "z[3]" is coordinate 3 of site "z".
+
+    Attributes:
+        per_simulated: over ("simulated", "latent"): `rank`, 0 to L, ties broken at random; `pit`, the rank normalised
+            to [0, 1], by a uniform draw from the part of it that the rank leaves open, exactly uniform under
+            calibration; both NaN where a mask hides the coordinate; `truth`, unconstrained. Over "simulated":
+            `log_joint_pit`, the normalised rank of log p(x, z), and of a refined posterior `converged`.
+        provenance: which posterior, of which guide; number of draws, seed and settings.
+    """
+
+    per_simulated: xr.Dataset
+    provenance: dict[str, Any]
+
+    @property
+    def ranks(self) -> xr.DataArray:
+        """How many of the L draws lie below the truth, over ("simulated", "latent"); NaN under a False mask."""
+        return self.per_simulated["rank"]
+
+    @property
+    def num_draws(self) -> int:
+        """L, the draws from the posterior of a datapoint."""
+        return int(self.provenance["num_draws"])
+
+    def coverage(self, probabilities: float | Sequence[float] = (0.5, 0.8, 0.95)) -> xr.Dataset:
+        """How often central intervals of the posterior hold the truth, with standard errors.
+
+        `coverage` and `coverage_error` are over ("probability", "latent"), the errors binomial; `overall` and
+        `overall_error` over ("probability",) are of all latent dimensions together. These are not independent within a
+        datapoint, so that error is one over datapoints. Raises `InputError` for a probability outside (0, 1).
+        """
+        levels = np.atleast_1d(np.asarray(probabilities, dtype=float))
+        if not ((levels > 0) & (levels < 1)).all():
+            raise InputError(f"probabilities: must lie between 0 and 1, got {probabilities}")
+        pit = self.per_simulated["pit"].values
+        active = np.isfinite(pit)
+        each = [proportion(covered(pit, level), active) for level in levels]
+        together = [proportion(covered(pit, level).sum(1), active.sum(1)) for level in levels]
+        variables: dict[str, Any] = {}
+        for position, suffix in enumerate(("", "_error")):
+            variables[f"coverage{suffix}"] = (("probability", LATENT), np.stack([pair[position] for pair in each]))
+            variables[f"overall{suffix}"] = ("probability", np.stack([pair[position] for pair in together]))
+        return xr.Dataset(variables, {"probability": levels, LATENT: self.per_simulated[LATENT].values})
+
+    def summary(self) -> pd.DataFrame:
+        r"""One row a latent dimension, and a last one for log p(x, z).
+
+        - `count`: datapoints in which it is active.
+        - `mean_rank`: of the normalised ranks, 1/2 under calibration.
+        - `shift`: how far the truth lies above the posterior, in standard deviations of it; 0 under calibration.
+        - `spread`: of the truth about the posterior, over the posterior's own standard deviation: above 1 (ranks in a
+          U) it is too narrow, below 1 too wide. Shift and spread are mean and standard deviation of
+          $\Phi^{-1}(\text{pit})$, in which L draws resolve no more than about $\Phi^{-1}(1 - 1/L)$: far off, both
+          understate.
+        - `coverage_50`, `coverage_95`: how often central intervals hold the truth.
+        - each with its standard error `<name>_error`, over datapoints.
+        - `p_uniform` (the ECDF of the ranks against its simultaneous band, exact), `p_shift` and `p_spread`: p-values
+          under calibration, adjusted by Holm's method for all that are in the table.
+        - `finding`: "too low", "too high", "too narrow", "too wide" or "misshapen", of the posterior beside the truth,
+          where an adjusted p-value is below 0.01: in a hundred calibrated posteriors one has any finding. Empty
+          elsewhere. In the row of log p(x, z) it says where its draws' density lies beside the truth's.
+        """
+        labels = [str(label) for label in self.per_simulated[LATENT].values]
+        return summarise(labels, self.per_simulated["pit"].values, self.per_simulated["log_joint_pit"].values)
+
+    def to_datatree(self) -> xr.DataTree:
+        """The calibration as an ArviZ DataTree, saved with `.to_netcdf(path, engine="h5netcdf")`.
+
+        Group `prior_sbc` holds the normalised ranks by site, over (chain, draw, *site), chain = 1 and one draw a
+        simulated datapoint: what `arviz_plots.plot_ecdf_pit(tree)` draws. Group `calibration` is `per_simulated`,
+        and the attribute "pyrogaps" the provenance as JSON. Raises `InputError` for a site called "chain" or "draw".
+        """
+        values, variables, start = self.per_simulated["pit"].values, {}, 0
+        for name, shape in self.provenance["shapes"].items():
+            if name in SAMPLE_DIMS:
+                raise InputError(f"site '{name}': a dimension of the tree has this name; rename the site")
+            size = int(np.prod(shape))
+            variables[name] = values[None, :, start : start + size].reshape(1, len(values), *shape)
+            start += size
+        by_site = dict_to_dataset(variables, sample_dims=SAMPLE_DIMS, check_conventions=False)
+        tree = xr.DataTree.from_dict({PIT_GROUP: by_site, GROUP: self.per_simulated})
+        tree.attrs[ATTRIBUTE] = json.dumps(self.provenance)
+        return tree
+
+    @classmethod
+    def from_datatree(cls, tree: xr.DataTree) -> "Calibration":
+        """A calibration back from `to_datatree`; raises `InputError` for a tree that is not one."""
+        if GROUP not in tree.children or ATTRIBUTE not in tree.attrs:
+            raise InputError("calibration: not a tree written by Calibration.to_datatree")
+        return cls(tree.children[GROUP].to_dataset(), json.loads(tree.attrs[ATTRIBUTE]))
+
+    def __str__(self) -> str:
+        return render(self.summary(), self.coverage(), self.per_simulated, self.provenance)
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,75 @@
+"""The rank of the truth among a posterior's draws, coordinate by coordinate."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyrogaps.bounds import refuse_nan
+from pyrogaps.density import JointDensity
+from pyrogaps.density.draws import BlockedGuide, Posterior
+from pyrogaps.errors import InputError
+from pyrogaps.streams import PARTICLE_BLOCK, Chunk, Noise, particle_blocks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of the truth among L draws, and the same made uniform on [0, 1] by where it lies between its neighbours.
+
+    `rank` and `pit` are `(B, dim)`, NaN at coordinates under a False mask; `log_joint` `(B,)` is the normalised rank of
+    log p(x, z).
+    """
+
+    rank: Tensor
+    pit: Tensor
+    log_joint: Tensor
+
+
+def rank_chunk(
+    joint: JointDensity,
+    posterior: Posterior,
+    chunk: Chunk,
+    truth: Tensor,
+    num_draws: int,
+    seed: int,
+    offset: int = 0,
+) -> Ranks:
+    r"""Ranks of `truth` `(N, dim)` among draws from `posterior` at the datapoints of `chunk`.
+
+    $r = \#\{z_s < z\} + \lfloor v\,(1 + \#\{z_s = z\}) \rfloor$, ties broken at random by v ~ U(0, 1), and
+    $u = (\#\{z_s < z\} + v\,(1 + \#\{z_s = z\})) / (L + 1)$, exactly uniform where the L draws are exchangeable with z.
+
+    Raises `InputError` naming datapoints at which draws, or their densities, are not finite.
+    """
+    guide, exact = BlockedGuide(posterior, chunk, offset), truth[chunk.start : chunk.stop]
+    noise = Noise(seed, "calibration ties", chunk, dtype=torch.float64, device=torch.device("cpu"))
+    below, equal = (torch.zeros(exact.shape, dtype=torch.float64, device=exact.device) for _ in range(2))
+    few = min(num_draws, PARTICLE_BLOCK)
+    with torch.no_grad():
+        for first, size in enumerate(particle_blocks(num_draws)):
+            z, _ = guide.sample(size, seed, "calibration", first)
+            # A guide with auxiliary variables lives in a larger space than the model.
+            z = _finite(guide.blocks[0][1].joint.columns_of(z, joint), chunk)
+            below, equal = below + (z < exact).sum(0), equal + (z == exact).sum(0)
+            if first == 0:  # enough for one number, and the only draws that the model is run on
+                log_p, true_log_p = (refuse_nan(joint(at, chunk.indices), chunk) for at in (z, exact[None]))
+                better, same = (log_p < true_log_p).sum(0), (log_p == true_log_p).sum(0)
+    uniform = noise.uniform(1, exact.shape[1] + 1)[0]
+    position = below.cpu() + uniform[:, :-1] * (1 + equal.cpu())
+    log_joint = (better.cpu() + uniform[:, -1] * (1 + same.cpu())) / (few + 1)
+    rank, pit = position.floor(), position / (num_draws + 1)
+    active = joint.active(chunk.indices)
+    if active is not None:
+        rank, pit = (value.masked_fill(~active.cpu(), torch.nan) for value in (rank, pit))
+    return Ranks(rank, pit, log_joint)
+
+
+def _finite(z: Tensor, chunk: Chunk) -> Tensor:
+    bad = ~torch.isfinite(z).all(-1).all(0)
+    if bool(bad.any()):
+        which = ", ".join(str(chunk.start + int(n)) for n in bad.nonzero()[:5, 0])
+        raise InputError(
+            f"guide: its draws are NaN or infinite at simulated datapoints {which}; look at its parameters, and at "
+            "whether the model simulates data like those that it was trained on"
+        )
+    return z

@@ -1,0 +1,32 @@
+"""Data drawn from the model, as many as are asked for, in the shape of the data at hand."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrogaps.density import IndexedData, JointDensity
+from pyrogaps.density.data import as_tuple, evenly_spaced
+from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.streams import seeded
+
+
+def simulated_data(joint: JointDensity, number: int, seed: int, to_data: ToData | None) -> tuple[IndexedData, Tensor]:
+    """`number` datapoints from the model, and the latents `(number, dim)` behind them: an exact posterior draw each.
+
+    What is not drawn, such as the lengths of sequences, is that of evenly spaced datapoints of `joint`, or of all of
+    them in turn where more are asked for than there are.
+
+    Raises `InputError` where the model cannot be simulated.
+    """
+    there = joint.num_datapoints
+    chosen = evenly_spaced(there, number) if number <= there else torch.arange(number) % there
+    shape = joint.over(IndexedData(number, lambda indices: joint.data.fetch(chosen[indices])))
+    with seeded(seed, "simulate", device=joint.device):
+        drawn, z = simulate(shape, to_data)
+    args = as_tuple(drawn)
+
+    def fetch(indices: Tensor) -> tuple[Any, ...]:
+        return tuple(arg[indices.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args)
+
+    return IndexedData(number, fetch), z
