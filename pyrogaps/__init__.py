@@ -6,6 +6,7 @@ from pyrogaps.calibration import Calibration, calibrate
 from pyrogaps.conditioning import Conditioning, SimulatedData, reference_guide, shared_posterior
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
+from pyrogaps.escalation import Escalation, log_evidence
 from pyrogaps.gaps import Certificate, GapLedger, Retraining, Split, decompose
 from pyrogaps.mapa import (
     MAPA_ELBO,
@@ -33,6 +34,7 @@ __all__ = [
     "Certificate",
     "Conditioning",
     "ContinuousBernoulliKernel",
+    "Escalation",
     "GapLedger",
     "GaussianKernel",
     "GuideDensity",
@@ -50,6 +52,7 @@ __all__ = [
     "decompose",
     "elbo",
     "iwae",
+    "log_evidence",
     "loo",
     "mapa_posterior",
     "plot_calibration",

@@ -309,13 +309,8 @@ def bdmc(
     """
     settings = settings or AIS()
     settings = settings if initial is None else replace(settings, initial=initial)
-    simulated, z = _simulated(JointDensity(model, data, plate), seed, to_data)
     from_prior = settings.initial == "prior"
-    density: Any = None
-    if from_prior or is_family(guide_or_family):
-        joint = JointDensity(model, simulated, plate)
-    else:
-        joint, density = densities(model, guide_or_family, simulated, plate)
+    joint, density, z = simulated_pair(model, None if from_prior else guide_or_family, data, plate, seed, to_data)
     evaluator = GradientEvaluator(joint, settings.mode, split=from_prior)
 
     def one(chunk: Chunk) -> tuple[AnnealResult, AnnealResult]:
@@ -342,10 +337,22 @@ def bdmc(
     )
     unknown = torch.full_like(inverse.mcse, torch.nan)
     reverse = replace(inverse, value=-inverse.value, mcse=unknown, direction="upper bound", log_weights=None)
-    return Sandwich(forward.value, reverse.value, forward, reverse, simulated, z)
+    return Sandwich(forward.value, reverse.value, forward, reverse, joint.caller_data, z)
 
 
-def _simulated(joint: JointDensity, seed: int, to_data: ToData | None) -> tuple[Any, Tensor]:
+def simulated_pair(
+    model: Program, guide_or_family: Any, data: Data, plate: Plate, seed: int, to_data: ToData | None = None
+) -> tuple[JointDensity, GuideDensity | None, Tensor]:
+    """The density of a model over data simulated from it in the shape of `data`, that of a guide (None of a family, or
+    of None), and the latents behind the data `(N, dim)`: an exact posterior draw each.
+
+    With a guide that has auxiliary variables and no `local_family`, these are drawn too, from its reverse model.
+    """
+    alone = guide_or_family is None or is_family(guide_or_family)
+    shape = JointDensity(model, data, plate) if alone else densities(model, guide_or_family, data, plate)[0]
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "simulate"))
-        return simulate(joint, to_data)
+        simulated, z = simulate(shape, to_data)
+    if alone:
+        return JointDensity(model, simulated, plate), None, z
+    return *densities(model, guide_or_family, simulated, plate), z

@@ -32,24 +32,30 @@ class GaussianStart:
 
     def draw(self, noise: Tensor) -> Tensor:
         """Points `(S, B, dim)` from standard noise of that shape."""
-        return self._kept(self.loc + apply_scale(self.scale, noise))
+        return self.kept(self.loc + apply_scale(self.scale, noise))
 
     def log_density(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """log f_0 `(S, B)` and its gradient `(S, B, dim)`."""
-        centred = self._kept(z - self.loc)
+        centred = self.kept(z - self.loc)
         if self.scale.dim() == 2:
             whitened = centred / self.scale
         else:
             # Not by the precision: its rounding errors grow with the square of the correlations.
             whitened = torch.einsum("bij,sbj->sbi", self._inverse, centred)
-        return self._peak - 0.5 * whitened.square().sum(-1), self.gradient(z)
+        return self.peak - 0.5 * whitened.square().sum(-1), self.gradient(z)
 
     def gradient(self, z: Tensor) -> Tensor:
         """The gradient of log f_0, `(S, B, dim)`."""
-        centred = self._kept(self.loc - z)
+        centred = self.kept(self.loc - z)
         if self.scale.dim() == 2:
             return centred * self._precision
         return torch.einsum("bij,sbj->sbi", self._precision, centred)
+
+    def at(self, members: Tensor) -> "GaussianStart":
+        """f_0 of the datapoints at places `members`, which may repeat."""
+        return GaussianStart(
+            self.loc[members], self.scale[members], None if self.active is None else self.active[members]
+        )
 
     @cached_property
     def moves(self) -> Tensor:
@@ -59,7 +65,8 @@ class GaussianStart:
         active = self.active if self.scale.dim() == 2 else self.active[..., None]
         return torch.where(active, self.scale, torch.zeros_like(self.scale))
 
-    def _kept(self, z: Tensor) -> Tensor:
+    def kept(self, z: Tensor) -> Tensor:
+        """`z` `(*, B, dim)` with 0 in what is not active."""
         return z if self.active is None else torch.where(self.active, z, torch.zeros_like(z))
 
     @cached_property
@@ -75,9 +82,10 @@ class GaussianStart:
         return torch.cholesky_inverse(self.scale)
 
     @cached_property
-    def _peak(self) -> Tensor:
+    def peak(self) -> Tensor:
+        """log f_0 at its mean, `(B,)`."""
         diagonal = self.scale if self.scale.dim() == 2 else self.scale.diagonal(dim1=-2, dim2=-1)
-        return -self._kept(diagonal.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+        return -self.kept(diagonal.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 class Tuning(NamedTuple):

@@ -82,7 +82,7 @@ def _run(recipe: Recipe, options: Options) -> None:
             guide,
             data.evaluated,
             families=families,
-            evidence=recipe.evidence,
+            evidence=recipe.escalation or recipe.evidence,
             refinement=recipe.refinement,
             conditioning=recipe.conditioning,
             reference=reference,

@@ -93,12 +93,19 @@ def apply_scale(scale: Tensor, vector: Tensor) -> Tensor:
     return torch.einsum("bij,sbj->sbi", scale, vector)
 
 
+def apply_transpose(scale: Tensor, vector: Tensor) -> Tensor:
+    """`L^T v`, as `apply_scale`."""
+    if scale.dim() == 2:
+        return scale * vector
+    return torch.einsum("bij,sbi->sbj", scale, vector)
+
+
 def _push(gradients: tuple[Tensor, ...], weights: tuple[Tensor, ...], scale: Tensor) -> Tensor:
     force = sum(
         (weight[..., None] * gradient for weight, gradient in zip(weights[1:], gradients[1:], strict=True)),
         start=weights[0][..., None] * gradients[0],
     )
-    return scale * force if scale.dim() == 2 else torch.einsum("bij,sbi->sbj", scale, force)
+    return apply_transpose(scale, force)
 
 
 def _log_target(state: HMCState, weights: tuple[Tensor, ...]) -> Tensor:

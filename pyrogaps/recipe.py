@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader
 from pyrogaps.ais import AIS
 from pyrogaps.conditioning import Conditioning
 from pyrogaps.errors import InputError
+from pyrogaps.escalation import Escalation
 from pyrogaps.gaps import Certificate, Retraining
 from pyrogaps.mapa import Mapa
 from pyrogaps.refine import Refinement
@@ -62,6 +63,7 @@ class Recipe:
         training: settings of `pyrogaps.train`; null trains nothing.
         families: further variational families to compare, by name; each is called with the model.
         evidence: settings of annealed importance sampling, for log p(x).
+        escalation: settings of log p(x) by what each datapoint takes, in place of evidence; null: AIS, alike for all.
         refinement: settings of the per-datapoint refinement.
         conditioning: settings of the shared posterior, for a guide that is not shown all of x.
         reference: settings of the training of the guide that a lookahead's conditioning gap is measured by; null: none.
@@ -86,6 +88,7 @@ class Recipe:
     training: Training | None = field(default_factory=Training)
     families: dict[str, Component] = field(default_factory=dict)
     evidence: AIS = field(default_factory=AIS)
+    escalation: Escalation | None = None
     refinement: Refinement = field(default_factory=Refinement)
     conditioning: Conditioning = field(default_factory=Conditioning)
     reference: Training | None = None
@@ -121,6 +124,7 @@ SECTIONS: dict[str, type] = {
     "mapa": Mapa,
     "training": Training,
     "evidence": AIS,
+    "escalation": Escalation,
     "refinement": Refinement,
     "conditioning": Conditioning,
     "reference": Training,
@@ -128,7 +132,17 @@ SECTIONS: dict[str, type] = {
     "certificate": Certificate,
 }
 FIELDS = dict(re.findall(r"^ {8}(\w+): (.+)$", Recipe.__doc__ or "", re.MULTILINE))
-NULLABLE = ("mapa", "training", "reference", "retraining", "certificate", "plate", "checkpoint", "model_checkpoint")
+NULLABLE = (
+    "mapa",
+    "training",
+    "escalation",
+    "reference",
+    "retraining",
+    "certificate",
+    "plate",
+    "checkpoint",
+    "model_checkpoint",
+)
 SCALARS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in {*COMPONENTS, *SECTIONS, "families"}}
 
 

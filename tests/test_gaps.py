@@ -84,7 +84,7 @@ def test_errors_add_in_squares(ledger: GapLedger) -> None:
 
 def test_variables_have_their_dimensions_and_units(ledger: GapLedger) -> None:
     data = ledger.per_datapoint
-    by_family = {"elbo_refined", "family_approximation_gap", "converged", "kept_start"}
+    by_family = {"elbo_refined", "family_approximation_gap", "converged", "kept_start", "khat_refined", "ess_refined"}
     for name in data.data_vars:
         family = str(name).removesuffix("_mcse") in by_family
         assert data[name].dims == (("datapoint", "family") if family else ("datapoint",)), name

@@ -229,6 +229,11 @@ def test_retraining_splits_the_amortization_gap(few_points: list[str], tmp_path:
     assert resolve(read_document("digits")).retraining is None
 
 
+def test_an_escalation_takes_the_place_of_evidence(few_points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mapa-circle", *few_points, "--escalation", "{tolerance: 0.2, num_simulated: 0}"]) == 0
+    assert "its standard error: asked for 0.2" in capsys.readouterr().out
+
+
 def test_a_certificate_is_asked_for_and_printed(few_points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     certificate = "{num_simulated: 4, num_refined_again: 3}"
     assert main(["mapa-circle", *few_points, "--certificate", certificate]) == 0

@@ -38,8 +38,12 @@ class GradientEvaluator:
         self.num_gradients = self.num_values = 0
         self._graphs: dict[Any, _Graph] = {}
 
-    def bind(self, indices: Tensor, num_particles: int) -> "BoundDensity":
-        """The K densities at `num_particles` points of each datapoint in `indices`."""
+    def bind(self, indices: Tensor, num_particles: int, *, checked: bool = False) -> "BoundDensity":
+        """The K densities at `num_particles` points of each datapoint in `indices`, which may repeat.
+
+        `checked`: these datapoints have been bound before in this shape, so the record need not be compared with Pyro
+        on them again.
+        """
         joint, rows = self.joint, indices.repeat(num_particles)
         with evaluating(joint.model):
             leaves, tree = tree_flatten(joint.fetch(indices, num_particles))
@@ -56,12 +60,16 @@ class GradientEvaluator:
 
         constants = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         key = (num_particles, len(indices), constants, tuple((tuple(t.shape), t.dtype) for t in tensors))
-        return BoundDensity(self, self._programs(densities, key, len(rows), tensors), tensors)
+        return BoundDensity(self, self._programs(densities, key, len(rows), tensors, checked), tensors)
 
-    def _programs(self, densities: Densities, key: Any, rows: int, tensors: list[Tensor]) -> "_Eager | _Graph":
+    def _programs(
+        self, densities: Densities, key: Any, rows: int, tensors: list[Tensor], checked: bool
+    ) -> "_Eager | _Graph":
         eager = _Eager(densities, self.joint)
         if self.mode == "eager":
             return eager
+        if checked and key in self._graphs:
+            return self._graphs[key]
         dim = self.joint.dim
         flat = 0.1 * torch.linspace(-1, 1, rows * dim, dtype=self.joint.dtype).reshape(rows, dim).to(self.joint.device)
         try:

@@ -64,13 +64,12 @@ def _traces(traces: Arrays, families: list[str], provenance: dict[str, Any]) -> 
     num_points = traces["refined_elbo"].shape[1]
     steps = (np.arange(num_points) + 0.5) * provenance["refinement"]["num_steps"] / num_points
     dims = {"refined_elbo": ("family", "refinement_step")}
+    coordinates: dict[str, Any] = {"family": families, "refinement_step": steps}
+    # Of an escalation no two datapoints need have the same path.
+    if "inverse_temperature" in traces:
+        coordinates["temperature"] = np.arange(1, len(traces["inverse_temperature"]) + 1)
     return xr.Dataset(
-        {name: (dims.get(name, ("temperature",)), value) for name, value in traces.items()},
-        coords={
-            "family": families,
-            "refinement_step": steps,
-            "temperature": np.arange(1, len(traces["inverse_temperature"]) + 1),
-        },
+        {name: (dims.get(name, ("temperature",)), value) for name, value in traces.items()}, coords=coordinates
     )
 
 

@@ -1,13 +1,17 @@
 """A sandwich of log p(x) on simulated data, and a longer refinement of some datapoints: the certificate of a ledger."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import xarray as xr
+from torch import Tensor
 
 from pyrogaps.ais import bdmc
 from pyrogaps.bounds import elbo
+from pyrogaps.density import IndexedData
 from pyrogaps.density.data import part_of
+from pyrogaps.escalation import Escalation, check_ladder
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.work import Work
 from pyrogaps.refine import refine
@@ -24,16 +28,7 @@ def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_
     joint, density, seed = work.joint, work.density, derive_seed(work.seed, "certificate")
     # An autoguide has parameters for the datapoints that it was trained on; a fresh one of its class has none yet.
     own = work.own.family if work.own.kind == "autoguide" else density.guide
-    simulated = bdmc(
-        joint.model,
-        part_of(joint.data, settings.num_simulated)[0],
-        guide_or_family=own,
-        settings=work.evidence,
-        refinement=work.refinement,
-        plate=joint.plate,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    bounds = _bounds(work, own, part_of(joint.data, settings.num_simulated)[0], batch_size, seed)
     data, chosen = part_of(joint.data, settings.num_refined_again)
     longer = replace(work.refinement, num_steps=settings.longer * work.refinement.num_steps)
     again = refine(joint.model, own, data, settings=longer, plate=joint.plate, batch_size=batch_size, seed=seed)
@@ -41,8 +36,23 @@ def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_
     own_bound = per_datapoint.isel(family=0, datapoint=chosen.numpy())
     gain = reached.value.cpu().numpy() - own_bound["elbo_refined"].values
     error = np.hypot(reached.mcse.cpu().numpy(), own_bound["elbo_refined_mcse"].values)
-    bounds = {"lower": simulated.lower, "upper": simulated.upper, "lower_mcse": simulated.forward.mcse}
     found = {name: ("simulated", value.cpu().numpy(), {"units": "nats"}) for name, value in bounds.items()}
     gains = {"gain": gain, "gain_mcse": error}
     found |= {name: ("refined_again", value, {"units": "nats"}) for name, value in gains.items()}
     return xr.Dataset(found, {"refined_again": chosen.numpy()}, {"longer": settings.longer})
+
+
+def _bounds(work: Work, own: Any, data: IndexedData, batch_size: int, seed: int) -> dict[str, Tensor]:
+    """Bounds of log p(x) on data simulated in the shape of `data`, the lower one by what measures the ledger's."""
+    evidence, joint = work.evidence, work.joint
+    if isinstance(evidence, Escalation):
+        check = check_ladder(
+            joint.model, own, data, settings=evidence, refinement=work.refinement, lowest=work.lowest_rung,
+            plate=joint.plate, batch_size=batch_size, seed=seed,
+        )  # fmt: skip
+        return {"lower": check.lower, "upper": check.upper, "lower_mcse": check.lower_mcse}
+    sandwich = bdmc(
+        joint.model, data, guide_or_family=own, settings=evidence, refinement=work.refinement,
+        plate=joint.plate, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    return {"lower": sandwich.lower, "upper": sandwich.upper, "lower_mcse": sandwich.forward.mcse}

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 from pyrogaps.ais import AIS
 from pyrogaps.bounds import Plate, densities
@@ -13,6 +13,7 @@ from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.escalation import Escalation, LadderCheck
 from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble
 from pyrogaps.gaps.certificate import Certificate
@@ -42,7 +43,7 @@ def decompose(
     data: Data,
     *,
     families: Mapping[str, Family] | None = None,
-    evidence: AIS | None = None,
+    evidence: AIS | Escalation | Literal["auto"] | None = None,
     refinement: Refinement | None = None,
     conditioning: Conditioning | None = None,
     reference: Program | None = None,
@@ -84,7 +85,8 @@ def decompose(
         guide: a Pyro guide for it, trained.
         data: a tensor, a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
         families: further families, `name -> family(model) -> guide`, each refined per datapoint, beside the tree.
-        evidence: settings of AIS.
+        evidence: settings of AIS, alike for all datapoints; or an `Escalation`, "auto" for its defaults, which gives
+            each what it takes to know log p(x) to a stated standard error.
         refinement: settings of the per-datapoint refinement.
         conditioning: settings of the shared posterior that measures the conditioning gap of `conditions`.
         reference: for a `lookahead`, a guide with the same one, trained as well as can be for this model
@@ -104,16 +106,17 @@ def decompose(
     Raises:
         InputError: in one line that names the site, argument or family, for anything that has no gap per datapoint.
     """
-    further = _checked(families)
+    further, how = _checked(families), _evidence(evidence)
     if num_particles < 2:
         raise InputError(f"num_particles: must be at least 2, got {num_particles}")
 
     def work_on(some: Data, families: dict[str, Family], stream: int) -> Work:
         joint, density = densities(model, guide, some, plate)
-        settings = evidence or AIS(), refinement or Refinement(), num_particles, stream
+        settings = how, refinement or Refinement(), num_particles, stream
         work = Work(joint, density, own_family(density), families, *settings)
         chosen = conditioning or Conditioning()
-        work.conditioned = conditioning_measure(density, work.evaluator, chosen, *settings, reference)
+        anneal = how if isinstance(how, AIS) else AIS(mode=how.mode)
+        work.conditioned = conditioning_measure(density, work.evaluator, chosen, anneal, *settings[1:], reference)
         return work
 
     work = work_on(data, further, seed)
@@ -121,7 +124,7 @@ def decompose(
     training = None if split is None else work_on(split.measured()[0], {}, derive_seed(seed, "training data"))
     if split is not None and work.joint.plate is None:
         raise InputError("split: the model has no data plate, so its guide is not amortized; leave split out")
-    provenance = _provenance(work)
+    provenance = _provenance(work, work.check_ladder(batch_size))
     results = run_chunks(work, Work.measure, provenance, batch_size, progress, cache)
     ledger = assemble(results, [OWN, *further], provenance, data)
     if split is not None and training is not None:
@@ -143,17 +146,27 @@ def _checked(families: Mapping[str, Family] | None) -> dict[str, Family]:
     return families
 
 
-def _provenance(work: Work) -> dict[str, Any]:
-    evidence = asdict(work.evidence)
+def _evidence(evidence: AIS | Escalation | Literal["auto"] | None) -> AIS | Escalation:
+    if evidence is None or evidence == "auto":
+        return AIS() if evidence is None else Escalation()
+    if not isinstance(evidence, AIS | Escalation):
+        raise InputError(f"evidence: must be AIS(...), Escalation(...) or 'auto', got {evidence!r}")
+    return evidence
+
+
+def _provenance(work: Work, check: LadderCheck | str | None) -> dict[str, Any]:
     told = QUANTITIES | ({} if work.conditioned is None else work.conditioned.quantities)
     quantities = {name: {"estimator": how, "direction": which} for name, (how, which) in told.items()}
-    quantities["log_evidence"]["estimator"] = f"AIS from the {work.evidence.initial} " + (
-        "distribution" if work.evidence.initial == "prior" else "guide"
-    )
+    if isinstance(work.evidence, AIS):
+        where = "distribution" if work.evidence.initial == "prior" else "guide"
+        quantities["log_evidence"]["estimator"] = f"AIS from the {work.evidence.initial} {where}"
+    else:
+        quantities["log_evidence"]["estimator"] = "importance sampling or AIS from the refined guide"
     return {
         "quantities": quantities,
         "own_family": work.own.kind,
-        "evidence": evidence,
+        "evidence": asdict(work.evidence),
+        "ladder": _told(check),
         "refinement": asdict(work.refinement),
         "families": {name: getattr(family, "__name__", repr(family)) for name, family in work.further.items()},
         "num_particles": work.num_particles,
@@ -168,6 +181,14 @@ def _provenance(work: Work) -> dict[str, Any]:
         "device": work.joint.device.type,
         "versions": _versions(),
     }
+
+
+def _told(check: LadderCheck | str | None) -> dict[str, Any] | str | None:
+    """The check of an escalation's ladder, or why there is none, as plain values."""
+    if not isinstance(check, LadderCheck):
+        return check
+    number = len(check.upper)
+    return {"lowest": check.lowest, "width": check.width, "width_mcse": check.width_mcse, "num_simulated": number}
 
 
 def _versions() -> dict[str, str]:

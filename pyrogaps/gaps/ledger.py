@@ -41,10 +41,12 @@ class GapLedger:
         per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`,
             `iwae`, `log_evidence`, `elbo_refined`, `approximation_gap`, `amortization_gap`, `inference_gap`,
             `family_approximation_gap`, each with its Monte Carlo standard error `<name>_mcse`; `khat` and `ess` of the
-            guide's importance weights, `log_evidence_ess` and `acceptance` of the AIS chains, `converged` and
-            `kept_start` of the refinements. Where a conditioning gap was measured: `elbo_shared`, `conditioning_gap`,
-            and of a shared posterior `elbo_on_completions`, `overfitting`, `shared_converged`, `completions_ess` and
-            `num_completions`.
+            guide's importance weights, `khat_refined` and `ess_refined` of each refined family's; `log_evidence_draws`
+            and `log_evidence_ess`, draws or chains behind log p(x), and `acceptance` of AIS, NaN for importance
+            sampling; `converged` and `kept_start` of the refinements. Of an escalation also `log_evidence_method` (as
+            in `pyrogaps.escalation.METHODS`), `log_evidence_temperatures` and `log_evidence_evaluations`. Where a
+            conditioning gap was measured: `elbo_shared`, `conditioning_gap`, and of a shared posterior
+            `elbo_on_completions`, `overfitting`, `shared_converged`, `completions_ess` and `num_completions`.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
         observed: the data, where they are one tensor of moderate size.
         provenance: which estimator, direction of bound and settings each number has; seed and versions.

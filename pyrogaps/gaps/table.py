@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pyrogaps.gaps import escalation
+
 TREE = {
     "inference_gap": "inference gap",
     "approximation_gap": "├─ approximation gap",
@@ -89,15 +91,17 @@ def summary_mcse(errors: Any) -> float:
 def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     converged = per_datapoint["converged"].mean("datapoint")
     shares = zip(converged["family"].values, converged.values, strict=True)
-    acceptance = float(per_datapoint["acceptance"].mean())
-    ess = float(per_datapoint["log_evidence_ess"].mean()) / provenance["evidence"]["num_chains"]
-    notes = [
-        "refinement converged: " + ", ".join(f"{name} {float(share):.0%}" for name, share in shares),
-        f"AIS: acceptance {acceptance:.2f}, effective share of the chains {ess:.0%}",
-    ]
+    notes = ["refinement converged: " + ", ".join(f"{name} {float(share):.0%}" for name, share in shares)]
+    if "log_evidence_method" in per_datapoint:
+        notes += escalation.told(per_datapoint, provenance)
+    else:
+        acceptance = float(per_datapoint["acceptance"].mean())
+        ess = _effective_share(per_datapoint, provenance)
+        notes.append(f"AIS: acceptance {acceptance:.2f}, effective share of the chains {ess:.0%}")
     low = float((per_datapoint["log_evidence_mcse"] ** 2).mean()) / 2
     if low > summary_mcse(per_datapoint["log_evidence_mcse"].values):
         notes.append(f"log p(x) is about {low:.3f} nats low (half its squared MCSE, which means do not average out)")
+    notes += _proposals(per_datapoint, provenance)
     khat = per_datapoint["khat"].values
     unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
     if unreliable > 0:
@@ -112,6 +116,27 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """How near the guide and each refined family are to the posterior, as proposals; ledgers of earlier versions have
+    none of the latter.
+    """
+    if "khat_refined" not in per_datapoint:
+        return []
+    pairs = {"guide": (per_datapoint["khat"], per_datapoint["ess"])}
+    for family in per_datapoint["family"].values:
+        refined = per_datapoint.sel(family=family)
+        pairs[f"refined {family}"] = refined["khat_refined"], refined["ess_refined"]
+    number = provenance["num_particles"]
+    told = [
+        f"{name} {float(khat.median()):.2f} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()
+    ]
+    return ["median k-hat (and effective share) of importance weights: " + ", ".join(told)]
+
+
+def _effective_share(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> float:
+    return float(per_datapoint["log_evidence_ess"].mean()) / int(provenance["evidence"]["num_chains"])
+
+
 def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     """What the numbers rest on that does not bear weight."""
     found = []
@@ -121,8 +146,9 @@ def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]
             f"the refinement of {moving:.0%} of the datapoints had not converged, which makes the approximation gap "
             "too large and the amortization gap too small; give Refinement more num_steps"
         )
-    ess = float(per_datapoint["log_evidence_ess"].mean()) / provenance["evidence"]["num_chains"]
-    if ess < 0.2:
+    if "log_evidence_method" in per_datapoint:
+        found += escalation.cautions(per_datapoint, provenance)
+    elif (ess := _effective_share(per_datapoint, provenance)) < 0.2:
         found.append(
             f"AIS kept {ess:.0%} of its chains effective, so log p(x), and every gap to it, may be too small; give AIS "
             "more temperatures"

@@ -10,12 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrogaps.ais import AIS, anchor, anchored_path, prior_path, run_path, run_pilot
-from pyrogaps.anneal import AnnealResult, Tuning
 from pyrogaps.bounds import chunk_log_weights, over_chunks
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning import ConditioningMeasure
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.draws import Posterior
+from pyrogaps.escalation import Escalation, LadderCheck, checked, climb_chunk, escalated
 from pyrogaps.gaps.ledger import OWN
 from pyrogaps.gaps.parts import Arrays, Parts, Score
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
@@ -38,7 +38,7 @@ class Work:
         density: GuideDensity,
         own: OwnFamily,
         further: dict[str, Family],
-        evidence: AIS,
+        evidence: AIS | Escalation,
         refinement: Refinement,
         num_particles: int,
         seed: int,
@@ -48,6 +48,7 @@ class Work:
         self.evaluator = GradientEvaluator(joint, evidence.mode)
         self.prior_evaluator = GradientEvaluator(joint, evidence.mode, split=True)
         self.conditioned: ConditioningMeasure | None = None
+        self.lowest_rung = 0
         self._started = 0
         self._finished: list[np.ndarray[Any, Any]] = []
 
@@ -58,20 +59,34 @@ class Work:
     def measure(self, chunk: Chunk) -> Arrays:
         """All columns of the ledger for a chunk."""
         arrays, own = self.bounds(chunk)
-        self.stage("AIS")
-        annealed, tuning = self.annealed(own, chunk)
-        log_evidence = log_mean_exp_estimate(annealed.log_weights, acceptance=annealed.acceptance)
-        assert log_evidence.ess is not None
-        assert log_evidence.acceptance is not None
-        evidence = {
-            **columns("log_evidence", log_evidence),
-            "log_evidence_ess": log_evidence.ess,
-            "acceptance": log_evidence.acceptance,
-            "acceptance_by_temperature": annealed.acceptance_by_temperature,
-            "ess_by_temperature": annealed.ess_by_temperature,
-            "inverse_temperature": tuning.inverse_temperatures[1:].mean(1),
+        self.stage("log p(x)")
+        found = self._escalated(own, chunk) if isinstance(self.evidence, Escalation) else self._annealed(own, chunk)
+        return {**arrays, **as_arrays(found)}
+
+    def check_ladder(self, batch_size: int) -> LadderCheck | str | None:
+        """Of an escalation, which rungs can be trusted, by simulated data; its measurements then start there."""
+        if not isinstance(self.evidence, Escalation):
+            return None
+        check = checked(self.density, self.own, self.evidence, self.refinement, batch_size, self.seed)
+        if isinstance(check, LadderCheck):
+            self.lowest_rung = check.lowest
+        return check
+
+    def _escalated(self, own: Posterior, chunk: Chunk) -> dict[str, Any]:
+        """log p(x) by what each datapoint takes."""
+        assert isinstance(self.evidence, Escalation)
+        estimate = escalated(
+            climb_chunk(self.evaluator, own, chunk, chunk.start, self.evidence, self.seed, self.lowest_rung)
+        )
+        return {
+            **columns("log_evidence", estimate),
+            "log_evidence_ess": estimate.ess,
+            "log_evidence_draws": estimate.num_draws,
+            "log_evidence_method": estimate.method,
+            "log_evidence_temperatures": estimate.num_temperatures,
+            "log_evidence_evaluations": estimate.num_evaluations,
+            "acceptance": estimate.acceptance,
         }
-        return {**arrays, **as_arrays(evidence)}
 
     def bounds(self, chunk: Chunk) -> tuple[Arrays, Posterior]:
         """The columns of a chunk but for log p(x), and the refined guide of its own family."""
@@ -79,7 +94,7 @@ class Work:
         guide = chunk_log_weights(self.density.joint, self.density, chunk, self.num_particles, self.seed, "elbo")
         elbo, iwae = mean_estimate(guide), log_mean_exp_estimate(guide)
         self.stage("refining the guide's own family")
-        refined, converged, kept, traces = [], [], [], []
+        refined, proposals, converged, kept, traces = [], [], [], [], []
         start = None
         families: dict[str, OwnFamily | Family] = {OWN: self.own, **self.further}
         for name, family in families.items():
@@ -94,6 +109,7 @@ class Work:
                 self.joint, posterior, chunk, self.num_particles, self.seed, f"refined {name}", chunk.start
             )
             refined.append(mean_estimate(weights))
+            proposals.append(log_mean_exp_estimate(weights))
             converged.append(how.converged)
             kept.append(how.kept_start)
             traces.append(how.trace)
@@ -108,23 +124,36 @@ class Work:
             "ess": iwae.ess,
             "elbo_refined": torch.stack([estimate.value for estimate in refined], 1),
             "elbo_refined_mcse": torch.stack([estimate.mcse for estimate in refined], 1),
+            "khat_refined": torch.stack([estimate.khat for estimate in proposals if estimate.khat is not None], 1),
+            "ess_refined": torch.stack([estimate.ess for estimate in proposals if estimate.ess is not None], 1),
             "converged": torch.stack(converged, 1),
             "kept_start": torch.stack(kept, 1),
             "refined_elbo": torch.stack(traces),
         }
         return as_arrays(arrays), own
 
-    def annealed(self, own: Posterior, chunk: Chunk) -> tuple[AnnealResult, Tuning]:
-        """AIS of a chunk from where its settings say, and how the pilot tuned it."""
-        if self.evidence.initial == "prior":
+    def _annealed(self, own: Posterior, chunk: Chunk) -> dict[str, Any]:
+        """log p(x) by AIS from where its settings say."""
+        settings = self.evidence
+        assert isinstance(settings, AIS)
+        if settings.initial == "prior":
             path, evaluator = prior_path(self.prior_evaluator, chunk, self.seed), self.prior_evaluator
         else:
-            refined = self.evidence.initial == "refined"
-            posterior, offset = (own, chunk.start) if refined else (self.density, 0)
-            start = anchor(self.joint, posterior, chunk, self.evidence.widen, self.seed, offset)
+            posterior, offset = (own, chunk.start) if settings.initial == "refined" else (self.density, 0)
+            start = anchor(self.joint, posterior, chunk, settings.widen, self.seed, offset)
             path, evaluator = anchored_path(self.evaluator, start, chunk, self.seed), self.evaluator
-        tuning = run_pilot(path, evaluator, chunk, self.evidence, self.seed)
-        return run_path(path, tuning, evaluator, chunk, self.evidence, self.seed), tuning
+        tuning = run_pilot(path, evaluator, chunk, settings, self.seed)
+        ran = run_path(path, tuning, evaluator, chunk, settings, self.seed)
+        estimate = log_mean_exp_estimate(ran.log_weights, acceptance=ran.acceptance)
+        return {
+            **columns("log_evidence", estimate),
+            "log_evidence_ess": estimate.ess,
+            "log_evidence_draws": torch.full((len(chunk),), settings.num_chains),
+            "acceptance": estimate.acceptance,
+            "acceptance_by_temperature": ran.acceptance_by_temperature,
+            "ess_by_temperature": ran.ess_by_temperature,
+            "inverse_temperature": tuning.inverse_temperatures[1:].mean(1),
+        }
 
     def stage(self, name: str) -> None:
         """Say what is being done; the stages before it are finished."""

@@ -1,0 +1,166 @@
+"""What log p(x) by escalation costs beside AIS that is alike for all: gradient evaluations at equal standard error.
+
+Test images under the MNIST VAE of `mnist_vae.py`, one refinement for all. AIS from the refined guide is swept over
+temperatures, with few and with many chains; the cost at which the root mean square of its standard errors equals that
+of an escalation is interpolated (both logarithmic), and the cheaper number of chains is what escalation is held
+against. Pilots are counted on either side, values (which escalation uses too) as dear as gradients, beside gradients
+alone. The truth is one long AIS run, which also tells by how many standard errors the escalated values are off.
+
+    PYROGAPS_DATA=... python benchmarks/escalation.py    # 20 minutes after training
+    python benchmarks/escalation.py --quick              # seconds, on digits: does it run?
+"""
+
+import argparse
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mnist_vae import trained_vae
+from reporting import machine, report
+from torch import Tensor
+
+from pyrogaps import AIS, Escalation, GuideDensity, JointDensity, Refinement
+from pyrogaps.ais import ais_chunk, anchor, anchored_path
+from pyrogaps.capture import GradientEvaluator
+from pyrogaps.escalation import METHODS, EscalatedEstimate, climb_chunk, escalated
+from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
+from pyrogaps.refine import own_family, refine_chunk
+from pyrogaps.streams import Chunk, chunks, seeded
+
+LONG = AIS(num_chains=64, num_temperatures=400)
+SWEEPS = {16: (25, 50, 100, 200, 400), 64: (10, 20, 40, 80)}
+TOLERANCES = (0.1, 0.05)
+
+
+class Cost(NamedTuple):
+    """Per image: gradients evaluated, gradients and values, seconds."""
+
+    gradients: float
+    evaluations: float
+    seconds: float
+
+
+class Images:
+    """Test images, refined once."""
+
+    def __init__(self, model: torch.nn.Module, guide: torch.nn.Module, x: Tensor, refinement: Refinement) -> None:
+        self.joint = JointDensity(model, x)
+        family = own_family(GuideDensity(guide, None, self.joint))
+        self.evaluator = GradientEvaluator(self.joint)
+        self.refined = [
+            (chunk, refine_chunk(family, self.evaluator, chunk, refinement, 0)[0]) for chunk in chunks(len(x), 128)
+        ]
+
+    def uniform(self, settings: AIS, seed: int) -> tuple[Estimate, Cost]:
+        """AIS from the refined guide, alike for all images."""
+
+        def one(chunk: Chunk, posterior: Any) -> Any:
+            start = anchor(self.joint, posterior, chunk, settings.widen, seed, chunk.start)
+            path = anchored_path(self.evaluator, start, chunk, seed)
+            return ais_chunk(path, self.evaluator, chunk, settings, seed).log_weights
+
+        before, begin = self.evaluator.num_gradients, time.perf_counter()
+        log_weights = torch.cat([one(chunk, posterior) for chunk, posterior in self.refined], 1)
+        gradients, seconds = self.evaluator.num_gradients - before, time.perf_counter() - begin
+        number = self.joint.num_datapoints
+        return log_mean_exp_estimate(log_weights), Cost(gradients / number, gradients / number, seconds / number)
+
+    def escalated(self, settings: Escalation, seed: int) -> tuple[EscalatedEstimate, Cost]:
+        """Escalation. Gradients are counted as they were evaluated, with what batches are padded by; evaluations, with
+        values, as datapoints are charged for them.
+        """
+        before, begin = self.evaluator.num_gradients, time.perf_counter()
+        found = [
+            block
+            for chunk, posterior in self.refined
+            for block in climb_chunk(self.evaluator, posterior, chunk, chunk.start, settings, seed)
+        ]
+        estimate, seconds = escalated(found), time.perf_counter() - begin
+        number = self.joint.num_datapoints
+        gradients = (self.evaluator.num_gradients - before) / number
+        evaluations = float(estimate.num_evaluations.double().mean())
+        return estimate, Cost(gradients, evaluations, seconds / number)
+
+
+def spread(estimate: Estimate) -> float:
+    """The root mean square of the standard errors."""
+    return float(estimate.mcse.square().mean().sqrt())
+
+
+def cost_at(points: list[tuple[float, Cost]], error: float) -> float:
+    """Gradients at which the error is reached, interpolated along a sweep, or extrapolated from its last two points."""
+    points = sorted(points, key=lambda point: -point[0])
+    after = next((k for k in range(1, len(points)) if points[k][0] <= error), len(points) - 1)
+    (left, low), (right, high) = points[after - 1], points[after]
+    fraction = math.log(left / error) / math.log(left / right)
+    return math.exp(math.log(low.gradients) + fraction * math.log(high.gradients / low.gradients))
+
+
+def compare(images: Images, options: argparse.Namespace) -> None:
+    """The sweep, the escalations, and how far both are from the long run."""
+    truth, cost = images.uniform(options.long, 1001)
+    print(f"the long run: standard errors {spread(truth):.3f}, {cost.gradients:,.0f} gradients an image", flush=True)
+    rows, sweeps = [], {}
+    for number, ladder in options.sweeps.items():
+        sweeps[number] = []
+        for temperatures in ladder:
+            found, cost = images.uniform(AIS(num_chains=number, num_temperatures=temperatures), 1)
+            sweeps[number].append((spread(found), cost))
+            rows.append(
+                row(f"AIS, {number} chains, {temperatures} temperatures", found, cost, truth, math.nan, math.nan)
+            )
+    for tolerance in options.tolerances:
+        settings = replace(options.escalation, tolerance=tolerance)
+        found, cost = images.escalated(settings, 1)
+        dearer = min(cost_at(points, spread(found)) for points in sweeps.values())
+        name = f"escalation to {tolerance:g}"
+        ratio = dearer / cost.gradients if cost.gradients else math.inf
+        rows.append(row(name, found, cost, truth, ratio, dearer / cost.evaluations))
+        ways = [(way, int((found.method == place).sum())) for place, way in enumerate(METHODS)]
+        print(f"{name}: " + ", ".join(f"{way} {number}" for way, number in ways if number), flush=True)
+    columns = [
+        "", "gradients", "and values", "ms", "rms s.e.", "rms error", "mean error", "beyond 4 s.e.", "in 95% interval",
+        "ratio", "values too",
+    ]  # fmt: skip
+    report(
+        "escalation",
+        "log p(x) of an image: what it costs, and how far it is off (nats)",
+        columns,
+        rows,
+        quick=options.quick,
+    )
+
+
+def row(name: str, found: Estimate, cost: Cost, truth: Estimate, *ratios: float) -> list[Any]:
+    error = found.value - truth.value
+    low, high = found.interval()
+    off = (error / torch.hypot(found.mcse, truth.mcse)).abs()
+    covered = ((low <= truth.value) & (truth.value <= high)).double().mean()
+    return [
+        name, cost.gradients, cost.evaluations, 1000 * cost.seconds, spread(found), float(error.square().mean().sqrt()),
+        float(error.mean()), int((off > 4).sum()), float(covered), *ratios,
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="seconds, on digits: does it run?")
+    parser.add_argument("--runs", type=Path, default=Path(__file__).parent / "runs")
+    options = parser.parse_args()
+    options.escalation, options.tolerances = Escalation(), TOLERANCES
+    options.long, options.sweeps, refinement, number = LONG, SWEEPS, Refinement(), 256
+    if options.quick:
+        options.long, options.sweeps = AIS(num_temperatures=20), {4: (3, 6)}
+        options.escalation, options.tolerances = Escalation(temperatures=(4, 8)), (0.3,)
+        refinement, number = Refinement(num_steps=60, num_particles=4, learning_rate=0.1, num_selection=16), 16
+    model, guide, test = trained_vae(options.runs, quick=options.quick)
+    print(f"{machine()}; {number} test images")
+    with seeded(0, "unused"):
+        compare(Images(model, guide, test[:number], refinement), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""`log_evidence`: log p(x) of every datapoint, each by what it takes."""
+
+from dataclasses import replace
+from typing import cast
+
+from pyrogaps.bounds import Plate, over_chunks, posterior_of
+from pyrogaps.capture import GradientEvaluator
+from pyrogaps.density import Data, GuideDensity
+from pyrogaps.density.data import part_of
+from pyrogaps.density.draws import Posterior
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+from pyrogaps.escalation.check import LadderCheck, check_ladder
+from pyrogaps.escalation.climb import Found, climb
+from pyrogaps.escalation.plan import GUIDE
+from pyrogaps.escalation.result import EscalatedEstimate, escalated
+from pyrogaps.escalation.settings import Escalation
+from pyrogaps.refine import OwnFamily, Refinement, own_family, refine_chunk
+from pyrogaps.streams import Chunk, derive_seed
+
+
+def climb_chunk(
+    evaluator: GradientEvaluator,
+    posterior: Posterior,
+    chunk: Chunk,
+    offset: int,
+    settings: Escalation,
+    seed: int,
+    lowest: int = GUIDE,
+) -> list[Found]:
+    """Every block of a chunk up the ladder; `posterior` is its refined guide, counted from `offset`."""
+    return [climb(evaluator, posterior, block, offset, settings, seed, lowest) for block in chunk.blocks()]
+
+
+def checked(
+    density: GuideDensity, own: OwnFamily, settings: Escalation, refinement: Refinement, batch_size: int, seed: int
+) -> LadderCheck | str | None:
+    """The ladder's check on data like those of `density`; None where none is asked for, or why there can be none."""
+    if settings.num_simulated == 0:
+        return None
+    joint = density.joint
+    # An autoguide has parameters for the datapoints that it was trained on; a fresh one of its class has none yet.
+    guide = own.family if own.kind == "autoguide" else density.guide
+    stream = derive_seed(seed, "ladder")
+    try:
+        part = part_of(joint.data, min(settings.num_simulated, joint.num_datapoints))[0]
+        return check_ladder(
+            joint.model, guide, part, settings=settings, refinement=refinement, plate=joint.plate,
+            batch_size=batch_size, seed=stream,
+        )  # fmt: skip
+    except InputError as error:
+        return str(error)
+
+
+def log_evidence(
+    model: Program,
+    guide: Program | Posterior,
+    data: Data,
+    *,
+    settings: Escalation | None = None,
+    refinement: Refinement | None = None,
+    plate: Plate = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> EscalatedEstimate:
+    r"""log p(x_n) of every datapoint to a stated standard error, by what each of them takes.
+
+    A ladder of estimators is climbed, datapoint by datapoint, until one can be trusted: importance sampling from the
+    refined guide; from a Gaussian with the curvature of log p(x, z) about it; AIS from that Gaussian, as long as need
+    be. Every rung's value is log-mean-exp of weights with $\mathbb E[w] = p(x_n)$, a lower bound in expectation. Which
+    rung and how many draws is decided on pilot draws, which are thrown away.
+
+    Args:
+        model, guide, data, plate: as for `ais`. A guide is refined first; what `refine` returned is taken as it is.
+        settings: see `Escalation`.
+        refinement: settings of the refinement.
+        batch_size: datapoints held at once; it does not change the result.
+        seed: of all the randomness.
+
+    Returns:
+        An `EscalatedEstimate` in nats: `value`, `mcse`, `method`, `num_draws`, `num_evaluations` `(N,)`.
+
+    Raises:
+        InputError: as `ais`.
+    """
+    settings, refinement = settings or Escalation(), refinement or Refinement()
+    joint, density = posterior_of(model, guide, data, plate)
+    evaluator = GradientEvaluator(joint, settings.mode)
+    own = own_family(density) if isinstance(density, GuideDensity) else None
+    check: LadderCheck | str | None = None
+    if own is not None:
+        check = checked(cast(GuideDensity, density), own, settings, refinement, batch_size, seed)
+    lowest = check.lowest if isinstance(check, LadderCheck) else GUIDE
+
+    def one(chunk: Chunk) -> list[Found]:
+        if own is None:
+            return climb_chunk(evaluator, density, chunk, 0, settings, seed, lowest)
+        refined, _ = refine_chunk(own, evaluator, chunk, refinement, seed)
+        return climb_chunk(evaluator, refined, chunk, chunk.start, settings, seed, lowest)
+
+    found = [block for blocks in over_chunks(one, joint, batch_size, seed) for block in blocks]
+    return replace(escalated(found), check=check if isinstance(check, LadderCheck) else None)

@@ -1,0 +1,58 @@
+"""Gradients for datapoints that need different numbers of points, in batches of few shapes."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pyrogaps.capture import BoundDensity, GradientEvaluator
+from pyrogaps.streams import Chunk
+
+# Points to a slot, and slots to a batch: a shape is captured once, for whatever is asked. What is left over comes in
+# small batches, so that little is padding.
+POINTS, WIDTHS = 16, (32, 4)
+
+
+class Slots:
+    """A slot is one datapoint of a block and `POINTS` points of it; a datapoint may have many.
+
+    A list of slots, each named by its datapoint's place in the block, is cut into batches, the last padded with its
+    first slot.
+    """
+
+    def __init__(self, evaluator: GradientEvaluator, block: Chunk) -> None:
+        self.block, self.evaluator = block, evaluator
+        self.widths = sorted({min(width, len(block)) for width in WIDTHS}, reverse=True)
+        # Every datapoint's record is checked against Pyro once, and so is every shape; `at` then trusts them.
+        for members in torch.arange(len(block)).split(self.widths[0]):
+            evaluator.bind(block.start + _padded(members, self.widths[0]), POINTS)
+        evaluator.bind(block.start + torch.arange(self.widths[-1]), POINTS)
+
+    def batches(self, slots: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Slots of a batch, padding last, and how many of them are no padding."""
+        for width in self.widths:
+            while len(slots) >= width or (width == self.widths[-1] and len(slots)):
+                batch, slots = slots[:width], slots[width:]
+                yield _padded(batch, width), len(batch)
+
+    def at(self, slots: Tensor) -> BoundDensity:
+        """log p(x, z) and its gradient at points `(POINTS, K, dim)` of a batch of K slots."""
+        return self.evaluator.bind(self.block.start + slots, POINTS, checked=True)
+
+    def gradients(self, members: Tensor, points: Tensor) -> Tensor:
+        """Gradients `(S, M, dim)` at `points` `(S, M, dim)` of the datapoints at places `members` of the block."""
+        each = -(-len(points) // POINTS)
+        short = each * POINTS - len(points)
+        padded = torch.cat([points, points[:1].expand(short, -1, -1)]) if short else points
+        # (each, POINTS, M, dim) -> (POINTS, M * each, dim): the slots of a datapoint lie side by side.
+        flat = padded.unflatten(0, (each, POINTS)).permute(1, 2, 0, 3).flatten(1, 2)
+        places, owners, found = torch.arange(flat.shape[1]), members.repeat_interleave(each), []
+        for batch, kept in self.batches(places):
+            z = flat[:, batch].contiguous()
+            found.append(self.at(owners[batch]).gradients(z)[0][:, :kept])
+        result: Tensor = torch.cat(found, 1).unflatten(1, (len(members), each)).permute(2, 0, 1, 3).flatten(0, 1)
+        return result[: len(points)]
+
+
+def _padded(slots: Tensor, width: int) -> Tensor:
+    return torch.cat([slots, slots[:1].expand(width - len(slots))])
