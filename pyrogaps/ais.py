@@ -1,5 +1,6 @@
 """Annealed importance sampling of log p(x) per datapoint, forward and reverse, tuned by a pilot run."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -273,6 +274,28 @@ class Sandwich:
     def width_mcse(self) -> float:
         gaps = self.upper - self.lower
         return float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else float("nan")
+
+    def interval(self, probability: float = 0.95) -> tuple[Tensor, Tensor]:
+        r"""Ends `(N,)` between which log p(x_n) lies with at least this probability, whatever the settings of AIS.
+
+        $\mathbb E[e^{\text{lower} - \log p(x)}] = \mathbb E[e^{\log p(x) - \text{upper}}] = 1$, so by Markov's
+        inequality either side is beyond the truth by $\log \frac{2}{1 - P}$ with probability at most $(1 - P) / 2$.
+        """
+        slack = _slack(probability)
+        return self.lower - slack, self.upper + slack
+
+    def mean_interval(self, probability: float = 0.95) -> tuple[float, float]:
+        r"""As `interval`, of the mean of log p(x_n) over the N simulated datapoints: their runs are independent, so
+        that the product of those ratios has mean 1 too, and the mean needs only $\frac1N \log \frac{2}{1 - P}$.
+        """
+        slack = _slack(probability) / len(self.lower)
+        return float(self.lower.mean()) - slack, float(self.upper.mean()) + slack
+
+
+def _slack(probability: float) -> float:
+    if not 0 < probability < 1:
+        raise InputError(f"probability: must lie between 0 and 1, got {probability}")
+    return math.log(2 / (1 - probability))
 
 
 def bdmc(

@@ -1,12 +1,13 @@
 """BDMC on models of known evidence: two-sided, certified, and honest about what it does not know."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from pyrogaps import AIS, Refinement, bdmc
+from pyrogaps import AIS, InputError, Refinement, bdmc
 from tests.references import (
     STANDARD_ERRORS,
     RaggedWalk,
@@ -21,6 +22,7 @@ from tests.references import (
 
 NUMBER = 512
 QUICK = Refinement(num_steps=200)
+BRIEF = Refinement(num_steps=80, num_particles=4, learning_rate=0.1, num_selection=32)
 
 
 def assert_below(lower: Tensor, upper: Tensor) -> None:
@@ -118,3 +120,26 @@ def test_the_reverse_side_has_no_error_per_datapoint() -> None:
     assert result.reverse.direction == "upper bound" and result.forward.direction == "lower bound"
     assert torch.isnan(result.reverse.mcse).all()
     assert not result.reverse.reliable.any()
+
+
+def test_the_truth_is_inside_as_often_as_is_stated() -> None:
+    """By few short chains, whose sandwich is wide, on 1,024 datapoints; and the means of groups of 8 of them."""
+    model, probability = anisotropic(8, 3, decades=2.0), 0.8
+    settings = AIS(num_chains=2, num_temperatures=2, num_leapfrog=1, num_pilot_temperatures=2)
+    result = bdmc(
+        model, torch.zeros(1024, 8, dtype=torch.float64), settings=settings, refinement=BRIEF, batch_size=1024
+    )
+    exact = model.log_evidence(result.data).detach()
+    low, high = result.interval(probability)
+    inside = ((low <= exact) & (exact <= high)).double()
+    assert float(inside.mean()) >= probability
+    assert float(((result.lower <= exact) & (exact <= result.upper)).double().mean()) < 1
+    groups = torch.arange(1024).reshape(128, 8)
+    means = [
+        replace(result, lower=result.lower[rows], upper=result.upper[rows]).mean_interval(probability)
+        for rows in groups
+    ]
+    truths = exact[groups].mean(1).tolist()
+    assert sum(low <= truth <= high for (low, high), truth in zip(means, truths, strict=True)) >= 0.8 * len(groups)
+    with pytest.raises(InputError, match="probability"):
+        result.interval(1.0)

@@ -182,7 +182,7 @@ def test_slots_give_each_point_its_own_gradient() -> None:
     (expected,) = torch.autograd.grad(joint(points, members).sum(), points)
     torch.testing.assert_close(slots.gradients(members, points.detach()), expected)
     cut = [(len(batch), kept) for batch, kept in slots.batches(torch.arange(41) % 50)]
-    assert cut == [(32, 32), (4, 4), (4, 4), (4, 1)]
+    assert cut == [(32, 32), (8, 8), (8, 1)]
 
 
 def test_a_perfect_guide_is_left_with_at_once() -> None:

@@ -19,6 +19,7 @@ from benchmarks import whose_fault
 from pyrogaps.gaps.diagnose import diagnosis
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
+from pyrogaps.streams import seeded
 from pyrogaps.training import Training
 from tests.references import anisotropic, draws_of
 
@@ -69,6 +70,24 @@ def test_children_sum_to_their_parent() -> None:
     assert list(summary.index[-4:]) == ["amortization_gap", *GAPS]
     assert summary.loc[GAPS, "mean"].sum() == pytest.approx(summary.loc["amortization_gap", "mean"], abs=1e-12)
     assert np.isfinite(summary.loc[GAPS, ["standard_error", "mcse"]].to_numpy(float)).all()
+
+
+def test_data_simulated_without_end_leave_nothing_to_generalise() -> None:
+    """With data from the model on either side, no generalization gap is left; the rest of the split is as ever."""
+    model, guide, train, _ = pair()
+    for parameter in guide.parameters():
+        parameter.data.mul_(1.1)
+    endless = pg.SimulatedData(model, train, num_datapoints=256)
+    with seeded(9, "evaluated"):
+        x = endless.fetch(torch.arange(120))
+    retraining = pg.Retraining(Training(num_epochs=8, learning_rate=2e-2), num_restarts=0, num_datapoints=120)
+    options = {**TINY, "refinement": pg.Refinement(num_steps=100), "num_particles": 100}
+    ledger = pg.decompose(model, guide, x, split=pg.Split(endless, retraining), **options)
+    gaps = ledger.summary().loc[GAPS]
+    generalization = gaps.loc["generalization_gap"]
+    assert abs(generalization["mean"]) < STANDARD_ERRORS * generalization["standard_error"]
+    assert gaps.loc["optimization_gap", "mean"] > STANDARD_ERRORS * gaps.loc["optimization_gap", "standard_error"]
+    assert ledger.diagnose().dominant != "generalization_gap"
 
 
 def test_the_ledger_keeps_its_split(tmp_path: Path) -> None:

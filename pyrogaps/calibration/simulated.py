@@ -1,12 +1,10 @@
 """Data drawn from the model, as many as are asked for, in the shape of the data at hand."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pyrogaps.density import IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple, evenly_spaced
+from pyrogaps.density.data import as_tuple, evenly_spaced, rows_of
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.streams import seeded
 
@@ -24,9 +22,4 @@ def simulated_data(joint: JointDensity, number: int, seed: int, to_data: ToData 
     shape = joint.over(IndexedData(number, lambda indices: joint.data.fetch(chosen[indices])))
     with seeded(seed, "simulate", device=joint.device):
         drawn, z = simulate(shape, to_data)
-    args = as_tuple(drawn)
-
-    def fetch(indices: Tensor) -> tuple[Any, ...]:
-        return tuple(arg[indices.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args)
-
-    return IndexedData(number, fetch), z
+    return rows_of(as_tuple(drawn), number), z

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyrogaps.bounds import Plate
 from pyrogaps.density import Data, IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple
+from pyrogaps.density.data import as_tuple, rows_of
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError
@@ -42,10 +42,7 @@ class SimulatedData(IndexedData):
         number = joint.num_datapoints
 
         def fetch(indices: Tensor) -> tuple[Any, ...]:
-            args = joint.data.fetch(indices % number)
-            rows = IndexedData(
-                len(indices), lambda some: tuple(arg[some] if isinstance(arg, Tensor) else arg for arg in args)
-            )
+            rows = rows_of(as_tuple(joint.data.fetch(indices % number)), len(indices))
             return as_tuple(simulate(joint.over(rows), to_data)[0])
 
         super().__init__(number if num_datapoints is None else num_datapoints, fetch)

@@ -55,6 +55,15 @@ def as_indexed(data: Data) -> IndexedData:
     return _not_empty(IndexedData(lengths[0], fetch))
 
 
+def rows_of(args: tuple[Any, ...], number: int) -> IndexedData:
+    """The `number` datapoints whose arguments `args` are, all at once; what is no tensor belongs to each of them."""
+
+    def fetch(indices: Tensor) -> tuple[Any, ...]:
+        return tuple(arg[indices.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args)
+
+    return IndexedData(number, fetch)
+
+
 def whole(data: Data) -> IndexedData:
     """The whole data set as one datapoint, its arguments not indexed."""
     if isinstance(data, IndexedData):

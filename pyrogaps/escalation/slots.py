@@ -10,7 +10,7 @@ from pyrogaps.streams import Chunk
 
 # Points to a slot, and slots to a batch: a shape is captured once, for whatever is asked. What is left over comes in
 # small batches, so that little is padding.
-POINTS, WIDTHS = 16, (32, 4)
+POINTS, WIDTHS = 16, (32, 8)
 
 
 class Slots:

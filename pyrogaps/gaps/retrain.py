@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyrogaps.conditioning import SimulatedData
 from pyrogaps.density import Data, IndexedData
-from pyrogaps.density.data import as_indexed, part_of
+from pyrogaps.density.data import as_indexed, part_of, rows_of
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.streams import derive_seed, seeded
@@ -61,7 +62,10 @@ class Split:
     """The data that the guide was trained on, and how to train it on: what splits the amortization gap.
 
     Args:
-        train_data: as the data of `decompose`.
+        train_data: as the data of `decompose`. `SimulatedData(model, x)` trains phi-hat on data drawn from the model
+            without end, which has nothing to memorise; with datapoints drawn from the model for evaluation too
+            (`SimulatedData(model, x).fetch(torch.arange(512))`) the generalization gap is then 0 but for its error, and
+            capacity and optimization are those on the model's own distribution: a check on the split.
         retraining: how phi-hat is found.
     """
 
@@ -69,9 +73,13 @@ class Split:
     retraining: Retraining = field(default_factory=Retraining)
 
     def measured(self) -> tuple[IndexedData, torch.Tensor]:
-        """The training datapoints that bounds are measured on, and their indices."""
+        """The training datapoints that bounds are measured on, and their indices; simulated ones are drawn once."""
         indexed, most = as_indexed(self.train_data), self.retraining.num_datapoints
-        return part_of(indexed, len(indexed) if most is None else most)
+        if not isinstance(indexed, SimulatedData):
+            return part_of(indexed, len(indexed) if most is None else most)
+        indices = torch.arange(min(len(indexed), most or len(indexed)))
+        with seeded(0, "measured training data"):
+            return rows_of(indexed.fetch(indices), len(indices)), indices
 
 
 @dataclass(frozen=True)
