@@ -33,9 +33,18 @@ def climb_chunk(
 
 
 def checked(
-    density: GuideDensity, own: OwnFamily, settings: Escalation, refinement: Refinement, batch_size: int, seed: int
+    model: Program,
+    density: GuideDensity,
+    own: OwnFamily,
+    settings: Escalation,
+    refinement: Refinement,
+    batch_size: int,
+    seed: int,
 ) -> LadderCheck | str | None:
-    """The ladder's check on data like those of `density`; None where none is asked for, or why there can be none."""
+    """The ladder's check on data like those of `density`; None where none is asked for, or why there can be none.
+
+    `model` is the caller's own: that of `density` has the reverse model of auxiliary variables attached.
+    """
     if settings.num_simulated == 0:
         return None
     joint = density.joint
@@ -45,7 +54,7 @@ def checked(
     try:
         part = part_of(joint.data, min(settings.num_simulated, joint.num_datapoints))[0]
         return check_ladder(
-            joint.model, guide, part, settings=settings, refinement=refinement, plate=joint.plate,
+            model, guide, part, settings=settings, refinement=refinement, plate=joint.plate,
             batch_size=batch_size, seed=stream,
         )  # fmt: skip
     except InputError as error:
@@ -89,7 +98,7 @@ def log_evidence(
     own = own_family(density) if isinstance(density, GuideDensity) else None
     check: LadderCheck | str | None = None
     if own is not None:
-        check = checked(cast(GuideDensity, density), own, settings, refinement, batch_size, seed)
+        check = checked(model, cast(GuideDensity, density), own, settings, refinement, batch_size, seed)
     lowest = check.lowest if isinstance(check, LadderCheck) else GUIDE
 
     def one(chunk: Chunk) -> list[Found]:

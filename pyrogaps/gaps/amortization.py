@@ -33,7 +33,7 @@ def with_split(
     cache: str | os.PathLike[str] | None,
 ) -> GapLedger:
     """`ledger` with the amortization gap split in three; `work` is that on the measured training data."""
-    model, guide = work.joint.model, work.density.guide
+    model, guide = work.model, work.density.guide
     folder = None if cache is None else Path(cache) / "training"
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

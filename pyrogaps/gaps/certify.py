@@ -31,8 +31,8 @@ def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_
     bounds = _bounds(work, own, part_of(joint.data, settings.num_simulated)[0], batch_size, seed)
     data, chosen = part_of(joint.data, settings.num_refined_again)
     longer = replace(work.refinement, num_steps=settings.longer * work.refinement.num_steps)
-    again = refine(joint.model, own, data, settings=longer, plate=joint.plate, batch_size=batch_size, seed=seed)
-    reached = elbo(joint.model, again, data, num_particles=work.num_particles, plate=joint.plate, seed=seed)
+    again = refine(work.model, own, data, settings=longer, plate=joint.plate, batch_size=batch_size, seed=seed)
+    reached = elbo(again.joint.model, again, data, num_particles=work.num_particles, plate=joint.plate, seed=seed)
     own_bound = per_datapoint.isel(family=0, datapoint=chosen.numpy())
     gain = reached.value.cpu().numpy() - own_bound["elbo_refined"].values
     error = np.hypot(reached.mcse.cpu().numpy(), own_bound["elbo_refined_mcse"].values)
@@ -47,12 +47,12 @@ def _bounds(work: Work, own: Any, data: IndexedData, batch_size: int, seed: int)
     evidence, joint = work.evidence, work.joint
     if isinstance(evidence, Escalation):
         check = check_ladder(
-            joint.model, own, data, settings=evidence, refinement=work.refinement, lowest=work.lowest_rung,
+            work.model, own, data, settings=evidence, refinement=work.refinement, lowest=work.lowest_rung,
             plate=joint.plate, batch_size=batch_size, seed=seed,
         )  # fmt: skip
         return {"lower": check.lower, "upper": check.upper, "lower_mcse": check.lower_mcse}
     sandwich = bdmc(
-        joint.model, data, guide_or_family=own, settings=evidence, refinement=work.refinement,
+        work.model, data, guide_or_family=own, settings=evidence, refinement=work.refinement,
         plate=joint.plate, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     return {"lower": sandwich.lower, "upper": sandwich.upper, "lower_mcse": sandwich.forward.mcse}

@@ -113,7 +113,7 @@ def decompose(
     def work_on(some: Data, families: dict[str, Family], stream: int) -> Work:
         joint, density = densities(model, guide, some, plate)
         settings = how, refinement or Refinement(), num_particles, stream
-        work = Work(joint, density, own_family(density), families, *settings)
+        work = Work(model, joint, density, own_family(density), families, *settings)
         chosen = conditioning or Conditioning()
         anneal = how if isinstance(how, AIS) else AIS(mode=how.mode)
         work.conditioned = conditioning_measure(density, work.evaluator, chosen, anneal, *settings[1:], reference)

@@ -15,6 +15,7 @@ from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning import ConditioningMeasure
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.draws import Posterior
+from pyrogaps.density.runs import Program
 from pyrogaps.escalation import Escalation, LadderCheck, checked, climb_chunk, escalated
 from pyrogaps.gaps.ledger import OWN
 from pyrogaps.gaps.parts import Arrays, Parts, Score
@@ -34,6 +35,7 @@ class Work:
 
     def __init__(
         self,
+        model: Program,
         joint: JointDensity,
         density: GuideDensity,
         own: OwnFamily,
@@ -43,7 +45,7 @@ class Work:
         num_particles: int,
         seed: int,
     ) -> None:
-        self.joint, self.density, self.own, self.further = joint, density, own, further
+        self.model, self.joint, self.density, self.own, self.further = model, joint, density, own, further
         self.evidence, self.refinement, self.num_particles, self.seed = evidence, refinement, num_particles, seed
         self.evaluator = GradientEvaluator(joint, evidence.mode)
         self.prior_evaluator = GradientEvaluator(joint, evidence.mode, split=True)
@@ -67,7 +69,7 @@ class Work:
         """Of an escalation, which rungs can be trusted, by simulated data; its measurements then start there."""
         if not isinstance(self.evidence, Escalation):
             return None
-        check = checked(self.density, self.own, self.evidence, self.refinement, batch_size, self.seed)
+        check = checked(self.model, self.density, self.own, self.evidence, self.refinement, batch_size, self.seed)
         if isinstance(check, LadderCheck):
             self.lowest_rung = check.lowest
         return check
