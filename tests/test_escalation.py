@@ -76,11 +76,11 @@ def test_intervals_cover_on_a_skewed_posterior() -> None:
     """Of 2,048 datapoints; four binomial standard errors are 1.9 points."""
     x = draws_of_intensities(2048, 4)
     exact = intensities_evidence(x)
-    for estimate in (ladder := climbed(intensities, x, (UNCHECKED, GUIDE), (UNCHECKED, FIRST_AIS))):
-        low, high = estimate.interval()
-        assert 0.93 <= float(((low <= exact) & (exact <= high)).double().mean()) <= 0.97
-        assert float(((estimate.value - exact) / estimate.mcse).mean().abs()) < 0.2
-    assert [set(estimate.method.tolist()) for estimate in ladder] == [{0, 1, 2}, {2}]
+    (estimate,) = climbed(intensities, x, (UNCHECKED, GUIDE))
+    low, high = estimate.interval()
+    assert 0.93 <= float(((low <= exact) & (exact <= high)).double().mean()) <= 0.97
+    assert float(((estimate.value - exact) / estimate.mcse).mean().abs()) < 0.2
+    assert set(estimate.method.tolist()) == {0, 1, 2}
 
 
 def test_intervals_cover_where_the_guide_is_of_the_wrong_shape() -> None:
