@@ -221,6 +221,17 @@ def test_the_plan_buys_what_the_tolerance_takes_and_the_budget_allows() -> None:
     assert int((fewer * costs).sum()) <= plan.budget - int(plan.evaluations.sum())
 
 
+def test_a_rung_that_the_check_took_away_is_not_chosen() -> None:
+    """However little its weights vary: only where no other has been tried."""
+    plan = Plan(2, Escalation(), lowest=FIRST_AIS)
+    both = torch.arange(2)
+    plan.note(GUIDE, both, torch.tensor([0.01, 0.01]), torch.tensor([True, True]))
+    assert plan.open.tolist() == [0, 1]
+    plan.note_chains(FIRST_AIS, both[:1], torch.tensor([5.0]))
+    plan.close()
+    assert plan.rung.tolist() == [FIRST_AIS, GUIDE]
+
+
 def test_what_is_spent_stays_within_the_budget() -> None:
     x = draws_of_intensities(64, 6)
     short = replace(UNCHECKED, max_evaluations=2_000, tolerance=0.01)

@@ -12,7 +12,7 @@ from pyrogaps.bounds import Plate, over_chunks
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
-from pyrogaps.escalation.climb import climb
+from pyrogaps.escalation.climb import Found, climb_chunk
 from pyrogaps.escalation.plan import GUIDE
 from pyrogaps.escalation.result import escalated
 from pyrogaps.escalation.settings import Escalation
@@ -85,10 +85,9 @@ def check_ladder(
     upper = torch.cat([part[2] for part in parts]).cpu()
 
     def from_rung(rung: int) -> LadderCheck:
-        def one(chunk: Chunk) -> list[Any]:
+        def one(chunk: Chunk) -> list[Found]:
             refined = next(part[1] for part in parts if part[0] == chunk)
-            blocks = chunk.blocks()
-            return [climb(evaluator, refined, block, chunk.start, settings, seed, rung) for block in blocks]
+            return climb_chunk(evaluator, refined, chunk, chunk.start, settings, seed, rung)
 
         found = [block for blocks in over_chunks(one, joint, batch_size, seed) for block in blocks]
         estimate = escalated(found)

@@ -35,24 +35,24 @@ class Found:
     acceptance: Tensor
 
 
-def climb(
+def climb_chunk(
     evaluator: GradientEvaluator,
     posterior: Posterior,
-    block: Chunk,
+    chunk: Chunk,
     offset: int,
     settings: Escalation,
     seed: int,
     lowest: int = GUIDE,
-) -> Found:
-    """Measure log p(x) of a block of at most 64 datapoints.
-
-    `posterior` is the refined guide, counted from `offset`; rungs below `lowest` are not trusted.
-    """
-    return Climb(evaluator, posterior, block, offset, settings, seed, lowest).found()
+) -> list[Found]:
+    """Every block of a chunk up the ladder; `posterior` is its refined guide, counted from `offset`."""
+    return [Climb(evaluator, posterior, block, offset, settings, seed, lowest).found() for block in chunk.blocks()]
 
 
 class Climb:
-    """The ladder for one block, rung by rung; `found` goes all the way."""
+    """The ladder for a block of at most 64 datapoints, rung by rung; `found` goes all the way.
+
+    `posterior` is the refined guide, counted from `offset`; rungs below `lowest` are not trusted.
+    """
 
     def __init__(
         self,
@@ -62,11 +62,11 @@ class Climb:
         offset: int,
         settings: Escalation,
         seed: int,
-        lowest: int,
+        lowest: int = GUIDE,
     ) -> None:
         self.evaluator, self.joint, self.posterior = evaluator, evaluator.joint, posterior
         self.block, self.offset, self.settings, self.seed, self.lowest = block, offset, settings, seed, lowest
-        self.plan = Plan(len(block), settings)
+        self.plan = Plan(len(block), settings, lowest)
         self.proposals: list[Proposal] = [FromGuide(self.joint, posterior, block, offset, seed)]
         self.annealer: Annealer | None = None
         self.steps: dict[int, Tensor] = {}
@@ -80,15 +80,16 @@ class Climb:
         self.plan.close()
         return self._measure()
 
-    def _sample(self, rung: int, members: Tensor) -> None:
-        """The pilot of an importance sampling rung."""
+    def _sample(self, rung: int, members: Tensor) -> Tensor:
+        """The pilot of an importance sampling rung: the relative variance of its weights, `(M,)`."""
         units = -(-self.settings.num_pilot_draws // PARTICLE_BLOCK)
         numbers = torch.full((len(members),), units * PARTICLE_BLOCK)
         columns = weigh(self.proposals[rung], self.block, members, numbers, f"escalation pilot {rung}")
         log_weights = torch.stack(columns, 1)
         self.plan.evaluations[members] += numbers
-        believed = trusted(log_weights, self.settings) & (self.lowest <= rung)
-        self.plan.note(rung, members, excess(log_weights), believed)
+        varies = excess(log_weights).cpu()
+        self.plan.note(rung, members, varies, trusted(log_weights, self.settings))
+        return varies
 
     def _fit_gaussian(self) -> None:
         """A Gaussian for each open datapoint: its curvature, where that is a better proposal than the guide."""
@@ -103,8 +104,7 @@ class Climb:
             with_curvature = _put(start, members, fitted)
             self.proposals.append(FromGaussian(self.joint, with_curvature, self.block, self.seed))
             before = plan.excess[members].clone()
-            self._sample(GAUSSIAN, members)
-            start = _put(start, members, fitted, plan.excess[members] < before)
+            start = _put(start, members, fitted, self._sample(GAUSSIAN, members) < before)
         self.annealer = Annealer(slots, start, settings, self.seed)
 
     def _scout(self) -> None:

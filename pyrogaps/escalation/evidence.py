@@ -11,25 +11,12 @@ from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.escalation.check import LadderCheck, check_ladder
-from pyrogaps.escalation.climb import Found, climb
+from pyrogaps.escalation.climb import Found, climb_chunk
 from pyrogaps.escalation.plan import GUIDE
 from pyrogaps.escalation.result import EscalatedEstimate, escalated
 from pyrogaps.escalation.settings import Escalation
 from pyrogaps.refine import OwnFamily, Refinement, own_family, refine_chunk
 from pyrogaps.streams import Chunk, derive_seed
-
-
-def climb_chunk(
-    evaluator: GradientEvaluator,
-    posterior: Posterior,
-    chunk: Chunk,
-    offset: int,
-    settings: Escalation,
-    seed: int,
-    lowest: int = GUIDE,
-) -> list[Found]:
-    """Every block of a chunk up the ladder; `posterior` is its refined guide, counted from `offset`."""
-    return [climb(evaluator, posterior, block, offset, settings, seed, lowest) for block in chunk.blocks()]
 
 
 def checked(

@@ -23,10 +23,12 @@ TIMES, DECAY = 4, 0.85
 class Plan:
     """Of the B datapoints of a block: the rung each stops at, -1 while it is open; the relative variance
     Var(w) / E[w]^2 of one draw there, as its pilot lets expect; and what has been spent, evaluations `(B,)`.
+
+    Nobody stops at a rung below `lowest`, unless the budget reaches no further.
     """
 
-    def __init__(self, number: int, settings: Escalation) -> None:
-        self.settings = settings
+    def __init__(self, number: int, settings: Escalation, lowest: int = GUIDE) -> None:
+        self.settings, self.lowest = settings, lowest
         self.rung = torch.full((number,), -1)
         self.excess = torch.full((number,), math.inf, dtype=torch.float64)
         self.evaluations = torch.zeros(number, dtype=torch.long)
@@ -45,8 +47,10 @@ class Plan:
 
     def note(self, rung: int, members: Tensor, excess: Tensor, trusted: Tensor) -> None:
         """A pilot's verdict on `members`: those `trusted` stop here."""
-        excess, trusted = torch.nan_to_num(excess.double().cpu(), nan=math.inf), trusted.cpu()
-        better = (excess < self.excess[members]) | trusted
+        excess = torch.nan_to_num(excess.double().cpu(), nan=math.inf)
+        trusted = trusted.cpu() & (rung >= self.lowest)
+        first = (self._best[members] < self.lowest) & (rung >= self.lowest)
+        better = (excess < self.excess[members]) | trusted | first
         chosen = members[better]
         self.excess[chosen], self._best[chosen] = excess[better], rung
         self.rung[members[trusted]] = rung
