@@ -27,11 +27,11 @@ from pyrogaps.density import Data, GuideDensity, JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData, simulate
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, at_least, between_0_and_1
 from pyrogaps.hmc import Evaluate, Evaluation, HMCState
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
 from pyrogaps.refine import Refinement, is_family, own_family, refine_chunk
-from pyrogaps.streams import BLOCK, Chunk, Noise, derive_seed, reseed
+from pyrogaps.streams import BLOCK, Chunk, Noise, reseed, seeded
 
 Initial = Literal["refined", "guide", "prior"]
 NUM_ANCHOR_DRAWS = 1024
@@ -67,16 +67,9 @@ class AIS:
     mode: Mode = "captured"
 
     def __post_init__(self) -> None:
-        positive = ("num_chains", "num_temperatures", "num_leapfrog", "num_pilot_temperatures")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise InputError(f"evidence.{name}: must be at least 1, got {getattr(self, name)}")
-        if self.num_pilot_chains < 2:
-            raise InputError(f"evidence.num_pilot_chains: must be at least 2, got {self.num_pilot_chains}")
-        if self.widen < 1:
-            raise InputError(f"evidence.widen: must be at least 1, got {self.widen}")
-        if not 0 < self.target_acceptance < 1:
-            raise InputError(f"evidence.target_acceptance: must lie between 0 and 1, got {self.target_acceptance}")
+        positive = ("num_chains", "num_temperatures", "num_leapfrog", "num_pilot_temperatures", "widen")
+        at_least("evidence", self, dict.fromkeys(positive, 1) | {"num_pilot_chains": 2})
+        between_0_and_1("evidence.target_acceptance", self.target_acceptance)
         _one_of("schedule", self.schedule, ("linear", "sigmoid", "thermodynamic"))
         _one_of("initial", self.initial, ("refined", "guide", "prior"))
         _one_of("mode", self.mode, ("eager", "captured", "compiled"))
@@ -172,7 +165,7 @@ def run_path(
     position = path.draw(settings.num_chains, purpose) if exact is None else exact.expand(settings.num_chains, -1, -1)
     state = evaluate(position.contiguous())
     result = anneal(state, evaluate, tuning, settings.num_leapfrog, path.scale, noise, reverse=exact is not None)
-    refuse_nan(result.log_weights, chunk)
+    refuse_nan(result.log_weights, chunk.indices)
     return result
 
 
@@ -251,20 +244,14 @@ def _paths_from(
 
 
 @dataclass(frozen=True)
-class Sandwich:
+class SimulatedBounds:
     """Stochastic lower and upper bounds of log p(x) on data simulated from the model, nats, `(N,)` each.
 
-    `width` is the mean of `upper - lower` over datapoints and `width_mcse` its standard error across them: within it
-    the AIS settings are certified. `data` are the simulated data, `z` `(N, dim)` their exact posterior draws.
-    `reverse` has no error per datapoint: its chains share their start, so the spread among them says too little.
+    `width` is the mean of `upper - lower` over datapoints and `width_mcse` its standard error across them.
     """
 
     lower: Tensor
     upper: Tensor
-    forward: Estimate
-    reverse: Estimate
-    data: Any
-    z: Tensor
 
     @property
     def width(self) -> float:
@@ -293,9 +280,22 @@ class Sandwich:
 
 
 def _slack(probability: float) -> float:
-    if not 0 < probability < 1:
-        raise InputError(f"probability: must lie between 0 and 1, got {probability}")
+    between_0_and_1("probability", probability)
     return math.log(2 / (1 - probability))
+
+
+@dataclass(frozen=True)
+class Sandwich(SimulatedBounds):
+    """What `bdmc` finds: within its `width` the AIS settings are certified.
+
+    `data` are the simulated data, `z` `(N, dim)` their exact posterior draws. `reverse` has no error per datapoint: its
+    chains share their start, so the spread among them says too little.
+    """
+
+    forward: Estimate
+    reverse: Estimate
+    data: Any
+    z: Tensor
 
 
 def bdmc(
@@ -373,8 +373,7 @@ def simulated_pair(
     """
     alone = guide_or_family is None or is_family(guide_or_family)
     shape = JointDensity(model, data, plate) if alone else densities(model, guide_or_family, data, plate)[0]
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "simulate"))
+    with seeded(seed, "simulate", device=shape.device):
         simulated, z = simulate(shape, to_data)
     if alone:
         return JointDensity(model, simulated, plate), None, z

@@ -57,6 +57,10 @@ class GaussianStart:
             self.loc[members], self.scale[members], None if self.active is None else self.active[members]
         )
 
+    def factor(self) -> Tensor:
+        """L of every datapoint, `(B, dim, dim)`, a copy."""
+        return torch.diag_embed(self.scale) if self.scale.dim() == 2 else self.scale.clone()
+
     @cached_property
     def moves(self) -> Tensor:
         """`scale` as the preconditioner of moves: those that are not active stay where they are."""

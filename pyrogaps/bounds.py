@@ -59,19 +59,23 @@ def chunk_log_weights(
         for first, size in enumerate(particle_blocks(num_particles)):
             z, log_q = guide.sample(size, seed, purpose, first)
             parts.append(joint(z, chunk.indices).double() - log_q.double())
-    return refuse_nan(torch.cat(parts), chunk)
+    return refuse_nan(torch.cat(parts), chunk.indices)
 
 
-def refuse_nan(log_weights: Tensor, chunk: Chunk) -> Tensor:
-    """`log_weights` `(S, B)`, or an `InputError` that names the datapoints where they are NaN or +infinity."""
+def refuse_nan(log_weights: Tensor, indices: Tensor) -> Tensor:
+    """`log_weights` `(S, B)` of the datapoints `indices`, or an `InputError` that names those with NaN or +infinity."""
     bad = (torch.isnan(log_weights) | (log_weights == torch.inf)).any(0)
     if bool(bad.any()):
-        which = ", ".join(str(chunk.start + int(n)) for n in bad.nonzero()[:5, 0])
         raise InputError(
-            f"datapoints {which}: log p(x, z) - log q(z) is NaN or infinite for some draws; look at the model's and "
-            "the guide's parameters there (scales near zero, overflow)"
+            f"datapoints {first_few(bad, indices)}: log p(x, z) - log q(z) is NaN or infinite for some draws; look at "
+            "the model's and the guide's parameters there (scales near zero, overflow)"
         )
     return log_weights
+
+
+def first_few(bad: Tensor, indices: Tensor) -> str:
+    """The first five of the datapoints `indices` `(B,)` that are `bad` `(B,)`, in words; one may stand there twice."""
+    return ", ".join(str(n) for n in list(dict.fromkeys(indices[bad.cpu()].tolist()))[:5])
 
 
 def elbo(

@@ -18,6 +18,7 @@ from pyrogaps.anneal import GaussianStart
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.escalation import METHODS, EscalatedEstimate, climb_chunk, escalated
 from pyrogaps.escalation.curvature import gaussian_by_curvature
+from pyrogaps.escalation.importance import weigh
 from pyrogaps.escalation.plan import FIRST_AIS, GAUSSIAN, GUIDE, Plan
 from pyrogaps.escalation.rotations import Rotations
 from pyrogaps.escalation.slots import POINTS, Slots
@@ -183,6 +184,20 @@ def test_slots_give_each_point_its_own_gradient() -> None:
     torch.testing.assert_close(slots.gradients(members, points.detach()), expected)
     cut = [(len(batch), kept) for batch, kept in slots.batches(torch.arange(41) % 50)]
     assert cut == [(32, 32), (8, 8), (8, 1)]
+
+
+def test_a_weight_that_is_nan_names_its_own_datapoint() -> None:
+    """Not the place that it has among those which are still open."""
+
+    class Broken:
+        joint = staticmethod(lambda z, indices: torch.where(indices == 71, torch.nan, z.sum(-1)))
+
+        def draw(self, members: Tensor, number: int, purpose: str, part: int) -> tuple[Tensor, Tensor]:
+            return torch.zeros(number, len(members), 2), torch.zeros(number, len(members))
+
+    members = torch.tensor([2, 7, 9])
+    with pytest.raises(InputError, match=r"^datapoints 71: "):
+        weigh(Broken(), Chunk(64, 80), members, torch.full((3,), 128), "draws")  # type: ignore[arg-type]
 
 
 def test_a_perfect_guide_is_left_with_at_once() -> None:

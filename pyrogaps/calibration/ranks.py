@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrogaps.bounds import refuse_nan
+from pyrogaps.bounds import first_few, refuse_nan
 from pyrogaps.density import JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.errors import InputError
@@ -52,7 +52,7 @@ def rank_chunk(
             z = _finite(guide.blocks[0][1].joint.columns_of(z, joint), chunk)
             below, equal = below + (z < exact).sum(0), equal + (z == exact).sum(0)
             if first == 0:  # enough for one number, and the only draws that the model is run on
-                log_p, true_log_p = (refuse_nan(joint(at, chunk.indices), chunk) for at in (z, exact[None]))
+                log_p, true_log_p = (refuse_nan(joint(at, chunk.indices), chunk.indices) for at in (z, exact[None]))
                 better, same = (log_p < true_log_p).sum(0), (log_p == true_log_p).sum(0)
     uniform = noise.uniform(1, exact.shape[1] + 1)[0]
     position = below.cpu() + uniform[:, :-1] * (1 + equal.cpu())
@@ -67,9 +67,8 @@ def rank_chunk(
 def _finite(z: Tensor, chunk: Chunk) -> Tensor:
     bad = ~torch.isfinite(z).all(-1).all(0)
     if bool(bad.any()):
-        which = ", ".join(str(chunk.start + int(n)) for n in bad.nonzero()[:5, 0])
         raise InputError(
-            f"guide: its draws are NaN or infinite at simulated datapoints {which}; look at its parameters, and at "
-            "whether the model simulates data like those that it was trained on"
+            f"guide: its draws are NaN or infinite at simulated datapoints {first_few(bad, chunk.indices)}; look at "
+            "its parameters, and at whether the model simulates data like those that it was trained on"
         )
     return z

@@ -36,7 +36,7 @@ def subject_of(guide: Any, joint: JointDensity, *, refined: bool) -> Any:
     if is_autoguide(guide):
         own = own_family(density)
         if own.kind == "autoguide":
-            return own.family
+            return own.elsewhere
     if density.bound:
         raise InputError(
             f"guide: its plate '{joint.plate}' has the data set's full size, so it holds parameters for each datapoint "

@@ -51,7 +51,7 @@ class Annealer:
         for number, (owner, kept) in enumerate(self.slots.batches(owners)):
             noise = self._noise(f"run {len(steps)} {number}", len(owner))
             ran = self._path(members[owner]).run(steps[:, owner], noise)
-            found.append(refuse_nan(ran.log_weights[:, :kept], self.slots.block))
+            found.append(refuse_nan(ran.log_weights[:, :kept], self.slots.block.start + members[owner[:kept]]))
             acceptances.append(ran.acceptance[:kept])
         weights = [part.flatten() for part in torch.cat(found, 1).T.split(each.tolist())]
         rates = [part.mean() for part in torch.cat(acceptances).split(each.tolist())]

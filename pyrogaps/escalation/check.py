@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrogaps.ais import AIS, anchor, anchored_path, run_path, run_pilot, simulated_pair
+from pyrogaps.ais import AIS, SimulatedBounds, anchor, anchored_path, run_path, run_pilot, simulated_pair
 from pyrogaps.bounds import Plate, over_chunks
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import Data
@@ -26,26 +26,13 @@ SHORTEST, FOR_TOLERANCE = 50, 0.1
 
 
 @dataclass(frozen=True)
-class LadderCheck:
-    """Bounds of log p(x) on simulated datapoints `(K,)`, nats: `lower` is the ladder's from rung `lowest` on, with
-    standard error `lower_mcse`; `upper` that of AIS in reverse from the latents behind the data.
+class LadderCheck(SimulatedBounds):
+    """`lower` is the ladder's bound from rung `lowest` on, with standard error `lower_mcse`; `upper` that of AIS in
+    reverse from the latents behind the data.
     """
 
     lowest: int
-    lower: Tensor
     lower_mcse: Tensor
-    upper: Tensor
-
-    @property
-    def width(self) -> float:
-        """The mean of upper - lower, nats."""
-        return float((self.upper - self.lower).mean())
-
-    @property
-    def width_mcse(self) -> float:
-        """Its standard error over datapoints."""
-        widths = self.upper - self.lower
-        return float(widths.std() / len(widths) ** 0.5) if len(widths) > 1 else math.nan
 
 
 def check_ladder(
@@ -73,25 +60,25 @@ def check_ladder(
     longer = max(1, math.ceil(FOR_TOLERANCE / settings.tolerance))
     reverse = AIS(num_temperatures=SHORTEST * longer, mode=settings.mode)
 
-    def bound(chunk: Chunk) -> tuple[Chunk, Refinable, Tensor]:
-        refined, _ = refine_chunk(family, evaluator, chunk, refinement, seed)
-        start = anchor(joint, refined, chunk, reverse.widen, seed, chunk.start)
+    posteriors: dict[Chunk, Refinable] = {}
+
+    def bound(chunk: Chunk) -> Tensor:
+        posteriors[chunk], _ = refine_chunk(family, evaluator, chunk, refinement, seed)
+        start = anchor(joint, posteriors[chunk], chunk, reverse.widen, seed, chunk.start)
         path = anchored_path(evaluator, start, chunk, seed)
         tuning = run_pilot(path, evaluator, chunk, reverse, seed)
         ran = run_path(path, tuning, evaluator, chunk, reverse, seed, z[chunk.start : chunk.stop])
-        return chunk, refined, -log_mean_exp(-ran.log_weights)
+        return -log_mean_exp(-ran.log_weights)
 
-    parts = over_chunks(bound, joint, batch_size, seed)
-    upper = torch.cat([part[2] for part in parts]).cpu()
+    upper = torch.cat(over_chunks(bound, joint, batch_size, seed)).cpu()
 
     def from_rung(rung: int) -> LadderCheck:
         def one(chunk: Chunk) -> list[Found]:
-            refined = next(part[1] for part in parts if part[0] == chunk)
-            return climb_chunk(evaluator, refined, chunk, chunk.start, settings, seed, rung)
+            return climb_chunk(evaluator, posteriors[chunk], chunk, chunk.start, settings, seed, rung)
 
         found = [block for blocks in over_chunks(one, joint, batch_size, seed) for block in blocks]
         estimate = escalated(found)
-        return LadderCheck(rung, estimate.value, estimate.mcse, upper)
+        return LadderCheck(estimate.value, upper, rung, estimate.mcse)
 
     if lowest is not None:
         return from_rung(lowest)

@@ -103,7 +103,7 @@ class Climb:
             fitted = replace(fitted, scale=settings.widen * fitted.scale)
             with_curvature = _put(start, members, fitted)
             self.proposals.append(FromGaussian(self.joint, with_curvature, self.block, self.seed))
-            before = plan.excess[members].clone()
+            before = plan.excess[members]
             start = _put(start, members, fitted, self._sample(GAUSSIAN, members) < before)
         self.annealer = Annealer(slots, start, settings, self.seed)
 
@@ -168,7 +168,7 @@ class Climb:
 
 def _put(start: GaussianStart, members: Tensor, fitted: GaussianStart, where: Tensor | None = None) -> GaussianStart:
     """`start` with the Gaussians `fitted` at places `members`, or only at those of them `where`."""
-    scale = torch.diag_embed(start.scale) if start.scale.dim() == 2 else start.scale.clone()
-    loc, chosen = start.loc.clone(), slice(None) if where is None else where
+    loc, scale = start.loc.clone(), start.factor()
+    chosen = slice(None) if where is None else where
     loc[members[chosen]], scale[members[chosen]] = fitted.loc[chosen], fitted.scale[chosen]
     return replace(start, loc=loc, scale=scale)

@@ -27,7 +27,7 @@ def gaussian_by_curvature(start: GaussianStart, slots: Slots, members: Tensor) -
     Returns the Gaussian of the datapoints at places `members` of the block, with a factor L, and what it cost each,
     gradients `(M,)`. `start` is of the same datapoints.
     """
-    loc, factor = start.loc, _factor(start.scale)
+    loc, factor = start.loc, start.factor()
     pending = torch.arange(len(members))
     cost = torch.zeros(len(members), dtype=torch.long)
     for _ in range(MAX_PASSES):
@@ -43,10 +43,6 @@ def gaussian_by_curvature(start: GaussianStart, slots: Slots, members: Tensor) -
         if len(pending) == 0:
             break
     return replace(start, loc=loc, scale=factor), cost
-
-
-def _factor(scale: Tensor) -> Tensor:
-    return torch.diag_embed(scale) if scale.dim() == 2 else scale.clone()
 
 
 def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """`log_evidence`: log p(x) of every datapoint, each by what it takes."""
 
 from dataclasses import replace
-from typing import cast
 
 from pyrogaps.bounds import Plate, over_chunks, posterior_of
 from pyrogaps.capture import GradientEvaluator
@@ -21,27 +20,23 @@ from pyrogaps.streams import Chunk, derive_seed
 
 def checked(
     model: Program,
-    density: GuideDensity,
     own: OwnFamily,
     settings: Escalation,
     refinement: Refinement,
     batch_size: int,
     seed: int,
 ) -> LadderCheck | str | None:
-    """The ladder's check on data like those of `density`; None where none is asked for, or why there can be none.
+    """The ladder's check on data like those of the guide; None where none is asked for, or why there can be none.
 
-    `model` is the caller's own: that of `density` has the reverse model of auxiliary variables attached.
+    `model` is the caller's own: that of the guide's density has the reverse model of auxiliary variables attached.
     """
     if settings.num_simulated == 0:
         return None
-    joint = density.joint
-    # An autoguide has parameters for the datapoints that it was trained on; a fresh one of its class has none yet.
-    guide = own.family if own.kind == "autoguide" else density.guide
-    stream = derive_seed(seed, "ladder")
+    joint, stream = own.density.joint, derive_seed(seed, "ladder")
     try:
-        part = part_of(joint.data, min(settings.num_simulated, joint.num_datapoints))[0]
+        part = part_of(joint.data, settings.num_simulated)[0]
         return check_ladder(
-            model, guide, part, settings=settings, refinement=refinement, plate=joint.plate,
+            model, own.elsewhere, part, settings=settings, refinement=refinement, plate=joint.plate,
             batch_size=batch_size, seed=stream,
         )  # fmt: skip
     except InputError as error:
@@ -82,10 +77,11 @@ def log_evidence(
     settings, refinement = settings or Escalation(), refinement or Refinement()
     joint, density = posterior_of(model, guide, data, plate)
     evaluator = GradientEvaluator(joint, settings.mode)
-    own = own_family(density) if isinstance(density, GuideDensity) else None
+    own: OwnFamily | None = None
     check: LadderCheck | str | None = None
-    if own is not None:
-        check = checked(model, cast(GuideDensity, density), own, settings, refinement, batch_size, seed)
+    if isinstance(density, GuideDensity):
+        own = own_family(density)
+        check = checked(model, own, settings, refinement, batch_size, seed)
     lowest = check.lowest if isinstance(check, LadderCheck) else GUIDE
 
     def one(chunk: Chunk) -> list[Found]:

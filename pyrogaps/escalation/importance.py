@@ -59,8 +59,8 @@ def weigh(proposal: Proposal, block: Chunk, members: Tensor, numbers: Tensor, pu
             wanting = (numbers > part * PARTICLE_BLOCK).nonzero()[:, 0]
             some = members[wanting]
             z, log_q = proposal.draw(some, size, purpose, part)
-            weights = proposal.joint(z, block.start + some).double() - log_q.double()
-            refuse_nan(weights, block)
+            indices = block.start + some
+            weights = refuse_nan(proposal.joint(z, indices).double() - log_q.double(), indices)
             for place, column in zip(wanting.tolist(), weights.T, strict=True):
                 parts[place].append(column)
     return [torch.cat(columns) for columns in parts]

@@ -64,7 +64,7 @@ class Rotations:
     ) -> Annealed:
         betas = schedule("linear", num_temperatures).tolist()
         first = noise.normal(self.num_points, self.joint.dim)
-        state = self._state(self._moving(first))
+        state = self._state(self.start.kept(first))
         log_weights = torch.zeros(state.residual.shape, dtype=torch.float64, device=first.device)
         length = torch.ones(first.shape[1], dtype=torch.float64, device=first.device)
         acceptances, used = [], []
@@ -82,7 +82,7 @@ class Rotations:
     def _move(self, state: State, beta: float, length: Tensor, noise: Noise) -> tuple[State, Tensor]:
         """One transition that leaves f_b invariant, and its acceptance rate `(B,)`; `length` is jittered."""
         turn = (length * (1 + JITTER * (2 * noise.uniform(self.num_points) - 1))).to(state.position.dtype)[..., None]
-        velocity = self._moving(noise.normal(self.num_points, self.joint.dim))
+        velocity = self.start.kept(noise.normal(self.num_points, self.joint.dim))
         before, uniform = _energy(state, velocity, beta), noise.uniform(self.num_points)
         proposal, cosine, sine = state, turn.cos(), turn.sin()
         for _ in range(self.num_steps):
@@ -106,11 +106,7 @@ class Rotations:
         z = start.kept(start.loc + apply_scale(start.scale, position))
         (log_joint,), (gradient,) = self.joint(z.contiguous())
         residual = log_joint - start.peak + 0.5 * position.square().sum(-1)
-        return State(position, residual, self._moving(apply_transpose(start.scale, gradient)) + position)
-
-    def _moving(self, vector: Tensor) -> Tensor:
-        """What is not active rests."""
-        return self.start.kept(vector)
+        return State(position, residual, start.kept(apply_transpose(start.scale, gradient)) + position)
 
 
 def _energy(state: State, velocity: Tensor, beta: float) -> Tensor:

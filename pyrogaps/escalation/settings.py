@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pyrogaps.capture import Mode
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, at_least, between_0_and_1
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,11 @@ class Escalation:
             if not getattr(self, name) > 0:
                 raise InputError(f"escalation.{name}: must be positive, got {getattr(self, name)}")
         least = {"max_evaluations": 1, "num_pilot_draws": 100, "num_leapfrog": 1, "num_simulated": 0, "widen": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise InputError(f"escalation.{name}: must be at least {bound}, got {getattr(self, name)}")
+        at_least("escalation", self, least)
         rising = all(low < high for low, high in pairwise((0, *self.temperatures)))
         if not self.temperatures or not rising:
             raise InputError(f"escalation.temperatures: must be positive and increasing, got {self.temperatures}")
-        if not 0 < self.target_acceptance < 1:
-            raise InputError(f"escalation.target_acceptance: must lie between 0 and 1, got {self.target_acceptance}")
+        between_0_and_1("escalation.target_acceptance", self.target_acceptance)
 
     @property
     def num_rungs(self) -> int:

@@ -12,7 +12,7 @@ from pyrogaps.gaps.table import standard_error
 
 # A refinement that gains more than this, nats, had not ended.
 IMPROVING = 0.01
-# Of the one-sided bound of the mean, by Markov's inequality: see `Sandwich.mean_interval`.
+# Of the one-sided bound of the mean, by Markov's inequality: see `SimulatedBounds.mean_interval`.
 CERTAIN = 0.95
 
 

@@ -25,9 +25,7 @@ def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_
     Raises `InputError` where the model cannot be simulated, or the guide holds parameters for each datapoint and is no
     autoguide.
     """
-    joint, density, seed = work.joint, work.density, derive_seed(work.seed, "certificate")
-    # An autoguide has parameters for the datapoints that it was trained on; a fresh one of its class has none yet.
-    own = work.own.family if work.own.kind == "autoguide" else density.guide
+    joint, own, seed = work.joint, work.own.elsewhere, derive_seed(work.seed, "certificate")
     bounds = _bounds(work, own, part_of(joint.data, settings.num_simulated)[0], batch_size, seed)
     data, chosen = part_of(joint.data, settings.num_refined_again)
     longer = replace(work.refinement, num_steps=settings.longer * work.refinement.num_steps)

@@ -69,7 +69,7 @@ class Work:
         """Of an escalation, which rungs can be trusted, by simulated data; its measurements then start there."""
         if not isinstance(self.evidence, Escalation):
             return None
-        check = checked(self.model, self.density, self.own, self.evidence, self.refinement, batch_size, self.seed)
+        check = checked(self.model, self.own, self.evidence, self.refinement, batch_size, self.seed)
         if isinstance(check, LadderCheck):
             self.lowest_rung = check.lowest
         return check

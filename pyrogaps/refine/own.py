@@ -35,6 +35,13 @@ class OwnFamily:
     family: Callable[[Any], Any] | None = None
     varies: dict[str, set[str]] = field(default_factory=dict)
 
+    @property
+    def elsewhere(self) -> Any:
+        """What to refine on other data: the guide, or, as an autoguide has parameters for the datapoints that it was
+        trained on, the family that makes a fresh one of its class.
+        """
+        return self.family if self.kind == "autoguide" else self.density.guide
+
     def start(self, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
         """A refinable guide for `chunk` of `joint`, the model's own density, at the guide's own output there."""
         joint = restrict(joint, chunk.indices)

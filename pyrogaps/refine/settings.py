@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, at_least
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class Refinement:
     tolerance: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "num_particles", "num_starts", "num_selection"):
-            if getattr(self, name) < 1:
-                raise InputError(f"refinement.{name}: must be at least 1, got {getattr(self, name)}")
+        counts = ("num_steps", "num_particles", "num_starts", "num_selection")
+        at_least("refinement", self, dict.fromkeys(counts, 1))
         if not self.learning_rate > 0:
             raise InputError(f"refinement.learning_rate: must be positive, got {self.learning_rate}")
