@@ -15,6 +15,7 @@ from pyrogaps.anneal import (
     Schedule,
     Tuning,
     anneal,
+    joined,
     moments_start,
     pilot,
     schedule,
@@ -35,6 +36,8 @@ from pyrogaps.streams import BLOCK, Chunk, Noise, reseed, seeded
 
 Initial = Literal["refined", "guide", "prior"]
 NUM_ANCHOR_DRAWS = 1024
+# Chains at a time; many take their turns, so that the memory they need does not grow with their number.
+CHAINS = 64
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,16 @@ def prior_path(evaluator: GradientEvaluator, chunk: Chunk, seed: int) -> Path:
 def anchor(
     joint: JointDensity, posterior: Posterior, chunk: Chunk, widen: float, seed: int, offset: int = 0
 ) -> GaussianStart:
-    """The Gaussian with a guide's moments, widened; its draws are used for nothing else."""
-    guide = BlockedGuide(posterior, chunk, offset)
-    draws, _ = guide.sample_all(NUM_ANCHOR_DRAWS, seed, "anchor")
-    if isinstance(posterior, GuideDensity) and posterior.joint is not joint:
-        draws = posterior.joint.columns_of(draws, joint)
-    active = joint.active(chunk.indices)
-    return moments_start(draws, diagonal=guide.mean_field, widen=widen, active=active)
+    """The Gaussian with a guide's moments, widened; they are exact, or of draws that are used for nothing else."""
+    guide, active = BlockedGuide(posterior, chunk, offset), joint.active(chunk.indices)
+    other = posterior.joint if isinstance(posterior, GuideDensity) and posterior.joint is not joint else None
+    if other is None and active is None and (known := guide.exact_moments()) is not None:
+        return GaussianStart(known[0], widen * known[1])
+    blocks = (z for z, _ in guide.in_blocks(NUM_ANCHOR_DRAWS, seed, "anchor"))
+    drawn = blocks if other is None else (other.columns_of(z, joint) for z in blocks)
+    # The full covariance takes ten draws to a dimension.
+    diagonal = guide.mean_field or 10 * joint.dim > NUM_ANCHOR_DRAWS
+    return moments_start(drawn, diagonal=diagonal, widen=widen, active=active)
 
 
 def run_pilot(path: Path, evaluator: GradientEvaluator, chunk: Chunk, settings: AIS, seed: int) -> Tuning:
@@ -159,14 +165,18 @@ def run_path(
     exact: Tensor | None = None,
 ) -> AnnealResult:
     """The run that counts: forward, or in reverse from `exact` posterior draws `(B, dim)`, which all chains share."""
-    joint, purpose = evaluator.joint, "ais" if exact is None else "reverse ais"
-    noise = Noise(seed, purpose, chunk, dtype=joint.dtype, device=joint.device)
-    evaluate = path.evaluate(settings.num_chains)
-    position = path.draw(settings.num_chains, purpose) if exact is None else exact.expand(settings.num_chains, -1, -1)
-    state = evaluate(position.contiguous())
-    result = anneal(state, evaluate, tuning, settings.num_leapfrog, path.scale, noise, reverse=exact is not None)
-    refuse_nan(result.log_weights, chunk.indices)
-    return result
+    joint, reverse = evaluator.joint, exact is not None
+    runs = []
+    for group, first in enumerate(range(0, settings.num_chains, CHAINS)):
+        number = min(CHAINS, settings.num_chains - first)
+        purpose = ("reverse ais" if reverse else "ais") + (f" {group}" if group else "")
+        noise = Noise(seed, purpose, chunk, dtype=joint.dtype, device=joint.device)
+        evaluate = path.evaluate(number)
+        position = path.draw(number, purpose) if exact is None else exact.expand(number, -1, -1)
+        state = evaluate(position.contiguous())
+        runs.append(anneal(state, evaluate, tuning, settings.num_leapfrog, path.scale, noise, reverse=reverse))
+        refuse_nan(runs[-1].log_weights, chunk.indices)
+    return joined(runs)
 
 
 def ais_chunk(path: Path, evaluator: GradientEvaluator, chunk: Chunk, settings: AIS, seed: int) -> AnnealResult:
@@ -215,15 +225,24 @@ def ais(
         evaluator = GradientEvaluator(joint, settings.mode)
         path_of = _paths_from(density, evaluator, settings, refinement or Refinement(), seed)
 
-    def one(chunk: Chunk) -> AnnealResult:
+    def one(chunk: Chunk) -> Weighed:
         path = prior_path(evaluator, chunk, seed) if path_of is None else path_of(chunk)
-        return ais_chunk(path, evaluator, chunk, settings, seed)
+        return _weighed(ais_chunk(path, evaluator, chunk, settings, seed))
 
-    results = over_chunks(one, joint, batch_size, seed)
-    return log_mean_exp_estimate(
-        torch.cat([result.log_weights for result in results], 1),
-        acceptance=torch.cat([result.acceptance for result in results]),
-    )
+    return _estimate(over_chunks(one, joint, batch_size, seed))
+
+
+# Log-weights `(S, B)` and acceptance `(B,)`: what of a run goes from process to process.
+Weighed = tuple[Tensor, Tensor]
+
+
+def _weighed(ran: AnnealResult) -> Weighed:
+    return ran.log_weights.cpu(), ran.acceptance.cpu()
+
+
+def _estimate(weighed: list[Weighed], sign: int = 1) -> Estimate:
+    log_weights, acceptance = (torch.cat(parts, -1) for parts in zip(*weighed, strict=True))
+    return log_mean_exp_estimate(sign * log_weights, acceptance=acceptance)
 
 
 def _paths_from(
@@ -336,7 +355,7 @@ def bdmc(
     joint, density, z = simulated_pair(model, None if from_prior else guide_or_family, data, plate, seed, to_data)
     evaluator = GradientEvaluator(joint, settings.mode, split=from_prior)
 
-    def one(chunk: Chunk) -> tuple[AnnealResult, AnnealResult]:
+    def one(chunk: Chunk) -> tuple[Weighed, Weighed]:
         if from_prior:
             path = prior_path(evaluator, chunk, seed)
         elif density is not None:
@@ -348,16 +367,11 @@ def bdmc(
         tuning = run_pilot(path, evaluator, chunk, settings, seed)
         exact = z[chunk.start : chunk.stop]
         forward = run_path(path, tuning, evaluator, chunk, settings, seed)
-        return forward, run_path(path, tuning, evaluator, chunk, settings, seed, exact)
+        back = run_path(path, tuning, evaluator, chunk, settings, seed, exact)
+        return _weighed(forward), _weighed(back)
 
     results = over_chunks(one, joint, batch_size, seed)
-    forward, inverse = (
-        log_mean_exp_estimate(
-            torch.cat([sign * result[side].log_weights for result in results], 1),
-            acceptance=torch.cat([result[side].acceptance for result in results]),
-        )
-        for side, sign in ((0, 1), (1, -1))
-    )
+    forward, inverse = (_estimate([result[side] for result in results], sign) for side, sign in ((0, 1), (1, -1)))
     unknown = torch.full_like(inverse.mcse, torch.nan)
     reverse = replace(inverse, value=-inverse.value, mcse=unknown, direction="upper bound", log_weights=None)
     return Sandwich(forward.value, reverse.value, forward, reverse, joint.caller_data, z)

@@ -1,7 +1,7 @@
 """The pieces of annealed importance sampling: where paths start, how they are scheduled and tuned, a run along one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -16,6 +16,7 @@ Schedule = Literal["linear", "sigmoid", "thermodynamic"]
 Gradients = Callable[[Tensor], tuple[Tensor, ...]]
 Joint = Callable[[Tensor], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 JITTER = 0.3
+FEW_DRAWS = 16  # at a time, in double precision
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ class Tuning(NamedTuple):
 
 
 class AnnealResult(NamedTuple):
-    """A run along a path: log-weights `(S, B)`, mean acceptance `(B,)`, the last state and traces per temperature."""
+    """A run along a path: log-weights `(S, B)`, mean acceptance `(B,)`, where the chains ended `(S, B, dim)` and traces
+    per temperature.
+    """
 
     log_weights: Tensor
     acceptance: Tensor
-    state: HMCState
+    position: Tensor
     acceptance_by_temperature: Tensor
     ess_by_temperature: Tensor
 
@@ -158,7 +161,27 @@ def anneal(
         acceptances.append(info.acceptance.mean(0))
         ess.append(_relative_ess(-log_weights if reverse else log_weights))
     by_temperature = torch.stack(acceptances)
-    return AnnealResult(log_weights, by_temperature.mean(0), state, by_temperature.mean(1), torch.stack(ess))
+    return AnnealResult(log_weights, by_temperature.mean(0), state.position, by_temperature.mean(1), torch.stack(ess))
+
+
+def joined(runs: list[AnnealResult]) -> AnnealResult:
+    """Runs of the same datapoints by chains of their own, as one; the effective share is the mean over runs."""
+    if len(runs) == 1:
+        return runs[0]
+    shares = torch.tensor([len(run.log_weights) for run in runs], dtype=torch.float64)
+    shares = (shares / shares.sum()).to(runs[0].log_weights.device)
+
+    def mean(parts: list[Tensor]) -> Tensor:
+        weighted: Tensor = torch.tensordot(shares.to(parts[0].dtype), torch.stack(parts), 1)
+        return weighted
+
+    return AnnealResult(
+        torch.cat([run.log_weights for run in runs]),
+        mean([run.acceptance for run in runs]),
+        torch.cat([run.position for run in runs]),
+        mean([run.acceptance_by_temperature for run in runs]),
+        mean([run.ess_by_temperature for run in runs]),
+    )
 
 
 def pilot(
@@ -213,25 +236,37 @@ def tune(kind: Schedule, num_temperatures: int, pilot_betas: Tensor, step_sizes:
     return Tuning(betas, _interpolate(betas[1:].contiguous(), knots, step_sizes.log()).exp())
 
 
-def moments_start(draws: Tensor, *, diagonal: bool, widen: float, active: Tensor | None) -> GaussianStart:
-    """The Gaussian with the mean and covariance of `draws (S, B, dim)`, its scales times `widen`.
+def moments_start(blocks: Iterable[Tensor], *, diagonal: bool, widen: float, active: Tensor | None) -> GaussianStart:
+    """The Gaussian with the mean and covariance of draws, which come in `blocks` `(S, B, dim)`, scales times `widen`.
 
-    The full covariance is used where there are at least ten draws to a dimension. Coordinates that are not `active`
-    get unit scales.
+    `diagonal` leaves covariances out. Coordinates that are not `active` get unit scales.
     """
-    loc, centred = draws.mean(0), draws - draws.mean(0)
-    tiny = torch.finfo(draws.dtype).tiny ** 0.5
-    scale = draws.std(0).clamp(min=tiny)
+    number, shift, total, products = 0, torch.empty(0), torch.empty(0), torch.empty(0)
+    for draws in blocks:
+        if not number:
+            shift, dim = draws.mean(0), draws.shape[-1]
+            total = torch.zeros_like(shift, dtype=torch.float64)
+            products = torch.zeros_like(total) if diagonal else total[..., None].repeat(1, 1, dim)
+        number += len(draws)
+        for few in (draws - shift).split(FEW_DRAWS):
+            centred = few.double()
+            total += centred.sum(0)
+            products += centred.square().sum(0) if diagonal else torch.einsum("sbi,sbj->bij", centred, centred)
+    mean = total / number
+    products -= number * (mean.square() if diagonal else mean[..., :, None] * mean[..., None, :])
+    covariance = products / (number - 1)
+    variance = covariance if diagonal else covariance.diagonal(dim1=-2, dim2=-1)
+    loc, scale = shift + mean.to(shift.dtype), variance.clamp(min=0.0).sqrt().to(shift.dtype)
+    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny ** 0.5)
     if active is not None:
         scale = torch.where(active, scale, torch.ones_like(scale))
-    if diagonal or len(draws) < 10 * draws.shape[-1]:
+    if diagonal:
         return GaussianStart(loc, widen * scale, active)
-    standard = (centred / scale).double()
-    correlation = torch.einsum("sbi,sbj->bij", standard, standard) / (len(draws) - 1)
-    identity = torch.eye(draws.shape[-1], dtype=torch.float64, device=draws.device)
+    correlation = covariance / (scale[..., :, None] * scale[..., None, :]).double()
+    identity = torch.eye(scale.shape[-1], dtype=torch.float64, device=scale.device)
     variances = correlation.diagonal(dim1=-2, dim2=-1).clamp(min=0.5)
     correlation = correlation * (1 - identity) + identity * variances[..., None]
-    factor = torch.linalg.cholesky(correlation + 1e-4 * identity).to(draws.dtype)
+    factor = torch.linalg.cholesky(correlation + 1e-4 * identity).to(scale.dtype)
     return GaussianStart(loc, widen * scale[..., None] * factor, active)
 
 

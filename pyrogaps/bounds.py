@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from pyrogaps import ranks
 from pyrogaps.density import Data, GuideDensity, JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
@@ -14,6 +15,7 @@ from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.streams import Chunk, chunks, particle_blocks, seeded
 
 Plate = str | Literal[False] | None
+Density = Callable[[Tensor, Tensor], Tensor]
 
 
 def densities(model: Program, guide: Program, data: Data, plate: Plate = None) -> tuple[JointDensity, GuideDensity]:
@@ -42,7 +44,7 @@ def posterior_of(
 
 
 def chunk_log_weights(
-    joint: JointDensity,
+    density: Density,
     posterior: Posterior,
     chunk: Chunk,
     num_particles: int,
@@ -52,13 +54,15 @@ def chunk_log_weights(
 ) -> Tensor:
     """log w = log p(x, z) - log q(z | x) of draws from `posterior`, `(S, B)` in double precision, nats.
 
+    `density` gives log p(x, z): a `JointDensity`, or a `GradientEvaluator` where there is much to evaluate.
+
     Raises `InputError` naming datapoints whose weights are NaN or +infinity.
     """
     guide, parts = BlockedGuide(posterior, chunk, offset), []
     with torch.no_grad():
         for first, size in enumerate(particle_blocks(num_particles)):
             z, log_q = guide.sample(size, seed, purpose, first)
-            parts.append(joint(z, chunk.indices).double() - log_q.double())
+            parts.append(density(z, chunk.indices).double() - log_q.double())
     return refuse_nan(torch.cat(parts), chunk.indices)
 
 
@@ -137,7 +141,14 @@ def _log_weights(
     return torch.cat(over_chunks(one, joint, batch_size, seed), 1)
 
 
-def over_chunks(work: Callable[[Chunk], Any], joint: JointDensity, batch_size: int, seed: int) -> list[Any]:
-    """`work` on every chunk of the data, with the caller's random state restored afterwards."""
+def over_chunks(
+    work: Callable[[Chunk], Any], joint: JointDensity, batch_size: int, seed: int, *, alone: bool = False
+) -> list[Any]:
+    """`work` on every chunk of the data, with the caller's random state restored afterwards.
+
+    Where several processes share the work, each takes some chunks and all get all results, on the CPU; `alone`: each
+    does everything, because what `work` returns belongs to its process.
+    """
+    pieces = chunks(joint.num_datapoints, batch_size)
     with seeded(seed, "unused", device=joint.device):
-        return [work(chunk) for chunk in chunks(joint.num_datapoints, batch_size)]
+        return [work(chunk) for chunk in pieces] if alone else ranks.divided(work, pieces)

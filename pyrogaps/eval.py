@@ -1,14 +1,18 @@
 """The command `python -m pyrogaps.eval [RECIPE] [options]`: from a recipe to its ledger of gaps."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyro
+import torch
 import xarray as xr
 from matplotlib.figure import Figure
 
+from pyrogaps import ranks
 from pyrogaps.building import (
     DataSet,
     build_data,
@@ -32,8 +36,11 @@ from pyrogaps.training import load_model_weights, load_weights, save_weights, tr
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for input that cannot be used, 130 when interrupted."""
+    """Run the command; returns its exit code: 0, 2 for input that cannot be used, 130 when interrupted, 1 when other
+    processes that shared the work are gone.
+    """
     options = None
+    again = "run the same command again to continue"
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
         if parsed is None:
@@ -43,77 +50,122 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_config:
             print(recipe.to_yaml(), end="")
             return 0
-        _run(recipe, options)
+        with ranks.joined(), _warnings_in_a_line():
+            _run(recipe, options)
     except InputError as error:
         _say(f"pyrogaps: {' '.join(str(error).split())}")
         return 2
+    except ranks.LostRankError as error:
+        print(f"pyrogaps: {error}; {again}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
-        where = f"; run the same command again to continue from {options.out}" if options else ""
+        where = f"; {again} from {options.out}" if options else ""
         _say(f"\npyrogaps: interrupted{where}")
         return 130
     return 0
 
 
 def _run(recipe: Recipe, options: Options) -> None:
-    """Take `recipe` from wherever its folder stands to a finished ledger, and print it."""
+    """Take `recipe` from wherever its folder stands to a finished ledger, and print it.
+
+    Processes that share the work all come this way; only the first one writes, and says what is being done.
+    """
     folder = RunFolder(options.out)
-    device = check_device(recipe.device)
-    # What cannot be built leaves no folder behind, and what is finished needs no building.
-    if options.overwrite or not (folder / "ledger.nc").exists():
-        for name in ("checkpoint", "model_checkpoint"):
-            path = getattr(recipe, name)
-            if path is not None and not Path(path).is_file():
-                raise InputError(f"{name}: no file {path}")
-        data, remarks = build_data(recipe, data_root=options.data_root, download=options.download)
-        for remark in remarks:
-            _say(f"pyrogaps: {remark}")
-        families = build_families(recipe)
-        pyro.clear_param_store()
-        pyro.set_rng_seed(recipe.seed)
-        model, guide = build_programs(recipe)
-        for module in (*modules_of(model), *modules_of(guide)):
-            module.to(device)
-        folder.claim(recipe.to_yaml(), overwrite=options.overwrite)
-        _weigh(recipe, model, guide, data, folder, progress=not options.quiet)
-        reference = _reference(recipe, model, guide, data, folder, progress=not options.quiet)
-        _say("decomposing the inference gap")
-        ledger = decompose(
-            model,
-            guide,
-            data.evaluated,
-            families=families,
-            evidence=recipe.escalation or recipe.evidence,
-            refinement=recipe.refinement,
-            conditioning=recipe.conditioning,
-            reference=reference,
-            split=_split(recipe, data),
-            certificate=recipe.certificate,
-            num_particles=recipe.num_particles,
-            plate=recipe.plate,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            progress=not options.quiet,
-            cache=folder / PARTS,
+    device = ranks.together(lambda: check_device(recipe.device))
+    try:
+        # What cannot be built leaves no folder behind, and what is finished needs no building.
+        if ranks.first(lambda: options.overwrite or not (folder / "ledger.nc").exists()):
+            model, guide, data = ranks.together(lambda: _build(recipe, options, device))
+            ranks.first(lambda: folder.claim(recipe.to_yaml(), overwrite=options.overwrite))
+            ranks.together(lambda: _check_visible(folder))
+            ledger = _measured(recipe, model, guide, data, folder, progress=not options.quiet)
+        else:
+            ledger = ranks.first(lambda: _kept(recipe, folder))
+        ranks.first(lambda: _report(ledger, folder))
+    finally:
+        folder.release()
+
+
+def _build(recipe: Recipe, options: Options, device: torch.device) -> tuple[Program, Program, DataSet]:
+    """The model, the guide and the data of a recipe, on their device."""
+    for name in ("checkpoint", "model_checkpoint"):
+        path = getattr(recipe, name)
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{name}: no file {path}")
+    data, remarks = build_data(recipe, data_root=options.data_root, download=options.download)
+    for remark in remarks:
+        _say(f"pyrogaps: {remark}")
+    build_families(recipe)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(recipe.seed)
+    model, guide = build_programs(recipe)
+    for module in (*modules_of(model), *modules_of(guide)):
+        module.to(device)
+    return model, guide, data
+
+
+def _check_visible(folder: RunFolder) -> None:
+    """Processes on several machines go on from each other's files."""
+    if not (folder / "recipe.yaml").exists():
+        raise InputError(
+            f"{folder.path}: rank {ranks.rank()} does not see what rank 0 wrote there; choose an --out on a file "
+            "system that all machines share"
         )
-        folder.write("ledger.nc", lambda path: ledger.to_datatree().to_netcdf(path, engine="h5netcdf"))
-    else:
-        folder.claim(recipe.to_yaml(), overwrite=False)
-        ledger = _read_ledger(folder / "ledger.nc")
-        _say(f"{folder.path} holds the finished run of this recipe (--overwrite computes it anew)")
-    _report(ledger, folder)
+
+
+def _measured(
+    recipe: Recipe, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool
+) -> GapLedger:
+    """The ledger of a recipe's pair, trained first where it has to be."""
+    _weigh(recipe, model, guide, data, folder, progress=progress)
+    reference = _reference(recipe, model, guide, data, folder, progress=progress)
+    _say("decomposing the inference gap")
+    ledger = decompose(
+        model,
+        guide,
+        data.evaluated,
+        families=build_families(recipe),
+        evidence=recipe.escalation or recipe.evidence,
+        refinement=recipe.refinement,
+        conditioning=recipe.conditioning,
+        reference=reference,
+        split=_split(recipe, data),
+        certificate=recipe.certificate,
+        num_particles=recipe.num_particles,
+        plate=recipe.plate,
+        batch_size=recipe.batch_size,
+        max_memory=recipe.max_memory,
+        seed=recipe.seed,
+        progress=progress,
+        cache=folder / PARTS,
+    )
+    tree = ledger.to_datatree()
+    ranks.first(lambda: folder.write("ledger.nc", lambda path: tree.to_netcdf(path, engine="h5netcdf")))
+    return ledger
+
+
+def _kept(recipe: Recipe, folder: RunFolder) -> GapLedger:
+    """The ledger of a run that is finished."""
+    folder.claim(recipe.to_yaml(), overwrite=False)
+    ledger = _read_ledger(folder / "ledger.nc")
+    _say(f"{folder.path} holds the finished run of this recipe (--overwrite computes it anew)")
+    return ledger
 
 
 def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool) -> None:
     """Give the model and guide their weights: those already in the folder, a checkpoint's, or freshly trained ones."""
     weights = folder / "checkpoint.pt"
-    source = weights if weights.exists() else Path(recipe.checkpoint) if recipe.checkpoint else None
+    trained = ranks.first(weights.exists)
+    source = weights if trained else Path(recipe.checkpoint) if recipe.checkpoint else None
     example = data.evaluated if data.train is None else data.train
     if source is not None:
         _say(f"loading weights from {source}")
-        load_weights(source, model, guide, example)
+        found = source
+        ranks.together(lambda: load_weights(found, model, guide, example))
     elif recipe.model_checkpoint is not None:
         _say(f"loading the model's weights from {recipe.model_checkpoint}")
-        load_model_weights(recipe.model_checkpoint, model, guide, example)
+        from_run = recipe.model_checkpoint
+        ranks.together(lambda: load_model_weights(from_run, model, guide, example))
     if source is None and recipe.mapa is not None:
         _train_by_mapa(recipe, recipe.mapa, model, guide, data, folder, progress=progress)
     if source is None and recipe.training is not None:
@@ -131,7 +183,7 @@ def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder
                 progress=progress,
             )
     if source != weights:
-        folder.write("checkpoint.pt", lambda path: save_weights(path, model, guide))
+        ranks.first(lambda: folder.write("checkpoint.pt", lambda path: save_weights(path, model, guide)))
 
 
 def _train_by_mapa(
@@ -220,8 +272,26 @@ def _report(ledger: GapLedger, folder: RunFolder) -> None:
     print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")
 
 
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Say the library's warnings as everything else is said, without the line of code that they come from."""
+    show = warnings.showwarning
+
+    def said(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is UserWarning:
+            _say(f"pyrogaps: {message}")
+        else:
+            show(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = said
+        yield
+
+
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Tell the user, on the error stream; of several processes the first one speaks."""
+    if ranks.rank() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ class Recipe:
         retraining: settings of phi-hat, the guide trained on, which splits the amortization gap in three; null: whole.
         certificate: what to spend on finding out how wrong the bounds can be; null: nothing.
         num_particles: draws for each bound.
-        batch_size: datapoints handled at once.
+        batch_size: datapoints worked on at once; null: what suits the model.
+        max_memory: what a process may use, as in 4GiB; null: four fifths of what the machine has left.
         plate: name of the data plate; null finds it, false takes the whole data set as one datapoint.
         seed: of everything random.
         device: where to run, such as cpu, cuda or cuda:1.
@@ -95,7 +96,8 @@ class Recipe:
     retraining: Retraining | None = None
     certificate: Certificate | None = None
     num_particles: int = 1000
-    batch_size: int = 64
+    batch_size: int | None = None
+    max_memory: int | str | None = None
     plate: str | Literal[False] | None = None
     seed: int = 0
     device: str = "cpu"
@@ -139,6 +141,8 @@ NULLABLE = (
     "reference",
     "retraining",
     "certificate",
+    "batch_size",
+    "max_memory",
     "plate",
     "checkpoint",
     "model_checkpoint",

@@ -3,12 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pyrogaps.errors import InputError
+from pyrogaps.files import hold
 from pyrogaps.recipe import resolve
 
 RESULTS = ("recipe.yaml", "checkpoint.pt", "ledger.nc", "summary.csv", "gaps.png")
@@ -21,6 +23,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held: int | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -28,10 +31,13 @@ class RunFolder:
     def claim(self, recipe: str, *, overwrite: bool) -> None:
         """Make the folder that of `recipe` (as YAML), creating it where it is missing.
 
-        Raises `InputError` where it holds another recipe's run and `overwrite` is false, or cannot be written.
+        From then on it is this process's own until it is released. Raises `InputError` where another process is
+        writing there, where it holds another recipe's run and `overwrite` is false, or cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self._held is None:
+                self._held = hold(self.path, "wait for it, or choose another --out")
             if overwrite:
                 self._clear()
             self._refuse_other(yaml.safe_load(recipe))
@@ -40,12 +46,31 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror or error}; choose another --out") from error
 
+    def release(self) -> None:
+        """Let other processes write to the folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
     def write(self, name: str, save: Callable[[Path], Any]) -> None:
-        """Let `save` write a file, then give it its `name` in one step."""
+        """Let `save` write a file, then give it its `name` in one step.
+
+        Raises `InputError` where it cannot be written; a file of that name is then as it was.
+        """
         target = self / name
         temporary = target.with_name(f".unfinished-{name}")
-        save(temporary)
-        os.replace(temporary, target)
+        try:
+            save(temporary)
+            os.replace(temporary, target)
+        except (OSError, RuntimeError) as error:  # netCDF's library raises either
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(
+                f"{target}: cannot be written: {reason}; mend that and run the same command again, which goes on from "
+                "there"
+            ) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
     def finish(self) -> None:
         """Remove what only an unfinished run needs."""

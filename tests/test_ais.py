@@ -351,14 +351,14 @@ def test_moments_start_recovers_a_gaussian() -> None:
     torch.manual_seed(0)
     factor = torch.tensor([[1.0, 0, 0], [0.6, 0.2, 0], [-20.0, 10.0, 40.0]]).double()
     draws = (torch.randn(1024, 5, 3).double() @ factor.T)[:, :, :]
-    start = moments_start(draws, diagonal=False, widen=1.5, active=None)
+    start = moments_start([draws], diagonal=False, widen=1.5, active=None)
     covariance = factor @ factor.T
     variance = covariance.diagonal()
     error = ((variance[:, None] * variance + covariance**2) / 1024).sqrt()
     found = start.scale @ start.scale.mT / 1.5**2
     assert float(((found - covariance).abs() / error).max()) < 4
     assert float((start.loc.abs() / (variance / 1024).sqrt()).max()) < 4
-    diagonal = moments_start(draws, diagonal=True, widen=1.5, active=None)
+    diagonal = moments_start([draws], diagonal=True, widen=1.5, active=None)
     torch.testing.assert_close(diagonal.scale, 1.5 * draws.std(0))
 
 
@@ -367,7 +367,7 @@ def test_moments_start_gives_padding_unit_scales() -> None:
     draws[:, 0, 2] = 0.0
     active = torch.tensor([[True, True, False], [True, True, True]])
     for diagonal in (True, False):
-        start = moments_start(draws, diagonal=diagonal, widen=1.0, active=active)
+        start = moments_start([draws], diagonal=diagonal, widen=1.0, active=active)
         assert torch.isfinite(start.scale).all()
         log_density, gradient = start.log_density(draws)
         assert torch.isfinite(log_density).all() and torch.isfinite(gradient).all()

@@ -58,12 +58,14 @@ PUBLIC = {
 }
 
 # A floor is a file or a package of the library. Ground floor first: each may import some of those above it here.
-GROUND = {"errors", "files", "streams"}
+GROUND = {"errors", "files", "streams", "ranks", "memory"}
 ESTIMATORS = {"log_weights", "density", "capture", "hmc", "anneal", "bounds", "refine", "ais"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "streams": {"errors"},
+    "ranks": {"errors"},
+    "memory": {"errors"},
     "log_weights": {"errors"},
     "density": GROUND,
     "capture": GROUND | {"density"},

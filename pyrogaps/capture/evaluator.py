@@ -1,20 +1,25 @@
 """`GradientEvaluator`: log densities of a Pyro model and their gradients at many points of the same shape."""
 
 import warnings
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyrogaps.capture.graphs import output_alone, record, reuse_memory
+from pyrogaps.capture.footprint import points_within
+from pyrogaps.capture.programs import Captured, Densities, Eager, Values, check_agreement
 from pyrogaps.density import JointDensity
 from pyrogaps.density.runs import evaluating
 
 Mode = Literal["eager", "captured", "compiled"]
-Values = tuple[Tensor, ...]
-Densities = Callable[..., Values]
+
+
+# Points at a time: enough that calls cost little beside arithmetic, few enough that intermediate results stay in cache.
+# It is fixed, because results depend on it in their last digits.
+ROWS = {"cpu": 1 << 10}
+MANY_ROWS = 1 << 16  # elsewhere
 
 
 class GradientEvaluator:
@@ -25,7 +30,11 @@ class GradientEvaluator:
     `torch.compile`. Each new batch of data is checked against eager once; a model that cannot be captured
     (data-dependent control flow, recurrent networks) falls back to eager with a warning.
 
-    `num_gradients` counts the points at which gradients were evaluated, `num_values` those where values alone were.
+    Many points are evaluated in pieces of one shape, which fits the working set (`pyrogaps.memory`), the last of them
+    padded: the memory that takes does not grow with their number, and one record serves all.
+
+    `num_gradients` counts the points at which gradients were evaluated, `num_values` those where values alone were,
+    padding left out.
 
     Args:
         joint: the model's density.
@@ -35,15 +44,45 @@ class GradientEvaluator:
 
     def __init__(self, joint: JointDensity, mode: Mode = "captured", split: bool = False) -> None:
         self.joint, self.mode, self.split = joint, mode, split
+        self.rows = points_within(joint, ROWS.get(joint.device.type, MANY_ROWS))
         self.num_gradients = self.num_values = 0
-        self._graphs: dict[Any, _Graph] = {}
+        self._graphs: dict[Any, Captured] = {}
+        self._indices: Tensor | None = None
+        self._bound: dict[Any, BoundDensity] = {}
 
-    def bind(self, indices: Tensor, num_particles: int, *, checked: bool = False) -> "BoundDensity":
+    def bind(
+        self, indices: Tensor, num_particles: int, *, checked: bool = False, whole: bool = False
+    ) -> "BoundDensity":
         """The K densities at `num_particles` points of each datapoint in `indices`, which may repeat.
 
         `checked`: these datapoints have been bound before in this shape, so the record need not be compared with Pyro
-        on them again.
+        on them again. `whole`: all points in one piece, so that `BoundDensity.on` can be used.
         """
+        if self._indices is None or not torch.equal(indices, self._indices):
+            self._indices, self._bound = indices, {}
+        width, particles = self._shape(len(indices), num_particles, whole)
+        key = width, particles
+        if key not in self._bound:
+            padding = -len(indices) % width
+            groups = torch.cat([indices, indices[-1:].expand(padding)]).split(width)
+            pieces = [self._piece(group, particles, checked) for group in groups]
+            self._bound[key] = BoundDensity(self, pieces, particles)
+        return self._bound[key]
+
+    def __call__(self, z: Tensor, indices: Tensor) -> Tensor:
+        """log p(x, z), `(S, B)` in nats, at `z (S, B, dim)` of the datapoints `indices`, as `JointDensity` gives it."""
+        return self.bind(indices, len(z)).values(z)[-1]
+
+    def _shape(self, number: int, num_particles: int, whole: bool) -> tuple[int, int]:
+        """Datapoints and points of each in a piece."""
+        if self.joint.plate is None:
+            return 1, num_particles if whole else min(num_particles, self.rows)
+        if whole or number * num_particles <= self.rows:
+            return number, num_particles
+        width = min(self.rows, 1 << (number - 1).bit_length())
+        return width, self.rows // width
+
+    def _piece(self, indices: Tensor, num_particles: int, checked: bool) -> "_Piece":
         joint, rows = self.joint, indices.repeat(num_particles)
         with evaluating(joint.model):
             leaves, tree = tree_flatten(joint.fetch(indices, num_particles))
@@ -60,12 +99,12 @@ class GradientEvaluator:
 
         constants = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         key = (num_particles, len(indices), constants, tuple((tuple(t.shape), t.dtype) for t in tensors))
-        return BoundDensity(self, self._programs(densities, key, len(rows), tensors, checked), tensors)
+        return _Piece(self._programs(densities, key, len(rows), tensors, checked), tensors, len(indices))
 
     def _programs(
         self, densities: Densities, key: Any, rows: int, tensors: list[Tensor], checked: bool
-    ) -> "_Eager | _Graph":
-        eager = _Eager(densities, self.joint)
+    ) -> Eager | Captured:
+        eager = Eager(densities, self.joint)
         if self.mode == "eager":
             return eager
         if checked and key in self._graphs:
@@ -76,15 +115,24 @@ class GradientEvaluator:
             if key not in self._graphs:
                 with evaluating(self.joint.model):
                     densities(flat, *tensors)  # lets the model register its parameters before the recording
-                    self._graphs[key] = _Graph(densities, flat, tensors, compiled=self.mode == "compiled")
+                    self._graphs[key] = Captured(densities, flat, tensors, compiled=self.mode == "compiled")
             with torch.no_grad():
-                _check_agreement(self._graphs[key], eager, flat, tensors)
+                check_agreement(self._graphs[key], eager, flat, tensors)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.warn(f"the model cannot be {self.mode}, so it is run eagerly ({reason})", stacklevel=3)
+            warnings.warn(f"the model cannot be {self.mode}, so it is run eagerly ({reason})", stacklevel=5)
             self.mode = "eager"
             return eager
         return self._graphs[key]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The densities of some datapoints, on data repeated for the points of each."""
+
+    programs: Eager | Captured
+    tensors: list[Tensor]
+    width: int
 
 
 class BoundDensity:
@@ -93,8 +141,8 @@ class BoundDensity:
     Called, it gives the values, K times `(S, B)`, and their gradients, K times `(S, B, dim)`; either costs less alone.
     """
 
-    def __init__(self, evaluator: GradientEvaluator, programs: "_Eager | _Graph", tensors: list[Tensor]) -> None:
-        self._evaluator, self._programs, self._tensors = evaluator, programs, tensors
+    def __init__(self, evaluator: GradientEvaluator, pieces: list[_Piece], num_particles: int) -> None:
+        self._evaluator, self._pieces, self._num_particles = evaluator, pieces, num_particles
 
     @property
     def dim(self) -> int:
@@ -102,9 +150,14 @@ class BoundDensity:
         return self._evaluator.joint.dim
 
     def on(self, args: tuple[Any, ...]) -> "BoundDensity":
-        """The same densities on other arguments of the same shapes, for the same datapoints; nothing is checked."""
+        """The same densities on other arguments of the same shapes, for the same datapoints; nothing is checked.
+
+        It must have been bound in one piece.
+        """
+        (piece,) = self._pieces
         leaves, _ = tree_flatten(args)
-        return BoundDensity(self._evaluator, self._programs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        other = replace(piece, tensors=[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        return BoundDensity(self._evaluator, [other], self._num_particles)
 
     def at_step(self, step: int) -> "BoundDensity":
         """The density to use at a step of an optimisation: this one at every step, because it is known exactly."""
@@ -112,79 +165,46 @@ class BoundDensity:
 
     def __call__(self, z: Tensor) -> tuple[Values, Values]:
         self._evaluator.num_gradients += z.shape[0] * z.shape[1]
-        values, gradients = self._run(self._programs.both, z)
-        return tuple(value.reshape(z.shape[:2]) for value in values), tuple(g.reshape(z.shape) for g in gradients)
+        found = self._run("both", z)
+        half = len(found) // 2
+        return found[:half], found[half:]
 
     def gradients(self, z: Tensor) -> Values:
         """The gradients alone: for a likelihood whose normaliser is dear, much less work."""
         self._evaluator.num_gradients += z.shape[0] * z.shape[1]
-        return tuple(gradient.reshape(z.shape) for gradient in self._run(self._programs.gradients, z))
+        return self._run("gradients", z)
 
     def values(self, z: Tensor) -> Values:
         """The log densities alone."""
         self._evaluator.num_values += z.shape[0] * z.shape[1]
-        return tuple(value.reshape(z.shape[:2]) for value in self._run(self._programs.values, z))
+        return self._run("values", z)
 
-    def _run(self, program: Callable[..., Any], z: Tensor) -> Any:
+    def _run(self, program: str, z: Tensor) -> Values:
+        """The results of a program at all points, piece by piece, each in the shape of its points `(S, B, *)`."""
         with torch.no_grad():
-            return program(z.reshape(-1, z.shape[-1]), *self._tensors)
+            columns = [
+                self._column(piece, program, part) for piece, part in zip(self._pieces, self._split(z), strict=True)
+            ]
+            found: Values = tuple(_joined(parts, 1)[:, : z.shape[1]] for parts in zip(*columns, strict=True))
+        return found
+
+    def _split(self, z: Tensor) -> tuple[Tensor, ...]:
+        width = self._pieces[0].width
+        short = width * len(self._pieces) - z.shape[1]
+        padded = torch.cat([z, z[:, -1:].expand(-1, short, -1)], 1) if short else z
+        return padded.split(width, 1)
+
+    def _column(self, piece: _Piece, program: str, z: Tensor) -> Values:
+        short = -len(z) % self._num_particles
+        padded = torch.cat([z, z[-1:].expand(short, -1, -1)]) if short else z
+        found = [self._at(piece, program, part) for part in padded.split(self._num_particles)]
+        return tuple(_joined(parts, 0)[: len(z)] for parts in zip(*found, strict=True))
+
+    def _at(self, piece: _Piece, program: str, z: Tensor) -> Values:
+        flat: Any = getattr(piece.programs, program)(z.reshape(-1, z.shape[-1]), *piece.tensors)
+        values: Values = (*flat[0], *flat[1]) if program == "both" else flat
+        return tuple(value.reshape(*z.shape[:2], *value.shape[1:]) for value in values)
 
 
-class _Eager:
-    """Through Pyro every time."""
-
-    def __init__(self, densities: Densities, joint: JointDensity) -> None:
-        self._densities, self._model = densities, joint.model
-
-    def both(self, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
-        with evaluating(self._model):
-            return _value_and_gradients(self._densities, flat, *inputs)
-
-    def gradients(self, flat: Tensor, *inputs: Tensor) -> Values:
-        return self.both(flat, *inputs)[1]
-
-    def values(self, flat: Tensor, *inputs: Tensor) -> Values:
-        with evaluating(self._model):
-            return self._densities(flat, *inputs)
-
-
-class _Graph:
-    """The operations of one value-and-gradient, and what remains of them where values or gradients alone are wanted."""
-
-    def __init__(self, densities: Densities, flat: Tensor, tensors: list[Tensor], *, compiled: bool) -> None:
-        def both(flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
-            return _value_and_gradients(densities, flat, *inputs)
-
-        whole = record(both, flat, *tensors)
-        finish: Callable[[Any], Callable[..., Any]] = torch.compile if compiled else reuse_memory
-        self.both, self.values, self.gradients = map(finish, (whole, output_alone(whole, 0), output_alone(whole, 1)))
-
-
-def _value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
-    with torch.enable_grad():
-        point = flat.detach().requires_grad_()
-        values = densities(point, *inputs)
-        # Constants, not ones_like(values): recorded, gradients then do not hang on the values.
-        ones = [torch.ones(value.shape, dtype=value.dtype, device=value.device) for value in values]
-        last = len(values) - 1
-        gradients = [
-            torch.autograd.grad(value, point, one, retain_graph=k < last)[0]
-            for k, (value, one) in enumerate(zip(values, ones, strict=True))
-        ]
-    return tuple(value.detach() for value in values), tuple(gradients)
-
-
-def _check_agreement(graph: _Graph, eager: _Eager, flat: Tensor, tensors: list[Tensor]) -> None:
-    """Raise `ValueError` where a replay gives other values or gradients than Pyro on these data."""
-    values, gradients = graph.both(flat, *tensors)
-    expected_values, expected_gradients = eager.both(flat, *tensors)
-    pairs = [
-        *zip(values, expected_values, strict=True),
-        *zip(gradients, expected_gradients, strict=True),
-        *zip(graph.gradients(flat, *tensors), expected_gradients, strict=True),
-    ]
-    for left, right in pairs:
-        tolerance = 1e-3 if left.dtype == torch.float32 else 1e-7
-        spread = tolerance * (1 + right.abs().max())
-        if not torch.allclose(left, right, rtol=tolerance, atol=float(spread), equal_nan=True):
-            raise ValueError("its captured operations give other values on these data")
+def _joined(parts: tuple[Tensor, ...], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)

@@ -9,6 +9,8 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyrogaps.capture import arithmetic
+
 aten = torch.ops.aten
 VIEWS = {aten.alias.default, aten.view.default, aten.expand.default, aten.permute.default, aten.unsqueeze.default}
 IN_PLACE = {
@@ -47,6 +49,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     module = make_fx(function)(*inputs)
     graph = module.graph
     graph.eliminate_dead_code()
+    arithmetic.rewrite(graph)
     _drop_identities(graph)
     _constants_to_numbers(graph)
     _products_by_onednn(graph)

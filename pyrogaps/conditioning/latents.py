@@ -45,7 +45,7 @@ class LatentsGiven:
         best = best.to(runs[0].log_weights.device)
         columns = torch.arange(len(block), device=best.device)
         log_weights = torch.stack([run.log_weights for run in runs])[best, :, columns].T
-        position = torch.stack([run.state.position for run in runs], 2)[:, columns, best]
+        position = torch.stack([run.position for run in runs], 2)[:, columns, best]
         reseed(seed, "resample", block.start // BLOCK)
         which = systematic(log_weights, number).to(position.device)
         return position[which, columns.to(position.device)], effective_sample_size(log_weights)

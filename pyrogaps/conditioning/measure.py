@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.ais import AIS
-from pyrogaps.bounds import chunk_log_weights
+from pyrogaps.bounds import Density, chunk_log_weights
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning.conditions import Lookahead, Shown, declared
 from pyrogaps.conditioning.leaks import check_no_leak
@@ -91,6 +91,7 @@ class ReferenceMeasure:
     """By another guide of the same conditions, the best that could be trained."""
 
     density: GuideDensity
+    joint: Density
     num_particles: int
     seed: int
     stage: ClassVar[str] = "ELBO of the reference guide"
@@ -107,7 +108,7 @@ class ReferenceMeasure:
         return self.density.log_prob(z, indices)
 
     def arrays(self, chunk: Chunk) -> dict[str, Tensor]:
-        weights = chunk_log_weights(self.density.joint, self.density, chunk, self.num_particles, self.seed, "reference")
+        weights = chunk_log_weights(self.joint, self.density, chunk, self.num_particles, self.seed, "reference")
         estimate = mean_estimate(weights)
         return {"elbo_shared": estimate.value, "elbo_shared_mcse": estimate.mcse}
 
@@ -143,4 +144,5 @@ def conditioning_measure(
         )
     best = GuideDensity(reference, None, density.joint)
     check_no_leak(best, told)
-    return ReferenceMeasure(best, num_particles, seed)
+    joint: Density = evaluator if best.joint is evaluator.joint else best.joint
+    return ReferenceMeasure(best, joint, num_particles, seed)

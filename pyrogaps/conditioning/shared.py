@@ -45,7 +45,7 @@ class OnCompletions:
         return self.evaluator.joint
 
     def bind(self, indices: Tensor, num_particles: int) -> "MeanOverCompletions":
-        return MeanOverCompletions(self, self.evaluator.bind(indices, num_particles), num_particles)
+        return MeanOverCompletions(self, self.evaluator.bind(indices, num_particles, whole=True), num_particles)
 
 
 class MeanOverCompletions:
@@ -117,7 +117,7 @@ class Sharing:
         for name, which in both.items():
             on = OnCompletions(evaluator, completions, which)
             guide, how = refine_chunk(self.family, on, block, self.refinement, seed, f"shared {name}")
-            weights = chunk_log_weights(evaluator.joint, guide, block, self.num_particles, seed, name, block.start)
+            weights = chunk_log_weights(evaluator, guide, block, self.num_particles, seed, name, block.start)
             halves.append(guide)
             progress.append(how)
             at_data.append(mean_estimate(weights))
@@ -182,7 +182,7 @@ def _on_completions(
         for first, size in enumerate(particle_blocks(num_particles)):
             z, log_q = guide.sample(size, seed, stream, first)
             turn = (met + torch.arange(size)) % len(which)
-            (log_joint,) = evaluator.bind(block.indices, size).on(completions.rows(which[turn])).values(z)
+            (log_joint,) = evaluator.bind(block.indices, size, whole=True).on(completions.rows(which[turn])).values(z)
             parts.append(log_joint.double() - log_q.double())
             met += size
     return torch.cat(parts)

@@ -1,5 +1,6 @@
 """Reproducible draws from a guide, block by block of datapoints."""
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -44,18 +45,30 @@ class BlockedGuide:
 
     def sample_all(self, num_particles: int, seed: int, purpose: str) -> Draws:
         """`num_particles` draws, in particle blocks, without gradients."""
-        with torch.no_grad():
-            parts = [self.sample(size, seed, purpose, i) for i, size in enumerate(particle_blocks(num_particles))]
-        return torch.cat([z for z, _ in parts]), torch.cat([log_q for _, log_q in parts])
+        return _stacked(self.in_blocks(num_particles, seed, purpose))
+
+    def in_blocks(self, num_particles: int, seed: int, purpose: str) -> Iterator[Draws]:
+        """The same draws, a particle block after the other."""
+        for first, size in enumerate(particle_blocks(num_particles)):
+            with torch.no_grad():
+                draws = self.sample(size, seed, purpose, first)
+            yield draws
 
     def moments(self, num_particles: int, seed: int, purpose: str) -> Draws:
         """Mean and standard deviation `(B, dim)`: exact where the guide knows them, else of `num_particles` draws."""
-        exact = [local.moments() if isinstance(local, FactorisedGuide) else None for _, local in self.blocks]
-        known = [pair for pair in exact if pair is not None]
-        if len(known) == len(exact):
-            return torch.cat([mean for mean, _ in known]), torch.cat([scale for _, scale in known])
+        if (known := self.exact_moments()) is not None:
+            return known
         draws, _ = self.sample_all(num_particles, seed, purpose)
         return draws.mean(0), draws.std(0)
+
+    def exact_moments(self) -> Draws | None:
+        """Mean and standard deviation `(B, dim)` where the guide knows them."""
+        exact = [local.moments() if isinstance(local, FactorisedGuide) else None for _, local in self.blocks]
+        known = [pair for pair in exact if pair is not None]
+        if len(known) < len(exact):
+            return None
+        with torch.no_grad():
+            return torch.cat([mean for mean, _ in known]), torch.cat([scale for _, scale in known])
 
     @property
     def mean_field(self) -> bool:
@@ -78,6 +91,11 @@ class BlockedGuide:
             parts.append(local.log_reverse(rows) if isinstance(local, FactorisedGuide) else None)
             start += len(block)
         return torch.cat([part for part in parts if part is not None], 1) if parts[0] is not None else None
+
+
+def _stacked(blocks: Iterable[Draws]) -> Draws:
+    parts = list(blocks)
+    return torch.cat([z for z, _ in parts]), torch.cat([log_q for _, log_q in parts])
 
 
 def _join(pairs: list[Draws]) -> Draws:

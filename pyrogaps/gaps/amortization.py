@@ -35,14 +35,12 @@ def with_split(
     """`ledger` with the amortization gap split in three; `work` is that on the measured training data."""
     model, guide = work.model, work.density.guide
     folder = None if cache is None else Path(cache) / "training"
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
 
     def bound(candidate: Program) -> float:
         density = GuideDensity(candidate, None, work.joint)
 
         def one(chunk: Chunk) -> Any:
-            return chunk_log_weights(work.joint, density, chunk, NUM_COMPARING, work.seed, "retraining").mean(0)
+            return chunk_log_weights(work.evaluator, density, chunk, NUM_COMPARING, work.seed, "retraining").mean(0)
 
         means = over_chunks(one, work.joint, batch_size, work.seed)
         return float(np.concatenate([mean.cpu().numpy() for mean in means]).mean())
@@ -53,7 +51,7 @@ def with_split(
     work.own = own_family(best)
 
     def measure(work: Work, chunk: Chunk) -> Arrays:
-        weights = chunk_log_weights(work.joint, best, chunk, work.num_particles, work.seed, "retrained")
+        weights = chunk_log_weights(work.evaluator, best, chunk, work.num_particles, work.seed, "retrained")
         return {**work.bounds(chunk)[0], **as_arrays(columns("elbo_retrained", mean_estimate(weights)))}
 
     told = [start.told() for start in starts]

@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
+from pyrogaps import memory
 from pyrogaps.ais import AIS
 from pyrogaps.bounds import Plate, densities
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
-from pyrogaps.density import Data
+from pyrogaps.density import Data, GuideDensity, JointDensity
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.escalation import Escalation, LadderCheck
@@ -20,10 +21,11 @@ from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.certify import certify
 from pyrogaps.gaps.ledger import OWN, GapLedger
 from pyrogaps.gaps.retrain import Split
+from pyrogaps.gaps.sizes import sizes_of
 from pyrogaps.gaps.work import Work, run_chunks
 from pyrogaps.refine import Refinement, own_family
 from pyrogaps.refine.families import Family
-from pyrogaps.streams import BLOCK, derive_seed
+from pyrogaps.streams import derive_seed
 
 QUANTITIES = {
     "elbo": ("Monte Carlo ELBO of the guide", "unbiased"),
@@ -51,7 +53,8 @@ def decompose(
     certificate: Certificate | None = None,
     num_particles: int = 1000,
     plate: Plate = None,
-    batch_size: int = BLOCK,
+    batch_size: int | None = None,
+    max_memory: int | str | None = None,
     seed: int = 0,
     progress: bool = True,
     cache: str | os.PathLike[str] | None = None,
@@ -95,7 +98,10 @@ def decompose(
         certificate: what to spend on finding out how wrong the bounds can be; None spends nothing.
         num_particles: draws for each ELBO and for the IWAE bound.
         plate: the data plate's name, see `JointDensity`.
-        batch_size: datapoints held at once, in whole blocks of 64; it does not change the ledger.
+        batch_size: datapoints worked on at once, in whole blocks of 64; it changes the ledger in rounding alone. None
+            takes what suits the model, the same on every machine.
+        max_memory: what this process may use, in bytes or as in "4GiB"; None: four fifths of what the machine has left.
+            Memory does not grow with the number of datapoints, draws, chains or temperatures.
         seed: of all the randomness.
         progress: whether to show a progress bar.
         cache: a folder for finished chunks; a run that was stopped continues there.
@@ -110,8 +116,10 @@ def decompose(
     if num_particles < 2:
         raise InputError(f"num_particles: must be at least 2, got {num_particles}")
 
-    def work_on(some: Data, families: dict[str, Family], stream: int) -> Work:
-        joint, density = densities(model, guide, some, plate)
+    joint, density = densities(model, guide, data, plate)
+    sizes = sizes_of(joint, how, batch_size, max_memory)
+
+    def work_on(joint: JointDensity, density: GuideDensity, families: dict[str, Family], stream: int) -> Work:
         settings = how, refinement or Refinement(), num_particles, stream
         work = Work(model, joint, density, own_family(density), families, *settings)
         chosen = conditioning or Conditioning()
@@ -119,18 +127,22 @@ def decompose(
         work.conditioned = conditioning_measure(density, work.evaluator, chosen, anneal, *settings[1:], reference)
         return work
 
-    work = work_on(data, further, seed)
-    # What cannot be split is refused before hours of work.
-    training = None if split is None else work_on(split.measured()[0], {}, derive_seed(seed, "training data"))
-    if split is not None and work.joint.plate is None:
-        raise InputError("split: the model has no data plate, so its guide is not amortized; leave split out")
-    provenance = _provenance(work, work.check_ladder(batch_size))
-    results = run_chunks(work, Work.measure, provenance, batch_size, progress, cache)
-    ledger = assemble(results, [OWN, *further], provenance, data)
-    if split is not None and training is not None:
-        ledger = with_split(ledger, split, training, batch_size, progress, cache)
-    if certificate is not None:
-        ledger = replace(ledger, certificate=certify(work, ledger.per_datapoint, certificate, batch_size))
+    with memory.limited(sizes.working_set):
+        work = work_on(joint, density, further, seed)
+        # What cannot be split is refused before hours of work.
+        if split is not None and joint.plate is None:
+            raise InputError("split: the model has no data plate, so its guide is not amortized; leave split out")
+        training = None
+        if split is not None:
+            there = densities(model, guide, split.measured()[0], plate)
+            training = work_on(*there, {}, derive_seed(seed, "training data"))
+        provenance = _provenance(work, work.check_ladder(sizes.batch_size))
+        results = run_chunks(work, Work.measure, provenance, sizes.batch_size, progress, cache)
+        ledger = assemble(results, [OWN, *further], provenance, data)
+        if split is not None and training is not None:
+            ledger = with_split(ledger, split, training, sizes.batch_size, progress, cache)
+        if certificate is not None:
+            ledger = replace(ledger, certificate=certify(work, ledger.per_datapoint, certificate, sizes.batch_size))
     return ledger
 
 

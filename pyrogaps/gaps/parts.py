@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density import JointDensity
+from pyrogaps.files import replacing, writing
 from pyrogaps.streams import Chunk
 
 Arrays = dict[str, Any]
@@ -29,23 +31,26 @@ class Parts:
         self.folder = None if folder is None else Path(folder)
         self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with writing(self.folder, "results"):
+                self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, chunk: Chunk, joint: JointDensity, scores: Sequence[Score], compute: Callable[[], Arrays]) -> Arrays:
         """The result of a chunk, from disk or computed and kept; `scores` are all the densities that it rests on."""
         if self.folder is None:
             return compute()
-        path = self.folder / f"{chunk.start:09d}-{chunk.stop:09d}.npz"
+        path = _path(self.folder, chunk)
         probe = fingerprint(chunk, joint, scores) + self.digest
         kept = _read(path)
         if kept is not None and str(kept.pop("fingerprint", "")) == probe:
             return kept
         arrays = compute()
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
+        with replacing(path, "results") as file:
             np.savez(file, fingerprint=np.array(probe), **arrays)
-        os.replace(temporary, path)
         return arrays
+
+    def present(self, pieces: Sequence[Chunk]) -> set[Chunk]:
+        """Those of the chunks that there is a file of, whatever it holds."""
+        return {chunk for chunk in pieces if self.folder is not None and _path(self.folder, chunk).exists()}
 
 
 def fingerprint(chunk: Chunk, joint: JointDensity, scores: Sequence[Score]) -> str:
@@ -57,9 +62,17 @@ def fingerprint(chunk: Chunk, joint: JointDensity, scores: Sequence[Score]) -> s
     return hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
+def _path(folder: Path, chunk: Chunk) -> Path:
+    return folder / f"{chunk.start:09d}-{chunk.stop:09d}.npz"
+
+
 def _read(path: Path) -> Arrays | None:
+    """What is in the file; None where there is none, or, said in a warning, where it cannot be read."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile):
+        warnings.warn(f"{path} is damaged; its datapoints are measured anew", stacklevel=3)
         return None

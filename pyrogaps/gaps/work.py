@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyrogaps import ranks
 from pyrogaps.ais import AIS, anchor, anchored_path, prior_path, run_path, run_pilot
-from pyrogaps.bounds import chunk_log_weights, over_chunks
+from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning import ConditioningMeasure
 from pyrogaps.density import GuideDensity, JointDensity
@@ -23,7 +24,7 @@ from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.refine import OwnFamily, Refinement, refine_chunk
 from pyrogaps.refine.families import Family
 from pyrogaps.refine.own import start_of
-from pyrogaps.streams import Chunk, chunks
+from pyrogaps.streams import Chunk, chunks, seeded
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
@@ -48,6 +49,9 @@ class Work:
         self.model, self.joint, self.density, self.own, self.further = model, joint, density, own, further
         self.evidence, self.refinement, self.num_particles, self.seed = evidence, refinement, num_particles, seed
         self.evaluator = GradientEvaluator(joint, evidence.mode)
+        # A guide with auxiliary variables and a local family of its own has a density of its own too.
+        same = density.joint is joint
+        self.scorer = self.evaluator if same else GradientEvaluator(density.joint, evidence.mode)
         self.prior_evaluator = GradientEvaluator(joint, evidence.mode, split=True)
         self.conditioned: ConditioningMeasure | None = None
         self.lowest_rung = 0
@@ -93,7 +97,7 @@ class Work:
     def bounds(self, chunk: Chunk) -> tuple[Arrays, Posterior]:
         """The columns of a chunk but for log p(x), and the refined guide of its own family."""
         self.stage("ELBO of the guide")
-        guide = chunk_log_weights(self.density.joint, self.density, chunk, self.num_particles, self.seed, "elbo")
+        guide = chunk_log_weights(self.scorer, self.density, chunk, self.num_particles, self.seed, "elbo")
         elbo, iwae = mean_estimate(guide), log_mean_exp_estimate(guide)
         self.stage("refining the guide's own family")
         refined, proposals, converged, kept, traces = [], [], [], [], []
@@ -108,7 +112,7 @@ class Work:
             if name == OWN:
                 own, start = posterior, start_of(posterior, chunk, self.seed)
             weights = chunk_log_weights(
-                self.joint, posterior, chunk, self.num_particles, self.seed, f"refined {name}", chunk.start
+                self.evaluator, posterior, chunk, self.num_particles, self.seed, f"refined {name}", chunk.start
             )
             refined.append(mean_estimate(weights))
             proposals.append(log_mean_exp_estimate(weights))
@@ -209,8 +213,15 @@ def run_chunks(
     joint, density = work.joint, work.density
     parts = Parts(cache, {**provenance, "batch_size": batch_size})
     scores: list[Score] = [joint, density.log_prob, *([] if work.conditioned is None else [work.conditioned.score])]
-    number = len(chunks(joint.num_datapoints, batch_size))
-    with tqdm(total=number * work.num_stages, disable=not progress, dynamic_ncols=True, bar_format=BAR) as bar:
+    pieces = chunks(joint.num_datapoints, batch_size)
+    # Processes share what is left to do evenly, whoever did the rest.
+    done = ranks.first(lambda: parts.present(pieces))
+    order = sorted(pieces, key=lambda chunk: chunk in done)
+    own, shown = len(order[ranks.rank() :: ranks.world_size()]), progress and ranks.rank() == 0
+    with (
+        seeded(work.seed, "unused", device=joint.device),
+        tqdm(total=own * work.num_stages, disable=not shown, dynamic_ncols=True, bar_format=BAR) as bar,
+    ):
         work.bar = bar
 
         def one(chunk: Chunk) -> tuple[Chunk, Arrays]:
@@ -218,4 +229,4 @@ def run_chunks(
             work.finish(result)
             return chunk, result
 
-        return over_chunks(one, joint, batch_size, work.seed)
+        return sorted(ranks.divided(one, order), key=lambda found: found[0].start)

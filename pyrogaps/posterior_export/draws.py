@@ -62,7 +62,7 @@ def draw_all(joint: JointDensity, posterior: Posterior, num_draws: int, seed: in
                 parts.append(read(z, log_q.double()))
         return Drawn.join(parts, 0), read.records
 
-    chunks = over_chunks(work, joint, batch_size=1, seed=seed)
+    chunks = over_chunks(work, joint, batch_size=1, seed=seed, alone=True)
     if joint.plate is None:
         drawn, records = chunks[0]
         return drawn, records

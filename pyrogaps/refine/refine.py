@@ -174,6 +174,10 @@ def refine(
         family = own_family(density)
     evaluator = GradientEvaluator(joint)
     parts: list[tuple[Chunk, Refinable, Progress]] = over_chunks(
-        lambda chunk: (chunk, *refine_chunk(family, evaluator, chunk, settings, seed)), joint, batch_size, seed
+        lambda chunk: (chunk, *refine_chunk(family, evaluator, chunk, settings, seed)),
+        joint,
+        batch_size,
+        seed,
+        alone=True,
     )
     return RefinedGuide(joint, [p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts])

@@ -1,0 +1,125 @@
+"""Elementwise functions that torch computes an element at a time on a CPU, by others that it computes many at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import pad
+
+aten = torch.ops.aten
+
+# Of a product of this many numbers in [1/2, 1] nothing underflows, in single precision too.
+FACTORS = 64
+
+
+def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0) -> Tensor:
+    """ELU without `expm1`, which is exact for tiny x where a hidden unit needs no more than absolute precision."""
+    negative = torch.exp(torch.clamp(x, max=0.0)) - 1.0
+    if alpha == scale == 1.0:
+        return torch.maximum(x, negative)
+    return scale * (torch.clamp(x, min=0.0) + alpha * negative)
+
+
+def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
+    r"""The cross-entropy $\max(l, 0) - l x - \log \sigma(|l|)$ of every element."""
+    return torch.relu(logits) - logits * x - torch.log(torch.sigmoid(torch.abs(logits)))
+
+
+def summed_bernoulli(logits: Tensor, x: Tensor) -> Tensor:
+    r"""`bernoulli` summed over the last axis, with few logarithms: $\sum \log \sigma = \log \prod \sigma$."""
+    linear = torch.sum(torch.relu(logits) - logits * x, -1)
+    product = torch.sigmoid(torch.abs(logits))
+    if short := -product.shape[-1] % 16:
+        product = pad(product, (0, short), value=1.0)
+    factors = 1
+    while factors < FACTORS and product.shape[-1] % 2 == 0:
+        half = product.shape[-1] // 2
+        product, factors = product[..., :half] * product[..., half:], 2 * factors
+    return linear - torch.sum(torch.log(product), -1)
+
+
+def rewrite(graph: Graph) -> None:
+    """Replace what `elu` and `bernoulli` are for in a recorded graph; they agree with torch's but for rounding."""
+    for node in list(graph.nodes):
+        if node.target is aten.elu.default and _is_real(node) and len(node.args) <= 3:
+            _replace(graph, node, elu, *node.args)
+        elif node.target is aten.binary_cross_entropy_with_logits.default and _is_plain(node):
+            _replace_cross_entropy(graph, node)
+    graph.eliminate_dead_code()
+
+
+def _replace_cross_entropy(graph: Graph, node: Node) -> None:
+    logits, x = node.args[:2]
+    summed = _summed(node)
+    if summed is None:
+        _replace(graph, node, bernoulli, logits, x)
+        return
+    rows, negative = _value(summed).shape, summed.meta["negative"]
+
+    def by_row(logits: Tensor, x: Tensor) -> Tensor:
+        total = summed_bernoulli(logits.reshape(*rows, -1), x.reshape(*rows, -1))
+        return -total if negative else total
+
+    _replace(graph, summed, by_row, logits, x)
+
+
+def _summed(node: Node) -> Node | None:
+    """The sum over all trailing axes that is all that is made of `node`, maybe negated; None where there is none.
+
+    Its `meta["negative"]` says whether it is of the negated values.
+    """
+    start, negative = _value(node).shape, False
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target is aten.neg.default:
+            negative = not negative
+        elif node.target is aten.sum.dim_IntList and len(node.args) == 2:
+            rows = _value(node).shape
+            node.meta["negative"] = negative
+            return node if _sums_the_rest(node) and start[: len(rows)] == rows else None
+        elif node.target not in (aten.view.default, aten._unsafe_view.default):
+            return None
+    return None
+
+
+def _sums_the_rest(node: Node) -> bool:
+    """Whether a sum is over the last axes of its operand."""
+    operand: Any = node.args[0]
+    number, dims = _value(operand).dim(), sorted(d % _value(operand).dim() for d in node.args[1])  # type: ignore[union-attr]
+    return dims == list(range(number - len(dims), number))
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether a cross-entropy is of every element, without weights, in one shape."""
+    logits, x, *rest = node.args
+    plain = all(value in (None, 0) for value in rest) and not node.kwargs
+    return plain and _is_real(node) and _value(logits).shape == _value(x).shape
+
+
+def _is_real(node: Node) -> bool:
+    value = _value(node)
+    return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
+
+
+def _replace(graph: Graph, node: Node, function: Callable[..., Tensor], *operands: Any) -> None:
+    """`function` of `operands`, tensors first and then numbers, in the place of `node`, operation by operation."""
+    tensors = [operand for operand in operands if isinstance(operand, Node)]
+    numbers = operands[len(tensors) :]
+
+    def of_tensors(*values: Tensor) -> Tensor:
+        return function(*values, *numbers)
+
+    examples = [torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in map(_value, tensors)]
+    part = make_fx(of_tensors)(*examples).graph
+    inputs = [inner for inner in part.nodes if inner.op == "placeholder"]
+    with graph.inserting_before(node):
+        result: Any = graph.graph_copy(part, dict(zip(inputs, tensors, strict=True)))
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _value(operand: Any) -> Any:
+    return operand.meta.get("val") if isinstance(operand, Node) else None

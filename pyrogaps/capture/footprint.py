@@ -1,0 +1,60 @@
+"""What one point takes of memory while a model's density and its gradient are computed there."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyrogaps import memory
+from pyrogaps.density import JointDensity
+from pyrogaps.density.runs import evaluating
+
+FEW = 8
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is on: those alive `now`, and their `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _note(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+def bytes_per_point(joint: JointDensity) -> int:
+    """The most that is alive at once while log p(x, z) and its gradient are computed through Pyro, a point."""
+    few = 1 if joint.plate is None else FEW
+    indices = torch.zeros(few, dtype=torch.long)
+    with evaluating(joint.model), LiveMemory() as live, torch.enable_grad():
+        flat = joint.zeros(few).requires_grad_()
+        total = torch.stack(joint.score(flat, joint.fetch(indices), indices)).sum()
+        torch.autograd.grad(total, flat, allow_unused=True)
+    return max(1, int(live.peak) // few)
+
+
+def points_within(joint: JointDensity, most: int) -> int:
+    """How many points, a power of two and no more than `most`, fit the working set; at least 1."""
+    fitting = max(1, memory.working_set() // bytes_per_point(joint))
+    return min(most, 1 << (fitting.bit_length() - 1))

@@ -1,0 +1,74 @@
+"""A value-and-gradient of K densities at rows of points: through Pyro, or from a record of its operations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrogaps.capture.graphs import output_alone, record, reuse_memory
+from pyrogaps.density import JointDensity
+from pyrogaps.density.runs import evaluating
+
+Values = tuple[Tensor, ...]
+Densities = Callable[..., Values]
+
+
+class Eager:
+    """Through Pyro every time."""
+
+    def __init__(self, densities: Densities, joint: JointDensity) -> None:
+        self._densities, self._model = densities, joint.model
+
+    def both(self, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
+        with evaluating(self._model):
+            return _value_and_gradients(self._densities, flat, *inputs)
+
+    def gradients(self, flat: Tensor, *inputs: Tensor) -> Values:
+        return self.both(flat, *inputs)[1]
+
+    def values(self, flat: Tensor, *inputs: Tensor) -> Values:
+        with evaluating(self._model):
+            return self._densities(flat, *inputs)
+
+
+class Captured:
+    """The operations of one value-and-gradient, and what remains of them where values or gradients alone are wanted."""
+
+    def __init__(self, densities: Densities, flat: Tensor, tensors: list[Tensor], *, compiled: bool) -> None:
+        def both(flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
+            return _value_and_gradients(densities, flat, *inputs)
+
+        whole = record(both, flat, *tensors)
+        finish: Callable[[Any], Callable[..., Any]] = torch.compile if compiled else reuse_memory
+        self.both, self.values, self.gradients = map(finish, (whole, output_alone(whole, 0), output_alone(whole, 1)))
+
+
+def _value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
+    with torch.enable_grad():
+        point = flat.detach().requires_grad_()
+        values = densities(point, *inputs)
+        # Constants, not ones_like(values): recorded, gradients then do not hang on the values.
+        ones = [torch.ones(value.shape, dtype=value.dtype, device=value.device) for value in values]
+        last = len(values) - 1
+        gradients = [
+            torch.autograd.grad(value, point, one, retain_graph=k < last)[0]
+            for k, (value, one) in enumerate(zip(values, ones, strict=True))
+        ]
+    return tuple(value.detach() for value in values), tuple(gradients)
+
+
+def check_agreement(graph: Captured, eager: Eager, flat: Tensor, tensors: list[Tensor]) -> None:
+    """Raise `ValueError` where a replay gives other values or gradients than Pyro on these data."""
+    values, gradients = graph.both(flat, *tensors)
+    expected_values, expected_gradients = eager.both(flat, *tensors)
+    pairs = [
+        *zip(values, expected_values, strict=True),
+        *zip(gradients, expected_gradients, strict=True),
+        *zip(graph.gradients(flat, *tensors), expected_gradients, strict=True),
+    ]
+    for left, right in pairs:
+        tolerance = 1e-3 if left.dtype == torch.float32 else 1e-7
+        spread = tolerance * (1 + right.abs().max())
+        if not torch.allclose(left, right, rtol=tolerance, atol=float(spread), equal_nan=True):
+            raise ValueError("its captured operations give other values on these data")

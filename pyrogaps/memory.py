@@ -1,0 +1,93 @@
+"""How much memory this process may use, and how much it holds."""
+
+import os
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from pyrogaps.errors import InputError
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+# What the points that a model is evaluated at together may take: much less than a machine has, and more than small
+# models need. It is the same on all machines, because results depend on such sizes in their last digits.
+WORKING_SET = 256 << 20
+_working_set: ContextVar[int] = ContextVar("working_set", default=WORKING_SET)
+
+
+def working_set() -> int:
+    """Bytes that intermediate results may take."""
+    return _working_set.get()
+
+
+@contextmanager
+def limited(number: int) -> Iterator[None]:
+    """A working set of so many bytes within the block."""
+    token = _working_set.set(number)
+    try:
+        yield
+    finally:
+        _working_set.reset(token)
+
+
+def parse_bytes(text: str | int) -> int:
+    """A number of bytes, also written as "4GiB" or "500MB".
+
+    Raises `InputError` for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", str(text).lower())
+    if found is None or found[2] not in UNITS:
+        raise InputError(f"max_memory: expected a number of bytes, as in 4GiB or 500MB, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def told(number: int) -> str:
+    """A number of bytes in words."""
+    return f"{number / (1 << 30):.2f} GiB" if number >= 1 << 30 else f"{number / (1 << 20):.0f} MiB"
+
+
+def available() -> int:
+    """Bytes that may still be allocated here, shared evenly with the other processes that `torchrun` started here."""
+    free = [_system(), *_groups()]
+    return min(free) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return peak()
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has held."""
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found << 10
+
+
+def _system() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+
+
+def _groups() -> list[int]:
+    """What the control groups leave, where they set a limit."""
+    left = []
+    for limit, usage in CGROUPS:
+        try:
+            left.append(max(0, int(Path(limit).read_text()) - int(Path(usage).read_text())))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return left
