@@ -39,10 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for input that cannot be used, 130 when interrupted, 1 when other
     processes that shared the work are gone.
     """
-    options = None
-    again = "run the same command again to continue"
     try:
-        parsed = parse(sys.argv[1:] if arguments is None else arguments)
+        with ranks.joined(), _warnings_in_a_line():
+            return _main(sys.argv[1:] if arguments is None else arguments)
+    except ranks.LostRankError as error:
+        print(f"pyrogaps: {error}; run the same command again to continue", file=sys.stderr, flush=True)
+        return 1
+
+
+def _main(arguments: list[str]) -> int:
+    options = None
+    try:
+        parsed = parse(arguments)
         if parsed is None:
             print(help_text())
             return 0
@@ -50,16 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_config:
             print(recipe.to_yaml(), end="")
             return 0
-        with ranks.joined(), _warnings_in_a_line():
-            _run(recipe, options)
+        _run(recipe, options)
     except InputError as error:
         _say(f"pyrogaps: {' '.join(str(error).split())}")
         return 2
-    except ranks.LostRankError as error:
-        print(f"pyrogaps: {error}; {again}", file=sys.stderr, flush=True)
-        return 1
     except KeyboardInterrupt:
-        where = f"; {again} from {options.out}" if options else ""
+        where = f"; run the same command again to continue from {options.out}" if options else ""
         _say(f"\npyrogaps: interrupted{where}")
         return 130
     return 0
@@ -78,7 +82,8 @@ def _run(recipe: Recipe, options: Options) -> None:
             model, guide, data = ranks.together(lambda: _build(recipe, options, device))
             ranks.first(lambda: folder.claim(recipe.to_yaml(), overwrite=options.overwrite))
             ranks.together(lambda: _check_visible(folder))
-            ledger = _measured(recipe, model, guide, data, folder, progress=not options.quiet)
+            progress = not options.quiet
+            ledger = ranks.together(lambda: _measured(recipe, model, guide, data, folder, progress=progress))
         else:
             ledger = ranks.first(lambda: _kept(recipe, folder))
         ranks.first(lambda: _report(ledger, folder))

@@ -1,4 +1,4 @@
-"""Cheaper arithmetic gives torch's own numbers: in double precision all but its last digits, in single its own error."""
+"""Cheaper arithmetic gives torch's numbers: but for last digits in double precision, with no more error in single."""
 
 import pytest
 import torch

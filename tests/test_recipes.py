@@ -50,7 +50,7 @@ def test_files_extend_files_beside_them(tmp_path: Path) -> None:
     recipe_file(tmp_path, "base", {"extends": "digits", "seed": 3})
     path = recipe_file(tmp_path, "mine", {"extends": "base.yaml", "num_particles": 50})
     recipe = resolve(read_document(path))
-    assert (recipe.seed, recipe.num_particles, recipe.batch_size) == (3, 50, 64)
+    assert (recipe.seed, recipe.num_particles, recipe.batch_size) == (3, 50, None)
 
 
 def test_a_circle_is_refused(tmp_path: Path) -> None:
@@ -108,7 +108,11 @@ def test_folder_of_an_older_recipe_is_taken_up(tmp_path: Path) -> None:
     older = {name: value for name, value in yaml.safe_load(text).items() if name != "conditioning"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
     (tmp_path / "checkpoint.pt").write_bytes(b"")
-    RunFolder(tmp_path).claim(text, overwrite=False)
+    folder = RunFolder(tmp_path)
+    folder.claim(text, overwrite=False)
+    with pytest.raises(InputError, match="another run is writing there; wait for it, or choose another --out"):
+        RunFolder(tmp_path).claim(text, overwrite=False)
+    folder.release()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**older, "seed": 7}))
     with pytest.raises(InputError, match=r"different recipe \(seed\)"):
         RunFolder(tmp_path).claim(text, overwrite=False)

@@ -192,7 +192,8 @@ class BoundDensity:
         width = self._pieces[0].width
         short = width * len(self._pieces) - z.shape[1]
         padded = torch.cat([z, z[:, -1:].expand(-1, short, -1)], 1) if short else z
-        return padded.split(width, 1)
+        parts: tuple[Tensor, ...] = padded.split(width, 1)
+        return parts
 
     def _column(self, piece: _Piece, program: str, z: Tensor) -> Values:
         short = -len(z) % self._num_particles

@@ -1,0 +1,133 @@
+"""Processes that share the work: what they tell each other, and that their number and their deaths change no ledger."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import xarray as xr
+import yaml
+
+from pyrogaps import ranks
+from pyrogaps.errors import InputError
+from tests.commands import MODULE, RECIPE, RESULTS, command, ledger
+
+NUM_CHUNKS = 5
+
+
+def start(number: int, place: int, file: str, body) -> None:  # type: ignore[no-untyped-def]
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=place, world_size=number)
+    try:
+        body()
+    finally:
+        dist.destroy_process_group()
+
+
+def run(place: int, number: int, file: str, body) -> None:  # type: ignore[no-untyped-def]
+    start(number, place, file, body)
+
+
+def spawn(body, folder: Path, number: int = 3) -> None:  # type: ignore[no-untyped-def]
+    mp.spawn(run, (number, str(folder / "store"), body), nprocs=number)
+
+
+def share() -> None:
+    """The checks of a process; an assertion that fails there fails the test."""
+    assert ranks.divided(lambda item: (item, ranks.rank()), range(7)) == [(n, n % 3) for n in range(7)]
+    assert ranks.divided(lambda item: item, []) == []
+    # Within a share everyone works alone: what is divided there is done whole.
+    nested = ranks.divided(lambda item: ranks.divided(lambda inner: (inner, ranks.rank()), range(2)), range(3))
+    assert nested == [[(0, n), (1, n)] for n in range(3)]
+    assert ranks.first(lambda: ranks.rank() * 10 + 5) == 5
+    assert ranks.together(ranks.rank) == ranks.rank()
+
+
+def fail() -> None:
+    def picky(item: int) -> int:
+        if item == 1:
+            raise InputError("datapoint 1: bad")
+        return item
+
+    for compute in (
+        lambda: ranks.divided(picky, range(4)),
+        lambda: ranks.together(lambda: picky(ranks.rank())),
+    ):
+        with pytest.raises(InputError, match="datapoint 1: bad"):
+            compute()
+    with pytest.raises(InputError, match="datapoint 1: bad"):
+        ranks.first(lambda: picky(1))
+    assert ranks.divided(lambda item: item, range(4)) == [0, 1, 2, 3]  # they are still in step
+
+
+def lose() -> None:
+    if ranks.rank() == 1:
+        os._exit(0)
+    with pytest.raises(ranks.LostRankError, match="lost the other processes"):
+        ranks.divided(lambda item: item, range(4))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("body", [share, fail, lose])
+def test_processes_agree(body, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    spawn(body, tmp_path)
+
+
+def test_one_process_needs_no_others() -> None:
+    assert (ranks.rank(), ranks.world_size()) == (0, 1)
+    assert ranks.divided(lambda item: item + 1, range(3)) == [1, 2, 3]
+    assert (ranks.first(lambda: 4), ranks.together(lambda: 5)) == (4, 5)
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
+    """A recipe whose weights are there, so that the ledger alone is measured, and the ledger of one process."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    data = {"class_path": "mine.Data", "init_args": {"num_test": 64 * NUM_CHUNKS - 20}}
+    recipe = {**RECIPE, "data": data, "batch_size": 64}
+    (tmp_path / "linear.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    assert command("linear.yaml", "--quiet", "--out", "trained").returncode == 0
+    return ["linear.yaml", "--quiet", "--checkpoint", "trained/checkpoint.pt"], ledger("trained")
+
+
+def equal(left: xr.Dataset, right: xr.Dataset) -> None:
+    xr.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-6)
+
+
+def test_any_number_of_processes_gives_the_same_ledger(trained) -> None:  # type: ignore[no-untyped-def]
+    arguments, expected = trained
+    for number in (2, 3):
+        told = command(*arguments, "--out", f"of-{number}", ranks=number)
+        assert told.returncode == 0, told.stderr
+        assert told.stdout.count("Gap ledger") == 1  # one process speaks
+        assert sorted(os.listdir(f"of-{number}")) == RESULTS
+        equal(ledger(f"of-{number}"), expected)
+
+
+def test_what_was_finished_is_not_measured_again_whoever_dies(trained) -> None:  # type: ignore[no-untyped-def]
+    """Rank 1 dies, then rank 0; the third time torchrun starts the processes again by itself."""
+    arguments, expected = trained
+    count = Path("count").resolve()
+    for victim, pattern in (("1", "of-2/parts/*.npz"), ("0", "of-2/parts/000000[1-9]*.npz")):
+        told = command(
+            *arguments, "--out", "of-2", ranks=2, COUNT=str(count), VICTIM=victim, INTERRUPT=f"SIGKILL {pattern}"
+        )
+        assert told.returncode != 0
+        assert not Path("of-2/ledger.nc").exists()
+    told = command(*arguments, "--out", "of-2", ranks=2, restarts=1, COUNT=str(count))
+    assert told.returncode == 0, told.stderr
+    equal(ledger("of-2"), expected)
+    times = Counter(count.read_text().split())
+    assert set(times.values()) == {1}, times
+    assert len(times) >= NUM_CHUNKS - 2  # who dies between keeping and counting counts one less
+
+
+def test_bad_input_is_said_once(trained) -> None:  # type: ignore[no-untyped-def]
+    arguments, _ = trained
+    told = command(*arguments, "--plate", "rows", "--out", "never", ranks=2)
+    assert told.returncode != 0
+    assert [line for line in told.stderr.splitlines() if line.startswith("pyrogaps: ")] == [
+        "pyrogaps: plate: the model has no plate named 'rows' (its plates are data)"
+    ]
