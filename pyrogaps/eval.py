@@ -1,11 +1,9 @@
 """The command `python -m pyrogaps.eval [RECIPE] [options]`: from a recipe to its ledger of gaps."""
 
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyro
 import torch
@@ -24,6 +22,7 @@ from pyrogaps.building import (
 )
 from pyrogaps.command_line import Options, help_text, parse
 from pyrogaps.conditioning import Lookahead, declared, reference_guide
+from pyrogaps.console import say, told_in_a_line
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import GapLedger, Split, decompose
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     processes that shared the work are gone.
     """
     try:
-        with ranks.joined(), _warnings_in_a_line():
+        with ranks.joined(), told_in_a_line():
             return _main(sys.argv[1:] if arguments is None else arguments)
     except ranks.LostRankError as error:
         print(f"pyrogaps: {error}; run the same command again to continue", file=sys.stderr, flush=True)
@@ -60,11 +59,11 @@ def _main(arguments: list[str]) -> int:
             return 0
         _run(recipe, options)
     except InputError as error:
-        _say(f"pyrogaps: {' '.join(str(error).split())}")
+        say(f"pyrogaps: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
         where = f"; run the same command again to continue from {options.out}" if options else ""
-        _say(f"\npyrogaps: interrupted{where}")
+        say(f"\npyrogaps: interrupted{where}")
         return 130
     return 0
 
@@ -99,7 +98,7 @@ def _build(recipe: Recipe, options: Options, device: torch.device) -> tuple[Prog
             raise InputError(f"{name}: no file {path}")
     data, remarks = build_data(recipe, data_root=options.data_root, download=options.download)
     for remark in remarks:
-        _say(f"pyrogaps: {remark}")
+        say(f"pyrogaps: {remark}")
     build_families(recipe)
     pyro.clear_param_store()
     pyro.set_rng_seed(recipe.seed)
@@ -124,7 +123,7 @@ def _measured(
     """The ledger of a recipe's pair, trained first where it has to be."""
     _weigh(recipe, model, guide, data, folder, progress=progress)
     reference = _reference(recipe, model, guide, data, folder, progress=progress)
-    _say("decomposing the inference gap")
+    say("decomposing the inference gap")
     ledger = decompose(
         model,
         guide,
@@ -140,6 +139,7 @@ def _measured(
         plate=recipe.plate,
         batch_size=recipe.batch_size,
         max_memory=recipe.max_memory,
+        compile=recipe.compile,
         seed=recipe.seed,
         progress=progress,
         cache=folder / PARTS,
@@ -153,7 +153,7 @@ def _kept(recipe: Recipe, folder: RunFolder) -> GapLedger:
     """The ledger of a run that is finished."""
     folder.claim(recipe.to_yaml(), overwrite=False)
     ledger = _read_ledger(folder / "ledger.nc")
-    _say(f"{folder.path} holds the finished run of this recipe (--overwrite computes it anew)")
+    say(f"{folder.path} holds the finished run of this recipe (--overwrite computes it anew)")
     return ledger
 
 
@@ -164,17 +164,17 @@ def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder
     source = weights if trained else Path(recipe.checkpoint) if recipe.checkpoint else None
     example = data.evaluated if data.train is None else data.train
     if source is not None:
-        _say(f"loading weights from {source}")
+        say(f"loading weights from {source}")
         found = source
         ranks.together(lambda: load_weights(found, model, guide, example))
     elif recipe.model_checkpoint is not None:
-        _say(f"loading the model's weights from {recipe.model_checkpoint}")
+        say(f"loading the model's weights from {recipe.model_checkpoint}")
         from_run = recipe.model_checkpoint
         ranks.together(lambda: load_model_weights(from_run, model, guide, example))
     if source is None and recipe.mapa is not None:
         _train_by_mapa(recipe, recipe.mapa, model, guide, data, folder, progress=progress)
     if source is None and recipe.training is not None:
-        _say("training")
+        say("training")
         assert data.train is not None
         with _divergence_named("training"):
             train(
@@ -195,7 +195,7 @@ def _train_by_mapa(
     recipe: Recipe, mapa: Mapa, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool
 ) -> None:
     """Train the model by MAPA, with the recipe's encoder or else with the guide."""
-    _say("training the model by MAPA")
+    say("training the model by MAPA")
     assert data.train is not None
     encoder = build_encoder(recipe)
     for module in modules_of(encoder) if encoder is not None else ():
@@ -224,9 +224,9 @@ def _reference(
     if recipe.reference is None:
         return None
     if not isinstance(declared(guide), Lookahead):
-        _say("pyrogaps: reference has no effect: the guide declares no lookahead short of all the future")
+        say("pyrogaps: reference has no effect: the guide declares no lookahead short of all the future")
         return None
-    _say("training the reference guide on data drawn from the model")
+    say("training the reference guide on data drawn from the model")
     settings = {name: value for name, value in vars(recipe.reference).items() if name != "freeze_model"}
     with _divergence_named("reference"):
         return reference_guide(
@@ -275,28 +275,6 @@ def _report(ledger: GapLedger, folder: RunFolder) -> None:
     folder.finish()
     print(ledger)
     print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")
-
-
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Say the library's warnings as everything else is said, without the line of code that they come from."""
-    show = warnings.showwarning
-
-    def said(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if category is UserWarning:
-            _say(f"pyrogaps: {message}")
-        else:
-            show(message, category, *where, **more)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = said
-        yield
-
-
-def _say(line: str) -> None:
-    """Tell the user, on the error stream; of several processes the first one speaks."""
-    if ranks.rank() == 0:
-        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

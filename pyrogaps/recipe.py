@@ -72,6 +72,7 @@ class Recipe:
         num_particles: draws for each bound.
         batch_size: datapoints worked on at once; null: what suits the model.
         max_memory: what a process may use, as in 4GiB; null: four fifths of what the machine has left.
+        compile: on compiles the model's density, auto does where the run is long enough, off never.
         plate: name of the data plate; null finds it, false takes the whole data set as one datapoint.
         seed: of everything random.
         device: where to run, such as cpu, cuda or cuda:1.
@@ -98,6 +99,7 @@ class Recipe:
     num_particles: int = 1000
     batch_size: int | None = None
     max_memory: int | str | None = None
+    compile: Literal["auto", "on", "off"] = "auto"
     plate: str | Literal[False] | None = None
     seed: int = 0
     device: str = "cpu"
@@ -306,6 +308,8 @@ def _typed(document: Document) -> Document:
         elif value is None and name not in absent:
             raise InputError(f"{name}: expected a value, got null")
     present = {name: value for name, value in given.items() if name not in absent}
+    if isinstance(choice := present.get("compile"), bool):
+        present["compile"] = "on" if choice else "off"  # which YAML takes for true and false
     values = parse_typed(parser(), present)
     return {name: None if name in absent else values[name] for name in (*SECTIONS, *SCALARS)}
 

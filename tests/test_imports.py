@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plots": {"errors", "gaps", "calibration"},
 }
 # The command is the top floor. Nothing below it imports it, and it finds models and guides by dotted path alone.
-COMMAND = ("recipe", "building", "command_line", "run_folder", "eval")
+COMMAND = ("recipe", "building", "command_line", "run_folder", "console", "eval")
 for number, command_floor in enumerate(COMMAND):
     MAY_IMPORT[command_floor] = {*MAY_IMPORT} - set(COMMAND[number:])
 MAY_IMPORT["__init__"] = {*MAY_IMPORT}

@@ -20,6 +20,7 @@ Mode = Literal["eager", "captured", "compiled"]
 # It is fixed, because results depend on it in their last digits.
 ROWS = {"cpu": 1 << 10}
 MANY_ROWS = 1 << 16  # elsewhere
+FRACTION = 8
 
 
 class GradientEvaluator:
@@ -113,16 +114,20 @@ class GradientEvaluator:
         flat = 0.1 * torch.linspace(-1, 1, rows * dim, dtype=self.joint.dtype).reshape(rows, dim).to(self.joint.device)
         try:
             if key not in self._graphs:
+                # Compiling takes longer than a small piece, the last of a data set, ever will.
+                compiled = self.mode == "compiled" and FRACTION * rows >= self.rows
                 with evaluating(self.joint.model):
                     densities(flat, *tensors)  # lets the model register its parameters before the recording
-                    self._graphs[key] = Captured(densities, flat, tensors, compiled=self.mode == "compiled")
+                    self._graphs[key] = Captured(densities, flat, tensors, compiled=compiled)
             with torch.no_grad():
                 check_agreement(self._graphs[key], eager, flat, tensors)
         except Exception as error:
+            instead: Mode = "captured" if self.mode == "compiled" else "eager"
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.warn(f"the model cannot be {self.mode}, so it is run eagerly ({reason})", stacklevel=5)
-            self.mode = "eager"
-            return eager
+            how = "run eagerly" if instead == "eager" else "replayed without a compiler"
+            warnings.warn(f"the model cannot be {self.mode}, so it is {how} ({reason})", stacklevel=5)
+            self.mode, self._graphs = instead, {}
+            return self._programs(densities, key, rows, tensors, checked)
         return self._graphs[key]
 
 

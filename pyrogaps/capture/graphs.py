@@ -161,5 +161,13 @@ def _plain_product(node: Node) -> tuple[Any, Any, Any] | None:
     return left, right, bias
 
 
+def fusible_elements(node: Node) -> int:
+    """How many elements an elementwise operation makes; 0 for any other."""
+    value = _value(node)
+    if not isinstance(node.target, OpOverload) or not isinstance(value, Tensor):
+        return 0
+    return value.numel() if torch.Tag.pointwise in node.target.tags else 0
+
+
 def _value(operand: Any) -> Any:
     return operand.meta.get("val") if isinstance(operand, Node) else None

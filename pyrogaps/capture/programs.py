@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrogaps.capture.graphs import output_alone, record, reuse_memory
+from pyrogaps.capture.graphs import fusible_elements, output_alone, record, reuse_memory
 from pyrogaps.density import JointDensity
 from pyrogaps.density.runs import evaluating
 
 Values = tuple[Tensor, ...]
 Densities = Callable[..., Values]
+FEW = 8
 
 
 class Eager:
@@ -42,6 +43,28 @@ class Captured:
         whole = record(both, flat, *tensors)
         finish: Callable[[Any], Callable[..., Any]] = torch.compile if compiled else reuse_memory
         self.both, self.values, self.gradients = map(finish, (whole, output_alone(whole, 0), output_alone(whole, 1)))
+
+
+def elementwise_elements(joint: JointDensity) -> int:
+    """How many elements, a point, the operations of a value-and-gradient make that could be fused; 0 without a record.
+
+    Matrix products and convolutions are not among them.
+    """
+    few = 1 if joint.plate is None else FEW
+    indices = torch.zeros(few, dtype=torch.long)
+    try:
+        with evaluating(joint.model):
+            args = joint.fetch(indices)
+            flat = joint.zeros(few)
+            joint.score(flat, args, indices)  # lets the model register its parameters before the recording
+
+            def density(point: Tensor) -> Values:
+                return (torch.stack(joint.score(point, args, indices)).sum(0),)
+
+            module = record(lambda point: _value_and_gradients(density, point), flat)
+    except Exception:  # it will be run eagerly
+        return 0
+    return sum(fusible_elements(node) for node in module.graph.nodes) // few
 
 
 def _value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:

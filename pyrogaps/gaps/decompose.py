@@ -19,6 +19,7 @@ from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.certify import certify
+from pyrogaps.gaps.compiling import Compile, chosen_mode
 from pyrogaps.gaps.ledger import OWN, GapLedger
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.sizes import sizes_of
@@ -55,6 +56,7 @@ def decompose(
     plate: Plate = None,
     batch_size: int | None = None,
     max_memory: int | str | None = None,
+    compile: Compile = "auto",
     seed: int = 0,
     progress: bool = True,
     cache: str | os.PathLike[str] | None = None,
@@ -102,6 +104,7 @@ def decompose(
             takes what suits the model, the same on every machine.
         max_memory: what this process may use, in bytes or as in "4GiB"; None: four fifths of what the machine has left.
             Memory does not grow with the number of datapoints, draws, chains or temperatures.
+        compile: "on" gives the recorded density to `torch.compile`, "auto" does where the run is long enough.
         seed: of all the randomness.
         progress: whether to show a progress bar.
         cache: a folder for finished chunks; a run that was stopped continues there.
@@ -118,9 +121,11 @@ def decompose(
 
     joint, density = densities(model, guide, data, plate)
     sizes = sizes_of(joint, how, batch_size, max_memory)
+    refining, number = refinement or Refinement(), 1 + len(further)
+    how = replace(how, mode=chosen_mode(compile, how, refining, number, num_particles, joint))
 
     def work_on(joint: JointDensity, density: GuideDensity, families: dict[str, Family], stream: int) -> Work:
-        settings = how, refinement or Refinement(), num_particles, stream
+        settings = how, refining, num_particles, stream
         work = Work(model, joint, density, own_family(density), families, *settings)
         chosen = conditioning or Conditioning()
         anneal = how if isinstance(how, AIS) else AIS(mode=how.mode)
