@@ -1,0 +1,152 @@
+"""Runs that are killed at random moments: is anything lost, is anything measured twice, is the ledger the same?
+
+The recipe `digits`, from trained weights, by torchrun in several processes. Again and again, one of them (any but the
+first), the first one, or all of them together with torchrun itself is killed (SIGKILL) after a random time; then the
+same command is started again, until it ends. Every chunk that was measured and kept is counted, and the ledger compared
+with that of an undisturbed run in one process.
+
+    python benchmarks/kills.py            # 20 kills: about ten minutes
+    python benchmarks/kills.py --quick    # 2 kills
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+import yaml
+from reporting import machine, report
+
+ROOT = Path(__file__).parents[1]
+VICTIMS = ("another rank", "rank 0", "all")
+
+# The guide's module, which the command imports: it writes down who runs, and every chunk that was measured and kept.
+COUNTING = """
+import os
+from pyrogaps.gaps.parts import Parts
+from pyrogaps.guides.amortized import AmortizedNormal as Guide
+
+get = Parts.get
+
+def counted(self, chunk, joint, scores, compute):
+    measured = []
+    result = get(self, chunk, joint, scores, lambda: measured.append(chunk) or compute())
+    if measured:
+        with open("count", "a") as file:
+            file.write(f"{chunk.start}\\n")
+    return result
+
+Parts.get = counted
+with open(f"pid-{os.environ.get('RANK', '0')}", "w") as file:
+    file.write(str(os.getpid()))
+"""
+
+
+def command(folder: Path, num_processes: int, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start the command on the recipe in `folder`."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    by = torchrun if num_processes > 1 else []
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, *by, "-m", "pyrogaps.eval", "counted.yaml", "--quiet", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def kill(folder: Path, run: subprocess.Popen[bytes], victim: str, num_processes: int) -> bool:
+    """Kill whom it says, and wait until all are gone; whether there was anyone left to kill."""
+    if run.poll() is not None:
+        return False
+    of = {"another rank": [1], "rank 0": [0], "all": range(num_processes)}[victim]
+    pids = [int((folder / f"pid-{rank}").read_text()) for rank in of if (folder / f"pid-{rank}").exists()]
+    for pid in [*([run.pid] if victim == "all" or not pids else []), *pids]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    run.wait()
+    for path in folder.glob("pid-*"):
+        path.unlink()
+    return True
+
+
+def ledger(folder: Path) -> xr.Dataset:
+    return xr.load_dataset(folder / "ledger.nc", group="per_datapoint", engine="h5netcdf")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--most", type=float, default=25.0, help="seconds until a kill, at the most")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.quick:
+        options.kills, options.most = 2, 15.0
+    chance = random.Random(options.seed)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "counted.py").write_text(COUNTING)
+        arguments = {"data_dim": 64, "latent_dim": 8, "hidden": [100, 100]}
+        recipe = {
+            "extends": "digits",
+            "guide": {"class_path": "counted.Guide", "init_args": arguments},
+            "batch_size": 64,  # many small chunks
+            "refinement": {"num_steps": 100 if options.quick else 1000},
+            "split": {"part": "train", "num_datapoints": 128 if options.quick else None},
+        }
+        (folder / "counted.yaml").write_text(yaml.safe_dump(recipe))
+        assert command(folder, 1, "--out", "undisturbed").wait() == 0
+        (folder / "count").unlink()
+        expected = ledger(folder / "undisturbed")
+
+        rows, done = [], 0
+        while len(rows) < options.kills:
+            run = command(folder, options.processes, "--checkpoint", "undisturbed/checkpoint.pt", "--out", "killed")
+            seconds, victim = chance.uniform(4.0, options.most), VICTIMS[len(rows) % len(VICTIMS)]
+            time.sleep(seconds)
+            if not kill(folder, run, victim, options.processes):
+                # It ended first: once more from the start.
+                done += 1
+                _compare(folder, expected)
+                subprocess.run(["rm", "-rf", "killed", "count"], cwd=folder, check=True)
+                continue
+            kept = len(list((folder / "killed" / "parts").glob("*.npz")))
+            rows.append([len(rows) + 1, victim, seconds, kept])
+        last = command(folder, options.processes, "--checkpoint", "undisturbed/checkpoint.pt", "--out", "killed")
+        assert last.wait() == 0
+        twice, difference = _compare(folder, expected)
+    report("kills", "Runs killed", ["kill", "victim", "after seconds", "chunks kept"], rows, quick=options.quick)
+    print(
+        f"{done + 1} runs ended; chunks measured twice: {twice}; largest difference from the ledger: {difference:.2g}"
+    )
+    print(machine())
+
+
+def _compare(folder: Path, expected: xr.Dataset) -> tuple[int, float]:
+    """How many chunks were measured twice, and by how much the finished ledger differs; an error where that is much."""
+    times = Counter((folder / "count").read_text().split()) if (folder / "count").exists() else Counter[str]()
+    twice = sum(count > 1 for count in times.values())
+    found = ledger(folder / "killed")
+    pairs = [(expected[name].values.astype(float), found[name].values.astype(float)) for name in expected.data_vars]
+    difference = max(float(np.nanmax(np.abs(left - right), initial=0.0)) for left, right in pairs)
+    if twice or difference > 1e-5:
+        raise SystemExit(f"{twice} chunks were measured twice, and the ledger differs by {difference:.2g}")
+    return twice, difference
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""How the cost of a ledger grows: with datapoints, chains, temperatures, latent dimensions and processes.
+
+VAEs on binary images, one setting varied at a time from the same middle; seconds of `decompose` alone, after a short
+one that records what is recorded once. Slopes are fitted on log-log, with their standard errors. Peak memory is that of a
+process of its own for each number of datapoints. Processes are torchrun's, one thread each.
+
+    python benchmarks/scaling.py                 # about half an hour on two cores
+    python benchmarks/scaling.py --quick         # does it run?
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from reporting import machine, report
+
+import pyrogaps as pg
+from pyrogaps import memory, ranks
+from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.models.vae import VAE
+
+PIXELS, HIDDEN = 784, (200, 200)
+MIDDLE = {"datapoints": 1024, "chains": 16, "temperatures": 50, "dimensions": 50}
+SWEEPS = {
+    "datapoints": (1024, 2048, 4096, 8192),
+    "chains": (16, 32, 64, 128, 256),
+    "temperatures": (50, 100, 200, 400, 800),
+    "dimensions": (25, 50, 100, 200),
+}
+QUICK_SWEEPS = {name: values[:2] for name, values in {**SWEEPS, "datapoints": (64, 128)}.items()}
+PROCESSES = (1, 2)
+
+
+def measured(setting: dict[str, int], *, steps: int) -> dict[str, float]:
+    """Seconds of one ledger in this process, after a short one, and the peak of its memory in MiB."""
+    torch.manual_seed(0)
+    model = VAE(PIXELS, setting["dimensions"], HIDDEN).requires_grad_(False)
+    guide = AmortizedNormal(PIXELS, setting["dimensions"], HIDDEN).requires_grad_(False)
+    x = (torch.rand(setting["datapoints"], PIXELS) < 0.2).float()
+    options: dict[str, Any] = {"refinement": pg.Refinement(num_steps=steps), "compile": "off", "progress": False}
+    evidence = pg.AIS(num_chains=setting["chains"], num_temperatures=setting["temperatures"])
+    pg.decompose(model, guide, x[:64], evidence=pg.AIS(num_temperatures=2), **options)
+    begin = time.perf_counter()
+    pg.decompose(model, guide, x, evidence=evidence, **options)
+    return {"seconds": time.perf_counter() - begin, "peak": memory.peak() / (1 << 20)}
+
+
+def elsewhere(setting: dict[str, int], options: argparse.Namespace, processes: int = 1) -> dict[str, float]:
+    """`measured` in one or several processes of its own."""
+    by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    threads = 1 if options.sweep == "processes" else options.threads
+    told = subprocess.run(
+        [sys.executable, *by, __file__, "--one", json.dumps(setting), "--threads", str(threads)]
+        + ["--quick"] * options.quick,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    found: dict[str, float] = json.loads(told.stdout.splitlines()[-1])
+    return found
+
+
+def slope(sizes: list[float], seconds: list[float]) -> tuple[float, float]:
+    """Of log seconds over log sizes, and its standard error; NaN from two points."""
+    x, y = np.log(sizes), np.log(seconds)
+    design = np.stack([x - x.mean(), np.ones_like(x)], 1)
+    fitted, *_ = np.linalg.lstsq(design, y, rcond=None)
+    rest = y - design @ fitted
+    error = np.sqrt(rest @ rest / (len(x) - 2) / (design[:, 0] @ design[:, 0])) if len(x) > 2 else np.nan
+    return float(fitted[0]), float(error)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny run, to see that it works")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.sweep = ""
+    torch.set_num_threads(options.threads)
+    if options.one:
+        with ranks.joined():
+            found = measured(json.loads(options.one), steps=5 if options.quick else 300)
+            if ranks.rank() == 0:
+                print(json.dumps(found))
+        return
+
+    sweeps = QUICK_SWEEPS if options.quick else SWEEPS
+    rows: list[list[object]] = []
+    for options.sweep, values in {**sweeps, "processes": PROCESSES}.items():
+        for value in values:
+            setting, processes = {**MIDDLE, "datapoints": 64 if options.quick else MIDDLE["datapoints"]}, 1
+            if options.sweep == "processes":
+                setting["datapoints"], processes = sweeps["datapoints"][-1] // 2, value
+            else:
+                setting[options.sweep] = value
+            runs = [elsewhere(setting, options, processes) for _ in range(options.rounds)]
+            seconds, peak = (median(run[name] for run in runs) for name in ("seconds", "peak"))
+            rows.append([options.sweep, value, seconds, peak, None, None])
+            print(f"{options.sweep} {value}: {seconds:.1f} s, {peak:.0f} MiB", file=sys.stderr, flush=True)
+        own = [row for row in rows if row[0] == options.sweep]
+        own[-1][4:] = slope([float(str(row[1])) for row in own], [float(str(row[2])) for row in own])
+    columns = ["varied", "value", "seconds", "peak MiB", "slope", "s.e."]
+    report("scaling", "The cost of a ledger", columns, rows, quick=options.quick)
+    print(machine())
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
