@@ -9,6 +9,8 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyrogaps.capture.elementary import faster_functions
+
 aten = torch.ops.aten
 VIEWS = {aten.alias.default, aten.view.default, aten.expand.default, aten.permute.default, aten.unsqueeze.default}
 IN_PLACE = {
@@ -18,6 +20,9 @@ IN_PLACE = {
     aten.div.Tensor: aten.div_.Tensor,
     aten.neg.default: aten.neg_.default,
     aten.exp.default: aten.exp_.default,
+    aten.log.default: aten.log_.default,
+    aten.abs.default: aten.abs_.default,
+    aten.relu.default: aten.relu_.default,
     aten.sigmoid.default: aten.sigmoid_.default,
     aten.tanh.default: aten.tanh_.default,
 }
@@ -49,6 +54,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     graph.eliminate_dead_code()
     _drop_identities(graph)
     _constants_to_numbers(graph)
+    faster_functions(graph)
     _products_by_onednn(graph)
     graph.eliminate_dead_code()
     module.recompile()
@@ -99,10 +105,13 @@ def _same_layout(left: Any, right: Any) -> bool:
 
 
 def _drop_identities(graph: Graph) -> None:
-    """Remove views that are what they are views of."""
+    """Remove views that are what they are views of, and the second of two transpositions."""
     for node in list(graph.nodes):
-        if node.target in VIEWS and _same_layout(node.args[0], node):
-            node.replace_all_uses_with(node.args[0])
+        same = node.args[0] if node.target in VIEWS else None
+        if node.target is aten.t.default and node.args[0].target is aten.t.default:
+            same = node.args[0].args[0]
+        if same is not None and _same_layout(same, node):
+            node.replace_all_uses_with(same)
             graph.erase_node(node)
 
 
