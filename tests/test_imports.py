@@ -58,12 +58,13 @@ PUBLIC = {
 }
 
 # A floor is a file or a package of the library. Ground floor first: each may import some of those above it here.
-GROUND = {"errors", "files", "streams"}
+GROUND = {"errors", "files", "streams", "ranks"}
 ESTIMATORS = {"log_weights", "density", "capture", "hmc", "anneal", "bounds", "refine", "ais"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "streams": {"errors"},
+    "ranks": set(),
     "log_weights": {"errors"},
     "density": GROUND,
     "capture": GROUND | {"density"},
@@ -76,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": GROUND | {"density"},
     "posterior_grid": GROUND | {"density", "bounds", "refine"},
     "posterior_export": GROUND | {"density", "bounds"},
-    "training": GROUND | {"density"},
+    "training": GROUND | {"density", "capture"},
     "conditioning": GROUND | ESTIMATORS | {"training"},
     "mapa": GROUND | ESTIMATORS | {"training"},
     "gaps": GROUND | ESTIMATORS | {"escalation", "training", "conditioning", "mapa"},

@@ -75,12 +75,11 @@ def _softplus(write: _Writer) -> Node:
 
 
 def _elu(write: _Writer) -> Node:
-    """Where x > 0, x; else expm1(x)."""
-    half = write(aten.tanh.default, write(aten.mul.Tensor, write.x, 0.5))
-    below = write(aten.mul.Tensor, half, write(aten.add.Tensor, write(aten.exp.default, write.x), 1.0))
-    positive = write(aten.gt.Scalar, write.x, 0.0)
-    positive.meta["val"] = write.x.meta["val"].to(torch.bool)
-    return write(aten.where.self, positive, write.x, below)
+    """max(x, 0) + expm1(min(x, 0)), of which one is zero: cheaper than to choose."""
+    below = write(aten.clamp_max.default, write.x, 0.0)
+    half = write(aten.tanh.default, write(aten.mul.Tensor, below, 0.5))
+    product = write(aten.mul.Tensor, half, write(aten.add.Tensor, write(aten.exp.default, below), 1.0))
+    return write(aten.add.Tensor, product, write(aten.relu.default, write.x))
 
 
 # How many operands an operation has before its options, and what is written for it, by those options.

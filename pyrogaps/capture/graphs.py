@@ -70,6 +70,24 @@ def output_alone(module: GraphModule, position: int) -> GraphModule:
     return GraphModule(module, part)
 
 
+def own_outputs(module: GraphModule) -> GraphModule:
+    """Give every output memory of its own, laid out in order: none is a view of anything, or given twice."""
+    graph = module.graph
+    taken: set[Node] = set()
+    output = graph.output_node()
+
+    def owned(result: Node) -> Node:
+        if result not in taken and _owns_memory(result) and _value(result).is_contiguous():
+            taken.add(result)
+            return result
+        with graph.inserting_before(output):
+            return graph.call_function(aten.clone.default, (result,), {"memory_format": torch.contiguous_format})
+
+    output.args = (torch.fx.map_arg(output.args[0], owned),)
+    module.recompile()
+    return module
+
+
 def reuse_memory(module: GraphModule) -> GraphModule:
     """Write elementwise results over operands that nothing else reads: fresh memory costs more than the arithmetic."""
     fresh: set[Node] = set()

@@ -15,10 +15,12 @@ from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.training.parameters import JointOptimizer
 from pyrogaps.training.settings import Training
+from pyrogaps.training.steps import EagerSteps
 from pyrogaps.training.weights import Weights, copy_weights, put_weights, read_file, write_file
 
-# Settings that may change between one part of a run and the next: they do not touch an epoch already run.
-_FREE = {"num_epochs", "patience"}
+# Settings that may change between one part of a run and the next: they do not touch an epoch already run, or, as the
+# mode, nothing but rounding.
+_FREE = {"num_epochs", "patience", "mode"}
 # Settings that came later: at these values they are left out, so that a checkpoint from before them stays good.
 _LATER = {"objective": None, "guide_steps": 0}
 # Share of the running time that writing checkpoints may take.
@@ -48,19 +50,20 @@ class Checkpoint:
         self.model, self.guide, self.fingerprint = model, guide, fingerprint
         self._written, self._cost = time.monotonic(), 0.0
 
-    def save(self, state: State, optimizer: JointOptimizer, *, now: bool = False) -> None:
+    def save(self, state: State, optimizer: JointOptimizer, steps: EagerSteps, *, now: bool = False) -> None:
         """Write the checkpoint, when it is due or `now`: so often that writing takes a twentieth of the time."""
         start = time.monotonic()
         if self.path is None or not (now or (start - self._written) * _OVERHEAD >= self._cost):
             return
         progress = {name: getattr(state, name) for name in ("epoch", "best_epoch", "best_score", "history")}
-        run = {**progress, "current": copy_weights(self.model, self.guide), "optimizer": optimizer.get_state()}
+        parts = {"optimizer": optimizer.get_state(), "steps": steps.get_state()}
+        run = {**progress, "current": copy_weights(self.model, self.guide), **parts}
         write_file(self.path, {"weights": state.best, "run": run, "fingerprint": self.fingerprint})
         self._written = time.monotonic()
         self._cost = self._written - start
 
-    def resume(self, state: State, optimizer: JointOptimizer) -> State:
-        """The state in the file, with weights and optimizer put in place; `state` where there is no file.
+    def resume(self, state: State, optimizer: JointOptimizer, steps: EagerSteps) -> State:
+        """The state in the file, with weights, optimizer and steps put in place; `state` where there is no file.
 
         Raises `InputError` where the file is damaged, or comes from other settings, data, model or guide.
         """
@@ -74,6 +77,7 @@ class Checkpoint:
         try:
             put_weights(run["current"], self.model, self.guide)
             optimizer.set_state(run["optimizer"])
+            steps.set_state(run.get("steps", {}))
         except InputError as error:
             raise InputError(f"checkpoint {self.path}: {error}") from error
         return State(content["weights"], run["epoch"], run["best_epoch"], run["best_score"], run["history"])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -22,8 +22,10 @@ from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
 from pyrogaps.training.lagging import MUTUAL_INFORMATION, GuideAhead
 from pyrogaps.training.objective import IndexedBound, IndexedObjective, Objective
 from pyrogaps.training.parameters import JointOptimizer, clear_gradients, guide_parameters, trainable_parameters
+from pyrogaps.training.programs import Watched
 from pyrogaps.training.settings import Training, TrainingResult
 from pyrogaps.training.setup import check_minibatches
+from pyrogaps.training.steps import EagerSteps, RecordedSteps
 from pyrogaps.training.weights import all_modules, copy_weights, put_weights
 
 
@@ -47,6 +49,7 @@ def train(
     freeze_model: bool = False,
     objective: ELBO | None = None,
     guide_steps: int = 0,
+    mode: Literal["eager", "captured"] = "captured",
     checkpoint: str | Path | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -78,6 +81,12 @@ def train(
     each time; the best weights among epochs trained on the ELBO itself (beta = lambda = 1) are kept in the end, and
     `patience` such epochs without a new best stop the run. Otherwise the last weights stay.
 
+    Steps are taken through Pyro ("eager"), or, with mode "captured", through Pyro for a while and then by replaying the
+    tensor operations that one of them was recorded as, for each shape of minibatch. A record is compared with Pyro when
+    it is new and now and then: programs that cannot be recorded (control flow that depends on values, recurrent
+    networks, state that steps change) and other objectives than the ELBO and `IWAE_ELBO` stay eager. The two modes
+    differ by rounding.
+
     `checkpoint` names a file from which a run that was killed continues, to the same weights bit for bit on a CPU;
     `num_epochs` and `patience` may change in between. `device` moves modules and minibatches there. The caller's
     random state, train/eval modes and validation setting are put back.
@@ -87,7 +96,7 @@ def train(
     """
     settings = Training(
         num_epochs, batch_size, learning_rate, schedule, optimizer, optimizer_options or {},
-        kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model, objective, guide_steps,
+        kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model, objective, guide_steps, mode,
     )  # fmt: skip
     if patience is not None and validation is None:
         raise InputError("training: patience needs validation data")
@@ -124,7 +133,8 @@ class _Trainer:
             self.ahead = self._guide_ahead() if settings.guide_steps else None
             self.fingerprint = fingerprint(settings, seed=seed, data=self.data, validation=self.validation)
         loss = self.objective.loss_and_grads
-        self.svi = SVI(self.objective.model, self.objective.guide, self.optimizer, loss=loss, loss_and_grads=loss)
+        svi = SVI(self.objective.model, self.objective.guide, self.optimizer, loss=loss, loss_and_grads=loss)
+        self.steps = self._steps(svi.step)
 
     def _objective(self) -> Objective | IndexedObjective:
         bound, chosen = self.indexed, self.settings
@@ -142,6 +152,13 @@ class _Trainer:
         if self.validation is not None:
             raise InputError(f"training: objective {name} is a bound on its own data alone; leave out validation data")
         return IndexedObjective(self.augmented, self.guide, bound)
+
+    def _steps(self, eager: Callable[..., Any]) -> EagerSteps:
+        objective = self.objective
+        if self.settings.mode == "eager" or isinstance(objective, IndexedObjective) or not objective.is_recordable:
+            return EagerSteps(objective, eager)
+        watched = Watched([self.model, self.guide], all_modules(self.model, self.guide))
+        return RecordedSteps(objective, eager, self.optimizer, watched, self.device)
 
     def _args(self, data: IndexedData, indices: Tensor) -> tuple[Any, ...]:
         """What a step takes."""
@@ -169,7 +186,7 @@ class _Trainer:
 
     def run(self, path: str | Path | None, progress: bool) -> TrainingResult:
         checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
-        state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer)
+        state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer, self.steps)
         if state.epoch > self.settings.num_epochs:
             raise InputError(
                 f"checkpoint {path}: has run {state.epoch} epochs, more than num_epochs={self.settings.num_epochs}"
@@ -199,9 +216,9 @@ class _Trainer:
                 except FloatingPointError as error:
                     put_weights(state.best, self.model, self.guide)
                     raise FloatingPointError(self._diverged(error, state)) from None
-                checkpoint.save(state, self.optimizer)
+                checkpoint.save(state, self.optimizer, self.steps)
         if state.epoch > started:
-            checkpoint.save(state, self.optimizer, now=True)
+            checkpoint.save(state, self.optimizer, self.steps, now=True)
 
     def _epoch(self, state: State, bar: Any) -> None:
         epoch, chosen = state.epoch, self.settings
@@ -210,6 +227,7 @@ class _Trainer:
         elbo, self.optimizer.moves = 0.0, None
         ahead = self.ahead if self.ahead is not None and self.ahead.goes_on(state.history) else None
         with self._training(epoch):
+            self.steps.begin_epoch()
             batches = self._minibatches()
             for step, indices in enumerate(batches):
                 if ahead is not None:
@@ -224,9 +242,8 @@ class _Trainer:
         self._finish_epoch(state, elbo)
 
     def _step(self, indices: Tensor, step: int) -> float:
-        self.objective.begin(len(indices))
         try:
-            return float(self.svi.step(*self._args(self.data, indices)))
+            return self.steps(self._args(self.data, indices), len(indices))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} at step {step + 1}") from None
 

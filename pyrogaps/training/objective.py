@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrogaps.density.runs import Program
+from pyrogaps.training.recordable import is_recordable, tensor_loss
 
 
 class WeightLatents(Messenger):
@@ -21,13 +22,15 @@ class WeightLatents(Messenger):
 
     Unlike `poutine.scale` it takes 0: the sites are then masked out, so they contribute exactly 0, even where a
     log-probability is infinite. What the weight withholds, (1 - weight) log-probability, summed over sites and runs,
-    is added to `withheld` (nats, no gradient), so that the plain ELBO can be reported from the same run.
+    is added to `withheld` (nats, no gradient), so that the plain ELBO can be reported from the same run. A `factor`
+    stands for a weight between 0 and 1 where that is to be the input of a record.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = 1.0
-        self.withheld = 0.0
+        self.factor: Tensor | None = None
+        self.withheld: Tensor | float = 0.0
         self._unweighted: dict[str, tuple[Any, Any]] = {}
 
     def _pyro_sample(self, message: Any) -> None:
@@ -37,7 +40,7 @@ class WeightLatents(Messenger):
         if self.weight == 0:
             message["mask"] = False
         else:
-            message["scale"] = message["scale"] * self.weight
+            message["scale"] = message["scale"] * self._multiplier
 
     def _pyro_post_sample(self, message: Any) -> None:
         if message["name"] not in self._unweighted:
@@ -45,7 +48,16 @@ class WeightLatents(Messenger):
         scale, mask = self._unweighted.pop(message["name"])
         with torch.no_grad():
             log_prob = scale_and_mask(message["fn"].log_prob(message["value"]), scale, mask)
-            self.withheld += (1 - self.weight) * float(log_prob.sum())
+            self.withheld = self.withheld + (1 - self._multiplier) * log_prob.sum()
+
+    @property
+    def _multiplier(self) -> Tensor | float:
+        return self.weight if self.factor is None else self.factor
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the weight is neither 0 nor 1, so that its value can change without changing what is computed."""
+        return self.weight not in (0, 1)
 
 
 class CountDatapoints(Messenger):
@@ -85,10 +97,39 @@ class Objective:
         self._estimator: Any = estimator or Trace_ELBO(num_particles=num_particles)
         self.elbo = math.nan
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether `tensors` knows this bound."""
+        return is_recordable(self._estimator)
+
     def anneal(self, beta: float, entropy_weight: float) -> None:
         """Set beta and lambda, each in [0, 1]."""
         self._model_weight.weight = beta
         self._guide_weight.weight = beta * entropy_weight
+
+    @property
+    def kind(self) -> str:
+        """What the weights make of the loss, in a word; a record holds for all losses of one kind."""
+        weights = (self._model_weight, self._guide_weight)
+        return ", ".join("partial" if weight.is_partial else str(int(weight.weight)) for weight in weights)
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """The weights that are neither 0 nor 1, as tensors without dimensions."""
+        weights = (self._model_weight, self._guide_weight)
+        return [torch.tensor(weight.weight, dtype=torch.double) for weight in weights if weight.is_partial]
+
+    @contextmanager
+    def factors_from(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Take the weights that are neither 0 nor 1 from `inputs`."""
+        partial = [weight for weight in (self._model_weight, self._guide_weight) if weight.is_partial]
+        try:
+            for weight, factor in zip(partial, inputs, strict=True):
+                weight.factor = factor
+            yield
+        finally:
+            for weight in partial:
+                weight.factor = None
 
     def begin(self, rows: int) -> None:
         self._count.reset(rows)
@@ -101,11 +142,25 @@ class Objective:
         """
         with _no_nan_warnings():
             loss = self._estimator.differentiable_loss(model, guide, *args) / self._count.num_datapoints
-            value = self._note(loss)
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value}")
+            value = self._finite(self._note(loss))
             loss.backward()
         return value
+
+    def tensors(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """The negative objective, with a gradient, and the plain ELBO, of one minibatch: what a record holds."""
+        total = tensor_loss(self._estimator, self.model, self.guide, args)
+        loss = total / self._count.num_datapoints
+        return loss, self._withheld() - loss.detach()
+
+    def accept(self, loss: float, elbo: float) -> float:
+        """Take over what a record gave for `tensors`; returns the loss. Raises `FloatingPointError` as for a loss."""
+        self.elbo = elbo
+        return self._finite(loss)
+
+    def _finite(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        return loss
 
     def evaluate(self, *args: Any) -> float:
         """The plain ELBO of one batch, nats per datapoint, without gradients."""
@@ -116,9 +171,12 @@ class Objective:
 
     def _note(self, loss: Tensor) -> float:
         value = float(loss.item())
-        withheld = self._model_weight.withheld - self._guide_weight.withheld
-        self.elbo = -value + withheld / (self._estimator.num_particles * self._count.num_datapoints)
+        self.elbo = -value + float(self._withheld())
         return value
+
+    def _withheld(self) -> Tensor | float:
+        number: int = self._estimator.num_particles * self._count.num_datapoints
+        return (self._model_weight.withheld - self._guide_weight.withheld) / number
 
 
 @runtime_checkable
