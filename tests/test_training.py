@@ -27,7 +27,8 @@ from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.training import Constant, Cosine, Exponential, Schedule, Staircase, Training, TrainingResult, train
 from pyrogaps.training.checkpoints import fingerprint
 from pyrogaps.training.lagging import WINDOW, GuideAhead
-from pyrogaps.training.objective import Objective, WeightLatents
+from pyrogaps.training.objective import Objective
+from pyrogaps.training.weighing import WeightLatents
 from tests.references import NearPosterior, anisotropic, draws_of
 
 quick: dict[str, Any] = {"progress": False, "learning_rate": 1e-2}

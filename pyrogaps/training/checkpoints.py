@@ -13,6 +13,8 @@ from torch import Tensor
 from pyrogaps.density.data import IndexedData, evenly_spaced
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.ranks import rank
+from pyrogaps.training.parallel import from_first
 from pyrogaps.training.parameters import JointOptimizer
 from pyrogaps.training.settings import Training
 from pyrogaps.training.steps import EagerSteps
@@ -53,7 +55,8 @@ class Checkpoint:
     def save(self, state: State, optimizer: JointOptimizer, steps: EagerSteps, *, now: bool = False) -> None:
         """Write the checkpoint, when it is due or `now`: so often that writing takes a twentieth of the time."""
         start = time.monotonic()
-        if self.path is None or not (now or (start - self._written) * _OVERHEAD >= self._cost):
+        # All processes of a run hold the same; one writes.
+        if self.path is None or rank() > 0 or not (now or (start - self._written) * _OVERHEAD >= self._cost):
             return
         progress = {name: getattr(state, name) for name in ("epoch", "best_epoch", "best_score", "history")}
         parts = {"optimizer": optimizer.get_state(), "steps": steps.get_state()}
@@ -67,9 +70,9 @@ class Checkpoint:
 
         Raises `InputError` where the file is damaged, or comes from other settings, data, model or guide.
         """
-        if self.path is None or not self.path.exists():
+        content = from_first(self._content)
+        if content is None:
             return state
-        content = read_file(self.path)
         if "run" not in content:
             raise InputError(f"checkpoint {self.path}: holds weights alone, no training run; load it with load_weights")
         self._check(content["fingerprint"])
@@ -81,6 +84,9 @@ class Checkpoint:
         except InputError as error:
             raise InputError(f"checkpoint {self.path}: {error}") from error
         return State(content["weights"], run["epoch"], run["best_epoch"], run["best_score"], run["history"])
+
+    def _content(self) -> dict[str, Any] | None:
+        return None if self.path is None or not self.path.exists() else read_file(self.path)
 
     def _check(self, stored: dict[str, str]) -> None:
         differing = sorted(name for name in stored | self.fingerprint if stored.get(name) != self.fingerprint.get(name))

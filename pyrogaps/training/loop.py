@@ -78,6 +78,12 @@ def train(
     `num_epochs` and `patience` may change in between. `device` moves modules and minibatches there. The caller's
     random state, train/eval modes and validation setting are put back.
 
+    In several processes, where `torch.distributed` is initialised, each takes its share of every minibatch and all take
+    the same steps, through Pyro; `data` must be the same in all of them. What is reported and kept is that of all, and
+    the first one's checkpoint is the run's. The data plate then must give latents outside of it their due (a size of
+    its own, of which a minibatch is a subsample); `guide_steps` and bounds that make their own minibatches need one
+    process. Batch statistics are those of shares, the first process's at the end of an epoch.
+
     Raises `InputError` for settings, data, guide or checkpoint that do not go together, and `FloatingPointError` when
     loss or gradient become infinite or NaN; model and guide then hold the best weights so far.
     """

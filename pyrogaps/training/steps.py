@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 
 from pyrogaps.training.objective import IndexedObjective, Objective
 from pyrogaps.training.parameters import JointOptimizer, clear_gradients
@@ -29,6 +30,10 @@ class EagerSteps:
 
     def begin_epoch(self) -> None:
         """Nothing: there is no record that could have become stale."""
+
+    def share(self, indices: Tensor) -> Tensor:
+        """What of a minibatch the next step takes in this process."""
+        return indices
 
     def __call__(self, args: tuple[Any, ...], rows: int) -> float:
         """Take a step on a minibatch of `rows` datapoints; returns the loss, nats per datapoint.

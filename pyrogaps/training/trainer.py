@@ -16,15 +16,17 @@ from tqdm import tqdm
 from pyrogaps.density.data import Data, IndexedData, as_indexed
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
-from pyrogaps.streams import seeded
+from pyrogaps.ranks import rank, world_size
+from pyrogaps.streams import reseed, seeded
 from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
 from pyrogaps.training.lagging import MUTUAL_INFORMATION, GuideAhead
 from pyrogaps.training.objective import IndexedBound, IndexedObjective, Objective
+from pyrogaps.training.parallel import SharedSteps, check_divisible, share_weights, sum_of
 from pyrogaps.training.parameters import JointOptimizer, clear_gradients, guide_parameters, trainable_parameters
 from pyrogaps.training.placing import on_device, place
 from pyrogaps.training.programs import Watched
 from pyrogaps.training.settings import Training, TrainingResult
-from pyrogaps.training.setup import check_minibatches
+from pyrogaps.training.setup import check_minibatches, refuse_global_latents
 from pyrogaps.training.steps import EagerSteps, RecordedSteps
 from pyrogaps.training.weights import all_modules, copy_weights, put_weights
 
@@ -52,6 +54,7 @@ class Trainer:
         self.augmented = guide.augment(model) if hasattr(guide, "augment") else model
         self.indexed = settings.objective if isinstance(settings.objective, IndexedBound) else None
         self.objective = self._objective()
+        check_divisible(settings, len(self.data), indexed=self.indexed is not None)
         with self._evaluating("set up"):
             self.optimizer = self._set_up()
             self.ahead = self._guide_ahead() if settings.guide_steps else None
@@ -79,6 +82,9 @@ class Trainer:
 
     def _steps(self, eager: Callable[..., Any]) -> EagerSteps:
         objective = self.objective
+        if world_size() > 1 and isinstance(objective, Objective):
+            share_weights(self.model, self.guide)
+            return SharedSteps(objective, self.optimizer, self.device)
         if self.settings.mode == "eager" or isinstance(objective, IndexedObjective) or not objective.is_recordable:
             return EagerSteps(objective, eager)
         watched = Watched([self.model, self.guide], all_modules(self.model, self.guide))
@@ -90,12 +96,15 @@ class Trainer:
 
     def _set_up(self) -> JointOptimizer:
         """Run the pair once, under the caller's validation, so that parameters exist and mistakes show."""
-        size = len(self.data)
-        rows = self.batch_size if self.batch_size < size else size - 1
-        if rows and (self.batch_size < size or self.validation is not None):
+        size, shared = len(self.data), world_size() > 1
+        # In several processes, what the pair is given is a share.
+        rows = min(-(-self.batch_size // world_size()), size - 1)
+        if rows and (self.batch_size < size or self.validation is not None or shared):
             check_minibatches(self.augmented, self.guide, self.data, rows)
-        first = torch.arange(self.batch_size)
+        first = torch.arange(rows if shared else self.batch_size)
         self._evaluate(self.data, first)
+        if shared and isinstance(self.objective, Objective) and not self.objective.is_scaled_up:
+            refuse_global_latents(self.augmented, self.data, rows)
         args = self.data.fetch(first)
         chosen = self.settings
         named = trainable_parameters(self.model, self.guide, args, freeze_model=chosen.freeze_model)
@@ -132,7 +141,7 @@ class Trainer:
     def _epochs(self, state: State, checkpoint: Checkpoint, progress: bool) -> None:
         steps, total = -(-len(self.data) // self.batch_size), self.settings.num_epochs
         started = state.epoch
-        with tqdm(total=total * steps, initial=started * steps, unit="step", disable=not progress) as bar:
+        with tqdm(total=total * steps, initial=started * steps, unit="step", disable=not progress or rank() > 0) as bar:
             while state.epoch < total and not self._is_exhausted(state):
                 bar.set_description(f"epoch {state.epoch + 1}/{total}", refresh=False)
                 try:
@@ -153,6 +162,8 @@ class Trainer:
         with self._training(epoch):
             self.steps.begin_epoch()
             batches = self._minibatches()
+            if world_size() > 1:
+                reseed(self.seed, "training", "epoch", epoch, "rank", rank())
             for step, indices in enumerate(batches):
                 if ahead is not None:
                     ahead.run(partial(self._step, step=step), self.optimizer, indices, batches)
@@ -167,11 +178,14 @@ class Trainer:
 
     def _step(self, indices: Tensor, step: int) -> float:
         try:
-            return self.steps(self._args(self.data, indices), len(indices))
+            own = self.steps.share(indices)
+            return self.steps(self._args(self.data, own), len(own))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} at step {step + 1}") from None
 
     def _finish_epoch(self, state: State, elbo: float) -> None:
+        # Buffers are each process's own, and processors of different kinds round differently.
+        share_weights(self.model, self.guide)
         entries = {"train_elbo": elbo, "learning_rate": self.settings.rate(state.epoch)}
         score = -math.inf
         if self.validation is not None:
@@ -201,7 +215,10 @@ class Trainer:
         """The ELBO on `data`, nats per datapoint, with the same noise in every epoch."""
         with self._evaluating("validation"), pyro.validation_enabled(False):
             parts = torch.arange(len(data)).split(self.settings.batch_size)
-            elbo = sum(self._evaluate(data, indices) * len(indices) for indices in parts) / len(data)
+            if world_size() > 1:
+                reseed(self.seed, "training", "validation", "rank", rank())
+            own = sum(self._evaluate(data, indices) * len(indices) for indices in parts[rank() :: world_size()])
+            elbo = sum_of(own, self.device) / len(data)
         if not math.isfinite(elbo):
             raise FloatingPointError(f"the ELBO of the validation data is {elbo}")
         return elbo
