@@ -110,6 +110,17 @@ def subsampling() -> Pair:
     return model, guide
 
 
+def twins() -> Pair:
+    """Two parameters with one gradient, which is no tensor of either's own until it is copied."""
+
+    def guide(x: Tensor) -> None:
+        first, second = (pyro.param(name, lambda: torch.zeros(2)) for name in ("first", "second"))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((first + second).expand(len(x), 2), 0.3).to_event(1))
+
+    return plain_model, guide
+
+
 def everything(pair: Pair) -> dict[str, Tensor]:
     states = [part.state_dict() for part in pair if isinstance(part, nn.Module)]
     found = {f"{number}.{name}": value for number, state in enumerate(states) for name, value in state.items()}
@@ -133,6 +144,7 @@ CASES: dict[str, tuple[Callable[[], Pair], dict[str, Any]]] = {
     "frozen": (modules, {"freeze_model": True, "optimizer_options": {"foreach": True}}),
     "guide ahead": (modules, {"guide_steps": 5}),
     "dropout and batch norm": (noisy, {}),
+    "shared gradients": (twins, {"clip_norm": 0.01}),
     "subsampling": (subsampling, {"batch_size": 60, "num_epochs": 20}),
     "IWAE": (modules, {"objective": IWAE_ELBO(4, vectorize_particles=True)}),
     "doubly reparametrised": (modules, {"objective": IWAE_ELBO(3, doubly_reparametrised=True)}),

@@ -27,6 +27,8 @@ IN_PLACE = {
     aten.tanh.default: aten.tanh_.default,
 }
 
+# oneDNN's product with a transposed right factor, where PyTorch is built with it.
+LINEAR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 # Below this many multiplications a product is over before oneDNN has looked up its kernel.
 SMALL_PRODUCT = 100_000
 
@@ -89,7 +91,11 @@ def own_outputs(module: GraphModule) -> GraphModule:
 
 
 def reuse_memory(module: GraphModule) -> GraphModule:
-    """Write elementwise results over operands that nothing else reads: fresh memory costs more than the arithmetic."""
+    """Write elementwise results over operands that nothing else reads: fresh memory costs more than the arithmetic.
+
+    The graph is for replaying as it is: products are oneDNN's own operations now.
+    """
+    _inline_products(module.graph)
     fresh: set[Node] = set()
     for node in module.graph.nodes:
         operand = node.args[0] if node.args else None
@@ -155,8 +161,7 @@ def _products_by_onednn(graph: Graph) -> None:
 
     PyTorch gives them to MKL, which uses half the vector width of processors that are not its maker's.
     """
-    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if not available or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if LINEAR is None or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return
     for node in list(graph.nodes):
         operands = _plain_product(node)
@@ -166,6 +171,22 @@ def _products_by_onednn(graph: Graph) -> None:
             product.meta = dict(node.meta)
             node.replace_all_uses_with(product)
             graph.erase_node(node)
+
+
+def _inline_products(graph: Graph) -> None:
+    """Call oneDNN directly: an operation that is written in Python costs as much as a small product."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.pyrogaps.product.default:
+            left, right, bias = node.args
+            with graph.inserting_before(node):
+                turned = (
+                    right.args[0] if right.target is aten.t.default else graph.call_function(aten.t.default, (right,))
+                )
+                call = graph.call_function(LINEAR, (left, turned, bias, "none", [], ""))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _plain_product(node: Node) -> tuple[Any, Any, Any] | None:
