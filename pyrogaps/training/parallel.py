@@ -31,9 +31,9 @@ class SharedSteps(EagerSteps):
     Raises `FloatingPointError` as a single process does, and `InputError` where a parameter first appears in a step.
     """
 
-    def __init__(self, objective: Objective, optimizer: JointOptimizer, device: torch.device) -> None:
+    def __init__(self, objective: Objective, optimizer: JointOptimizer) -> None:
         super().__init__(objective, objective.differentiable_loss)
-        self._bound, self._optimizer, self._device = objective, optimizer, device
+        self._bound, self._optimizer = objective, optimizer
         self._weight, self._num_parameters = 1.0, len(pyro.get_param_store())
         # Which parameters take part may change from step to step: some are reached by some minibatches only.
         self._module = DistributedDataParallel(_Loss(objective, optimizer.named), find_unused_parameters=True)

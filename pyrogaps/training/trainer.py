@@ -84,7 +84,7 @@ class Trainer:
         objective = self.objective
         if world_size() > 1 and isinstance(objective, Objective):
             share_weights(self.model, self.guide)
-            return SharedSteps(objective, self.optimizer, self.device)
+            return SharedSteps(objective, self.optimizer)
         if self.settings.mode == "eager" or isinstance(objective, IndexedObjective) or not objective.is_recordable:
             return EagerSteps(objective, eager)
         watched = Watched([self.model, self.guide], all_modules(self.model, self.guide))
