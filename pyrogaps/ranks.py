@@ -30,13 +30,18 @@ class LostRankError(RuntimeError):
 
 
 def rank() -> int:
-    """This process's number among those of `torch.distributed`, 0 where that is not initialised."""
-    return dist.get_rank() if _several() else 0
+    """This process's number among those that share the work, 0 where it works alone."""
+    return dist.get_rank() if _several() and not _dividing.get() else 0
 
 
 def world_size() -> int:
-    """How many processes share the work, 1 where `torch.distributed` is not initialised."""
-    return dist.get_world_size() if _several() else 1
+    """How many processes share the work, 1 where this one works alone."""
+    return dist.get_world_size() if _several() and not _dividing.get() else 1
+
+
+def speaks() -> bool:
+    """Whether this is the process that tells the user what is being done."""
+    return not _several() or dist.get_rank() == 0
 
 
 def _several() -> bool:
@@ -66,12 +71,13 @@ def divided(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resul
     Within `work` the processes go their own ways: what would be divided there is done whole. Results are pickled.
     Raises on all processes the `InputError` that any of them met.
     """
-    if world_size() == 1 or _dividing.get():
+    if world_size() == 1:
         return [work(item) for item in items]
+    share = items[rank() :: world_size()]
     token = _dividing.set(True)
     own: Any
     try:
-        own = [work(item) for item in items[rank() :: world_size()]]
+        own = [work(item) for item in share]
     except (InputError, FloatingPointError) as error:
         own = error
     finally:
@@ -82,7 +88,7 @@ def divided(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resul
 
 def first(compute: Callable[[], Result]) -> Result:
     """What `compute` returns on rank 0, which alone runs it, on every process; its `InputError` is raised on all."""
-    if world_size() == 1 or _dividing.get():
+    if world_size() == 1:
         return compute()
     own: Any = None
     if rank() == 0:
@@ -96,7 +102,7 @@ def first(compute: Callable[[], Result]) -> Result:
 
 def together(compute: Callable[[], Result]) -> Result:
     """What `compute` returns on this process; where it raises an `InputError` on any of them, it is raised on all."""
-    if world_size() == 1 or _dividing.get():
+    if world_size() == 1:
         return compute()
     own: Any = None
     error: Exception | None = None

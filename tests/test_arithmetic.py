@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.functional import elu as torch_elu
+from torch.nn.functional import softplus as torch_softplus
 
-from pyrogaps.capture.arithmetic import bernoulli, elu, summed_bernoulli
+from pyrogaps.capture.arithmetic import bernoulli, elu, softplus, summed_bernoulli
 from pyrogaps.capture.graphs import record
 
 FAR = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 40.0, -40.0, 90.0, -90.0, 1e4, -1e4, torch.inf, -torch.inf])
@@ -23,6 +24,18 @@ def test_elu(alpha: float, scale: float) -> None:
     single = elu(x.float(), alpha, scale).double()
     torch.testing.assert_close(single, scale * torch_elu(x, alpha), rtol=2e-7, atol=2e-7)
     assert bool(torch.isnan(elu(torch.tensor(torch.nan), alpha, scale)))
+
+
+def test_softplus_at_every_magnitude() -> None:
+    tiny = torch.logspace(-30, 2, 20_001, dtype=torch.float64)
+    x = torch.cat([torch.linspace(-80, 80, 20_001, dtype=torch.float64), tiny, -tiny])
+    exact = x.relu() + torch.log1p(torch.exp(-x.abs()))  # torch's own turns into the identity at 20
+    torch.testing.assert_close(softplus(x), exact, rtol=1e-15, atol=0.0)
+    single = x.float()
+    exact = single.double().relu() + torch.log1p(torch.exp(-single.double().abs()))
+    torch.testing.assert_close(softplus(single).double(), exact, rtol=3e-7, atol=0.0)
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    torch.testing.assert_close(softplus(odd), torch_softplus(odd), equal_nan=True)
 
 
 @pytest.mark.parametrize("width", [1, 7, 16, 64, 100, 784, 1024, 3001])

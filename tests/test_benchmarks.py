@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import half_images, inference_suboptimality, reporting, training_curves, two_dimensions
+from benchmarks import half_images, inference_suboptimality, reporting, training, training_curves, two_dimensions
 from benchmarks.conditioning import __main__ as conditioning
 from benchmarks.conditioning import chain, chorales, ledgers
 from pyrogaps.recipe import Recipe
@@ -105,6 +105,15 @@ def in_the_plane(*_: object) -> Recipe:
         guide=replace(of.guide, init_args={**of.guide.init_args, **plane}),
         refinement=replace(of.refinement, num_steps=300),
     )
+
+
+def test_training_speed(monkeypatch: pytest.MonkeyPatch, results: Path) -> None:
+    """Every implementation trains the same networks to the same bound, at some speed."""
+    run(training, monkeypatch, "--quick")
+    table = pd.read_csv(results / "training-quick.csv")
+    assert len(table) == 5
+    assert (table[["median", "/ by hand", "/ SVI"]] > 0).all(axis=None)
+    assert table["ELBO"].max() - table["ELBO"].min() < 0.02 * table["ELBO"].abs().max()
 
 
 def test_two_dimensions(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:

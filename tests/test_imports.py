@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": GROUND | {"density"},
     "posterior_grid": GROUND | {"density", "bounds", "refine"},
     "posterior_export": GROUND | {"density", "bounds"},
-    "training": GROUND | {"density"},
+    "training": GROUND | {"density", "capture"},
     "conditioning": GROUND | ESTIMATORS | {"training"},
     "mapa": GROUND | ESTIMATORS | {"training"},
     "gaps": GROUND | ESTIMATORS | {"escalation", "training", "conditioning", "mapa"},

@@ -27,7 +27,9 @@ from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.training import Constant, Cosine, Exponential, Schedule, Staircase, Training, TrainingResult, train
 from pyrogaps.training.checkpoints import fingerprint
 from pyrogaps.training.lagging import WINDOW, GuideAhead
-from pyrogaps.training.objective import Objective, WeightLatents
+from pyrogaps.training.objective import Objective
+from pyrogaps.training.parameters import JointOptimizer
+from pyrogaps.training.weighing import WeightLatents
 from tests.references import NearPosterior, anisotropic, draws_of
 
 quick: dict[str, Any] = {"progress": False, "learning_rate": 1e-2}
@@ -506,6 +508,19 @@ def test_unsuitable_optimizers_are_refused() -> None:
         train(*pair(), data(), optimizer=torch.optim.LBFGS, **quick)
     with pytest.raises(InputError, match=r"Adam: .*momentum"):
         train(*pair(), data(), optimizer_options={"momentum": 0.9}, **quick)
+
+
+def test_fused_kernels_are_the_default_where_there_are_some() -> None:
+    def fused(kind: type[torch.optim.Optimizer], value: Tensor, **options: Any) -> bool:
+        return bool(
+            JointOptimizer(kind, {"lr": 0.1, **options}, {"value": value}).optimizer.param_groups[0].get("fused")
+        )
+
+    value = torch.zeros(2, requires_grad=True)
+    assert fused(torch.optim.Adam, value) and fused(torch.optim.SGD, value)
+    assert not fused(torch.optim.Adam, value, foreach=False) and not fused(torch.optim.Adam, value, fused=False)
+    assert not fused(torch.optim.RMSprop, value)
+    assert not fused(torch.optim.Adam, torch.zeros(2, device="meta", requires_grad=True))
 
 
 # --- Minibatches ------------------------------------------------------------------------------------------------

@@ -23,6 +23,16 @@ def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0) -> Tensor:
     return scale * (torch.clamp(x, min=0.0) + alpha * negative)
 
 
+def softplus(x: Tensor) -> Tensor:
+    r"""$\max(x, 0) + \log(1 + t)$, $t = e^{-|x|}$, to a digit or two at every magnitude: as a scale it may be tiny.
+
+    What rounding 1 + t to u left out is put back: $\log(1 + t) = \log u + (t - (u - 1)) / u$.
+    """
+    t = torch.exp(-torch.abs(x))
+    u = 1.0 + t
+    return torch.relu(x) + (torch.log(u) + (t - (u - 1.0)) / u)
+
+
 def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
     r"""The cross-entropy $\max(l, 0) - l x - \log \sigma(|l|)$ of every element."""
     return torch.relu(logits) - logits * x - torch.log(torch.sigmoid(torch.abs(logits)))
@@ -42,10 +52,12 @@ def summed_bernoulli(logits: Tensor, x: Tensor) -> Tensor:
 
 
 def rewrite(graph: Graph) -> None:
-    """Replace what `elu` and `bernoulli` are for in a recorded graph; they agree with torch's but for rounding."""
+    """Replace what `elu`, `softplus` and `bernoulli` are for in a recorded graph; they agree with torch's but for rounding."""
     for node in list(graph.nodes):
         if node.target is aten.elu.default and _is_real(node) and len(node.args) <= 3:
             _replace(graph, node, elu, *node.args)
+        elif node.target is aten.softplus.default and _is_real(node) and len(node.args) == 1:
+            _replace(graph, node, softplus, *node.args)
         elif node.target is aten.binary_cross_entropy_with_logits.default and _is_plain(node):
             _replace_cross_entropy(graph, node)
     graph.eliminate_dead_code()

@@ -20,10 +20,15 @@ IN_PLACE = {
     aten.div.Tensor: aten.div_.Tensor,
     aten.neg.default: aten.neg_.default,
     aten.exp.default: aten.exp_.default,
+    aten.log.default: aten.log_.default,
+    aten.abs.default: aten.abs_.default,
+    aten.relu.default: aten.relu_.default,
     aten.sigmoid.default: aten.sigmoid_.default,
     aten.tanh.default: aten.tanh_.default,
 }
 
+# oneDNN's product with a transposed right factor, where PyTorch is built with it.
+LINEAR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 # Below this many multiplications a product is over before oneDNN has looked up its kernel.
 SMALL_PRODUCT = 100_000
 
@@ -67,8 +72,30 @@ def output_alone(module: GraphModule, position: int) -> GraphModule:
     return GraphModule(module, part)
 
 
+def own_outputs(module: GraphModule) -> GraphModule:
+    """Give every output memory of its own, laid out in order: none is a view of anything, or given twice."""
+    graph = module.graph
+    taken: set[Node] = set()
+    output = graph.output_node()
+
+    def owned(result: Node) -> Node:
+        if result not in taken and _owns_memory(result) and _value(result).is_contiguous():
+            taken.add(result)
+            return result
+        with graph.inserting_before(output):
+            return graph.call_function(aten.clone.default, (result,), {"memory_format": torch.contiguous_format})
+
+    output.args = (torch.fx.map_arg(output.args[0], owned),)
+    module.recompile()
+    return module
+
+
 def reuse_memory(module: GraphModule) -> GraphModule:
-    """Write elementwise results over operands that nothing else reads: fresh memory costs more than the arithmetic."""
+    """Write elementwise results over operands that nothing else reads: fresh memory costs more than the arithmetic.
+
+    The graph is for replaying as it is: products are oneDNN's own operations now.
+    """
+    _inline_products(module.graph)
     fresh: set[Node] = set()
     for node in module.graph.nodes:
         operand = node.args[0] if node.args else None
@@ -102,10 +129,13 @@ def _same_layout(left: Any, right: Any) -> bool:
 
 
 def _drop_identities(graph: Graph) -> None:
-    """Remove views that are what they are views of."""
+    """Remove views that are what they are views of, and the second of two transpositions."""
     for node in list(graph.nodes):
-        if node.target in VIEWS and _same_layout(node.args[0], node):
-            node.replace_all_uses_with(node.args[0])
+        same = node.args[0] if node.target in VIEWS else None
+        if node.target is aten.t.default and node.args[0].target is aten.t.default:
+            same = node.args[0].args[0]
+        if same is not None and _same_layout(same, node):
+            node.replace_all_uses_with(same)
             graph.erase_node(node)
 
 
@@ -131,8 +161,7 @@ def _products_by_onednn(graph: Graph) -> None:
 
     PyTorch gives them to MKL, which uses half the vector width of processors that are not its maker's.
     """
-    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if not available or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if LINEAR is None or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return
     for node in list(graph.nodes):
         operands = _plain_product(node)
@@ -142,6 +171,22 @@ def _products_by_onednn(graph: Graph) -> None:
             product.meta = dict(node.meta)
             node.replace_all_uses_with(product)
             graph.erase_node(node)
+
+
+def _inline_products(graph: Graph) -> None:
+    """Call oneDNN directly: an operation that is written in Python costs as much as a small product."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.pyrogaps.product.default:
+            left, right, bias = node.args
+            with graph.inserting_before(node):
+                turned = (
+                    right.args[0] if right.target is aten.t.default else graph.call_function(aten.t.default, (right,))
+                )
+                call = graph.call_function(LINEAR, (left, turned, bias, "none", [], ""))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _plain_product(node: Node) -> tuple[Any, Any, Any] | None:

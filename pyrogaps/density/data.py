@@ -50,7 +50,7 @@ def as_indexed(data: Data) -> IndexedData:
         )
 
     def fetch(indices: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor[indices.to(tensor.device)] for tensor in tensors)
+        return tuple(tensor.index_select(0, indices.to(tensor.device)) for tensor in tensors)
 
     return _not_empty(IndexedData(lengths[0], fetch))
 

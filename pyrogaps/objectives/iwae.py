@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pyro.infer import ELBO
@@ -55,6 +55,9 @@ class IWAE_ELBO(ELBO):
     doubly_reparametrised: bool = False
     vectorize_particles: bool = False
     plate: str | Literal[False] | None = None
+
+    # `pyrogaps.train` may record its steps: no number is read off a tensor on the way to the loss.
+    recordable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.num_particles < 1:

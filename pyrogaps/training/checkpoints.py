@@ -13,12 +13,15 @@ from torch import Tensor
 from pyrogaps.density.data import IndexedData, evenly_spaced
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.ranks import first, rank
 from pyrogaps.training.parameters import JointOptimizer
 from pyrogaps.training.settings import Training
+from pyrogaps.training.steps import EagerSteps
 from pyrogaps.training.weights import Weights, copy_weights, put_weights, read_file, write_file
 
-# Settings that may change between one part of a run and the next: they do not touch an epoch already run.
-_FREE = {"num_epochs", "patience"}
+# Settings that may change between one part of a run and the next: they do not touch an epoch already run, or, as the
+# mode, nothing but rounding.
+_FREE = {"num_epochs", "patience", "mode"}
 # Settings that came later: at these values they are left out, so that a checkpoint from before them stays good.
 _LATER = {"objective": None, "guide_steps": 0}
 # Share of the running time that writing checkpoints may take.
@@ -48,25 +51,27 @@ class Checkpoint:
         self.model, self.guide, self.fingerprint = model, guide, fingerprint
         self._written, self._cost = time.monotonic(), 0.0
 
-    def save(self, state: State, optimizer: JointOptimizer, *, now: bool = False) -> None:
+    def save(self, state: State, optimizer: JointOptimizer, steps: EagerSteps, *, now: bool = False) -> None:
         """Write the checkpoint, when it is due or `now`: so often that writing takes a twentieth of the time."""
         start = time.monotonic()
-        if self.path is None or not (now or (start - self._written) * _OVERHEAD >= self._cost):
+        # All processes of a run hold the same; one writes.
+        if self.path is None or rank() > 0 or not (now or (start - self._written) * _OVERHEAD >= self._cost):
             return
         progress = {name: getattr(state, name) for name in ("epoch", "best_epoch", "best_score", "history")}
-        run = {**progress, "current": copy_weights(self.model, self.guide), "optimizer": optimizer.get_state()}
+        parts = {"optimizer": optimizer.get_state(), "steps": steps.get_state()}
+        run = {**progress, "current": copy_weights(self.model, self.guide), **parts}
         write_file(self.path, {"weights": state.best, "run": run, "fingerprint": self.fingerprint})
         self._written = time.monotonic()
         self._cost = self._written - start
 
-    def resume(self, state: State, optimizer: JointOptimizer) -> State:
-        """The state in the file, with weights and optimizer put in place; `state` where there is no file.
+    def resume(self, state: State, optimizer: JointOptimizer, steps: EagerSteps) -> State:
+        """The state in the file, with weights, optimizer and steps put in place; `state` where there is no file.
 
         Raises `InputError` where the file is damaged, or comes from other settings, data, model or guide.
         """
-        if self.path is None or not self.path.exists():
+        content = first(self._content)
+        if content is None:
             return state
-        content = read_file(self.path)
         if "run" not in content:
             raise InputError(f"checkpoint {self.path}: holds weights alone, no training run; load it with load_weights")
         self._check(content["fingerprint"])
@@ -74,9 +79,13 @@ class Checkpoint:
         try:
             put_weights(run["current"], self.model, self.guide)
             optimizer.set_state(run["optimizer"])
+            steps.set_state(run.get("steps", {}))
         except InputError as error:
             raise InputError(f"checkpoint {self.path}: {error}") from error
         return State(content["weights"], run["epoch"], run["best_epoch"], run["best_score"], run["history"])
+
+    def _content(self) -> dict[str, Any] | None:
+        return None if self.path is None or not self.path.exists() else read_file(self.path)
 
     def _check(self, stored: dict[str, str]) -> None:
         differing = sorted(name for name in stored | self.fingerprint if stored.get(name) != self.fingerprint.get(name))

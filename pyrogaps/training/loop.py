@@ -1,30 +1,19 @@
-"""`train`: stochastic variational inference from the first epoch to the best weights."""
+"""`train`: stochastic variational inference of a model and a guide."""
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pyro
 import torch
-from pyro.infer import ELBO, SVI
-from torch import Tensor, nn
+from pyro.infer import ELBO
 from torch.optim import Optimizer
-from tqdm import tqdm
 
-from pyrogaps.density.data import Data, IndexedData, as_indexed
-from pyrogaps.density.runs import Program, modules_of
+from pyrogaps.density.data import Data
+from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.streams import seeded
-from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
-from pyrogaps.training.lagging import MUTUAL_INFORMATION, GuideAhead
-from pyrogaps.training.objective import IndexedBound, IndexedObjective, Objective
-from pyrogaps.training.parameters import JointOptimizer, clear_gradients, guide_parameters, trainable_parameters
+from pyrogaps.training.placing import modes_restored
 from pyrogaps.training.settings import Training, TrainingResult
-from pyrogaps.training.setup import check_minibatches
-from pyrogaps.training.weights import all_modules, copy_weights, put_weights
+from pyrogaps.training.trainer import Trainer
 
 
 def train(
@@ -47,6 +36,7 @@ def train(
     freeze_model: bool = False,
     objective: ELBO | None = None,
     guide_steps: int = 0,
+    mode: Literal["eager", "captured"] = "captured",
     checkpoint: str | Path | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -78,248 +68,31 @@ def train(
     each time; the best weights among epochs trained on the ELBO itself (beta = lambda = 1) are kept in the end, and
     `patience` such epochs without a new best stop the run. Otherwise the last weights stay.
 
+    Steps are taken through Pyro ("eager"), or, with mode "captured", through Pyro for a while and then by replaying the
+    tensor operations that one of them was recorded as, for each shape of minibatch. A record is compared with Pyro when
+    it is new and now and then: programs that cannot be recorded (control flow that depends on values, recurrent
+    networks, state that steps change) and other objectives than the ELBO and `IWAE_ELBO` stay eager. The two modes
+    differ by rounding.
+
     `checkpoint` names a file from which a run that was killed continues, to the same weights bit for bit on a CPU;
     `num_epochs` and `patience` may change in between. `device` moves modules and minibatches there. The caller's
     random state, train/eval modes and validation setting are put back.
+
+    In several processes, where `torch.distributed` is initialised, each takes its share of every minibatch and all take
+    the same steps, through Pyro; `data` must be the same in all of them. What is reported and kept is that of all, and
+    the first one's checkpoint is the run's. The data plate then must give latents outside of it their due (a size of
+    its own, of which a minibatch is a subsample); `guide_steps` and bounds that make their own minibatches need one
+    process. Batch statistics are those of shares, the first process's at the end of an epoch.
 
     Raises `InputError` for settings, data, guide or checkpoint that do not go together, and `FloatingPointError` when
     loss or gradient become infinite or NaN; model and guide then hold the best weights so far.
     """
     settings = Training(
         num_epochs, batch_size, learning_rate, schedule, optimizer, optimizer_options or {},
-        kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model, objective, guide_steps,
+        kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model, objective, guide_steps, mode,
     )  # fmt: skip
     if patience is not None and validation is None:
         raise InputError("training: patience needs validation data")
-    with _modes_restored(model, guide):
-        trainer = _Trainer(model, guide, data, validation, settings, seed, device)
+    with modes_restored(model, guide):
+        trainer = Trainer(model, guide, data, validation, settings, seed, device)
         return trainer.run(checkpoint, progress)
-
-
-class _Trainer:
-    """One training run. A step is a minibatch; an epoch, a pass over the data; randomness is seeded by epoch."""
-
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        data: Data,
-        validation: Data | None,
-        settings: Training,
-        seed: int,
-        device: torch.device | str | None,
-    ) -> None:
-        self.model, self.guide, self.settings = model, guide, settings
-        self.seed = seed
-        self.device = _place(all_modules(model, guide), device)
-        self.data = _on_device(as_indexed(data), device)
-        self.validation = None if validation is None else _on_device(as_indexed(validation), device)
-        self.batch_size = min(settings.batch_size, len(self.data))
-        # A guide with auxiliary variables is trained with the model that has a reverse model for them.
-        self.augmented = guide.augment(model) if hasattr(guide, "augment") else model
-        self.indexed = settings.objective if isinstance(settings.objective, IndexedBound) else None
-        self.objective = self._objective()
-        with self._evaluating("set up"):
-            self.optimizer = self._set_up()
-            self.ahead = self._guide_ahead() if settings.guide_steps else None
-            self.fingerprint = fingerprint(settings, seed=seed, data=self.data, validation=self.validation)
-        loss = self.objective.loss_and_grads
-        self.svi = SVI(self.objective.model, self.objective.guide, self.optimizer, loss=loss, loss_and_grads=loss)
-
-    def _objective(self) -> Objective | IndexedObjective:
-        bound, chosen = self.indexed, self.settings
-        if bound is None:
-            return Objective(self.augmented, self.guide, chosen.num_particles, chosen.objective)
-        name = type(bound).__name__
-        if len(self.data) != bound.num_datapoints:
-            raise InputError(
-                f"training: objective {name} holds {bound.num_datapoints} datapoints, not the {len(self.data)} given"
-            )
-        if bound.device.type != self.device.type:
-            raise InputError(
-                f"training: objective {name} holds its data on {bound.device.type}; move them to {self.device}"
-            )
-        if self.validation is not None:
-            raise InputError(f"training: objective {name} is a bound on its own data alone; leave out validation data")
-        return IndexedObjective(self.augmented, self.guide, bound)
-
-    def _args(self, data: IndexedData, indices: Tensor) -> tuple[Any, ...]:
-        """What a step takes."""
-        return (indices,) if self.indexed is not None else tuple(data.fetch(indices))
-
-    def _set_up(self) -> JointOptimizer:
-        """Run the pair once, under the caller's validation, so that parameters exist and mistakes show."""
-        size = len(self.data)
-        rows = self.batch_size if self.batch_size < size else size - 1
-        if rows and (self.batch_size < size or self.validation is not None):
-            check_minibatches(self.augmented, self.guide, self.data, rows)
-        first = torch.arange(self.batch_size)
-        self._evaluate(self.data, first)
-        args = self.data.fetch(first)
-        chosen = self.settings
-        named = trainable_parameters(self.model, self.guide, args, freeze_model=chosen.freeze_model)
-        options = {"lr": chosen.learning_rate, **chosen.optimizer_options}
-        return JointOptimizer(chosen.optimizer, options, named, clip_norm=chosen.clip_norm, fixed=chosen.freeze_model)
-
-    def _guide_ahead(self) -> GuideAhead:
-        args, named = self.data.fetch(torch.arange(self.batch_size)), self.optimizer.named
-        names = set(guide_parameters(named, self.model, self.guide, args, "guide_steps train the guide alone"))
-        measured = self.data if self.validation is None else self.validation
-        return GuideAhead(self.augmented, self.guide, measured, names, self.settings.guide_steps)
-
-    def run(self, path: str | Path | None, progress: bool) -> TrainingResult:
-        checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
-        state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer)
-        if state.epoch > self.settings.num_epochs:
-            raise InputError(
-                f"checkpoint {path}: has run {state.epoch} epochs, more than num_epochs={self.settings.num_epochs}"
-            )
-        self._clear_gradients()
-        try:
-            self._epochs(state, checkpoint, progress)
-        finally:
-            self._clear_gradients()
-        if self.validation is not None:
-            put_weights(state.best, self.model, self.guide)
-        return TrainingResult(state.history, state.best_epoch, state.epoch, self._is_exhausted(state))
-
-    def _clear_gradients(self) -> None:
-        # A frozen model's parameters collect gradients too, though nothing steps them.
-        clear_gradients(value for module in all_modules(self.model, self.guide) for value in module.parameters())
-        clear_gradients(self.optimizer.named.values())
-
-    def _epochs(self, state: State, checkpoint: Checkpoint, progress: bool) -> None:
-        steps, total = -(-len(self.data) // self.batch_size), self.settings.num_epochs
-        started = state.epoch
-        with tqdm(total=total * steps, initial=started * steps, unit="step", disable=not progress) as bar:
-            while state.epoch < total and not self._is_exhausted(state):
-                bar.set_description(f"epoch {state.epoch + 1}/{total}", refresh=False)
-                try:
-                    self._epoch(state, bar)
-                except FloatingPointError as error:
-                    put_weights(state.best, self.model, self.guide)
-                    raise FloatingPointError(self._diverged(error, state)) from None
-                checkpoint.save(state, self.optimizer)
-        if state.epoch > started:
-            checkpoint.save(state, self.optimizer, now=True)
-
-    def _epoch(self, state: State, bar: Any) -> None:
-        epoch, chosen = state.epoch, self.settings
-        self.optimizer.set_rate(chosen.rate(epoch))
-        self.objective.anneal(chosen.beta(epoch), chosen.entropy_weight(epoch))
-        elbo, self.optimizer.moves = 0.0, None
-        ahead = self.ahead if self.ahead is not None and self.ahead.goes_on(state.history) else None
-        with self._training(epoch):
-            batches = self._minibatches()
-            for step, indices in enumerate(batches):
-                if ahead is not None:
-                    ahead.run(partial(self._step, step=step), self.optimizer, indices, batches)
-                self._step(indices, step)
-                elbo += self.objective.elbo * len(indices) / len(self.data)
-                bar.set_postfix_str(f"ELBO {self.objective.elbo:.3f}", refresh=False)
-                bar.update()
-        if ahead is not None:
-            with self._evaluating("mutual information"), pyro.validation_enabled(False):
-                state.history.setdefault(MUTUAL_INFORMATION, []).append(ahead.mutual_information())
-        self._finish_epoch(state, elbo)
-
-    def _step(self, indices: Tensor, step: int) -> float:
-        self.objective.begin(len(indices))
-        try:
-            return float(self.svi.step(*self._args(self.data, indices)))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} at step {step + 1}") from None
-
-    def _finish_epoch(self, state: State, elbo: float) -> None:
-        entries = {"train_elbo": elbo, "learning_rate": self.settings.rate(state.epoch)}
-        score = -math.inf
-        if self.validation is not None:
-            entries["validation_elbo"] = score = self._validate(self.validation)
-        for name, value in entries.items():
-            state.history.setdefault(name, []).append(value)
-        # Bounds of differently annealed epochs do not compete: until the ELBO itself is trained, the newest is best.
-        contest = self.validation is not None and self.settings.annealed(state.epoch)
-        state.epoch += 1
-        if not contest or score > state.best_score:
-            state.best, state.best_epoch = copy_weights(self.model, self.guide), state.epoch
-            state.best_score = score if contest else -math.inf
-
-    def _is_exhausted(self, state: State) -> bool:
-        patience = self.settings.patience
-        return patience is not None and state.epoch - state.best_epoch >= patience
-
-    def _minibatches(self) -> list[Tensor]:
-        if self.indexed is not None:
-            return self.indexed.minibatches(self.batch_size)
-        if self.batch_size == len(self.data):
-            # In order: a guide may have parameters for each datapoint.
-            return [torch.arange(self.batch_size)]
-        return list(torch.randperm(len(self.data), device="cpu").split(self.batch_size))
-
-    def _validate(self, data: IndexedData) -> float:
-        """The ELBO on `data`, nats per datapoint, with the same noise in every epoch."""
-        with self._evaluating("validation"), pyro.validation_enabled(False):
-            parts = torch.arange(len(data)).split(self.settings.batch_size)
-            elbo = sum(self._evaluate(data, indices) * len(indices) for indices in parts) / len(data)
-        if not math.isfinite(elbo):
-            raise FloatingPointError(f"the ELBO of the validation data is {elbo}")
-        return elbo
-
-    def _evaluate(self, data: IndexedData, indices: Tensor) -> float:
-        self.objective.begin(len(indices))
-        return self.objective.evaluate(*self._args(data, indices))
-
-    @contextmanager
-    def _evaluating(self, purpose: str) -> Iterator[None]:
-        for module in all_modules(self.model, self.guide):
-            module.eval()
-        with seeded(self.seed, "training", purpose, device=self.device):
-            yield
-
-    @contextmanager
-    def _training(self, epoch: int) -> Iterator[None]:
-        # A frozen model keeps its buffers, batch statistics among them, as well as its parameters.
-        frozen = {id(module) for module in modules_of(self.model)} if self.settings.freeze_model else set()
-        for top in all_modules(self.model, self.guide):
-            for module in top.modules():
-                # cuDNN takes gradients through recurrent layers in training mode only.
-                module.training = id(top) not in frozen or isinstance(module, nn.RNNBase)
-        # Without Pyro's checks a value that is not finite reaches the loss, where one error answers for all.
-        with seeded(self.seed, "training", "epoch", epoch, device=self.device), pyro.validation_enabled(False):
-            yield
-
-    def _diverged(self, error: FloatingPointError, state: State) -> str:
-        kept = f"those of epoch {state.best_epoch}" if state.best_epoch else "the initial ones"
-        return (
-            f"training: epoch {state.epoch + 1}: {error}; lower learning_rate, set clip_norm, or look for NaN and "
-            f"outliers in the data (the best weights so far, {kept}, are restored)"
-        )
-
-
-def _place(modules: list[nn.Module], device: torch.device | str | None) -> torch.device:
-    """Move `modules` to `device`, if one is given; the device of the parameters."""
-    if device is not None:
-        for module in modules:
-            module.to(device)
-        return torch.device(device)
-    return next((value.device for module in modules for value in module.parameters()), torch.device("cpu"))
-
-
-def _on_device(data: IndexedData, device: torch.device | str | None) -> IndexedData:
-    if device is None:
-        return data
-
-    def fetch(indices: Tensor) -> tuple[Any, ...]:
-        return tuple(item.to(device) if isinstance(item, Tensor) else item for item in data.fetch(indices))
-
-    return IndexedData(len(data), fetch)
-
-
-@contextmanager
-def _modes_restored(model: Program, guide: Program) -> Iterator[None]:
-    modes = {module: module.training for top in all_modules(model, guide) for module in top.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -2,72 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrogaps.density.runs import Program
-
-
-class WeightLatents(Messenger):
-    """Multiplies the log-probability of every latent site by `weight`, in a model or in a guide.
-
-    Unlike `poutine.scale` it takes 0: the sites are then masked out, so they contribute exactly 0, even where a
-    log-probability is infinite. What the weight withholds, (1 - weight) log-probability, summed over sites and runs,
-    is added to `withheld` (nats, no gradient), so that the plain ELBO can be reported from the same run.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = 1.0
-        self.withheld = 0.0
-        self._unweighted: dict[str, tuple[Any, Any]] = {}
-
-    def _pyro_sample(self, message: Any) -> None:
-        if self.weight == 1 or message["is_observed"] or site_is_subsample(message):
-            return
-        self._unweighted[message["name"]] = message["scale"], message["mask"]
-        if self.weight == 0:
-            message["mask"] = False
-        else:
-            message["scale"] = message["scale"] * self.weight
-
-    def _pyro_post_sample(self, message: Any) -> None:
-        if message["name"] not in self._unweighted:
-            return
-        scale, mask = self._unweighted.pop(message["name"])
-        with torch.no_grad():
-            log_prob = scale_and_mask(message["fn"].log_prob(message["value"]), scale, mask)
-            self.withheld += (1 - self.weight) * float(log_prob.sum())
-
-
-class CountDatapoints(Messenger):
-    """Notes how many datapoints the log-joint of a run speaks for.
-
-    That is the number of rows at hand, unless an observed site is in a plate that subsamples exactly those rows: Pyro
-    then scales the sum up to the plate's full size.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = 1
-        self.num_datapoints = 1
-
-    def reset(self, rows: int) -> None:
-        self.rows = self.num_datapoints = rows
-
-    def _pyro_post_sample(self, message: Any) -> None:
-        if message["is_observed"]:
-            for frame in message["cond_indep_stack"]:
-                if frame.full_size is not None and frame.size == self.rows:
-                    self.num_datapoints = max(self.num_datapoints, int(frame.full_size))
+from pyrogaps.training.recordable import is_recordable, tensor_loss
+from pyrogaps.training.weighing import CountDatapoints, WeightLatents
 
 
 class Objective:
@@ -85,10 +30,39 @@ class Objective:
         self._estimator: Any = estimator or Trace_ELBO(num_particles=num_particles)
         self.elbo = math.nan
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether `tensors` knows this bound."""
+        return is_recordable(self._estimator)
+
     def anneal(self, beta: float, entropy_weight: float) -> None:
         """Set beta and lambda, each in [0, 1]."""
         self._model_weight.weight = beta
         self._guide_weight.weight = beta * entropy_weight
+
+    @property
+    def kind(self) -> str:
+        """What the weights make of the loss, in a word; a record holds for all losses of one kind."""
+        weights = (self._model_weight, self._guide_weight)
+        return ", ".join("partial" if weight.is_partial else str(int(weight.weight)) for weight in weights)
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """The weights that are neither 0 nor 1, as tensors without dimensions."""
+        weights = (self._model_weight, self._guide_weight)
+        return [torch.tensor(weight.weight, dtype=torch.double) for weight in weights if weight.is_partial]
+
+    @contextmanager
+    def factors_from(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Take the weights that are neither 0 nor 1 from `inputs`."""
+        partial = [weight for weight in (self._model_weight, self._guide_weight) if weight.is_partial]
+        try:
+            for weight, factor in zip(partial, inputs, strict=True):
+                weight.factor = factor
+            yield
+        finally:
+            for weight in partial:
+                weight.factor = None
 
     def begin(self, rows: int) -> None:
         self._count.reset(rows)
@@ -99,26 +73,60 @@ class Objective:
 
         Raises `FloatingPointError` where it is not finite, before any gradient is taken.
         """
-        with _no_nan_warnings():
-            loss = self._estimator.differentiable_loss(model, guide, *args) / self._count.num_datapoints
-            value = self._note(loss)
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value}")
-            loss.backward()
+        loss = self.differentiable_loss(model, guide, *args)
+        value = self._finite(self._note(loss))
+        loss.backward()
         return value
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any) -> Tensor:
+        """The negative objective of one minibatch, whose gradient has not been taken yet."""
+        with _no_nan_warnings():
+            loss: Tensor = self._estimator.differentiable_loss(model, guide, *args) / self._count.num_datapoints
+        return loss
+
+    def elbo_of(self, loss: Tensor) -> Tensor:
+        """The plain ELBO of the draws that gave `loss`, nats per datapoint."""
+        return self._withheld() - loss.detach()
+
+    @property
+    def is_scaled_up(self) -> bool:
+        """Whether the model's data plate stands for more datapoints than the last minibatch had."""
+        return self._count.num_datapoints > self._count.rows
+
+    def tensors(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """The negative objective, with a gradient, and the plain ELBO, of one minibatch: what a record holds."""
+        total = tensor_loss(self._estimator, self.model, self.guide, args)
+        loss = total / self._count.num_datapoints
+        return loss, self.elbo_of(loss)
+
+    def accept(self, loss: float, elbo: float) -> float:
+        """Take over what was computed elsewhere, as for `tensors`; returns the loss.
+
+        Raises `FloatingPointError` where the loss is not finite.
+        """
+        self.elbo = elbo
+        return self._finite(loss)
+
+    def _finite(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        return loss
 
     def evaluate(self, *args: Any) -> float:
         """The plain ELBO of one batch, nats per datapoint, without gradients."""
         self.anneal(1.0, 1.0)
-        with torch.no_grad(), _no_nan_warnings():
-            self._note(self._estimator.differentiable_loss(self.model, self.guide, *args) / self._count.num_datapoints)
+        with torch.no_grad():
+            self._note(self.differentiable_loss(self.model, self.guide, *args))
         return self.elbo
 
     def _note(self, loss: Tensor) -> float:
         value = float(loss.item())
-        withheld = self._model_weight.withheld - self._guide_weight.withheld
-        self.elbo = -value + withheld / (self._estimator.num_particles * self._count.num_datapoints)
+        self.elbo = -value + float(self._withheld())
         return value
+
+    def _withheld(self) -> Tensor | float:
+        number: int = self._estimator.num_particles * self._count.num_datapoints
+        return (self._model_weight.withheld - self._guide_weight.withheld) / number
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """Which tensors are trained, and the optimizer that steps them all at once."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from pyrogaps.density.runs import Program
@@ -127,11 +128,19 @@ class JointOptimizer(PyroOptim):
         super().__init__(kind, options)
         if kind is torch.optim.LBFGS:
             raise InputError("training: optimizer LBFGS does not go with noisy gradients; use Adam or another")
-        self.named, self.max_norm, self.fixed = dict(named), clip_norm or math.inf, fixed
+        self.named, self.max_norm, self.fixed = dict(named), clip_norm, fixed
         try:
-            self.optimizer: Optimizer = kind(list(named.values()), **options)
+            self.optimizer: Optimizer = kind(list(named.values()), **self._fused(kind, options, named.values()))
         except (TypeError, ValueError) as error:
             raise InputError(f"training: optimizer {kind.__name__}: {error}") from error
+
+    @staticmethod
+    def _fused(kind: type[Optimizer], options: dict[str, Any], values: Iterable[Tensor]) -> dict[str, Any]:
+        """`options` with the optimizer's fused kernel, where it has one for these values and no other is asked for."""
+        others = {"fused", "foreach", "capturable", "differentiable"}
+        known = "fused" in inspect.signature(kind).parameters and not others & set(options)
+        fit = all(value.is_floating_point() and value.device.type in ("cpu", "cuda") for value in values)
+        return {**options, "fused": True} if known and fit else options
 
     def set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -142,11 +151,18 @@ class JointOptimizer(PyroOptim):
             self._adopt(params)
         if self.moves is not None:
             clear_gradients(value for name, value in self.named.items() if not self.moves(name))
-        norm = float(clip_grad_norm_(list(self.named.values()), self.max_norm))
+        norm = self._norm()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the norm of the gradient is {norm}")
         self.optimizer.step()
         clear_gradients(self.named.values())
+
+    def _norm(self) -> float:
+        """The norm of the whole gradient, which is brought down to the bound if there is one."""
+        if self.max_norm is not None:
+            return float(clip_grad_norm_(list(self.named.values()), self.max_norm))
+        gradients = [value.grad for value in self.named.values() if value.grad is not None]
+        return float(get_total_norm(gradients))
 
     def _adopt(self, params: Iterable[Tensor]) -> None:
         known = {id(value) for value in self.named.values()}
@@ -185,9 +201,9 @@ class JointOptimizer(PyroOptim):
         self.named = dict(sorted(self.named.items()))
         for name, entries in state.items():
             value = self.named[name]
-            self.optimizer.state[value] = {key: _like(item, key, value) for key, item in entries.items()}
+            self.optimizer.state[value] = {key: self._like(item, key, value) for key, item in entries.items()}
 
-
-def _like(item: Any, key: str, value: Tensor) -> Any:
-    # Optimizers keep their step counter on the CPU and everything else beside the parameter.
-    return item.to(value.device) if isinstance(item, Tensor) and key != "step" else item
+    def _like(self, item: Any, key: str, value: Tensor) -> Any:
+        # Optimizers that are not fused keep their step counter on the CPU; everything else lies beside the parameter.
+        fused = self.optimizer.param_groups[0].get("fused")
+        return item.to(value.device) if isinstance(item, Tensor) and (fused or key != "step") else item

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO
@@ -32,6 +32,7 @@ class Training:
     freeze_model: bool = False
     objective: ELBO | None = None
     guide_steps: int = 0
+    mode: Literal["eager", "captured"] = "captured"
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "num_particles"):
@@ -42,6 +43,7 @@ class Training:
         self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive, or None")
         self._check("patience", self.patience is None or self.patience >= 1, "at least 1 epoch, or None")
         self._check("guide_steps", self.guide_steps >= 0, "0 or more")
+        self._check("mode", self.mode in ("eager", "captured"), "eager or captured")
         if self.guide_steps and self.freeze_model:
             raise InputError("training: guide_steps run ahead of the model's steps, of which freeze_model leaves none")
         if self.objective is not None:

@@ -48,6 +48,22 @@ def _check(model: Program, guide: Program, data: IndexedData, rows: int) -> None
         raise _tied(guide, rows)
 
 
+def refuse_global_latents(model: Program, data: IndexedData, rows: int) -> None:
+    """Refuse latents of which there are as many for `rows` datapoints as for one more: each process would count them.
+
+    For models alone whose plates do not say how many datapoints there are in all. Raises `InputError`.
+    """
+    few, more = (data.fetch(torch.arange(size)) for size in (rows, rows + 1))
+    with torch.no_grad():
+        found, local = _model_shapes(model, few, more, rows)
+    for name in found:
+        if name not in local:
+            raise InputError(
+                f"site '{name}': is outside the data plate, and every process would count it in full; give the plate "
+                "the data's size, as in pyro.plate('data', N, subsample_size=len(x)), or train in one process"
+            )
+
+
 def _model_shapes(model: Program, few: Any, more: Any, rows: int) -> tuple[Shapes, set[str]]:
     before = _latent_shapes(model, few)
     try:
@@ -81,5 +97,5 @@ def _tied(guide: Program, rows: int) -> InputError:
     name = getattr(guide, "__qualname__", type(guide).__name__)
     return InputError(
         f"training: guide {name} has parameters for each of {rows} datapoints, so it cannot be trained in minibatches "
-        "or take validation data; set batch_size to the size of the data set, or use an amortized guide"
+        "or take validation data; set batch_size to the size of the data set, in one process, or use an amortized guide"
     )

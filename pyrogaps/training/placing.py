@@ -1,0 +1,43 @@
+"""Where modules and minibatches lie while they are trained, and in which mode modules are left."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrogaps.density.data import IndexedData
+from pyrogaps.density.runs import Program
+from pyrogaps.training.weights import all_modules
+
+
+def place(modules: list[nn.Module], device: torch.device | str | None) -> torch.device:
+    """Move `modules` to `device`, if one is given; the device of the parameters."""
+    if device is not None:
+        for module in modules:
+            module.to(device)
+        return torch.device(device)
+    return next((value.device for module in modules for value in module.parameters()), torch.device("cpu"))
+
+
+def on_device(data: IndexedData, device: torch.device | str | None) -> IndexedData:
+    """`data` whose tensors are moved to `device`, if one is given, as they are fetched."""
+    if device is None:
+        return data
+
+    def fetch(indices: Tensor) -> tuple[Any, ...]:
+        return tuple(item.to(device) if isinstance(item, Tensor) else item for item in data.fetch(indices))
+
+    return IndexedData(len(data), fetch)
+
+
+@contextmanager
+def modes_restored(model: Program, guide: Program) -> Iterator[None]:
+    """Put every module back into training or evaluation mode, as it was."""
+    modes = {module: module.training for top in all_modules(model, guide) for module in top.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

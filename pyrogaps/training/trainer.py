@@ -1,0 +1,254 @@
+"""`Trainer`: one training run, from the first epoch to the best weights."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyrogaps.density.data import Data, IndexedData, as_indexed
+from pyrogaps.density.runs import Program, modules_of
+from pyrogaps.errors import InputError
+from pyrogaps.ranks import rank, world_size
+from pyrogaps.streams import reseed, seeded
+from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
+from pyrogaps.training.lagging import MUTUAL_INFORMATION, GuideAhead
+from pyrogaps.training.objective import IndexedBound, IndexedObjective, Objective
+from pyrogaps.training.parallel import SharedSteps, check_divisible, share_weights, sum_of
+from pyrogaps.training.parameters import JointOptimizer, clear_gradients, guide_parameters, trainable_parameters
+from pyrogaps.training.placing import on_device, place
+from pyrogaps.training.programs import Watched
+from pyrogaps.training.settings import Training, TrainingResult
+from pyrogaps.training.setup import check_minibatches, refuse_global_latents
+from pyrogaps.training.steps import EagerSteps, RecordedSteps
+from pyrogaps.training.weights import all_modules, copy_weights, put_weights
+
+
+class Trainer:
+    """One training run. A step is a minibatch; an epoch, a pass over the data; randomness is seeded by epoch."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        data: Data,
+        validation: Data | None,
+        settings: Training,
+        seed: int,
+        device: torch.device | str | None,
+    ) -> None:
+        self.model, self.guide, self.settings = model, guide, settings
+        self.seed = seed
+        self.device = place(all_modules(model, guide), device)
+        self.data = on_device(as_indexed(data), device)
+        self.validation = None if validation is None else on_device(as_indexed(validation), device)
+        self.batch_size = min(settings.batch_size, len(self.data))
+        # A guide with auxiliary variables is trained with the model that has a reverse model for them.
+        self.augmented = guide.augment(model) if hasattr(guide, "augment") else model
+        self.indexed = settings.objective if isinstance(settings.objective, IndexedBound) else None
+        self.objective = self._objective()
+        check_divisible(settings, len(self.data), indexed=self.indexed is not None)
+        with self._evaluating("set up"):
+            self.optimizer = self._set_up()
+            self.ahead = self._guide_ahead() if settings.guide_steps else None
+            self.fingerprint = fingerprint(settings, seed=seed, data=self.data, validation=self.validation)
+        loss = self.objective.loss_and_grads
+        svi = SVI(self.objective.model, self.objective.guide, self.optimizer, loss=loss, loss_and_grads=loss)
+        self.steps = self._steps(svi.step)
+
+    def _objective(self) -> Objective | IndexedObjective:
+        bound, chosen = self.indexed, self.settings
+        if bound is None:
+            return Objective(self.augmented, self.guide, chosen.num_particles, chosen.objective)
+        name = type(bound).__name__
+        if len(self.data) != bound.num_datapoints:
+            raise InputError(
+                f"training: objective {name} holds {bound.num_datapoints} datapoints, not the {len(self.data)} given"
+            )
+        if bound.device.type != self.device.type:
+            raise InputError(
+                f"training: objective {name} holds its data on {bound.device.type}; move them to {self.device}"
+            )
+        if self.validation is not None:
+            raise InputError(f"training: objective {name} is a bound on its own data alone; leave out validation data")
+        return IndexedObjective(self.augmented, self.guide, bound)
+
+    def _steps(self, eager: Callable[..., Any]) -> EagerSteps:
+        objective = self.objective
+        if world_size() > 1 and isinstance(objective, Objective):
+            share_weights(self.model, self.guide)
+            return SharedSteps(objective, self.optimizer)
+        if self.settings.mode == "eager" or isinstance(objective, IndexedObjective) or not objective.is_recordable:
+            return EagerSteps(objective, eager)
+        watched = Watched([self.model, self.guide], all_modules(self.model, self.guide))
+        return RecordedSteps(objective, eager, self.optimizer, watched, self.device)
+
+    def _args(self, data: IndexedData, indices: Tensor) -> tuple[Any, ...]:
+        """What a step takes."""
+        return (indices,) if self.indexed is not None else tuple(data.fetch(indices))
+
+    def _set_up(self) -> JointOptimizer:
+        """Run the pair once, under the caller's validation, so that parameters exist and mistakes show."""
+        size, shared = len(self.data), world_size() > 1
+        # In several processes, what the pair is given is a share.
+        rows = min(-(-self.batch_size // world_size()), size - 1)
+        if rows and (self.batch_size < size or self.validation is not None or shared):
+            check_minibatches(self.augmented, self.guide, self.data, rows)
+        first = torch.arange(rows if shared else self.batch_size)
+        self._evaluate(self.data, first)
+        if shared and isinstance(self.objective, Objective) and not self.objective.is_scaled_up:
+            refuse_global_latents(self.augmented, self.data, rows)
+        args = self.data.fetch(first)
+        chosen = self.settings
+        named = trainable_parameters(self.model, self.guide, args, freeze_model=chosen.freeze_model)
+        options = {"lr": chosen.learning_rate, **chosen.optimizer_options}
+        return JointOptimizer(chosen.optimizer, options, named, clip_norm=chosen.clip_norm, fixed=chosen.freeze_model)
+
+    def _guide_ahead(self) -> GuideAhead:
+        args, named = self.data.fetch(torch.arange(self.batch_size)), self.optimizer.named
+        names = set(guide_parameters(named, self.model, self.guide, args, "guide_steps train the guide alone"))
+        measured = self.data if self.validation is None else self.validation
+        return GuideAhead(self.augmented, self.guide, measured, names, self.settings.guide_steps)
+
+    def run(self, path: str | Path | None, progress: bool) -> TrainingResult:
+        checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
+        state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer, self.steps)
+        if state.epoch > self.settings.num_epochs:
+            raise InputError(
+                f"checkpoint {path}: has run {state.epoch} epochs, more than num_epochs={self.settings.num_epochs}"
+            )
+        self._clear_gradients()
+        try:
+            self._epochs(state, checkpoint, progress)
+        finally:
+            self._clear_gradients()
+        if self.validation is not None:
+            put_weights(state.best, self.model, self.guide)
+        return TrainingResult(state.history, state.best_epoch, state.epoch, self._is_exhausted(state))
+
+    def _clear_gradients(self) -> None:
+        # A frozen model's parameters collect gradients too, though nothing steps them.
+        clear_gradients(value for module in all_modules(self.model, self.guide) for value in module.parameters())
+        clear_gradients(self.optimizer.named.values())
+
+    def _epochs(self, state: State, checkpoint: Checkpoint, progress: bool) -> None:
+        steps, total = -(-len(self.data) // self.batch_size), self.settings.num_epochs
+        started = state.epoch
+        with tqdm(total=total * steps, initial=started * steps, unit="step", disable=not progress or rank() > 0) as bar:
+            while state.epoch < total and not self._is_exhausted(state):
+                bar.set_description(f"epoch {state.epoch + 1}/{total}", refresh=False)
+                try:
+                    self._epoch(state, bar)
+                except FloatingPointError as error:
+                    put_weights(state.best, self.model, self.guide)
+                    raise FloatingPointError(self._diverged(error, state)) from None
+                checkpoint.save(state, self.optimizer, self.steps)
+        if state.epoch > started:
+            checkpoint.save(state, self.optimizer, self.steps, now=True)
+
+    def _epoch(self, state: State, bar: Any) -> None:
+        epoch, chosen = state.epoch, self.settings
+        self.optimizer.set_rate(chosen.rate(epoch))
+        self.objective.anneal(chosen.beta(epoch), chosen.entropy_weight(epoch))
+        elbo, self.optimizer.moves = 0.0, None
+        ahead = self.ahead if self.ahead is not None and self.ahead.goes_on(state.history) else None
+        with self._training(epoch):
+            self.steps.begin_epoch()
+            batches = self._minibatches()
+            if world_size() > 1:
+                reseed(self.seed, "training", "epoch", epoch, "rank", rank())
+            for step, indices in enumerate(batches):
+                if ahead is not None:
+                    ahead.run(partial(self._step, step=step), self.optimizer, indices, batches)
+                self._step(indices, step)
+                elbo += self.objective.elbo * len(indices) / len(self.data)
+                bar.set_postfix_str(f"ELBO {self.objective.elbo:.3f}", refresh=False)
+                bar.update()
+        if ahead is not None:
+            with self._evaluating("mutual information"), pyro.validation_enabled(False):
+                state.history.setdefault(MUTUAL_INFORMATION, []).append(ahead.mutual_information())
+        self._finish_epoch(state, elbo)
+
+    def _step(self, indices: Tensor, step: int) -> float:
+        try:
+            own = self.steps.share(indices)
+            return self.steps(self._args(self.data, own), len(own))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} at step {step + 1}") from None
+
+    def _finish_epoch(self, state: State, elbo: float) -> None:
+        # Buffers are each process's own, and processors of different kinds round differently.
+        share_weights(self.model, self.guide)
+        entries = {"train_elbo": elbo, "learning_rate": self.settings.rate(state.epoch)}
+        score = -math.inf
+        if self.validation is not None:
+            entries["validation_elbo"] = score = self._validate(self.validation)
+        for name, value in entries.items():
+            state.history.setdefault(name, []).append(value)
+        # Bounds of differently annealed epochs do not compete: until the ELBO itself is trained, the newest is best.
+        contest = self.validation is not None and self.settings.annealed(state.epoch)
+        state.epoch += 1
+        if not contest or score > state.best_score:
+            state.best, state.best_epoch = copy_weights(self.model, self.guide), state.epoch
+            state.best_score = score if contest else -math.inf
+
+    def _is_exhausted(self, state: State) -> bool:
+        patience = self.settings.patience
+        return patience is not None and state.epoch - state.best_epoch >= patience
+
+    def _minibatches(self) -> list[Tensor]:
+        if self.indexed is not None:
+            return self.indexed.minibatches(self.batch_size)
+        if self.batch_size == len(self.data):
+            # In order: a guide may have parameters for each datapoint.
+            return [torch.arange(self.batch_size)]
+        return list(torch.randperm(len(self.data), device="cpu").split(self.batch_size))
+
+    def _validate(self, data: IndexedData) -> float:
+        """The ELBO on `data`, nats per datapoint, with the same noise in every epoch."""
+        with self._evaluating("validation"), pyro.validation_enabled(False):
+            parts = torch.arange(len(data)).split(self.settings.batch_size)
+            if world_size() > 1:
+                reseed(self.seed, "training", "validation", "rank", rank())
+            own = sum(self._evaluate(data, indices) * len(indices) for indices in parts[rank() :: world_size()])
+            elbo = sum_of(own, self.device) / len(data)
+        if not math.isfinite(elbo):
+            raise FloatingPointError(f"the ELBO of the validation data is {elbo}")
+        return elbo
+
+    def _evaluate(self, data: IndexedData, indices: Tensor) -> float:
+        self.objective.begin(len(indices))
+        return self.objective.evaluate(*self._args(data, indices))
+
+    @contextmanager
+    def _evaluating(self, purpose: str) -> Iterator[None]:
+        for module in all_modules(self.model, self.guide):
+            module.eval()
+        with seeded(self.seed, "training", purpose, device=self.device):
+            yield
+
+    @contextmanager
+    def _training(self, epoch: int) -> Iterator[None]:
+        # A frozen model keeps its buffers, batch statistics among them, as well as its parameters.
+        frozen = {id(module) for module in modules_of(self.model)} if self.settings.freeze_model else set()
+        for top in all_modules(self.model, self.guide):
+            for module in top.modules():
+                # cuDNN takes gradients through recurrent layers in training mode only.
+                module.training = id(top) not in frozen or isinstance(module, nn.RNNBase)
+        # Without Pyro's checks a value that is not finite reaches the loss, where one error answers for all.
+        with seeded(self.seed, "training", "epoch", epoch, device=self.device), pyro.validation_enabled(False):
+            yield
+
+    def _diverged(self, error: FloatingPointError, state: State) -> str:
+        kept = f"those of epoch {state.best_epoch}" if state.best_epoch else "the initial ones"
+        return (
+            f"training: epoch {state.epoch + 1}: {error}; lower learning_rate, set clip_norm, or look for NaN and "
+            f"outliers in the data (the best weights so far, {kept}, are restored)"
+        )

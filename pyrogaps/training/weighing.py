@@ -1,0 +1,74 @@
+"""What is done to the sites of a model and a guide on the way to the objective: weighing and counting."""
+
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+
+class WeightLatents(Messenger):
+    """Multiplies the log-probability of every latent site by `weight`, in a model or in a guide.
+
+    Unlike `poutine.scale` it takes 0: the sites are then masked out, so they contribute exactly 0, even where a
+    log-probability is infinite. What the weight withholds, (1 - weight) log-probability, summed over sites and runs,
+    is added to `withheld` (nats, no gradient), so that the plain ELBO can be reported from the same run. A `factor`
+    stands for a weight between 0 and 1 where that is to be the input of a record.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = 1.0
+        self.factor: Tensor | None = None
+        self.withheld: Tensor | float = 0.0
+        self._unweighted: dict[str, tuple[Any, Any]] = {}
+
+    def _pyro_sample(self, message: Any) -> None:
+        if self.weight == 1 or message["is_observed"] or site_is_subsample(message):
+            return
+        self._unweighted[message["name"]] = message["scale"], message["mask"]
+        if self.weight == 0:
+            message["mask"] = False
+        else:
+            message["scale"] = message["scale"] * self._multiplier
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if message["name"] not in self._unweighted:
+            return
+        scale, mask = self._unweighted.pop(message["name"])
+        with torch.no_grad():
+            log_prob = scale_and_mask(message["fn"].log_prob(message["value"]), scale, mask)
+            self.withheld = self.withheld + (1 - self._multiplier) * log_prob.sum()
+
+    @property
+    def _multiplier(self) -> Tensor | float:
+        return self.weight if self.factor is None else self.factor
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the weight is neither 0 nor 1, so that its value can change without changing what is computed."""
+        return self.weight not in (0, 1)
+
+
+class CountDatapoints(Messenger):
+    """Notes how many datapoints the log-joint of a run speaks for.
+
+    That is the number of rows at hand, unless an observed site is in a plate that subsamples exactly those rows: Pyro
+    then scales the sum up to the plate's full size.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 1
+        self.num_datapoints = 1
+
+    def reset(self, rows: int) -> None:
+        self.rows = self.num_datapoints = rows
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if message["is_observed"]:
+            for frame in message["cond_indep_stack"]:
+                if frame.full_size is not None and frame.size == self.rows:
+                    self.num_datapoints = max(self.num_datapoints, int(frame.full_size))
