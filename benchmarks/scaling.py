@@ -1,8 +1,8 @@
 """How the cost of a ledger grows: with datapoints, chains, temperatures, latent dimensions and processes.
 
 VAEs on binary images, one setting varied at a time from the same middle; seconds of `decompose` alone, after a short
-one that records what is recorded once. Slopes are fitted on log-log, with their standard errors. Peak memory is that of a
-process of its own for each number of datapoints. Processes are torchrun's, one thread each.
+one that records what is recorded once. Slopes are fitted on log-log, with their standard errors. Peak memory is that of
+a process of its own for each number of datapoints. Processes are torchrun's, one thread each.
 
     python benchmarks/scaling.py                 # about half an hour on two cores
     python benchmarks/scaling.py --quick         # does it run?

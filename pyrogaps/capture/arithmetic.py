@@ -52,7 +52,7 @@ def summed_bernoulli(logits: Tensor, x: Tensor) -> Tensor:
 
 
 def rewrite(graph: Graph) -> None:
-    """Replace what `elu`, `softplus` and `bernoulli` are for in a recorded graph; they agree with torch's but for rounding."""
+    """Replace what `elu`, `softplus` and `bernoulli` stand for in a record; they agree with torch but for rounding."""
     for node in list(graph.nodes):
         if node.target is aten.elu.default and _is_real(node) and len(node.args) <= 3:
             _replace(graph, node, elu, *node.args)

@@ -146,8 +146,8 @@ def _path_gradient(
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """The gradient of the ELBO and, if asked to `measure` it, the ELBO `(B,)`, on the draws of one step."""
     log_joint = None
-    guide = BlockedGuide(refinable, chunk, chunk.start)
-    with torch.enable_grad():
+    with torch.enable_grad():  # which the caller may have switched off
+        guide = BlockedGuide(refinable, chunk, chunk.start)
         draws, _ = guide.sample_extended(num_particles, seed, stream, step, antithetic=mirrored)
         if not draws.requires_grad:
             raise InputError("family: its draws have no reparameterised gradient (rsample), so it cannot be refined")

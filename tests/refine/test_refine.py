@@ -183,6 +183,18 @@ def test_batches_and_neighbours_change_nothing(start: str) -> None:
     torch.testing.assert_close(values[0][:64], values[2], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("number", [5, 70])  # one block of datapoints, and two
+def test_a_caller_without_gradients_gets_the_same(number: int) -> None:
+    model = anisotropic(6, 2)
+    x, _ = draws_of(model, number)
+    few = Refinement(num_steps=20)
+    with torch.no_grad():
+        without = refine(model, WrongEncoder(model), x, settings=few, batch_size=128)
+    usual = refine(model, WrongEncoder(model), x, settings=few, batch_size=128)
+    for left, right in zip(without.parts, usual.parts, strict=True):
+        torch.testing.assert_close(left.parameters, right.parameters, rtol=0, atol=0)
+
+
 def test_the_guide_it_came_from_is_left_alone() -> None:
     model = anisotropic(8, 3)
     x, _ = draws_of(model, 5)
