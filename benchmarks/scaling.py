@@ -28,11 +28,11 @@ from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.vae import VAE
 
 PIXELS, HIDDEN = 784, (200, 200)
-MIDDLE = {"datapoints": 1024, "chains": 16, "temperatures": 50, "dimensions": 50}
+MIDDLE = {"datapoints": 512, "chains": 16, "temperatures": 50, "dimensions": 50}
 SWEEPS = {
-    "datapoints": (1024, 2048, 4096, 8192),
-    "chains": (16, 32, 64, 128, 256),
-    "temperatures": (50, 100, 200, 400, 800),
+    "datapoints": (512, 1024, 2048, 4096),
+    "chains": (16, 32, 64, 128),
+    "temperatures": (50, 100, 200, 400),
     "dimensions": (25, 50, 100, 200),
 }
 QUICK_SWEEPS = {name: values[:2] for name, values in {**SWEEPS, "datapoints": (64, 128)}.items()}

@@ -144,8 +144,9 @@ def _measured(
         progress=progress,
         cache=folder / PARTS,
     )
-    tree = ledger.to_datatree()
-    ranks.first(lambda: folder.write("ledger.nc", lambda path: tree.to_netcdf(path, engine="h5netcdf")))
+    # In memory first: a disk that is full would bring the library down in the midst of its writing.
+    content = ledger.to_datatree().to_netcdf(engine="h5netcdf") if ranks.rank() == 0 else b""
+    ranks.first(lambda: folder.write("ledger.nc", lambda path: path.write_bytes(content)))
     return ledger
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from pyrogaps.errors import InputError
 
@@ -116,10 +117,11 @@ def together(compute: Callable[[], Result]) -> Result:
 
 
 def _all(own: Any) -> list[Any]:
-    """What every process has, in the order of their ranks; the first error among it is raised."""
+    """What every process has, in the order of their ranks, tensors on the CPU; the first error among it is raised."""
     shares: list[Any] = [None] * world_size()
+    plain = tree_map_only(torch.Tensor, torch.Tensor.cpu, own)
     with _losses_named():
-        dist.all_gather_object(shares, own)
+        dist.all_gather_object(shares, plain)
     for share in shares:
         if isinstance(share, Exception):
             raise share

@@ -62,8 +62,8 @@ class RunFolder:
         try:
             save(temporary)
             os.replace(temporary, target)
-        except (OSError, RuntimeError) as error:  # netCDF's library raises either
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except OSError as error:
+            reason = error.strerror or str(error)
             raise InputError(
                 f"{target}: cannot be written: {reason}; mend that and run the same command again, which goes on from "
                 "there"

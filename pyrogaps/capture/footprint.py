@@ -25,19 +25,20 @@ class LiveMemory(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note((args, kwargs), made=False)  # what was there before, such as parameters, of which views are made
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage())
+        self._note(result, made=True)
         self.peak = max(self.peak, self.now)
         return result
 
-    def _note(self, storage: Any) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._forget, key)
+    def _note(self, values: Any, *, made: bool) -> None:
+        for leaf in tree_leaves(values):
+            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
+            if storage is not None and storage._cdata not in self._sizes:
+                size = storage.nbytes() if made else 0
+                self._sizes[storage._cdata] = size
+                self.now += size
+                weakref.finalize(storage, self._forget, storage._cdata)
 
     def _forget(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)

@@ -1,5 +1,6 @@
 """A value-and-gradient of K densities at rows of points: through Pyro, or from a record of its operations."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,8 @@ class Captured:
         def both(flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
             return _value_and_gradients(densities, flat, *inputs)
 
+        if compiled:  # torch looks for a GPU, and says so where there is none
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         whole = record(both, flat, *tensors)
         finish: Callable[[Any], Callable[..., Any]] = torch.compile if compiled else reuse_memory
         self.both, self.values, self.gradients = map(finish, (whole, output_alone(whole, 0), output_alone(whole, 1)))

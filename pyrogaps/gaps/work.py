@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrogaps import ranks
+from pyrogaps import memory, ranks
 from pyrogaps.ais import AIS, anchor, anchored_path, prior_path, run_path, run_pilot
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import GradientEvaluator
@@ -227,6 +227,7 @@ def run_chunks(
         def one(chunk: Chunk) -> tuple[Chunk, Arrays]:
             result = parts.get(chunk, joint, scores, lambda: measure(work, chunk))
             work.finish(result)
+            memory.give_back()
             return chunk, result
 
         return sorted(ranks.divided(one, order), key=lambda found: found[0].start)

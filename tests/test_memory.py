@@ -1,0 +1,138 @@
+"""Memory: what is read off the machine, what a model takes, and that what fits changes nothing but rounding."""
+
+import sys
+
+import pytest
+import torch
+
+from pyrogaps import AIS, Refinement, ais, decompose, memory
+from pyrogaps.anneal import moments_start
+from pyrogaps.capture import GradientEvaluator
+from pyrogaps.capture.footprint import LiveMemory, bytes_per_point, points_within
+from pyrogaps.density import JointDensity
+from pyrogaps.errors import InputError
+from pyrogaps.gaps.sizes import MOST, sizes_of
+from pyrogaps.models.vae import VAE
+from tests.references import WrongEncoder, anisotropic, draws_of
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [(17, 17), ("17", 17), ("4GiB", 4 << 30), ("500 MB", 500_000_000), ("1.5g", 1_500_000_000), ("2Ki", 2048)],
+)
+def test_bytes_are_read(text: str | int, number: int) -> None:
+    assert memory.parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "4 GiB or so", "iB", "1e9"])
+def test_what_is_no_number_of_bytes(text: str) -> None:
+    with pytest.raises(InputError, match="max_memory: expected a number of bytes, as in 4GiB or 500MB"):
+        memory.parse_bytes(text)
+
+
+def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 10 * MIB < memory.resident() < 1.1 * memory.peak()
+    alone = memory.available()
+    assert alone > 100 * MIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.available() < 0.5 * alone
+
+
+def test_live_memory_counts_what_is_alive() -> None:
+    with LiveMemory() as live:
+        kept = torch.zeros(1000)
+        torch.ones(3000).sum()
+        view = kept[:10]
+    assert (live.now, live.peak) == (4 * 1000, 4 * (1000 + 3000 + 1))
+    assert view.shape == (10,)
+
+
+def test_what_a_point_takes() -> None:
+    """At least the activations that its gradient needs, and not many times as much."""
+    model = VAE(784, 50, (200, 200))
+    joint = JointDensity(model, torch.zeros(20, 784))
+    activations = 4 * (50 + 4 * 200 + 2 * 784)
+    assert activations < bytes_per_point(joint) < 5 * activations
+    with memory.limited(100 * activations):
+        assert 16 <= points_within(joint, 1024) <= 64
+    assert points_within(joint, 1024) == 1024
+
+
+@pytest.mark.parametrize("available", [256 * MIB, 3 << 30, 1 << 40])
+def test_machines_with_some_room_work_alike(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+    monkeypatch.setattr(memory, "available", lambda: available)
+    joint = JointDensity(anisotropic(8, 3), torch.zeros(600, 8, dtype=torch.float64))
+    found = sizes_of(joint, AIS(), None, None)
+    assert found.batch_size == MOST
+    assert found.working_set == (memory.WORKING_SET if available > 1 << 30 else available * 4 // 5 // 3)
+
+
+def test_many_chains_and_dimensions_make_small_chunks() -> None:
+    joint = JointDensity(VAE(784, 4000, ()), torch.zeros(300, 784))
+    assert sizes_of(joint, AIS(), None, "40GiB").batch_size == 64
+    assert sizes_of(joint, AIS(), 128, "40GiB").batch_size == 128  # as asked for
+    # Chains take their turns, so that more of them need no more.
+    assert sizes_of(joint, AIS(num_chains=100_000), None, "40GiB") == sizes_of(joint, AIS(num_chains=64), None, "40GiB")
+
+
+def test_too_little_is_said_with_what_would_do() -> None:
+    model = anisotropic(8, 3)
+    x, _ = draws_of(model, 5)
+    with pytest.raises(InputError, match=r"max_memory: 1 MiB is too little: .* are in use already, and 64 datapoints"):
+        decompose(model, WrongEncoder(model), x, max_memory="1MiB", progress=False)
+
+
+def test_little_memory_changes_rounding_alone() -> None:
+    model = anisotropic(8, 3)
+    x, _ = draws_of(model, 100)
+    joint = JointDensity(model, x)
+    z = torch.randn(7, 100, 3, dtype=torch.float64)
+    expected = GradientEvaluator(joint).bind(torch.arange(100), 7)(z)
+    for piece in (1, 4, 64, 256):
+        with memory.limited(piece * bytes_per_point(joint)):
+            evaluator = GradientEvaluator(joint)
+            assert evaluator.rows == piece
+            found = evaluator.bind(torch.arange(100), 7)(z)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_no_piece_is_larger_than_the_working_set() -> None:
+    """Evaluated eagerly, nothing that is alive at once exceeds it, however many draws there are."""
+    vae = VAE(784, 10, (50,))
+    joint = JointDensity(vae, torch.zeros(64, 784))
+    with memory.limited(4 * MIB):
+        bound = GradientEvaluator(joint, "eager").bind(torch.arange(64), 200)
+    peaks = []
+    for number in (100, 200):
+        z = torch.zeros(number, 64, 10)
+        with LiveMemory() as live:
+            bound.values(z)
+        peaks.append(live.peak - live.now)
+    assert max(peaks) < 4 * MIB
+    assert peaks[1] < 1.1 * peaks[0] + 4 * 100 * 64 * 2
+
+
+def test_chains_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["pyrogaps.ais"], "CHAINS", 24)  # the package has a function of that name
+    model = anisotropic(8, 3)
+    x, _ = draws_of(model, 40)
+    settings = AIS(num_chains=64, num_temperatures=20)
+    found = ais(model, WrongEncoder(model), x, settings=settings, refinement=Refinement(num_steps=50))
+    assert found.log_weights is not None and found.log_weights.shape == (64, 40)
+    assert found.log_weights.unique(dim=0).shape == (64, 40)  # every group has noise of its own
+    assert found.ess is not None and float(found.ess.min()) > 16
+    error = float((found.value - model.log_evidence(x).detach()).mean()) / float(found.mcse.square().sum().sqrt() / 40)
+    assert abs(error) < 4
+    assert found.acceptance is not None and bool(((found.acceptance > 0.5) & (found.acceptance < 1)).all())
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_moments_of_blocks(diagonal: bool) -> None:
+    draws = 1e4 + torch.randn(256, 3, 4, dtype=torch.float64).cumsum(-1)
+    whole, parted = (
+        moments_start(blocks, diagonal=diagonal, widen=1.0, active=None) for blocks in ([draws], draws.split(100))
+    )
+    torch.testing.assert_close(whole.loc, parted.loc, rtol=1e-12, atol=0)
+    torch.testing.assert_close(whole.scale, parted.scale, rtol=1e-9, atol=1e-9)
