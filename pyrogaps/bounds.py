@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps import ranks
+from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import Data, GuideDensity, JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
@@ -16,6 +17,8 @@ from pyrogaps.streams import Chunk, chunks, particle_blocks, seeded
 
 Plate = str | Literal[False] | None
 Density = Callable[[Tensor, Tensor], Tensor]
+# Values from which on a record of the density, half a second's work, is sooner there.
+MANY = 100_000
 
 
 def densities(model: Program, guide: Program, data: Data, plate: Plate = None) -> tuple[JointDensity, GuideDensity]:
@@ -134,9 +137,11 @@ def _log_weights(
 ) -> Tensor:
     joint, density = posterior_of(model, guide, data, plate)
     joint = density.joint if isinstance(density, GuideDensity) else joint
+    many = joint.num_datapoints * num_particles >= MANY
+    value = GradientEvaluator(joint, quiet=True) if many else joint
 
     def one(chunk: Chunk) -> Tensor:
-        return chunk_log_weights(joint, density, chunk, num_particles, seed, "elbo")
+        return chunk_log_weights(value, density, chunk, num_particles, seed, "elbo")
 
     return torch.cat(over_chunks(one, joint, batch_size, seed), 1)
 

@@ -1,6 +1,7 @@
 """ELBO and IWAE against closed forms; what they are invariant to; what they refuse."""
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyrogaps import elbo, iwae
+from pyrogaps import bounds, elbo, iwae
 from pyrogaps.errors import InputError
 from pyrogaps.log_weights import log_mean_exp
 from tests.references import (
@@ -181,3 +182,27 @@ def test_weights_that_are_not_numbers_name_their_datapoints() -> None:
     x[66] = 20.0
     with pytest.raises(InputError, match="datapoints 66: log p"):
         elbo(model, guide, x, num_particles=100)
+
+
+def test_many_values_come_from_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, and no word where a model cannot be recorded."""
+    model = anisotropic(6, 3)
+    x, _ = draws_of(model, 70)
+    few = iwae(model, WrongEncoder(model), x, num_particles=200)
+    monkeypatch.setattr(bounds, "MANY", 1)
+    many = iwae(model, WrongEncoder(model), x, num_particles=200)
+    torch.testing.assert_close(few.log_weights, many.log_weights, rtol=1e-10, atol=1e-10)
+    branching = iwae(BranchingModel(model), WrongEncoder(model), x, num_particles=200)
+    torch.testing.assert_close(few.log_weights, branching.log_weights, rtol=1e-10, atol=1e-10)
+
+
+class BranchingModel:
+    """A model whose control flow depends on what it draws, so that no record can be made of it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> None:
+        trace = pyro.poutine.trace(self.model).get_trace(x)
+        for name in trace.stochastic_nodes:
+            assert float(trace.nodes[name]["value"].detach().abs().max()) < 1e6

@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": GROUND | {"density"},
     "hmc": set(),
     "anneal": GROUND | {"hmc", "log_weights"},
-    "bounds": GROUND | {"density", "log_weights"},
+    "bounds": GROUND | {"density", "capture", "log_weights"},
     "refine": GROUND | {"density", "bounds", "capture", "log_weights"},
     "ais": GROUND | {"hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine"},
     "escalation": GROUND | {"hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine", "ais"},

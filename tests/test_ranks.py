@@ -124,6 +124,18 @@ def test_what_was_finished_is_not_measured_again_whoever_dies(trained) -> None: 
     assert len(times) >= NUM_CHUNKS - 2  # who dies between keeping and counting counts one less
 
 
+def test_training_is_shared_and_goes_on_where_it_was_killed(trained) -> None:  # type: ignore[no-untyped-def]
+    arguments = ["linear.yaml", "--quiet", "--training.num_epochs", "30", "--split.num_datapoints", "64"]
+    told = command(*arguments, "--out", "killed", ranks=2, VICTIM="1", INTERRUPT="SIGKILL killed/training.pt")
+    assert told.returncode != 0
+    assert not Path("killed/checkpoint.pt").exists()
+    for folder in ("killed", "unbroken"):
+        told = command(*arguments, "--out", folder, ranks=2)
+        assert told.returncode == 0, told.stderr
+        assert told.stderr.count("training\n") == 1
+    xr.testing.assert_identical(ledger("killed"), ledger("unbroken"))
+
+
 def test_bad_input_is_said_once(trained) -> None:  # type: ignore[no-untyped-def]
     arguments, _ = trained
     told = command(*arguments, "--plate", "rows", "--out", "never", ranks=2)

@@ -41,10 +41,13 @@ class GradientEvaluator:
         joint: the model's density.
         mode: as above.
         split: False evaluates log p(x, z); True both log p(z) and log p(x, z), as paths from the prior need.
+        quiet: to fall back without a warning, where nobody asked for a record.
     """
 
-    def __init__(self, joint: JointDensity, mode: Mode = "captured", split: bool = False) -> None:
-        self.joint, self.mode, self.split = joint, mode, split
+    def __init__(
+        self, joint: JointDensity, mode: Mode = "captured", split: bool = False, *, quiet: bool = False
+    ) -> None:
+        self.joint, self.mode, self.split, self.quiet = joint, mode, split, quiet
         self.rows = points_within(joint, ROWS.get(joint.device.type, MANY_ROWS))
         self.num_gradients = self.num_values = 0
         self._graphs: dict[Any, Captured] = {}
@@ -125,7 +128,8 @@ class GradientEvaluator:
             instead: Mode = "captured" if self.mode == "compiled" else "eager"
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             how = "run eagerly" if instead == "eager" else "replayed without a compiler"
-            warnings.warn(f"the model cannot be {self.mode}, so it is {how} ({reason})", stacklevel=5)
+            if not self.quiet:
+                warnings.warn(f"the model cannot be {self.mode}, so it is {how} ({reason})", stacklevel=5)
             self.mode, self._graphs = instead, {}
             return self._programs(densities, key, rows, tensors, checked)
         return self._graphs[key]
