@@ -45,7 +45,10 @@ Every field of the recipe can be set as well, later ones over earlier ones and o
 A field given whole, as --guide, is replaced; --guide.class_path alone keeps the recipe's init_args.
 
 {fields}
-Exit codes: 0 done, 2 input that cannot be used (one line on stderr says why), 130 interrupted."""
+Several processes, on one machine or more, share the work:
+  torchrun --nproc-per-node 8 -m pyrogaps.eval RECIPE --out a/folder/that/all/see
+
+Exit codes: 0 done, 2 input that cannot be used (one line on stderr says why), 130 interrupted, 1 other processes died."""
 
 FLAGS = ("overwrite", "download", "quiet", "print_config", "help")
 VALUES = ("out", "data_root")

@@ -52,7 +52,8 @@ def _several() -> bool:
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the processes that `torchrun` started, for as long as the block runs; nothing where it started none."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ or not dist.is_available():
+    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    if not told or int(os.environ["WORLD_SIZE"]) == 1 or not dist.is_available():
         yield
         return
     if torch.cuda.is_available():
