@@ -4,7 +4,7 @@ VAEs on binary images, one setting varied at a time from the same middle; second
 one that records what is recorded once. Slopes are fitted on log-log, with their standard errors. Peak memory is that of
 a process of its own for each number of datapoints. Processes are torchrun's, one thread each.
 
-    python benchmarks/scaling.py                 # about half an hour on two cores
+    python benchmarks/scaling.py                 # about a quarter of an hour
     python benchmarks/scaling.py --quick         # does it run?
 """
 
@@ -28,7 +28,7 @@ from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.vae import VAE
 
 PIXELS, HIDDEN = 784, (200, 200)
-MIDDLE = {"datapoints": 512, "chains": 16, "temperatures": 50, "dimensions": 50}
+MIDDLE = {"datapoints": 256, "chains": 16, "temperatures": 50, "dimensions": 50}
 SWEEPS = {
     "datapoints": (512, 1024, 2048, 4096),
     "chains": (16, 32, 64, 128),
@@ -82,7 +82,7 @@ def slope(sizes: list[float], seconds: list[float]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny run, to see that it works")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -101,7 +101,7 @@ def main() -> None:
         for value in values:
             setting, processes = {**MIDDLE, "datapoints": 64 if options.quick else MIDDLE["datapoints"]}, 1
             if options.sweep == "processes":
-                setting["datapoints"], processes = sweeps["datapoints"][-1] // 2, value
+                setting["datapoints"], processes = sweeps["datapoints"][-1] // 4, value
             else:
                 setting[options.sweep] = value
             runs = [elsewhere(setting, options, processes) for _ in range(options.rounds)]

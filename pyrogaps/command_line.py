@@ -48,7 +48,7 @@ A field given whole, as --guide, is replaced; --guide.class_path alone keeps the
 Several processes, on one machine or more, share the work:
   torchrun --nproc-per-node 8 -m pyrogaps.eval RECIPE --out a/folder/that/all/see
 
-Exit codes: 0 done, 2 input that cannot be used (one line on stderr says why), 130 interrupted, 1 other processes died."""
+Exit codes: 0 done, 2 input that cannot be used (one line on stderr says why), 130 interrupted, 1 a process died."""
 
 FLAGS = ("overwrite", "download", "quiet", "print_config", "help")
 VALUES = ("out", "data_root")
