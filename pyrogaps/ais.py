@@ -163,12 +163,17 @@ def run_path(
     settings: AIS,
     seed: int,
     exact: Tensor | None = None,
+    *,
+    together: bool = False,
 ) -> AnnealResult:
-    """The run that counts: forward, or in reverse from `exact` posterior draws `(B, dim)`, which all chains share."""
+    """The run that counts: forward, or in reverse from `exact` posterior draws `(B, dim)`, which all chains share.
+
+    Many chains take their turns, unless they are to run `together`, for who needs to know where they end.
+    """
     joint, reverse = evaluator.joint, exact is not None
-    runs = []
-    for group, first in enumerate(range(0, settings.num_chains, CHAINS)):
-        number = min(CHAINS, settings.num_chains - first)
+    runs, most = [], settings.num_chains if together else CHAINS
+    for group, first in enumerate(range(0, settings.num_chains, most)):
+        number = min(most, settings.num_chains - first)
         purpose = ("reverse ais" if reverse else "ais") + (f" {group}" if group else "")
         noise = Noise(seed, purpose, chunk, dtype=joint.dtype, device=joint.device)
         evaluate = path.evaluate(number)
@@ -179,9 +184,12 @@ def run_path(
     return joined(runs)
 
 
-def ais_chunk(path: Path, evaluator: GradientEvaluator, chunk: Chunk, settings: AIS, seed: int) -> AnnealResult:
+def ais_chunk(
+    path: Path, evaluator: GradientEvaluator, chunk: Chunk, settings: AIS, seed: int, *, together: bool = False
+) -> AnnealResult:
     """Pilot, then run."""
-    return run_path(path, run_pilot(path, evaluator, chunk, settings, seed), evaluator, chunk, settings, seed)
+    tuning = run_pilot(path, evaluator, chunk, settings, seed)
+    return run_path(path, tuning, evaluator, chunk, settings, seed, together=together)
 
 
 def ais(

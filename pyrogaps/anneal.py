@@ -165,7 +165,10 @@ def anneal(
 
 
 def joined(runs: list[AnnealResult]) -> AnnealResult:
-    """Runs of the same datapoints by chains of their own, as one; the effective share is the mean over runs."""
+    """Runs of the same datapoints by chains of their own, as one; the effective share is the mean over runs.
+
+    Where the chains ended is left out: `(S, B, dim)` of all of them may be too much.
+    """
     if len(runs) == 1:
         return runs[0]
     shares = torch.tensor([len(run.log_weights) for run in runs], dtype=torch.float64)
@@ -178,7 +181,7 @@ def joined(runs: list[AnnealResult]) -> AnnealResult:
     return AnnealResult(
         torch.cat([run.log_weights for run in runs]),
         mean([run.acceptance for run in runs]),
-        torch.cat([run.position for run in runs]),
+        runs[0].position[:0],
         mean([run.acceptance_by_temperature for run in runs]),
         mean([run.ess_by_temperature for run in runs]),
     )

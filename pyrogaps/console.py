@@ -23,8 +23,8 @@ def told_in_a_line() -> Iterator[None]:
     show, log, handler = warnings.showwarning, logging.getLogger("pyrogaps"), _Said()
 
     def said(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if category is UserWarning:
-            say(f"pyrogaps: {message}")
+        if category is UserWarning:  # of whichever process: others may not have met it
+            print(f"pyrogaps: {message}", file=sys.stderr, flush=True)
         else:
             show(message, category, *where, **more)
 

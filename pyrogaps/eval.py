@@ -74,12 +74,14 @@ def _run(recipe: Recipe, options: Options) -> None:
     Processes that share the work all come this way; only the first one writes, and says what is being done.
     """
     folder = RunFolder(options.out)
-    device = ranks.together(lambda: check_device(recipe.device))
+    device = ranks.together(lambda: _device(recipe))
+    # Processes that torchrun starts again have the same arguments, and go on.
+    overwrite = options.overwrite and not ranks.restarted()
     try:
         # What cannot be built leaves no folder behind, and what is finished needs no building.
-        if ranks.first(lambda: options.overwrite or not (folder / "ledger.nc").exists()):
+        if ranks.first(lambda: overwrite or not (folder / "ledger.nc").exists()):
             model, guide, data = ranks.together(lambda: _build(recipe, options, device))
-            ranks.first(lambda: folder.claim(recipe.to_yaml(), overwrite=options.overwrite))
+            ranks.first(lambda: folder.claim(recipe.to_yaml(), overwrite=overwrite))
             ranks.together(lambda: _check_visible(folder))
             progress = not options.quiet
             ledger = ranks.together(lambda: _measured(recipe, model, guide, data, folder, progress=progress))
@@ -88,6 +90,13 @@ def _run(recipe: Recipe, options: Options) -> None:
         ranks.first(lambda: _report(ledger, folder))
     finally:
         folder.release()
+
+
+def _device(recipe: Recipe) -> torch.device:
+    """Where the run takes place."""
+    if recipe.device == "cuda":
+        ranks.take_gpu()
+    return check_device(recipe.device)
 
 
 def _build(recipe: Recipe, options: Options, device: torch.device) -> tuple[Program, Program, DataSet]:

@@ -8,15 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pyrogaps.errors import InputError
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+# Control groups, versions 2 and 1: where they lie, and the names of limit, usage, and usage that would be given up.
 CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("", "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 # What the points that a model is evaluated at together may take: much less than a machine has, and more than small
@@ -105,11 +106,26 @@ def _system() -> int:
 
 
 def _groups() -> list[int]:
-    """What the control groups leave, where they set a limit."""
+    """What this process's control groups leave, where they set a limit."""
+    try:
+        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    own = {kind: path for _, kinds, path in entries for kind in kinds.split(",")}
     left = []
-    for limit, usage in CGROUPS:
-        try:
-            left.append(max(0, int(Path(limit).read_text()) - int(Path(usage).read_text())))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
+    for kind, root, *names in CGROUPS:
+        place = PurePosixPath(own.get(kind, "/"))
+        # In a container its own group is the root, whatever it is called outside.
+        for group in (place, *place.parents):
+            left += _left(Path(root) / str(group).lstrip("/"), *names)
     return left
+
+
+def _left(group: Path, limit: str, usage: str, idle: str) -> list[int]:
+    """What one group leaves; nothing where there is no such group, or no limit. Pages of files are given up first."""
+    try:
+        free = int((group / limit).read_text()) - int((group / usage).read_text())
+        lines = (group / "memory.stat").read_text().splitlines()
+        return [max(0, free + next((int(line.split()[1]) for line in lines if line.split()[0] == idle), 0))]
+    except (OSError, ValueError, IndexError):
+        return []

@@ -56,10 +56,8 @@ def joined() -> Iterator[None]:
     if not told or int(os.environ["WORLD_SIZE"]) == 1 or not dist.is_available():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with _losses_named():
+    with losses_named():
         dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
@@ -76,6 +74,7 @@ def divided(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resul
     if world_size() == 1:
         return [work(item) for item in items]
     share = items[rank() :: world_size()]
+    number = len(items)
     token = _dividing.set(True)
     own: Any
     try:
@@ -84,55 +83,82 @@ def divided(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resul
         own = error
     finally:
         _dividing.reset(token)
-    shares = _all(own)
-    return [shares[place % len(shares)][place // len(shares)] for place in range(len(items))]
+    shares = everywhere(lambda: _raised(own) if isinstance(own, Exception) else (number, own))
+    if {its for its, _ in shares} != {number}:
+        raise RuntimeError("processes that share work disagree about what there is to do")
+    return [shares[place % len(shares)][1][place // len(shares)] for place in range(number)]
 
 
 def first(compute: Callable[[], Result]) -> Result:
     """What `compute` returns on rank 0, which alone runs it, on every process; its `InputError` is raised on all."""
     if world_size() == 1:
         return compute()
-    own: Any = None
-    if rank() == 0:
-        try:
-            own = compute()
-        except (InputError, FloatingPointError) as error:
-            own = error
-    result: Result = _all(own)[0]
-    return result
+    result: Any = everywhere(lambda: compute() if rank() == 0 else None)[0]
+    return result  # type: ignore[no-any-return]
 
 
 def together(compute: Callable[[], Result]) -> Result:
     """What `compute` returns on this process; where it raises an `InputError` on any of them, it is raised on all."""
     if world_size() == 1:
         return compute()
-    own: Any = None
-    error: Exception | None = None
+    found: list[Result] = []
+    everywhere(lambda: found.append(compute()))
+    return found[0]
+
+
+def everywhere(compute: Callable[[], Result]) -> list[Result]:
+    """What `compute` returns on every process, in the order of their ranks, tensors on the CPU.
+
+    The first `InputError` among them is raised on all.
+    """
+    if world_size() == 1:
+        return [compute()]
+    own: Any
     try:
-        own = compute()
-    except (InputError, FloatingPointError) as found:
-        error = found
-    _all(error)
-    result: Result = own
-    return result
-
-
-def _all(own: Any) -> list[Any]:
-    """What every process has, in the order of their ranks, tensors on the CPU; the first error among it is raised."""
+        own = tree_map_only(torch.Tensor, torch.Tensor.cpu, compute())
+    except (InputError, FloatingPointError) as error:
+        if getattr(error, "known", False):  # to all of them already, who are on their way out too
+            raise
+        own = error
     shares: list[Any] = [None] * world_size()
-    plain = tree_map_only(torch.Tensor, torch.Tensor.cpu, own)
-    with _losses_named():
-        dist.all_gather_object(shares, plain)
+    with losses_named():
+        dist.all_gather_object(shares, own)
     for share in shares:
         if isinstance(share, Exception):
+            share.known = True  # type: ignore[attr-defined]
             raise share
     return shares
 
 
+def _raised(error: Exception) -> Any:
+    raise error
+
+
 @contextmanager
-def _losses_named() -> Iterator[None]:
+def losses_named() -> Iterator[None]:
+    """Raise `LostRankError` where `torch.distributed` says that another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        words = str(error)
+        if not (isinstance(error, dist.DistError) or any(name in words for name in ("gloo", "NCCL", "onnection"))):
+            raise
+        reason = words.splitlines()[0]
         raise LostRankError(f"rank {os.environ.get('RANK', '?')} lost the other processes ({reason})") from error
+
+
+def restarted() -> bool:
+    """Whether `torchrun` started this process in the place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def take_gpu() -> None:
+    """Of several processes each takes a GPU of its own; raises `InputError` where there are not enough."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if world_size() == 1:
+        return
+    if local >= torch.cuda.device_count():
+        raise InputError(
+            f"device: {torch.cuda.device_count()} GPUs are too few for the processes here; start as many as there are"
+        )
+    torch.cuda.set_device(local)

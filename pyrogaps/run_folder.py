@@ -76,6 +76,8 @@ class RunFolder:
         """Remove what only an unfinished run needs."""
         for name in CHECKPOINTS:
             (self / name).unlink(missing_ok=True)
+        for path in (*self.path.glob(".*.tmp"), *self.path.glob(".unfinished-*")):  # of processes that were killed
+            path.unlink(missing_ok=True)
         shutil.rmtree(self / PARTS, ignore_errors=True)
 
     def _clear(self) -> None:

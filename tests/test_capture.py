@@ -115,6 +115,24 @@ def test_parameters_changed_in_place_are_seen() -> None:
         torch.testing.assert_close(captured_part, eager_part, rtol=1e-10, atol=1e-10)
 
 
+def turned(x: Tensor) -> None:
+    """Logits that do not lie in order in memory."""
+    weight = torch.linspace(-1, 1, 48, dtype=x.dtype).reshape(3, 16)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=x.dtype), 1.0).to_event(1))
+        logits = (z @ weight).reshape(-1, 4, 4).transpose(1, 2)
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(2), obs=x)
+
+
+@pytest.mark.usefixtures("double")
+def test_logits_in_any_order_are_captured() -> None:
+    joint = JointDensity(turned, torch.bernoulli(torch.full((150, 4, 4), 0.3)))
+    captured, eager = GradientEvaluator(joint), GradientEvaluator(joint, "eager")
+    left, right = both(captured, CHUNKS[0]), both(eager, CHUNKS[0])
+    assert captured.mode == "captured"
+    torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
+
 def branching(x: Tensor) -> None:
     """Control flow that depends on the latent's value."""
     with pyro.plate("data", len(x)):

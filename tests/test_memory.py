@@ -1,9 +1,13 @@
 """Memory: what is read off the machine, what a model takes, and that what fits changes nothing but rounding."""
 
 import sys
+from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from torch import Tensor
 
 from pyrogaps import AIS, Refinement, ais, decompose, memory
 from pyrogaps.anneal import moments_start
@@ -40,6 +44,37 @@ def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.available() < 0.5 * alone
 
 
+def test_control_groups(tmp_path: Path) -> None:
+    """Pages of files count as free; a group without a limit sets none."""
+    for name, text in {"max": "1000", "now": "900", "memory.stat": "anon 300\ninactive_file 500\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert memory._left(tmp_path, "max", "now", "inactive_file") == [600]
+    (tmp_path / "max").write_text("max\n")
+    assert memory._left(tmp_path, "max", "now", "inactive_file") == []
+    assert memory._left(tmp_path / "none", "max", "now", "inactive_file") == []
+
+
+def test_models_without_gradients_or_dense_tensors_are_evaluated() -> None:
+    weight = torch.eye(4).to_sparse()
+
+    def sparse(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.sparse.mm(weight, z.T).T, 1.0).to_event(1), obs=x)
+
+    def by_numpy(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.from_numpy(z.numpy() * 1.0), 1.0).to_event(1), obs=x)
+
+    x, z = torch.randn(5, 4), torch.randn(300, 5, 4)
+    for model in (sparse, by_numpy):
+        joint = JointDensity(model, x)
+        assert bytes_per_point(joint) > 0
+        evaluator = GradientEvaluator(joint, quiet=True)
+        torch.testing.assert_close(evaluator(z, torch.arange(5)), joint(z))
+
+
 def test_live_memory_counts_what_is_alive() -> None:
     with LiveMemory() as live:
         kept = torch.zeros(1000)
@@ -64,17 +99,22 @@ def test_what_a_point_takes() -> None:
 def test_machines_with_some_room_work_alike(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
     monkeypatch.setattr(memory, "available", lambda: available)
     joint = JointDensity(anisotropic(8, 3), torch.zeros(600, 8, dtype=torch.float64))
-    found = sizes_of(joint, AIS(), None, None)
+    found = sizes_of(joint, AIS(), 1000, None, None)
     assert found.batch_size == MOST
     assert found.working_set == (memory.WORKING_SET if available > 1 << 30 else available * 4 // 5 // 3)
 
 
 def test_many_chains_and_dimensions_make_small_chunks() -> None:
     joint = JointDensity(VAE(784, 4000, ()), torch.zeros(300, 784))
-    assert sizes_of(joint, AIS(), None, "40GiB").batch_size == 64
-    assert sizes_of(joint, AIS(), 128, "40GiB").batch_size == 128  # as asked for
+    assert sizes_of(joint, AIS(), 1000, None, "40GiB").batch_size == 64
+    assert sizes_of(joint, AIS(), 1000, 128, "40GiB").batch_size == 128  # as asked for
+    assert sizes_of(joint, AIS(), 1000, None, "40GiB", kept=128).batch_size == 64
+    assert sizes_of(joint, AIS(), 1000, 128, "40GiB", kept=64).batch_size == 128
+    with pytest.raises(InputError, match="and 1024 datapoints take"):
+        sizes_of(joint, AIS(), 1000, 1024, memory.resident() + (1 << 28))
     # Chains take their turns, so that more of them need no more.
-    assert sizes_of(joint, AIS(num_chains=100_000), None, "40GiB") == sizes_of(joint, AIS(num_chains=64), None, "40GiB")
+    many, few = (sizes_of(joint, AIS(num_chains=number), 1000, None, "40GiB") for number in (10_000, 64))
+    assert many == few
 
 
 def test_too_little_is_said_with_what_would_do() -> None:

@@ -5,13 +5,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import xarray as xr
 import yaml
 
-from pyrogaps import ranks
+from pyrogaps import AIS, JointDensity, memory, ranks, train
 from pyrogaps.errors import InputError
+from pyrogaps.gaps.sizes import sizes_of
+from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.models.linear_gaussian import LinearGaussian
+from pyrogaps.models.vae import VAE
 from tests.commands import MODULE, RECIPE, RESULTS, command, ledger
 
 NUM_CHUNKS = 5
@@ -35,10 +40,10 @@ def spawn(body, folder: Path, number: int = 3) -> None:  # type: ignore[no-untyp
 
 def share() -> None:
     """The checks of a process; an assertion that fails there fails the test."""
-    assert ranks.divided(lambda item: (item, ranks.rank()), range(7)) == [(n, n % 3) for n in range(7)]
+    assert ranks.divided(lambda item: (item, dist.get_rank()), range(7)) == [(n, n % 3) for n in range(7)]
     assert ranks.divided(lambda item: item, []) == []
     # Within a share everyone works alone: what is divided there is done whole.
-    nested = ranks.divided(lambda item: ranks.divided(lambda inner: (inner, ranks.rank()), range(2)), range(3))
+    nested = ranks.divided(lambda item: ranks.divided(lambda inner: (inner, dist.get_rank()), range(2)), range(3))
     assert nested == [[(0, n), (1, n)] for n in range(3)]
     assert ranks.first(lambda: ranks.rank() * 10 + 5) == 5
     assert ranks.together(ranks.rank) == ranks.rank()
@@ -61,6 +66,45 @@ def fail() -> None:
     assert ranks.divided(lambda item: item, range(4)) == [0, 1, 2, 3]  # they are still in step
 
 
+def disagree() -> None:
+    with pytest.raises(RuntimeError, match="disagree about what there is to do"):
+        ranks.divided(lambda item: item, range(4 + ranks.rank()))
+
+
+def fail_within() -> None:
+    """What one process meets within what all do together is known to all, in the same words."""
+
+    def stage() -> int:
+        if ranks.rank() == 0:
+            raise InputError("the disk is full")
+        return ranks.first(lambda: 1)
+
+    with pytest.raises(InputError, match="the disk is full"):
+        ranks.together(stage)
+    assert ranks.everywhere(ranks.rank) == [0, 1, 2]
+
+
+def keep_nothing() -> None:
+    """A checkpoint that cannot be written ends training everywhere."""
+    torch.manual_seed(0)
+    model = LinearGaussian.random(6, 2, seed=0)
+    guide, x = AmortizedNormal(6, 2, (4,)), torch.randn(40, 6)
+    with pytest.raises(InputError, match="cannot be written"):
+        ranks.together(
+            lambda: train(model, guide, x, num_epochs=2, freeze_model=True, checkpoint="/dev/null/x", progress=False)
+        )
+    assert ranks.everywhere(ranks.rank) == [0, 1, 2]
+
+
+def agree_on_sizes() -> None:
+    """The process with the least memory decides for all."""
+    joint = JointDensity(VAE(64, 600, ()), torch.zeros(300, 64))
+    memory.available = lambda: (1 + ranks.rank()) << 29  # type: ignore[assignment]
+    found = ranks.everywhere(lambda: None) and sizes_of(joint, AIS(), 1000, None, None)
+    assert ranks.everywhere(lambda: found) == [found] * 3
+    assert found.batch_size == 64
+
+
 def lose() -> None:
     if ranks.rank() == 1:
         os._exit(0)
@@ -69,7 +113,7 @@ def lose() -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("body", [share, fail, lose])
+@pytest.mark.parametrize("body", [share, fail, fail_within, disagree, keep_nothing, agree_on_sizes, lose])
 def test_processes_agree(body, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     spawn(body, tmp_path)
 

@@ -88,7 +88,7 @@ def _summed(node: Node) -> Node | None:
         (node,) = node.users
         if node.target is aten.neg.default:
             negative = not negative
-        elif node.target is aten.sum.dim_IntList and len(node.args) == 2:
+        elif node.target is aten.sum.dim_IntList and len(node.args) == 2 and not node.kwargs:
             rows = _value(node).shape
             node.meta["negative"] = negative
             return node if _sums_the_rest(node) and start[: len(rows)] == rows else None
@@ -124,7 +124,10 @@ def _replace(graph: Graph, node: Node, function: Callable[..., Tensor], *operand
     def of_tensors(*values: Tensor) -> Tensor:
         return function(*values, *numbers)
 
-    examples = [torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in map(_value, tensors)]
+    # Laid out as what will be there: of other strides a view may not be possible.
+    examples = [
+        torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).zero_() for v in map(_value, tensors)
+    ]
     part = make_fx(of_tensors)(*examples).graph
     inputs = [inner for inner in part.nodes if inner.op == "placeholder"]
     with graph.inserting_before(node):

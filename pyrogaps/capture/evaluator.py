@@ -83,7 +83,7 @@ class GradientEvaluator:
             return 1, num_particles if whole else min(num_particles, self.rows)
         if whole or number * num_particles <= self.rows:
             return number, num_particles
-        width = min(self.rows, 1 << (number - 1).bit_length())
+        width = min(self.rows, number)
         return width, self.rows // width
 
     def _piece(self, indices: Tensor, num_particles: int, checked: bool) -> "_Piece":

@@ -54,11 +54,12 @@ class LatentsGiven:
         evaluator = self._evaluator
         refined, _ = refine_chunk(AutoNormal, evaluator, block, self.refinement, seed, "shown part", start)
         fitted = anchor(self.partial, refined, block, settings.widen, seed, block.start)
-        return ais_chunk(anchored_path(evaluator, fitted, block, seed), evaluator, block, settings, seed)
+        path = anchored_path(evaluator, fitted, block, seed)
+        return ais_chunk(path, evaluator, block, settings, seed, together=True)
 
     def _from_prior(self, block: Chunk, settings: AIS, seed: int) -> AnnealResult:
         path = prior_path(self._split_evaluator, block, seed)
-        return ais_chunk(path, self._split_evaluator, block, settings, seed)
+        return ais_chunk(path, self._split_evaluator, block, settings, seed, together=True)
 
     @cached_property
     def _evaluator(self) -> GradientEvaluator:

@@ -129,7 +129,7 @@ def shared_posterior(
         num_particles,
         seed,
     )
-    blocks: list[tuple[Chunk, SharedBlock]] = over_chunks(lambda c: (c, sharing.fit(c)), joint, BLOCK, seed)
+    blocks: list[tuple[Chunk, SharedBlock]] = over_chunks(lambda c: (c, sharing.fit(c)), joint, BLOCK, seed, alone=True)
     chunks, shared = [block for block, _ in blocks], [found for _, found in blocks]
     guides = tuple(
         RefinedGuide(joint, chunks, [s.halves[half] for s in shared], [s.progress[half] for s in shared])

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from pyrogaps import memory
+from pyrogaps import memory, ranks
 from pyrogaps.ais import AIS
 from pyrogaps.bounds import Plate, densities
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
@@ -21,6 +21,7 @@ from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.certify import certify
 from pyrogaps.gaps.compiling import Compile, chosen_mode
 from pyrogaps.gaps.ledger import OWN, GapLedger
+from pyrogaps.gaps.parts import chunk_size
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.sizes import sizes_of
 from pyrogaps.gaps.work import Work, run_chunks
@@ -103,7 +104,8 @@ def decompose(
         batch_size: datapoints worked on at once, in whole blocks of 64; it changes the ledger in rounding alone. None
             takes what suits the model, the same on every machine.
         max_memory: what this process may use, in bytes or as in "4GiB"; None: four fifths of what the machine has left.
-            Memory does not grow with the number of datapoints, draws, chains or temperatures.
+            Memory does not grow with the number of datapoints or temperatures, and of draws and chains the log-weights
+            alone are held, a chunk at a time.
         compile: "on" gives the recorded density to `torch.compile`, "auto" does where the run is long enough.
         seed: of all the randomness.
         progress: whether to show a progress bar.
@@ -120,7 +122,7 @@ def decompose(
         raise InputError(f"num_particles: must be at least 2, got {num_particles}")
 
     joint, density = densities(model, guide, data, plate)
-    sizes = sizes_of(joint, how, batch_size, max_memory)
+    sizes = sizes_of(joint, how, num_particles, batch_size, max_memory, ranks.first(lambda: chunk_size(cache)))
     refining, number = refinement or Refinement(), 1 + len(further)
     how = replace(how, mode=chosen_mode(compile, how, refining, number, num_particles, joint))
 

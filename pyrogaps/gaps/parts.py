@@ -62,6 +62,15 @@ def fingerprint(chunk: Chunk, joint: JointDensity, scores: Sequence[Score]) -> s
     return hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
+def chunk_size(folder: str | os.PathLike[str] | None) -> int | None:
+    """How many datapoints the chunks have whose results lie in `folder`, the last one left out; None without any."""
+    if folder is None:
+        return None
+    ends = [path.stem.split("-") for path in Path(folder).glob("?????????-?????????.npz")]
+    sizes = [int(stop) - int(start) for start, stop in ends if (start + stop).isdigit()]
+    return max(sizes, default=None)
+
+
 def _path(folder: Path, chunk: Chunk) -> Path:
     return folder / f"{chunk.start:09d}-{chunk.stop:09d}.npz"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrogaps.density.data import IndexedData, evenly_spaced
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.ranks import first, rank
+from pyrogaps.ranks import first
 from pyrogaps.training.parameters import JointOptimizer
 from pyrogaps.training.settings import Training
 from pyrogaps.training.steps import EagerSteps
@@ -52,10 +52,16 @@ class Checkpoint:
         self._written, self._cost = time.monotonic(), 0.0
 
     def save(self, state: State, optimizer: JointOptimizer, steps: EagerSteps, *, now: bool = False) -> None:
-        """Write the checkpoint, when it is due or `now`: so often that writing takes a twentieth of the time."""
+        """Write the checkpoint, when it is due or `now`: so often that writing takes a twentieth of the time.
+
+        All processes of a run hold the same; one writes, and all learn where it cannot.
+        """
+        if self.path is not None:
+            first(lambda: self._save(state, optimizer, steps, now))
+
+    def _save(self, state: State, optimizer: JointOptimizer, steps: EagerSteps, now: bool) -> None:
         start = time.monotonic()
-        # All processes of a run hold the same; one writes.
-        if self.path is None or rank() > 0 or not (now or (start - self._written) * _OVERHEAD >= self._cost):
+        if self.path is None or not (now or (start - self._written) * _OVERHEAD >= self._cost):
             return
         progress = {name: getattr(state, name) for name in ("epoch", "best_epoch", "best_score", "history")}
         parts = {"optimizer": optimizer.get_state(), "steps": steps.get_state()}

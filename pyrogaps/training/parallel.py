@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.ranks import rank, world_size
+from pyrogaps.ranks import losses_named, rank, world_size
 from pyrogaps.training.objective import Objective
 from pyrogaps.training.parameters import JointOptimizer
 from pyrogaps.training.settings import Training
@@ -42,7 +42,8 @@ class SharedSteps(EagerSteps):
 
     def __call__(self, args: tuple[Any, ...], rows: int) -> float:
         self._bound.begin(rows)
-        loss = self._module(*args)
+        with losses_named():
+            loss = self._module(*args)
         elbo = self._bound.elbo_of(loss)
         appeared = len(pyro.get_param_store()) - self._num_parameters
         own = torch.stack([loss.detach(), elbo]).double() * self._weight
@@ -53,7 +54,8 @@ class SharedSteps(EagerSteps):
                 "a later step; register it in every run, or train in one process"
             )
         self._bound.accept(value, plain)
-        (self._weight * loss).backward()
+        with losses_named():
+            (self._weight * loss).backward()
         self._optimizer(())
         return float(value)
 
@@ -83,7 +85,8 @@ def sum_of(value: float, device: torch.device) -> float:
 
 def add_up(figures: Tensor) -> Tensor:
     """The sum over all processes, the same in each of them."""
-    distributed.all_reduce(figures)
+    with losses_named():
+        distributed.all_reduce(figures)
     return figures
 
 
@@ -96,7 +99,8 @@ def share_weights(model: Program, guide: Program) -> None:
     with torch.no_grad():
         for value in {id(value): value for value in found if isinstance(value, Tensor)}.values():
             sent = value.detach().contiguous()
-            distributed.broadcast(sent, src=0)
+            with losses_named():
+                distributed.broadcast(sent, src=0)
             value.copy_(sent)
 
 
