@@ -129,7 +129,7 @@ def certified(recipe: Recipe, folder: Path, model: Program, guide: Program, data
             guide_or_family=guide,
             settings=recipe.evidence,
             refinement=recipe.refinement,
-            batch_size=recipe.batch_size,
+            batch_size=recipe.batch_size or 64,
             seed=recipe.seed,
         )
         result = {"sandwich_width": sandwich.width, "sandwich_width_mcse": sandwich.width_mcse}
