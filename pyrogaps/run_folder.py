@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._held: int | None = None
+        self._held: weakref.finalize[Any, Any] | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -31,13 +32,15 @@ class RunFolder:
     def claim(self, recipe: str, *, overwrite: bool) -> None:
         """Make the folder that of `recipe` (as YAML), creating it where it is missing.
 
-        From then on it is this process's own until it is released. Raises `InputError` where another process is
-        writing there, where it holds another recipe's run and `overwrite` is false, or cannot be written.
+        From then on it is this process's own, until it is released or this object is gone. Raises `InputError` where
+        another process is writing there, where it holds another recipe's run and `overwrite` is false, or cannot be
+        written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._held is None:
-                self._held = hold(self.path, "wait for it, or choose another --out")
+                held = hold(self.path, "wait for it, or choose another --out")
+                self._held = None if held is None else weakref.finalize(self, os.close, held)
             if overwrite:
                 self._clear()
             self._refuse_other(yaml.safe_load(recipe))
@@ -49,7 +52,7 @@ class RunFolder:
     def release(self) -> None:
         """Let other processes write to the folder."""
         if self._held is not None:
-            os.close(self._held)
+            self._held()
             self._held = None
 
     def write(self, name: str, save: Callable[[Path], Any]) -> None:
