@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,8 @@ from reporting import machine, report
 ROOT = Path(__file__).parents[1]
 VICTIMS = ("another rank", "rank 0", "all")
 
-# The guide's module, which the command imports: it writes down who runs, and every chunk that was measured and kept.
+# The guide's module, which the command imports: it writes down every chunk that was measured and kept.
 COUNTING = """
-import os
 from pyrogaps.gaps.parts import Parts
 from pyrogaps.guides.amortized import AmortizedNormal as Guide
 
@@ -45,8 +45,6 @@ def counted(self, chunk, joint, scores, compute):
     return result
 
 Parts.get = counted
-with open(f"pid-{os.environ.get('RANK', '0')}", "w") as file:
-    file.write(str(os.getpid()))
 """
 
 
@@ -64,21 +62,39 @@ def command(folder: Path, num_processes: int, *arguments: str) -> subprocess.Pop
     )
 
 
-def kill(folder: Path, run: subprocess.Popen[bytes], victim: str, num_processes: int) -> bool:
+def kill(run: subprocess.Popen[bytes], victim: str, num_processes: int) -> bool:
     """Kill whom it says, and wait until all are gone; whether there was anyone left to kill."""
     if run.poll() is not None:
         return False
-    of = {"another rank": [1], "rank 0": [0], "all": range(num_processes)}[victim]
-    pids = [int((folder / f"pid-{rank}").read_text()) for rank in of if (folder / f"pid-{rank}").exists()]
-    for pid in [*([run.pid] if victim == "all" or not pids else []), *pids]:
-        try:
+    own = descendants(run.pid)
+    ranks = {rank: pid for pid in own if (rank := rank_of(pid)) is not None}
+    wanted = {"another rank": range(1, num_processes), "rank 0": [0], "all": []}[victim]
+    chosen = [ranks[rank] for rank in wanted if rank in ranks][:1]
+    for pid in chosen or [run.pid, *own]:  # all, too, where they have not started yet
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     run.wait()
-    for path in folder.glob("pid-*"):
-        path.unlink()
     return True
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that they started."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
+def rank_of(pid: int) -> int | None:
+    """The rank that torchrun gave a process; None where it is none of its own."""
+    with suppress(OSError):
+        entries = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+        return next((int(entry[5:]) for entry in entries if entry.startswith(b"RANK=")), None)
+    return None
 
 
 def ledger(folder: Path) -> xr.Dataset:
@@ -118,7 +134,7 @@ def main() -> None:
             run = command(folder, options.processes, "--checkpoint", "undisturbed/checkpoint.pt", "--out", "killed")
             seconds, victim = chance.uniform(4.0, options.most), VICTIMS[len(rows) % len(VICTIMS)]
             time.sleep(seconds)
-            if not kill(folder, run, victim, options.processes):
+            if not kill(run, victim, options.processes):
                 # It ended first: once more from the start.
                 done += 1
                 _compare(folder, expected)
@@ -127,7 +143,8 @@ def main() -> None:
             kept = len(list((folder / "killed" / "parts").glob("*.npz")))
             rows.append([len(rows) + 1, victim, seconds, kept])
         last = command(folder, options.processes, "--checkpoint", "undisturbed/checkpoint.pt", "--out", "killed")
-        assert last.wait() == 0
+        if last.wait() != 0:
+            raise SystemExit("the run that nobody killed did not end well")
         twice, difference = _compare(folder, expected)
     report("kills", "Runs killed", ["kill", "victim", "after seconds", "chunks kept"], rows, quick=options.quick)
     print(
