@@ -30,6 +30,7 @@ from pyrogaps.mapa import Mapa, train_by_mapa
 from pyrogaps.plots import plot_ledger
 from pyrogaps.plots.ledger import page_size
 from pyrogaps.recipe import Recipe
+from pyrogaps.refine.families import Family
 from pyrogaps.run_folder import MAPA, PARTS, REFERENCE, RESULTS, TRAINING, RunFolder
 from pyrogaps.training import load_model_weights, load_weights, save_weights, train
 
@@ -80,11 +81,11 @@ def _run(recipe: Recipe, options: Options) -> None:
     try:
         # What cannot be built leaves no folder behind, and what is finished needs no building.
         if ranks.first(lambda: overwrite or not (folder / "ledger.nc").exists()):
-            model, guide, data = ranks.together(lambda: _build(recipe, options, device))
+            built = ranks.together(lambda: _build(recipe, options, device))
             ranks.first(lambda: folder.claim(recipe.to_yaml(), overwrite=overwrite))
             ranks.together(lambda: _check_visible(folder))
             progress = not options.quiet
-            ledger = ranks.together(lambda: _measured(recipe, model, guide, data, folder, progress=progress))
+            ledger = ranks.together(lambda: _measured(recipe, *built, folder, progress=progress))
         else:
             ledger = ranks.first(lambda: _kept(recipe, folder))
         ranks.first(lambda: _report(ledger, folder))
@@ -99,8 +100,10 @@ def _device(recipe: Recipe) -> torch.device:
     return check_device(recipe.device)
 
 
-def _build(recipe: Recipe, options: Options, device: torch.device) -> tuple[Program, Program, DataSet]:
-    """The model, the guide and the data of a recipe, on their device."""
+def _build(
+    recipe: Recipe, options: Options, device: torch.device
+) -> tuple[Program, Program, DataSet, dict[str, Family]]:
+    """The model, the guide, the data and the further families of a recipe, on their device."""
     for name in ("checkpoint", "model_checkpoint"):
         path = getattr(recipe, name)
         if path is not None and not Path(path).is_file():
@@ -108,13 +111,13 @@ def _build(recipe: Recipe, options: Options, device: torch.device) -> tuple[Prog
     data, remarks = build_data(recipe, data_root=options.data_root, download=options.download)
     for remark in remarks:
         say(f"pyrogaps: {remark}")
-    build_families(recipe)
+    families = build_families(recipe)
     pyro.clear_param_store()
     pyro.set_rng_seed(recipe.seed)
     model, guide = build_programs(recipe)
     for module in (*modules_of(model), *modules_of(guide)):
         module.to(device)
-    return model, guide, data
+    return model, guide, data, families
 
 
 def _check_visible(folder: RunFolder) -> None:
@@ -127,7 +130,14 @@ def _check_visible(folder: RunFolder) -> None:
 
 
 def _measured(
-    recipe: Recipe, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool
+    recipe: Recipe,
+    model: Program,
+    guide: Program,
+    data: DataSet,
+    families: dict[str, Family],
+    folder: RunFolder,
+    *,
+    progress: bool,
 ) -> GapLedger:
     """The ledger of a recipe's pair, trained first where it has to be."""
     _weigh(recipe, model, guide, data, folder, progress=progress)
@@ -137,7 +147,7 @@ def _measured(
         model,
         guide,
         data.evaluated,
-        families=build_families(recipe),
+        families=families,
         evidence=recipe.escalation or recipe.evidence,
         refinement=recipe.refinement,
         conditioning=recipe.conditioning,

@@ -73,17 +73,16 @@ def divided(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resul
     """
     if world_size() == 1:
         return [work(item) for item in items]
-    share = items[rank() :: world_size()]
-    number = len(items)
-    token = _dividing.set(True)
-    own: Any
-    try:
-        own = [work(item) for item in share]
-    except (InputError, FloatingPointError) as error:
-        own = error
-    finally:
-        _dividing.reset(token)
-    shares = everywhere(lambda: _raised(own) if isinstance(own, Exception) else (number, own))
+    share, number = items[rank() :: world_size()], len(items)
+
+    def own() -> tuple[int, list[Result]]:
+        token = _dividing.set(True)
+        try:
+            return number, [work(item) for item in share]
+        finally:
+            _dividing.reset(token)
+
+    shares = everywhere(own)
     if {its for its, _ in shares} != {number}:
         raise RuntimeError("processes that share work disagree about what there is to do")
     return [shares[place % len(shares)][1][place // len(shares)] for place in range(number)]
@@ -128,10 +127,6 @@ def everywhere(compute: Callable[[], Result]) -> list[Result]:
             share.known = True  # type: ignore[attr-defined]
             raise share
     return shares
-
-
-def _raised(error: Exception) -> Any:
-    raise error
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from pyrogaps.conditioning import Conditioning
 from pyrogaps.errors import InputError
 from pyrogaps.escalation import Escalation
 from pyrogaps.gaps import Certificate, Retraining
+from pyrogaps.gaps.compiling import Compile
 from pyrogaps.mapa import Mapa
 from pyrogaps.refine import Refinement
 from pyrogaps.training import Training
@@ -99,7 +100,7 @@ class Recipe:
     num_particles: int = 1000
     batch_size: int | None = None
     max_memory: int | str | None = None
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Compile = "auto"
     plate: str | Literal[False] | None = None
     seed: int = 0
     device: str = "cpu"

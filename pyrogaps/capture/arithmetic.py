@@ -69,7 +69,7 @@ def _replace_cross_entropy(graph: Graph, node: Node) -> None:
     if summed is None:
         _replace(graph, node, bernoulli, logits, x)
         return
-    rows, negative = _value(summed).shape, summed.meta["negative"]
+    rows, negative = value_of(summed).shape, summed.meta["negative"]
 
     def by_row(logits: Tensor, x: Tensor) -> Tensor:
         total = summed_bernoulli(logits.reshape(*rows, -1), x.reshape(*rows, -1))
@@ -83,13 +83,13 @@ def _summed(node: Node) -> Node | None:
 
     Its `meta["negative"]` says whether it is of the negated values.
     """
-    start, negative = _value(node).shape, False
+    start, negative = value_of(node).shape, False
     while len(node.users) == 1:
         (node,) = node.users
         if node.target is aten.neg.default:
             negative = not negative
         elif node.target is aten.sum.dim_IntList and len(node.args) == 2 and not node.kwargs:
-            rows = _value(node).shape
+            rows = value_of(node).shape
             node.meta["negative"] = negative
             return node if _sums_the_rest(node) and start[: len(rows)] == rows else None
         elif node.target not in (aten.view.default, aten._unsafe_view.default):
@@ -100,7 +100,7 @@ def _summed(node: Node) -> Node | None:
 def _sums_the_rest(node: Node) -> bool:
     """Whether a sum is over the last axes of its operand."""
     operand: Any = node.args[0]
-    number, dims = _value(operand).dim(), sorted(d % _value(operand).dim() for d in node.args[1])  # type: ignore[union-attr]
+    number, dims = value_of(operand).dim(), sorted(d % value_of(operand).dim() for d in node.args[1])  # type: ignore[union-attr]
     return dims == list(range(number - len(dims), number))
 
 
@@ -108,11 +108,11 @@ def _is_plain(node: Node) -> bool:
     """Whether a cross-entropy is of every element, without weights, in one shape."""
     logits, x, *rest = node.args
     plain = all(value in (None, 0) for value in rest) and not node.kwargs
-    return plain and _is_real(node) and _value(logits).shape == _value(x).shape
+    return plain and _is_real(node) and value_of(logits).shape == value_of(x).shape
 
 
 def _is_real(node: Node) -> bool:
-    value = _value(node)
+    value = value_of(node)
     return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
 
 
@@ -126,7 +126,7 @@ def _replace(graph: Graph, node: Node, function: Callable[..., Tensor], *operand
 
     # Laid out as what will be there: of other strides a view may not be possible.
     examples = [
-        torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).zero_() for v in map(_value, tensors)
+        torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).zero_() for v in map(value_of, tensors)
     ]
     part = make_fx(of_tensors)(*examples).graph
     inputs = [inner for inner in part.nodes if inner.op == "placeholder"]
@@ -136,5 +136,6 @@ def _replace(graph: Graph, node: Node, function: Callable[..., Tensor], *operand
     graph.erase_node(node)
 
 
-def _value(operand: Any) -> Any:
+def value_of(operand: Any) -> Any:
+    """What is known of the value of a node, a tensor without elements of its own; None of anything else."""
     return operand.meta.get("val") if isinstance(operand, Node) else None

@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrogaps.capture import arithmetic
+from pyrogaps.capture.arithmetic import rewrite, value_of
 
 aten = torch.ops.aten
 VIEWS = {aten.alias.default, aten.view.default, aten.expand.default, aten.permute.default, aten.unsqueeze.default}
@@ -54,7 +54,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     module = make_fx(function)(*inputs)
     graph = module.graph
     graph.eliminate_dead_code()
-    arithmetic.rewrite(graph)
+    rewrite(graph)
     _drop_identities(graph)
     _constants_to_numbers(graph)
     _products_by_onednn(graph)
@@ -79,7 +79,7 @@ def own_outputs(module: GraphModule) -> GraphModule:
     output = graph.output_node()
 
     def owned(result: Node) -> Node:
-        if result not in taken and _owns_memory(result) and _value(result).is_contiguous():
+        if result not in taken and _owns_memory(result) and value_of(result).is_contiguous():
             taken.add(result)
             return result
         with graph.inserting_before(output):
@@ -122,7 +122,7 @@ def _owns_memory(node: Node) -> bool:
 
 
 def _same_layout(left: Any, right: Any) -> bool:
-    one, other = _value(left), _value(right)
+    one, other = value_of(left), value_of(right)
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
     return (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
@@ -197,7 +197,7 @@ def _plain_product(node: Node) -> tuple[Any, Any, Any] | None:
         (left, right), bias = node.args, None
     else:
         return None
-    values = [_value(operand) for operand in (left, right, bias) if operand is not None]
+    values = [value_of(operand) for operand in (left, right, bias) if operand is not None]
     if any(not isinstance(v, Tensor) or v.dtype != torch.float32 or v.device.type != "cpu" for v in values):
         return None
     size = values[0].numel() * values[1].shape[1]
@@ -208,11 +208,7 @@ def _plain_product(node: Node) -> tuple[Any, Any, Any] | None:
 
 def fusible_elements(node: Node) -> int:
     """How many elements an elementwise operation makes; 0 for any other."""
-    value = _value(node)
+    value = value_of(node)
     if not isinstance(node.target, OpOverload) or not isinstance(value, Tensor):
         return 0
     return value.numel() if torch.Tag.pointwise in node.target.tags else 0
-
-
-def _value(operand: Any) -> Any:
-    return operand.meta.get("val") if isinstance(operand, Node) else None

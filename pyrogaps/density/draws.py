@@ -1,6 +1,6 @@
 """Reproducible draws from a guide, block by block of datapoints."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,7 +45,8 @@ class BlockedGuide:
 
     def sample_all(self, num_particles: int, seed: int, purpose: str) -> Draws:
         """`num_particles` draws, in particle blocks, without gradients."""
-        return _stacked(self.in_blocks(num_particles, seed, purpose))
+        parts = list(self.in_blocks(num_particles, seed, purpose))
+        return torch.cat([z for z, _ in parts]), torch.cat([log_q for _, log_q in parts])
 
     def in_blocks(self, num_particles: int, seed: int, purpose: str) -> Iterator[Draws]:
         """The same draws, a particle block after the other."""
@@ -91,11 +92,6 @@ class BlockedGuide:
             parts.append(local.log_reverse(rows) if isinstance(local, FactorisedGuide) else None)
             start += len(block)
         return torch.cat([part for part in parts if part is not None], 1) if parts[0] is not None else None
-
-
-def _stacked(blocks: Iterable[Draws]) -> Draws:
-    parts = list(blocks)
-    return torch.cat([z for z, _ in parts]), torch.cat([log_q for _, log_q in parts])
 
 
 def _join(pairs: list[Draws]) -> Draws:
