@@ -4,6 +4,7 @@ They are those of `torch.distributed`, as `torchrun` starts them. Where that is 
 of rank 0, and everything here costs nothing.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,11 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
 from pyrogaps.errors import InputError
+
+if dist.is_available():
+    # Imported while a process group is there, as torch does on its own at some first use, this module keeps the group
+    # in its functions' defaults: its threads then outlive it and abort the process as the interpreter ends.
+    import torch.distributed.nn.functional
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -62,7 +68,13 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """End what `torch.distributed.init_process_group` began, with all of its threads."""
+    dist.destroy_process_group()
+    gc.collect()  # a model in DistributedDataParallel is a cycle, and holds on to the group
 
 
 def divided(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 import pyrogaps as pg
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
-from pyrogaps.ranks import rank, world_size
+from pyrogaps.ranks import leave, rank, world_size
 from pyrogaps.training import Cosine, train
 
 WORLDS = (2, 3)
@@ -230,7 +230,7 @@ def work(number: int, size: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=number, world_size=size)
     torch.save({run.__name__: run(folder) for run in RUNS}, folder / f"outcome-{size}-{number}.pt")
     distributed.barrier()
-    distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
