@@ -68,6 +68,9 @@ class _Loss(nn.Module):
         self._objective = objective
         # By the dictionary: Pyro keeps plain tensors, and names have dots.
         self._parameters.update(named)  # type: ignore[arg-type]
+        # Where every parameter is reached, torch warns on every process that it looked for one in vain.
+        example = next(iter(named.values()))
+        self._parameters["(never reached)"] = nn.Parameter(torch.zeros((), dtype=example.dtype, device=example.device))
 
     def forward(self, *args: Any) -> Tensor:
         return self._objective.differentiable_loss(self._objective.model, self._objective.guide, *args)
