@@ -35,10 +35,13 @@ def whole_plates(
     one.
     """
     rows = len(indices)
+    everything = rows == num_datapoints and torch.equal(indices, torch.arange(rows, device=indices.device))
 
     def choose(name: str, size: int, requested: int | None, subsample: Any) -> Choice:
         if name != plate:
             return _whole(name, size, requested, subsample, plate, indices.device)
+        if bound and everything and size <= rows and not explicit(subsample):
+            return rows, rows, indices
         if bound:
             # Pyro picks the rows of parameters only where it sees fewer of them than the plate's size.
             return max(size, num_datapoints or 0, rows + 1), rows, subsample if explicit(subsample) else indices

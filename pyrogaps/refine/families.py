@@ -5,16 +5,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.distributions import transform_to
 
-from pyrogaps.density import GuideDensity, IndexedData, JointDensity
-from pyrogaps.density.local import LocalGuide
+from pyrogaps.density import IndexedData, JointDensity
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
@@ -73,50 +70,6 @@ class Start:
     fitted: bool
 
 
-class FamilyGuide:
-    """A guide of some family for the datapoints of a chunk; see `Refinable`."""
-
-    def __init__(self, family: Family, joint: JointDensity, seed: int) -> None:
-        self.joint = joint
-        everything = torch.arange(joint.num_datapoints)
-        with seeded(seed, "family"), evaluating(joint.model):
-            self.guide = instantiate(family, joint, everything)
-        self.density = GuideDensity(self.guide, None, joint)
-        named = [(name, value) for name, value in self.guide.named_parameters() if value.requires_grad]
-        axes = data_axes(family, joint, seed)
-        self.parameters: list[Tensor] = [value for _, value in named]
-        self.axes = [axes[name] for name, _ in named]
-        self.units: list[Tensor | float] = [1.0] * len(named)
-
-    def at(self, indices: Tensor) -> LocalGuide:
-        return self.density.at(indices)
-
-    def start_at(self, start: Start) -> None:
-        """Start at a factorised Gaussian, or near it, where the guide can.
-
-        `AutoNormal` can; another guide does if it has a method `start_at(loc, scale)`. A method `units()` that names
-        parameters and natural steps for them is heeded.
-        """
-        if isinstance(self.guide, AutoNormal):
-            _start_auto_normal(self.guide, self.joint, start.loc, start.scale)
-        elif hasattr(self.guide, "start_at"):
-            cast(Any, self.guide).start_at(start.loc, start.scale)
-        self._take_units()
-
-    def start_by(self, start_local: Callable[..., None]) -> None:
-        """Start where `start_local(guide, *args)` puts the guide, given the model's arguments for its datapoints."""
-        with evaluating(self.joint.model), torch.no_grad():
-            start_local(self.guide, *self.joint.fetch(torch.arange(self.joint.num_datapoints)))
-        self._take_units()
-
-    def _take_units(self) -> None:
-        units = _auto_normal_units(self.guide) if isinstance(self.guide, AutoNormal) else {}
-        if hasattr(self.guide, "units"):
-            units = cast(Any, self.guide).units()
-        names = [name for name, value in self.guide.named_parameters() if value.requires_grad]
-        self.units = [units.get(name, 1.0) for name in names]
-
-
 def data_axes(family: Family, joint: JointDensity, seed: int) -> dict[str, int]:
     """The axis of datapoints in each of a family's parameters, found by setting it up on two and on three datapoints.
 
@@ -149,26 +102,6 @@ def restrict(joint: JointDensity, indices: Tensor) -> JointDensity:
     if joint.plate is None:
         return joint
     return joint.over(IndexedData(len(indices), lambda some: joint.data.fetch(indices[some])))
-
-
-def _start_auto_normal(guide: AutoNormal, joint: JointDensity, loc: Tensor, scale: Tensor) -> None:
-    inverse = transform_to(guide.scale_constraint).inv
-    parameters = dict(guide.named_parameters())
-    with torch.no_grad():
-        for name, site in joint.sites.items():
-            for target, flat in (("locs", loc), ("scales", inverse(scale.clamp(min=1e-6)))):
-                parameter = parameters[f"{target}.{name}_unconstrained"]
-                parameter.copy_(site.unflatten(flat).reshape(parameter.shape))
-
-
-def _auto_normal_units(guide: AutoNormal) -> dict[str, Tensor]:
-    """A natural step in a location is the standard deviation there."""
-    parameters, positive = dict(guide.named_parameters()), transform_to(guide.scale_constraint)
-    return {
-        name: positive(parameters["scales" + name[len("locs") :]]).detach().clone()
-        for name in parameters
-        if name.startswith("locs.")
-    }
 
 
 def _name(family: Any) -> str:

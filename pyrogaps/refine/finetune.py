@@ -107,7 +107,7 @@ class FinetunedGuide:
         self.joint = joint
         self.weights = learned_weights(density)
         self.parameters: list[Tensor] = [_copies(weight.value, joint.num_datapoints) for weight in self.weights]
-        self.axes = [0] * len(self.parameters)
+        self.axes, self.rows = [0] * len(self.parameters), [slice(None)] * len(self.parameters)
         self.units: list[Tensor | float] = [0.1] * len(self.parameters)
 
     def at(self, indices: Tensor) -> LocalGuide:
@@ -125,6 +125,8 @@ class _OneByOne:
 
     def __init__(self, guide: FinetunedGuide, indices: Tensor) -> None:
         self.guide, self.indices, self.joint = guide, indices, guide.joint
+        # At once: the gradient of a single one is as large as all of them.
+        self._copies = [copies.unbind() for copies in guide.parameters]
 
     def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
         draws = [self._run(position, num_particles, None) for position in self.indices.tolist()]
@@ -135,6 +137,6 @@ class _OneByOne:
         return torch.cat(scored, 1)
 
     def _run(self, position: int, num_particles: int, z: Tensor | None) -> Draws:
-        with substituted(self.guide.weights, [copies[position] for copies in self.guide.parameters]):
+        with substituted(self.guide.weights, [copies[position] for copies in self._copies]):
             local = self.guide.density.at(torch.tensor([position]))
             return local.sample(num_particles) if z is None else (z, local.log_prob(z))

@@ -66,6 +66,7 @@ class FreedGuide:
         self.axes: list[int] = []
         self.units: list[Tensor | float] = []
         self.sites = [self._free(term, guide.distributions[term.name], varies[term.name]) for term in guide.terms]
+        self.rows = [slice(None)] * len(self.parameters)
 
     def _free(self, term: Term, fn: Any, names: set[str]) -> _FreedSite:
         inner = leaf(fn)

@@ -11,12 +11,13 @@ from pyrogaps.density.local import LocalGuide
 class Refinable(Protocol):
     """A guide for the B datapoints of a chunk with parameters of their own.
 
-    `parameters` are leaf tensors, `axes` their axes of datapoints, `units` the size of a natural step in each (a number
-    or a tensor that broadcasts).
+    `parameters` are leaf tensors, `axes` their axes of datapoints, `rows` the datapoints that lie there, `units` the
+    size of a natural step in each (a number or a tensor that broadcasts).
     """
 
     parameters: list[Tensor]
     axes: list[int]
+    rows: list[slice]
     units: list[Tensor | float]
 
     def at(self, indices: Tensor) -> LocalGuide:
@@ -35,5 +36,6 @@ def along(mask: Tensor, like: Tensor, axis: int) -> Tensor:
 def keep_where(keep: Tensor, values: list[Tensor], refinable: Refinable) -> None:
     """Set the parameters of the datapoints in `keep (B,)` to `values`, in place."""
     with torch.no_grad():
-        for parameter, value, axis in zip(refinable.parameters, values, refinable.axes, strict=True):
-            parameter.copy_(torch.where(along(keep, parameter, axis), value, parameter))
+        places = zip(refinable.parameters, values, refinable.axes, refinable.rows, strict=True)
+        for parameter, value, axis, rows in places:
+            parameter.copy_(torch.where(along(keep[rows], parameter, axis), value, parameter))

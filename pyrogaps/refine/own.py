@@ -13,7 +13,8 @@ from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
-from pyrogaps.refine.families import FamilyGuide, Start, restrict
+from pyrogaps.refine.families import Start, restrict
+from pyrogaps.refine.family_guide import FamilyGuide
 from pyrogaps.refine.finetune import FinetunedGuide
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, varying_parameters
 from pyrogaps.refine.local import Refinable
@@ -44,15 +45,15 @@ class OwnFamily:
 
     def start(self, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
         """A refinable guide for `chunk` of `joint`, the model's own density, at the guide's own output there."""
-        joint = restrict(joint, chunk.indices)
         if self.family is not None:
-            guide = FamilyGuide(self.family, joint, seed)
+            guide = FamilyGuide(self.family, joint, chunk, seed)
             start_local = getattr(self.density.guide, "start_local", None)
             if start_local is None:
                 guide.start_at(Start(*moments(self.density, chunk, seed), fitted=False))
             else:
                 guide.start_by(start_local)
             return guide
+        joint = restrict(joint, chunk.indices)
         if self.kind == "freed":
             with torch.no_grad():
                 local = self.density.at(chunk.indices)
@@ -64,7 +65,7 @@ class OwnFamily:
     def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
         """A refinable guide for `chunk` at the Gaussian `start`; raises `InputError` where it cannot start there."""
         if self.family is not None:
-            guide = FamilyGuide(self.family, restrict(joint, chunk.indices), seed)
+            guide = FamilyGuide(self.family, joint, chunk, seed)
             guide.start_at(start)
             return guide
         freed = self.start(joint, chunk, seed)

@@ -15,7 +15,8 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.refine.families import Family, FamilyGuide, Start, is_family, restrict
+from pyrogaps.refine.families import Family, Start, is_family
+from pyrogaps.refine.family_guide import FamilyGuide
 from pyrogaps.refine.local import Refinable
 from pyrogaps.refine.objective import Evaluator
 from pyrogaps.refine.optimise import Progress, Report, optimise, take_better
@@ -56,7 +57,7 @@ def refine_chunk(
             take_better(refinable, there, evaluate, chunk, settings, seed, name)
             restart = False
     else:
-        refinable = FamilyGuide(family, restrict(evaluator.joint, chunk.indices), seed)
+        refinable = FamilyGuide(family, evaluator.joint, chunk, seed)
         if before := _starts_from(refinable):
             start = start if start and start.fitted else first(before)
             restart = False
@@ -79,7 +80,7 @@ def refine_chunk(
 def _started(family: OwnFamily | Family, start: Start, evaluator: Evaluator, chunk: Chunk, seed: int) -> Refinable:
     if isinstance(family, OwnFamily):
         return family.start_at(start, evaluator.joint, chunk, seed)
-    guide = FamilyGuide(family, restrict(evaluator.joint, chunk.indices), seed)
+    guide = FamilyGuide(family, evaluator.joint, chunk, seed)
     guide.start_at(start)
     return guide
 

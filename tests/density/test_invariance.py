@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 from pyrogaps import AIS, GuideDensity, JointDensity, Refinement, decompose, elbo, iwae
+from pyrogaps.guides.flows import AutoLocalFlow
 
 N = 150
 
@@ -59,7 +60,7 @@ QUICK: dict[str, Any] = {
     "num_particles": 10,
     "refinement": Refinement(num_steps=3, num_particles=4, num_selection=8),
     "evidence": AIS(num_chains=4, num_temperatures=2, num_leapfrog=1),
-    "families": {"normal": AutoNormal},
+    "families": {"normal": AutoNormal, "flow": AutoLocalFlow},
     "progress": False,
 }
 

@@ -239,3 +239,18 @@ def test_indices_of_several_chunks_are_refused() -> None:
 def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Refinement(**arguments)
+
+
+def test_a_refined_guide_at_any_of_its_datapoints() -> None:
+    """In any order, from several blocks: each is what it is alone."""
+    model = anisotropic(8, 3)
+    x, _ = draws_of(model, 130)
+    refined = refine(model, AutoNormal, x, settings=Refinement(num_steps=30), batch_size=192)
+    some = torch.tensor([127, 3, 70, 129, 64])
+    z = torch.randn(6, len(some), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = refined.at(some).log_prob(z)
+    for place, index in enumerate(some):
+        torch.testing.assert_close(together[:, [place]], refined.at(index[None]).log_prob(z[:, [place]]))
+    draws, log_q = refined.at(some).sample(5000)
+    assert draws.shape == (5000, 5, 3)
+    torch.testing.assert_close(refined.at(some).log_prob(draws), log_q)

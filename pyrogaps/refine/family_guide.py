@@ -1,0 +1,131 @@
+"""Guides of a further family for the datapoints of a chunk, ready to be refined."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+from torch.distributions import transform_to
+
+from pyrogaps.density import GuideDensity, JointDensity
+from pyrogaps.density.local import Draws, LocalGuide
+from pyrogaps.density.runs import evaluating
+from pyrogaps.refine.families import Family, Start, data_axes, instantiate, restrict
+from pyrogaps.streams import BLOCK, Chunk, seeded
+
+
+class FamilyGuide:
+    """Guides of some family for the datapoints of a chunk, a Pyro guide for each block of them; see `Refinable`.
+
+    Where a guide starts by chance, a block's stream decides, so that a datapoint's guide does not depend on how many
+    are refined at once. It also holds no more parameters than one run of it needs: picking rows from many, block by
+    block, would cost the square of their number in gradients.
+    """
+
+    def __init__(self, family: Family, joint: JointDensity, chunk: Chunk, seed: int) -> None:
+        self.joint = restrict(joint, chunk.indices)
+        axes = data_axes(family, self.joint, seed)
+        self._parts = [_Part(family, self.joint, chunk, block, axes, seed) for block in chunk.blocks()]
+        self.parameters: list[Tensor] = [value for part in self._parts for value in part.named.values()]
+        self.axes = [axes[name] for part in self._parts for name in part.named]
+        self.rows = [part.rows for part in self._parts for _ in part.named]
+        # Until it starts somewhere its scales say nothing about the posterior's.
+        self.units: list[Tensor | float] = [1.0] * len(self.parameters)
+
+    @property
+    def guide(self) -> nn.Module:
+        """One of the guides; they differ in their datapoints alone."""
+        return self._parts[0].guide
+
+    def at(self, indices: Tensor) -> LocalGuide:
+        found = [(part, (indices >= part.rows.start) & (indices < part.rows.stop)) for part in self._parts]
+        places = [(part, mask.nonzero()[:, 0]) for part, mask in found if bool(mask.any())]
+        guides = [(part.density.at(indices[place] - part.rows.start), place) for part, place in places]
+        return guides[0][0] if len(guides) == 1 else _Joined(self.joint, indices, guides)
+
+    def start_at(self, start: Start) -> None:
+        """Start at a factorised Gaussian, or near it, where the guide can.
+
+        `AutoNormal` can; another guide does if it has a method `start_at(loc, scale)`. A method `units()` that names
+        parameters and natural steps for them is heeded.
+        """
+        for part in self._parts:
+            part.start_at(start.loc[part.rows], start.scale[part.rows])
+        self._take_units()
+
+    def start_by(self, start_local: Callable[..., None]) -> None:
+        """Start where `start_local(guide, *args)` puts a guide, given the model's arguments for its datapoints."""
+        with evaluating(self.joint.model), torch.no_grad():
+            for part in self._parts:
+                start_local(part.guide, *part.joint.fetch(torch.arange(part.joint.num_datapoints)))
+        self._take_units()
+
+    def _take_units(self) -> None:
+        self.units = [unit for part in self._parts for unit in part.units()]
+
+
+class _Part:
+    """The guide of one block: `rows` says which of the chunk's datapoints it is for."""
+
+    def __init__(
+        self, family: Family, joint: JointDensity, chunk: Chunk, block: Chunk, axes: dict[str, int], seed: int
+    ) -> None:
+        self.rows = slice(block.start - chunk.start, block.stop - chunk.start)
+        self.joint = restrict(joint, torch.arange(self.rows.start, self.rows.stop))
+        with seeded(seed, "family", block.start // BLOCK), evaluating(joint.model):
+            self.guide = instantiate(family, self.joint, torch.arange(len(block)))
+        self.density = GuideDensity(self.guide, None, self.joint)
+        self.named = {name: value for name, value in self.guide.named_parameters() if value.requires_grad}
+
+    def start_at(self, loc: Tensor, scale: Tensor) -> None:
+        if isinstance(self.guide, AutoNormal):
+            _start_auto_normal(self.guide, self.joint, loc, scale)
+        elif hasattr(self.guide, "start_at"):
+            cast(Any, self.guide).start_at(loc, scale)
+
+    def units(self) -> list[Tensor | float]:
+        units: dict[str, Any] = _auto_normal_units(self.guide) if isinstance(self.guide, AutoNormal) else {}
+        if hasattr(self.guide, "units"):
+            units = cast(Any, self.guide).units()
+        return [units.get(name, 1.0) for name in self.named]
+
+
+class _Joined:
+    """A `LocalGuide` whose rows are those of several, `place (R,)` where each one's rows stand."""
+
+    mean_field = False
+
+    def __init__(self, joint: JointDensity, indices: Tensor, guides: list[tuple[LocalGuide, Tensor]]) -> None:
+        self.joint, self.indices, self._guides = joint, indices, guides
+        self._order = torch.cat([place for _, place in guides]).argsort()
+
+    def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
+        draws = [guide.sample(num_particles, antithetic) for guide, _ in self._guides]
+        return self._join([z for z, _ in draws]), self._join([log_q for _, log_q in draws])
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self._join([guide.log_prob(z[:, place]) for guide, place in self._guides])
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, 1)[:, self._order]
+
+
+def _start_auto_normal(guide: AutoNormal, joint: JointDensity, loc: Tensor, scale: Tensor) -> None:
+    inverse = transform_to(guide.scale_constraint).inv
+    parameters = dict(guide.named_parameters())
+    with torch.no_grad():
+        for name, site in joint.sites.items():
+            for target, flat in (("locs", loc), ("scales", inverse(scale.clamp(min=1e-6)))):
+                parameter = parameters[f"{target}.{name}_unconstrained"]
+                parameter.copy_(site.unflatten(flat).reshape(parameter.shape))
+
+
+def _auto_normal_units(guide: AutoNormal) -> dict[str, Tensor]:
+    """A natural step in a location is the standard deviation there."""
+    parameters, positive = dict(guide.named_parameters()), transform_to(guide.scale_constraint)
+    return {
+        name: positive(parameters["scales" + name[len("locs") :]]).detach().clone()
+        for name in parameters
+        if name.startswith("locs.")
+    }
