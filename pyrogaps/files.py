@@ -22,15 +22,21 @@ def replacing(path: Path, what: str) -> Iterator[BinaryIO]:
 
     Raises `InputError`, which calls the file `what`, where it cannot be written.
     """
+    with writing(path, what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with in_place_of(path) as temporary, temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path` when the block ends well; nothing is left of it otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path, what):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -4,14 +4,13 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pyrogaps.errors import InputError
-from pyrogaps.files import hold
+from pyrogaps.files import hold, in_place_of
 from pyrogaps.recipe import resolve
 
 RESULTS = ("recipe.yaml", "checkpoint.pt", "ledger.nc", "summary.csv", "gaps.png")
@@ -61,25 +60,21 @@ class RunFolder:
         Raises `InputError` where it cannot be written; a file of that name is then as it was.
         """
         target = self / name
-        temporary = target.with_name(f".unfinished-{name}")
         try:
-            save(temporary)
-            os.replace(temporary, target)
+            with in_place_of(target) as temporary:
+                save(temporary)
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(
                 f"{target}: cannot be written: {reason}; mend that and run the same command again, which goes on from "
                 "there"
             ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     def finish(self) -> None:
         """Remove what only an unfinished run needs."""
         for name in CHECKPOINTS:
             (self / name).unlink(missing_ok=True)
-        for path in (*self.path.glob(".*.tmp"), *self.path.glob(".unfinished-*")):  # of processes that were killed
+        for path in self.path.glob(".*.tmp"):  # of processes that were killed
             path.unlink(missing_ok=True)
         shutil.rmtree(self / PARTS, ignore_errors=True)
 

@@ -35,14 +35,13 @@ def whole_plates(
     one.
     """
     rows = len(indices)
-    everything = rows == num_datapoints and torch.equal(indices, torch.arange(rows, device=indices.device))
 
     def choose(name: str, size: int, requested: int | None, subsample: Any) -> Choice:
         if name != plate:
             return _whole(name, size, requested, subsample, plate, indices.device)
-        if bound and everything and size <= rows and not explicit(subsample):
-            return rows, rows, indices
         if bound:
+            if size <= rows == num_datapoints and not explicit(subsample) and _in_order(indices):
+                return rows, rows, indices
             # Pyro picks the rows of parameters only where it sees fewer of them than the plate's size.
             return max(size, num_datapoints or 0, rows + 1), rows, subsample if explicit(subsample) else indices
         if bound is None and size == num_datapoints != rows:
@@ -66,6 +65,11 @@ def whole_plates(
             )
 
     return _plates(choose, check)
+
+
+def _in_order(indices: Tensor) -> bool:
+    """Whether they are all of 0, 1, ..., so that nothing has to be picked."""
+    return torch.equal(indices, torch.arange(len(indices), device=indices.device))
 
 
 def wrong_size(name: str, size: int, rows: int) -> InputError:
