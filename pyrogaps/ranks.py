@@ -161,9 +161,9 @@ def restarted() -> bool:
 
 def take_gpu() -> None:
     """Of several processes each takes a GPU of its own; raises `InputError` where there are not enough."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if world_size() == 1:
         return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= torch.cuda.device_count():
         raise InputError(
             f"device: {torch.cuda.device_count()} GPUs are too few for the processes here; start as many as there are"

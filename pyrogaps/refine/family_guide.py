@@ -26,7 +26,7 @@ class FamilyGuide:
     def __init__(self, family: Family, joint: JointDensity, chunk: Chunk, seed: int) -> None:
         self.joint = restrict(joint, chunk.indices)
         axes = data_axes(family, self.joint, seed)
-        self._parts = [_Part(family, self.joint, chunk, block, axes, seed) for block in chunk.blocks()]
+        self._parts = [_Part(family, joint, block, block.start - chunk.start, seed) for block in chunk.blocks()]
         self.parameters: list[Tensor] = [value for part in self._parts for value in part.named.values()]
         self.axes = [axes[name] for part in self._parts for name in part.named]
         self.rows = [part.rows for part in self._parts for _ in part.named]
@@ -39,8 +39,8 @@ class FamilyGuide:
         return self._parts[0].guide
 
     def at(self, indices: Tensor) -> LocalGuide:
-        found = [(part, (indices >= part.rows.start) & (indices < part.rows.stop)) for part in self._parts]
-        places = [(part, mask.nonzero()[:, 0]) for part, mask in found if bool(mask.any())]
+        block = indices // BLOCK
+        places = [(self._parts[k], (block == k).nonzero()[:, 0]) for k in block.unique().tolist()]
         guides = [(part.density.at(indices[place] - part.rows.start), place) for part, place in places]
         return guides[0][0] if len(guides) == 1 else _Joined(self.joint, indices, guides)
 
@@ -66,13 +66,11 @@ class FamilyGuide:
 
 
 class _Part:
-    """The guide of one block: `rows` says which of the chunk's datapoints it is for."""
+    """The guide of one block, the rows from `first` on of a chunk."""
 
-    def __init__(
-        self, family: Family, joint: JointDensity, chunk: Chunk, block: Chunk, axes: dict[str, int], seed: int
-    ) -> None:
-        self.rows = slice(block.start - chunk.start, block.stop - chunk.start)
-        self.joint = restrict(joint, torch.arange(self.rows.start, self.rows.stop))
+    def __init__(self, family: Family, joint: JointDensity, block: Chunk, first: int, seed: int) -> None:
+        self.rows = slice(first, first + len(block))
+        self.joint = restrict(joint, block.indices)
         with seeded(seed, "family", block.start // BLOCK), evaluating(joint.model):
             self.guide = instantiate(family, self.joint, torch.arange(len(block)))
         self.density = GuideDensity(self.guide, None, self.joint)
