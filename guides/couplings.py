@@ -111,7 +111,7 @@ def coupling_flow(
         read = dim - read
     if len(networks) % 2:
         transforms.append(Permute(torch.arange(dim, device=loc.device).roll(-read)))
-    transforms.append(AffineTransform(loc, scale, event_dim=1))
+    transforms.append(AffineTransform(loc, scale, event_dim=1, cache_size=1))
     base = dist.Normal(torch.zeros_like(loc), 1.0).to_event(1)
     return dist.TransformedDistribution(base, transforms)
 

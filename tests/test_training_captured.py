@@ -1,6 +1,7 @@
 """Recorded training steps are the eager ones: same draws, loss, gradients and buffers, or not recorded at all."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pyrogaps.training.record import Record
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(2)) @ torch.randn(4, 4)
 quick: dict[str, Any] = {"progress": False, "learning_rate": 1e-2, "num_epochs": 8, "batch_size": 20}
 Pair = tuple[Any, Any]
+IS_FASTER = Record.is_faster
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +38,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
 
     monkeypatch.setattr(steps, "WARM_UP", 2)
     monkeypatch.setattr(Record, "__call__", counted)
+    monkeypatch.setattr(Record, "is_faster", True)  # whatever a busy machine makes of it
     return used
 
 
@@ -386,3 +389,31 @@ def test_a_nan_that_comes_late_is_named(replays: list[Record]) -> None:
     with pytest.raises(FloatingPointError, match="the loss is nan at step"):
         train(*modules(), IndexedData(60, fetch), **quick)
     assert replays
+
+
+def test_a_record_slower_than_pyro_is_given_up_for_good(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replays: list[Record]
+) -> None:
+    _, result = trained(modules, "captured", num_epochs=12)
+    assert result.mode == "captured"
+    replay = Record.__call__
+
+    def slow(record: Record, *args: Any) -> Any:
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+        return replay(record, *args)
+
+    monkeypatch.setattr(Record, "__call__", slow)
+    monkeypatch.setattr(Record, "is_faster", IS_FASTER)
+    replays.clear()
+    chosen = {"checkpoint": tmp_path / "run.pt"}
+    found, result = trained(modules, "captured", num_epochs=12, **chosen)
+    expected, _ = trained(modules, "eager", num_epochs=12)
+    assert result.mode == "eager"
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    assert len(replays) == steps.DECIDING
+    # A run that goes on keeps the verdict: nothing is timed again.
+    trained(modules, "captured", num_epochs=30, **chosen)
+    assert len(replays) == steps.DECIDING

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrogaps.capture.arithmetic import rewrite, value_of
+from pyrogaps.capture.products import inline_products, products_by_onednn
 
 aten = torch.ops.aten
 VIEWS = {aten.alias.default, aten.view.default, aten.expand.default, aten.permute.default, aten.unsqueeze.default}
@@ -27,27 +28,6 @@ IN_PLACE = {
     aten.tanh.default: aten.tanh_.default,
 }
 
-# oneDNN's product with a transposed right factor, where PyTorch is built with it.
-LINEAR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
-# Below this many multiplications a product is over before oneDNN has looked up its kernel.
-SMALL_PRODUCT = 100_000
-
-
-def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """`left @ right + bias` by oneDNN, as an operation of its own: `torch.compile` takes oneDNN's for constants."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
-    return result
-
-
-def _product_shape(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return left.new_empty(left.shape[0], right.shape[1])
-
-
-library = torch.library.Library("pyrogaps", "DEF")
-library.define("product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
-library.impl("product", _product, "CPU")
-library.impl("product", _product_shape, "Meta")
-
 
 def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     """The tensor operations of `function(*inputs)`; what else it reads, such as parameters, stays by reference."""
@@ -57,7 +37,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     rewrite(graph)
     _drop_identities(graph)
     _constants_to_numbers(graph)
-    _products_by_onednn(graph)
+    products_by_onednn(graph)
     graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -95,7 +75,7 @@ def reuse_memory(module: GraphModule) -> GraphModule:
 
     The graph is for replaying as it is: products are oneDNN's own operations now.
     """
-    _inline_products(module.graph)
+    inline_products(module.graph)
     fresh: set[Node] = set()
     for node in module.graph.nodes:
         operand = node.args[0] if node.args else None
@@ -154,56 +134,6 @@ def _constants_to_numbers(graph: Graph) -> None:
                 if factor in constant and other not in constant and _same_layout(other, node):
                     node.args = (other, constant[factor])
                     break
-
-
-def _products_by_onednn(graph: Graph) -> None:
-    """Give single-precision matrix products on a CPU to oneDNN.
-
-    PyTorch gives them to MKL, which uses half the vector width of processors that are not its maker's.
-    """
-    if LINEAR is None or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return
-    for node in list(graph.nodes):
-        operands = _plain_product(node)
-        if operands is not None:
-            with graph.inserting_before(node):
-                product = graph.call_function(torch.ops.pyrogaps.product.default, operands)
-            product.meta = dict(node.meta)
-            node.replace_all_uses_with(product)
-            graph.erase_node(node)
-
-
-def _inline_products(graph: Graph) -> None:
-    """Call oneDNN directly: an operation that is written in Python costs as much as a small product."""
-    for node in list(graph.nodes):
-        if node.target is torch.ops.pyrogaps.product.default:
-            left, right, bias = node.args
-            with graph.inserting_before(node):
-                turned = (
-                    right.args[0] if right.target is aten.t.default else graph.call_function(aten.t.default, (right,))
-                )
-                call = graph.call_function(LINEAR, (left, turned, bias, "none", [], ""))
-            call.meta = dict(node.meta)
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-def _plain_product(node: Node) -> tuple[Any, Any, Any] | None:
-    """Left factor, right factor and bias of a large matrix product of floats on a CPU; None for any other operation."""
-    if node.target is aten.addmm.default and len(node.args) == 3 and not node.kwargs:
-        bias, left, right = node.args
-    elif node.target is aten.mm.default:
-        (left, right), bias = node.args, None
-    else:
-        return None
-    values = [value_of(operand) for operand in (left, right, bias) if operand is not None]
-    if any(not isinstance(v, Tensor) or v.dtype != torch.float32 or v.device.type != "cpu" for v in values):
-        return None
-    size = values[0].numel() * values[1].shape[1]
-    if size < SMALL_PRODUCT or (bias is not None and values[2].shape != values[1].shape[1:]):
-        return None
-    return left, right, bias
 
 
 def fusible_elements(node: Node) -> int:

@@ -71,8 +71,8 @@ def train(
     Steps are taken through Pyro ("eager"), or, with mode "captured", through Pyro for a while and then by replaying the
     tensor operations that one of them was recorded as, for each shape of minibatch. A record is compared with Pyro when
     it is new and now and then: programs that cannot be recorded (control flow that depends on values, recurrent
-    networks, state that steps change) and other objectives than the ELBO and `IWAE_ELBO` stay eager. The two modes
-    differ by rounding.
+    networks, state that steps change) and other objectives than the ELBO and `IWAE_ELBO` stay eager, and so do steps
+    whose record is no faster than Pyro; the result's `mode` says which. The two modes differ by rounding.
 
     `checkpoint` names a file from which a run that was killed continues, to the same weights bit for bit on a CPU;
     `num_epochs` and `patience` may change in between. `device` moves modules and minibatches there. The caller's

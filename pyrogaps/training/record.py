@@ -61,6 +61,7 @@ class Record:
         number = len(objective.factors)
         self._used: list[bool] = []
         self.num_uses = 0
+        self._seconds_by_pyro = self._seconds = float("inf")
 
         def step(*inputs: Tensor) -> tuple[Tensor, ...]:
             with objective.factors_from(inputs[:number]), torch.enable_grad():
@@ -82,6 +83,17 @@ class Record:
         given = iter(gradients)
         loss, elbo = figures.tolist()
         return Outcome(loss, elbo, [next(given) if used else None for used in self._used])
+
+    def time(self, by_pyro: float, replayed: float) -> None:
+        """Note how many seconds one step took either way. A first use, which prepares memory, does not count."""
+        if self.num_uses > 1:
+            self._seconds_by_pyro = min(self._seconds_by_pyro, by_pyro)
+            self._seconds = min(self._seconds, replayed)
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether the fastest replay took less time than the fastest step through Pyro."""
+        return self._seconds < self._seconds_by_pyro
 
     def is_due(self, rarely: int) -> bool:
         """Whether the next use is to be compared with Pyro: uses 1, 2, 4, 8 ..., and every `rarely`-th."""

@@ -93,13 +93,15 @@ class TrainingResult:
     epoch's minibatches while the weights were moving; `validation_elbo`, of the weights at the epoch's end, where
     validation data were given; `learning_rate`. Both bounds are plain ELBOs, without warm-up or annealing weights,
     or those of the `objective` that was trained. `mutual_information` has one for each epoch with `guide_steps`.
-    `best_epoch`, counted from 1, is the epoch whose weights the model and the guide now hold.
+    `best_epoch`, counted from 1, is the epoch whose weights the model and the guide now hold. `mode` says how most
+    steps were taken in the end: through Pyro ("eager"), or by replaying a recorded step ("captured").
     """
 
     history: dict[str, list[float]]
     best_epoch: int
     num_epochs: int
     stopped_early: bool
+    mode: Literal["eager", "captured"] = "eager"
 
     @property
     def train_elbo(self) -> float:

@@ -1,9 +1,10 @@
 """Taking the steps of a training run, through Pyro or by replaying the record of one."""
 
 import hashlib
+import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -18,6 +19,8 @@ from pyrogaps.training.record import Arguments, Outcome, Record, agree
 WARM_UP = 50
 # A record is compared with Pyro at its first two uses, then ever more rarely, and at last once in so many.
 RARELY = 256
+# At this use it is decided whether a record is faster than Pyro: both have then been timed four times.
+DECIDING = 16
 # So many kinds of steps are told apart. Where there are more, the arguments vary too much for records to pay.
 MOST_KINDS = 64
 
@@ -30,6 +33,11 @@ class EagerSteps:
 
     def begin_epoch(self) -> None:
         """Nothing: there is no record that could have become stale."""
+
+    @property
+    def mode(self) -> Literal["eager", "captured"]:
+        """How most steps are taken now: through Pyro, or by replaying a record."""
+        return "eager"
 
     def share(self, indices: Tensor) -> Tensor:
         """What of a minibatch the next step takes in this process."""
@@ -57,7 +65,8 @@ class RecordedSteps(EagerSteps):
     A record is compared with Pyro from the same random state: loss, gradients, buffers, and the random state after it.
     Where a step cannot be recorded, or its record disagrees, all later steps go through Pyro. That is silent, unless
     the record has been used in between. Where it agrees its own results are used all the same, so that a run that was
-    broken off goes on bit for bit, whenever it is compared.
+    broken off goes on bit for bit, whenever it is compared. Comparisons time both as well: a kind whose record is no
+    faster than Pyro goes through Pyro from then on. That verdict is part of the state, for the same reason.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class RecordedSteps(EagerSteps):
         self._bound, self._optimizer, self._watched, self._device = objective, optimizer, watched, device
         self._records: dict[str, Record] = {}
         self._uses: dict[str, int] = {}
+        self._faster: dict[str, bool] = {}
         self._settings = self._version = ""
         self._given_up = False
 
@@ -88,26 +98,36 @@ class RecordedSteps(EagerSteps):
         if kind not in self._uses and len(self._uses) == MOST_KINDS:
             return super().__call__(args, rows)
         self._uses[kind] = use = self._uses.get(kind, 0) + 1
-        if use < WARM_UP:
+        if use < WARM_UP or not self._faster.get(kind, True):
             return super().__call__(args, rows)
         if use == WARM_UP:
             return self._watched_step(args, rows)
         outcome = self._outcome(kind, arguments, args, rows)
         return super().__call__(args, rows) if outcome is None else self._apply(outcome)
 
+    @property
+    def mode(self) -> Literal["eager", "captured"]:
+        if self._given_up or not self._uses:
+            return "eager"
+        most = max(self._uses, key=lambda kind: self._uses[kind])
+        replayed = self._uses[most] > WARM_UP and self._faster.get(most, True)
+        return "captured" if replayed else "eager"
+
     def get_state(self) -> dict[str, Any]:
-        return {"uses": dict(self._uses), "version": self._version, "given_up": self._given_up}
+        state = {"uses": dict(self._uses), "faster": dict(self._faster)}
+        return {**state, "version": self._version, "given_up": self._given_up}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._uses, self._version = dict(state.get("uses", {})), state.get("version", "")
+        self._faster = dict(state.get("faster", {}))
         self._given_up = state.get("given_up", False)
 
     def _forget_what_is_stale(self) -> None:
         """Drop records from before the programs' settings changed, or parameters joined."""
         version = f"{self._settings} {len(self._optimizer.named)} {len(pyro.get_param_store())}"
         if version != self._version:
-            self._records.clear()
-            self._uses.clear()
+            for kept in (self._records, self._uses, self._faster):
+                kept.clear()
             self._version = version
 
     def _has_hooks(self) -> bool:
@@ -133,6 +153,7 @@ class RecordedSteps(EagerSteps):
                 record = self._records[kind] = Record(self._bound, list(self._optimizer.named.values()), arguments)
                 start.restore()
             found = self._compared(record, arguments, args, rows, start)
+            self._decide(kind, record)
         except FloatingPointError:
             raise
         except Exception:  # tracing, and programs that are traced, raise anything
@@ -146,13 +167,25 @@ class RecordedSteps(EagerSteps):
         self, record: Record, arguments: Arguments, args: tuple[Any, ...], rows: int, start: Snapshot
     ) -> Outcome | None:
         """What a record gives; None where Pyro gives something else."""
+        # The thread's own time: on a busy machine time on the wall says little.
+        began = time.thread_time()
         expected = self._through_pyro(args, rows)
+        by_pyro = time.thread_time() - began
         end = Snapshot(self._watched.buffers(), self._device)
         start.restore()
         self._bound.begin(rows)
+        began = time.thread_time()
         found = record(self._bound, arguments)
+        record.time(by_pyro, time.thread_time() - began)
         same = Snapshot(self._watched.buffers(), self._device).is_like(end) and agree(found, expected)
         return found if same else None
+
+    def _decide(self, kind: str, record: Record) -> None:
+        """Once, whether steps of a kind are replayed from now on."""
+        if kind not in self._faster and record.num_uses >= DECIDING:
+            self._faster[kind] = record.is_faster
+            if not record.is_faster:
+                del self._records[kind]
 
     def _through_pyro(self, args: tuple[Any, ...], rows: int) -> Outcome:
         values = self._optimizer.named.values()

@@ -131,7 +131,8 @@ class Trainer:
             self._clear_gradients()
         if self.validation is not None:
             put_weights(state.best, self.model, self.guide)
-        return TrainingResult(state.history, state.best_epoch, state.epoch, self._is_exhausted(state))
+        exhausted = self._is_exhausted(state)
+        return TrainingResult(state.history, state.best_epoch, state.epoch, exhausted, self.steps.mode)
 
     def _clear_gradients(self) -> None:
         # A frozen model's parameters collect gradients too, though nothing steps them.
