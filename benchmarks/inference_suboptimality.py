@@ -149,14 +149,16 @@ def decomposed(recipe: Recipe, model: Program, guide: Program, x: Tensor, *, cac
     )
 
 
-def certified(recipe: Recipe, folder: Path, model: Program, guide: Program, data: DataSet) -> dict[str, float]:
+def certified(
+    recipe: Recipe, folder: Path, model: Program, guide: Program, data: DataSet, num_simulated: int | None = None
+) -> dict[str, float]:
     """BDMC on images simulated from the model, its width, with the anchor and settings that measured the evidence."""
     path = folder / "sandwich.json"
     if not path.exists():
         assert isinstance(data.evaluated, Tensor)
         sandwich = pg.bdmc(
             model,
-            data.evaluated[:NUM_SIMULATED],
+            data.evaluated[: num_simulated or NUM_SIMULATED],
             guide_or_family=guide,
             settings=recipe.evidence,
             refinement=recipe.refinement,

@@ -9,7 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import half_images, inference_suboptimality, reporting, training, training_curves, two_dimensions
+from benchmarks import (
+    half_images,
+    inference_suboptimality,
+    inference_suboptimality_length,
+    reporting,
+    training,
+    training_curves,
+    two_dimensions,
+)
 from benchmarks.conditioning import __main__ as conditioning
 from benchmarks.conditioning import chain, chorales, ledgers
 from pyrogaps.recipe import Recipe
@@ -22,6 +30,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         conditioning,
         half_images,
         inference_suboptimality,
+        inference_suboptimality_length,
         ledgers,
         reporting,
         training_curves,
@@ -97,6 +106,41 @@ def test_column_that_diverged_is_flagged(monkeypatch: pytest.MonkeyPatch, result
     (status,) = pd.read_csv(results / "inference_suboptimality.csv")["status"]
     assert "the loss is nan" in status
     assert not (tmp_path / "runs" / "mnist-ffg" / "checkpoint.pt").exists()
+
+
+def test_length_of_training(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    """Stages are measured as they are reached, training goes on from the last one, and nothing is done again."""
+    module = inference_suboptimality_length
+    monkeypatch.setattr(module, "column_recipe", small(inference_suboptimality.column_recipe))
+    monkeypatch.setattr(inference_suboptimality, "NUM_IWAE", 50)
+    monkeypatch.setattr(module, "STAGES", (1, 2))
+    monkeypatch.setattr(module, "ANNEALING", 1)
+    options = "--num_simulated", 8, "--runs", tmp_path / "runs"
+    run(module, monkeypatch, "--only", "train", "--num_epochs", 1, "--columns", "mnist-ffg", *options)
+    run(module, monkeypatch, "--only", "train", "--num_epochs", 2, "--columns", "mnist-ffg", "mnist-flow", *options)
+    run(module, monkeypatch, "--only", "measure", "--num_epochs", 1, *options)
+    table = pd.read_csv(results / "inference_suboptimality_length.csv")
+    assert table[["column", "epoch"]].to_numpy().tolist() == [["mnist-ffg", 1], ["mnist-flow", 1]]
+    monkeypatch.setattr(module.pg, "train", None)
+    run(module, monkeypatch, "--num_epochs", 2, "--columns", "mnist-ffg", *options)
+    table = pd.read_csv(results / "inference_suboptimality_length.csv")
+    assert table[["column", "epoch"]].to_numpy().tolist() == [["mnist-ffg", 1], ["mnist-ffg", 2], ["mnist-flow", 1]]
+    text = (results / "inference_suboptimality_length.md").read_text()
+    assert "**3 of 8 points measured.**" in text
+    assert text.count("Not measured yet.") == 3
+    assert (results / "inference_suboptimality_length.png").stat().st_size > 0
+    history = torch.load(tmp_path / "runs" / "mnist-ffg" / "training" / "training.pt", weights_only=True)["run"]
+    assert history["epoch"] == 2
+
+
+def test_schedule_of_the_length_study_is_the_papers() -> None:
+    recipe = inference_suboptimality_length.length_recipe("mnist-flow")
+    training = recipe.training
+    assert training is not None
+    rates = [training.rate(epoch) for epoch in (0, 1, 3, 4, 1092, 1093, 3279)]
+    assert rates == pytest.approx([1e-3 * 10 ** (-stage / 7) for stage in (0, 1, 1, 2, 6, 7, 7)])
+    assert training.entropy_weight(200) == 0.5
+    assert not inference_suboptimality_length.length_recipe("mnist-ffg-no-anneal").training.entropy_annealing
 
 
 def test_training_curves(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
