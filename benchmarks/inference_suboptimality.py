@@ -1,13 +1,18 @@
 """Table 1 of Cremer, Li and Duvenaud, "Inference Suboptimality in Variational Autoencoders" (arXiv:1801.03558), anew.
 
-`python -m benchmarks.inference_suboptimality` trains every column, measures its gaps on 1,000 test and 1,000 training
-images, certifies the evidence, and writes `results/inference_suboptimality.csv`, one row per column, and the page
+`python -m benchmarks.inference_suboptimality` trains every column, measures its gaps on test and training images,
+certifies the evidence, and writes `results/inference_suboptimality.csv`, one row per column, and the page
 `results/inference_suboptimality.md`, which sets it beside the paper's and judges its claims. Every stage of a column
-lies in `--runs` when it is done, so that a run that was stopped continues, and columns can be made one by one.
+is kept in `--runs` when it is done: a run that was stopped continues, and columns can be made one by one. Table and
+page are written after every column, from all columns that are finished.
+
+The flow is the paper's, Real NVP with an auxiliary variable. `--flow coupling` makes the same table with the plain flow
+on halves of z, in files of its own.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +22,7 @@ import pyro
 from torch import Tensor
 
 import pyrogaps as pg
-from benchmarks.reporting import RESULTS, keep_trained, kept_ledger, machine
+from benchmarks.reporting import RESULTS, keep_noted, keep_trained, kept_ledger, machine
 from benchmarks.suboptimality_page import page
 from pyrogaps import GapLedger
 from pyrogaps.building import DataSet, build_data, build_families, build_programs
@@ -25,21 +30,39 @@ from pyrogaps.density.runs import Program
 from pyrogaps.recipe import Recipe, override, read_document, resolve
 from pyrogaps.run_folder import RunFolder
 
-COLUMNS = tuple(
-    f"{data}-{guide}{setting}"
-    for data in ("mnist", "fashion")
-    for setting in ("", "-large", "-no-anneal")
-    for guide in ("ffg", "flow")
-)
+# By name of the flow: how columns with it are called, and the files of its table.
+GUIDES = {"auxiliary": "flow", "coupling": "coupling"}
+FILES = {"auxiliary": "inference_suboptimality", "coupling": "inference_suboptimality_coupling"}
+
+
+def columns_of(flow: str) -> tuple[str, ...]:
+    """The twelve columns of the table with this flow; each is the name of a recipe."""
+    return tuple(
+        f"{data}-{guide}{setting}"
+        for data in ("mnist", "fashion")
+        for setting in ("", "-large", "-no-anneal")
+        for guide in ("ffg", GUIDES[flow])
+    )
+
+
 PARTS = ("test", "train")
-RUNS = Path("benchmarks/runs/inference_suboptimality")
+RUNS = Path("benchmarks/runs")
 LEDGER = ("log_evidence", "iwae_5000", "elbo", "approximation_gap", "amortization_gap", "inference_gap")
 NUM_IWAE, NUM_SIMULATED = 5000, 256
+# L[q*_Flow] may lie below L[q*_FFG] by no more than this, in nats (mean over images): a flow contains the FFG.
+TOLERANCE = 0.02
 
 
-def column_recipe(name: str, num_epochs: int | None = None, num_images: int | None = None) -> Recipe:
-    """The recipe of a column, for `num_epochs` in place of its own: schedule and annealing keep their proportions."""
+def column_recipe(
+    name: str, num_epochs: int | None = None, num_images: int | None = None, flow: str = "auxiliary"
+) -> Recipe:
+    """The recipe of a column, for `num_epochs` in place of its own: schedule and annealing keep their proportions.
+
+    With `flow` "coupling" the further family of a column trained with FFG is the plain flow.
+    """
     document = read_document(name)
+    if flow == "coupling" and document["families"].get("flow") is not None:
+        override(document, "families.flow", "pyrogaps.guides.flows.AutoLocalFlow")
     if num_epochs is not None:
         training = document["training"]
         annealing = training.get("entropy_annealing", 0) * num_epochs / training["num_epochs"]
@@ -85,16 +108,23 @@ def trained(recipe: Recipe, folder: Path, *, progress: bool) -> tuple[Program, P
     return model, guide, data
 
 
-def evaluated(recipe: Recipe, folder: Path, model: Program, guide: Program, data: DataSet, part: str) -> GapLedger:
-    """The ledger of the recipe's number of "test" or "train" images, computed where `folder` does not hold it yet."""
+def evaluated(
+    recipe: Recipe,
+    folder: Path,
+    model: Program,
+    guide: Program,
+    data: DataSet,
+    part: str,
+    num_images: int | None = None,
+) -> GapLedger:
+    """The ledger of "test" or "train" images, by default the recipe's number; `folder` keeps it."""
 
     def measure() -> GapLedger:
         source = data.evaluated if part == "test" else data.train
         assert isinstance(source, Tensor)
-        ledger = decomposed(recipe, model, guide, source[: recipe.split.num_datapoints], cache=folder / f"{part}-parts")
-        bound = pg.iwae(
-            model, guide, source[: recipe.split.num_datapoints], num_particles=NUM_IWAE, seed=recipe.seed + 1
-        )
+        images = source[: num_images or recipe.split.num_datapoints]
+        ledger = decomposed(recipe, model, guide, images, cache=folder / f"{part}-parts")
+        bound = pg.iwae(model, guide, images, num_particles=NUM_IWAE, seed=recipe.seed + 1)
         ledger.per_datapoint["iwae_5000"] = "datapoint", bound.value.cpu().numpy()
         ledger.per_datapoint["iwae_5000_mcse"] = "datapoint", bound.mcse.cpu().numpy()
         return ledger
@@ -115,17 +145,20 @@ def decomposed(recipe: Recipe, model: Program, guide: Program, x: Tensor, *, cac
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         cache=cache,
+        progress=sys.stderr.isatty(),
     )
 
 
-def certified(recipe: Recipe, folder: Path, model: Program, guide: Program, data: DataSet) -> dict[str, float]:
+def certified(
+    recipe: Recipe, folder: Path, model: Program, guide: Program, data: DataSet, num_simulated: int | None = None
+) -> dict[str, float]:
     """BDMC on images simulated from the model, its width, with the anchor and settings that measured the evidence."""
     path = folder / "sandwich.json"
     if not path.exists():
         assert isinstance(data.evaluated, Tensor)
         sandwich = pg.bdmc(
             model,
-            data.evaluated[:NUM_SIMULATED],
+            data.evaluated[: num_simulated or NUM_SIMULATED],
             guide_or_family=guide,
             settings=recipe.evidence,
             refinement=recipe.refinement,
@@ -138,24 +171,54 @@ def certified(recipe: Recipe, folder: Path, model: Program, guide: Program, data
     return found
 
 
-def row(recipe: Recipe, name: str, runs: Path) -> dict[str, object]:
-    """A column of the table as a row of the CSV; one whose training diverged has its reason in place of numbers."""
-    training = recipe.training
-    assert training is not None
-    told = {"column": name, "status": "done", "num_epochs": training.num_epochs, "seed": recipe.seed}
-    told |= {"entropy_annealing": training.entropy_annealing}
+def row(recipe: Recipe, name: str, runs: Path, num_training_images: int | None = None) -> dict[str, object]:
+    """A column of the table as a row of the CSV. One whose training diverged has its reason in place of numbers."""
     folder = runs / name
+    facts = {"column": name, "status": "done", **settings_of(recipe)}
     try:
-        model, guide, data = trained(recipe, folder, progress=True)
+        model, guide, data = trained(recipe, folder, progress=sys.stderr.isatty())
         numbers: dict[str, object] = {}
         for part in PARTS:
-            numbers |= {
-                f"{part}_{key}": value for key, value in statistics(evaluated(recipe, folder, model, guide, data, part))
-            }
+            number = num_training_images if part == "train" else None
+            ledger = evaluated(recipe, folder, model, guide, data, part, number)
+            numbers |= {f"{part}_{key}": value for key, value in statistics(ledger)}
         numbers |= certified(recipe, folder, model, guide, data)
     except (FloatingPointError, pg.InputError) as error:
-        return {**told, "status": " ".join(str(error).split())}
-    return {**told, **numbers}
+        return {**facts, "status": " ".join(str(error).split())}
+    numbers["machine"] = keep_noted(folder / "machine.txt", machine)
+    return {**facts, "status": status(numbers), **numbers}
+
+
+def settings_of(recipe: Recipe) -> dict[str, object]:
+    """Budget, seed and sizes of a column. Hidden sizes of flows are those of the guide and of L[q*_Flow]."""
+    training, guide = recipe.training, recipe.guide
+    assert training is not None
+    assert guide is not None
+    own = guide.init_args.get("flow_hidden")
+    further = recipe.families["flow"].init_args.get("hidden") if "flow" in recipe.families else None
+    return {
+        "num_epochs": training.num_epochs,
+        "seed": recipe.seed,
+        "entropy_annealing": training.entropy_annealing,
+        "encoder_hidden": "-".join(map(str, guide.init_args["hidden"])),
+        "flow_hidden": own,
+        "local_flow_hidden": further or own,
+        "refinement_steps": recipe.refinement.num_steps,
+    }
+
+
+def status(numbers: dict[str, object]) -> str:
+    """Whether L[q*_Flow] is at least L[q*_FFG], as the flow contains the FFG: "done", or by how much it is not."""
+    short = {
+        part: difference
+        for part in PARTS
+        if f"{part}_flow_minus_ffg" in numbers
+        and not (difference := float(str(numbers[f"{part}_flow_minus_ffg"]))) >= -TOLERANCE
+    }
+    if not short:
+        return "done"
+    found = ", ".join(f"{part} {difference:.3f}" for part, difference in short.items())
+    return f"flow not refined enough: L[q*_Flow] - L[q*_FFG] below -{TOLERANCE} nats ({found})"
 
 
 def statistics(ledger: GapLedger) -> Iterator[tuple[str, object]]:
@@ -180,35 +243,46 @@ def statistics(ledger: GapLedger) -> Iterator[tuple[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("columns", nargs="*", help=f"which columns, of {', '.join(COLUMNS)} (default: all)")
-    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("columns", nargs="*", help=f"of {', '.join(columns_of('auxiliary'))} (default: all)")
+    parser.add_argument("--flow", choices=GUIDES, default="auxiliary", help="the paper's flow, or the plain one")
+    parser.add_argument("--runs", type=Path, help=f"default: {RUNS}/ and the name of the table's files")
     parser.add_argument("--num_epochs", type=int, help="in place of the recipes' own")
-    parser.add_argument("--num_images", type=int, help="of each of test and train, in place of the recipes' own")
+    parser.add_argument("--num_images", type=int, help="of test and training images each, in place of the recipes' own")
+    parser.add_argument("--num_training_images", type=int, help="of training images, where it is another number")
     parser.add_argument("--train_only", action="store_true", help="stop when the columns are trained")
     parser.add_argument("--write_only", action="store_true", help="write the table of the columns that are finished")
-    arguments = parser.parse_args()
-    if unknown := sorted({*arguments.columns} - {*COLUMNS}):
-        parser.error(f"no column {unknown[0]}; there are {', '.join(COLUMNS)}")
-    rows = []
-    for name in arguments.columns or COLUMNS:
-        recipe = column_recipe(name, arguments.num_epochs, arguments.num_images)
-        if arguments.train_only:
-            trained(recipe, arguments.runs / name, progress=True)
-        elif not arguments.write_only or (arguments.runs / name / "sandwich.json").exists():
-            rows.append(row(recipe, name, arguments.runs))
-            write(rows)
-    if rows:
-        print((RESULTS / "inference_suboptimality.md").read_text())
+    options = parser.parse_args()
+    columns, runs = columns_of(options.flow), options.runs or RUNS / FILES[options.flow]
+    if unknown := sorted({*options.columns} - {*columns}):
+        parser.error(f"no column {unknown[0]}; there are {', '.join(columns)}")
+
+    def recipe_of(name: str) -> Recipe:
+        return column_recipe(name, options.num_epochs, options.num_images, options.flow)
+
+    chosen = [] if options.write_only else [*(options.columns or columns)]
+    rows: dict[str, dict[str, object]] = {}
+    for name in columns:
+        if name not in chosen and (runs / name / "sandwich.json").exists():
+            rows[name] = row(recipe_of(name), name, runs, options.num_training_images)
+    for name in chosen:
+        if options.train_only:
+            trained(recipe_of(name), runs / name, progress=sys.stderr.isatty())
+            continue
+        rows[name] = row(recipe_of(name), name, runs, options.num_training_images)
+        write([rows[column] for column in columns if column in rows], options.flow)
+    if options.write_only and rows:
+        write(list(rows.values()), options.flow)
+    if rows and not options.train_only:
+        print((RESULTS / f"{FILES[options.flow]}.md").read_text())
 
 
-def write(rows: list[dict[str, object]]) -> None:
+def write(rows: list[dict[str, object]], flow: str) -> None:
     """The CSV of the columns so far, and the page made of it."""
     table = pd.DataFrame(rows)
-    table["machine"] = machine()
     RESULTS.mkdir(exist_ok=True)
     results = RunFolder(RESULTS)
-    results.write("inference_suboptimality.csv", lambda to: table.to_csv(to, index=False))
-    results.write("inference_suboptimality.md", lambda to: to.write_text(page(table)))
+    results.write(f"{FILES[flow]}.csv", lambda to: table.to_csv(to, index=False))
+    results.write(f"{FILES[flow]}.md", lambda to: to.write_text(page(table, flow)))
 
 
 if __name__ == "__main__":

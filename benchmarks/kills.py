@@ -36,9 +36,9 @@ from pyrogaps.guides.amortized import AmortizedNormal as Guide
 
 get = Parts.get
 
-def counted(self, chunk, joint, scores, compute):
+def counted(self, chunk, probe, compute):
     measured = []
-    result = get(self, chunk, joint, scores, lambda: measured.append(chunk) or compute())
+    result = get(self, chunk, probe, lambda: measured.append(chunk) or compute())
     if measured:
         with open("count", "a") as file:
             file.write(f"{chunk.start}\\n")

@@ -25,8 +25,21 @@ def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     packages = ("pyrogaps", "pyro-ppl", "torch", "blackjax", "jax")
     versions = ", ".join(f"{name} {found}" for name in packages if (found := _version(name)))
-    hardware = f"{cores}-core {platform.machine()} CPU, {device}, {torch.get_num_threads()} threads"
+    hardware = f"{cores}-core {platform.machine()} CPU ({processor()}), {device}, {torch.get_num_threads()} threads"
     return f"{hardware}; Python {platform.python_version()}, {versions}"
+
+
+def processor() -> str:
+    """The processor's model, with family and model numbers, because a virtual machine may hide its name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return platform.processor() or "unknown model"
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    entries = {name.strip(): value.strip() for name, _, value in pairs}
+    name = entries.get("model name") or platform.processor() or "unknown model"
+    numbers = [f"{key.removeprefix('cpu ')} {entries[key]}" for key in ("cpu family", "model") if key in entries]
+    return ", ".join([name, *numbers])
 
 
 def _version(package: str) -> str | None:
@@ -75,3 +88,10 @@ def kept_ledger(path: Path, measure: Callable[[], GapLedger]) -> GapLedger:
         RunFolder(path.parent).write(path.name, lambda to: tree.to_netcdf(to, engine="h5netcdf"))
     with xr.open_datatree(path, engine="h5netcdf") as tree:
         return GapLedger.from_datatree(tree.load())
+
+
+def keep_noted(path: Path, text: Callable[[], str]) -> str:
+    """The text in the file `path`, written there where it does not lie there yet."""
+    if not path.exists():
+        RunFolder(path.parent).write(path.name, lambda to: to.write_text(text()))
+    return path.read_text()

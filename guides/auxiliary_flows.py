@@ -153,6 +153,19 @@ class AutoLocalAuxiliaryFlow(AutoLocalNetworks):
         networks = {f"{k}": first_weights(read, moved, self._hidden, loc) for k, (read, moved) in sizes}
         self.setup_networks({**networks, "reverse": first_weights(dim, self._auxiliary_dim, self._hidden, loc)})
 
+    def units(self) -> dict[str, Tensor | float]:
+        """As of `AutoLocalNetworks`, smaller in outer layers.
+
+        Adam moves many weights the same way, so the output of h units changes by more than sqrt(h) steps. With steps of
+        1 / sqrt(h), 200 units ended below 20 of them.
+        """
+        units = super().units()
+        weights = units["weights_unconstrained"]
+        assert isinstance(weights, Tensor)
+        for _, _, outer, _ in self._split(weights).values():
+            outer.fill_(outer.shape[-2] ** -0.75)
+        return units
+
     def get_posterior(self) -> AuxiliaryPosterior:
         loc, scale, networks = self.loc, self.scale, self.networks()
         network = networks.pop("reverse")

@@ -31,9 +31,9 @@ if "COUNT" in os.environ:
     from pyrogaps.gaps.parts import Parts
     get = Parts.get
 
-    def counted(self, chunk, joint, scores, compute):
+    def counted(self, chunk, probe, compute):
         measured = []
-        result = get(self, chunk, joint, scores, lambda: measured.append(chunk) or compute())
+        result = get(self, chunk, probe, lambda: measured.append(chunk) or compute())
         if measured:
             with open(os.environ["COUNT"], "a") as file:
                 file.write(f"{chunk.start}\\n")

@@ -9,7 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import half_images, inference_suboptimality, reporting, training, training_curves, two_dimensions
+from benchmarks import (
+    half_images,
+    inference_suboptimality,
+    inference_suboptimality_length,
+    reporting,
+    training,
+    training_curves,
+    two_dimensions,
+)
 from benchmarks.conditioning import __main__ as conditioning
 from benchmarks.conditioning import chain, chorales, ledgers
 from pyrogaps.recipe import Recipe
@@ -22,6 +30,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         conditioning,
         half_images,
         inference_suboptimality,
+        inference_suboptimality_length,
         ledgers,
         reporting,
         training_curves,
@@ -34,8 +43,8 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def small(column_recipe: Callable[..., Recipe], **settings: float) -> Callable[..., Recipe]:
     """Recipes of the same form as `column_recipe` makes, on digits, for one epoch and eight images."""
 
-    def recipe(name: str, *_: object) -> Recipe:
-        of = training_curves.on_digits(column_recipe(name, 1, 8))
+    def recipe(name: str, *options: object) -> Recipe:
+        of = training_curves.on_digits(column_recipe(name, 1, 8, *options[2:]))
         assert of.model is not None
         assert of.training is not None
         data = replace(of.data, init_args={"num_train": 200, "num_validation": 50})
@@ -49,30 +58,45 @@ def run(module: object, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> 
     module.main()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("flow", ["auxiliary", "coupling"])
 def test_table_holds_every_column_and_computes_none_again(
-    monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path
+    flow: str, monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path
 ) -> None:
     module = inference_suboptimality
     monkeypatch.setattr(module, "column_recipe", small(module.column_recipe))
     monkeypatch.setattr(module, "NUM_IWAE", 50)
     monkeypatch.setattr(module, "NUM_SIMULATED", 8)
-    columns = "mnist-ffg", "mnist-flow"
-    run(module, monkeypatch, *columns, "--runs", tmp_path / "runs")
-    table = pd.read_csv(results / "inference_suboptimality.csv").set_index("column")
+    columns = module.columns_of(flow)[:2]
+    options = "--flow", flow, "--runs", tmp_path / "runs", "--num_training_images", 5
+    for column in columns:
+        run(module, monkeypatch, column, *options)
+    file = results / f"{module.FILES[flow]}.csv"
+    table = pd.read_csv(file).set_index("column")
     assert tuple(table.index) == columns
-    assert (table["status"] == "done").all()
+    assert table["status"].str.startswith(("done", "flow not refined enough")).all()
+    assert table[["test_num_images", "train_num_images"]].to_numpy().tolist() == [[8, 5], [8, 5]]
     for part in ("test", "train"):
         whole = table[f"{part}_approximation_gap"] + table[f"{part}_amortization_gap"]
         assert (whole - table[f"{part}_inference_gap"]).abs().max() < 1e-4
-    assert "mnist-flow" in (results / "inference_suboptimality.md").read_text()
+    page = file.with_suffix(".md").read_text()
+    assert columns[1] in page
+    assert "**2 of 12 columns measured.**" in page
 
     def again(*_: object, **__: object) -> None:
         raise AssertionError("computed again")
 
     for name in ("train", "decompose", "iwae", "bdmc"):
         monkeypatch.setattr(module.pg, name, again)
-    run(module, monkeypatch, *columns, "--runs", tmp_path / "runs")
-    pd.testing.assert_frame_equal(pd.read_csv(results / "inference_suboptimality.csv").set_index("column"), table)
+    for arguments in (columns, ["--write_only"]):
+        run(module, monkeypatch, *arguments, *options)
+        pd.testing.assert_frame_equal(pd.read_csv(file).set_index("column"), table)
+
+
+def test_a_flow_below_the_ffg_is_not_done() -> None:
+    numbers = {"test_flow_minus_ffg": -0.019, "train_flow_minus_ffg": 0.3}
+    assert inference_suboptimality.status(numbers) == "done"
+    assert "(test -0.021)" in inference_suboptimality.status({**numbers, "test_flow_minus_ffg": -0.021})
+    assert "(train nan)" in inference_suboptimality.status({**numbers, "train_flow_minus_ffg": float("nan")})
 
 
 def test_column_that_diverged_is_flagged(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
@@ -82,6 +106,41 @@ def test_column_that_diverged_is_flagged(monkeypatch: pytest.MonkeyPatch, result
     (status,) = pd.read_csv(results / "inference_suboptimality.csv")["status"]
     assert "the loss is nan" in status
     assert not (tmp_path / "runs" / "mnist-ffg" / "checkpoint.pt").exists()
+
+
+def test_length_of_training(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    """Stages are measured as they are reached, training goes on from the last one, and nothing is done again."""
+    module = inference_suboptimality_length
+    monkeypatch.setattr(module, "column_recipe", small(inference_suboptimality.column_recipe))
+    monkeypatch.setattr(inference_suboptimality, "NUM_IWAE", 50)
+    monkeypatch.setattr(module, "STAGES", (1, 2))
+    monkeypatch.setattr(module, "ANNEALING", 1)
+    options = "--num_simulated", 8, "--runs", tmp_path / "runs"
+    run(module, monkeypatch, "--only", "train", "--num_epochs", 1, "--columns", "mnist-ffg", *options)
+    run(module, monkeypatch, "--only", "train", "--num_epochs", 2, "--columns", "mnist-ffg", "mnist-flow", *options)
+    run(module, monkeypatch, "--only", "measure", "--num_epochs", 1, *options)
+    table = pd.read_csv(results / "inference_suboptimality_length.csv")
+    assert table[["column", "epoch"]].to_numpy().tolist() == [["mnist-ffg", 1], ["mnist-flow", 1]]
+    monkeypatch.setattr(module.pg, "train", None)
+    run(module, monkeypatch, "--num_epochs", 2, "--columns", "mnist-ffg", *options)
+    table = pd.read_csv(results / "inference_suboptimality_length.csv")
+    assert table[["column", "epoch"]].to_numpy().tolist() == [["mnist-ffg", 1], ["mnist-ffg", 2], ["mnist-flow", 1]]
+    text = (results / "inference_suboptimality_length.md").read_text()
+    assert "**3 of 8 points measured.**" in text
+    assert text.count("Not measured yet.") == 3
+    assert (results / "inference_suboptimality_length.png").stat().st_size > 0
+    history = torch.load(tmp_path / "runs" / "mnist-ffg" / "training" / "training.pt", weights_only=True)["run"]
+    assert history["epoch"] == 2
+
+
+def test_schedule_of_the_length_study_is_the_papers() -> None:
+    recipe = inference_suboptimality_length.length_recipe("mnist-flow")
+    training = recipe.training
+    assert training is not None
+    rates = [training.rate(epoch) for epoch in (0, 1, 3, 4, 1092, 1093, 3279)]
+    assert rates == pytest.approx([1e-3 * 10 ** (-stage / 7) for stage in (0, 1, 1, 2, 6, 7, 7)])
+    assert training.entropy_weight(200) == 0.5
+    assert not inference_suboptimality_length.length_recipe("mnist-ffg-no-anneal").training.entropy_annealing
 
 
 def test_training_curves(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 
-from pyrogaps.building import build_programs
+from pyrogaps.building import build_families, build_programs
 from pyrogaps.errors import InputError
 from pyrogaps.eval import main
+from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow, AutoLocalAuxiliaryFlow
 from pyrogaps.guides.flows import AmortizedFlow
 from pyrogaps.recipe import read_document, resolve
 from pyrogaps.run_folder import RunFolder
@@ -68,13 +69,26 @@ def test_bases_that_are_none(base: object, said: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", ["mnist", "fashion"])
 @pytest.mark.parametrize("setting", ["", "-large", "-no-anneal"])
-def test_columns_differ_as_they_should(data: str, setting: str) -> None:
-    ffg, flow = (resolve(read_document(f"{data}-{guide}{setting}")) for guide in ("ffg", "flow"))
-    assert (ffg.data, ffg.model, ffg.training) == (flow.data, flow.model, flow.training)
-    assert (list(ffg.families), list(flow.families)) == (["flow"], ["mean-field"])
-    assert isinstance(build_programs(flow)[1], AmortizedFlow)
+@pytest.mark.parametrize(("flow", "guide"), [("flow", AmortizedAuxiliaryFlow), ("coupling", AmortizedFlow)])
+def test_columns_differ_as_they_should(data: str, setting: str, flow: str, guide: type) -> None:
+    ffg, column = (resolve(read_document(f"{data}-{name}{setting}")) for name in ("ffg", flow))
+    assert (ffg.data, ffg.model, ffg.training) == (column.data, column.model, column.training)
+    assert (list(ffg.families), list(column.families)) == (["flow"], ["mean-field"])
+    assert isinstance(build_programs(column)[1], guide)
     assert ffg.training is not None
     assert ffg.training.entropy_annealing == (0 if setting == "-no-anneal" else 12)
+
+
+@pytest.mark.parametrize(("data", "setting"), [("mnist", ""), ("fashion", "-large"), ("cifar", "")])
+def test_the_optimal_flow_is_of_one_family_in_every_column(data: str, setting: str) -> None:
+    """L[q*_Flow] of a model trained with FFG is of the family that the flow's own column is trained with."""
+    ffg, flow = (resolve(read_document(f"{data}-{name}{setting}")) for name in ("ffg", "flow"))
+    model, guide = build_programs(flow)
+    further = build_families(ffg)["flow"](model)
+    assert isinstance(guide, AmortizedAuxiliaryFlow)
+    own = guide.local_family(model)
+    assert isinstance(further, AutoLocalAuxiliaryFlow)
+    assert (further._num_steps, further._hidden) == (own._num_steps, own._hidden) == (2, 200)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def paper_table(error: float = 0.05) -> pd.DataFrame:
             "flow_minus_ffg": flow - ffg,
             "iwae_5000": evidence - 0.3,
         }
-        row = {"column": column, "status": "done", "num_epochs": 3280, "machine": "the authors'"}
+        row = {"column": column, "status": "done", "num_epochs": 3280, "seed": 0, "machine": "the authors'"}
         row["entropy_annealing"] = 0 if "no-anneal" in column else 400
         row |= {"sandwich_width": 0.1, "sandwich_width_mcse": 0.01}
         for part in ("test", "train"):
@@ -70,7 +70,36 @@ def test_page_of_some_columns_judges_what_it_can() -> None:
     some = table[table["column"].str.startswith("mnist")].copy()
     failed = {"column": "fashion-flow", "status": "training: epoch 3: the loss is nan", "num_epochs": 3280}
     text = page(pd.concat([some, pd.DataFrame([failed])]))
-    assert "Not judged: fashion-ffg, fashion-flow, fashion-ffg-large, fashion-flow-large missing." in text
+    assert "**6 of 12 columns measured.**" in text
+    assert "Not judged: fashion-ffg, fashion-flow, fashion-ffg-large, fashion-flow-large not measured yet." in text
     assert "- fashion-flow: training: epoch 3: the loss is nan" in text
     assert text.count("**holds**") == 1
     assert "| mnist-ffg | -89.85 ± 0.05 |" in text
+
+
+def test_page_before_anything_is_measured() -> None:
+    failed = {"column": "mnist-ffg", "status": "training: epoch 3: the loss is nan", "num_epochs": 3280}
+    text = page(pd.DataFrame([{**failed, "seed": 0, "machine": None}]))
+    assert "**0 of 12 columns measured.**" in text
+    assert "Made on: nothing measured yet" in text
+    assert text.count("Not judged") == len(CLAIMS)
+
+
+def test_a_flow_that_was_not_refined_enough_is_shown_and_not_judged() -> None:
+    table = paper_table(0.01)
+    table.loc[table["column"] == "mnist-flow", "status"] = "flow not refined enough"
+    text = page(table)
+    assert "**12 of 12 columns measured.**" in text
+    assert "| mnist-flow (flagged, see the end) | -88.82 ± 0.01 |" in text
+    assert "Not judged: mnist-flow flagged." in text
+    assert "- mnist-flow: flow not refined enough" in text
+
+
+def test_page_of_the_plain_flow() -> None:
+    table = paper_table(0.01)
+    table["column"] = table["column"].str.replace("-flow", "-coupling")
+    text = page(table, "coupling")
+    assert text.count("**holds**") == len(CLAIMS)
+    assert "| mnist-coupling: (L[q*_Flow] - L[q*_FFG]) - 10 | 2.48 ± 0.01 |" in text
+    assert "--flow coupling" in text
+    assert "mnist-flow" not in text

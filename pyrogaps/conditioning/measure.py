@@ -14,6 +14,7 @@ from pyrogaps.conditioning.leaks import check_no_leak
 from pyrogaps.conditioning.settings import Conditioning
 from pyrogaps.conditioning.shared import Sharing, sharing_of
 from pyrogaps.density import GuideDensity
+from pyrogaps.density.draws import probe
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.log_weights import mean_estimate
@@ -43,8 +44,8 @@ class ConditioningMeasure(Protocol):
         """Columns over the datapoints of `chunk`, nats."""
         ...
 
-    def score(self, z: Tensor, indices: Tensor) -> Tensor:
-        """A density that changes with what the measure rests on, at points `z` `(1, B, dim)`."""
+    def probe(self, chunk: Chunk) -> Tensor:
+        """Numbers that change with what the measure rests on beside the model and the guide, in double precision."""
         ...
 
 
@@ -64,8 +65,10 @@ class SharedMeasure:
     def settings(self) -> dict[str, Any]:
         return asdict(self.sharing.settings)
 
-    def score(self, z: Tensor, indices: Tensor) -> Tensor:
-        return self.sharing.latents.partial(z, indices)
+    def probe(self, chunk: Chunk) -> Tensor:
+        partial = self.sharing.latents.partial
+        with torch.no_grad():
+            return partial(partial.zeros(len(chunk))[None], chunk.indices).double().flatten()
 
     def arrays(self, chunk: Chunk) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {}
@@ -104,8 +107,8 @@ class ReferenceMeasure:
     def settings(self) -> dict[str, Any]:
         return {"reference": type(self.density.guide).__name__}
 
-    def score(self, z: Tensor, indices: Tensor) -> Tensor:
-        return self.density.log_prob(z, indices)
+    def probe(self, chunk: Chunk) -> Tensor:
+        return probe(self.density, self.density.joint, chunk)
 
     def arrays(self, chunk: Chunk) -> dict[str, Tensor]:
         weights = chunk_log_weights(self.joint, self.density, chunk, self.num_particles, self.seed, "reference")

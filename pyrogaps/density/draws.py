@@ -6,8 +6,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide
-from pyrogaps.streams import BLOCK, Chunk, particle_blocks, reseed
+from pyrogaps.streams import BLOCK, Chunk, particle_blocks, reseed, seeded
 
 
 @runtime_checkable
@@ -92,6 +93,18 @@ class BlockedGuide:
             parts.append(local.log_reverse(rows) if isinstance(local, FactorisedGuide) else None)
             start += len(block)
         return torch.cat([part for part in parts if part is not None], 1) if parts[0] is not None else None
+
+
+def probe(posterior: Posterior, joint: JointDensity, chunk: Chunk) -> Tensor:
+    """A draw for every datapoint of `chunk`, its log q and its density under `joint`, flat, in double precision.
+
+    It is the same in every process and changes with the data and with the parameters of guide and model. A draw, and
+    not a fixed point, because a guide with auxiliary variables gives a density to its own draws alone.
+    """
+    with seeded(0, "probe", device=joint.device), torch.no_grad():
+        z, log_q = BlockedGuide(posterior, chunk).sample_extended(1, 0, "probe")
+        log_joint = joint(z[..., : joint.dim], chunk.indices)
+    return torch.cat([part.double().flatten() for part in (z, log_q, log_joint)])
 
 
 def _join(pairs: list[Draws]) -> Draws:

@@ -122,7 +122,8 @@ def decompose(
         raise InputError(f"num_particles: must be at least 2, got {num_particles}")
 
     joint, density = densities(model, guide, data, plate)
-    sizes = sizes_of(joint, how, num_particles, batch_size, max_memory, ranks.first(lambda: chunk_size(cache)))
+    kept = ranks.first(lambda: chunk_size(cache, joint.num_datapoints))
+    sizes = sizes_of(joint, how, num_particles, batch_size, max_memory, kept)
     refining, number = refinement or Refinement(), 1 + len(further)
     how = replace(how, mode=chosen_mode(compile, how, refining, number, num_particles, joint))
 

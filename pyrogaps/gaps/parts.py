@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from pyrogaps.density import JointDensity
 from pyrogaps.files import replacing, writing
 from pyrogaps.streams import Chunk
 
 Arrays = dict[str, Any]
-Score = Callable[[Tensor, Tensor], Tensor]  # of points (1, B, dim) at some datapoints
+Probe = Callable[[Chunk], Tensor]
 
 
 class Parts:
@@ -34,18 +32,18 @@ class Parts:
             with writing(self.folder, "results"):
                 self.folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, chunk: Chunk, joint: JointDensity, scores: Sequence[Score], compute: Callable[[], Arrays]) -> Arrays:
-        """The result of a chunk, from disk or computed and kept; `scores` are all the densities that it rests on."""
+    def get(self, chunk: Chunk, probe: Probe, compute: Callable[[], Arrays]) -> Arrays:
+        """The result of a chunk, from disk or computed and kept; it holds as long as `probe(chunk)` is the same."""
         if self.folder is None:
             return compute()
         path = _path(self.folder, chunk)
-        probe = fingerprint(chunk, joint, scores) + self.digest
+        fingerprint = hashlib.sha256(probe(chunk).cpu().numpy().tobytes()).hexdigest()[:16] + self.digest
         kept = _read(path)
-        if kept is not None and str(kept.pop("fingerprint", "")) == probe:
+        if kept is not None and str(kept.pop("fingerprint", "")) == fingerprint:
             return kept
         arrays = compute()
         with replacing(path, "results") as file:
-            np.savez(file, fingerprint=np.array(probe), **arrays)
+            np.savez(file, fingerprint=np.array(fingerprint), **arrays)
         return arrays
 
     def present(self, pieces: Sequence[Chunk]) -> set[Chunk]:
@@ -53,22 +51,13 @@ class Parts:
         return {chunk for chunk in pieces if self.folder is not None and _path(self.folder, chunk).exists()}
 
 
-def fingerprint(chunk: Chunk, joint: JointDensity, scores: Sequence[Score]) -> str:
-    """A digest of densities at fixed points: it changes with data and parameters."""
-    with torch.no_grad():
-        z = torch.linspace(-1, 1, len(chunk) * joint.dim, dtype=joint.dtype, device=joint.device)
-        z = z.reshape(1, len(chunk), joint.dim)
-        values = torch.cat([score(z, chunk.indices) for score in scores])
-    return hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]
-
-
-def chunk_size(folder: str | os.PathLike[str] | None) -> int | None:
-    """How many datapoints the chunks have whose results lie in `folder`, the last one left out; None without any."""
+def chunk_size(folder: str | os.PathLike[str] | None, num_datapoints: int) -> int | None:
+    """Datapoints in each chunk whose result lies in `folder`, the data's last one left out; None without any."""
     if folder is None:
         return None
     ends = [path.stem.split("-") for path in Path(folder).glob("?????????-?????????.npz")]
-    sizes = [int(stop) - int(start) for start, stop in ends if (start + stop).isdigit()]
-    return max(sizes, default=None)
+    known = [(int(start), int(stop)) for start, stop in ends if (start + stop).isdigit()]
+    return max((stop - start for start, stop in known if stop != num_datapoints), default=None)
 
 
 def _path(folder: Path, chunk: Chunk) -> Path:

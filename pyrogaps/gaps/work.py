@@ -15,11 +15,11 @@ from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning import ConditioningMeasure
 from pyrogaps.density import GuideDensity, JointDensity
-from pyrogaps.density.draws import Posterior
+from pyrogaps.density.draws import Posterior, probe
 from pyrogaps.density.runs import Program
 from pyrogaps.escalation import Escalation, LadderCheck, checked, climb_chunk, escalated
 from pyrogaps.gaps.ledger import OWN
-from pyrogaps.gaps.parts import Arrays, Parts, Score
+from pyrogaps.gaps.parts import Arrays, Parts
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.refine import OwnFamily, Refinement, refine_chunk
 from pyrogaps.refine.families import Family
@@ -161,6 +161,11 @@ class Work:
             "inverse_temperature": tuning.inverse_temperatures[1:].mean(1),
         }
 
+    def probe(self, chunk: Chunk) -> Tensor:
+        """Numbers that change with the data and the parameters that a chunk's columns rest on."""
+        own = probe(self.density, self.density.joint, chunk)
+        return own if self.conditioned is None else torch.cat([own, self.conditioned.probe(chunk)])
+
     def stage(self, name: str) -> None:
         """Say what is being done; the stages before it are finished."""
         self._advance_to(self._started)
@@ -210,9 +215,8 @@ def run_chunks(
     cache: str | os.PathLike[str] | None,
 ) -> list[tuple[Chunk, Arrays]]:
     """What `measure` finds on every chunk; finished ones are kept in the folder `cache`, for settings as they are."""
-    joint, density = work.joint, work.density
-    parts = Parts(cache, {**provenance, "batch_size": batch_size})
-    scores: list[Score] = [joint, density.log_prob, *([] if work.conditioned is None else [work.conditioned.score])]
+    joint = work.joint
+    parts = Parts(cache, provenance)
     pieces = chunks(joint.num_datapoints, batch_size)
     # Processes share what is left to do evenly, whoever did the rest.
     done = ranks.first(lambda: parts.present(pieces))
@@ -225,7 +229,7 @@ def run_chunks(
         work.bar = bar
 
         def one(chunk: Chunk) -> tuple[Chunk, Arrays]:
-            result = parts.get(chunk, joint, scores, lambda: measure(work, chunk))
+            result = parts.get(chunk, work.probe, lambda: measure(work, chunk))
             work.finish(result)
             memory.give_back()
             return chunk, result

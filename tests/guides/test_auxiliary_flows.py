@@ -1,10 +1,12 @@
 """Flows with an auxiliary variable: their bounds stay below exact evidence, their weights are unbiased."""
 
+from pathlib import Path
 from typing import Any
 
 import pyro
 import pytest
 import torch
+import xarray as xr
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
@@ -136,3 +138,23 @@ def test_pyros_own_svi_trains_the_local_family_on_a_bound() -> None:
     exact = banana_evidence(X)
     assert bool((bound.value < exact + 4 * bound.mcse).all())
     assert bool((bound.value > exact - 1.0).all())
+
+
+def test_cached_chunks_hold_until_a_parameter_changes(tmp_path: Path) -> None:
+    """Those of the reverse model are among them, although its density is no part of q(z, v|x)."""
+    model, guide, x = VAE(4, 2, (3,)), guide_of(4, 2, torch.float32), torch.rand(5, 4).round()
+    settings: dict[str, Any] = {
+        "evidence": AIS(num_chains=2, num_temperatures=3),
+        "refinement": Refinement(num_steps=3, num_particles=2),
+        "num_particles": 4,
+        "progress": False,
+    }
+    for part in (guide.encoder, guide.networks, guide.reverse):
+        assert isinstance(part, nn.Module)
+        with torch.no_grad():
+            next(part.parameters()).add_(0.1)
+        changed = decompose(model, guide, x, cache=tmp_path, **settings).per_datapoint
+        xr.testing.assert_identical(changed, decompose(model, guide, x, **settings).per_datapoint)
+        written = [file.stat().st_mtime_ns for file in tmp_path.iterdir()]
+        xr.testing.assert_identical(changed, decompose(model, guide, x, cache=tmp_path, **settings).per_datapoint)
+        assert [file.stat().st_mtime_ns for file in tmp_path.iterdir()] == written
