@@ -11,7 +11,12 @@ minibatches, checks, and keeping the epoch's weights. "set-up" is all that the w
 epochs, seconds: checks before the first step, the slower first steps, and the recording. Ratios are of steps per second
 in the same round.
 
+With `--guides` every guide of the zoo is trained in both modes instead, with this VAE or a deep Markov model of short
+sequences, and a row gives steps per second recorded over those through Pyro. Epochs of the second half count: by then
+`train` has decided which is faster. `used` is what it chose.
+
     python -m benchmarks.training            # about two minutes
+    python -m benchmarks.training --guides   # a quarter of an hour
     python -m benchmarks.training --quick    # seconds: does it run?
 """
 
@@ -19,6 +24,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Literal
@@ -31,8 +37,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyrogaps as pg
 from benchmarks.reporting import machine, report
-from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.density.runs import Program
+from pyrogaps.guides.amortized import AmortizedMultivariateNormal, AmortizedNormal
+from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow, AutoLocalAuxiliaryFlow
+from pyrogaps.guides.flows import AmortizedFlow, AutoLocalFlow
+from pyrogaps.guides.local import AutoLocalMultivariateNormal
+from pyrogaps.guides.mixture import AmortizedMixture, AutoLocalMixture
+from pyrogaps.guides.partial import PartialNormal
+from pyrogaps.guides.sequential import StructuredNormal
+from pyrogaps.models.dmm import DeepMarkovModel
 from pyrogaps.models.vae import VAE
+from pyrogaps.training import TrainingResult
 
 BATCH, RATE = 100, 1e-3
 HAND, SVI_ = "by hand, fused Adam", "Pyro's SVI"
@@ -94,23 +109,93 @@ def by_svi(x: Tensor, hidden: tuple[int, ...]) -> Run:
     return run
 
 
-def by_train(x: Tensor, hidden: tuple[int, ...], mode: Literal["eager", "captured"]) -> Run:
+Mode = Literal["eager", "captured"]
+Pair = tuple[Program, Program]
+
+
+def by_train(x: Tensor, hidden: tuple[int, ...], mode: Mode) -> Run:
     def run(num_epochs: int) -> tuple[list[float], float]:
-        stamps: dict[int, float] = {}
-        begin = time.perf_counter()
-        result = pg.train(
-            *networks(hidden),
-            x,
-            num_epochs=num_epochs,
-            batch_size=BATCH,
-            learning_rate=RATE,
-            schedule=lambda epoch: float(stamps.setdefault(epoch, time.perf_counter()) > 0),
-            mode=mode,
-        )
-        # The first epoch is charged with the set-up before it.
-        return [begin, *list(stamps.values())[1:], time.perf_counter()], result.train_elbo
+        stamps, result = stamped(networks(hidden), x, num_epochs, mode)
+        return stamps, result.train_elbo
 
     return run
+
+
+def stamped(pair: Pair, x: Tensor, num_epochs: int, mode: Mode) -> tuple[list[float], TrainingResult]:
+    """Train by `pyrogaps.train`; the time at which each epoch began and the last ended."""
+    stamps: dict[int, float] = {}
+    begin = time.perf_counter()
+    result = pg.train(
+        *pair,
+        x,
+        num_epochs=num_epochs,
+        batch_size=BATCH,
+        learning_rate=RATE,
+        schedule=lambda epoch: float(stamps.setdefault(epoch, time.perf_counter()) > 0),
+        mode=mode,
+        progress=False,
+    )
+    # The first epoch is charged with the set-up before it.
+    return [begin, *list(stamps.values())[1:], time.perf_counter()], result
+
+
+# The guides of the zoo: a function from the widths of hidden layers, so that a quick run is small.
+Hidden = tuple[int, ...]
+AMORTIZED: dict[str, Callable[[Hidden], Program]] = {
+    "AmortizedNormal": lambda hidden: AmortizedNormal(784, 50, hidden),
+    "AmortizedMultivariateNormal": lambda hidden: AmortizedMultivariateNormal(784, 50, hidden),
+    "AmortizedFlow": lambda hidden: AmortizedFlow(784, 50, hidden),
+    "AmortizedAuxiliaryFlow": lambda hidden: AmortizedAuxiliaryFlow(784, 50, hidden, flow_hidden=hidden[-1]),
+    "AmortizedMixture": lambda hidden: AmortizedMixture(784, 50, hidden),
+    "PartialNormal": lambda hidden: PartialNormal(784, 50, hidden, shown=392),
+}
+LOCAL: dict[str, Callable[[Program], Program]] = {
+    "AutoLocalMultivariateNormal": AutoLocalMultivariateNormal,
+    "AutoLocalFlow": lambda model: AutoLocalFlow(model, hidden=20),
+    "AutoLocalAuxiliaryFlow": lambda model: AutoLocalAuxiliaryFlow(model, hidden=20),
+    "AutoLocalMixture": AutoLocalMixture,
+}
+
+
+def zoo(hidden: Hidden) -> dict[str, Callable[[], Pair]]:
+    """Pairs by name of the guide. A local guide has parameters for each of `BATCH` images and is trained on these."""
+
+    def amortized(name: str) -> Pair:
+        torch.manual_seed(0)
+        return VAE(784, 50, hidden), AMORTIZED[name](hidden)
+
+    def local(name: str) -> Pair:
+        torch.manual_seed(0)
+        model = VAE(784, 50, hidden)
+        return model, LOCAL[name](model)
+
+    def sequential() -> Pair:
+        torch.manual_seed(0)
+        return DeepMarkovModel(98, 10, 20, 20), StructuredNormal(98, 10, 20, lookahead=0)
+
+    pairs = {name: partial(amortized, name) for name in AMORTIZED} | {name: partial(local, name) for name in LOCAL}
+    return {**pairs, "StructuredNormal": sequential}
+
+
+def compare_guides(x: Tensor, hidden: Hidden, num_rounds: int) -> list[list[object]]:
+    """A row for each guide: steps per second through Pyro and recorded, their ratio in the same round, the choice."""
+    rows: list[list[object]] = []
+    for name, make in zoo(hidden).items():
+        given = x[:BATCH] if name in LOCAL else x.unflatten(-1, (8, 98)) if name == "StructuredNormal" else x
+        # Long enough for the trial steps of a record, and as many after them.
+        num_steps = -(-len(given) // BATCH)
+        num_epochs = 2 * max(2, -(-100 // num_steps))
+        modes: tuple[Mode, ...] = ("eager", "captured")
+        speeds: dict[Mode, list[float]] = {mode: [] for mode in modes}
+        for _ in range(num_rounds):
+            for mode in modes:
+                pyro.clear_param_store()
+                stamps, result = stamped(make(), given, num_epochs, mode)
+                epochs = [after - before for before, after in pairwise(stamps)]
+                speeds[mode].append(num_steps / median(epochs[num_epochs // 2 :]))
+        ratio = median(b / a for a, b in zip(*speeds.values(), strict=True))
+        rows.append([name, *(median(speeds[mode]) for mode in modes), ratio, result.mode])
+    return rows
 
 
 @dataclass
@@ -146,6 +231,7 @@ def measure(runs: dict[str, Run], num_rounds: int, num_epochs: int, num_steps: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny run, to see that it works")
+    parser.add_argument("--guides", action="store_true", help="every guide of the zoo, recorded and not")
     parser.add_argument("--images", type=int, default=12_000)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=7)
@@ -157,6 +243,22 @@ def main() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     x = (torch.rand(options.images, 784, generator=torch.Generator().manual_seed(1)) < 0.2).float()
+    if options.guides:
+        report(
+            "training_guides",
+            f"Training steps of {BATCH} datapoints, {options.threads} threads: per second, recorded over through Pyro",
+            ["guide", "through Pyro", "recorded", "ratio", "used"],
+            compare_guides(x, hidden, options.rounds),
+            quick=options.quick,
+        )
+    else:
+        compare_implementations(x, hidden, options)
+    print(machine())
+    torch.set_num_threads(threads)
+
+
+def compare_implementations(x: Tensor, hidden: Hidden, options: argparse.Namespace) -> None:
+    """`pyrogaps.train` beside a hand-written loop and Pyro's."""
     runs = {
         HAND: by_hand(x, hidden, fused=True),
         "by hand, default Adam": by_hand(x, hidden),
@@ -175,8 +277,6 @@ def main() -> None:
         [[name, *figures.row([found[HAND], found[SVI_]])] for name, figures in found.items()],
         quick=options.quick,
     )
-    print(machine())
-    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
