@@ -20,10 +20,10 @@ from torch import Tensor
 import pyrogaps as pg
 from benchmarks.inference_suboptimality import column_recipe, decomposed, trained
 from benchmarks.reporting import RESULTS, kept_ledger, machine, report
-from pyrogaps.bounds import densities
 from pyrogaps.building import build_families
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density.runs import Program
+from pyrogaps.problem import Problem
 from pyrogaps.recipe import Recipe
 from pyrogaps.refine import own_family, refine_chunk
 from pyrogaps.refine.own import start_of
@@ -104,7 +104,8 @@ def _largest_of_the_family(model: Program, x: Tensor, ledger: pg.GapLedger, orde
 
 def refined(recipe: Recipe, model: Program, guide: Program, x: Tensor) -> dict[str, RefinedGuide]:
     """The best mean-field guide and the best flow of every image, found as `decompose` finds them."""
-    joint, density = densities(model, guide, x)
+    problem = Problem.of(model, guide, x)
+    joint, density = problem.joint, problem.guide_density()
     evaluator, chunk = GradientEvaluator(joint), Chunk(0, len(x))
     settings, seed = recipe.refinement, recipe.seed
     own, how = refine_chunk(own_family(density), evaluator, chunk, settings, seed)

@@ -21,6 +21,7 @@ from pyrogaps.objectives import IWAE_ELBO
 from pyrogaps.plots import plot_calibration, plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
 from pyrogaps.posterior_export import loo, to_datatree
 from pyrogaps.posterior_grid import posterior_grid
+from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement, refine
 from pyrogaps.training import train
 
@@ -42,6 +43,7 @@ __all__ = [
     "InputError",
     "JointDensity",
     "MapaPosterior",
+    "Problem",
     "Refinement",
     "Retraining",
     "SimulatedData",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pyro.infer.autoguide import AutoNormal
@@ -22,17 +22,19 @@ from pyrogaps.anneal import (
     starting_at,
     tune,
 )
-from pyrogaps.bounds import Plate, densities, over_chunks, posterior_of, refuse_nan
+from pyrogaps.bounds import over_chunks, refuse_nan
 from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
-from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError, at_least, between_0_and_1
 from pyrogaps.hmc import Evaluate, Evaluation, HMCState
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
-from pyrogaps.refine import Refinement, is_family, own_family, refine_chunk
-from pyrogaps.streams import BLOCK, Chunk, Noise, reseed, seeded
+from pyrogaps.problem import Plate, Problem, Simulated, is_posterior
+from pyrogaps.refine import OwnFamily, Refinement, is_family, own_family, refine_chunk
+from pyrogaps.refine.families import Family
+from pyrogaps.streams import BLOCK, Chunk, Noise, reseed
 
 Initial = Literal["refined", "guide", "prior"]
 NUM_ANCHOR_DRAWS = 1024
@@ -193,9 +195,9 @@ def ais_chunk(
 
 
 def ais(
-    model: Program,
-    guide: Program | Posterior,
-    data: Data,
+    model: Program | Problem,
+    guide: Program | Posterior | None = None,
+    data: Data | None = None,
     *,
     settings: AIS | None = None,
     initial: Initial | None = None,
@@ -212,7 +214,8 @@ def ais(
     temperatures, because they are set by a pilot run; the value, a log-mean-exp, is a lower bound in expectation.
 
     Args:
-        model, guide, data, plate: as for `JointDensity` and `GuideDensity`; no guide is used with `initial="prior"`.
+        model, guide, data, plate: as for `JointDensity` and `GuideDensity`, or a `Problem` alone; no guide is used with
+            `initial="prior"`.
         settings: see `AIS`; `initial` overrides its field of that name.
         refinement: settings of the refinement that "refined" starts need.
         batch_size: datapoints held at once; it does not change the result.
@@ -225,19 +228,15 @@ def ais(
     """
     settings = settings or AIS()
     settings = settings if initial is None else replace(settings, initial=initial)
-    if settings.initial == "prior":
-        joint = JointDensity(model, data, plate)
-        evaluator, path_of = GradientEvaluator(joint, settings.mode, split=True), None
-    else:
-        joint, density = posterior_of(model, guide, data, plate)
-        evaluator = GradientEvaluator(joint, settings.mode)
-        path_of = _paths_from(density, evaluator, settings, refinement or Refinement(), seed)
+    from_prior = settings.initial == "prior"
+    problem = Problem.of(model, None if from_prior and not isinstance(model, Problem) else guide, data, plate)
+    evaluator = GradientEvaluator(problem.joint, settings.mode, split=from_prior)
+    path_of = _paths(evaluator, None if from_prior else problem.guided(), settings, refinement or Refinement(), seed)
 
     def one(chunk: Chunk) -> Weighed:
-        path = prior_path(evaluator, chunk, seed) if path_of is None else path_of(chunk)
-        return _weighed(ais_chunk(path, evaluator, chunk, settings, seed))
+        return _weighed(ais_chunk(path_of(chunk), evaluator, chunk, settings, seed))
 
-    return _estimate(over_chunks(one, joint, batch_size, seed))
+    return _estimate(over_chunks(one, problem.joint, batch_size, seed))
 
 
 # Log-weights `(S, B)` and acceptance `(B,)`: what of a run goes from process to process.
@@ -253,18 +252,25 @@ def _estimate(weighed: list[Weighed], sign: int = 1) -> Estimate:
     return log_mean_exp_estimate(sign * log_weights, acceptance=acceptance)
 
 
-def _paths_from(
-    density: Any, evaluator: GradientEvaluator, settings: AIS, refinement: Refinement, seed: int
+def _paths(
+    evaluator: GradientEvaluator,
+    anchored_at: Posterior | OwnFamily | Family | None,
+    settings: AIS,
+    refinement: Refinement,
+    seed: int,
 ) -> Callable[[Chunk], Path]:
-    refines = settings.initial == "refined" and isinstance(density, GuideDensity)
-    family = own_family(density) if refines else None
+    """Paths from the prior (None), from a guide or its own family refined, or from a family refined."""
+    if isinstance(anchored_at, GuideDensity) and settings.initial == "refined":
+        anchored_at = own_family(anchored_at)
 
     def path(chunk: Chunk) -> Path:
-        posterior, offset = density, 0
-        if family is not None:
-            posterior, _ = refine_chunk(family, evaluator, chunk, refinement, seed)
-            offset = chunk.start
-        start = anchor(evaluator.joint, posterior, chunk, settings.widen, seed, offset)
+        if anchored_at is None:
+            return prior_path(evaluator, chunk, seed)
+        if is_posterior(anchored_at):
+            start = anchor(evaluator.joint, cast(Posterior, anchored_at), chunk, settings.widen, seed)
+        else:
+            refined, _ = refine_chunk(cast(OwnFamily | Family, anchored_at), evaluator, chunk, refinement, seed)
+            start = anchor(evaluator.joint, refined, chunk, settings.widen, seed, chunk.start)
         return anchored_path(evaluator, start, chunk, seed)
 
     return path
@@ -326,8 +332,8 @@ class Sandwich(SimulatedBounds):
 
 
 def bdmc(
-    model: Program,
-    data: Data,
+    model: Program | Problem,
+    data: Data | None = None,
     *,
     guide_or_family: Any = AutoNormal,
     settings: AIS | None = None,
@@ -345,7 +351,7 @@ def bdmc(
     starts at that one draw.
 
     Args:
-        model, plate: as for `JointDensity`.
+        model, plate: as for `JointDensity`; or a `Problem`, whose guide, where it has one, anchors the paths.
         data: what to simulate in the shape of.
         guide_or_family: what anchors the paths, refined on the simulated data; unused from the prior. To certify an
             evidence give the guide that it was measured with: another anchor's width is another's.
@@ -359,44 +365,36 @@ def bdmc(
     """
     settings = settings or AIS()
     settings = settings if initial is None else replace(settings, initial=initial)
+    guide = None if settings.initial == "prior" or is_family(guide_or_family) else guide_or_family
+    simulated = Problem.of(model, guide, data, plate).simulated(seed, to_data)
+    anchored_at = simulated.problem.posterior or guide_or_family
+    return sandwich(simulated, anchored_at, settings, refinement or Refinement(), batch_size, seed)
+
+
+def sandwich(
+    simulated: Simulated,
+    anchored_at: Posterior | OwnFamily | Family,
+    settings: AIS,
+    refinement: Refinement,
+    batch_size: int,
+    seed: int,
+) -> Sandwich:
+    """AIS forward and in reverse on simulated data, on paths from the prior or from a guide or family."""
+    problem, data, z = simulated
     from_prior = settings.initial == "prior"
-    joint, density, z = simulated_pair(model, None if from_prior else guide_or_family, data, plate, seed, to_data)
-    evaluator = GradientEvaluator(joint, settings.mode, split=from_prior)
+    evaluator = GradientEvaluator(problem.joint, settings.mode, split=from_prior)
+    path_of = _paths(evaluator, None if from_prior else anchored_at, settings, refinement, seed)
 
     def one(chunk: Chunk) -> tuple[Weighed, Weighed]:
-        if from_prior:
-            path = prior_path(evaluator, chunk, seed)
-        elif density is not None:
-            path = _paths_from(density, evaluator, settings, refinement or Refinement(), seed)(chunk)
-        else:
-            refined, _ = refine_chunk(guide_or_family, evaluator, chunk, refinement or Refinement(), seed)
-            start = anchor(joint, refined, chunk, settings.widen, seed, chunk.start)
-            path = anchored_path(evaluator, start, chunk, seed)
+        path = path_of(chunk)
         tuning = run_pilot(path, evaluator, chunk, settings, seed)
         exact = z[chunk.start : chunk.stop]
         forward = run_path(path, tuning, evaluator, chunk, settings, seed)
         back = run_path(path, tuning, evaluator, chunk, settings, seed, exact)
         return _weighed(forward), _weighed(back)
 
-    results = over_chunks(one, joint, batch_size, seed)
+    results = over_chunks(one, problem.joint, batch_size, seed)
     forward, inverse = (_estimate([result[side] for result in results], sign) for side, sign in ((0, 1), (1, -1)))
     unknown = torch.full_like(inverse.mcse, torch.nan)
     reverse = replace(inverse, value=-inverse.value, mcse=unknown, direction="upper bound", log_weights=None)
-    return Sandwich(forward.value, reverse.value, forward, reverse, joint.caller_data, z)
-
-
-def simulated_pair(
-    model: Program, guide_or_family: Any, data: Data, plate: Plate, seed: int, to_data: ToData | None = None
-) -> tuple[JointDensity, GuideDensity | None, Tensor]:
-    """The density of a model over data simulated from it in the shape of `data`, that of a guide (None of a family, or
-    of None), and the latents behind the data `(N, dim)`: an exact posterior draw each.
-
-    With a guide that has auxiliary variables and no `local_family`, these are drawn too, from its reverse model.
-    """
-    alone = guide_or_family is None or is_family(guide_or_family)
-    shape = JointDensity(model, data, plate) if alone else densities(model, guide_or_family, data, plate)[0]
-    with seeded(seed, "simulate", device=shape.device):
-        simulated, z = simulate(shape, to_data)
-    if alone:
-        return JointDensity(model, simulated, plate), None, z
-    return *densities(model, guide_or_family, simulated, plate), z
+    return Sandwich(forward.value, reverse.value, forward, reverse, data, z)

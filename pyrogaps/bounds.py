@@ -1,59 +1,24 @@
 """ELBO and IWAE: lower bounds of log p(x) from a guide's importance weights."""
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrogaps import ranks
 from pyrogaps.capture import GradientEvaluator
-from pyrogaps.density import Data, GuideDensity, JointDensity
+from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
+from pyrogaps.problem import Plate, Problem
 from pyrogaps.streams import Chunk, chunks, particle_blocks, seeded
 
-Plate = str | Literal[False] | None
 Density = Callable[[Tensor, Tensor], Tensor]
 # Values from which on a record of the density, half a second's work, is sooner there.
 MANY = 100_000
-
-
-def densities(model: Program, guide: Program, data: Data, plate: Plate = None) -> tuple[JointDensity, GuideDensity]:
-    """The two densities of a pair.
-
-    A guide with auxiliary variables brings `augment(model)`, the model extended by a reverse model for them, whose
-    evidence is the model's own: `GuideDensity.joint`. Where the guide has a `local_family` too, that takes care of the
-    auxiliary variables, and the first density is the plain model's.
-    """
-    if not hasattr(guide, "augment"):
-        joint = JointDensity(model, data, plate)
-        return joint, GuideDensity(guide, None, joint)
-    extended = JointDensity(guide.augment(model), data, plate)
-    joint = JointDensity(model, data, plate) if hasattr(guide, "local_family") else extended
-    return joint, GuideDensity(guide, None, extended)
-
-
-def changed_guide(guide: Program, model: Program, joint: JointDensity) -> GuideDensity:
-    """The density of a guide whose parameters were changed, beside the densities that `densities` gave.
-
-    A guide with auxiliary variables has a reverse model of its own, so its model is extended anew.
-    """
-    if hasattr(guide, "augment"):
-        joint = JointDensity(guide.augment(model), joint.data, joint.plate)
-    return GuideDensity(guide, None, joint)
-
-
-def posterior_of(
-    model: Program, guide: Program | Posterior, data: Data, plate: Plate = None
-) -> tuple[JointDensity, Posterior]:
-    """As `densities`, for a guide that is a posterior per datapoint already (what `refine` returns) too."""
-    # A caller's guide may well have a method `at`, of another meaning.
-    if isinstance(guide, Posterior) and hasattr(guide, "joint"):
-        return JointDensity(model, data, plate), guide
-    return densities(model, cast(Program, guide), data, plate)
 
 
 def chunk_log_weights(
@@ -96,9 +61,9 @@ def first_few(bad: Tensor, indices: Tensor) -> str:
 
 
 def elbo(
-    model: Program,
-    guide: Program | Posterior,
-    data: Data,
+    model: Program | Problem,
+    guide: Program | Posterior | None = None,
+    data: Data | None = None,
     *,
     num_particles: int = 1000,
     plate: Plate = None,
@@ -110,7 +75,7 @@ def elbo(
     $$\mathcal L[q](x_n) = \mathbb E_{q(z|x_n)} [\log p(x_n, z) - \log q(z|x_n)] \le \log p(x_n)$$
 
     Args:
-        model, guide, data, plate: as for `JointDensity` and `GuideDensity`.
+        model, guide, data, plate: as for `JointDensity` and `GuideDensity`; or a `Problem` alone.
         num_particles: S, draws per datapoint.
         batch_size: datapoints held at once; it does not change the result.
         seed: of all the randomness.
@@ -118,14 +83,14 @@ def elbo(
     Returns:
         An `Estimate` in nats: `value` and `mcse` `(N,)`, `log_weights` `(S, N)`.
     """
-    log_weights = _log_weights(model, guide, data, num_particles, plate, batch_size, seed)
-    return mean_estimate(log_weights)
+    problem = Problem.of(model, guide, data, plate)
+    return mean_estimate(log_weights_of(problem, num_particles, batch_size, seed))
 
 
 def iwae(
-    model: Program,
-    guide: Program | Posterior,
-    data: Data,
+    model: Program | Problem,
+    guide: Program | Posterior | None = None,
+    data: Data | None = None,
     *,
     num_particles: int = 1000,
     plate: Plate = None,
@@ -139,19 +104,18 @@ def iwae(
     A lower bound of log p(x_n) in expectation that grows with K (Burda et al., 2016, arXiv:1509.00519). Arguments and
     result as for `elbo`; the result has `ess` and Pareto `khat` too.
     """
-    return log_mean_exp_estimate(_log_weights(model, guide, data, num_particles, plate, batch_size, seed))
+    problem = Problem.of(model, guide, data, plate)
+    return log_mean_exp_estimate(log_weights_of(problem, num_particles, batch_size, seed))
 
 
-def _log_weights(
-    model: Program, guide: Program | Posterior, data: Data, num_particles: int, plate: Plate, batch_size: int, seed: int
-) -> Tensor:
-    joint, density = posterior_of(model, guide, data, plate)
-    joint = density.joint if isinstance(density, GuideDensity) else joint
+def log_weights_of(problem: Problem, num_particles: int, batch_size: int, seed: int) -> Tensor:
+    """log w of `num_particles` draws from the guide at every datapoint, `(S, N)` in double precision, nats."""
+    joint, posterior = problem.scored, problem.guided()
     many = joint.num_datapoints * num_particles >= MANY
     value = GradientEvaluator(joint, quiet=True) if many else joint
 
     def one(chunk: Chunk) -> Tensor:
-        return chunk_log_weights(value, density, chunk, num_particles, seed, "elbo")
+        return chunk_log_weights(value, posterior, chunk, num_particles, seed, "elbo")
 
     return torch.cat(over_chunks(one, joint, batch_size, seed), 1)
 

@@ -32,6 +32,7 @@ PUBLIC = {
     "MapaPosterior",
     "Refinement",
     "Retraining",
+    "Problem",
     "SimulatedData",
     "Split",
     "ais",
@@ -59,7 +60,7 @@ PUBLIC = {
 
 # A floor is a file or a package of the library. Ground floor first: each may import some of those above it here.
 GROUND = {"errors", "files", "streams", "ranks", "memory"}
-ESTIMATORS = {"log_weights", "density", "capture", "hmc", "anneal", "bounds", "refine", "ais"}
+ESTIMATORS = {"log_weights", "density", "problem", "capture", "hmc", "anneal", "bounds", "refine", "ais"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -69,21 +70,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "log_weights": {"errors"},
     "density": GROUND,
     "capture": GROUND | {"density"},
+    "problem": GROUND | {"density"},
     "hmc": set(),
     "anneal": GROUND | {"hmc", "log_weights"},
-    "bounds": GROUND | {"density", "capture", "log_weights"},
-    "refine": GROUND | {"density", "bounds", "capture", "log_weights"},
-    "ais": GROUND | {"hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine"},
-    "escalation": GROUND | {"hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine", "ais"},
+    "bounds": GROUND | {"problem", "density", "capture", "log_weights"},
+    "refine": GROUND | {"problem", "density", "bounds", "capture", "log_weights"},
+    "ais": GROUND | {"problem", "hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine"},
+    "escalation": GROUND | {"problem", "hmc", "capture", "log_weights", "density", "anneal", "bounds", "refine", "ais"},
     "objectives": GROUND | {"density"},
-    "posterior_grid": GROUND | {"density", "bounds", "refine"},
-    "posterior_export": GROUND | {"density", "bounds"},
+    "posterior_grid": GROUND | {"problem", "density", "bounds", "refine"},
+    "posterior_export": GROUND | {"problem", "density", "bounds"},
     "training": GROUND | {"density", "capture"},
     "conditioning": GROUND | ESTIMATORS | {"training"},
     "mapa": GROUND | ESTIMATORS | {"training"},
     "gaps": GROUND | ESTIMATORS | {"escalation", "training", "conditioning", "mapa"},
     "datasets": {"errors"},
-    "calibration": GROUND | {"density", "bounds", "capture", "refine"},
+    "calibration": GROUND | {"problem", "density", "bounds", "capture", "refine"},
     "plots": {"errors", "gaps", "calibration"},
 }
 # The command is the top floor. Nothing below it imports it, and it finds models and guides by dotted path alone.

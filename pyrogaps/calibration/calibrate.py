@@ -1,31 +1,35 @@
 """`calibrate`: simulation-based calibration of a guide, or of what refinement makes of it."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
 from torch import Tensor
 
-from pyrogaps.bounds import Plate, densities, over_chunks
+from pyrogaps.bounds import over_chunks
 from pyrogaps.calibration.calibration import Calibration
 from pyrogaps.calibration.ranks import rank_chunk
 from pyrogaps.calibration.records import Evaluated, per_simulated, shapes_of
 from pyrogaps.calibration.simulated import simulated_data
 from pyrogaps.calibration.subject import guide_name, subject_of
 from pyrogaps.capture import GradientEvaluator
-from pyrogaps.density import Data, IndexedData, JointDensity
+from pyrogaps.density import Data
+from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError
-from pyrogaps.refine import Refinement, is_family, own_family, refine_chunk
+from pyrogaps.problem import Plate, Problem
+from pyrogaps.refine import OwnFamily, Refinement, refine_chunk
+from pyrogaps.refine.families import Family
 from pyrogaps.streams import Chunk
 
 LEAST_DRAWS = 100
 
 
 def calibrate(
-    model: Program,
-    guide: Any,
-    data: Data,
+    model: Program | Problem,
+    guide: Any = None,
+    data: Data | None = None,
     *,
     posterior: Literal["amortized", "refined"] = "amortized",
     refinement: Refinement | None = None,
@@ -51,7 +55,8 @@ def calibrate(
     (Modrák et al. 2023, arXiv:2211.02383). And it is a statement on the *model's* data: of others it says nothing.
 
     Args:
-        model, plate: as for `JointDensity`; the model needs a data plate.
+        model, plate: as for `JointDensity`, or a `Problem` in place of model, guide and data; the model needs a data
+            plate.
         guide: what answers to simulated data: a module or function, as for `GuideDensity`. For "refined" also an
             autoguide, of which a fresh one is fitted, or a family as for `refine`.
         data: what to simulate in the shape of. What the model does not draw is theirs: of evenly spaced datapoints, or
@@ -76,16 +81,27 @@ def calibrate(
     Source: Talts et al. (2018), arXiv:1804.06788.
     """
     _check(posterior, refinement, num_simulated, num_draws)
-    joint = JointDensity(model, data, plate)
+    if isinstance(model, Problem):
+        guide, plain = model.guide, Problem.of(model, guide, data, plate).with_guide(None)
+    else:
+        plain = Problem.of(model, None, data, plate)
+    joint = plain.joint
     if joint.plate is None:
         raise InputError(
             "plate: calibrate simulates datapoints of a data plate, and here the whole data set is one datapoint; "
             "simulate data sets with JointDensity(...).simulate() and fit each"
         )
-    subject = subject_of(guide, joint, refined=posterior == "refined")
+    problem, family = subject_of(guide, plain, refined=posterior == "refined")
     simulated, truth = simulated_data(joint, num_simulated, seed, to_data)
+    problem, drawn = problem.over(simulated), joint.over(simulated)
     settings = (refinement or Refinement()) if posterior == "refined" else None
-    parts = _evaluate(joint, subject, simulated, truth, settings, num_draws, batch_size, seed)
+    answer = _answer(problem, family, settings, seed)
+
+    def one(chunk: Chunk) -> Evaluated:
+        found, offset, converged = answer(chunk)
+        return rank_chunk(drawn, found, chunk, truth, num_draws, seed, offset), converged
+
+    parts = over_chunks(one, drawn, batch_size, seed)
     provenance = {
         "posterior": posterior,
         "guide": guide_name(guide),
@@ -97,6 +113,27 @@ def calibrate(
     return Calibration(per_simulated(joint, parts, truth), provenance)
 
 
+Answer = tuple[Posterior, int, Tensor | None]
+
+
+def _answer(
+    problem: Problem, family: OwnFamily | Family | None, refinement: Refinement | None, seed: int
+) -> Callable[[Chunk], Answer]:
+    """The posterior to judge at a chunk, the datapoint it counts from, and, where refined, whether it converged."""
+    if refinement is None:
+        guide = problem.guided()
+        return lambda chunk: (guide, 0, None)
+    fitted = family.over(problem) if isinstance(family, OwnFamily) else family
+    evaluator = GradientEvaluator(problem.joint)
+    assert fitted is not None
+
+    def refined(chunk: Chunk) -> Answer:
+        posterior, progress = refine_chunk(fitted, evaluator, chunk, refinement, seed)
+        return posterior, chunk.start, progress.converged
+
+    return refined
+
+
 def _check(posterior: str, refinement: Refinement | None, num_simulated: int, num_draws: int) -> None:
     if posterior not in ("amortized", "refined"):
         raise InputError(f"posterior: must be 'amortized' or 'refined', got {posterior!r}")
@@ -105,31 +142,3 @@ def _check(posterior: str, refinement: Refinement | None, num_simulated: int, nu
     for name, value, least in (("num_simulated", num_simulated, 2), ("num_draws", num_draws, LEAST_DRAWS)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name}: must be a whole number of at least {least}, got {value}")
-
-
-def _evaluate(
-    joint: JointDensity,
-    subject: Any,
-    simulated: IndexedData,
-    truth: Tensor,
-    refinement: Refinement | None,
-    num_draws: int,
-    batch_size: int,
-    seed: int,
-) -> list[Evaluated]:
-    """Ranks, and of a refined posterior whether it converged, chunk by chunk."""
-    plain, density = joint.over(simulated), None
-    family, fitted = subject, plain
-    if not is_family(subject):
-        fitted, density = densities(joint.model, subject, simulated, joint.plate)
-        family = own_family(density) if refinement is not None else None
-    evaluator = GradientEvaluator(fitted) if refinement is not None else None
-
-    def one(chunk: Chunk) -> Evaluated:
-        if evaluator is None or refinement is None:
-            assert density is not None
-            return rank_chunk(plain, density, chunk, truth, num_draws, seed), None
-        refined, progress = refine_chunk(family, evaluator, chunk, refinement, seed)
-        return rank_chunk(plain, refined, chunk, truth, num_draws, seed, chunk.start), progress.converged
-
-    return over_chunks(one, plain, batch_size, seed)

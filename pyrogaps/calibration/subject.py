@@ -2,22 +2,22 @@
 
 from typing import Any
 
-from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.autoguides import is_autoguide
-from pyrogaps.density.draws import Posterior
 from pyrogaps.errors import InputError
-from pyrogaps.refine import is_family, own_family
+from pyrogaps.problem import Problem, is_posterior
+from pyrogaps.refine import OwnFamily, is_family, own_family
+from pyrogaps.refine.families import Family
 
 REFINE = "pass posterior='refined', which fits"
 
 
-def subject_of(guide: Any, joint: JointDensity, *, refined: bool) -> Any:
-    """`guide`, or the family to refine in its place, for data simulated in the shape of those of `joint`.
+def subject_of(guide: Any, plain: Problem, *, refined: bool) -> tuple[Problem, OwnFamily | Family | None]:
+    """`plain` with the guide that answers to data simulated in the shape of its own, and the family to refine there.
 
     Raises `InputError` where the guide has no answer to new data: what `refine` returned, a guide that holds parameters
     for each datapoint, and, unless it is to be refined, an autoguide or a family.
     """
-    if isinstance(guide, Posterior) and hasattr(guide, "joint"):
+    if is_posterior(guide):
         raise InputError(
             "guide: what refine returned belongs to the data it was refined for; pass the guide or family that was "
             "refined, and posterior='refined'"
@@ -25,25 +25,24 @@ def subject_of(guide: Any, joint: JointDensity, *, refined: bool) -> Any:
     if is_family(guide):
         if not refined:
             raise InputError(f"guide: {guide_name(guide)} is a family, not a guide; {REFINE} one to each datapoint")
-        return guide
+        return plain, guide
     if not refined and is_autoguide(guide):
         raise InputError(
             f"guide: {guide_name(guide)} holds parameters for each datapoint it was trained on and has none for "
             f"simulated ones; {REFINE} a fresh one to each"
         )
-    extended = JointDensity(guide.augment(joint.model), joint.data, joint.plate) if hasattr(guide, "augment") else joint
-    density = GuideDensity(guide, None, extended)
-    if is_autoguide(guide):
-        own = own_family(density)
-        if own.kind == "autoguide":
-            return own.elsewhere
+    problem = plain.with_guide(guide)
+    density = problem.guide_density()
+    own = own_family(density) if refined else None
+    if own is not None and own.kind == "autoguide":
+        return plain, own
     if density.bound:
         raise InputError(
-            f"guide: its plate '{joint.plate}' has the data set's full size, so it holds parameters for each datapoint "
-            "and has none for simulated ones; pass its family, a function family(model) -> guide, and "
+            f"guide: its plate '{problem.plate}' has the data set's full size, so it holds parameters for each "
+            "datapoint and has none for simulated ones; pass its family, a function family(model) -> guide, and "
             "posterior='refined'"
         )
-    return guide
+    return problem, own
 
 
 def guide_name(guide: Any) -> str:

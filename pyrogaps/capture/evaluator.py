@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyrogaps.capture.footprint import points_within
-from pyrogaps.capture.programs import Captured, Densities, Eager, Values, check_agreement
+from pyrogaps.capture.programs import Captured, Densities, Eager, Values, check_agreement, value_and_gradients
 from pyrogaps.density import JointDensity
 from pyrogaps.density.runs import evaluating
 
@@ -120,10 +120,13 @@ class GradientEvaluator:
                 # Compiling takes longer than a small piece, the last of a data set, ever will.
                 compiled = self.mode == "compiled" and FRACTION * rows >= self.rows
                 with evaluating(self.joint.model):
-                    densities(flat, *tensors)  # lets the model register its parameters before the recording
+                    # First, because the model registers its parameters in it.
+                    expected = value_and_gradients(densities, flat, *tensors)
                     self._graphs[key] = Captured(densities, flat, tensors, compiled=compiled)
+            else:
+                expected = eager.both(flat, *tensors)
             with torch.no_grad():
-                check_agreement(self._graphs[key], eager, flat, tensors)
+                check_agreement(self._graphs[key], expected, flat, tensors)
         except Exception as error:
             instead: Mode = "captured" if self.mode == "compiled" else "eager"
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -24,7 +24,7 @@ class Eager:
 
     def both(self, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
         with evaluating(self._model):
-            return _value_and_gradients(self._densities, flat, *inputs)
+            return value_and_gradients(self._densities, flat, *inputs)
 
     def gradients(self, flat: Tensor, *inputs: Tensor) -> Values:
         return self.both(flat, *inputs)[1]
@@ -39,7 +39,7 @@ class Captured:
 
     def __init__(self, densities: Densities, flat: Tensor, tensors: list[Tensor], *, compiled: bool) -> None:
         def both(flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
-            return _value_and_gradients(densities, flat, *inputs)
+            return value_and_gradients(densities, flat, *inputs)
 
         if compiled:  # torch looks for a GPU, and says so where there is none
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -64,13 +64,14 @@ def elementwise_elements(joint: JointDensity) -> int:
             def density(point: Tensor) -> Values:
                 return (torch.stack(joint.score(point, args, indices)).sum(0),)
 
-            module = record(lambda point: _value_and_gradients(density, point), flat)
+            module = record(lambda point: value_and_gradients(density, point), flat)
     except Exception:  # it will be run eagerly
         return 0
     return sum(fusible_elements(node) for node in module.graph.nodes) // few
 
 
-def _value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
+def value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
+    """K log densities `(R,)` of rows `flat` `(R, dim)`, and their gradients `(R, dim)`."""
     with torch.enable_grad():
         point = flat.detach().requires_grad_()
         values = densities(point, *inputs)
@@ -84,10 +85,10 @@ def _value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) ->
     return tuple(value.detach() for value in values), tuple(gradients)
 
 
-def check_agreement(graph: Captured, eager: Eager, flat: Tensor, tensors: list[Tensor]) -> None:
-    """Raise `ValueError` where a replay gives other values or gradients than Pyro on these data."""
+def check_agreement(graph: Captured, expected: tuple[Values, Values], flat: Tensor, tensors: list[Tensor]) -> None:
+    """Raise `ValueError` where a replay gives other values or gradients than Pyro did on these data."""
     values, gradients = graph.both(flat, *tensors)
-    expected_values, expected_gradients = eager.both(flat, *tensors)
+    expected_values, expected_gradients = expected
     pairs = [
         *zip(values, expected_values, strict=True),
         *zip(gradients, expected_gradients, strict=True),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.ais import AIS
-from pyrogaps.bounds import Plate, densities, over_chunks
+from pyrogaps.bounds import over_chunks
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning.completions import has_rows
 from pyrogaps.conditioning.conditions import Shown, declared
@@ -18,6 +18,7 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.errors import InputError
 from pyrogaps.log_weights import Estimate
+from pyrogaps.problem import Plate, Problem
 from pyrogaps.refine import Refinement
 from pyrogaps.refine.refine import RefinedGuide
 from pyrogaps.streams import BLOCK, Chunk
@@ -111,13 +112,14 @@ def shared_posterior(
             conditions differ from step to step, so that there is no one shared posterior), or where the model's
             likelihood does not factorise over what is shown and what is not.
     """
-    told = declared(guide)
+    problem = Problem.of(model, guide, data, plate)
+    told = declared(problem.guide)
     if not isinstance(told, Shown):
         raise InputError(
             "guide: it declares no conditions, or a lookahead, whose conditions differ from step to step; give it an "
             "attribute conditions, a boolean mask over the data, True where they are shown"
         )
-    joint, density = densities(model, guide, data, plate)
+    joint, density = problem.joint, problem.guide_density()
     check_no_leak(density, told)
     sharing = sharing_of(
         density,

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from pyrogaps.bounds import Plate
 from pyrogaps.conditioning.simulated import SimulatedData
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.problem import Plate
 from pyrogaps.training import train
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrogaps.bounds import Plate
 from pyrogaps.density import Data, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, rows_of
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError
+from pyrogaps.problem import Plate
 
 
 class SimulatedData(IndexedData):

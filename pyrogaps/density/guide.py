@@ -115,6 +115,20 @@ class GuideDensity:
         part.joint, part.origin = joint, origin
         return part
 
+    def over(self, joint: JointDensity) -> "GuideDensity":
+        """The same guide over `joint`, which holds other data of the same form; no checks are run again.
+
+        Raises `InputError` for a guide that holds parameters for each datapoint, where there is another number of them.
+        """
+        if self.bound and joint.num_datapoints != self._size:
+            raise InputError(
+                f"guide: it holds parameters for each of {self._size} datapoints, and has none for "
+                f"{joint.num_datapoints} others"
+            )
+        part = self.restrict(joint, torch.arange(joint.num_datapoints))
+        part.origin, part._size = None, joint.num_datapoints
+        return part
+
     def _read_structure(self) -> list[Term]:
         """Run on a number of rows that is not the data set's, so that a plate of its full size shows."""
         number = self.num_datapoints
@@ -151,7 +165,7 @@ class GuideDensity:
         indices = probe_rows(self.num_datapoints)
         local = self.at(indices)
         z, _ = local.sample_extended(1) if isinstance(local, FactorisedGuide) else local.sample(1)
-        if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], len(indices)):
+        if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], local.log_prob(z)[0]):
             raise InputError(
                 "guide: a datapoint's log q changes with its place in the batch or with the rows beside it; the guide "
                 f"must treat rows independently (no batch statistics), and {SELECT}"

@@ -205,7 +205,7 @@ class JointDensity:
         """The same density over other data of the same form; no checks are run again."""
         other = object.__new__(JointDensity)
         other.__dict__.update(self.__dict__)
-        other.data = data
+        other.data = other.caller_data = data
         return other
 
     def _indices(self, indices: Tensor | None) -> Tensor:
@@ -269,8 +269,9 @@ class JointDensity:
             return
         indices = probe_rows(self.num_datapoints)
         z = 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
-        if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), len(indices)):
-            if not torch.equal(self._total(z, indices), self._total(z, indices)):
+        together = self._total(z, indices)
+        if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), together):
+            if not torch.equal(self._total(z, indices), together):
                 raise InputError(
                     "data: a datapoint's density is another every time it is fetched, or the model itself random; draw "
                     "data once (SimulatedData(...).fetch(indices)) and give those tensors"

@@ -15,9 +15,12 @@ def probe_rows(num_datapoints: int) -> Tensor:
     return spread[torch.randperm(len(spread))]
 
 
-def rows_are_independent(log_density: Callable[[Tensor], Tensor], number: int) -> bool:
-    """Whether `log_density(positions)` stays the same for `number` rows in another order, and for one beside itself."""
-    together = log_density(torch.arange(number))
+def rows_are_independent(log_density: Callable[[Tensor], Tensor], together: Tensor) -> bool:
+    """Whether `log_density(positions)` stays the same for rows in another order, and for one beside itself.
+
+    `together` is what it gives of all positions in order.
+    """
+    number = len(together)
     groups = [torch.randperm(number), *torch.randperm(number)[:NUM_ALONE, None].expand(-1, 2)]
     return all(same_density(together[group], log_density(group)) for group in groups)
 

@@ -2,22 +2,21 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyrogaps.ais import AIS, SimulatedBounds, anchor, anchored_path, run_path, run_pilot, simulated_pair
-from pyrogaps.bounds import Plate, over_chunks
+from pyrogaps.ais import AIS, SimulatedBounds, anchor, anchored_path, run_path, run_pilot
+from pyrogaps.bounds import over_chunks
 from pyrogaps.capture import GradientEvaluator
-from pyrogaps.density import Data
-from pyrogaps.density.runs import Program
 from pyrogaps.escalation.climb import Found, climb_chunk
 from pyrogaps.escalation.plan import GUIDE
 from pyrogaps.escalation.result import escalated
 from pyrogaps.escalation.settings import Escalation
 from pyrogaps.log_weights import log_mean_exp
-from pyrogaps.refine import Refinement, own_family, refine_chunk
+from pyrogaps.problem import Simulated
+from pyrogaps.refine import OwnFamily, Refinement, refine_chunk
+from pyrogaps.refine.families import Family
 from pyrogaps.refine.local import Refinable
 from pyrogaps.streams import Chunk
 
@@ -36,27 +35,21 @@ class LadderCheck(SimulatedBounds):
 
 
 def check_ladder(
-    model: Program,
-    guide_or_family: Any,
-    data: Data,
-    *,
+    simulated: Simulated,
+    family: OwnFamily | Family,
     settings: Escalation,
     refinement: Refinement,
+    batch_size: int,
+    seed: int,
     lowest: int | None = None,
-    plate: Plate = None,
-    batch_size: int = 64,
-    seed: int = 0,
 ) -> LadderCheck:
     """The lowest rung from which on log p(x) is on average no further than the tolerance below its upper bound.
 
-    It is decided on data of its own, in the shape of `data`, so that what is measured afterwards does not depend on it.
-    Where no rung is, the last one is returned; `lowest`, where given, is checked alone.
-
-    Raises `InputError` where the model cannot be simulated.
+    It is decided on simulated data, so that what is measured afterwards does not depend on it. Where no rung is, the
+    last one is returned; `lowest`, where given, is checked alone.
     """
-    joint, density, z = simulated_pair(model, guide_or_family, data, plate, seed)
+    joint, z = simulated.problem.joint, simulated.z
     evaluator = GradientEvaluator(joint, settings.mode)
-    family = guide_or_family if density is None else own_family(density)
     longer = max(1, math.ceil(FOR_TOLERANCE / settings.tolerance))
     reverse = AIS(num_temperatures=SHORTEST * longer, mode=settings.mode)
 

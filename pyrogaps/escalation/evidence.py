@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pyrogaps.bounds import Plate, over_chunks, posterior_of
+from pyrogaps.bounds import over_chunks
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import Data, GuideDensity
 from pyrogaps.density.data import part_of
@@ -14,39 +14,30 @@ from pyrogaps.escalation.climb import Found, climb_chunk
 from pyrogaps.escalation.plan import GUIDE
 from pyrogaps.escalation.result import EscalatedEstimate, escalated
 from pyrogaps.escalation.settings import Escalation
+from pyrogaps.problem import Plate, Problem
 from pyrogaps.refine import OwnFamily, Refinement, own_family, refine_chunk
 from pyrogaps.streams import Chunk, derive_seed
 
 
 def checked(
-    model: Program,
-    own: OwnFamily,
-    settings: Escalation,
-    refinement: Refinement,
-    batch_size: int,
-    seed: int,
+    problem: Problem, own: OwnFamily, settings: Escalation, refinement: Refinement, batch_size: int, seed: int
 ) -> LadderCheck | str | None:
-    """The ladder's check on data like those of the guide; None where none is asked for, or why there can be none.
-
-    `model` is the caller's own: that of the guide's density has the reverse model of auxiliary variables attached.
-    """
+    """The ladder's check on data like those of `problem`; None where none is asked for, or why there can be none."""
     if settings.num_simulated == 0:
         return None
-    joint, stream = own.density.joint, derive_seed(seed, "ladder")
+    stream = derive_seed(seed, "ladder")
     try:
-        part = part_of(joint.data, settings.num_simulated)[0]
-        return check_ladder(
-            model, own.elsewhere, part, settings=settings, refinement=refinement, plate=joint.plate,
-            batch_size=batch_size, seed=stream,
-        )  # fmt: skip
+        part = part_of(problem.joint.data, settings.num_simulated)[0]
+        simulated = own.elsewhere(problem).over(part).simulated(stream)
+        return check_ladder(simulated, own.over(simulated.problem), settings, refinement, batch_size, stream)
     except InputError as error:
         return str(error)
 
 
 def log_evidence(
-    model: Program,
-    guide: Program | Posterior,
-    data: Data,
+    model: Program | Problem,
+    guide: Program | Posterior | None = None,
+    data: Data | None = None,
     *,
     settings: Escalation | None = None,
     refinement: Refinement | None = None,
@@ -62,7 +53,8 @@ def log_evidence(
     rung and how many draws is decided on pilot draws, which are thrown away.
 
     Args:
-        model, guide, data, plate: as for `ais`. A guide is refined first; what `refine` returned is taken as it is.
+        model, guide, data, plate: as for `ais`, or a `Problem` alone. A guide is refined first; what `refine` returned
+            is taken as it is.
         settings: see `Escalation`.
         refinement: settings of the refinement.
         batch_size: datapoints held at once; it does not change the result.
@@ -75,13 +67,13 @@ def log_evidence(
         InputError: as `ais`.
     """
     settings, refinement = settings or Escalation(), refinement or Refinement()
-    joint, density = posterior_of(model, guide, data, plate)
-    evaluator = GradientEvaluator(joint, settings.mode)
+    problem = Problem.of(model, guide, data, plate)
+    density, evaluator = problem.guided(), GradientEvaluator(problem.joint, settings.mode)
     own: OwnFamily | None = None
     check: LadderCheck | str | None = None
     if isinstance(density, GuideDensity):
         own = own_family(density)
-        check = checked(model, own, settings, refinement, batch_size, seed)
+        check = checked(problem, own, settings, refinement, batch_size, seed)
     lowest = check.lowest if isinstance(check, LadderCheck) else GUIDE
 
     def one(chunk: Chunk) -> list[Found]:
@@ -90,5 +82,5 @@ def log_evidence(
         refined, _ = refine_chunk(own, evaluator, chunk, refinement, seed)
         return climb_chunk(evaluator, refined, chunk, chunk.start, settings, seed, lowest)
 
-    found = [block for blocks in over_chunks(one, joint, batch_size, seed) for block in blocks]
+    found = [block for blocks in over_chunks(one, problem.joint, batch_size, seed) for block in blocks]
     return replace(escalated(found), check=check if isinstance(check, LadderCheck) else None)

@@ -3,12 +3,12 @@
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
 
-from pyrogaps.bounds import changed_guide, chunk_log_weights, over_chunks
+from pyrogaps.bounds import chunk_log_weights, over_chunks
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import GuideDensity
 from pyrogaps.density.runs import Program
@@ -34,12 +34,12 @@ def with_split(
     cache: str | os.PathLike[str] | None,
 ) -> GapLedger:
     """`ledger` with the amortization gap split in three; `work` is that on the measured training data."""
-    model, guide = work.model, work.density.guide
+    problem = work.problem
     folder = None if cache is None else Path(cache) / "training"
 
     def read(candidate: Program) -> tuple[GuideDensity, GradientEvaluator]:
-        density = changed_guide(candidate, model, work.joint)
-        same = density.joint is work.joint
+        density = problem.with_guide(candidate).guide_density()
+        same = density.joint is problem.joint
         return density, work.evaluator if same else GradientEvaluator(density.joint, work.evidence.mode)
 
     def bound(candidate: Program) -> float:
@@ -48,10 +48,12 @@ def with_split(
         def one(chunk: Chunk) -> Any:
             return chunk_log_weights(scorer, density, chunk, NUM_COMPARING, work.seed, "retraining").mean(0)
 
-        means = over_chunks(one, work.joint, batch_size, work.seed)
+        means = over_chunks(one, problem.joint, batch_size, work.seed)
         return float(np.concatenate([mean.cpu().numpy() for mean in means]).mean())
 
-    starts = retrain(model, guide, split, bound, seed=work.seed, folder=folder, progress=progress)
+    starts = retrain(
+        problem.model, cast(Program, problem.guide), split, bound, seed=work.seed, folder=folder, progress=progress
+    )
     best, scorer = read(starts[0].guide)
     # The optimum is the same, but from phi-hat a refinement gets there where from a broken guide it may fall short.
     work.own = own_family(best)

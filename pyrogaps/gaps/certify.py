@@ -1,20 +1,19 @@
 """A sandwich of log p(x) on simulated data, and a longer refinement of some datapoints: the certificate of a ledger."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from pyrogaps.ais import bdmc
+from pyrogaps.ais import sandwich
 from pyrogaps.bounds import elbo
-from pyrogaps.density import IndexedData
 from pyrogaps.density.data import part_of
 from pyrogaps.escalation import Escalation, check_ladder
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.work import Work
-from pyrogaps.refine import refine
+from pyrogaps.problem import Simulated
+from pyrogaps.refine import refine_all
 from pyrogaps.streams import derive_seed
 
 
@@ -25,12 +24,14 @@ def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_
     Raises `InputError` where the model cannot be simulated, or the guide holds parameters for each datapoint and is no
     autoguide.
     """
-    joint, own, seed = work.joint, work.own.elsewhere, derive_seed(work.seed, "certificate")
-    bounds = _bounds(work, own, part_of(joint.data, settings.num_simulated)[0], batch_size, seed)
-    data, chosen = part_of(joint.data, settings.num_refined_again)
+    problem, seed = work.own.elsewhere(work.problem), derive_seed(work.seed, "certificate")
+    part, _ = part_of(problem.joint.data, settings.num_simulated)
+    bounds = _bounds(work, problem.over(part).simulated(seed), batch_size, seed)
+    part, chosen = part_of(problem.joint.data, settings.num_refined_again)
+    again = problem.over(part)
     longer = replace(work.refinement, num_steps=settings.longer * work.refinement.num_steps)
-    again = refine(work.model, own, data, settings=longer, plate=joint.plate, batch_size=batch_size, seed=seed)
-    reached = elbo(again.joint.model, again, data, num_particles=work.num_particles, plate=joint.plate, seed=seed)
+    refined = refine_all(again, work.own.over(again), longer, batch_size, seed)
+    reached = elbo(again.with_guide(refined), num_particles=work.num_particles, seed=seed)
     own_bound = per_datapoint.isel(family=0, datapoint=chosen.numpy())
     gain = reached.value.cpu().numpy() - own_bound["elbo_refined"].values
     error = np.hypot(reached.mcse.cpu().numpy(), own_bound["elbo_refined_mcse"].values)
@@ -40,17 +41,12 @@ def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_
     return xr.Dataset(found, {"refined_again": chosen.numpy()}, {"longer": settings.longer})
 
 
-def _bounds(work: Work, own: Any, data: IndexedData, batch_size: int, seed: int) -> dict[str, Tensor]:
-    """Bounds of log p(x) on data simulated in the shape of `data`, the lower one by what measures the ledger's."""
-    evidence, joint = work.evidence, work.joint
+def _bounds(work: Work, simulated: Simulated, batch_size: int, seed: int) -> dict[str, Tensor]:
+    """Bounds of log p(x) on simulated data, the lower one by what measures the ledger's."""
+    family, evidence = work.own.over(simulated.problem), work.evidence
     if isinstance(evidence, Escalation):
-        check = check_ladder(
-            work.model, own, data, settings=evidence, refinement=work.refinement, lowest=work.lowest_rung,
-            plate=joint.plate, batch_size=batch_size, seed=seed,
-        )  # fmt: skip
+        check = check_ladder(simulated, family, evidence, work.refinement, batch_size, seed, work.lowest_rung)
         return {"lower": check.lower, "upper": check.upper, "lower_mcse": check.lower_mcse}
-    sandwich = bdmc(
-        work.model, data, guide_or_family=own, settings=evidence, refinement=work.refinement,
-        plate=joint.plate, batch_size=batch_size, seed=seed,
-    )  # fmt: skip
-    return {"lower": sandwich.lower, "upper": sandwich.upper, "lower_mcse": sandwich.forward.mcse}
+    as_it_is = simulated.problem.posterior if evidence.initial == "guide" else None
+    found = sandwich(simulated, as_it_is or family, evidence, work.refinement, batch_size, seed)
+    return {"lower": found.lower, "upper": found.upper, "lower_mcse": found.forward.mcse}

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from pyrogaps import memory, ranks
 from pyrogaps.ais import AIS
-from pyrogaps.bounds import Plate, densities
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
-from pyrogaps.density import Data, GuideDensity, JointDensity
+from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.escalation import Escalation, LadderCheck
@@ -25,6 +24,7 @@ from pyrogaps.gaps.parts import chunk_size
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.sizes import sizes_of
 from pyrogaps.gaps.work import Work, run_chunks
+from pyrogaps.problem import Plate, Problem
 from pyrogaps.refine import Refinement, own_family
 from pyrogaps.refine.families import Family
 from pyrogaps.streams import derive_seed
@@ -42,9 +42,9 @@ QUANTITIES = {
 
 
 def decompose(
-    model: Program,
-    guide: Program,
-    data: Data,
+    model: Program | Problem,
+    guide: Program | None = None,
+    data: Data | None = None,
     *,
     families: Mapping[str, Family] | None = None,
     evidence: AIS | Escalation | Literal["auto"] | None = None,
@@ -87,7 +87,8 @@ def decompose(
     or the refinement fell short: see the directions in the ledger.
 
     Args:
-        model: a Pyro model, called with the arguments that `data` gives.
+        model: a Pyro model, called with the arguments that `data` gives; or a `Problem`, in place of model, guide and
+            data.
         guide: a Pyro guide for it, trained.
         data: a tensor, a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
         families: further families, `name -> family(model) -> guide`, each refined per datapoint, beside the tree.
@@ -121,32 +122,34 @@ def decompose(
     if num_particles < 2:
         raise InputError(f"num_particles: must be at least 2, got {num_particles}")
 
-    joint, density = densities(model, guide, data, plate)
+    problem = Problem.of(model, guide, data, plate)
+    joint = problem.joint
     kept = ranks.first(lambda: chunk_size(cache, joint.num_datapoints))
     sizes = sizes_of(joint, how, num_particles, batch_size, max_memory, kept)
     refining, number = refinement or Refinement(), 1 + len(further)
     how = replace(how, mode=chosen_mode(compile, how, refining, number, num_particles, joint))
 
-    def work_on(joint: JointDensity, density: GuideDensity, families: dict[str, Family], stream: int) -> Work:
+    def work_on(problem: Problem, families: dict[str, Family], stream: int) -> Work:
+        density = problem.guide_density()
         settings = how, refining, num_particles, stream
-        work = Work(model, joint, density, own_family(density), families, *settings)
+        work = Work(problem, own_family(density), families, *settings)
         chosen = conditioning or Conditioning()
         anneal = how if isinstance(how, AIS) else AIS(mode=how.mode)
         work.conditioned = conditioning_measure(density, work.evaluator, chosen, anneal, *settings[1:], reference)
         return work
 
     with memory.limited(sizes.working_set):
-        work = work_on(joint, density, further, seed)
+        work = work_on(problem, further, seed)
         # What cannot be split is refused before hours of work.
         if split is not None and joint.plate is None:
             raise InputError("split: the model has no data plate, so its guide is not amortized; leave split out")
         training = None
         if split is not None:
-            there = densities(model, guide, split.measured()[0], plate)
-            training = work_on(*there, {}, derive_seed(seed, "training data"))
+            there = Problem.of(problem.model, problem.guide, split.measured()[0], joint.plate)
+            training = work_on(there, {}, derive_seed(seed, "training data"))
         provenance = _provenance(work, work.check_ladder(sizes.batch_size))
         results = run_chunks(work, Work.measure, provenance, sizes.batch_size, progress, cache)
-        ledger = assemble(results, [OWN, *further], provenance, data)
+        ledger = assemble(results, [OWN, *further], provenance, joint.caller_data)
         if split is not None and training is not None:
             ledger = with_split(ledger, split, training, sizes.batch_size, progress, cache)
         if certificate is not None:
@@ -190,15 +193,15 @@ def _provenance(work: Work, check: LadderCheck | str | None) -> dict[str, Any]:
         "refinement": asdict(work.refinement),
         "families": {name: getattr(family, "__name__", repr(family)) for name, family in work.further.items()},
         "num_particles": work.num_particles,
-        "num_datapoints": work.joint.num_datapoints,
-        "dim": work.joint.dim,
-        "plate": work.joint.plate,
-        "shown": None if (shown := declared(work.density.guide)) is None else str(shown),
+        "num_datapoints": work.problem.joint.num_datapoints,
+        "dim": work.problem.joint.dim,
+        "plate": work.problem.joint.plate,
+        "shown": None if (shown := declared(work.problem.guide)) is None else str(shown),
         "conditioning": None if work.conditioned is None else work.conditioned.settings,
-        "unnormalised_likelihood": list(work.joint.unnormalised),
+        "unnormalised_likelihood": list(work.problem.joint.unnormalised),
         "seed": work.seed,
-        "dtype": str(work.joint.dtype).removeprefix("torch."),
-        "device": work.joint.device.type,
+        "dtype": str(work.problem.joint.dtype).removeprefix("torch."),
+        "device": work.problem.joint.device.type,
         "versions": _versions(),
     }
 

@@ -14,13 +14,12 @@ from pyrogaps.ais import AIS, anchor, anchored_path, prior_path, run_path, run_p
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning import ConditioningMeasure
-from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.draws import Posterior, probe
-from pyrogaps.density.runs import Program
 from pyrogaps.escalation import Escalation, LadderCheck, checked, climb_chunk, escalated
 from pyrogaps.gaps.ledger import OWN
 from pyrogaps.gaps.parts import Arrays, Parts
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
+from pyrogaps.problem import Problem
 from pyrogaps.refine import OwnFamily, Refinement, refine_chunk
 from pyrogaps.refine.families import Family
 from pyrogaps.refine.own import start_of
@@ -36,9 +35,7 @@ class Work:
 
     def __init__(
         self,
-        model: Program,
-        joint: JointDensity,
-        density: GuideDensity,
+        problem: Problem,
         own: OwnFamily,
         further: dict[str, Family],
         evidence: AIS | Escalation,
@@ -46,17 +43,22 @@ class Work:
         num_particles: int,
         seed: int,
     ) -> None:
-        self.model, self.joint, self.density, self.own, self.further = model, joint, density, own, further
+        self.problem, self.own, self.further = problem, own, further
         self.evidence, self.refinement, self.num_particles, self.seed = evidence, refinement, num_particles, seed
-        self.evaluator = GradientEvaluator(joint, evidence.mode)
+        self.evaluator = GradientEvaluator(problem.joint, evidence.mode)
         # A guide with auxiliary variables and a local family of its own has a density of its own too.
-        same = density.joint is joint
-        self.scorer = self.evaluator if same else GradientEvaluator(density.joint, evidence.mode)
-        self.prior_evaluator = GradientEvaluator(joint, evidence.mode, split=True)
+        same = problem.scored is problem.joint
+        self.scorer = self.evaluator if same else GradientEvaluator(problem.scored, evidence.mode)
+        self.prior_evaluator = GradientEvaluator(problem.joint, evidence.mode, split=True)
         self.conditioned: ConditioningMeasure | None = None
         self.lowest_rung = 0
         self._started = 0
         self._finished: list[np.ndarray[Any, Any]] = []
+
+    @property
+    def posterior(self) -> Posterior:
+        """The guide as it is."""
+        return self.problem.guided()
 
     @property
     def num_stages(self) -> int:
@@ -73,7 +75,7 @@ class Work:
         """Of an escalation, which rungs can be trusted, by simulated data; its measurements then start there."""
         if not isinstance(self.evidence, Escalation):
             return None
-        check = checked(self.model, self.own, self.evidence, self.refinement, batch_size, self.seed)
+        check = checked(self.problem, self.own, self.evidence, self.refinement, batch_size, self.seed)
         if isinstance(check, LadderCheck):
             self.lowest_rung = check.lowest
         return check
@@ -97,7 +99,7 @@ class Work:
     def bounds(self, chunk: Chunk) -> tuple[Arrays, Posterior]:
         """The columns of a chunk but for log p(x), and the refined guide of its own family."""
         self.stage("ELBO of the guide")
-        guide = chunk_log_weights(self.scorer, self.density, chunk, self.num_particles, self.seed, "elbo")
+        guide = chunk_log_weights(self.scorer, self.posterior, chunk, self.num_particles, self.seed, "elbo")
         elbo, iwae = mean_estimate(guide), log_mean_exp_estimate(guide)
         self.stage("refining the guide's own family")
         refined, proposals, converged, kept, traces = [], [], [], [], []
@@ -145,8 +147,8 @@ class Work:
         if settings.initial == "prior":
             path, evaluator = prior_path(self.prior_evaluator, chunk, self.seed), self.prior_evaluator
         else:
-            posterior, offset = (own, chunk.start) if settings.initial == "refined" else (self.density, 0)
-            start = anchor(self.joint, posterior, chunk, settings.widen, self.seed, offset)
+            posterior, offset = (own, chunk.start) if settings.initial == "refined" else (self.posterior, 0)
+            start = anchor(self.problem.joint, posterior, chunk, settings.widen, self.seed, offset)
             path, evaluator = anchored_path(self.evaluator, start, chunk, self.seed), self.evaluator
         tuning = run_pilot(path, evaluator, chunk, settings, self.seed)
         ran = run_path(path, tuning, evaluator, chunk, settings, self.seed)
@@ -163,7 +165,7 @@ class Work:
 
     def probe(self, chunk: Chunk) -> Tensor:
         """Numbers that change with the data and the parameters that a chunk's columns rest on."""
-        own = probe(self.density, self.density.joint, chunk)
+        own = probe(self.posterior, self.problem.scored, chunk)
         return own if self.conditioned is None else torch.cat([own, self.conditioned.probe(chunk)])
 
     def stage(self, name: str) -> None:
@@ -215,7 +217,7 @@ def run_chunks(
     cache: str | os.PathLike[str] | None,
 ) -> list[tuple[Chunk, Arrays]]:
     """What `measure` finds on every chunk; finished ones are kept in the folder `cache`, for settings as they are."""
-    joint = work.joint
+    joint = work.problem.joint
     parts = Parts(cache, provenance)
     pieces = chunks(joint.num_datapoints, batch_size)
     # Processes share what is left to do evenly, whoever did the rest.

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyrogaps.bounds import Plate
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.iwae import MAPA_IWAE_ELBO
 from pyrogaps.mapa.posterior import mapa_posterior
+from pyrogaps.problem import Plate
 from pyrogaps.training import Training, TrainingResult, train
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrogaps.bounds import Plate, posterior_of
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import whole
 from pyrogaps.density.draws import Posterior
@@ -14,6 +13,7 @@ from pyrogaps.density.plates import steady_plates, whole_plates
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import first_sites
 from pyrogaps.errors import InputError
+from pyrogaps.problem import Plate, Problem, is_posterior
 from pyrogaps.streams import seeded
 
 
@@ -37,13 +37,13 @@ def pair_of(model: Program, guide: Any, data: Data, plate: Plate) -> tuple[Joint
     """
     if plate is not False:
         try:
-            joint, posterior = posterior_of(model, guide, data, plate)
-            return (posterior.joint if isinstance(posterior, GuideDensity) else joint), posterior
+            problem = Problem.of(model, guide, data, plate)
+            return problem.scored, problem.guided()
         except InputError:
             if not _latents_outside(model, data, plate):
                 raise
     joint = WholeModel(guide.augment(model) if hasattr(guide, "augment") else model, data, False)
-    return joint, guide if isinstance(guide, Posterior) and hasattr(guide, "joint") else WholeGuide(guide, None, joint)
+    return joint, guide if is_posterior(guide) else WholeGuide(guide, None, joint)
 
 
 def _latents_outside(model: Program, data: Data, plate: Plate) -> bool:

@@ -10,7 +10,6 @@ import xarray as xr
 from arviz_base import dict_to_dataset
 from torch import Tensor, nn
 
-from pyrogaps.bounds import Plate
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
@@ -18,6 +17,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.posterior_export.draws import Drawn, Records, draw_all
 from pyrogaps.posterior_export.pair import pair_of
 from pyrogaps.posterior_export.record import DATAPOINT, Names
+from pyrogaps.problem import Plate
 
 Variables: TypeAlias = dict[str, tuple[list[str], Tensor]]
 SAMPLE_DIMS = ["chain", "draw"]

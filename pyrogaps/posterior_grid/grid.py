@@ -9,7 +9,6 @@ import xarray as xr
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrogaps.bounds import Plate, posterior_of
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
@@ -17,6 +16,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.posterior_grid.modes import count_modes
 from pyrogaps.posterior_grid.quadrature import Array, around, integrate
 from pyrogaps.posterior_grid.scoring import Scorer, array, extent, in_rows
+from pyrogaps.problem import Plate, Problem
 from pyrogaps.streams import seeded
 
 TRUE = "true posterior"
@@ -65,12 +65,13 @@ def posterior_grid(
     Raises:
         InputError: where the latent space has not two dimensions, or p(x_n, z) cannot be integrated.
     """
-    joint = JointDensity(model, data, plate)
+    problem = Problem.of(model, None, data, plate)
+    joint = problem.joint
     _refuse_other_dimensions(joint)
     if num_points < 10:
         raise InputError(f"num_points: a grid needs at least 10 points along each dimension, got {num_points}")
     number = joint.num_datapoints
-    posteriors = {n: _posterior(n, model, guide, data, plate, number) for n, guide in _named(guides).items()}
+    posteriors = {name: _posterior(name, problem, guide) for name, guide in _named(guides).items()}
     indices = _indices(datapoints, number)
     panels = []
     for index in tqdm(indices, desc="posteriors on a grid", disable=not progress, dynamic_ncols=True):
@@ -112,10 +113,8 @@ def _named(guides: Any) -> Mapping[str, Program | Posterior]:
     return guides
 
 
-def _posterior(
-    name: str, model: Program, guide: Program | Posterior, data: Data, plate: Plate, number: int
-) -> Posterior:
-    _, posterior = posterior_of(model, guide, data, plate)
+def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Posterior:
+    posterior, number = problem.with_guide(guide).guided(), problem.num_datapoints
     held = posterior.joint.num_datapoints  # type: ignore[attr-defined]
     if held != number:
         raise InputError(f"guides: '{name}' is a posterior of {held} datapoints, the data are {number}")

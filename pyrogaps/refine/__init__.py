@@ -2,7 +2,7 @@
 
 from pyrogaps.refine.families import is_family
 from pyrogaps.refine.own import OwnFamily, own_family
-from pyrogaps.refine.refine import RefinedGuide, refine, refine_chunk
+from pyrogaps.refine.refine import RefinedGuide, refine, refine_all, refine_chunk
 from pyrogaps.refine.settings import Refinement
 
-__all__ = ["OwnFamily", "RefinedGuide", "Refinement", "is_family", "own_family", "refine", "refine_chunk"]
+__all__ = ["OwnFamily", "RefinedGuide", "Refinement", "is_family", "own_family", "refine", "refine_all", "refine_chunk"]

@@ -1,7 +1,7 @@
 """The family a guide itself belongs to."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
-from pyrogaps.refine.families import Start, restrict
+from pyrogaps.problem import Problem
+from pyrogaps.refine.families import Family, Start, restrict
 from pyrogaps.refine.family_guide import FamilyGuide
 from pyrogaps.refine.finetune import FinetunedGuide
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, varying_parameters
@@ -36,12 +37,20 @@ class OwnFamily:
     family: Callable[[Any], Any] | None = None
     varies: dict[str, set[str]] = field(default_factory=dict)
 
-    @property
-    def elsewhere(self) -> Any:
-        """What to refine on other data: the guide, or, as an autoguide has parameters for the datapoints that it was
-        trained on, the family that makes a fresh one of its class.
+    def elsewhere(self, problem: Problem) -> Problem:
+        """`problem` as it can be taken to other data: an autoguide, which has parameters for the datapoints that it was
+        trained on, is left out.
         """
-        return self.family if self.kind == "autoguide" else self.density.guide
+        return problem.with_guide(None) if self.kind == "autoguide" else problem
+
+    def over(self, problem: Problem) -> "OwnFamily | Family":
+        """This family for the guide of `problem`, which is the same on other data; for a problem without one, the
+        family that makes a fresh autoguide.
+        """
+        if isinstance(problem.posterior, GuideDensity):
+            return replace(self, density=problem.posterior)
+        assert self.family is not None
+        return self.family
 
     def start(self, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
         """A refinable guide for `chunk` of `joint`, the model's own density, at the guide's own output there."""

@@ -9,12 +9,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrogaps.bounds import Plate, densities, over_chunks
+from pyrogaps.bounds import over_chunks
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.problem import Plate, Problem
 from pyrogaps.refine.families import Family, Start, is_family
 from pyrogaps.refine.family_guide import FamilyGuide
 from pyrogaps.refine.local import Refinable
@@ -144,9 +145,9 @@ class RefinedGuide:
 
 
 def refine(
-    model: Program,
-    guide_or_family: Any,
-    data: Data,
+    model: Program | Problem,
+    guide_or_family: Any = None,
+    data: Data | None = None,
     *,
     settings: Refinement | None = None,
     plate: Plate = None,
@@ -156,7 +157,7 @@ def refine(
     r"""Fit a guide of a family to every datapoint: $q^*_n = \arg\max_{q \in Q} \mathcal L[q](x_n)$.
 
     Args:
-        model, data, plate: as for `JointDensity`.
+        model, data, plate: as for `JointDensity`; or a `Problem`, with a family or with its own guide.
         guide_or_family: a guide, whose own family is refined from its output; or `family(model) -> guide`, a class such
             as `AutoNormal`, a partial of one, or a function whose first argument is called `model`.
         settings: see `Refinement`.
@@ -166,14 +167,18 @@ def refine(
     Raises:
         InputError: where the family is not local under the data plate, or has no reparameterised draws.
     """
-    settings = settings or Refinement()
-    family: Any
-    if is_family(guide_or_family):
-        joint, family = JointDensity(model, data, plate), guide_or_family
-    else:
-        joint, density = densities(model, guide_or_family, data, plate)
-        family = own_family(density)
-    evaluator = GradientEvaluator(joint)
+    family = guide_or_family if is_family(guide_or_family) else None
+    problem = Problem.of(model, guide_or_family if family is None else None, data, plate)
+    return refine_all(
+        problem, family or own_family(problem.guide_density()), settings or Refinement(), batch_size, seed
+    )
+
+
+def refine_all(
+    problem: Problem, family: OwnFamily | Family, settings: Refinement, batch_size: int, seed: int
+) -> RefinedGuide:
+    """`family` fitted to every datapoint of `problem`."""
+    joint, evaluator = problem.joint, GradientEvaluator(problem.joint)
     parts: list[tuple[Chunk, Refinable, Progress]] = over_chunks(
         lambda chunk: (chunk, *refine_chunk(family, evaluator, chunk, settings, seed)),
         joint,

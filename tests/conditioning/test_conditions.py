@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import pyrogaps as pg
-from pyrogaps.bounds import densities
 from pyrogaps.conditioning import Lookahead, Shown, check_no_leak, declared
 from pyrogaps.conditioning.partial import partially_observed
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
@@ -19,6 +18,7 @@ from pyrogaps.guides.flows import AmortizedFlow
 from pyrogaps.guides.local import AutoLocalMultivariateNormal
 from pyrogaps.guides.partial import PartialNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
+from pyrogaps.problem import Problem
 
 MODEL = LinearGaussian.random(data_dim=6, latent_dim=2)
 
@@ -174,7 +174,7 @@ def test_guides_with_sites_of_other_names_are_checked() -> None:
     with pytest.raises(pg.InputError, match="changes with a part of the data"):
         check_no_leak(density(leaking, x), Shown(honest.conditions))
     auxiliary = AmortizedAuxiliaryFlow(6, 2, (4,), flow_hidden=4)
-    _, extended = densities(MODEL, auxiliary, x)
+    extended = Problem.of(MODEL, auxiliary, x).guide_density()
     with pytest.raises(pg.InputError, match="changes with a part of the data"):
         check_no_leak(extended, Shown(honest.conditions))
 

@@ -11,9 +11,9 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 from pyrogaps import AIS, InputError, Refinement, ais, decompose, elbo, iwae, refine, train
-from pyrogaps.bounds import densities
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow, AutoLocalAuxiliaryFlow
 from pyrogaps.models.vae import VAE
+from pyrogaps.problem import Problem
 from pyrogaps.refine import own_family
 from pyrogaps.streams import chunks
 from tests.references import (
@@ -95,7 +95,8 @@ def test_closes_a_good_part_of_a_bananas_gap() -> None:
 def test_the_local_family_starts_at_the_guide() -> None:
     """The bound of the local start is that of the guide."""
     guide = guide_of(1, 2)
-    joint, density = densities(banana, guide, X)
+    problem = Problem.of(banana, guide, X)
+    joint, density = problem.joint, problem.guide_density()
     start = own_family(density).start(joint, chunks(len(X), 64)[0], 0)
     with torch.no_grad():
         extended, _ = density.sample(20)

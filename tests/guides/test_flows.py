@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform
 
 from pyrogaps import AIS, GuideDensity, InputError, Refinement, decompose, elbo, refine, train
-from pyrogaps.bounds import densities
 from pyrogaps.guides.couplings import MAX_LOG_SCALE
 from pyrogaps.guides.flows import AmortizedFlow, AutoLocalFlow
 from pyrogaps.models.vae import VAE
+from pyrogaps.problem import Problem
 from pyrogaps.refine import own_family
 from pyrogaps.streams import chunks
 from tests.references import (
@@ -87,7 +87,8 @@ def test_starts_as_a_factorised_normal() -> None:
 def test_the_local_family_starts_at_the_guide() -> None:
     """The same density everywhere, so that the amortization gap cannot come out negative."""
     guide = flow_of_plane(X)
-    joint, density = densities(banana, guide, X)
+    problem = Problem.of(banana, guide, X)
+    joint, density = problem.joint, problem.guide_density()
     family = own_family(density)
     assert family.kind == "local_family"
     start = family.start(joint, chunks(len(X), 64)[0], 0)
@@ -98,7 +99,7 @@ def test_the_local_family_starts_at_the_guide() -> None:
 def test_a_trained_local_flow_is_its_own_family_in_its_own_size() -> None:
     guide = AutoLocalFlow(banana, hidden=7, num_steps=1)
     guide(X)
-    _, density = densities(banana, guide, X)
+    density = Problem.of(banana, guide, X).guide_density()
     family = own_family(density)
     assert family.family is not None
     other = family.family(banana)

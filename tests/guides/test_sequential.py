@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Refinement, decompose, elbo, iwae, refine, train
-from pyrogaps.bounds import densities
 from pyrogaps.building import build_programs
 from pyrogaps.guides.sequential import LocalStructuredNormal, StructuredNormal
 from pyrogaps.models.dmm import DeepMarkovModel
 from pyrogaps.models.pendulum import Pendulum
 from pyrogaps.models.sequences import SequenceModel
+from pyrogaps.problem import Problem
 from pyrogaps.recipe import Component, Recipe
 from pyrogaps.refine import own_family
 from pyrogaps.streams import chunks
@@ -233,7 +233,8 @@ def test_trains_by_pyros_own_svi(vectorize: bool) -> None:
 
 def test_the_local_family_starts_at_the_guide() -> None:
     model, guide, data = tiny_model(), small(1), (notes(), LENGTHS)
-    joint, density = densities(model, guide, data)
+    problem = Problem.of(model, guide, data)
+    joint, density = problem.joint, problem.guide_density()
     family = own_family(density)
     assert family.kind == "local_family"
     start: Any = family.start(joint, chunks(5, 64)[0], 0)

@@ -1,0 +1,174 @@
+"""`Problem`: a model, a guide and data, whose structure is read once."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Union, cast
+
+from torch import Tensor
+
+from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
+from pyrogaps.density.data import as_tuple, rows_of, whole
+from pyrogaps.density.draws import Posterior
+from pyrogaps.density.runs import Program
+from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
+
+Plate = str | Literal[False] | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    r"""A model, a guide and data. Their programs have been run and checked; nothing that uses a problem does so again.
+
+    Public functions make a problem of their first three arguments, and take one in place of these. Reading it once pays
+    where several of them are called:
+
+    >>> import torch, pyrogaps as pg
+    >>> from pyrogaps.guides.amortized import AmortizedNormal
+    >>> from pyrogaps.models.vae import VAE
+    >>> x = (torch.rand(5, 16) < 0.5).float()
+    >>> problem = pg.Problem.of(VAE(16, 2, [8]), AmortizedNormal(16, 2, [8]), x)
+    >>> problem.dim, problem.num_datapoints, problem.plate
+    (2, 5, 'data')
+    >>> bool((pg.elbo(problem).value <= pg.iwae(problem).value).all())
+    True
+
+    Attributes:
+        model: the Pyro model, as it was given.
+        guide: the Pyro guide, as it was given, or what `refine` returned; None where there is none.
+        joint: log p(x_n, z), of latents `z` `(S, N, dim)` in unconstrained space, in nats.
+        posterior: log q(z | x_n) of the guide; None without a guide. A guide with auxiliary variables brings
+            `augment(model)`, the model extended by a reverse model for them, whose evidence is the model's own: see
+            `scored`. Where it has a `local_family` too, that takes care of the auxiliary variables, and `joint` is of
+            the model as it was given.
+    """
+
+    model: Program
+    guide: Program | Posterior | None
+    joint: JointDensity
+    posterior: Posterior | None
+
+    @classmethod
+    def of(
+        cls,
+        model: Union[Program, "Problem"],
+        guide: Program | Posterior | None = None,
+        data: Data | None = None,
+        plate: Plate = None,
+    ) -> "Problem":
+        """Read a model, a guide (None for none) and data; a problem is returned as it is.
+
+        Args:
+            model: a Pyro model, or a problem, which is passed alone.
+            guide: a Pyro guide, or what `refine` returned for these data.
+            data, plate: as for `JointDensity`.
+
+        Raises:
+            InputError: for all that `JointDensity` and `GuideDensity` refuse, and for a problem with other arguments.
+        """
+        if isinstance(model, Problem):
+            if guide is not None or data is not None or plate is not None:
+                raise InputError("model: a Problem has its guide, data and plate already; pass it alone")
+            return model
+        if data is None:
+            raise InputError("data: missing; pass the model, the guide and the data, or a Problem")
+        augment = getattr(guide, "augment", None)
+        if augment is None or hasattr(guide, "local_family"):
+            return cls(model, None, JointDensity(model, data, plate), None).with_guide(guide)
+        extended = JointDensity(augment(model), data, plate)
+        return cls(model, guide, extended, GuideDensity(cast(Program, guide), None, extended))
+
+    @property
+    def plate(self) -> str | None:
+        """The data plate's name; None where the whole data set is one datapoint."""
+        return self.joint.plate
+
+    @property
+    def dim(self) -> int:
+        """The number of latent dimensions of a datapoint, in unconstrained space."""
+        return self.joint.dim
+
+    @property
+    def num_datapoints(self) -> int:
+        """N, the number of datapoints."""
+        return self.joint.num_datapoints
+
+    @property
+    def scored(self) -> JointDensity:
+        """The density that the guide's draws are scored with: `joint`, or that with the guide's reverse model."""
+        return self.posterior.joint if isinstance(self.posterior, GuideDensity) else self.joint
+
+    def guided(self) -> Posterior:
+        """`posterior`; raises `InputError` where there is none."""
+        if self.posterior is None:
+            raise InputError("guide: missing; this needs a guide")
+        return self.posterior
+
+    def guide_density(self) -> GuideDensity:
+        """`posterior` of a guide that is a Pyro program; raises `InputError` where there is none."""
+        posterior = self.guided()
+        if not isinstance(posterior, GuideDensity):
+            raise InputError("guide: it has been refined already; pass the guide or family that it was refined from")
+        return posterior
+
+    def with_guide(self, guide: Program | Posterior | None) -> "Problem":
+        """The same model and data with another guide, or with none. The model is read again only where it is extended
+        by the guide's reverse model.
+        """
+        augment = getattr(guide, "augment", None)
+        extended = None if augment is None else self._density_of(augment(self.model))
+        joint = extended if extended and not hasattr(guide, "local_family") else self._density_of(self.model)
+        posterior: Any = guide
+        if guide is not None and not is_posterior(guide):
+            posterior = GuideDensity(cast(Program, guide), None, extended or joint)
+        return replace(self, guide=guide, joint=joint, posterior=posterior)
+
+    def _density_of(self, model: Program) -> JointDensity:
+        """log p(x_n, z) of the same data under `model`, which is read where it has not been yet."""
+        joint = self.joint
+        return joint if joint.model is model else JointDensity(model, joint.data, joint.plate or False)
+
+    def over(self, data: IndexedData) -> "Problem":
+        """The same problem on other data of the same form. No program is run, and nothing is checked again.
+
+        Raises `InputError` for a guide that holds parameters for each of other datapoints.
+        """
+        joint, posterior = self.joint.over(data), self.posterior
+        if isinstance(posterior, GuideDensity):
+            same = posterior.joint is self.joint
+            posterior = posterior.over(joint if same else posterior.joint.over(data))
+        elif posterior is not None:
+            raise InputError("guide: what refine returned belongs to the data it was refined for; pass the guide")
+        return replace(self, joint=joint, posterior=posterior)
+
+    def simulated(self, seed: int, to_data: ToData | None = None) -> "Simulated":
+        """The same problem on data drawn from the model in the shape of its own.
+
+        With a guide that has auxiliary variables and no `local_family`, these are drawn too, from its reverse model.
+
+        Raises `InputError` where the model cannot be simulated (see `JointDensity.simulate`).
+        """
+        with seeded(seed, "simulate", device=self.joint.device):
+            data, z = simulate(self.joint, to_data)
+        args = as_tuple(data)
+        held = whole(args) if self.plate is None else rows_of(args, self.num_datapoints)
+        return Simulated(self.over(held), data, z)
+
+
+class Simulated(NamedTuple):
+    """A problem on simulated data, these data in the form of the caller's, and the latents behind them.
+
+    `z` `(N, dim)` is an exact posterior draw for each datapoint.
+    """
+
+    problem: Problem
+    data: Any
+    z: Tensor
+
+
+def is_posterior(guide: Any) -> bool:
+    """Whether this is a posterior per datapoint already, such as what `refine` returns.
+
+    A caller's guide may well have a method `at`, of another meaning.
+    """
+    return isinstance(guide, Posterior) and hasattr(guide, "joint")
