@@ -146,7 +146,7 @@ def test_schedule_of_the_length_study_is_the_papers() -> None:
 
 
 def test_studies(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
-    """A guide for a frozen decoder; a study that is finished stays in the table, as it was measured."""
+    """A guide for a frozen decoder; a study that is finished stays in the table."""
     module = suboptimality_studies
     monkeypatch.setattr(module, "column_recipe", small(inference_suboptimality.column_recipe))
     monkeypatch.setattr(inference_suboptimality, "NUM_IWAE", 50)
@@ -158,7 +158,7 @@ def test_studies(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path)
     runs = tmp_path / "runs"
     options = "--num_simulated", 8, "--runs", runs, "--decoder", runs / "mnist-decoder-2" / "checkpoint.pt"
     run(module, monkeypatch, "decoder", *options)
-    run(module, monkeypatch, "frozen", *options, "--num_images", 5)
+    run(module, monkeypatch, "frozen", *options)
     table = pd.read_csv(results / "suboptimality_studies.csv")
     assert table["column"].tolist() == ["mnist-decoder-2", "frozen-flow"]
     assert (table["status"] == "done").all()
@@ -169,8 +169,6 @@ def test_studies(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path)
     assert torch.equal(decoders[0], decoders[1])
     text = (results / "suboptimality_studies.md").read_text()
     assert "**2 of 2 columns measured.**" in text
-    assert "8 test and 8 training images" in text
-    assert "5 test and 5 training images" in text
 
 
 def test_page_of_the_studies_judges_what_is_measured() -> None:
