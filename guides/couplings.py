@@ -42,6 +42,14 @@ class CouplingNetwork(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int, hidden: int) -> None:
         super().__init__()
         self.inner, self.outer = nn.Linear(num_inputs, hidden), nn.Linear(hidden, 2 * num_outputs)
+        self._start()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights, as for a new network."""
+        self.inner.reset_parameters()
+        self._start()
+
+    def _start(self) -> None:
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 

@@ -91,10 +91,21 @@ class AmortizedMixture(Amortized):
         num_outputs = num_components * (1 + 2 * latent_dim)
         super().__init__(data_dim, latent_dim, hidden, activation, min_scale, num_outputs, features)
         self.num_components, self.defensive = num_components, defensive
+        self._start()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights of the encoder, as for a new guide; `features` are left as they are."""
+        for part in self.encoder:
+            if isinstance(part, nn.Linear):
+                part.reset_parameters()
+        self._start()
+
+    def _start(self) -> None:
         last = self.encoder[-1]
         assert isinstance(last, nn.Linear)
+        number = self.num_components
         with torch.no_grad():  # components that start alike would stay alike
-            last.bias[num_components : num_components * (1 + latent_dim)].normal_()
+            last.bias[number : number * (1 + self.latent_dim)].normal_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the guide on `x` `(N, *event)`; returns z, shape `(N, latent_dim)`."""

@@ -38,6 +38,16 @@ class Combiner(nn.Module):
         self.z_0 = nn.Parameter(torch.zeros(latent_dim))
         self.inner, self.heads = nn.Linear(latent_dim, rnn_dim), nn.Linear(rnn_dim, 2 * latent_dim)
         self.gain = None if innovations is None else nn.Linear(innovations, latent_dim, bias=False)
+        self._start()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights, as for a new combiner."""
+        self.inner.reset_parameters()
+        self.heads.reset_parameters()
+        self._start()
+
+    def _start(self) -> None:
+        nn.init.zeros_(self.z_0)
         if self.gain is not None:
             nn.init.zeros_(self.gain.weight)
 

@@ -36,6 +36,16 @@ def densities(model: Program, guide: Program, data: Data, plate: Plate = None) -
     return joint, GuideDensity(guide, None, extended)
 
 
+def changed_guide(guide: Program, model: Program, joint: JointDensity) -> GuideDensity:
+    """The density of a guide whose parameters were changed, beside the densities that `densities` gave.
+
+    A guide with auxiliary variables has a reverse model of its own, so its model is extended anew.
+    """
+    if hasattr(guide, "augment"):
+        joint = JointDensity(guide.augment(model), joint.data, joint.plate)
+    return GuideDensity(guide, None, joint)
+
+
 def posterior_of(
     model: Program, guide: Program | Posterior, data: Data, plate: Plate = None
 ) -> tuple[JointDensity, Posterior]:

@@ -1,5 +1,6 @@
 """The amortization gap in three: closed forms, the ledger that holds it, how phi-hat is found, refusals, advice."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 import pyrogaps as pg
 from benchmarks import whose_fault
 from pyrogaps.gaps.diagnose import diagnosis
+from pyrogaps.gaps.retrain import _copies
 from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
+from pyrogaps.guides.mixture import AmortizedMixture
+from pyrogaps.guides.sequential import StructuredNormal
+from pyrogaps.models.dmm import DeepMarkovModel
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.streams import seeded
 from pyrogaps.training import Training
@@ -173,6 +179,56 @@ class Loose(nn.Module):
             pyro.sample("z", dist.Normal(self.net(x), self.scale.exp()).to_event(1))
 
 
+def test_what_cannot_be_drawn_anew_starts_from_the_guide() -> None:
+    """A fresh start draws what it can, and the ledger says what it could not; frozen weights stay as they are."""
+    model, _, train, test = pair()
+    guide = Loose()
+    guide.scale.data.fill_(-1.0)
+    ledger = pg.decompose(model, guide, test, split=pg.Split(train, QUICK), **TINY)
+    starts = {start["start"]: start["kept"] for start in ledger.provenance["split"]["starts"]}
+    assert starts == {"warm": [], "fresh 1": ["scale"]}
+    assert "fresh starts keep the guide's scale: no reset_parameters() draws them anew" in str(ledger)
+    guide.net.requires_grad_(False)
+    assert [name for name, *_ in _copies(guide, 2, seed=0)] == ["warm"]
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        AmortizedAuxiliaryFlow(4, 2, (3,), flow_hidden=3),
+        AmortizedMixture(4, 2, (3,), num_components=2),
+        StructuredNormal(4, 2, 3, around=DeepMarkovModel(4, 2, 3, 3), innovations=True),
+    ],
+    ids=lambda guide: type(guide).__name__,
+)
+def test_every_weight_of_our_guides_can_be_drawn_anew(guide: nn.Module) -> None:
+    used = copy.deepcopy(guide)
+    with torch.no_grad():
+        for value in used.parameters():
+            value.fill_(7.0)
+    (_, fresh, kept) = list(_copies(used, 1, seed=0))[1]
+    assert kept == ()
+    for name, value in guide.named_parameters():
+        # What a new guide starts at 0 is 0 again.
+        assert bool((fresh.get_parameter(name).abs() < 5).all())
+        assert bool((fresh.get_parameter(name) == 0).all()) == bool((value == 0).all())
+
+
+def test_phi_hat_of_a_guide_with_auxiliary_variables_has_a_reverse_model_of_its_own() -> None:
+    """Its bound is that of a guide with the same weights, so retraining from where it stands is no loss."""
+    model, _, train, test = pair()
+    torch.manual_seed(1)
+    guide = AmortizedAuxiliaryFlow(4, 2, (3,), "Tanh", flow_hidden=3).double()
+    retraining = replace(QUICK, training=Training(num_epochs=10, learning_rate=3e-2))
+    ledger = pg.decompose(model, guide, test, split=pg.Split(train, retraining), **{**TINY, "num_particles": 100})
+    best = ledger.provenance["split"]["starts"][0]
+    assert best["elbo"][-1] > best["elbo"][0] + 0.1
+    assert ledger.training is not None
+    retrained = ledger.training["elbo_retrained"].values.mean()
+    assert abs(retrained - max(best["elbo"])) < STANDARD_ERRORS * ledger.training["elbo_retrained_mcse"].values.mean()
+    assert ledger.summary().loc[GAPS, "mean"].sum() == pytest.approx(ledger.summary().loc["amortization_gap", "mean"])
+
+
 def test_what_cannot_be_split_is_refused() -> None:
     model, guide, train, test = pair()
 
@@ -181,7 +237,6 @@ def test_what_cannot_be_split_is_refused() -> None:
             pg.decompose(model, guide, test, split=pg.Split(train, retraining), **TINY)
 
     refuse("only a guide that is a module", lambda x: guide(x))
-    refuse("parameter 'scale' cannot be started afresh, because Loose has no reset_parameters", Loose())
     refuse("the warm start diverged", guide, replace(QUICK, training=Training(num_epochs=9, learning_rate=1e200)))
     with pytest.raises(pg.InputError, match="leave split out"):
         pg.decompose(model, guide, test, split=pg.Split(train, QUICK), plate=False, **TINY)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pyrogaps.bounds import chunk_log_weights, over_chunks
+from pyrogaps.bounds import changed_guide, chunk_log_weights, over_chunks
+from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import GuideDensity
 from pyrogaps.density.runs import Program
 from pyrogaps.gaps.ledger import GapLedger
@@ -36,22 +37,27 @@ def with_split(
     model, guide = work.model, work.density.guide
     folder = None if cache is None else Path(cache) / "training"
 
+    def read(candidate: Program) -> tuple[GuideDensity, GradientEvaluator]:
+        density = changed_guide(candidate, model, work.joint)
+        same = density.joint is work.joint
+        return density, work.evaluator if same else GradientEvaluator(density.joint, work.evidence.mode)
+
     def bound(candidate: Program) -> float:
-        density = GuideDensity(candidate, None, work.joint)
+        density, scorer = read(candidate)
 
         def one(chunk: Chunk) -> Any:
-            return chunk_log_weights(work.evaluator, density, chunk, NUM_COMPARING, work.seed, "retraining").mean(0)
+            return chunk_log_weights(scorer, density, chunk, NUM_COMPARING, work.seed, "retraining").mean(0)
 
         means = over_chunks(one, work.joint, batch_size, work.seed)
         return float(np.concatenate([mean.cpu().numpy() for mean in means]).mean())
 
     starts = retrain(model, guide, split, bound, seed=work.seed, folder=folder, progress=progress)
-    best = GuideDensity(starts[0].guide, None, work.joint)
+    best, scorer = read(starts[0].guide)
     # The optimum is the same, but from phi-hat a refinement gets there where from a broken guide it may fall short.
     work.own = own_family(best)
 
     def measure(work: Work, chunk: Chunk) -> Arrays:
-        weights = chunk_log_weights(work.evaluator, best, chunk, work.num_particles, work.seed, "retrained")
+        weights = chunk_log_weights(scorer, best, chunk, work.num_particles, work.seed, "retrained")
         return {**work.bounds(chunk)[0], **as_arrays(columns("elbo_retrained", mean_estimate(weights)))}
 
     told = [start.told() for start in starts]

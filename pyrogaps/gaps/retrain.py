@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ class Retraining:
 
     Args:
         training: settings of one round of `pyrogaps.train`, for the guide alone; the learning rate should fall in it.
-        num_restarts: how often to start from fresh weights, besides the guide's own.
+        num_restarts: how often to start from fresh weights, besides the guide's own. Fresh ones are drawn by each
+            module's `reset_parameters()`; parameters of a module without one start from the guide's values, and the
+            ledger names them. Frozen ones (`requires_grad=False`) stay as they are.
         max_rounds: of every start.
         tolerance: a start has converged when a round raises its ELBO on the training data by no more, nats.
         num_datapoints: how many training datapoints, evenly spaced, bounds are measured on; null: all.
@@ -84,16 +86,20 @@ class Split:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the retraining: its name, the bound before and after every round, nats, and its best guide."""
+    """One start of the retraining: its name, the bound before and after every round, nats, and its best guide.
+
+    `kept` names the parameters that a fresh start took from the guide.
+    """
 
     name: str
     bounds: list[float]
     converged: bool
     guide: nn.Module
+    kept: tuple[str, ...] = ()
 
     def told(self) -> dict[str, Any]:
         """What is kept of it."""
-        return {"start": self.name, "elbo": self.bounds, "converged": self.converged}
+        return {"start": self.name, "elbo": self.bounds, "converged": self.converged, "kept": list(self.kept)}
 
 
 def retrain(
@@ -110,40 +116,51 @@ def retrain(
 
     A start is trained in rounds until one of them raises `bound`, the ELBO of the measured training data, by no more
     than the tolerance, or there have been `max_rounds`. Neither model nor guide are changed. `folder` keeps finished
-    rounds, from which a run that was stopped continues.
+    rounds, from which a run that was stopped continues. A guide without any module that can be drawn anew has no fresh
+    starts.
 
     Raises `InputError` for a guide that is no module, and where training diverges.
     """
     if not isinstance(guide, nn.Module):
         raise InputError("split: only a guide that is a module can be copied and trained on, and this one is not")
     starts = [
-        _trained_on(model, name, copied, split, bound, seed, folder, progress)
-        for name, copied in _copies(guide, split.retraining.num_restarts, seed)
+        replace(_trained_on(model, name, copied, split, bound, seed, folder, progress), kept=kept)
+        for name, copied, kept in _copies(guide, split.retraining.num_restarts, seed)
     ]
     return sorted(starts, key=lambda start: -max(start.bounds))
 
 
-def _copies(guide: nn.Module, num_restarts: int, seed: int) -> Iterator[tuple[str, nn.Module]]:
-    yield WARM, copy.deepcopy(guide)
+def _copies(guide: nn.Module, num_restarts: int, seed: int) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Names and copies of the guide to train on, and which parameters a fresh copy shares with the guide."""
+    yield WARM, copy.deepcopy(guide), ()
     for number in range(1, num_restarts + 1):
         fresh = copy.deepcopy(guide)
         with seeded(seed, "fresh weights", number):
-            _reset(fresh)
-        yield f"fresh {number}", fresh
+            kept, some_fresh = _reset(fresh)
+        if some_fresh:
+            yield f"fresh {number}", fresh, kept
 
 
-def _reset(guide: nn.Module) -> None:
-    """Fresh weights for every layer, as torch's own `reset_parameters` draws them."""
-    for name, module in guide.named_modules():
-        own = [part for part, _ in module.named_parameters(recurse=False)]
-        if own and not hasattr(module, "reset_parameters"):
-            where = ".".join(part for part in (name, own[0]) if part)
-            raise InputError(
-                f"split: parameter '{where}' cannot be started afresh, because {type(module).__name__} has no "
-                "reset_parameters(); write one, or set num_restarts=0"
-            )
-        if own:
-            module.reset_parameters()
+def _reset(guide: nn.Module) -> tuple[tuple[str, ...], bool]:
+    """Draw all weights anew; returns the names of those that no module could draw, and whether it drew any.
+
+    A module comes after those within it: its own `reset_parameters` may start a layer otherwise than the layer does.
+    """
+    before = {name: value.detach().clone() for name, value in guide.named_parameters()}
+    drawn = set()
+    for prefix, module in reversed(list(guide.named_modules())):
+        trained = any(value.requires_grad for value in module.parameters())
+        if trained and callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+            drawn |= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
+    with torch.no_grad():
+        for name, value in guide.named_parameters():
+            if not value.requires_grad:
+                value.copy_(before[name])
+            elif not torch.equal(value, before[name]):
+                drawn.add(name)
+    trainable = [name for name, value in guide.named_parameters() if value.requires_grad]
+    return tuple(name for name in trainable if name not in drawn), any(name in drawn for name in trainable)
 
 
 def _trained_on(

@@ -195,4 +195,7 @@ def _on_split(provenance: dict[str, Any]) -> list[str]:
     rounds = [len(start["elbo"]) - 1 for start in starts]
     left = [start["start"] for start in starts if not start["converged"]]
     told = f"phi-hat: best of {len(starts)} starts ({starts[0]['start']}), {min(rounds)} to {max(rounds)} rounds each"
-    return [told + (f"; not converged: {', '.join(left)}" if left else ", all converged")]
+    lines = [told + (f"; not converged: {', '.join(left)}" if left else ", all converged")]
+    if kept := sorted({name for start in starts for name in start.get("kept", [])}):
+        lines.append(f"fresh starts keep the guide's {', '.join(kept)}: no reset_parameters() draws them anew")
+    return lines
