@@ -29,8 +29,10 @@ def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_
     bounds = _bounds(work, own, part_of(joint.data, settings.num_simulated)[0], batch_size, seed)
     data, chosen = part_of(joint.data, settings.num_refined_again)
     longer = replace(work.refinement, num_steps=settings.longer * work.refinement.num_steps)
-    again = refine(work.model, own, data, settings=longer, plate=joint.plate, batch_size=batch_size, seed=seed)
-    reached = elbo(again.joint.model, again, data, num_particles=work.num_particles, plate=joint.plate, seed=seed)
+    # The bounds on simulated data refine too, from streams of their own.
+    stream = derive_seed(seed, "refined again")
+    again = refine(work.model, own, data, settings=longer, plate=joint.plate, batch_size=batch_size, seed=stream)
+    reached = elbo(again.joint.model, again, data, num_particles=work.num_particles, plate=joint.plate, seed=stream)
     own_bound = per_datapoint.isel(family=0, datapoint=chosen.numpy())
     gain = reached.value.cpu().numpy() - own_bound["elbo_refined"].values
     error = np.hypot(reached.mcse.cpu().numpy(), own_bound["elbo_refined_mcse"].values)
