@@ -29,6 +29,7 @@ from pyrogaps.building import DataSet, build_data, build_families, build_program
 from pyrogaps.density.runs import Program
 from pyrogaps.recipe import Recipe, override, read_document, resolve
 from pyrogaps.run_folder import RunFolder
+from pyrogaps.training import load_model_weights
 
 # By name of the flow: how columns with it are called, and the files of its table.
 GUIDES = {"auxiliary": "flow", "coupling": "coupling"}
@@ -74,6 +75,11 @@ def column_recipe(
     return resolve(document)
 
 
+def kept_recipe(folder: Path) -> Recipe:
+    """The recipe that `folder` was made with, whatever is asked for now."""
+    return resolve(read_document(str(folder / "recipe.yaml")))
+
+
 def untrained(recipe: Recipe) -> tuple[Program, Program, DataSet]:
     """The pair of `recipe` with the weights that its seed gives, and the data."""
     data, _ = build_data(recipe)
@@ -85,6 +91,8 @@ def untrained(recipe: Recipe) -> tuple[Program, Program, DataSet]:
 def trained(recipe: Recipe, folder: Path, *, progress: bool) -> tuple[Program, Program, DataSet]:
     """The pair of `recipe` with its weights, trained where `folder` does not hold them yet, and the data.
 
+    Training starts from the model's weights in `recipe.model_checkpoint`, where it names a file.
+
     Raises `InputError` where `folder` holds what another recipe made.
     """
     RunFolder(folder).claim(recipe.to_yaml(), overwrite=False)
@@ -93,6 +101,8 @@ def trained(recipe: Recipe, folder: Path, *, progress: bool) -> tuple[Program, P
     settings = vars(recipe.training)
 
     def train() -> None:
+        if recipe.model_checkpoint is not None:
+            load_model_weights(recipe.model_checkpoint, model, guide, data.train)
         pg.train(
             model,
             guide,
@@ -232,13 +242,18 @@ def statistics(ledger: GapLedger) -> Iterator[tuple[str, object]]:
         quantities[name] = refined.sel(family=family).values, refined_mcse.sel(family=family).values
     (best, best_error), (rest, rest_error) = quantities["elbo_refined_flow"], quantities["elbo_refined_ffg"]
     quantities["flow_minus_ffg"] = best - rest, np.hypot(best_error, rest_error)
+    yield from means(quantities)
+    yield "num_images", len(per["datapoint"])
+    for name, family in (("flow", flow), ("ffg", mean_field)):
+        yield f"converged_{name}", float(per["converged"].sel(family=family).mean())
+
+
+def means(quantities: dict[str, tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[str, float]]:
+    """Of values and Monte Carlo errors per image: the mean, its standard error, its Monte Carlo standard error."""
     for name, (values, errors) in quantities.items():
         yield name, float(values.mean())
         yield f"{name}_se", float(values.std(ddof=1) / len(values) ** 0.5)
         yield f"{name}_mcse", float(np.sqrt((errors**2).sum()) / len(errors))
-    yield "num_images", len(per["datapoint"])
-    for name, family in (("flow", flow), ("ffg", mean_field)):
-        yield f"converged_{name}", float(per["converged"].sel(family=family).mean())
 
 
 def main() -> None:
@@ -263,7 +278,7 @@ def main() -> None:
     rows: dict[str, dict[str, object]] = {}
     for name in columns:
         if name not in chosen and (runs / name / "sandwich.json").exists():
-            rows[name] = row(recipe_of(name), name, runs, options.num_training_images)
+            rows[name] = row(kept_recipe(runs / name), name, runs)
     for name in chosen:
         if options.train_only:
             trained(recipe_of(name), runs / name, progress=sys.stderr.isatty())

@@ -30,6 +30,7 @@ from benchmarks.inference_suboptimality import (
     evaluated,
     settings_of,
     statistics,
+    status,
     untrained,
 )
 from benchmarks.reporting import RESULTS, keep_noted, machine
@@ -116,8 +117,8 @@ def measured(epoch: int, name: str, recipe: Recipe, folder: Path, num_simulated:
     numbers = {f"test_{key}": value for key, value in statistics(ledger)}
     certificate = certified(recipe, at, model, guide, data, num_simulated)
     assert recipe.training is not None
-    facts = {"column": name, "epoch": epoch, "schedule": "staircase", "status": "done", **settings_of(recipe)}
-    facts["entropy_weight"] = recipe.training.entropy_weight(epoch - 1)
+    facts = {"column": name, "epoch": epoch, "schedule": "staircase", "status": status(numbers), **settings_of(recipe)}
+    facts |= {"num_epochs": epoch, "entropy_weight": recipe.training.entropy_weight(epoch - 1)}
     return {**facts, **numbers, **certificate, "machine": keep_noted(at / "machine.txt", machine)}
 
 
@@ -224,8 +225,13 @@ def page(table: pd.DataFrame) -> str:
         "criterion is met (negative: missed).",
         "",
     ]
+    done = table[table["status"] == "done"]
     for claim, (columns, margins) in CLAIMS.items():
-        lines += [f"### {claim}", "", *_claim(table, columns, margins), ""]
+        lines += [f"### {claim}", "", *_claim(done, columns, margins), ""]
+    flagged = table[table["status"] != "done"]
+    lines += [
+        f"- Not judged: {row['column']}, {row['epoch']:,.0f} epochs: {row['status']}" for _, row in flagged.iterrows()
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -3,8 +3,9 @@
 `python -m benchmarks.training_curves` trains each pair on a small part of MNIST, without early stopping, and takes
 the inference gap of training and of held-back validation images apart at checkpoints along the way ("Inference
 Suboptimality in Variational Autoencoders", arXiv:1801.03558). `results/training_curves.csv` has the means with their
-standard errors over images, `results/training_curves.png` the picture. What is finished lies in `--runs`, one file
-per checkpoint and part, and a run that was stopped continues from there.
+standard errors over images, `results/training_curves.png` the picture. What is finished is kept in `--runs`, one file
+per checkpoint and part, and a run that was stopped continues from there. With `--pairs` the other pairs' rows stay in
+the table as they are.
 """
 
 import argparse
@@ -23,11 +24,13 @@ from benchmarks.inference_suboptimality import column_recipe, decomposed, untrai
 from benchmarks.reporting import RESULTS, kept_ledger, machine, report
 from pyrogaps.plots.source import SHADES, tidy
 from pyrogaps.recipe import Component, Recipe
+from pyrogaps.run_folder import RunFolder
 
 # Another pair is another line: its name in the picture, and its recipe.
 PAIRS = {
     "standard": "mnist-ffg",
     "flow": "mnist-flow",
+    "coupling flow": "mnist-coupling",
     "larger decoder": "mnist-decoder-4",
     "larger encoder": "mnist-ffg-large",
 }
@@ -65,11 +68,17 @@ def on_digits(recipe: Recipe) -> Recipe:
     assert recipe.model is not None
     assert recipe.guide is not None
     small = {"data_dim": 64, "latent_dim": 4}
+    flow = {"flow_hidden": 8} if "flow_hidden" in recipe.guide.init_args else {}
+    families = {
+        name: Component(of.class_path, {**of.init_args, "hidden": 8} if "hidden" in of.init_args else of.init_args)
+        for name, of in recipe.families.items()
+    }
     return replace(
         recipe,
+        families=families,
         data=Component("pyrogaps.datasets.Digits", recipe.data.init_args),
         model=Component(recipe.model.class_path, {**recipe.model.init_args, **small}),
-        guide=Component(recipe.guide.class_path, {**recipe.guide.init_args, **small}),
+        guide=Component(recipe.guide.class_path, {**recipe.guide.init_args, **small, **flow}),
         evidence=QUICK_EVIDENCE,
         refinement=QUICK_REFINEMENT,
         num_particles=100,
@@ -91,6 +100,17 @@ def along_training(recipe: Recipe, folder: Path) -> Iterator[tuple[int, str, pg.
             assert isinstance(x, Tensor)
             some = x[: recipe.split.num_datapoints]
             yield epoch, part, kept_ledger(file, lambda some=some: decomposed(recipe, model, guide, some))
+
+
+def kept_rows(options: argparse.Namespace) -> pd.DataFrame:
+    """The rows of the pairs that are not asked for, from an earlier run with the same settings."""
+    path = RESULTS / "training_curves.csv"
+    if not options.pairs or options.quick or not path.exists():
+        return pd.DataFrame()
+    table = pd.read_csv(path)
+    alike = (table["training images"] == options.num_train) & (table["seed"] == options.seed)
+    alike &= table["images"] == options.images
+    return table[alike & table["pair"].isin(set(PAIRS) - {*options.pairs})]
 
 
 def row(pair: str, part: str, epoch: int, ledger: pg.GapLedger, options: argparse.Namespace) -> list[object]:
@@ -144,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny run on digits, to see that it works")
     parser.add_argument("--runs", type=Path, default=Path("benchmarks/runs/training_curves"))
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, metavar="PAIR", help=f"of {', '.join(PAIRS)}")
     parser.add_argument("--num_train", type=int, default=5000, help="images to train on")
     parser.add_argument("--num_epochs", type=int, default=240)
     parser.add_argument("--images", type=int, default=100, help="of each part, at every checkpoint")
@@ -154,7 +175,8 @@ def main() -> None:
     # What makes another run has another folder.
     sizes = f"{options.num_train}-images-{options.num_epochs}-epochs-{options.images}-measured-seed-{options.seed}"
     rows = []
-    for pair in PAIRS:
+    others = kept_rows(options)
+    for pair in options.pairs or PAIRS:
         folder = options.runs / sizes / PAIRS[pair]
         folder.mkdir(parents=True, exist_ok=True)
         for epoch, part, ledger in along_training(pair_recipe(pair, options), folder):
@@ -162,7 +184,11 @@ def main() -> None:
     report("training_curves", "Gaps along training (nats)", COLUMNS, rows, quick=options.quick)
 
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    figure = Figure(layout="constrained", figsize=(2.3 * len(PAIRS) + 0.6, 4.6))
+    if len(others):
+        table = pd.concat([table.assign(machine=machine()), others], ignore_index=True)
+        table = table.sort_values("pair", key=lambda pairs: pairs.map([*PAIRS].index), kind="stable")
+        RunFolder(RESULTS).write("training_curves.csv", lambda to: table.to_csv(to, index=False))
+    figure = Figure(layout="constrained", figsize=(2.3 * table["pair"].nunique() + 0.6, 4.6))
     draw(table, figure)
     figure.savefig((options.runs if options.quick else RESULTS) / "training_curves.png", dpi=200)
     print("\nvalidation minus training images in the last epoch, nats")

@@ -14,6 +14,7 @@ from benchmarks import (
     inference_suboptimality,
     inference_suboptimality_length,
     reporting,
+    suboptimality_studies,
     training,
     training_curves,
     two_dimensions,
@@ -33,6 +34,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         inference_suboptimality_length,
         ledgers,
         reporting,
+        suboptimality_studies,
         training_curves,
         two_dimensions,
     ):
@@ -141,6 +143,51 @@ def test_schedule_of_the_length_study_is_the_papers() -> None:
     assert rates == pytest.approx([1e-3 * 10 ** (-stage / 7) for stage in (0, 1, 1, 2, 6, 7, 7)])
     assert training.entropy_weight(200) == 0.5
     assert not inference_suboptimality_length.length_recipe("mnist-ffg-no-anneal").training.entropy_annealing
+
+
+def test_studies(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    """A guide for a frozen decoder; a study that is finished stays in the table."""
+    module = suboptimality_studies
+    monkeypatch.setattr(module, "column_recipe", small(inference_suboptimality.column_recipe))
+    monkeypatch.setattr(inference_suboptimality, "NUM_IWAE", 50)
+    studies = {"decoder": ("mnist-decoder-2",), "frozen": ("frozen-flow",)}
+    for name, columns in studies.items():
+        pairs = tuple(difference for difference in module.STUDIES[name].differences if {*difference[2:]} <= {*columns})
+        monkeypatch.setitem(module.STUDIES, name, replace(module.STUDIES[name], columns=columns, differences=pairs))
+    monkeypatch.delitem(module.STUDIES, "cifar")
+    runs = tmp_path / "runs"
+    options = "--num_simulated", 8, "--runs", runs, "--decoder", runs / "mnist-decoder-2" / "checkpoint.pt"
+    run(module, monkeypatch, "decoder", *options)
+    run(module, monkeypatch, "frozen", *options)
+    table = pd.read_csv(results / "suboptimality_studies.csv")
+    assert table["column"].tolist() == ["mnist-decoder-2", "frozen-flow"]
+    assert (table["status"] == "done").all()
+    decoders = []
+    for column in table["column"]:
+        modules = torch.load(runs / column / "checkpoint.pt", weights_only=True)["weights"]["modules"]
+        decoders.append(next(iter(modules[0].values())))
+    assert torch.equal(decoders[0], decoders[1])
+    text = (results / "suboptimality_studies.md").read_text()
+    assert "**2 of 2 columns measured.**" in text
+
+
+def test_page_of_the_studies_judges_what_is_measured() -> None:
+    module = suboptimality_studies
+    rows = []
+    for column, gap in (("mnist-decoder-0", 3.0), ("mnist-decoder-2", 2.0), ("mnist-decoder-4", 1.0), ("cifar-ffg", 1)):
+        study = "cifar" if "cifar" in column else "decoder"
+        facts = {"study": study, "column": column, "status": "done", "encoder_hidden": "200-200", "machine": "one"}
+        facts |= {"sandwich_width": 0.1, "sandwich_width_mcse": 0.01, "seed": 0}
+        for part in ("test", "train"):
+            for name in module.QUANTITIES:
+                facts |= {f"{part}_{name}": gap, f"{part}_{name}_se": 0.1}
+            facts |= {f"{part}_num_images": 1000, f"{part}_converged": 1.0}
+        rows.append(facts)
+    text = module.page(pd.DataFrame(rows))
+    assert "| 0 - 2 layers, approximation gap | 1.00 ± 0.14 | 1.00 ± 0.14 |" in text
+    assert text.count("**holds**") == 1
+    assert "Not judged: cifar-flow not measured yet." in text
+    assert "Not measured yet." in text
 
 
 def test_training_curves(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:

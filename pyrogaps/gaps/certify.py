@@ -30,8 +30,10 @@ def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_
     part, chosen = part_of(problem.joint.data, settings.num_refined_again)
     again = problem.over(part)
     longer = replace(work.refinement, num_steps=settings.longer * work.refinement.num_steps)
-    refined = refine_all(again, work.own.over(again), longer, batch_size, seed)
-    reached = elbo(again.with_guide(refined), num_particles=work.num_particles, seed=seed)
+    # The bounds on simulated data refine too, from streams of their own.
+    stream = derive_seed(seed, "refined again")
+    refined = refine_all(again, work.own.over(again), longer, batch_size, stream)
+    reached = elbo(again.with_guide(refined), num_particles=work.num_particles, seed=stream)
     own_bound = per_datapoint.isel(family=0, datapoint=chosen.numpy())
     gain = reached.value.cpu().numpy() - own_bound["elbo_refined"].values
     error = np.hypot(reached.mcse.cpu().numpy(), own_bound["elbo_refined_mcse"].values)

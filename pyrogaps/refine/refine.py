@@ -24,7 +24,7 @@ from pyrogaps.refine.optimise import Progress, Report, optimise, take_better
 from pyrogaps.refine.own import OwnFamily, own_family, start_of
 from pyrogaps.refine.restarts import prior_start
 from pyrogaps.refine.settings import Refinement
-from pyrogaps.streams import BLOCK, Chunk
+from pyrogaps.streams import BLOCK, Chunk, derive_seed
 
 
 def refine_chunk(
@@ -58,7 +58,8 @@ def refine_chunk(
             take_better(refinable, there, evaluate, chunk, settings, seed, name)
             restart = False
     else:
-        refinable = FamilyGuide(family, evaluator.joint, chunk, seed)
+        # Where guides start at random, those of two families, or two starts, must not start alike.
+        refinable = FamilyGuide(family, evaluator.joint, chunk, derive_seed(seed, name))
         if before := _starts_from(refinable):
             start = start if start and start.fitted else first(before)
             restart = False
@@ -68,7 +69,7 @@ def refine_chunk(
     # A family that starts from another one has had its further starts there.
     for attempt in range(1, settings.num_starts if restart else 1):
         elsewhere = prior_start(evaluator, chunk, seed, name, attempt)
-        other = _started(family, elsewhere, evaluator, chunk, seed)
+        other = _started(family, elsewhere, evaluator, chunk, derive_seed(seed, name, attempt))
         its = optimise(other, evaluate, chunk, settings, seed, f"{name} {attempt}")
         better = take_better(refinable, other, evaluate, chunk, settings, seed, name)
         converged = torch.where(better, its.converged, progress.converged)

@@ -225,5 +225,5 @@ def test_recipes_build_their_nested_parts(tmp_path: Any) -> None:
 
 def test_the_column_of_flows_swaps_guide_and_further_family() -> None:
     recipe, _ = parse(["cifar-flow"])
-    assert recipe.guide.class_path.endswith("AmortizedFlow") and list(recipe.families) == ["mean-field"]
+    assert recipe.guide.class_path.endswith("AmortizedAuxiliaryFlow") and list(recipe.families) == ["mean-field"]
     assert list(parse(["cifar-ffg"])[0].families) == ["flow"]
