@@ -176,7 +176,7 @@ def escalation() -> Any:
     x = drawn(model)
     guide = fitted(model, AmortizedNormal(5, 2, (8,)).double(), x)
     retraining = pg.Retraining(Training(num_epochs=3, batch_size=32), num_restarts=1, max_rounds=2)
-    options = {"split": pg.Split(drawn(model), retraining), "certificate": pg.Certificate(8, 8, 2)}
+    options = {"split": pg.Split(drawn(model), retraining), "certificate": pg.Certificate(8, 24, 2)}
     return decompose(model, guide, x, **options, **LADDER)
 
 
@@ -202,13 +202,16 @@ Columns = dict[str, Array]
 
 
 def columns_of(path: Path) -> Columns:
-    """Every variable of a saved ledger, as "group/name"."""
+    """Every variable of a saved ledger, as "group/name", or "group/name[family]"."""
+    found: Columns = {}
     with xr.open_datatree(path, engine="h5netcdf") as tree:
-        return {
-            f"{group}/{name}": np.asarray(value.values)
-            for group, node in tree.load().children.items()
-            for name, value in node.to_dataset().data_vars.items()
-        }
+        for group, node in tree.load().children.items():
+            for name, value in node.to_dataset().data_vars.items():
+                families = value["family"].values if "family" in value.dims else []
+                found |= {f"{group}/{name}[{family}]": value.sel(family=family).values for family in families}
+                if not len(families):
+                    found[f"{group}/{name}"] = np.asarray(value.values)
+    return found
 
 
 def differences(before: Columns, after: Columns) -> Iterator[tuple[str, str, bool]]:
@@ -238,12 +241,13 @@ def _difference(name: str, before: Columns, after: Columns) -> tuple[str, bool]:
     return _within_errors(text, new - old, np.hypot(error, _error_of(name, after))[finite])
 
 
-def _error_of(name: str, columns: Columns) -> Any:
-    """The standard errors of a column. Those of a certificate's and a split's are named alike."""
-    if name.endswith("/upper"):
+def _error_of(quantity: str, columns: Columns) -> Any:
+    """The standard errors of a quantity; None where it has none."""
+    if quantity == "certificate/upper":
         # Reverse chains of AIS share their start, so this bound has no error; that of the lower one stands for it.
-        return columns[name.removesuffix("upper") + "lower_mcse"]
-    return columns.get(f"{name}_mcse")
+        return columns["certificate/lower_mcse"]
+    name, *family = quantity.split("[", 1)
+    return columns.get("[".join([f"{name}_mcse", *family]))
 
 
 def _within_errors(text: str, difference: Array, error: Array) -> tuple[str, bool]:
