@@ -42,7 +42,7 @@ def changed_guide(guide: Program, model: Program, joint: JointDensity) -> GuideD
     A guide with auxiliary variables has a reverse model of its own, so its model is extended anew.
     """
     if hasattr(guide, "augment"):
-        joint = JointDensity(guide.augment(model), joint.data, joint.plate)
+        joint = JointDensity(guide.augment(model), joint.data, joint.plate or False)
     return GuideDensity(guide, None, joint)
 
 

@@ -36,8 +36,8 @@ def checked(
     try:
         part = part_of(joint.data, settings.num_simulated)[0]
         return check_ladder(
-            model, own.elsewhere, part, settings=settings, refinement=refinement, plate=joint.plate,
-            batch_size=batch_size, seed=stream,
+            model, own.elsewhere, part, settings=settings, refinement=refinement,
+            plate=joint.plate or False, batch_size=batch_size, seed=stream,
         )  # fmt: skip
     except InputError as error:
         return str(error)

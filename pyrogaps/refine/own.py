@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide, AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
 
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.data import evenly_spaced
@@ -38,10 +39,22 @@ class OwnFamily:
 
     @property
     def elsewhere(self) -> Any:
-        """What to refine on other data: the guide, or, as an autoguide has parameters for the datapoints that it was
-        trained on, the family that makes a fresh one of its class.
+        """What to refine on other data: the guide, or a family where the guide has parameters for its datapoints alone.
+
+        That is the family of an autoguide's class, or the one that such a guide brings. Where `on_other_data` is
+        False, there is none.
         """
-        return self.family if self.kind == "autoguide" else self.density.guide
+        guide = self.density.guide
+        if self.kind == "freed" and isinstance(guide, AutoGuide) and not isinstance(guide, AutoGuideList):
+            kind: Any = type(guide)
+            return partial(kind, rank=guide.rank) if hasattr(guide, "rank") else kind
+        bound = self.kind == "autoguide" or bool(self.density.bound)
+        return self.family if bound and self.family is not None else guide
+
+    @property
+    def on_other_data(self) -> bool:
+        """Whether there is something to refine on other data, see `elsewhere`."""
+        return self.elsewhere is not self.density.guide or not self.density.bound
 
     def start(self, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
         """A refinable guide for `chunk` of `joint`, the model's own density, at the guide's own output there."""
