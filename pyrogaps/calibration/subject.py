@@ -34,7 +34,7 @@ def subject_of(guide: Any, plain: Problem, *, refined: bool) -> tuple[Problem, O
     problem = plain.with_guide(guide)
     density = problem.guide_density()
     own = own_family(density) if refined else None
-    if own is not None and own.kind == "autoguide":
+    if own is not None and own.fresh is not None:
         return plain, own
     if density.bound:
         raise InputError(

@@ -134,6 +134,11 @@ def _flat_term(deltas: list[str], messages: dict[str, Any], auxiliary: dict[str,
             del auxiliary[name]
             flat_site = Site(name, 0, (length,), -2, 1, 1, 1)
             return _term(name, helper, flat_site, joint, unconstrained=True)
+    if auxiliary and joint.plate is None:
+        raise InputError(
+            f"site '{next(iter(auxiliary))}': the guide draws a vector for every datapoint of a plate, and here the "
+            "whole data set is one datapoint; use AutoNormal or AutoMultivariateNormal, or name the data plate"
+        )
     raise InputError(
         f"site '{deltas[0]}': a Delta in the guide has no density, so no gap is defined; use a guide with one, "
         "such as AutoNormal instead of AutoDelta"

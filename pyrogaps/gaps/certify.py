@@ -9,6 +9,7 @@ from torch import Tensor
 from pyrogaps.ais import sandwich
 from pyrogaps.bounds import elbo
 from pyrogaps.density.data import part_of
+from pyrogaps.errors import InputError
 from pyrogaps.escalation import Escalation, check_ladder
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.work import Work
@@ -17,12 +18,21 @@ from pyrogaps.refine import refine_all
 from pyrogaps.streams import derive_seed
 
 
+def check_certifiable(work: Work) -> None:
+    """Raise `InputError` for a guide that holds parameters for each datapoint and brings no family for others."""
+    if not work.own.on_other_data:
+        raise InputError(
+            f"certificate: the guide's plate '{work.problem.plate}' has the data set's full size, so it holds "
+            "parameters for each datapoint and has none for simulated ones; give it a method local_family(model) that makes a new "
+            "one, or leave certificate out"
+        )
+
+
 def certify(work: Work, per_datapoint: xr.Dataset, settings: Certificate, batch_size: int) -> xr.Dataset:
     """The certificate of a ledger: `lower` and `upper` bounds of log p(x), with `lower_mcse`, over "simulated"
     datapoints; `gain` of L[q*], with `gain_mcse`, over "refined_again" datapoints, whose coordinates are their indices.
 
-    Raises `InputError` where the model cannot be simulated, or the guide holds parameters for each datapoint and is no
-    autoguide.
+    Raises `InputError` where the model cannot be simulated.
     """
     problem, seed = work.own.elsewhere(work.problem), derive_seed(work.seed, "certificate")
     part, _ = part_of(problem.joint.data, settings.num_simulated)

@@ -17,7 +17,7 @@ from pyrogaps.escalation import Escalation, LadderCheck
 from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble
 from pyrogaps.gaps.certificate import Certificate
-from pyrogaps.gaps.certify import certify
+from pyrogaps.gaps.certify import certify, check_certifiable
 from pyrogaps.gaps.compiling import Compile, chosen_mode
 from pyrogaps.gaps.ledger import OWN, GapLedger
 from pyrogaps.gaps.parts import chunk_size
@@ -143,6 +143,8 @@ def decompose(
         # What cannot be split is refused before hours of work.
         if split is not None and joint.plate is None:
             raise InputError("split: the model has no data plate, so its guide is not amortized; leave split out")
+        if certificate is not None:
+            check_certifiable(work)
         training = None
         if split is not None:
             there = Problem.of(problem.model, problem.guide, split.measured()[0], joint.plate)

@@ -45,10 +45,11 @@ def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Modu
 
 
 def is_family(candidate: Any) -> bool:
-    """Whether `candidate` is a family rather than a guide: a class, a partial of one, or a function of `model`."""
+    """Whether `candidate` is a family rather than a guide: a class, a partial of one, or a callable of `model`."""
     if isinstance(candidate, functools.partial):
         return is_family(candidate.func)
-    return inspect.isclass(candidate) or (inspect.isfunction(candidate) and _parameters(candidate)[:1] == ["model"])
+    takes_model = inspect.isroutine(candidate) and _parameters(candidate)[:1] == ["model"]
+    return inspect.isclass(candidate) or takes_model
 
 
 def _parameters(family: Any) -> list[str]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide, AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
 
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.data import evenly_spaced
@@ -37,20 +38,32 @@ class OwnFamily:
     family: Callable[[Any], Any] | None = None
     varies: dict[str, set[str]] = field(default_factory=dict)
 
-    def elsewhere(self, problem: Problem) -> Problem:
-        """`problem` as it can be taken to other data: an autoguide, which has parameters for the datapoints that it was
-        trained on, is left out.
+    @property
+    def fresh(self) -> Family | None:
+        """What to fit to other data in place of a guide that has parameters for its own datapoints alone: a fresh
+        autoguide of its class, or the family that it brings. None for other guides, and where there is no such family.
         """
-        return problem.with_guide(None) if self.kind == "autoguide" else problem
+        guide = self.density.guide
+        if self.kind == "freed" and isinstance(guide, AutoGuide) and not isinstance(guide, AutoGuideList):
+            kind: Any = type(guide)
+            return partial(kind, rank=guide.rank) if hasattr(guide, "rank") else kind
+        return self.family if self.kind == "autoguide" or self.density.bound else None
+
+    @property
+    def on_other_data(self) -> bool:
+        """Whether there is something to refine on other data."""
+        return self.fresh is not None or not self.density.bound
+
+    def elsewhere(self, problem: Problem) -> Problem:
+        """`problem` as it can be taken to other data: without a guide that has parameters for its own alone."""
+        return problem if self.fresh is None else problem.with_guide(None)
 
     def over(self, problem: Problem) -> "OwnFamily | Family":
-        """This family for the guide of `problem`, which is the same on other data; for a problem without one, the
-        family that makes a fresh autoguide.
-        """
+        """This family for the guide of `problem`, the same on other data; for a problem without one, `fresh`."""
         if isinstance(problem.posterior, GuideDensity):
             return replace(self, density=problem.posterior)
-        assert self.family is not None
-        return self.family
+        assert self.fresh is not None
+        return self.fresh
 
     def start(self, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
         """A refinable guide for `chunk` of `joint`, the model's own density, at the guide's own output there."""
