@@ -23,8 +23,8 @@ def check_certifiable(work: Work) -> None:
     if not work.own.on_other_data:
         raise InputError(
             f"certificate: the guide's plate '{work.problem.plate}' has the data set's full size, so it holds "
-            "parameters for each datapoint and has none for simulated ones; give it a method local_family(model) that makes a new "
-            "one, or leave certificate out"
+            "parameters for each datapoint and has none for simulated ones; give it a method local_family(model) that "
+            "makes a new one, or leave certificate out"
         )
 
 
