@@ -1,6 +1,8 @@
 """Random streams: one for every purpose, block of datapoints and block of particles, and no two share numbers.
 
-What is compared are the random words that were drawn while a ledger was made, see `recorded_draws`.
+What is compared are the random words that were drawn while a ledger was made, see `recorded_draws`. One label for two
+purposes, or for two blocks, shows as a stream that is drawn twice; noise drawn once for all blocks shows as a block
+without a stream; and either shows in the ledger of datapoints that are alike.
 """
 
 import contextlib
