@@ -79,9 +79,9 @@ class SharedPosterior:
 
 
 def shared_posterior(
-    model: Program,
-    guide: Program,
-    data: Data,
+    model: Program | Problem,
+    guide: Program | None = None,
+    data: Data | None = None,
     *,
     settings: Conditioning | None = None,
     evidence: AIS | None = None,
@@ -98,9 +98,9 @@ def shared_posterior(
     trained. `.elbo` is a lower bound of L[q*_C](x_n), too low by about half of `.overfitting`.
 
     Args:
-        model, guide, data, plate: as for `decompose`. The guide declares what it is shown by its attribute
-            `conditions`: a boolean mask over the model's first argument, True where that is shown, or a function from
-            its arguments to masks. The family is the guide's own.
+        model, guide, data, plate: as for `decompose`, or a `Problem` alone. The guide declares what it is shown by its
+            attribute `conditions`: a boolean mask over the model's first argument, True where that is shown, or a
+            function from its arguments to masks. The family is the guide's own.
         settings: number of completions, see `Conditioning`.
         evidence: settings of the AIS that draws latents given C; its chains are as many as completions.
         refinement: settings of the refinements.
@@ -112,13 +112,13 @@ def shared_posterior(
             conditions differ from step to step, so that there is no one shared posterior), or where the model's
             likelihood does not factorise over what is shown and what is not.
     """
-    problem = Problem.of(model, guide, data, plate)
-    told = declared(problem.guide)
+    told = declared(model.guide if isinstance(model, Problem) else guide)
     if not isinstance(told, Shown):
         raise InputError(
             "guide: it declares no conditions, or a lookahead, whose conditions differ from step to step; give it an "
             "attribute conditions, a boolean mask over the data, True where they are shown"
         )
+    problem = Problem.of(model, guide, data, plate)
     joint, density = problem.joint, problem.guide_density()
     check_no_leak(density, told)
     sharing = sharing_of(
