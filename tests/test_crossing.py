@@ -1,7 +1,7 @@
 """Every guide of the zoo with every feature, and through the command, stopped and started again.
 
 A part of the table runs always: what is quick, and what once failed. `PYROGAPS_CROSSING=all` runs the whole of it, in
-about twenty minutes: `PYROGAPS_CROSSING=all python -m pytest tests/test_crossing.py`. With the same variable,
+about half an hour: `PYROGAPS_CROSSING=all python -m pytest tests/test_crossing.py`. With the same variable,
 `python -m tests.crossing` prints it, with the refusals.
 """
 
