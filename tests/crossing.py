@@ -265,12 +265,6 @@ REFUSED: dict[str, tuple[list[str], list[str], str]] = {
         ["train, IWAE doubly reparametrised"],
         "its reverse model would not be trained",
     ),
-    # No reason: `subject_of` knows the families of Pyro's own autoguides alone, and these bring theirs.
-    "to be mended": (
-        ["AutoLocalFlow", "AutoLocalAuxiliaryFlow", "AutoLocalMixture"],
-        ["calibrate refined"],
-        "pass its family",
-    ),
 }
 
 
