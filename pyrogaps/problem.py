@@ -115,13 +115,13 @@ class Problem:
         """The same model and data with another guide, or with none. The model is read again only where it is extended
         by the guide's reverse model.
         """
+        if is_posterior(guide):  # it belongs to the space that it was refined in, which is that of `joint`
+            return replace(self, guide=guide, posterior=cast(Posterior, guide))
         augment = getattr(guide, "augment", None)
         extended = None if augment is None else self._density_of(augment(self.model))
         joint = extended if extended and not hasattr(guide, "local_family") else self._density_of(self.model)
-        posterior: Any = guide
-        if guide is not None and not is_posterior(guide):
-            posterior = GuideDensity(cast(Program, guide), None, extended or joint)
-        return replace(self, guide=guide, joint=joint, posterior=posterior)
+        density = None if guide is None else GuideDensity(cast(Program, guide), None, extended or joint)
+        return replace(self, guide=guide, joint=joint, posterior=density)
 
     def _density_of(self, model: Program) -> JointDensity:
         """log p(x_n, z) of the same data under `model`, which is read where it has not been yet."""
