@@ -37,7 +37,9 @@ def test_building_is_measured_anew_beside_its_bars(monkeypatch: pytest.MonkeyPat
     table = run(monkeypatch, tmp_path, "building").set_index("what")
     built = table.loc["built, and its file written"]
     assert 0 < built["wall seconds"] < built["seconds allowed"] == 300
-    assert table.loc["library and images loaded", "GiB at peak"] <= built["GiB at peak"] < built["GiB allowed"] == 4
+    # A peak is the process's: what other tests took in it before is not the building's.
+    before = table.loc["library and images loaded", "GiB at peak"]
+    assert 0 <= built["GiB at peak"] - before < built["GiB allowed"] == 4
     assert table["wall seconds"].iloc[1:].notna().all()
     assert file.stat().st_size > 1000
 
