@@ -70,6 +70,7 @@ class JointDensity:
             self.observed: tuple[str, ...] = ()
             self.bound: bool | None = None
             self.masked = False
+            self._active: tuple[list[int], Tensor] | None = None
             self.sites = self._structure()
         self.dim = sum(site.size for site in self.sites.values())
         with seeded(0, "structure"), evaluating(model), torch.no_grad():
@@ -147,6 +148,12 @@ class JointDensity:
         """Which coordinates are under no False mask, `(B, dim)`; None where all of them are."""
         if not self.masked:
             return None
+        numbers: list[int] = indices.tolist()
+        if self._active is None or self._active[0] != numbers:  # a refinement asks for the same ones at every step
+            self._active = numbers, self._read_active(indices)
+        return self._active[1]
+
+    def _read_active(self, indices: Tensor) -> Tensor:
         flat = self.zeros(len(indices))
         with evaluating(self.model), torch.no_grad():
             handler = self.run(flat, self.fetch(indices), indices)
@@ -205,7 +212,7 @@ class JointDensity:
         """The same density over other data of the same form; no checks are run again."""
         other = object.__new__(JointDensity)
         other.__dict__.update(self.__dict__)
-        other.data = data
+        other.data, other._active = data, None
         return other
 
     def _indices(self, indices: Tensor | None) -> Tensor:

@@ -9,6 +9,14 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
 
+def holds(condition: Tensor) -> bool:
+    """Whether a condition on data or masks holds throughout, also while operations are recorded.
+
+    A record keeps the decision: it must not hang on what changes from replay to replay.
+    """
+    return bool(condition.detach().cpu().numpy().all())
+
+
 def plate_dim(message: Any, plate: str) -> int | None:
     """The (negative) batch dimension of the vectorised `plate` at a site, or None where it does not enclose it."""
     for frame in message["cond_indep_stack"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution, biject_to
 
 from pyrogaps.density.joint import JointDensity
-from pyrogaps.density.layout import Site, leaf
+from pyrogaps.density.layout import Site, holds, leaf
 from pyrogaps.density.score import log_jacobian, masked_log_prob
 from pyrogaps.density.supports import guide_support
 
@@ -179,7 +179,7 @@ def score_term(
 
 
 def _mask_like(site: Site, active: Tensor, value_shape: tuple[int, ...]) -> Tensor | None:
-    if bool(active[:, site.columns].all()):
+    if holds(active[:, site.columns]):
         return None
     mask = site.unflatten(active)
     if mask.shape == value_shape:

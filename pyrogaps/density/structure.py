@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyrogaps.density.layout import Site, distribution_mask, leaf, plate_dim
+from pyrogaps.density.layout import Site, distribution_mask, holds, leaf, plate_dim
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.density.score import is_bookkeeping
 from pyrogaps.errors import InputError
@@ -187,7 +187,7 @@ def is_factor(fn: Any) -> bool:
 def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> None:
     """Refuse NaN and infinities, naming the tensor that holds them."""
     for name, tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not holds(torch.isfinite(tensor)):
             raise InputError(f"{what}: {name} holds NaN or infinite values; {remedy}")
 
 

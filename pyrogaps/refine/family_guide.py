@@ -39,6 +39,10 @@ class FamilyGuide:
         return self._parts[0].guide
 
     def at(self, indices: Tensor) -> LocalGuide:
+        numbers: list[int] = indices.tolist()
+        part = self._parts[numbers[0] // BLOCK]
+        if numbers == list(range(part.rows.start, part.rows.stop)):  # all of a block: there is nothing to pick
+            return part.density.at(part.indices)
         block = indices // BLOCK
         places = [(self._parts[k], (block == k).nonzero()[:, 0]) for k in block.unique().tolist()]
         guides = [(part.density.at(indices[place] - part.rows.start), place) for part, place in places]
@@ -69,7 +73,7 @@ class _Part:
     """The guide of one block, the rows from `first` on of a chunk."""
 
     def __init__(self, family: Family, joint: JointDensity, block: Chunk, first: int, seed: int) -> None:
-        self.rows = slice(first, first + len(block))
+        self.rows, self.indices = slice(first, first + len(block)), torch.arange(len(block))
         self.joint = restrict(joint, block.indices)
         with seeded(seed, "family", block.start // BLOCK), evaluating(joint.model):
             self.guide = instantiate(family, self.joint, torch.arange(len(block)))

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrogaps.capture import BoundDensity
 from pyrogaps.density.draws import BlockedGuide
-from pyrogaps.errors import InputError
 from pyrogaps.refine.adam import Adam
 from pyrogaps.refine.local import Refinable, keep_where
 from pyrogaps.refine.objective import Objective
+from pyrogaps.refine.path import PathGradient
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.streams import Chunk
 
@@ -47,10 +46,9 @@ def optimise(
 ) -> Progress:
     r"""Maximise $\mathbb E_q[\log p(x_n, z) - \log q(z)]$ over the parameters of every datapoint of a chunk.
 
-    The gradient is the path derivative (Roeder et al., 2017, arXiv:1703.09194), whose variance vanishes as q approaches
-    the posterior; draws come in mirrored pairs, but for the first tenth. Adam's step is taken in the family's own units
-    and decays by a cosine, and the iterates of the last fifth are averaged. The trace takes the ELBO of some steps:
-    values cost as much as gradients.
+    The gradient is the path derivative, whose variance vanishes as q approaches the posterior; draws come in mirrored
+    pairs, but for the first tenth. Adam's step is taken in the family's own units and decays by a cosine, and the
+    iterates of the last fifth are averaged. The trace takes the ELBO of some steps: values cost as much as gradients.
     """
     start = _copy(refinable)
     again = max(50, settings.num_steps // 10)
@@ -59,9 +57,14 @@ def optimise(
         if report is not None:
             report(1 / (settings.num_steps + again), elbo)
 
-    trace = _ascend(refinable, density, chunk, settings, settings.num_steps, seed, f"refine {name}", tell, clip=CLIP)
+    numbers = settings.num_steps, again
+    mirrored = sum(_is_mirrored(step, number) for number in numbers for step in range(number))
+    gradient = PathGradient(
+        refinable, chunk, settings.num_particles, seed, {True: mirrored, False: sum(numbers) - mirrored}
+    )
+    trace = _ascend(refinable, gradient, density, settings, settings.num_steps, f"refine {name}", tell, clip=CLIP)
     finish, before = _copy(refinable), _score(refinable, density, chunk, settings, seed, name)
-    _ascend(refinable, density, chunk, settings, again, seed, f"refine further {name}", tell)
+    _ascend(refinable, gradient, density, settings, again, f"refine further {name}", tell)
     further = _score(refinable, density, chunk, settings, seed, name)
     converged = _no_gain(before, further, settings.tolerance)
     better = _mean(further) > _mean(before)
@@ -75,11 +78,10 @@ def optimise(
 
 def _ascend(
     refinable: Refinable,
+    gradient: PathGradient,
     density: Objective,
-    chunk: Chunk,
     settings: Refinement,
     num_steps: int,
-    seed: int,
     stream: str,
     tell: Callable[[Tensor], None],
     clip: float = math.inf,
@@ -89,18 +91,10 @@ def _ascend(
     history, average = [], [torch.zeros_like(parameter) for parameter in refinable.parameters]
     every = max(1, min(MEASURE_EVERY, num_steps // (2 * NUM_TRACE)))
     for step in range(num_steps):
-        elbo, gradients = _path_gradient(
-            refinable,
-            density.at_step(step),
-            chunk,
-            settings.num_particles,
-            seed,
-            stream,
-            step,
-            measure=step % every == 0,
-            mirrored=step >= PLAIN_FRACTION * num_steps,
-        )
-        if elbo is not None:
+        mirrored = _is_mirrored(step, num_steps)
+        elbo, gradients = gradient(density.at_step(step), stream, step, measure=step % every == 0, mirrored=mirrored)
+        if step % every == 0:
+            assert elbo is not None
             history.append(elbo)
         tell(history[-1])
         rate = settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
@@ -108,8 +102,12 @@ def _ascend(
         if step >= num_steps - tail:
             for total, parameter in zip(average, refinable.parameters, strict=True):
                 total.add_(parameter.detach(), alpha=1 / tail)
-    keep_where(torch.ones(len(chunk), dtype=torch.bool, device=average[0].device), average, refinable)
+    keep_where(torch.ones(len(gradient.chunk), dtype=torch.bool, device=average[0].device), average, refinable)
     return torch.stack(history)
+
+
+def _is_mirrored(step: int, num_steps: int) -> bool:
+    return step >= PLAIN_FRACTION * num_steps
 
 
 def take_better(
@@ -130,45 +128,6 @@ def take_better(
 
 def _copy(refinable: Refinable) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in refinable.parameters]
-
-
-def _path_gradient(
-    refinable: Refinable,
-    density: BoundDensity,
-    chunk: Chunk,
-    num_particles: int,
-    seed: int,
-    stream: str,
-    step: int,
-    *,
-    measure: bool,
-    mirrored: bool,
-) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """The gradient of the ELBO and, if asked to `measure` it, the ELBO `(B,)`, on the draws of one step."""
-    log_joint = None
-    with torch.enable_grad():  # which the caller may have switched off
-        guide = BlockedGuide(refinable, chunk, chunk.start)
-        draws, _ = guide.sample_extended(num_particles, seed, stream, step, antithetic=mirrored)
-        if not draws.requires_grad:
-            raise InputError("family: its draws have no reparameterised gradient (rsample), so it cannot be refined")
-        point = draws.detach().requires_grad_()
-        log_q = guide.log_prob(point)
-        (score,) = torch.autograd.grad(log_q.sum(), point)
-        z = point.detach()[..., : density.dim].contiguous()
-        if measure:
-            (log_joint,), (gradient,) = density(z)
-        else:
-            (gradient,) = density.gradients(z)
-        gradient = torch.nn.functional.pad(gradient, (0, draws.shape[-1] - density.dim))
-        path = torch.nan_to_num(gradient - score, nan=0.0, posinf=0.0, neginf=0.0)
-        target = (path * draws).sum() / num_particles
-        # A reverse model's own parameters move no draw: they are fitted to the auxiliary variables by likelihood.
-        log_reverse = guide.log_reverse(point.detach())
-        if log_reverse is not None:
-            target = target + log_reverse.sum() / num_particles
-        # A guide may use some of its parameters for some of the data only.
-        gradients = torch.autograd.grad(target, refinable.parameters, allow_unused=True, materialize_grads=True)
-    return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients
 
 
 def _score(
