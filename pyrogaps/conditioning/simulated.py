@@ -8,8 +8,9 @@ from pyrogaps.bounds import Plate
 from pyrogaps.density import Data, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, rows_of
 from pyrogaps.density.runs import Program
-from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.density.simulate import ToData, one_run_suffices, simulate
 from pyrogaps.errors import InputError
+from pyrogaps.streams import seeded
 
 
 class SimulatedData(IndexedData):
@@ -40,9 +41,16 @@ class SimulatedData(IndexedData):
         if joint.plate is None:
             raise InputError("SimulatedData: the model has no data plate; simulate the one datapoint with JointDensity")
         number = joint.num_datapoints
+        with seeded(0, "one run", device=joint.device):
+            one_run = one_run_suffices(joint, to_data)
+        fetched = 0
 
         def fetch(indices: Tensor) -> tuple[Any, ...]:
+            nonlocal fetched
+            fetched += 1
+            # Re-scoring takes as long as drawing: after the first few times it is done ever more rarely.
+            due = fetched & (fetched - 1) == 0
             rows = rows_of(as_tuple(joint.data.fetch(indices % number)), len(indices))
-            return as_tuple(simulate(joint.over(rows), to_data)[0])
+            return as_tuple(simulate(joint.over(rows), to_data, checked=one_run and not due)[0])
 
         super().__init__(number if num_datapoints is None else num_datapoints, fetch)

@@ -17,6 +17,7 @@ from pyrogaps.errors import InputError
 
 ToData = Callable[[dict[str, Tensor]], Any]
 CHUNK = 256
+FEW = 16
 
 
 class DrawModel(ScoreModel):
@@ -65,12 +66,14 @@ class DrawModel(ScoreModel):
         return value
 
 
-def simulate(joint: JointDensity, to_data: ToData | None = None) -> tuple[Any, Tensor]:
+def simulate(joint: JointDensity, to_data: ToData | None = None, *, checked: bool = False) -> tuple[Any, Tensor]:
     """Draw latents and data from the model, N datapoints in the shape of its data.
 
     Observed sites are drawn in program order and fed back into the model's arguments, so that a likelihood that looks
     at earlier observations is simulated right. A drawn value goes to the argument that the observed value was (a view
     of); `to_data(values)` says otherwise: from drawn values by site to the model's arguments.
+
+    `checked`: one run of the program is known to draw data that re-score as they were drawn, so they are not re-scored.
 
     Returns the data, in the form that `joint` was given (fetched data: the model's arguments), and `z` `(N, dim)`, an
     exact posterior draw for each datapoint.
@@ -78,9 +81,11 @@ def simulate(joint: JointDensity, to_data: ToData | None = None) -> tuple[Any, T
     Raises `InputError` where re-scoring the simulated data does not give the score with which it was drawn.
     """
     if joint.plate is None:
-        args, z = _simulate_rows(joint, torch.zeros(1, dtype=torch.long), to_data)
+        args, z = _simulate_rows(joint, torch.zeros(1, dtype=torch.long), to_data, checked)
         return (args[0] if isinstance(joint.caller_data, Tensor) else args), z
-    parts = [_simulate_rows(joint, batch, to_data) for batch in torch.arange(joint.num_datapoints).split(CHUNK)]
+    parts = [
+        _simulate_rows(joint, batch, to_data, checked) for batch in torch.arange(joint.num_datapoints).split(CHUNK)
+    ]
     args = tuple(_join(position, column) for position, column in enumerate(zip(*(p[0] for p in parts), strict=True)))
     data = args[0] if isinstance(joint.caller_data, Tensor) else args
     return data, torch.cat([part[1] for part in parts])
@@ -98,7 +103,18 @@ def _join(position: int, column: tuple[Any, ...]) -> Any:
     return column[0]
 
 
-def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None) -> tuple[tuple[Any, ...], Tensor]:
+def one_run_suffices(joint: JointDensity, to_data: ToData | None = None) -> bool:
+    """Whether data drawn in one run of the program re-score as they were drawn, tried on the first few datapoints."""
+    indices = torch.arange(min(joint.num_datapoints, FEW))
+    with evaluating(joint.model), torch.no_grad():
+        args = joint.fetch(indices)
+        draw = _run(joint, args, indices, {})
+        return _scores_agree(joint, draw, feed_back(draw.drawn, draw.observed, args, to_data), indices)
+
+
+def _simulate_rows(
+    joint: JointDensity, indices: Tensor, to_data: ToData | None, checked: bool
+) -> tuple[tuple[Any, ...], Tensor]:
     template = tuple(value.clone() if isinstance(value, Tensor) else value for value in joint.fetch(indices))
     fixed: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
@@ -108,7 +124,7 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
             draw = _run(joint, args, indices, fixed)
             causal = all(_close(draw, draw.terms[name], score) for name, score in scores.items())
             args = feed_back(draw.drawn, draw.observed, args, to_data)
-            if causal and _scores_agree(joint, draw, args, indices):
+            if checked or (causal and _scores_agree(joint, draw, args, indices)):
                 return args, draw.flat
             # A later site looked at data that had not been drawn yet: keep one more observed site and what precedes it.
             pending = [name for name in draw.drawn if name in draw.observed and name not in fixed]

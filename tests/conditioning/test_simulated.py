@@ -1,10 +1,13 @@
 """Data without end, drawn from a frozen model."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from torch import Tensor
 
 import pyrogaps as pg
+from pyrogaps.conditioning import simulated
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 
@@ -64,3 +67,28 @@ def test_it_is_for_training_and_not_to_be_evaluated() -> None:
     data = pg.SimulatedData(model, torch.zeros(10, 4))
     with pytest.raises(pg.InputError, match=r"another every time it is fetched.*SimulatedData.*fetch\(indices\)"):
         pg.elbo(model, AmortizedNormal(4, 2, ()), data)
+
+
+def test_data_are_the_same_whether_or_not_they_are_scored_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LinearGaussian.random(data_dim=4, latent_dim=2)
+    pyro.set_rng_seed(0)
+    data = pg.SimulatedData(model, torch.zeros(10, 4))
+    drawn = [data.fetch(torch.arange(10))[0] for _ in range(8)]
+    monkeypatch.setattr(simulated, "one_run_suffices", lambda joint, to_data: False)
+    pyro.set_rng_seed(0)
+    data = pg.SimulatedData(model, torch.zeros(10, 4))
+    assert all(torch.equal(data.fetch(torch.arange(10))[0], expected) for expected in drawn)
+
+
+def test_data_that_depend_on_what_is_drawn_before_are_always_checked() -> None:
+    def walk(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x_1", dist.Normal(z, 1.0), obs=x[:, 0])
+            pyro.sample("x_2", dist.Normal(x[:, 0], 1e-3), obs=x[:, 1])
+
+    pyro.set_rng_seed(0)
+    data = pg.SimulatedData(walk, torch.zeros(20, 2))
+    for _ in range(5):
+        (x,) = data.fetch(torch.arange(20))
+        torch.testing.assert_close(x[:, 0], x[:, 1], atol=1e-2, rtol=0)
