@@ -58,7 +58,7 @@ class Images:
         """AIS from the refined guide, alike for all images."""
 
         def one(chunk: Chunk, posterior: Any) -> Any:
-            start = anchor(self.joint, posterior, chunk, settings.widen, seed, chunk.start)
+            start = anchor(self.joint, posterior, chunk, settings.widen, seed)
             path = anchored_path(self.evaluator, start, chunk, seed)
             return ais_chunk(path, self.evaluator, chunk, settings, seed).log_weights
 
@@ -76,7 +76,7 @@ class Images:
         found = [
             block
             for chunk, posterior in self.refined
-            for block in climb_chunk(self.evaluator, posterior, chunk, chunk.start, settings, seed)
+            for block in climb_chunk(self.evaluator, posterior, chunk, settings, seed)
         ]
         estimate, seconds = escalated(found), time.perf_counter() - begin
         number = self.joint.num_datapoints

@@ -131,11 +131,9 @@ def prior_path(evaluator: GradientEvaluator, chunk: Chunk, seed: int) -> Path:
     return Path(draw, evaluate, scale if active is None else torch.where(active, scale, torch.zeros_like(scale)))
 
 
-def anchor(
-    joint: JointDensity, posterior: Posterior, chunk: Chunk, widen: float, seed: int, offset: int = 0
-) -> GaussianStart:
+def anchor(joint: JointDensity, posterior: Posterior, chunk: Chunk, widen: float, seed: int) -> GaussianStart:
     """The Gaussian with a guide's moments, widened; they are exact, or of draws that are used for nothing else."""
-    guide, active = BlockedGuide(posterior, chunk, offset), joint.active(chunk.indices)
+    guide, active = BlockedGuide(posterior, chunk), joint.active(chunk.indices)
     other = posterior.joint if isinstance(posterior, GuideDensity) and posterior.joint is not joint else None
     if other is None and active is None and (known := guide.exact_moments()) is not None:
         return GaussianStart(known[0], widen * known[1])
@@ -270,7 +268,7 @@ def _paths(
             start = anchor(evaluator.joint, cast(Posterior, anchored_at), chunk, settings.widen, seed)
         else:
             refined, _ = refine_chunk(cast(OwnFamily | Family, anchored_at), evaluator, chunk, refinement, seed)
-            start = anchor(evaluator.joint, refined, chunk, settings.widen, seed, chunk.start)
+            start = anchor(evaluator.joint, refined, chunk, settings.widen, seed)
         return anchored_path(evaluator, start, chunk, seed)
 
     return path

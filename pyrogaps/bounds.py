@@ -28,7 +28,6 @@ def chunk_log_weights(
     num_particles: int,
     seed: int,
     purpose: str,
-    offset: int = 0,
 ) -> Tensor:
     """log w = log p(x, z) - log q(z | x) of draws from `posterior`, `(S, B)` in double precision, nats.
 
@@ -36,7 +35,7 @@ def chunk_log_weights(
 
     Raises `InputError` naming datapoints whose weights are NaN or +infinity.
     """
-    guide, parts = BlockedGuide(posterior, chunk, offset), []
+    guide, parts = BlockedGuide(posterior, chunk), []
     with torch.no_grad():
         for first, size in enumerate(particle_blocks(num_particles)):
             z, log_q = guide.sample(size, seed, purpose, first)

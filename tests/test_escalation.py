@@ -69,7 +69,7 @@ def climbed(model: object, x: Tensor, *ladders: tuple[Escalation, int]) -> list[
         for chunk in chunks(len(x), 512):
             refined, _ = refine_chunk(AutoNormal, evaluator, chunk, BRIEF, 0)
             for blocks, (settings, lowest) in zip(found, ladders, strict=True):
-                blocks += climb_chunk(evaluator, refined, chunk, chunk.start, settings, 0, lowest)
+                blocks += climb_chunk(evaluator, refined, chunk, settings, 0, lowest)
     return [escalated(blocks) for blocks in found]
 
 
@@ -110,7 +110,7 @@ def rotations(model: object, data: object, widen: float = 1.2, points: int = 512
     joint = JointDensity(model, data)
     evaluator, chunk = GradientEvaluator(joint), Chunk(0, joint.num_datapoints)
     refined, _ = refine_chunk(AutoNormal, evaluator, chunk, QUICK, 0)
-    start = anchor(joint, refined, chunk, widen, 0, 0)
+    start = anchor(joint, refined, chunk, widen, 0)
     return Rotations(start, evaluator.bind(chunk.indices, points), points, 1), chunk
 
 

@@ -98,8 +98,8 @@ def calibrate(
     answer = _answer(problem, family, settings, seed)
 
     def one(chunk: Chunk) -> Evaluated:
-        found, offset, converged = answer(chunk)
-        return rank_chunk(drawn, found, chunk, truth, num_draws, seed, offset), converged
+        found, converged = answer(chunk)
+        return rank_chunk(drawn, found, chunk, truth, num_draws, seed), converged
 
     parts = over_chunks(one, drawn, batch_size, seed)
     provenance = {
@@ -113,23 +113,23 @@ def calibrate(
     return Calibration(per_simulated(joint, parts, truth), provenance)
 
 
-Answer = tuple[Posterior, int, Tensor | None]
+Answer = tuple[Posterior, Tensor | None]
 
 
 def _answer(
     problem: Problem, family: OwnFamily | Family | None, refinement: Refinement | None, seed: int
 ) -> Callable[[Chunk], Answer]:
-    """The posterior to judge at a chunk, the datapoint it counts from, and, where refined, whether it converged."""
+    """The posterior to judge at a chunk and, where refined, whether it converged."""
     if refinement is None:
         guide = problem.guided()
-        return lambda chunk: (guide, 0, None)
+        return lambda chunk: (guide, None)
     fitted = family.over(problem) if isinstance(family, OwnFamily) else family
     evaluator = GradientEvaluator(problem.joint)
     assert fitted is not None
 
     def refined(chunk: Chunk) -> Answer:
         posterior, progress = refine_chunk(fitted, evaluator, chunk, refinement, seed)
-        return posterior, chunk.start, progress.converged
+        return posterior, progress.converged
 
     return refined
 

@@ -32,7 +32,6 @@ def rank_chunk(
     truth: Tensor,
     num_draws: int,
     seed: int,
-    offset: int = 0,
 ) -> Ranks:
     r"""Ranks of `truth` `(N, dim)` among draws from `posterior` at the datapoints of `chunk`.
 
@@ -41,7 +40,7 @@ def rank_chunk(
 
     Raises `InputError` naming datapoints at which draws, or their densities, are not finite.
     """
-    guide, exact = BlockedGuide(posterior, chunk, offset), truth[chunk.start : chunk.stop]
+    guide, exact = BlockedGuide(posterior, chunk), truth[chunk.start : chunk.stop]
     noise = Noise(seed, "calibration ties", chunk, dtype=torch.float64, device=torch.device("cpu"))
     below, equal = (torch.zeros(exact.shape, dtype=torch.float64, device=exact.device) for _ in range(2))
     few = min(num_draws, PARTICLE_BLOCK)

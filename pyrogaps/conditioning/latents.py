@@ -53,7 +53,7 @@ class LatentsGiven:
     def _anchored(self, block: Chunk, start: Start, settings: AIS, seed: int) -> AnnealResult:
         evaluator = self._evaluator
         refined, _ = refine_chunk(AutoNormal, evaluator, block, self.refinement, seed, "shown part", start)
-        fitted = anchor(self.partial, refined, block, settings.widen, seed, block.start)
+        fitted = anchor(self.partial, refined, block, settings.widen, seed)
         path = anchored_path(evaluator, fitted, block, seed)
         return ais_chunk(path, evaluator, block, settings, seed, together=True)
 

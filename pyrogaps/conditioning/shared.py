@@ -117,7 +117,7 @@ class Sharing:
         for name, which in both.items():
             on = OnCompletions(evaluator, completions, which)
             guide, how = refine_chunk(self.family, on, block, self.refinement, seed, f"shared {name}")
-            weights = chunk_log_weights(evaluator, guide, block, self.num_particles, seed, name, block.start)
+            weights = chunk_log_weights(evaluator, guide, block, self.num_particles, seed, name)
             halves.append(guide)
             progress.append(how)
             at_data.append(mean_estimate(weights))
@@ -177,7 +177,7 @@ def _on_completions(
     stream: str,
 ) -> Tensor:
     """log p(x_nk, z) - log q(z) `(S, B)`, each draw of z with one completion, all of them in turn."""
-    guide, parts, met = BlockedGuide(posterior, block, block.start), [], 0
+    guide, parts, met = BlockedGuide(posterior, block), [], 0
     with torch.no_grad():
         for first, size in enumerate(particle_blocks(num_particles)):
             z, log_q = guide.sample(size, seed, stream, first)

@@ -21,12 +21,11 @@ class Posterior(Protocol):
 class BlockedGuide:
     """A guide at the datapoints of a chunk, drawn from with each block's own stream.
 
-    `offset` is the datapoint that `posterior` counts from. Draws use torch's global generators: call it inside
-    `streams.seeded`, which restores them.
+    Draws use torch's global generators: call it inside `streams.seeded`, which restores them.
     """
 
-    def __init__(self, posterior: Posterior, chunk: Chunk, offset: int = 0) -> None:
-        self.blocks = [(block, posterior.at(block.indices - offset)) for block in chunk.blocks()]
+    def __init__(self, posterior: Posterior, chunk: Chunk) -> None:
+        self.blocks = [(block, posterior.at(block.indices)) for block in chunk.blocks()]
 
     def sample(self, num_particles: int, seed: int, purpose: str, first: int = 0, *, antithetic: bool = False) -> Draws:
         """Draws `z` `(S, B, dim)` and log q `(S, B)`: particle block `first` of the stream called `purpose`."""

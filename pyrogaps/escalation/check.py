@@ -57,7 +57,7 @@ def check_ladder(
 
     def bound(chunk: Chunk) -> Tensor:
         posteriors[chunk], _ = refine_chunk(family, evaluator, chunk, refinement, seed)
-        start = anchor(joint, posteriors[chunk], chunk, reverse.widen, seed, chunk.start)
+        start = anchor(joint, posteriors[chunk], chunk, reverse.widen, seed)
         path = anchored_path(evaluator, start, chunk, seed)
         tuning = run_pilot(path, evaluator, chunk, reverse, seed)
         ran = run_path(path, tuning, evaluator, chunk, reverse, seed, z[chunk.start : chunk.stop])
@@ -67,7 +67,7 @@ def check_ladder(
 
     def from_rung(rung: int) -> LadderCheck:
         def one(chunk: Chunk) -> list[Found]:
-            return climb_chunk(evaluator, posteriors[chunk], chunk, chunk.start, settings, seed, rung)
+            return climb_chunk(evaluator, posteriors[chunk], chunk, settings, seed, rung)
 
         found = [block for blocks in over_chunks(one, joint, batch_size, seed) for block in blocks]
         estimate = escalated(found)

@@ -39,19 +39,18 @@ def climb_chunk(
     evaluator: GradientEvaluator,
     posterior: Posterior,
     chunk: Chunk,
-    offset: int,
     settings: Escalation,
     seed: int,
     lowest: int = GUIDE,
 ) -> list[Found]:
-    """Every block of a chunk up the ladder; `posterior` is its refined guide, counted from `offset`."""
-    return [Climb(evaluator, posterior, block, offset, settings, seed, lowest).found() for block in chunk.blocks()]
+    """Every block of a chunk up the ladder; `posterior` is its refined guide."""
+    return [Climb(evaluator, posterior, block, settings, seed, lowest).found() for block in chunk.blocks()]
 
 
 class Climb:
     """The ladder for a block of at most 64 datapoints, rung by rung; `found` goes all the way.
 
-    `posterior` is the refined guide, counted from `offset`; rungs below `lowest` are not trusted.
+    `posterior` is the refined guide; rungs below `lowest` are not trusted.
     """
 
     def __init__(
@@ -59,15 +58,14 @@ class Climb:
         evaluator: GradientEvaluator,
         posterior: Posterior,
         block: Chunk,
-        offset: int,
         settings: Escalation,
         seed: int,
         lowest: int = GUIDE,
     ) -> None:
         self.evaluator, self.joint, self.posterior = evaluator, evaluator.joint, posterior
-        self.block, self.offset, self.settings, self.seed, self.lowest = block, offset, settings, seed, lowest
+        self.block, self.settings, self.seed, self.lowest = block, settings, seed, lowest
         self.plan = Plan(len(block), settings, lowest)
-        self.proposals: list[Proposal] = [FromGuide(self.joint, posterior, block, offset, seed)]
+        self.proposals: list[Proposal] = [FromGuide(self.joint, posterior, block, seed)]
         self.annealer: Annealer | None = None
         self.steps: dict[int, Tensor] = {}
 
@@ -95,7 +93,7 @@ class Climb:
         """A Gaussian for each open datapoint: its curvature, where that is a better proposal than the guide."""
         members, settings, plan = self.plan.open, self.settings, self.plan
         slots = Slots(self.evaluator, self.block)
-        moments = anchor(self.joint, self.posterior, self.block, 1.0, self.seed, self.offset)
+        moments = anchor(self.joint, self.posterior, self.block, 1.0, self.seed)
         start = replace(moments, scale=WIDEN_MOMENTS * moments.scale)
         if self.joint.dim <= settings.max_curvature_dim:
             fitted, cost = gaussian_by_curvature(moments.at(members), slots, members)

@@ -78,9 +78,9 @@ def log_evidence(
 
     def one(chunk: Chunk) -> list[Found]:
         if own is None:
-            return climb_chunk(evaluator, density, chunk, 0, settings, seed, lowest)
+            return climb_chunk(evaluator, density, chunk, settings, seed, lowest)
         refined, _ = refine_chunk(own, evaluator, chunk, refinement, seed)
-        return climb_chunk(evaluator, refined, chunk, chunk.start, settings, seed, lowest)
+        return climb_chunk(evaluator, refined, chunk, settings, seed, lowest)
 
     found = [block for blocks in over_chunks(one, problem.joint, batch_size, seed) for block in blocks]
     return replace(escalated(found), check=check if isinstance(check, LadderCheck) else None)

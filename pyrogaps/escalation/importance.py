@@ -27,9 +27,9 @@ class Proposal(Protocol):
 class FromGuide:
     """Draws from a guide, in the space that it is defined on (with its auxiliary variables, where it has them)."""
 
-    def __init__(self, joint: JointDensity, posterior: Posterior, block: Chunk, offset: int, seed: int) -> None:
+    def __init__(self, joint: JointDensity, posterior: Posterior, block: Chunk, seed: int) -> None:
         self.joint = posterior.joint if isinstance(posterior, GuideDensity) else joint
-        self._guide, self._seed = BlockedGuide(posterior, block, offset), seed
+        self._guide, self._seed = BlockedGuide(posterior, block), seed
 
     def draw(self, members: Tensor, number: int, purpose: str, part: int) -> tuple[Tensor, Tensor]:
         z, log_q = self._guide.sample(number, self._seed, purpose, part)

@@ -83,9 +83,7 @@ class Work:
     def _escalated(self, own: Posterior, chunk: Chunk) -> dict[str, Any]:
         """log p(x) by what each datapoint takes."""
         assert isinstance(self.evidence, Escalation)
-        estimate = escalated(
-            climb_chunk(self.evaluator, own, chunk, chunk.start, self.evidence, self.seed, self.lowest_rung)
-        )
+        estimate = escalated(climb_chunk(self.evaluator, own, chunk, self.evidence, self.seed, self.lowest_rung))
         return {
             **columns("log_evidence", estimate),
             "log_evidence_ess": estimate.ess,
@@ -114,7 +112,7 @@ class Work:
             if name == OWN:
                 own, start = posterior, start_of(posterior, chunk, self.seed)
             weights = chunk_log_weights(
-                self.evaluator, posterior, chunk, self.num_particles, self.seed, f"refined {name}", chunk.start
+                self.evaluator, posterior, chunk, self.num_particles, self.seed, f"refined {name}"
             )
             refined.append(mean_estimate(weights))
             proposals.append(log_mean_exp_estimate(weights))
@@ -147,8 +145,8 @@ class Work:
         if settings.initial == "prior":
             path, evaluator = prior_path(self.prior_evaluator, chunk, self.seed), self.prior_evaluator
         else:
-            posterior, offset = (own, chunk.start) if settings.initial == "refined" else (self.posterior, 0)
-            start = anchor(self.problem.joint, posterior, chunk, settings.widen, self.seed, offset)
+            posterior = own if settings.initial == "refined" else self.posterior
+            start = anchor(self.problem.joint, posterior, chunk, settings.widen, self.seed)
             path, evaluator = anchored_path(self.evaluator, start, chunk, self.seed), self.evaluator
         tuning = run_pilot(path, evaluator, chunk, settings, self.seed)
         ran = run_path(path, tuning, evaluator, chunk, settings, self.seed)

@@ -24,7 +24,7 @@ class FamilyGuide:
     """
 
     def __init__(self, family: Family, joint: JointDensity, chunk: Chunk, seed: int) -> None:
-        self.joint = restrict(joint, chunk.indices)
+        self.joint, self._first = restrict(joint, chunk.indices), chunk.start
         axes = data_axes(family, self.joint, seed)
         self._parts = [_Part(family, joint, block, block.start - chunk.start, seed) for block in chunk.blocks()]
         self.parameters: list[Tensor] = [value for part in self._parts for value in part.named.values()]
@@ -39,10 +39,11 @@ class FamilyGuide:
         return self._parts[0].guide
 
     def at(self, indices: Tensor) -> LocalGuide:
-        block = indices // BLOCK
+        positions = indices - self._first
+        block = positions // BLOCK
         places = [(self._parts[k], (block == k).nonzero()[:, 0]) for k in block.unique().tolist()]
-        guides = [(part.density.at(indices[place] - part.rows.start), place) for part, place in places]
-        return guides[0][0] if len(guides) == 1 else _Joined(self.joint, indices, guides)
+        guides = [(part.density.at(positions[place] - part.rows.start), place) for part, place in places]
+        return guides[0][0] if len(guides) == 1 else _Joined(self.joint, positions, guides)
 
     def start_at(self, start: Start) -> None:
         """Start at a factorised Gaussian, or near it, where the guide can.

@@ -103,15 +103,15 @@ class FinetunedGuide:
     """
 
     def __init__(self, density: GuideDensity, joint: JointDensity, indices: Tensor) -> None:
-        self.density = density.restrict(joint, indices)
-        self.joint = joint
+        self.density, self.joint = density.restrict(joint, indices), joint
+        self._first = int(indices[0])
         self.weights = learned_weights(density)
         self.parameters: list[Tensor] = [_copies(weight.value, joint.num_datapoints) for weight in self.weights]
         self.axes, self.rows = [0] * len(self.parameters), [slice(None)] * len(self.parameters)
         self.units: list[Tensor | float] = [0.1] * len(self.parameters)
 
     def at(self, indices: Tensor) -> LocalGuide:
-        return _OneByOne(self, indices)
+        return _OneByOne(self, indices - self._first)
 
 
 def _copies(value: Tensor, count: int) -> Tensor:

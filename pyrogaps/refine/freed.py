@@ -59,8 +59,9 @@ class FreedGuide:
     which, so that the family does not depend on the chunk); a constant scale stays constant.
     """
 
-    def __init__(self, guide: FactorisedGuide, varies: dict[str, set[str]]) -> None:
+    def __init__(self, guide: FactorisedGuide, first: int, varies: dict[str, set[str]]) -> None:
         self.joint: JointDensity = guide.joint
+        self._first = first  # datapoint of the chunk
         self.active, self.count = guide.active, len(guide.indices)
         self.parameters: list[Tensor] = []
         self.axes: list[int] = []
@@ -105,10 +106,11 @@ class FreedGuide:
         return True
 
     def at(self, indices: Tensor) -> FactorisedGuide:
-        """The guide at positions `indices` of the chunk, differentiable in `parameters`."""
-        distributions = {site.term.name: self._build(site, indices) for site in self.sites}
-        active = None if self.active is None else self.active[indices]
-        return FactorisedGuide(self.joint, indices, [site.term for site in self.sites], distributions, active)
+        """The guide at datapoints `indices` of the chunk, differentiable in `parameters`."""
+        positions = indices - self._first
+        distributions = {site.term.name: self._build(site, positions) for site in self.sites}
+        active = None if self.active is None else self.active[positions]
+        return FactorisedGuide(self.joint, positions, [site.term for site in self.sites], distributions, active)
 
     def _build(self, site: _FreedSite, indices: Tensor) -> Any:
         values = {}

@@ -21,7 +21,7 @@ class Refinable(Protocol):
     units: list[Tensor | float]
 
     def at(self, indices: Tensor) -> LocalGuide:
-        """The guide at positions `indices` of the chunk, differentiable in `parameters`."""
+        """The guide at datapoints `indices` of the chunk, differentiable in `parameters`."""
         ...
 
 

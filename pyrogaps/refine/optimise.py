@@ -147,7 +147,7 @@ def _path_gradient(
     """The gradient of the ELBO and, if asked to `measure` it, the ELBO `(B,)`, on the draws of one step."""
     log_joint = None
     with torch.enable_grad():  # which the caller may have switched off
-        guide = BlockedGuide(refinable, chunk, chunk.start)
+        guide = BlockedGuide(refinable, chunk)
         draws, _ = guide.sample_extended(num_particles, seed, stream, step, antithetic=mirrored)
         if not draws.requires_grad:
             raise InputError("family: its draws have no reparameterised gradient (rsample), so it cannot be refined")
@@ -175,7 +175,7 @@ def _score(
     refinable: Refinable, density: Objective, chunk: Chunk, settings: Refinement, seed: int, name: str
 ) -> Tensor:
     """The ELBO on the selection draws, the same for all that are compared: `(rounds, B)`, -inf where not finite."""
-    guide, scores = BlockedGuide(refinable, chunk, chunk.start), []
+    guide, scores = BlockedGuide(refinable, chunk), []
     with torch.no_grad():
         for first in range(max(2, settings.num_selection // settings.num_particles)):
             z, log_q = guide.sample(settings.num_particles, seed, f"select {name}", first)

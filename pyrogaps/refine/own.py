@@ -81,7 +81,7 @@ class OwnFamily:
                 local = self.density.at(chunk.indices)
             assert isinstance(local, FactorisedGuide)
             local.joint = joint
-            return FreedGuide(local, self.varies)
+            return FreedGuide(local, chunk.start, self.varies)
         return FinetunedGuide(self.density, joint, chunk.indices)
 
     def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
@@ -120,13 +120,13 @@ def own_family(density: GuideDensity) -> OwnFamily:
     return OwnFamily(density, "fine-tuned")
 
 
-def moments(density: Any, chunk: Chunk, seed: int, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(density: Any, chunk: Chunk, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation `(B, dim)` of a posterior in unconstrained space."""
     with torch.no_grad():
-        return BlockedGuide(density, chunk, offset).moments(NUM_MOMENTS, seed, "moments")
+        return BlockedGuide(density, chunk).moments(NUM_MOMENTS, seed, "moments")
 
 
 def start_of(refined: Any, chunk: Chunk, seed: int) -> Start:
     """The start that the refined guide of a chunk gives further families."""
-    fitted = BlockedGuide(refined, chunk, chunk.start).mean_field
-    return Start(*moments(refined, chunk, seed, chunk.start), fitted=fitted)
+    fitted = BlockedGuide(refined, chunk).mean_field
+    return Start(*moments(refined, chunk, seed), fitted=fitted)

@@ -37,7 +37,7 @@ def refine_chunk(
     start: Start | None = None,
     report: Report | None = None,
 ) -> tuple[Refinable, Progress]:
-    """Refine one chunk: q* of its datapoints, counted from 0, and how it went.
+    """Refine one chunk: q* of its datapoints, and how it went.
 
     A further family starts at the Gaussian `start`, the guide's own at the guide's output. Where guides of the family
     have `starts_from`, another family, that one is refined first: a further family starts at the Gaussian which this
@@ -116,16 +116,13 @@ class RefinedGuide:
         """The guide at `indices`, which must lie in one chunk."""
         for chunk, part in zip(self.chunks, self.parts, strict=True):
             if chunk.start <= int(indices.min()) and int(indices.max()) < chunk.stop:
-                return part.at(indices - chunk.start)
+                return part.at(indices)
         raise InputError("indices: they span several chunks of the refinement; ask for fewer at a time")
 
     def sample(self, num_particles: int) -> tuple[Tensor, Tensor]:
         """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, in the model's unconstrained space."""
         with torch.no_grad():
-            draws = [
-                part.at(torch.arange(len(c))).sample(num_particles)
-                for c, part in zip(self.chunks, self.parts, strict=True)
-            ]
+            draws = [part.at(c.indices).sample(num_particles) for c, part in zip(self.chunks, self.parts, strict=True)]
         return torch.cat([z for z, _ in draws], 1), torch.cat([log_q for _, log_q in draws], 1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
