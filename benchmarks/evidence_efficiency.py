@@ -27,12 +27,15 @@ from reporting import machine, report
 from torch import Tensor
 
 from pyrogaps import AIS, GuideDensity, JointDensity, Refinement
-from pyrogaps.ais import anchor, anchored_path, prior_path, run_path, run_pilot
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import GradientEvaluator
+from pyrogaps.evidence.ais import run_path, run_pilot
+from pyrogaps.evidence.paths import anchored_path, prior_path
+from pyrogaps.gaussians import gaussian_of
 from pyrogaps.log_weights import log_mean_exp_estimate
-from pyrogaps.refine import own_family, refine_chunk
-from pyrogaps.streams import Chunk, chunks, seeded
+from pyrogaps.refine import Refiner, own_family
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk, Stream, chunks, seeded
 
 WITHIN = 0.1
 QUICK_REFINEMENT = Refinement(num_steps=100, num_particles=4, learning_rate=0.1, num_selection=64)
@@ -76,17 +79,18 @@ class Images:
 
     def evidence(self, settings: AIS, refined: object, seed: int) -> tuple[Tensor, Cost, Cost]:
         """log p(x) `(N,)`, what the chains cost, and the pilot."""
+        run = Run(seed)
         if settings.initial == "prior":
-            path, evaluator = prior_path(self.split, self.chunk, seed), self.split
+            path, evaluator = prior_path(self.split, self.chunk, run.stream("scale prior")), self.split
         else:
-            start = anchor(self.joint, refined, self.chunk, settings.widen, seed)  # type: ignore[arg-type]
-            path, evaluator = anchored_path(self.whole, start, self.chunk, seed), self.whole
+            start = gaussian_of(self.joint, refined, self.chunk, run.stream("anchor")).widened(settings.widen)  # type: ignore[arg-type]
+            path, evaluator = anchored_path(self.whole, start, self.chunk), self.whole
         # Recording a graph is no part of what is compared, and is done once per shape.
         for number in (settings.num_chains, settings.num_pilot_chains):
             evaluator.bind(self.chunk.indices, number)
-        tuning, pilot = self.counted(lambda: run_pilot(path, evaluator, self.chunk, settings, seed))
+        tuning, pilot = self.counted(lambda: run_pilot(path, self.chunk, settings, run))
         result, chains = self.counted(
-            lambda: run_path(path, tuning, evaluator, self.chunk, settings, seed)  # type: ignore[arg-type]
+            lambda: run_path(path, tuning, self.chunk, settings, run)  # type: ignore[arg-type]
         )
         return log_mean_exp_estimate(result.log_weights).value, chains, pilot  # type: ignore[attr-defined]
 
@@ -162,10 +166,10 @@ def compare(images: Images, options: argparse.Namespace) -> None:
     from_prior = replace(settings, initial="prior", schedule="sigmoid", target_acceptance=0.65)
     images.whole.bind(images.chunk.indices, QUICK_REFINEMENT.num_particles)
     (refined, _), refinement = images.counted(  # type: ignore[misc]
-        lambda: refine_chunk(images.family, images.whole, images.chunk, QUICK_REFINEMENT, 0)
+        lambda: Refiner(images.family, QUICK_REFINEMENT)(images.whole, images.chunk, Run(0))
     )
     long = replace(settings, num_chains=2 * options.chains, num_temperatures=options.long, num_leapfrog=5)
-    well, _ = refine_chunk(images.family, images.whole, images.chunk, options.refinement, 1)
+    well, _ = Refiner(images.family, options.refinement)(images.whole, images.chunk, Run(1))
     truth, _, _ = images.evidence(long, well, 1001)
     beside, _, _ = images.evidence(replace(from_prior, num_temperatures=10 * options.long, num_leapfrog=5), None, 1001)
     gap, error = mean_and_error(beside - truth)
@@ -215,9 +219,10 @@ def refine_many(images: Images, options: argparse.Namespace) -> None:
     pieces = chunks(images.joint.num_datapoints, options.batch_size)
     for name, chosen in (("default", options.refinement), ("three times as long", longer)):
         begin = time.perf_counter()
-        parts = [(piece, *refine_chunk(images.family, images.whole, piece, chosen, 0)) for piece in pieces]
+        refiner = Refiner(images.family, chosen)
+        parts = [(piece, *refiner(images.whole, piece, Run(0))) for piece in pieces]
         seconds = time.perf_counter() - begin
-        weights = [chunk_log_weights(images.joint, part, c, 1000, 0, "score", c.start) for c, part, _ in parts]
+        weights = [chunk_log_weights(images.joint, part, c, 1000, Stream(0, "score")) for c, part, _ in parts]
         elbos.append(torch.cat([w.mean(0) for w in weights]))
         converged = torch.cat([how.converged for _, _, how in parts]).double().mean()
         rows.append([name, float(elbos[-1].mean()), float(converged), seconds])

@@ -101,9 +101,10 @@ def main() -> None:
     steps = 5 if options.quick else 300
 
     def ledger(mode: Mode) -> Callable[[], object]:
-        settings = pg.AIS(mode=mode, **few)
-        refinement = pg.Refinement(num_steps=steps)
-        return lambda: pg.decompose(model, guide, x, evidence=settings, refinement=refinement, progress=False)
+        evidence, refinement = pg.AIS(**few), pg.Refinement(num_steps=steps)
+        return lambda: pg.decompose(
+            pg.Problem.of(model, guide, x, mode=mode), evidence=evidence, refinement=refinement, progress=False
+        )
 
     modes: list[Mode] = ["eager", "captured", *([] if options.no_compile else ["compiled"])]
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}

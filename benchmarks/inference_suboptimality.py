@@ -71,7 +71,7 @@ def column_recipe(
         override(document, "training.schedule.init_args.num_epochs", num_epochs)
         override(document, "training.num_epochs", num_epochs)
     if num_images is not None:
-        override(document, "split.num_datapoints", num_images)
+        override(document, "evaluate.num_datapoints", num_images)
     return resolve(document)
 
 
@@ -132,7 +132,7 @@ def evaluated(
     def measure() -> GapLedger:
         source = data.evaluated if part == "test" else data.train
         assert isinstance(source, Tensor)
-        images = source[: num_images or recipe.split.num_datapoints]
+        images = source[: num_images or recipe.evaluate.num_datapoints]
         ledger = decomposed(recipe, model, guide, images, cache=folder / f"{part}-parts")
         bound = pg.iwae(model, guide, images, num_particles=NUM_IWAE, seed=recipe.seed + 1)
         ledger.per_datapoint["iwae_5000"] = "datapoint", bound.value.cpu().numpy()

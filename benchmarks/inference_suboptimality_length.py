@@ -89,7 +89,7 @@ def train_to(epoch: int, recipe: Recipe, folder: Path) -> None:
         return
     # What is measured of a column may change while it is trained.
     own = RunFolder(folder / "training")
-    own.claim(replace(recipe, families={}, split=type(recipe.split)()).to_yaml(), overwrite=False)
+    own.claim(replace(recipe, families={}, evaluate=type(recipe.evaluate)()).to_yaml(), overwrite=False)
     model, guide, data = untrained(recipe)
     assert recipe.training is not None
     settings = {**vars(recipe.training), "num_epochs": epoch}

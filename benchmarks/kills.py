@@ -31,10 +31,10 @@ VICTIMS = ("another rank", "rank 0", "all")
 
 # The guide's module, which the command imports: it writes down every chunk that was measured and kept.
 COUNTING = """
-from pyrogaps.gaps.parts import Parts
+from pyrogaps.chunk_cache import ChunkCache
 from pyrogaps.guides.amortized import AmortizedNormal as Guide
 
-get = Parts.get
+get = ChunkCache.get
 
 def counted(self, chunk, probe, compute):
     measured = []
@@ -44,7 +44,7 @@ def counted(self, chunk, probe, compute):
             file.write(f"{chunk.start}\\n")
     return result
 
-Parts.get = counted
+ChunkCache.get = counted
 """
 
 
@@ -122,7 +122,7 @@ def main() -> None:
             "guide": {"class_path": "counted.Guide", "init_args": arguments},
             "batch_size": 64,  # many small chunks
             "refinement": {"num_steps": 100 if options.quick else 1000},
-            "split": {"part": "train", "num_datapoints": 128 if options.quick else None},
+            "evaluate": {"part": "train", "num_datapoints": 128 if options.quick else None},
         }
         (folder / "counted.yaml").write_text(yaml.safe_dump(recipe))
         assert command(folder, 1, "--out", "undisturbed").wait() == 0

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyrogaps import JointDensity
-from pyrogaps.anneal import GaussianStart, starting_at
 from pyrogaps.capture import GradientEvaluator, Mode
-from pyrogaps.hmc import transition
+from pyrogaps.evidence.paths import from_gaussian
+from pyrogaps.gaussians import Gaussian
+from pyrogaps.hmc import Leapfrog, transition
 from pyrogaps.models.vae import VAE
 
 BETA, STEP = 0.6, 0.05
@@ -41,7 +42,7 @@ class Problem:
         self.model = VAE(784, 50, (200, 200)).requires_grad_(False)
         self.layers = [layer for layer in self.model.decoder if isinstance(layer, torch.nn.Linear)]
         self.x = (torch.rand(num_datapoints, 784) < 0.2).float()
-        self.start = GaussianStart(0.3 * torch.randn(num_datapoints, 50), 0.5 + torch.rand(num_datapoints, 50))
+        self.start = Gaussian(0.3 * torch.randn(num_datapoints, 50), 0.5 + torch.rand(num_datapoints, 50))
         self.z = self.start.draw(torch.randn(*self.shape, 50))
         self.velocity, self.uniform = torch.randn(*self.shape, 50), torch.rand(self.shape)
         self.step = torch.full(self.shape, STEP)
@@ -51,22 +52,14 @@ def through_pyro(problem: Problem, mode: Mode) -> tuple[Transition, Tensor]:
     """The library's own transition, and its gradient at the starting points."""
     evaluator = GradientEvaluator(JointDensity(problem.model, problem.x), mode)
     bound = evaluator.bind(torch.arange(problem.shape[1]), problem.shape[0])
-    evaluate = starting_at(problem.start, bound, bound.gradients)
+    evaluate = from_gaussian(problem.start, bound, bound.gradients)
     state = evaluate(problem.z)
     weights = (torch.tensor(1 - BETA), torch.tensor(BETA))
     gradient = weights[0] * state.gradients[0] + weights[1] * state.gradients[1]
 
     def run() -> object:
-        return transition(
-            state,
-            evaluate,
-            weights,
-            problem.step,
-            problem.num_leapfrog,
-            problem.start.scale,
-            problem.velocity,
-            problem.uniform,
-        )
+        leapfrog = Leapfrog(evaluate, problem.start.scale, problem.num_leapfrog)
+        return transition(leapfrog, state, weights, problem.step, problem.velocity, problem.uniform)
 
     if evaluator.mode != mode:
         raise RuntimeError(f"the model fell back from {mode} to {evaluator.mode}")

@@ -98,7 +98,7 @@ def along_training(recipe: Recipe, folder: Path) -> Iterator[tuple[int, str, pg.
         for part, file in files.items():
             x = getattr(data, part)
             assert isinstance(x, Tensor)
-            some = x[: recipe.split.num_datapoints]
+            some = x[: recipe.evaluate.num_datapoints]
             yield epoch, part, kept_ledger(file, lambda some=some: decomposed(recipe, model, guide, some))
 
 

@@ -21,13 +21,12 @@ import pyrogaps as pg
 from benchmarks.inference_suboptimality import column_recipe, decomposed, trained
 from benchmarks.reporting import RESULTS, kept_ledger, machine, report
 from pyrogaps.building import build_families
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density.runs import Program
 from pyrogaps.problem import Problem
 from pyrogaps.recipe import Recipe
-from pyrogaps.refine import own_family, refine_chunk
+from pyrogaps.refine import RefinedGuide, Refiner, own_family
 from pyrogaps.refine.own import start_of
-from pyrogaps.refine.refine import RefinedGuide
+from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
 AMORTIZED, MEAN_FIELD, FLOW = "amortized FFG", "optimal FFG", "optimal flow"
@@ -105,16 +104,14 @@ def _largest_of_the_family(model: Program, x: Tensor, ledger: pg.GapLedger, orde
 def refined(recipe: Recipe, model: Program, guide: Program, x: Tensor) -> dict[str, RefinedGuide]:
     """The best mean-field guide and the best flow of every image, found as `decompose` finds them."""
     problem = Problem.of(model, guide, x)
-    joint, density = problem.joint, problem.guide_density()
-    evaluator, chunk = GradientEvaluator(joint), Chunk(0, len(x))
-    settings, seed = recipe.refinement, recipe.seed
-    own, how = refine_chunk(own_family(density), evaluator, chunk, settings, seed)
-    start = start_of(own, chunk, seed)
-    family = build_families(recipe)["flow"]
-    flow, how_flow = refine_chunk(family, evaluator, chunk, settings, seed, "flow", start)
+    joint, chunk, run = problem.joint, Chunk(0, len(x)), Run(recipe.seed)
+    of_own = Refiner(own_family(problem.guide_density()), recipe.refinement)
+    own, own_progress = of_own(problem.evaluator, chunk, run)
+    of_flow = Refiner(build_families(recipe)["flow"], recipe.refinement)
+    flow, flow_progress = of_flow(problem.evaluator, chunk, run, "flow", start_of(own, chunk, run))
     return {
-        MEAN_FIELD: RefinedGuide(joint, [chunk], [own], [how]),
-        FLOW: RefinedGuide(joint, [chunk], [flow], [how_flow]),
+        MEAN_FIELD: RefinedGuide(joint, [chunk], [own], [own_progress]),
+        FLOW: RefinedGuide(joint, [chunk], [flow], [flow_progress]),
     }
 
 

@@ -19,12 +19,11 @@ from tqdm import tqdm
 import pyrogaps as pg
 from benchmarks.reporting import machine, report
 from pyrogaps.gaps import amortization
-from pyrogaps.gaps.split import CAPACITY, GENERALIZATION, OPTIMIZATION
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.training import Cosine, Training, train
 
-GAPS = (CAPACITY, OPTIMIZATION, GENERALIZATION)
+GAPS = CAPACITY, OPTIMIZATION, GENERALIZATION = "capacity_gap", "optimization_gap", "generalization_gap"
 NUM_TEST, NUM_MEASURED, BATCH_SIZE = 128, 128, 100
 
 

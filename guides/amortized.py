@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyrogaps.errors import InputError
+from pyrogaps.family import AmortizedGuide
 from pyrogaps.models.mlp import mlp
 
 
-class Amortized(nn.Module):
+class Amortized(AmortizedGuide, nn.Module):
     """The encoder, `(N, *event)` to `(N, num_outputs)`, and what its subclasses do alike.
 
     An MLP reads a datapoint's elements, or what `features` makes of them: any module from `(N, *event)` to

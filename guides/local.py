@@ -17,6 +17,7 @@ from torch.distributions import biject_to, transform_to
 from pyrogaps.density.layout import Site
 from pyrogaps.density.structure import find_plate, lay_out
 from pyrogaps.errors import InputError
+from pyrogaps.family import LocalFamily
 
 
 class MarginalMultivariateNormal(dist.MultivariateNormal):
@@ -39,7 +40,7 @@ class MarginalMultivariateNormal(dist.MultivariateNormal):
         return MarginalMultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
 
-class AutoLocal(AutoGuide):
+class AutoLocal(LocalFamily, AutoGuide):
     """A guide for every datapoint over all its latent sites, as one flat vector in unconstrained space.
 
     Local under the data plate: its parameters have an axis of datapoints, so that datapoints can be refined side by

@@ -12,6 +12,7 @@ from torch.nn.functional import pad, softplus
 
 from pyrogaps.conditioning import checked_lookahead
 from pyrogaps.errors import InputError
+from pyrogaps.family import AmortizedGuide, LocalFamily
 from pyrogaps.models.sequences import SequenceModel, sequence_mask, within
 
 
@@ -71,7 +72,7 @@ class Combiner(nn.Module):
         return torch.stack(states, -2)
 
 
-class StructuredNormal(nn.Module):
+class StructuredNormal(AmortizedGuide, nn.Module):
     r"""A Normal for every latent given the one before it, looking `lookahead` steps ahead:
 
     $$q(z_{1:T} \mid x) = \prod_t \mathcal N(z_t;\, m(z_{t-1}, h_t),\, \mathrm{diag}\, s(z_{t-1}, h_t)^2)$$
@@ -159,7 +160,7 @@ class StructuredNormal(nn.Module):
         guide.start_states(self.encode(x, lengths))
 
 
-class LocalStructuredNormal(nn.Module):
+class LocalStructuredNormal(LocalFamily, nn.Module):
     """`StructuredNormal` with every h_t of every datapoint free, whatever network might have given it.
 
     Called like the model; the first call says how many datapoints and steps there are. `h` `(N, T, rnn_dim)`, zero at

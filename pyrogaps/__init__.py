@@ -1,13 +1,13 @@
 """pyrogaps: how far is inference in a Pyro model from the truth, and whose fault is it?"""
 
-from pyrogaps.ais import AIS, ais, bdmc
 from pyrogaps.bounds import elbo, iwae
 from pyrogaps.calibration import Calibration, calibrate
 from pyrogaps.conditioning import Conditioning, SimulatedData, reference_guide, shared_posterior
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
-from pyrogaps.escalation import Escalation, log_evidence
-from pyrogaps.gaps import Certificate, GapLedger, Retraining, Split, decompose
+from pyrogaps.evidence import AIS, Evidence, Ladder, Measured, Measurement, ais, bdmc, log_evidence
+from pyrogaps.family import AmortizedGuide, LocalFamily
+from pyrogaps.gaps import TERMS, Certificate, GapLedger, Retraining, Split, Term, decompose
 from pyrogaps.mapa import (
     MAPA_ELBO,
     MAPA_IWAE_ELBO,
@@ -30,24 +30,31 @@ __all__ = [
     "IWAE_ELBO",
     "MAPA_ELBO",
     "MAPA_IWAE_ELBO",
+    "TERMS",
+    "AmortizedGuide",
     "BernoulliKernel",
     "Calibration",
     "Certificate",
     "Conditioning",
     "ContinuousBernoulliKernel",
-    "Escalation",
+    "Evidence",
     "GapLedger",
     "GaussianKernel",
     "GuideDensity",
     "IndexedData",
     "InputError",
     "JointDensity",
+    "Ladder",
+    "LocalFamily",
     "MapaPosterior",
+    "Measured",
+    "Measurement",
     "Problem",
     "Refinement",
     "Retraining",
     "SimulatedData",
     "Split",
+    "Term",
     "ais",
     "bdmc",
     "calibrate",

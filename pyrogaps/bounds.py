@@ -1,33 +1,27 @@
 """ELBO and IWAE: lower bounds of log p(x) from a guide's importance weights."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyrogaps import ranks
 from pyrogaps.capture import GradientEvaluator
-from pyrogaps.density import Data, JointDensity
+from pyrogaps.density import Data
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.problem import Plate, Problem
-from pyrogaps.streams import Chunk, chunks, particle_blocks, seeded
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk, Stream, particle_blocks
 
 Density = Callable[[Tensor, Tensor], Tensor]
-# Values from which on a record of the density, half a second's work, is sooner there.
-MANY = 100_000
+# Above this many evaluations, recording the density first (about 0.5 s) is faster.
+RECORDING_THRESHOLD = 100_000
 
 
 def chunk_log_weights(
-    density: Density,
-    posterior: Posterior,
-    chunk: Chunk,
-    num_particles: int,
-    seed: int,
-    purpose: str,
+    density: Density, posterior: Posterior, chunk: Chunk, num_particles: int, stream: Stream
 ) -> Tensor:
     """log w = log p(x, z) - log q(z | x) of draws from `posterior`, `(S, B)` in double precision, nats.
 
@@ -38,7 +32,7 @@ def chunk_log_weights(
     guide, parts = BlockedGuide(posterior, chunk), []
     with torch.no_grad():
         for first, size in enumerate(particle_blocks(num_particles)):
-            z, log_q = guide.sample(size, seed, purpose, first)
+            z, log_q = guide.sample(size, stream, first)
             parts.append(density(z, chunk.indices).double() - log_q.double())
     return refuse_nan(torch.cat(parts), chunk.indices)
 
@@ -83,7 +77,7 @@ def elbo(
         An `Estimate` in nats: `value` and `mcse` `(N,)`, `log_weights` `(S, N)`.
     """
     problem = Problem.of(model, guide, data, plate)
-    return mean_estimate(log_weights_of(problem, num_particles, batch_size, seed))
+    return mean_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size)))
 
 
 def iwae(
@@ -104,29 +98,16 @@ def iwae(
     result as for `elbo`; the result has `ess` and Pareto `khat` too.
     """
     problem = Problem.of(model, guide, data, plate)
-    return log_mean_exp_estimate(log_weights_of(problem, num_particles, batch_size, seed))
+    return log_mean_exp_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size)))
 
 
-def log_weights_of(problem: Problem, num_particles: int, batch_size: int, seed: int) -> Tensor:
+def log_weights_of(problem: Problem, num_particles: int, run: Run) -> Tensor:
     """log w of `num_particles` draws from the guide at every datapoint, `(S, N)` in double precision, nats."""
     joint, posterior = problem.scored, problem.guided()
-    many = joint.num_datapoints * num_particles >= MANY
-    value = GradientEvaluator(joint, quiet=True) if many else joint
+    many = joint.num_datapoints * num_particles >= RECORDING_THRESHOLD
+    density = GradientEvaluator(joint, quiet=True) if many else joint
 
-    def one(chunk: Chunk) -> Tensor:
-        return chunk_log_weights(value, posterior, chunk, num_particles, seed, "elbo")
+    def measure(chunk: Chunk) -> Tensor:
+        return chunk_log_weights(density, posterior, chunk, num_particles, run.stream("elbo"))
 
-    return torch.cat(over_chunks(one, joint, batch_size, seed), 1)
-
-
-def over_chunks(
-    work: Callable[[Chunk], Any], joint: JointDensity, batch_size: int, seed: int, *, alone: bool = False
-) -> list[Any]:
-    """`work` on every chunk of the data, with the caller's random state restored afterwards.
-
-    Where several processes share the work, each takes some chunks and all get all results, on the CPU; `alone`: each
-    does everything, because what `work` returns belongs to its process.
-    """
-    pieces = chunks(joint.num_datapoints, batch_size)
-    with seeded(seed, "unused", device=joint.device):
-        return [work(chunk) for chunk in pieces] if alone else ranks.divided(work, pieces)
+    return torch.cat(run.map(measure, joint), 1)

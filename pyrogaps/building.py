@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyrogaps.density.data import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.evidence import AIS, Evidence
 from pyrogaps.recipe import Component, Recipe, check_names, parse_typed
 
 
@@ -39,6 +40,16 @@ def build_programs(recipe: Recipe) -> tuple[Program, Program]:
 def build_encoder(recipe: Recipe) -> Program | None:
     """The encoder that MAPA trains the model of `recipe` with; None where it names none."""
     return None if recipe.encoder is None else _program("encoder", recipe.encoder)
+
+
+def build_evidence(recipe: Recipe) -> Evidence:
+    """How `recipe` measures log p(x)."""
+    if isinstance(recipe.evidence, AIS):
+        return recipe.evidence
+    evidence = construct("evidence", recipe.evidence)
+    if not isinstance(evidence, Evidence):
+        raise InputError(f"evidence: {recipe.evidence.class_path} is not a subclass of pyrogaps.Evidence")
+    return evidence
 
 
 def build_families(recipe: Recipe) -> dict[str, Callable[[Program], Program]]:
@@ -200,7 +211,7 @@ def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool =
         elif value:
             remarks.append(f"--{option} has no effect: {component.class_path} takes no such argument")
     data = construct("data", component)
-    evaluated = _part(recipe, data, recipe.split.part, required=True)
+    evaluated = _part(recipe, data, recipe.evaluate.part, required=True)
     trains = recipe.training is not None or recipe.mapa is not None
     trains = (trains and recipe.checkpoint is None) or recipe.retraining is not None
     train = _part(recipe, data, "train", required=trains)
@@ -217,16 +228,18 @@ def _part(recipe: Recipe, data: Any, part: str, *, required: bool) -> Any:
 
 
 def _first(recipe: Recipe, data: Any) -> Any:
-    """The datapoints that `split` asks for."""
-    count = recipe.split.num_datapoints
+    """The datapoints that `evaluate` asks for."""
+    count = recipe.evaluate.num_datapoints
     if count is None:
         return data
     tensors = data if isinstance(data, tuple) else (data,)
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise InputError("split.num_datapoints: only data that are tensors can be cut; leave it null")
+        raise InputError("evaluate.num_datapoints: only data that are tensors can be cut; leave it null")
     held = len(tensors[0])
     if not 1 <= count <= held:
-        raise InputError(f"split.num_datapoints: asked for {count} of the {held} datapoints in '{recipe.split.part}'")
+        raise InputError(
+            f"evaluate.num_datapoints: asked for {count} of the {held} datapoints in '{recipe.evaluate.part}'"
+        )
     return tuple(t[:count] for t in data) if isinstance(data, tuple) else data[:count]
 
 

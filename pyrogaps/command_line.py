@@ -77,7 +77,8 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options] | None:
     if given.pop("help", False):
         return None
     document = read_document(name)
-    for key, text in overrides:
+    # A class first, whatever the order: its settings are set on it.
+    for key, text in sorted(overrides, key=lambda pair: pair[0] != "evidence.class_path"):
         override(document, key, load_yaml(text, f"--{key}"))
     out = Path(given.pop("out", Path("runs") / _run_name(name)))
     return resolve(document), Options(out=out, **given)

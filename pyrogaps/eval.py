@@ -15,6 +15,7 @@ from pyrogaps.building import (
     DataSet,
     build_data,
     build_encoder,
+    build_evidence,
     build_families,
     build_programs,
     check_device,
@@ -112,6 +113,7 @@ def _build(
     for remark in remarks:
         say(f"pyrogaps: {remark}")
     families = build_families(recipe)
+    build_evidence(recipe)  # what cannot be built is refused before training
     pyro.clear_param_store()
     pyro.set_rng_seed(recipe.seed)
     model, guide = build_programs(recipe)
@@ -148,7 +150,7 @@ def _measured(
         guide,
         data.evaluated,
         families=families,
-        evidence=recipe.escalation or recipe.evidence,
+        evidence=build_evidence(recipe),
         refinement=recipe.refinement,
         conditioning=recipe.conditioning,
         reference=reference,

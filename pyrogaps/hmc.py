@@ -1,14 +1,60 @@
-"""One batched Hamiltonian Monte Carlo transition on a path of densities.
+"""Batched Hamiltonian Monte Carlo transitions, with the integrator as an argument.
 
 Neal (2011), MCMC using Hamiltonian dynamics, arXiv:1206.1901.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+# The positions of chains `(S, B, dim)` and what is known there: a named tuple of tensors, and of tuples of them.
+State = TypeVar("State", bound=tuple[Any, ...])
+
+
+class Integrator(Protocol[State]):
+    """Hamiltonian dynamics on a family of targets; `at` names one of them, a number or the weights of a mixture."""
+
+    def propose(self, state: State, velocity: Tensor, at: Any, step: Tensor) -> tuple[State, Tensor]:
+        """State and velocity after a trajectory of steps of length `step` `(S, B, 1)`, reversible, volume kept."""
+        ...
+
+    def log_density(self, state: State, velocity: Tensor, at: Any) -> Tensor:
+        """log of the target times that of the velocity, `(S, B)`, up to a constant: minus the Hamiltonian."""
+        ...
+
+
+class HMCInfo(NamedTuple):
+    """What happened in a transition: acceptance probability and decision, each `(S, B)`."""
+
+    acceptance: Tensor
+    accepted: Tensor
+
+
+def transition(
+    integrator: Integrator[State], state: State, at: Any, step_size: Tensor, velocity: Tensor, uniform: Tensor
+) -> tuple[State, HMCInfo]:
+    """Leave the target `at` invariant: a trajectory and an accept decision.
+
+    Args:
+        integrator: `Leapfrog`, or another that is reversible and keeps volume.
+        state: where the chains are.
+        at: the target, as the integrator names it.
+        step_size: broadcasting to `(S, B)`; it must not depend on the running chains.
+        velocity: standard normal noise `(S, B, dim)`.
+        uniform: uniform noise `(S, B)`.
+
+    A proposal whose density is not finite is rejected.
+    """
+    before = integrator.log_density(state, velocity, at)
+    proposal, velocity = integrator.propose(state, velocity, at, step_size[..., None])
+    difference = integrator.log_density(proposal, velocity, at) - before
+    difference = torch.where(torch.isfinite(difference), difference, torch.full_like(difference, -torch.inf))
+    acceptance = difference.clamp(max=0.0).exp()
+    accepted = uniform < acceptance
+    return _select(accepted, proposal, state), HMCInfo(acceptance, accepted)
 
 
 class HMCState(NamedTuple):
@@ -21,13 +67,6 @@ class HMCState(NamedTuple):
     position: Tensor
     log_densities: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
-
-
-class HMCInfo(NamedTuple):
-    """What happened in a transition: acceptance probability and decision, each `(S, B)`."""
-
-    acceptance: Tensor
-    accepted: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,46 +83,38 @@ class Evaluation:
 Evaluate = Callable[[Tensor], HMCState] | Evaluation
 
 
-def transition(
-    state: HMCState,
-    evaluate: Evaluate,
-    weights: tuple[Tensor, ...],
-    step_size: Tensor,
-    num_leapfrog: int,
-    scale: Tensor,
-    velocity: Tensor,
-    uniform: Tensor,
-) -> tuple[HMCState, HMCInfo]:
-    """Leave exp(sum_k weights_k log density_k) invariant: `num_leapfrog` leapfrog steps and an accept decision.
+@dataclass(frozen=True)
+class Leapfrog:
+    """Leapfrog steps on sum_k weights_k log density_k; `at` is the K weights, each broadcasting to `(S, B)`.
 
-    Args:
-        state: where the chains are.
-        evaluate: positions to state, called `num_leapfrog` times; an `Evaluation` gives gradients alone till the last.
-        weights: K mixing weights, each broadcasting to `(S, B)`.
-        step_size: broadcasting to `(S, B)`; it must not depend on the running chains.
+    Attributes:
+        evaluate: positions to state, called once a step; an `Evaluation` gives gradients alone until the last one.
         scale: the preconditioner, standard deviations `(B, dim)` or a lower Cholesky factor `(B, dim, dim)`: the mass
             matrix is the inverse of the covariance it stands for.
-        velocity: standard normal noise `(S, B, dim)`.
-        uniform: uniform noise `(S, B)`.
-
-    A proposal whose density is not finite is rejected.
+        num_steps: of a trajectory.
     """
-    step = step_size[..., None]
-    energy = _log_target(state, weights) - 0.5 * velocity.square().sum(-1)
-    velocity = velocity + 0.5 * step * _push(state.gradients, weights, scale)
-    position = state.position + step * apply_scale(scale, velocity)
-    for _ in range(num_leapfrog - 1):
-        # The half steps of the velocity before and after a position are one.
-        gradients = evaluate.gradients(position) if isinstance(evaluate, Evaluation) else evaluate(position).gradients
-        velocity = velocity + step * _push(gradients, weights, scale)
-        position = position + step * apply_scale(scale, velocity)
-    proposal = evaluate(position)
-    velocity = velocity + 0.5 * step * _push(proposal.gradients, weights, scale)
-    difference = _log_target(proposal, weights) - 0.5 * velocity.square().sum(-1) - energy
-    difference = torch.where(torch.isfinite(difference), difference, torch.full_like(difference, -torch.inf))
-    acceptance = difference.clamp(max=0.0).exp()
-    accepted = uniform < acceptance
-    return _select(accepted, proposal, state), HMCInfo(acceptance, accepted)
+
+    evaluate: Evaluate
+    scale: Tensor
+    num_steps: int
+
+    def propose(
+        self, state: HMCState, velocity: Tensor, at: tuple[Tensor, ...], step: Tensor
+    ) -> tuple[HMCState, Tensor]:
+        evaluate, scale = self.evaluate, self.scale
+        velocity = velocity + 0.5 * step * _push(state.gradients, at, scale)
+        position = state.position + step * apply_scale(scale, velocity)
+        for _ in range(self.num_steps - 1):
+            # The half steps of the velocity before and after a position are one.
+            known = evaluate.gradients(position) if isinstance(evaluate, Evaluation) else evaluate(position).gradients
+            velocity = velocity + step * _push(known, at, scale)
+            position = position + step * apply_scale(scale, velocity)
+        proposal = evaluate(position)
+        return proposal, velocity + 0.5 * step * _push(proposal.gradients, at, scale)
+
+    def log_density(self, state: HMCState, velocity: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+        terms = [weight * value for weight, value in zip(at, state.log_densities, strict=True)]
+        return sum(terms[1:], start=terms[0]) - 0.5 * velocity.square().sum(-1)
 
 
 def apply_scale(scale: Tensor, vector: Tensor) -> Tensor:
@@ -108,17 +139,9 @@ def _push(gradients: tuple[Tensor, ...], weights: tuple[Tensor, ...], scale: Ten
     return apply_transpose(scale, force)
 
 
-def _log_target(state: HMCState, weights: tuple[Tensor, ...]) -> Tensor:
-    terms = [weight * value for weight, value in zip(weights, state.log_densities, strict=True)]
-    return sum(terms[1:], start=terms[0])
-
-
-def _select(accepted: Tensor, proposal: HMCState, state: HMCState) -> HMCState:
-    def pick(new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(accepted if new.dim() == accepted.dim() else accepted[..., None], new, old)
-
-    return HMCState(
-        pick(proposal.position, state.position),
-        tuple(pick(n, o) for n, o in zip(proposal.log_densities, state.log_densities, strict=True)),
-        tuple(pick(n, o) for n, o in zip(proposal.gradients, state.gradients, strict=True)),
-    )
+def _select(accepted: Tensor, proposal: Any, state: Any) -> Any:
+    """`proposal` where it was accepted, else `state`, entry by entry."""
+    if isinstance(state, Tensor):
+        return torch.where(accepted if state.dim() == accepted.dim() else accepted[..., None], proposal, state)
+    chosen = [_select(accepted, new, old) for new, old in zip(proposal, state, strict=True)]
+    return type(state)(*chosen) if hasattr(state, "_fields") else tuple(chosen)

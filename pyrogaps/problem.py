@@ -1,16 +1,18 @@
 """`Problem`: a model, a guide and data, whose structure is read once."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Union, cast
 
 from torch import Tensor
 
+from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, rows_of, whole
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError
+from pyrogaps.family import AmortizedGuide, augmented
 from pyrogaps.streams import seeded
 
 Plate = str | Literal[False] | None
@@ -41,12 +43,18 @@ class Problem:
             `augment(model)`, the model extended by a reverse model for them, whose evidence is the model's own: see
             `scored`. Where it has a `local_family` too, that takes care of the auxiliary variables, and `joint` is of
             the model as it was given.
+        mode: how densities and their gradients are evaluated, see `GradientEvaluator`.
     """
 
     model: Program
     guide: Program | Posterior | None
     joint: JointDensity
     posterior: Posterior | None
+    mode: Mode = "captured"
+    # Recorded densities, so that a shape is recorded once whoever asks for it.
+    _evaluators: dict[tuple[JointDensity, bool], GradientEvaluator] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
     def of(
@@ -55,6 +63,7 @@ class Problem:
         guide: Program | Posterior | None = None,
         data: Data | None = None,
         plate: Plate = None,
+        mode: Mode = "captured",
     ) -> "Problem":
         """Read a model, a guide (None for none) and data; a problem is returned as it is.
 
@@ -62,6 +71,7 @@ class Problem:
             model: a Pyro model, or a problem, which is passed alone.
             guide: a Pyro guide, or what `refine` returned for these data.
             data, plate: as for `JointDensity`.
+            mode: see `GradientEvaluator`.
 
         Raises:
             InputError: for all that `JointDensity` and `GuideDensity` refuse, and for a problem with other arguments.
@@ -72,11 +82,10 @@ class Problem:
             return model
         if data is None:
             raise InputError("data: missing; pass the model, the guide and the data, or a Problem")
-        augment = getattr(guide, "augment", None)
-        if augment is None or hasattr(guide, "local_family"):
-            return cls(model, None, JointDensity(model, data, plate), None).with_guide(guide)
-        extended = JointDensity(augment(model), data, plate)
-        return cls(model, guide, extended, GuideDensity(cast(Program, guide), None, extended))
+        if not _extends_model(guide):
+            return cls(model, None, JointDensity(model, data, plate), None, mode).with_guide(guide)
+        extended = JointDensity(augmented(model, guide), data, plate)
+        return cls(model, guide, extended, GuideDensity(cast(Program, guide), None, extended), mode)
 
     @property
     def plate(self) -> str | None:
@@ -98,6 +107,26 @@ class Problem:
         """The density that the guide's draws are scored with: `joint`, or that with the guide's reverse model."""
         return self.posterior.joint if isinstance(self.posterior, GuideDensity) else self.joint
 
+    @property
+    def evaluator(self) -> GradientEvaluator:
+        """Evaluates `joint` and its gradients, recorded once for every shape."""
+        return self.evaluator_of(self.joint)
+
+    @property
+    def scorer(self) -> GradientEvaluator:
+        """As `evaluator`, of `scored`."""
+        return self.evaluator_of(self.scored)
+
+    def evaluator_of(self, joint: JointDensity, *, split: bool = False) -> GradientEvaluator:
+        """As `evaluator`, of a density of the same data; `split` has the prior beside it, see `GradientEvaluator`."""
+        if (joint, split) not in self._evaluators:
+            self._evaluators[joint, split] = GradientEvaluator(joint, self.mode, split)
+        return self._evaluators[joint, split]
+
+    def compiled(self) -> "Problem":
+        """The same problem with its densities given to `torch.compile`."""
+        return replace(self, mode="compiled", _evaluators={})
+
     def guided(self) -> Posterior:
         """`posterior`; raises `InputError` where there is none."""
         if self.posterior is None:
@@ -117,10 +146,9 @@ class Problem:
         """
         if is_posterior(guide):  # it belongs to the space that it was refined in, which is that of `joint`
             return replace(self, guide=guide, posterior=cast(Posterior, guide))
-        augment = getattr(guide, "augment", None)
-        extended = None if augment is None else self._density_of(augment(self.model))
-        joint = extended if extended and not hasattr(guide, "local_family") else self._density_of(self.model)
-        density = None if guide is None else GuideDensity(cast(Program, guide), None, extended or joint)
+        scored = self._density_of(augmented(self.model, guide))
+        joint = scored if _extends_model(guide) else self._density_of(self.model)
+        density = None if guide is None else GuideDensity(cast(Program, guide), None, scored)
         return replace(self, guide=guide, joint=joint, posterior=density)
 
     def _density_of(self, model: Program) -> JointDensity:
@@ -139,7 +167,7 @@ class Problem:
             posterior = posterior.over(joint if same else posterior.joint.over(data))
         elif posterior is not None:
             raise InputError("guide: what refine returned belongs to the data it was refined for; pass the guide")
-        return replace(self, joint=joint, posterior=posterior)
+        return replace(self, joint=joint, posterior=posterior, _evaluators={})
 
     def simulated(self, seed: int, to_data: ToData | None = None) -> "Simulated":
         """The same problem on data drawn from the model in the shape of its own.
@@ -153,6 +181,12 @@ class Problem:
         args = as_tuple(data)
         held = whole(args) if self.plate is None else rows_of(args, self.num_datapoints)
         return Simulated(self.over(held), data, z)
+
+
+def _extends_model(guide: Any) -> bool:
+    """Whether the guide's auxiliary variables are latents of the problem: no local family takes care of them."""
+    declared = AmortizedGuide.of(guide)
+    return declared.augment is not None and declared.local_family is None
 
 
 class Simulated(NamedTuple):

@@ -15,12 +15,10 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
-from pyrogaps.ais import AIS
 from pyrogaps.conditioning import Conditioning
 from pyrogaps.errors import InputError
-from pyrogaps.escalation import Escalation
+from pyrogaps.evidence import AIS
 from pyrogaps.gaps import Certificate, Retraining
-from pyrogaps.gaps.compiling import Compile
 from pyrogaps.mapa import Mapa
 from pyrogaps.refine import Refinement
 from pyrogaps.training import Training
@@ -37,7 +35,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Split:
+class Evaluate:
     """Which datapoints are evaluated.
 
     Args:
@@ -58,13 +56,12 @@ class Recipe:
         guide: its guide: a class to build or a plain function; an autoguide is given the model.
         pair: in place of `model` and `guide`, one object that has both as `.model` and `.guide`.
         data: the data set: an object with tensors `.train` and `.test`, and `.validation` if it likes.
-        split: which datapoints are evaluated.
+        evaluate: which datapoints are evaluated.
         mapa: settings of MAPA, which trains the model before `training`; null: none.
         encoder: the encoder h that MAPA trains the model with; null: the guide, and MAPA's bound is one of log p(x).
         training: settings of `pyrogaps.train`; null trains nothing.
         families: further variational families to compare, by name; each is called with the model.
-        evidence: settings of annealed importance sampling, for log p(x).
-        escalation: settings of log p(x) by what each datapoint takes, in place of evidence; null: AIS, alike for all.
+        evidence: how log p(x) is measured: fields of AIS, or class_path (such as pyrogaps.Ladder) and init_args.
         refinement: settings of the per-datapoint refinement.
         conditioning: settings of the shared posterior, for a guide that is not shown all of x.
         reference: settings of the training of the guide that a lookahead's conditioning gap is measured by; null: none.
@@ -73,7 +70,7 @@ class Recipe:
         num_particles: draws for each bound.
         batch_size: datapoints worked on at once; null: what suits the model.
         max_memory: what a process may use, as in 4GiB; null: four fifths of what the machine has left.
-        compile: on compiles the model's density, auto does where the run is long enough, off never.
+        compile: whether to give the model's density to torch.compile, which pays in long runs.
         plate: name of the data plate; null finds it, false takes the whole data set as one datapoint.
         seed: of everything random.
         device: where to run, such as cpu, cuda or cuda:1.
@@ -85,13 +82,12 @@ class Recipe:
     model: Component | None = None
     guide: Component | None = None
     pair: Component | None = None
-    split: Split = field(default_factory=Split)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     mapa: Mapa | None = None
     encoder: Component | None = None
     training: Training | None = field(default_factory=Training)
     families: dict[str, Component] = field(default_factory=dict)
-    evidence: AIS = field(default_factory=AIS)
-    escalation: Escalation | None = None
+    evidence: AIS | Component = field(default_factory=AIS)
     refinement: Refinement = field(default_factory=Refinement)
     conditioning: Conditioning = field(default_factory=Conditioning)
     reference: Training | None = None
@@ -100,7 +96,7 @@ class Recipe:
     num_particles: int = 1000
     batch_size: int | None = None
     max_memory: int | str | None = None
-    compile: Compile = "auto"
+    compile: bool = False
     plate: str | Literal[False] | None = None
     seed: int = 0
     device: str = "cpu"
@@ -125,11 +121,10 @@ class Recipe:
 
 COMPONENTS = ("model", "guide", "pair", "data", "encoder")
 SECTIONS: dict[str, type] = {
-    "split": Split,
+    "evaluate": Evaluate,
     "mapa": Mapa,
     "training": Training,
     "evidence": AIS,
-    "escalation": Escalation,
     "refinement": Refinement,
     "conditioning": Conditioning,
     "reference": Training,
@@ -140,7 +135,6 @@ FIELDS = dict(re.findall(r"^ {8}(\w+): (.+)$", Recipe.__doc__ or "", re.MULTILIN
 NULLABLE = (
     "mapa",
     "training",
-    "escalation",
     "reference",
     "retraining",
     "certificate",
@@ -196,7 +190,9 @@ def _merged(base: Document, document: Document) -> Document:
 
 
 def _are_mappings(base: Document, name: str, value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(base.get(name), dict)
+    """Whether to merge; fields of a mapping that names no class are not those of a class that `value` names."""
+    below = base.get(name)
+    return isinstance(value, dict) and isinstance(below, dict) and ("class_path" in below or "class_path" not in value)
 
 
 def _own_document(recipe: str) -> Document:
@@ -237,7 +233,8 @@ def load_yaml(text: str, source: str) -> Any:
 def override(document: Document, key: str, value: Any) -> None:
     """Set the field with dotted name `key`, such as `data.init_args.num_test`, in place.
 
-    A component written as a bare dotted path is first spelled out; a null section becomes one with defaults.
+    A component written as a bare dotted path is first spelled out; a null section becomes one with defaults. A
+    `class_path` replaces fields that belong to no named class, such as those of AIS in `evidence`.
     """
     *parents, last = key.split(".")
     node = document
@@ -249,6 +246,8 @@ def override(document: Document, key: str, value: Any) -> None:
             child = {}
         node[parent] = child
         node = child
+    if last == "class_path" and last not in node:
+        node.clear()
     node[last] = value
 
 
@@ -266,8 +265,22 @@ def resolve(document: Document) -> Recipe:
     fields: Document = {name: component(name, document[name]) for name in COMPONENTS if document.get(name) is not None}
     # Null takes a family away that an extended recipe named.
     named = {str(name): entry for name, entry in families.items() if entry is not None}
+    if (evidence := _evidence(document.get("evidence"))) is not None:
+        fields["evidence"] = evidence
+        document = {name: entry for name, entry in document.items() if name != "evidence"}
     fields["families"] = {name: component(f"families.{name}", entry) for name, entry in named.items()}
-    return Recipe(**fields, **_typed(document))
+    return Recipe(**{**_typed(document), **fields})
+
+
+def _evidence(entry: Any) -> Component | None:
+    """An evidence that names its class; settings beside `class_path` are those of the class. None for AIS's fields."""
+    if isinstance(entry, str):
+        return Component(entry)
+    if not isinstance(entry, dict) or "class_path" not in entry:
+        return None
+    beside = {name: value for name, value in entry.items() if name not in ("class_path", "init_args")}
+    named = component("evidence", {name: value for name, value in entry.items() if name not in beside})
+    return Component(named.class_path, {**named.init_args, **beside})
 
 
 def component(key: str, entry: Any) -> Component:
@@ -309,8 +322,6 @@ def _typed(document: Document) -> Document:
         elif value is None and name not in absent:
             raise InputError(f"{name}: expected a value, got null")
     present = {name: value for name, value in given.items() if name not in absent}
-    if isinstance(choice := present.get("compile"), bool):
-        present["compile"] = "on" if choice else "off"  # which YAML takes for true and false
     values = parse_typed(parser(), present)
     return {name: None if name in absent else values[name] for name in (*SECTIONS, *SCALARS)}
 

@@ -75,15 +75,37 @@ def particle_blocks(num_particles: int) -> list[int]:
     return [PARTICLE_BLOCK] * whole + [rest] * (rest > 0)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The random numbers of one purpose: a sequence of its own for every block of datapoints and of particles."""
+
+    seed: int
+    purpose: str
+
+    def reseed(self, *labels: int) -> None:
+        """Seed torch's global generators for the block of datapoints, and of particles, that `labels` number."""
+        reseed(self.seed, self.purpose, *labels)
+
+    @contextmanager
+    def seeded(self, *labels: int, device: torch.device | str = "cpu") -> Iterator[None]:
+        """As `reseed`, within a block of code; the caller's random state is restored."""
+        with seeded(self.seed, self.purpose, *labels, device=device):
+            yield
+
+    def noise(self, chunk: Chunk, *, dtype: torch.dtype, device: torch.device) -> "Noise":
+        """Standard noise for the datapoints of `chunk`."""
+        return Noise(self, chunk, dtype=dtype, device=device)
+
+
 class Noise:
     """Standard noise for the datapoints of a chunk, each block of it from its own generator."""
 
-    def __init__(self, seed: int, purpose: str, chunk: Chunk, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, stream: Stream, chunk: Chunk, *, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._blocks = []
         for block in chunk.blocks():
             generator = torch.Generator(device)
-            generator.manual_seed(derive_seed(seed, purpose, block.start // BLOCK))
+            generator.manual_seed(derive_seed(stream.seed, stream.purpose, block.start // BLOCK))
             self._blocks.append((len(block), generator))
 
     def normal(self, num_particles: int, *shape: int) -> Tensor:

@@ -28,8 +28,8 @@ if "INTERRUPT" in os.environ and os.environ.get("RANK", "0") == os.environ.get("
     threading.Thread(target=watch, args=os.environ["INTERRUPT"].split(), daemon=True).start()
 
 if "COUNT" in os.environ:
-    from pyrogaps.gaps.parts import Parts
-    get = Parts.get
+    from pyrogaps.chunk_cache import ChunkCache
+    get = ChunkCache.get
 
     def counted(self, chunk, probe, compute):
         measured = []
@@ -39,7 +39,7 @@ if "COUNT" in os.environ:
                 file.write(f"{chunk.start}\\n")
         return result
 
-    Parts.get = counted
+    ChunkCache.get = counted
 
 class Data:
     def __init__(self, num_test: int = 70, scale: float = 1.0):

@@ -110,19 +110,20 @@ EVIDENCE: dict[str, Any] = {
     "num_temperatures": 2,
     "num_leapfrog": 1,
     "num_pilot_temperatures": 2,
-    "mode": MODE,
 }
 AIS = functools.partial(pg.AIS, **EVIDENCE)
 REFINEMENT = pg.Refinement(num_steps=2, num_particles=2, num_selection=4)
-ESCALATION = pg.Escalation(
-    max_evaluations=200, num_pilot_draws=100, temperatures=(2,), num_simulated=2, tolerance=1.0, mode=MODE
-)
+LADDER = pg.Ladder(max_evaluations=200, num_pilot_draws=100, temperatures=(2,), num_simulated=2, tolerance=1.0)
 RETRAINING = pg.Retraining(Training(num_epochs=1), max_rounds=1, num_datapoints=NUM_DATAPOINTS)
 
 
+def problem_of(case: Case) -> pg.Problem:
+    return pg.Problem.of(case.model, case.guide, case.x, case.plate, mode=MODE)
+
+
 def decompose(case: Case, **options: Any) -> pg.GapLedger:
-    settings = {"evidence": AIS(), "refinement": REFINEMENT, "num_particles": 4, "progress": False, "plate": case.plate}
-    ledger = pg.decompose(case.model, case.guide, case.x, **{**settings, **options})
+    settings = {"evidence": AIS(), "refinement": REFINEMENT, "num_particles": 4, "progress": False}
+    ledger = pg.decompose(problem_of(case), **{**settings, **options})
     names = [name for name in ("elbo", "iwae", "log_evidence", "elbo_refined") if name in ledger.per_datapoint]
     assert_finite(*(ledger.per_datapoint[name].values for name in names))
     assert str(ledger)
@@ -162,8 +163,7 @@ def calibrated(case: Case, posterior: Any) -> None:
 
 
 def measured_evidence(case: Case) -> None:
-    options = {"settings": ESCALATION, "refinement": REFINEMENT, "plate": case.plate}
-    assert_finite(pg.log_evidence(case.model, case.guide, case.x, **options).value)
+    assert_finite(pg.log_evidence(problem_of(case), evidence=LADDER, refinement=REFINEMENT).value)
 
 
 def bdmc(case: Case) -> None:
@@ -200,7 +200,7 @@ FEATURES: dict[str, Callable[[Case], Any]] = {
     "cache": cached,
     "AIS from the guide": lambda case: decompose(case, evidence=AIS(initial="guide")),
     "AIS from the prior": lambda case: decompose(case, evidence=AIS(initial="prior")),
-    "evidence=auto": lambda case: decompose(case, evidence=ESCALATION),
+    "ladder": lambda case: decompose(case, evidence=LADDER),
     "certificate": certified,
     "split": split,
     "families": lambda case: decompose(case, families=OF_ONE if case.plate is False else LOCAL),
@@ -320,7 +320,7 @@ def recipe(guide: str) -> dict[str, Any]:
         "data": {"class_path": "crossed.Bits", "init_args": {"shape": shape, "number": 6 if whole else 66}},
         "model": {"class_path": model, "init_args": sizes},
         "guide": {"class_path": path, "init_args": arguments},
-        "split": {"part": "train" if held else "test"},
+        "evaluate": {"part": "train" if held else "test"},
         "training": {"num_epochs": 2, "batch_size": 66},
         "evidence": EVIDENCE,
         "refinement": {"num_steps": 2, "num_particles": 2, "num_selection": 4},

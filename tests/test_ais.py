@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from pyrogaps import AIS, Refinement, ais
-from pyrogaps.ais import Path, anchored_path, prior_path, run_path, run_pilot
-from pyrogaps.anneal import AnnealResult, GaussianStart, Tuning, anneal, moments_start, schedule, tune
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import JointDensity
 from pyrogaps.errors import InputError
+from pyrogaps.evidence.ais import AISRun, run_path, run_pilot
+from pyrogaps.evidence.annealing import StepSizes, Tuning, anneal, schedule, tune
+from pyrogaps.evidence.paths import LeapfrogMove, Path, anchored_path, prior_path
+from pyrogaps.gaussians import Gaussian, gaussian_by_moments
 from pyrogaps.guides.sequential import StructuredNormal
-from pyrogaps.hmc import HMCState, transition
+from pyrogaps.hmc import HMCState, Leapfrog, transition
 from pyrogaps.log_weights import effective_sample_size
 from pyrogaps.models.linear_gaussian import LinearGaussian
-from pyrogaps.streams import Chunk, Noise, seeded
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk, Noise, Stream, seeded
 from tests.references import (
     NearPosterior,
     RaggedWalk,
@@ -57,7 +60,7 @@ def test_evidence_of_a_linear_model(initial: str, kind: str) -> None:
 @pytest.mark.parametrize(("initial", "num_draws"), [("refined", 1024), ("refined", 40), ("guide", 1024), ("prior", 0)])
 def test_evidence_of_ragged_sequences(initial: str, num_draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps past a sequence's end are in no density, the start's included; 40 draws are too few for a covariance."""
-    monkeypatch.setattr(import_module("pyrogaps.ais"), "NUM_ANCHOR_DRAWS", num_draws)
+    monkeypatch.setattr(import_module("pyrogaps.gaussians.moments"), "NUM_DRAWS", num_draws)
     model, guide = RaggedWalk(), StructuredNormal(1, 1, 4).double()
     lengths = torch.tensor([5, 1, 3, 4, 2])
     with seeded(0, "walks"):
@@ -129,10 +132,10 @@ def small(dtype: torch.dtype) -> tuple[LinearGaussian, Tensor, Tensor]:
     return model, x, exact.log_evidence(x.double()).detach()
 
 
-def gaussian_start(model: LinearGaussian, x: Tensor) -> GaussianStart:
+def gaussian_start(model: LinearGaussian, x: Tensor) -> Gaussian:
     """The best mean-field Gaussian, widened and off centre."""
     mean, scale = (part.detach() for part in model.mean_field_optimum(x))
-    return GaussianStart(mean + 0.5 * scale, (1.3 * scale).expand_as(mean).contiguous())
+    return Gaussian(mean + 0.5 * scale, (1.3 * scale).expand_as(mean).contiguous())
 
 
 def by_hand(num_temperatures: int, step: float, num_datapoints: int = POINTS) -> Tuning:
@@ -140,19 +143,19 @@ def by_hand(num_temperatures: int, step: float, num_datapoints: int = POINTS) ->
     return Tuning(betas, torch.full((num_temperatures, num_datapoints), step, dtype=torch.float64))
 
 
-def path_of(start: str, model: LinearGaussian, x: Tensor, chunk: Chunk) -> tuple[Path, GradientEvaluator]:
+def path_of(start: str, model: LinearGaussian, x: Tensor, chunk: Chunk) -> Path:
     joint = JointDensity(model, x)
     evaluator = GradientEvaluator(joint, split=start == "prior")
     if start == "prior":
         with seeded(0, "test"):
-            return prior_path(evaluator, chunk, 0), evaluator
-    return anchored_path(evaluator, gaussian_start(model, x), chunk, 0), evaluator
+            return prior_path(evaluator, chunk, Stream(0, "scale prior"))
+    return anchored_path(evaluator, gaussian_start(model, x), chunk)
 
 
 def assert_gate(path: Path) -> None:
     """f_0 alone, as an importance sampler, has an effective sample size of at least 5%."""
     with seeded(0, "gate"):
-        state = path.evaluate(CHAINS)(path.draw(CHAINS, "gate"))
+        state = path.evaluate(CHAINS)(path.draw(CHAINS, Stream(0, "gate")))
     ess = effective_sample_size(state.log_densities[1] - state.log_densities[0])
     assert float(ess.min()) > 0.05 * CHAINS
 
@@ -166,11 +169,11 @@ def test_weights_are_unbiased(start: str, num_temperatures: int, step: float, dt
     """E[w] = p(x) over 2,500 chains at each of 3 datapoints, with steps far too small, right, and far too large."""
     model, x, exact = small(dtype)
     chunk = Chunk(0, POINTS)
-    path, evaluator = path_of(start, model, x, chunk)
+    path = path_of(start, model, x, chunk)
     assert_gate(path)
     settings = AIS(num_chains=CHAINS, num_leapfrog=4)
     with seeded(0, "run"):
-        result = run_path(path, by_hand(num_temperatures, step), evaluator, chunk, settings, seed=num_temperatures)
+        result = run_path(path, by_hand(num_temperatures, step), chunk, settings, Run(num_temperatures))
     if step == 2.5 and start == "gaussian":
         assert float(result.acceptance.max()) < 0.5
     if step == 0.01:
@@ -187,10 +190,10 @@ def test_reverse_weights_are_unbiased(start: str, step: float) -> None:
     model, _, _ = small(torch.float64)
     x, z = draws_of(model, 4096, seed=7)
     chunk = Chunk(0, 4096)
-    path, evaluator = path_of(start, model, x, chunk)
+    path = path_of(start, model, x, chunk)
     settings = AIS(num_chains=1, num_leapfrog=4)
     with seeded(0, "run"):
-        result = run_path(path, by_hand(10, step, 4096), evaluator, chunk, settings, 0, exact=z)
+        result = run_path(path, by_hand(10, step, 4096), chunk, settings, Run(0), z)
     assert_mean_one((model.log_evidence(x).detach() - result.log_weights[0]).exp())
 
 
@@ -200,10 +203,10 @@ def test_reverse_needs_exact_draws() -> None:
     x, z = draws_of(model, 4096, seed=7)
     mean = model.posterior(x)[0].detach()
     chunk = Chunk(0, 4096)
-    path, evaluator = path_of("gaussian", model, x, chunk)
+    path = path_of("gaussian", model, x, chunk)
     settings = AIS(num_chains=1, num_leapfrog=4)
     with seeded(0, "run"):
-        result = run_path(path, by_hand(10, 0.01, 4096), evaluator, chunk, settings, 0, exact=mean + 0.9 * (z - mean))
+        result = run_path(path, by_hand(10, 0.01, 4096), chunk, settings, Run(0), mean + 0.9 * (z - mean))
     ratios = (model.log_evidence(x).detach() - result.log_weights[0]).exp()
     assert abs(float(ratios.mean()) - 1) > 4 * float(ratios.std()) / 64
 
@@ -214,10 +217,10 @@ def test_the_tuned_run_is_unbiased_in_single_precision() -> None:
     x, _ = draws_of(model, 1024)
     exact = anisotropic(10, 4, seed=1).log_evidence(x.double()).detach()
     chunk = Chunk(0, 1024)
-    path, evaluator = path_of("gaussian", model, x, chunk)
+    path = path_of("gaussian", model, x, chunk)
     settings = AIS(num_chains=16)
     with seeded(0, "run"):
-        result = run_path(path, run_pilot(path, evaluator, chunk, settings, 0), evaluator, chunk, settings, 0)
+        result = run_path(path, run_pilot(path, chunk, settings, Run(0)), chunk, settings, Run(0))
     assert_mean_one((result.log_weights - exact).exp())
 
 
@@ -239,7 +242,7 @@ def gamma_chains(*, adapting: bool) -> tuple[Tensor, HMCState]:
     for previous, beta in pairwise(betas):
         log_weights += (beta - previous) * (state.log_densities[1] - state.log_densities[0])
         velocity, uniform = torch.randn(count, 1, 1, dtype=torch.float64), torch.rand(count, 1, dtype=torch.float64)
-        state, info = transition(state, gamma_path, (1 - beta, beta), steps, 3, scale, velocity, uniform)
+        state, info = transition(Leapfrog(gamma_path, scale, 3), state, (1 - beta, beta), steps, velocity, uniform)
         if adapting:
             steps = torch.where(info.accepted, 1.3 * steps, 0.5 * steps)
     return log_weights.exp(), first
@@ -265,10 +268,11 @@ def test_weights_are_unbiased_on_a_skewed_path(step: float) -> None:
     torch.manual_seed(0)
     count = 50_000
     betas = torch.linspace(0, 1, 31, dtype=torch.float64)[:, None]
-    tuning = Tuning(betas, torch.full((30, 1), step, dtype=torch.float64))
-    noise = Noise(0, "test", Chunk(0, 1), dtype=torch.float64, device=torch.device("cpu"))
+    steps = torch.full((30, 1), step, dtype=torch.float64)
+    noise = Noise(Stream(0, "test"), Chunk(0, 1), dtype=torch.float64, device=torch.device("cpu"))
     state = gamma_path(1.5 * torch.randn(count, 1, 1, dtype=torch.float64))
-    result = anneal(state, gamma_path, tuning, 3, torch.ones(1, 1, dtype=torch.float64), noise, reverse=False)
+    move = LeapfrogMove(gamma_path, torch.ones(1, 1, dtype=torch.float64), 3)
+    *_, result = anneal(move, state, betas, StepSizes(steps), noise)
     assert_mean_one(result.log_weights.exp())
     assert float(result.log_weights.exp().std()) / math.sqrt(count) < 0.005
 
@@ -280,24 +284,24 @@ def test_the_run_does_not_reuse_the_pilot() -> None:
     """With the tuning given, the run does not depend on how large the pilot was."""
     model, x, _ = small(torch.float64)
     chunk = Chunk(0, POINTS)
-    path, evaluator = path_of("gaussian", model, x, chunk)
+    path = path_of("gaussian", model, x, chunk)
     settings = AIS(num_chains=5, num_temperatures=4)
-    results: list[AnnealResult] = []
+    results: list[AISRun] = []
     with seeded(0, "run"):
         for pilot_chains in (2, 8):
-            run_pilot(path, evaluator, chunk, replace(settings, num_pilot_chains=pilot_chains), 0)
-            results.append(run_path(path, by_hand(4, 0.5), evaluator, chunk, settings, 0))
+            run_pilot(path, chunk, replace(settings, num_pilot_chains=pilot_chains), Run(0))
+            results.append(run_path(path, by_hand(4, 0.5), chunk, settings, Run(0)))
     assert torch.equal(results[0].log_weights, results[1].log_weights)
 
 
 def test_the_pilot_finds_the_target_acceptance() -> None:
     model, x, _ = small(torch.float64)
     chunk = Chunk(0, POINTS)
-    path, evaluator = path_of("gaussian", model, x, chunk)
+    path = path_of("gaussian", model, x, chunk)
     settings = AIS(num_chains=500, num_temperatures=30, num_pilot_chains=64, num_leapfrog=4, target_acceptance=0.8)
     with seeded(0, "run"):
-        tuning = run_pilot(path, evaluator, chunk, settings, 0)
-        result = run_path(path, tuning, evaluator, chunk, settings, 0)
+        tuning = run_pilot(path, chunk, settings, Run(0))
+        result = run_path(path, tuning, chunk, settings, Run(0))
     assert float((result.acceptance - 0.8).abs().max()) < 0.1
 
 
@@ -324,7 +328,7 @@ def test_gaussian_start_draws_from_its_density(triangular: bool) -> None:
     scale = torch.tensor([[2.0, 0.01]]).double()
     if triangular:
         scale = torch.tensor([[[2.0, 0.0], [0.03, 0.01]]]).double()
-    start = GaussianStart(torch.tensor([[1.0, -3.0]]).double(), scale)
+    start = Gaussian(torch.tensor([[1.0, -3.0]]).double(), scale)
     z = start.draw(torch.randn(1000, 1, 2, dtype=torch.float64)).requires_grad_()
     covariance = scale @ scale.mT if triangular else torch.diag_embed(scale**2)
     exact = torch.distributions.MultivariateNormal(start.loc, covariance)
@@ -340,7 +344,7 @@ def test_gaussian_start_keeps_its_density_in_single_precision() -> None:
     correlation = torch.full((6, 6), 0.999).double() + 0.001 * torch.eye(6).double()
     factor = torch.logspace(-2, 1, 6).double()[:, None] * torch.linalg.cholesky(correlation)
     noise = torch.randn(2000, 1, 6)
-    start = GaussianStart(torch.zeros(1, 6), factor.float()[None])
+    start = Gaussian(torch.zeros(1, 6), factor.float()[None])
     exact = -0.5 * noise.double().square().sum(-1) - factor.diagonal().log().sum() - 3 * math.log(2 * math.pi)
     error = start.log_density(start.draw(noise))[0].double() - exact
     assert float(error.abs().max()) < 1e-3
@@ -351,14 +355,14 @@ def test_moments_start_recovers_a_gaussian() -> None:
     torch.manual_seed(0)
     factor = torch.tensor([[1.0, 0, 0], [0.6, 0.2, 0], [-20.0, 10.0, 40.0]]).double()
     draws = (torch.randn(1024, 5, 3).double() @ factor.T)[:, :, :]
-    start = moments_start([draws], diagonal=False, widen=1.5, active=None)
+    start = gaussian_by_moments([draws], diagonal=False, active=None).widened(1.5)
     covariance = factor @ factor.T
     variance = covariance.diagonal()
     error = ((variance[:, None] * variance + covariance**2) / 1024).sqrt()
     found = start.scale @ start.scale.mT / 1.5**2
     assert float(((found - covariance).abs() / error).max()) < 4
     assert float((start.loc.abs() / (variance / 1024).sqrt()).max()) < 4
-    diagonal = moments_start([draws], diagonal=True, widen=1.5, active=None)
+    diagonal = gaussian_by_moments([draws], diagonal=True, active=None).widened(1.5)
     torch.testing.assert_close(diagonal.scale, 1.5 * draws.std(0))
 
 
@@ -367,7 +371,7 @@ def test_moments_start_gives_padding_unit_scales() -> None:
     draws[:, 0, 2] = 0.0
     active = torch.tensor([[True, True, False], [True, True, True]])
     for diagonal in (True, False):
-        start = moments_start([draws], diagonal=diagonal, widen=1.0, active=active)
+        start = gaussian_by_moments([draws], diagonal=diagonal, active=active).widened(1.0)
         assert torch.isfinite(start.scale).all()
         log_density, gradient = start.log_density(draws)
         assert torch.isfinite(log_density).all() and torch.isfinite(gradient).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyrogaps import AIS, Certificate, Escalation, InputError, Refinement, bdmc, decompose
+from pyrogaps import AIS, Certificate, InputError, Ladder, Refinement, bdmc, decompose
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from tests.references import (
     STANDARD_ERRORS,
@@ -175,7 +175,7 @@ def test_auxiliary_variables_are_simulated_too() -> None:
         model,
         guide,
         result.data[:2],
-        evidence=Escalation(num_simulated=2),
+        evidence=Ladder(num_simulated=2),
         certificate=Certificate(2, 2, 2),
         refinement=hasty,
         num_particles=50,

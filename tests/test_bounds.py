@@ -189,7 +189,7 @@ def test_many_values_come_from_a_record(monkeypatch: pytest.MonkeyPatch) -> None
     model = anisotropic(6, 3)
     x, _ = draws_of(model, 70)
     few = iwae(model, WrongEncoder(model), x, num_particles=200)
-    monkeypatch.setattr(bounds, "MANY", 1)
+    monkeypatch.setattr(bounds, "RECORDING_THRESHOLD", 1)
     many = iwae(model, WrongEncoder(model), x, num_particles=200)
     torch.testing.assert_close(few.log_weights, many.log_weights, rtol=1e-10, atol=1e-10)
     branching = iwae(BranchingModel(model), WrongEncoder(model), x, num_particles=200)

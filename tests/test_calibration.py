@@ -32,6 +32,7 @@ from pyrogaps.guides.local import AutoLocalMultivariateNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.models.sequences import sequence_mask
 from pyrogaps.plots.calibration import HIGHLIGHTED, plot_calibration
+from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 from tests.references import STANDARD_ERRORS, NearPosterior, RaggedWalk, WrongEncoder, anisotropic
 
@@ -310,7 +311,7 @@ def test_ties_are_broken_evenly() -> None:
     model = anisotropic(6, 2)
     truth = torch.randn(400, 2).double()
     joint = JointDensity(model, torch.zeros(400, 6).double())
-    ranks = rank_chunk(joint, Stub(joint, truth[None]), Chunk(0, 400), truth, 100, seed=0)
+    ranks = rank_chunk(joint, Stub(joint, truth[None]), Chunk(0, 400), truth, 100, Run(0))
     for column in (*ranks.pit.T, ranks.log_joint):
         assert marginal(column.numpy()).p_uniform > 0.01
     assert set(ranks.rank.flatten().tolist()) <= set(range(101)) and float(ranks.rank.std()) > 25
@@ -321,7 +322,7 @@ def test_draws_that_are_not_finite_are_refused() -> None:
     draws = torch.zeros(1, 80, 2).double()
     draws[0, 70, 1] = torch.nan
     with pytest.raises(InputError, match="NaN or infinite at simulated datapoints 70"):
-        rank_chunk(joint, Stub(joint, draws), Chunk(64, 80), torch.zeros(80, 2).double(), 100, seed=0)
+        rank_chunk(joint, Stub(joint, draws), Chunk(64, 80), torch.zeros(80, 2).double(), 100, Run(0))
 
 
 # --- The statistics --------------------------------------------------------------------------------------------------

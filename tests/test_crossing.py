@@ -15,8 +15,8 @@ import pytest
 import xarray as xr
 import yaml
 
+from pyrogaps.chunk_cache import ChunkCache
 from pyrogaps.eval import main
-from pyrogaps.gaps.parts import Parts
 from pyrogaps.streams import Chunk
 from tests.commands import MODULE, RESULTS, command, ledger
 from tests.crossing import COMMANDS, DATA, FEATURES, GUIDES, WHOLE, check, expected, recipe
@@ -57,15 +57,15 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run in this process, which saves the start of another, interrupted in its second chunk."""
-    get = Parts.get
+    get = ChunkCache.get
 
-    def first_alone(self: Parts, chunk: Chunk, *args: Any) -> Any:
+    def first_alone(self: ChunkCache, chunk: Chunk, *args: Any) -> Any:
         if chunk.start:
             raise KeyboardInterrupt
         return get(self, chunk, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "get", first_alone)
+        patch.setattr(ChunkCache, "get", first_alone)
         assert main([*ARGUMENTS, "stopped"]) == 130
 
 

@@ -23,11 +23,11 @@ def trained() -> tuple[VAE, AmortizedNormal, torch.Tensor]:
     return model, guide, x
 
 
-@pytest.mark.parametrize("compile", ["off", "on"])
-def test_ledger(trained: tuple[VAE, AmortizedNormal, torch.Tensor], compile: str) -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_ledger(trained: tuple[VAE, AmortizedNormal, torch.Tensor], compile: bool) -> None:
     """Noise is another, so that values agree within their errors."""
     model, guide, x = trained
-    here = decompose(model, guide, x, evidence=AIS(), compile="off", **SETTINGS)
+    here = decompose(model, guide, x, evidence=AIS(), **SETTINGS)
     there = decompose(
         copy.deepcopy(model).cuda(), copy.deepcopy(guide).cuda(), x.cuda(), evidence=AIS(), compile=compile, **SETTINGS
     )

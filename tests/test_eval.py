@@ -92,7 +92,14 @@ def test_overrides_reach_every_kind_of_field():
         [
             *("digits", "--training.num_epochs", "3", "--evidence.num_chains=4", "--data.init_args.num_test", "100"),
             *("--guide", "mine.guide", "--model.init_args.hidden", "[5, 6]", "--families", "{}", "--plate", "rows"),
-            *("--split.part=train", "--training.learning_rate", "1e-4", "--refinement.num_steps=7", "--out", "there"),
+            *(
+                "--evaluate.part=train",
+                "--training.learning_rate",
+                "1e-4",
+                "--refinement.num_steps=7",
+                "--out",
+                "there",
+            ),
         ]
     )
     recipe, options = parsed
@@ -101,7 +108,7 @@ def test_overrides_reach_every_kind_of_field():
     assert recipe.data.init_args["num_test"] == 100
     assert recipe.model.init_args == {**read_document("digits")["model"]["init_args"], "hidden": [5, 6]}
     assert (recipe.guide, recipe.families) == (Component("mine.guide"), {})
-    assert (recipe.plate, recipe.split.part, options.out) == ("rows", "train", Path("there"))
+    assert (recipe.plate, recipe.evaluate.part, options.out) == ("rows", "train", Path("there"))
     assert parse(["digits", "--training", "null"])[0].training is None
 
 
@@ -140,8 +147,8 @@ def test_help_lists_recipes_options_and_fields(capsys):
         (["--model.init_args.latent_dim", "few"], "model.init_args.latent_dim: expected int, got few"),
         (["--families.x", "[1]"], "families.x: expected a dotted path"),
         (["--data", "null"], "data is missing"),
-        (["--split.part", "exam"], "has no 'exam'"),
-        (["--split.num_datapoints", "99999"], "asked for 99999"),
+        (["--evaluate.part", "exam"], "has no 'exam'"),
+        (["--evaluate.num_datapoints", "99999"], "asked for 99999"),
         (["--device", "toaster"], "'toaster' is not a device"),
         (["--checkpoint", "missing.pt"], "checkpoint: no file missing.pt"),
         (["--model_checkpoint", "missing.pt"], "model_checkpoint: no file missing.pt"),
@@ -370,7 +377,7 @@ def test_model_weights_that_do_not_fit(recipe, weigh):
 
 
 def test_pairs_and_data_options(recipe, capsys):
-    document = {**RECIPE, "pair": "mine.make_pair", "split": {"num_datapoints": 33}, "families": {}}
+    document = {**RECIPE, "pair": "mine.make_pair", "evaluate": {"num_datapoints": 33}, "families": {}}
     Path("pair.yaml").write_text(yaml.safe_dump({k: v for k, v in document.items() if k not in ("model", "guide")}))
     (Path.cwd() / "mine.py").write_text(MODULE)
     assert main(["pair.yaml", "--quiet", "--data_root", "elsewhere"]) == 0

@@ -13,8 +13,7 @@ import xarray as xr
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyrogaps import AIS, GapLedger, InputError, Refinement, decompose
-from pyrogaps.gaps import parts
+from pyrogaps import AIS, GapLedger, InputError, Refinement, chunk_cache, decompose
 from pyrogaps.gaps.decompose import QUANTITIES
 from pyrogaps.guides.local import AutoLocalMultivariateNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
@@ -123,6 +122,7 @@ def test_summary_is_of_means_over_datapoints(ledger: GapLedger) -> None:
 def test_directions_are_those_in_expectation(ledger: GapLedger) -> None:
     """log p(x) by AIS and L[q*] of a fitted q* fall short; differences of two that do can go either way."""
     directions = {name: how["direction"] for name, how in ledger.provenance["quantities"].items()}
+    directions |= dict(zip(ledger.gaps["gap"].values, ledger.gaps["direction"].values, strict=True))
     assert directions == {
         "elbo": "unbiased",
         "iwae": "lower bound of log p(x)",
@@ -209,29 +209,29 @@ def test_batches_and_seeds(chunked: Any) -> None:
 
 def test_a_stopped_run_goes_on(chunked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in its third chunk, taken up again: nothing done twice, and the same ledger as unbroken."""
-    from pyrogaps.gaps.work import Work
+    from pyrogaps.gaps.measure import Measure
 
     unbroken = decompose(*chunked, **QUICK)
     measured: list[int] = []
-    original = Work.measure
+    original = Measure.__call__
 
-    def measure(self: Any, chunk: Any) -> Any:
+    def measure(self: Any, chunk: Any, run: Any) -> Any:
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(chunk.start)
-        return original(self, chunk)
+        return original(self, chunk, run)
 
-    monkeypatch.setattr(Work, "measure", measure)
+    monkeypatch.setattr(Measure, "__call__", measure)
     with pytest.raises(KeyboardInterrupt):
         decompose(*chunked, cache=tmp_path, **QUICK)
     assert measured == [0, 64]
     again: list[int] = []
 
-    def counted(self: Any, chunk: Any) -> Any:
+    def counted(self: Any, chunk: Any, run: Any) -> Any:
         again.append(chunk.start)
-        return original(self, chunk)
+        return original(self, chunk, run)
 
-    monkeypatch.setattr(Work, "measure", counted)
+    monkeypatch.setattr(Measure, "__call__", counted)
     resumed = decompose(*chunked, cache=tmp_path, **QUICK)
     assert again == [128]
     xr.testing.assert_identical(resumed.per_datapoint, unbroken.per_datapoint)
@@ -256,19 +256,19 @@ def changed_data(model: LinearGaussian, guide: WrongEncoder, x: Tensor) -> None:
 def test_only_what_still_holds_is_taken_up(
     chunked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, redone: int
 ) -> None:
-    from pyrogaps.gaps.work import Work
+    from pyrogaps.gaps.measure import Measure
 
     decompose(*chunked, cache=tmp_path, **QUICK)
     if change is not None:
         change(*chunked)
     fresh = decompose(*chunked, **QUICK)
-    count, original = [0], Work.measure
+    count, original = [0], Measure.__call__
 
-    def measure(self: Any, chunk: Any) -> Any:
+    def measure(self: Any, chunk: Any, run: Any) -> Any:
         count[0] += 1
-        return original(self, chunk)
+        return original(self, chunk, run)
 
-    monkeypatch.setattr(Work, "measure", measure)
+    monkeypatch.setattr(Measure, "__call__", measure)
     cached = decompose(*chunked, cache=tmp_path, **QUICK)
     assert count[0] == redone
     xr.testing.assert_identical(cached.per_datapoint, fresh.per_datapoint)
@@ -291,7 +291,7 @@ def test_a_torn_part_is_done_again(chunked: Any, tmp_path: Path) -> None:
         again = decompose(*chunked, cache=tmp_path, **QUICK)
     xr.testing.assert_identical(again.per_datapoint, whole.per_datapoint)
     assert not list(tmp_path.glob("*.tmp"))
-    assert parts._read(part) is not None
+    assert chunk_cache._read(part) is not None
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrogaps.hmc import HMCState, apply_scale, transition
+from pyrogaps.hmc import HMCState, Leapfrog, apply_scale, transition
 
 NUM = 50_000
 
@@ -33,7 +33,7 @@ def move(state: HMCState, evaluate, step: float | Tensor, num_leapfrog: int, sca
     velocity, uniform = torch.randn(shape, dtype=dtype), torch.rand(shape[:2], dtype=dtype)
     one = torch.ones((), dtype=dtype)
     return transition(
-        state, evaluate, (one,), torch.as_tensor(step, dtype=dtype), num_leapfrog, scale, velocity, uniform
+        Leapfrog(evaluate, scale, num_leapfrog), state, (one,), torch.as_tensor(step, dtype=dtype), velocity, uniform
     )
 
 
@@ -78,9 +78,13 @@ def test_a_wrong_gradient_or_accept_step_would_show() -> None:
     for _ in range(3):
         state, _ = move(state, flatter, 0.7, 4, scale)
         always, _ = transition(
-            always, skewed, (torch.ones(()).double(),), torch.tensor(1.3).double(), 4, scale,
-            torch.randn(NUM, 1, 2).double(), torch.full((NUM, 1), -1.0).double(),
-        )  # fmt: skip
+            Leapfrog(skewed, scale, 4),
+            always,
+            (torch.ones(()).double(),),
+            torch.tensor(1.3).double(),
+            torch.randn(NUM, 1, 2).double(),
+            torch.full((NUM, 1), -1.0).double(),
+        )
     for chains in (state, always):
         y = chains.position[:, 0] / torch.tensor([1.0, 1000.0])
         gamma = y.exp()
@@ -109,7 +113,7 @@ def test_is_reversible(dtype: torch.dtype, triangular: bool) -> None:
         torch.tensor(0.3, dtype=dtype),
         torch.full((50, 1), -1.0, dtype=dtype),
     )
-    end, _ = transition(normal(position), watched, (one,), step, 7, scale, velocity, never)
+    end, _ = transition(Leapfrog(watched, scale, 7), normal(position), (one,), step, velocity, never)
     # The last velocity, from the last two positions: v = L^-1 (z_7 - z_6) / step, and half a push more.
     push = torch.einsum("bij,sbi->sbj", scale, end.gradients[0]) if triangular else scale * end.gradients[0]
     drift = (last[-1] - last[-2]) / step
@@ -117,7 +121,7 @@ def test_is_reversible(dtype: torch.dtype, triangular: bool) -> None:
         torch.linalg.solve_triangular(scale, drift[..., None], upper=False)[..., 0] if triangular else drift / scale
     )
     turned = -(whitened + 0.5 * step * push)
-    back, _ = transition(end, normal, (one,), step, 7, scale, turned, never)
+    back, _ = transition(Leapfrog(normal, scale, 7), end, (one,), step, turned, never)
     torch.testing.assert_close(back.position, position, atol=2e-5 if dtype == torch.float32 else 1e-12, rtol=0)
 
 
@@ -140,12 +144,10 @@ def test_energy_error_is_of_second_order(triangular: bool) -> None:
     for step, number in ((0.02, 20), (0.01, 40), (0.005, 80)):
         one = torch.ones(()).double()
         _, info = transition(
+            Leapfrog(banana, scale, number),
             banana(position),
-            banana,
             (one,),
             torch.tensor(step).double(),
-            number,
-            scale,
             velocity,
             torch.ones(400, 1).double(),
         )
@@ -183,12 +185,10 @@ def test_a_rejected_chain_stays_exactly_where_it_was() -> None:
     never = torch.full((30, 2), 2.0).double()
     one = torch.ones(()).double()
     state, info = transition(
+        Leapfrog(normal, torch.ones(2, 3).double(), 2),
         start,
-        normal,
         (one,),
         torch.tensor(0.5).double(),
-        2,
-        torch.ones(2, 3).double(),
         torch.randn(30, 2, 3).double(),
         never,
     )
@@ -213,9 +213,13 @@ def test_mixes_two_densities_by_their_weights() -> None:
         shape = state.position.shape
         weights = (torch.tensor(1 - b).double(), torch.tensor(b).double())
         state, _ = transition(
-            state, both, weights, torch.tensor(0.6).double(), 4, torch.ones(1, 1).double(),
-            torch.randn(shape).double(), torch.rand(shape[:2]).double(),
-        )  # fmt: skip
+            Leapfrog(both, torch.ones(1, 1).double(), 4),
+            state,
+            weights,
+            torch.tensor(0.6).double(),
+            torch.randn(shape).double(),
+            torch.rand(shape[:2]).double(),
+        )
     centred = state.position.flatten() - mean
     assert float(z_scores(centred, [centred, centred.square() - 1 / precision]).abs().max()) < 4
 

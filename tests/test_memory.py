@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pyrogaps import AIS, Refinement, ais, decompose, memory
-from pyrogaps.anneal import moments_start
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.capture.footprint import LiveMemory, bytes_per_point, points_within
 from pyrogaps.density import JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.sizes import MOST, sizes_of
+from pyrogaps.gaussians import gaussian_by_moments
 from pyrogaps.models.vae import VAE
 from tests.references import WrongEncoder, anisotropic, draws_of
 
@@ -172,7 +172,7 @@ def test_chains_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_moments_of_blocks(diagonal: bool) -> None:
     draws = 1e4 + torch.randn(256, 3, 4, dtype=torch.float64).cumsum(-1)
     whole, parted = (
-        moments_start(blocks, diagonal=diagonal, widen=1.0, active=None) for blocks in ([draws], draws.split(100))
+        gaussian_by_moments(blocks, diagonal=diagonal, active=None) for blocks in ([draws], draws.split(100))
     )
     torch.testing.assert_close(whole.loc, parted.loc, rtol=1e-12, atol=0)
     torch.testing.assert_close(whole.scale, parted.scale, rtol=1e-9, atol=1e-9)

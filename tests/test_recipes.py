@@ -17,7 +17,7 @@ from pyrogaps.recipe import read_document, resolve
 from pyrogaps.run_folder import RunFolder
 
 DATA = "--data.init_args.num_train 60 --data.init_args.num_validation 10 --data.init_args.num_test 4"
-SMALL = f"{DATA} --split.num_datapoints 4 --quiet"
+SMALL = f"{DATA} --evaluate.num_datapoints 4 --quiet"
 FLOW = "--guide.class_path pyrogaps.guides.flows.AmortizedFlow"
 
 
@@ -195,7 +195,7 @@ def few_points(tmp_path: Path) -> list[str]:
         "data.init_args.num_train": 60,
         "data.init_args.num_validation": 30,
         "data.init_args.num_test": 9,
-        "split.num_datapoints": 6,
+        "evaluate.num_datapoints": 6,
         "mapa.training.num_epochs": 2,
         "training.num_epochs": 2,
         "evidence": "{num_chains: 2, num_temperatures: 3, num_leapfrog: 2, initial: prior}",
@@ -247,8 +247,9 @@ def test_retraining_splits_the_amortization_gap(few_points: list[str], tmp_path:
     assert resolve(read_document("digits")).retraining is None
 
 
-def test_an_escalation_takes_the_place_of_evidence(few_points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["mapa-circle", *few_points, "--escalation", "{tolerance: 0.2, num_simulated: 0}"]) == 0
+def test_another_evidence_is_named_by_its_class(few_points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    ladder = ["--evidence.tolerance", "0.2", "--evidence.class_path", "pyrogaps.Ladder", "--evidence.num_simulated=0"]
+    assert main(["mapa-circle", *few_points, *ladder]) == 0
     assert "its standard error: asked for 0.2" in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 import pyrogaps as pg
 from benchmarks import whose_fault
 from pyrogaps.gaps.diagnose import diagnosis
-from pyrogaps.gaps.retrain import _copies
+from pyrogaps.gaps.retrain import _candidates
+from pyrogaps.gaps.terms import Columns, Mean, measured_gaps
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from pyrogaps.guides.mixture import AmortizedMixture
 from pyrogaps.guides.sequential import StructuredNormal
 from pyrogaps.models.dmm import DeepMarkovModel
 from pyrogaps.models.linear_gaussian import LinearGaussian
+from pyrogaps.run import Run
 from pyrogaps.streams import seeded
 from pyrogaps.training import Training
 from tests.references import anisotropic, draws_of
@@ -189,7 +192,7 @@ def test_what_cannot_be_drawn_anew_starts_from_the_guide() -> None:
     assert starts == {"warm": [], "fresh 1": ["scale"]}
     assert "fresh starts keep the guide's scale: no reset_parameters() draws them anew" in str(ledger)
     guide.net.requires_grad_(False)
-    assert [name for name, *_ in _copies(guide, 2, seed=0)] == ["warm"]
+    assert [candidate.name for candidate in _candidates(guide, 2, Run(0))] == ["warm"]
 
 
 @pytest.mark.parametrize(
@@ -206,12 +209,12 @@ def test_every_weight_of_our_guides_can_be_drawn_anew(guide: nn.Module) -> None:
     with torch.no_grad():
         for value in used.parameters():
             value.fill_(7.0)
-    (_, fresh, kept) = list(_copies(used, 1, seed=0))[1]
-    assert kept == ()
+    _, fresh = _candidates(used, 1, Run(0))
+    assert fresh.kept == ()
     for name, value in guide.named_parameters():
         # What a new guide starts at 0 is 0 again.
-        assert bool((fresh.get_parameter(name).abs() < 5).all())
-        assert bool((fresh.get_parameter(name) == 0).all()) == bool((value == 0).all())
+        assert bool((fresh.guide.get_parameter(name).abs() < 5).all())
+        assert bool((fresh.guide.get_parameter(name) == 0).all()) == bool((value == 0).all())
 
 
 def test_phi_hat_of_a_guide_with_auxiliary_variables_has_a_reverse_model_of_its_own() -> None:
@@ -261,28 +264,32 @@ def test_settings_are_checked(options: dict[str, Any], said: str) -> None:
         pg.Retraining(**options)
 
 
-def summary_of(**gaps: tuple[float, float]) -> pd.DataFrame:
-    """A summary with these means and standard errors."""
-    rows = {name: {"mean": mean, "standard_error": error, "mcse": 0.0} for name, (mean, error) in gaps.items()}
+def tree_of(**gaps: tuple[float, float]) -> xr.Dataset:
+    """A tree of gaps with these means and standard errors."""
     total = sum(mean for mean, _ in gaps.values())
-    return pd.DataFrame.from_dict(
-        {"inference_gap": {"mean": total, "standard_error": 0.1, "mcse": 0.0}, **rows}, "index"
-    )
+    known = {"inference_gap": (total, 0.1), **gaps}
+    means = {name: Mean(*pair, 0.0) for name, pair in known.items()}
+    terms = [replace(term, value=partial(_given, means[term.id])) for term in pg.TERMS if term.id in means]
+    return measured_gaps(Columns(xr.Dataset()), [replace(term, applies=lambda columns: True) for term in terms])[0]
+
+
+def _given(mean: Mean, columns: Columns) -> Mean:
+    return mean
 
 
 def test_advice_is_ranked_and_never_within_its_error() -> None:
-    told = diagnosis(summary_of(approximation_gap=(1.0, 0.1), amortization_gap=(4.0, 0.2)), ())
+    told = diagnosis(tree_of(approximation_gap=(1.0, 0.1), amortization_gap=(4.0, 0.2)), ())
     assert told.dominant == "amortization_gap"
     assert [finding.gap for finding in told.findings] == ["amortization_gap", "approximation_gap"]
     assert "split=Split(train_data)" in str(told)
-    near = diagnosis(summary_of(approximation_gap=(1.0, 0.3), amortization_gap=(1.4, 0.3)), ())
+    near = diagnosis(tree_of(approximation_gap=(1.0, 0.3), amortization_gap=(1.4, 0.3)), ())
     assert near.dominant is None
     assert "No single cause: the amortization gap is within the errors of the approximation gap" in str(near)
-    none = diagnosis(summary_of(approximation_gap=(0.1, 0.3), amortization_gap=(0.2, 0.3)), ("look out",))
+    none = diagnosis(tree_of(approximation_gap=(0.1, 0.3), amortization_gap=(0.2, 0.3)), ("look out",))
     assert none.dominant is None
     assert "No gap exceeds its error" in str(none)
     assert "What usually helps" not in str(none)
-    assert str(none).endswith("Mind: look out.")
-    alone = diagnosis(summary_of(approximation_gap=(1.0, 0.4), amortization_gap=(0.5, 0.9)), ())
+    assert str(none).endswith("Warning: look out.")
+    alone = diagnosis(tree_of(approximation_gap=(1.0, 0.4), amortization_gap=(0.5, 0.9)), ())
     assert alone.dominant is None
     assert "approximation gap is the largest that exceeds its error; the amortization gap may be as large" in str(alone)

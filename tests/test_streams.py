@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import pyrogaps as pg
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.guides.partial import PartialNormal
-from pyrogaps.streams import BLOCK, Chunk, Noise, chunks, derive_seed, particle_blocks, reseed, seeded
+from pyrogaps.streams import BLOCK, Chunk, Noise, Stream, chunks, derive_seed, particle_blocks, reseed, seeded
 from pyrogaps.training import Training
 from tests.recorded_draws import UNNAMED, RecordedDraws, blocks_of, purpose_of
 from tests.references import WrongEncoder, anisotropic, draws_of, parabola
@@ -65,7 +65,7 @@ def plain() -> Callable[[], Any]:
 def escalated() -> Callable[[], Any]:
     """Posteriors of one mode and of two: every rung is climbed. With a check of the ladder and a certificate."""
     x = torch.linspace(-2, 5, NUMBER, dtype=torch.float64)
-    ladder = pg.Escalation(num_simulated=66, temperatures=(2, 4), num_pilot_draws=150, max_evaluations=2000)
+    ladder = pg.Ladder(num_simulated=66, temperatures=(2, 4), num_pilot_draws=150, max_evaluations=2000)
     options = {**TINY, "evidence": ladder, "certificate": pg.Certificate(66, 66, 2)}
     return lambda: pg.decompose(parabola, Slope(), x, **options)
 
@@ -317,7 +317,7 @@ def test_noise_does_not_depend_on_the_size_of_a_chunk(kind: str, dtype: torch.dt
     """Nor on how often it was asked for elsewhere: a block goes on with its own generator alone."""
 
     def noise(chunk: Chunk, purpose: str = "test", seed: int = 0) -> Tensor:
-        source = Noise(seed, purpose, chunk, dtype=dtype, device=torch.device("cpu"))
+        source = Noise(Stream(seed, purpose), chunk, dtype=dtype, device=torch.device("cpu"))
         return torch.cat([getattr(source, kind)(3, 2), getattr(source, kind)(4, 2)])
 
     whole = noise(Chunk(0, NUMBER))
@@ -331,7 +331,7 @@ def test_noise_does_not_depend_on_the_size_of_a_chunk(kind: str, dtype: torch.dt
 
 
 def test_noise_is_standard() -> None:
-    source = Noise(0, "test", Chunk(0, NUMBER), dtype=torch.float64, device=torch.device("cpu"))
+    source = Noise(Stream(0, "test"), Chunk(0, NUMBER), dtype=torch.float64, device=torch.device("cpu"))
     normal, uniform = source.normal(200), source.uniform(200)
     number = normal.numel()
     assert abs(normal.mean()) < 4 / number**0.5 and abs(normal.var() - 1) < 4 * (2 / number) ** 0.5

@@ -82,15 +82,12 @@ def ledger(
         measured = kept_ledger(
             folder / f"ledger-{longest}{'-quick' if options.quick else ''}.nc",
             lambda which=which, longest=longest: pg.decompose(  # type: ignore[misc]
-                model,
-                guide,
-                (x[which, :longest], lengths[which]),
+                pg.Problem.of(model, guide, (x[which, :longest], lengths[which]), mode="eager"),
                 reference=reference,
                 evidence=pg.AIS(
                     num_chains=2 if options.quick else 4,
                     num_temperatures=2 if options.quick else 60,
                     num_leapfrog=5,
-                    mode="eager",
                 ),
                 refinement=pg.Refinement(num_steps=3 if options.quick else 100, num_particles=4),
                 num_particles=8 if options.quick else 500,

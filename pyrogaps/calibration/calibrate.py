@@ -6,21 +6,20 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pyrogaps.bounds import over_chunks
 from pyrogaps.calibration.calibration import Calibration
 from pyrogaps.calibration.ranks import rank_chunk
 from pyrogaps.calibration.records import Evaluated, per_simulated, shapes_of
 from pyrogaps.calibration.simulated import simulated_data
 from pyrogaps.calibration.subject import guide_name, subject_of
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import Data
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError
 from pyrogaps.problem import Plate, Problem
-from pyrogaps.refine import OwnFamily, Refinement, refine_chunk
+from pyrogaps.refine import OwnFamily, Refinement, Refiner
 from pyrogaps.refine.families import Family
+from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
 LEAST_DRAWS = 100
@@ -92,16 +91,17 @@ def calibrate(
             "simulate data sets with JointDensity(...).simulate() and fit each"
         )
     problem, family = subject_of(guide, plain, refined=posterior == "refined")
-    simulated, truth = simulated_data(joint, num_simulated, seed, to_data)
+    run = Run(seed, batch_size)
+    simulated, truth = simulated_data(joint, num_simulated, run.stream("simulate"), to_data)
     problem, drawn = problem.over(simulated), joint.over(simulated)
     settings = (refinement or Refinement()) if posterior == "refined" else None
-    answer = _answer(problem, family, settings, seed)
+    answer = _answer(problem, family, settings, run)
 
-    def one(chunk: Chunk) -> Evaluated:
-        found, converged = answer(chunk)
-        return rank_chunk(drawn, found, chunk, truth, num_draws, seed), converged
+    def measure(chunk: Chunk) -> Evaluated:
+        judged, converged = answer(chunk)
+        return rank_chunk(drawn, judged, chunk, truth, num_draws, run), converged
 
-    parts = over_chunks(one, drawn, batch_size, seed)
+    parts = run.map(measure, drawn)
     provenance = {
         "posterior": posterior,
         "guide": guide_name(guide),
@@ -117,18 +117,18 @@ Answer = tuple[Posterior, Tensor | None]
 
 
 def _answer(
-    problem: Problem, family: OwnFamily | Family | None, refinement: Refinement | None, seed: int
+    problem: Problem, family: OwnFamily | Family | None, refinement: Refinement | None, run: Run
 ) -> Callable[[Chunk], Answer]:
     """The posterior to judge at a chunk and, where refined, whether it converged."""
     if refinement is None:
         guide = problem.guided()
         return lambda chunk: (guide, None)
     fitted = family.over(problem) if isinstance(family, OwnFamily) else family
-    evaluator = GradientEvaluator(problem.joint)
     assert fitted is not None
+    refiner = Refiner(fitted, refinement)
 
     def refined(chunk: Chunk) -> Answer:
-        posterior, progress = refine_chunk(fitted, evaluator, chunk, refinement, seed)
+        posterior, progress = refiner(problem.evaluator, chunk, run)
         return posterior, progress.converged
 
     return refined

@@ -9,7 +9,8 @@ from pyrogaps.bounds import first_few, refuse_nan
 from pyrogaps.density import JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.errors import InputError
-from pyrogaps.streams import PARTICLE_BLOCK, Chunk, Noise, particle_blocks
+from pyrogaps.run import Run
+from pyrogaps.streams import PARTICLE_BLOCK, Chunk, particle_blocks
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def rank_chunk(
     chunk: Chunk,
     truth: Tensor,
     num_draws: int,
-    seed: int,
+    run: Run,
 ) -> Ranks:
     r"""Ranks of `truth` `(N, dim)` among draws from `posterior` at the datapoints of `chunk`.
 
@@ -41,12 +42,12 @@ def rank_chunk(
     Raises `InputError` naming datapoints at which draws, or their densities, are not finite.
     """
     guide, exact = BlockedGuide(posterior, chunk), truth[chunk.start : chunk.stop]
-    noise = Noise(seed, "calibration ties", chunk, dtype=torch.float64, device=torch.device("cpu"))
+    noise = run.stream("calibration ties").noise(chunk, dtype=torch.float64, device=torch.device("cpu"))
     below, equal = (torch.zeros(exact.shape, dtype=torch.float64, device=exact.device) for _ in range(2))
     few = min(num_draws, PARTICLE_BLOCK)
     with torch.no_grad():
         for first, size in enumerate(particle_blocks(num_draws)):
-            z, _ = guide.sample(size, seed, "calibration", first)
+            z, _ = guide.sample(size, run.stream("calibration"), first)
             # A guide with auxiliary variables lives in a larger space than the model.
             z = _finite(guide.blocks[0][1].joint.columns_of(z, joint), chunk)
             below, equal = below + (z < exact).sum(0), equal + (z == exact).sum(0)

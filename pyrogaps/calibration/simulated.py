@@ -6,10 +6,12 @@ from torch import Tensor
 from pyrogaps.density import IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, evenly_spaced, rows_of
 from pyrogaps.density.simulate import ToData, simulate
-from pyrogaps.streams import seeded
+from pyrogaps.streams import Stream
 
 
-def simulated_data(joint: JointDensity, number: int, seed: int, to_data: ToData | None) -> tuple[IndexedData, Tensor]:
+def simulated_data(
+    joint: JointDensity, number: int, stream: Stream, to_data: ToData | None
+) -> tuple[IndexedData, Tensor]:
     """`number` datapoints from the model, and the latents `(number, dim)` behind them: an exact posterior draw each.
 
     What is not drawn, such as the lengths of sequences, is that of evenly spaced datapoints of `joint`, or of all of
@@ -20,6 +22,6 @@ def simulated_data(joint: JointDensity, number: int, seed: int, to_data: ToData 
     there = joint.num_datapoints
     chosen = evenly_spaced(there, number) if number <= there else torch.arange(number) % there
     shape = joint.over(IndexedData(number, lambda indices: joint.data.fetch(chosen[indices])))
-    with seeded(seed, "simulate", device=joint.device):
+    with stream.seeded(device=joint.device):
         drawn, z = simulate(shape, to_data)
     return rows_of(as_tuple(drawn), number), z

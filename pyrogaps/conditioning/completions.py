@@ -14,7 +14,7 @@ from pyrogaps.density.score import ScoreModel, is_bookkeeping
 from pyrogaps.density.simulate import feed_back
 from pyrogaps.density.structure import is_factor
 from pyrogaps.errors import InputError
-from pyrogaps.streams import BLOCK, Chunk, reseed
+from pyrogaps.streams import BLOCK, Chunk, Stream
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class CompleteData(ScoreModel):
         message["value"] = drawn
 
 
-def completed(joint: JointDensity, partial: JointDensity, block: Chunk, z: Tensor, seed: int) -> tuple[Any, ...]:
+def completed(joint: JointDensity, partial: JointDensity, block: Chunk, z: Tensor, stream: Stream) -> tuple[Any, ...]:
     """The model's arguments with what is withheld drawn given latents `z` `(K, B, dim)` of a block: K B rows.
 
     Raises `InputError` where the score of what was drawn is not that with which it was drawn.
     """
     flat, rows = z.flatten(0, 1), block.indices.repeat(len(z))
-    reseed(seed, "complete", block.start // BLOCK)
+    stream.reseed(block.start // BLOCK)
     with evaluating(joint.model), torch.no_grad():
         fetched = partial.fetch(block.indices, len(z))
         args, shown = fetched[:-1], fetched[-1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.errors import InputError
+from pyrogaps.family import AmortizedGuide
 
 Masks = tuple[Tensor | None, ...]
 
@@ -61,7 +62,8 @@ def declared(guide: Any) -> Conditions | None:
 
     Raises `InputError` for a lookahead that is not a whole number from 0 on (or infinity), and for both at once.
     """
-    part, lookahead = getattr(guide, "conditions", None), getattr(guide, "lookahead", None)
+    parts = AmortizedGuide.of(guide)
+    part, lookahead = parts.conditions, parts.lookahead
     if part is not None and lookahead is not None:
         raise InputError("guide: it declares both conditions and a lookahead; leave one of them out")
     if part is not None:

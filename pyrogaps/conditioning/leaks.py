@@ -9,7 +9,7 @@ from pyrogaps.conditioning.conditions import Conditions, Lookahead, Shown, hidde
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple
 from pyrogaps.density.layout import leaf
-from pyrogaps.density.local import FactorisedGuide, PlaceValues, Term
+from pyrogaps.density.local import FactorisedGuide, GuideSite, PlaceValues
 from pyrogaps.density.runs import evaluating
 from pyrogaps.density.structure import sample_sites
 from pyrogaps.errors import InputError
@@ -100,7 +100,7 @@ class _Rows:
                 )
 
 
-def _elements(term: Term, message: Any) -> Tensor:
+def _elements(term: GuideSite, message: Any) -> Tensor:
     """The log-density of a site, its elements apart where they are independent, rows first."""
     fn = message["fn"]
     inner = leaf(fn)

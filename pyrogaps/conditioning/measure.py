@@ -6,9 +6,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from pyrogaps.ais import AIS
 from pyrogaps.bounds import Density, chunk_log_weights
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning.conditions import Lookahead, Shown, declared
 from pyrogaps.conditioning.leaks import check_no_leak
 from pyrogaps.conditioning.settings import Conditioning
@@ -17,15 +15,14 @@ from pyrogaps.density import GuideDensity
 from pyrogaps.density.draws import probe
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.evidence import AIS
 from pyrogaps.log_weights import mean_estimate
-from pyrogaps.refine import Refinement
+from pyrogaps.problem import Problem
+from pyrogaps.refine import Refiner
+from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
 Quantities = dict[str, tuple[str, str]]
-GAPS: Quantities = {
-    "conditioning_gap": ("L[q*] - L[q*_C]", "estimate (either way)"),
-    "amortization_gap": ("L[q*_C] - L[q]", "lower bound of the gap"),
-}
 
 
 class ConditioningMeasure(Protocol):
@@ -58,7 +55,6 @@ class SharedMeasure:
     quantities: ClassVar[Quantities] = {
         "elbo_shared": ("Monte Carlo ELBO of the shared posterior", "lower bound of L[q*_C], on average"),
         "elbo_on_completions": ("the same on data completed by the model", "lower bound of L[q*_C], on average"),
-        **GAPS,
     }
 
     @property
@@ -96,11 +92,10 @@ class ReferenceMeasure:
     density: GuideDensity
     joint: Density
     num_particles: int
-    seed: int
+    run: Run
     stage: ClassVar[str] = "ELBO of the reference guide"
     quantities: ClassVar[Quantities] = {
         "elbo_shared": ("Monte Carlo ELBO of the reference guide", "lower bound of L[q*_C], on average"),
-        **GAPS,
     }
 
     @property
@@ -111,19 +106,18 @@ class ReferenceMeasure:
         return probe(self.density, self.density.joint, chunk)
 
     def arrays(self, chunk: Chunk) -> dict[str, Tensor]:
-        weights = chunk_log_weights(self.joint, self.density, chunk, self.num_particles, self.seed, "reference")
+        weights = chunk_log_weights(self.joint, self.density, chunk, self.num_particles, self.run.stream("reference"))
         estimate = mean_estimate(weights)
         return {"elbo_shared": estimate.value, "elbo_shared_mcse": estimate.mcse}
 
 
 def conditioning_measure(
-    density: GuideDensity,
-    evaluator: GradientEvaluator,
+    problem: Problem,
     settings: Conditioning,
     evidence: AIS,
-    refinement: Refinement,
+    refiner: Refiner,
     num_particles: int,
-    seed: int,
+    run: Run,
     reference: Program | None,
 ) -> ConditioningMeasure | None:
     """How a guide's conditioning gap is measured; None where it is shown all of x, or a lookahead has no reference.
@@ -131,21 +125,22 @@ def conditioning_measure(
     Raises `InputError` where the guide or the reference look at what they declare not to be shown, and for a reference
     that declares something else than the guide.
     """
-    told = declared(density.guide)
-    if told is not None:
-        check_no_leak(density, told)
-    if isinstance(told, Shown):
+    density = problem.guide_density()
+    declaration = declared(density.guide)
+    if declaration is not None:
+        check_no_leak(density, declaration)
+    if isinstance(declaration, Shown):
         if reference is not None:
             raise InputError("reference: a guide with conditions has a shared posterior; leave reference out")
-        return SharedMeasure(sharing_of(density, evaluator, told, settings, evidence, refinement, num_particles, seed))
+        return SharedMeasure(sharing_of(problem, declaration, evidence, refiner, settings, num_particles, run))
     if reference is None:
         return None
-    if not isinstance(told, Lookahead) or declared(reference) != told:
+    if not isinstance(declaration, Lookahead) or declared(reference) != declaration:
         raise InputError(
-            f"reference: it must declare the guide's own lookahead; the guide declares {told}, the reference "
+            f"reference: it must declare the guide's own lookahead; the guide declares {declaration}, the reference "
             f"{declared(reference)}"
         )
     best = GuideDensity(reference, None, density.joint)
-    check_no_leak(best, told)
-    joint: Density = evaluator if best.joint is evaluator.joint else best.joint
-    return ReferenceMeasure(best, joint, num_particles, seed)
+    check_no_leak(best, declaration)
+    joint: Density = problem.evaluator if best.joint is problem.joint else best.joint
+    return ReferenceMeasure(best, joint, num_particles, run)

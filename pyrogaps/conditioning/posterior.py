@@ -6,9 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrogaps.ais import AIS
-from pyrogaps.bounds import over_chunks
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning.completions import has_rows
 from pyrogaps.conditioning.conditions import Shown, declared
 from pyrogaps.conditioning.leaks import check_no_leak
@@ -17,10 +14,11 @@ from pyrogaps.conditioning.shared import SharedBlock, sharing_of
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.errors import InputError
+from pyrogaps.evidence import AIS
 from pyrogaps.log_weights import Estimate
 from pyrogaps.problem import Plate, Problem
-from pyrogaps.refine import Refinement
-from pyrogaps.refine.refine import RefinedGuide
+from pyrogaps.refine import RefinedGuide, Refinement, Refiner, own_family
+from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk
 
 MAX_ROWS = 8192
@@ -112,27 +110,21 @@ def shared_posterior(
             conditions differ from step to step, so that there is no one shared posterior), or where the model's
             likelihood does not factorise over what is shown and what is not.
     """
-    told = declared(model.guide if isinstance(model, Problem) else guide)
-    if not isinstance(told, Shown):
+    declaration = declared(model.guide if isinstance(model, Problem) else guide)
+    if not isinstance(declaration, Shown):
         raise InputError(
             "guide: it declares no conditions, or a lookahead, whose conditions differ from step to step; give it an "
             "attribute conditions, a boolean mask over the data, True where they are shown"
         )
     problem = Problem.of(model, guide, data, plate)
     joint, density = problem.joint, problem.guide_density()
-    check_no_leak(density, told)
+    check_no_leak(density, declaration)
+    run, refiner = Run(seed, BLOCK), Refiner(own_family(density), refinement or Refinement())
     sharing = sharing_of(
-        density,
-        GradientEvaluator(joint),
-        told,
-        settings or Conditioning(),
-        evidence or AIS(),
-        refinement or Refinement(),
-        num_particles,
-        seed,
+        problem, declaration, evidence or AIS(), refiner, settings or Conditioning(), num_particles, run
     )
-    blocks: list[tuple[Chunk, SharedBlock]] = over_chunks(lambda c: (c, sharing.fit(c)), joint, BLOCK, seed, alone=True)
-    chunks, shared = [block for block, _ in blocks], [found for _, found in blocks]
+    blocks = run.map_alone(lambda block: (block, sharing.fit(block)), joint)
+    chunks, shared = [block for block, _ in blocks], [fitted for _, fitted in blocks]
     guides = tuple(
         RefinedGuide(joint, chunks, [s.halves[half] for s in shared], [s.progress[half] for s in shared])
         for half in (0, 1)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrogaps.ais import AIS
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import BoundDensity, GradientEvaluator
 from pyrogaps.conditioning.completions import Completions, completed
@@ -20,21 +19,24 @@ from pyrogaps.conditioning.conditions import Shown
 from pyrogaps.conditioning.latents import LatentsGiven
 from pyrogaps.conditioning.partial import partially_observed
 from pyrogaps.conditioning.settings import Conditioning
-from pyrogaps.density import GuideDensity, JointDensity
+from pyrogaps.density import JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
+from pyrogaps.evidence import AIS
 from pyrogaps.log_weights import Estimate, mean_estimate
-from pyrogaps.refine import OwnFamily, Refinement, own_family, refine_chunk
-from pyrogaps.refine.families import Family, Start
+from pyrogaps.problem import Problem
+from pyrogaps.refine import Refiner
+from pyrogaps.refine.families import Start
 from pyrogaps.refine.local import Refinable
 from pyrogaps.refine.optimise import Progress
 from pyrogaps.refine.own import moments
-from pyrogaps.streams import Chunk, derive_seed, particle_blocks
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk, Stream, particle_blocks
 
 
 class OnCompletions:
     """Binds the mean of log p(x_nk, z) over completions k in the place of log p(x_n, z); see `refine.Evaluator`.
 
-    At every step each particle meets one completion; steps go through all of them in turn.
+    At every step each particle is scored with one completion; the steps go through all of them in turn.
     """
 
     def __init__(self, evaluator: GradientEvaluator, completions: Completions, which: Tensor) -> None:
@@ -80,54 +82,58 @@ class SharedBlock:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the shared posterior of a block is found: densities, family and settings.
+    """How the shared posterior of a block is found.
 
-    `evaluator` is of the model's density; `latents` are drawn given what is shown.
+    Attributes:
+        problem: model, guide and data.
+        refiner: fits the guide's own family.
+        latents: draws given what is shown.
+        settings: number of completions.
+        num_particles: draws for each ELBO.
+        run: its seed is that of all the randomness.
     """
 
-    density: GuideDensity
-    family: OwnFamily | Family
-    evaluator: GradientEvaluator
+    problem: Problem
+    refiner: Refiner
     latents: LatentsGiven
     settings: Conditioning
-    refinement: Refinement
     num_particles: int
-    seed: int
+    run: Run
 
     def fit(self, block: Chunk) -> SharedBlock:
         """Draw completions, refine, judge; with twice as many completions while the halves overfit them."""
         number = self.settings.num_completions
         while True:
-            seed = derive_seed(self.seed, "completions", number)
-            shared = self._judge(block, self._draw(block, number, seed), seed)
+            run = self.run.derived("completions", number)
+            shared = self._judge(block, self._draw(block, number, run), run)
             overfits = float(shared.overfitting.mean()) > self.settings.tolerance
             if not overfits or 2 * number > self.settings.max_completions:
                 return shared
             number *= 2
 
-    def _draw(self, block: Chunk, number: int, seed: int) -> Completions:
-        start = Start(*moments(self.density, block, seed), fitted=False)
-        z, ess = self.latents.draw(block, start, number, seed)
-        return Completions(completed(self.evaluator.joint, self.latents.partial, block, z, seed), z, ess)
+    def _draw(self, block: Chunk, number: int, run: Run) -> Completions:
+        start = Start(*moments(self.problem.guide_density(), block, run), fitted=False)
+        z, ess = self.latents.draw(block, start, number, run)
+        args = completed(self.problem.joint, self.latents.partial, block, z, run.stream("complete"))
+        return Completions(args, z, ess)
 
-    def _judge(self, block: Chunk, completions: Completions, seed: int) -> SharedBlock:
-        names, evaluator = ("first half", "second half"), self.evaluator
+    def _judge(self, block: Chunk, completions: Completions, run: Run) -> SharedBlock:
+        names, evaluator = ("first half", "second half"), self.problem.evaluator
         both = dict(zip(names, torch.arange(len(completions)).chunk(2), strict=True))
         halves, progress, at_data = [], [], []
         for name, which in both.items():
-            on = OnCompletions(evaluator, completions, which)
-            guide, how = refine_chunk(self.family, on, block, self.refinement, seed, f"shared {name}")
-            weights = chunk_log_weights(evaluator, guide, block, self.num_particles, seed, name)
+            guide, its_progress = self.refiner(
+                OnCompletions(evaluator, completions, which), block, run, f"shared {name}"
+            )
+            weights = chunk_log_weights(evaluator, guide, block, self.num_particles, run.stream(name))
             halves.append(guide)
-            progress.append(how)
+            progress.append(its_progress)
             at_data.append(mean_estimate(weights))
 
-        # The same noise for both guides on a half, so that their difference is known best.
+        # The same noise for both guides on a half, so that their difference has the smallest error.
         def judged(guide: Refinable, name: str) -> Estimate:
-            stream = f"completions, {name}"
-            return mean_estimate(
-                _on_completions(evaluator, guide, block, completions, both[name], self.num_particles, seed, stream)
-            )
+            on, stream = OnCompletions(evaluator, completions, both[name]), run.stream(f"completions, {name}")
+            return mean_estimate(_on_completions(on, guide, block, self.num_particles, stream))
 
         (own_1, other_1), (other_2, own_2) = [[judged(guide, name) for guide in halves] for name in names]
         return SharedBlock(
@@ -142,23 +148,22 @@ class Sharing:
 
 
 def sharing_of(
-    density: GuideDensity,
-    evaluator: GradientEvaluator,
+    problem: Problem,
     conditions: Shown,
-    settings: Conditioning,
     evidence: AIS,
-    refinement: Refinement,
+    refiner: Refiner,
+    settings: Conditioning,
     num_particles: int,
-    seed: int,
+    run: Run,
 ) -> Sharing:
     """How shared posteriors of the guide's own family are found under `conditions`."""
-    latents = LatentsGiven(partially_observed(evaluator.joint, conditions), evidence, refinement)
-    family = own_family(density)
-    return Sharing(density, family, evaluator, latents, settings, refinement, num_particles, seed)
+    partial = partially_observed(problem.joint, conditions)
+    latents = LatentsGiven(partial, evidence, refiner.settings, problem.mode)
+    return Sharing(problem, refiner, latents, settings, num_particles, run)
 
 
 def _of_halves(first: Estimate, second: Estimate) -> Estimate:
-    """The mean of two independent estimates; what sets them apart is their error, that of the completions too."""
+    """The mean of two independent estimates; their difference is its error, that of the completions included."""
     value = (first.value + second.value) / 2
     mcse = (first.value - second.value).abs() / 2
     # One difference may be small by chance: the error of the draws is known better.
@@ -167,22 +172,16 @@ def _of_halves(first: Estimate, second: Estimate) -> Estimate:
 
 
 def _on_completions(
-    evaluator: GradientEvaluator,
-    posterior: Posterior,
-    block: Chunk,
-    completions: Completions,
-    which: Tensor,
-    num_particles: int,
-    seed: int,
-    stream: str,
+    on: OnCompletions, posterior: Posterior, block: Chunk, num_particles: int, stream: Stream
 ) -> Tensor:
     """log p(x_nk, z) - log q(z) `(S, B)`, each draw of z with one completion, all of them in turn."""
-    guide, parts, met = BlockedGuide(posterior, block), [], 0
+    guide, parts, first_completion = BlockedGuide(posterior, block), [], 0
     with torch.no_grad():
         for first, size in enumerate(particle_blocks(num_particles)):
-            z, log_q = guide.sample(size, seed, stream, first)
-            turn = (met + torch.arange(size)) % len(which)
-            (log_joint,) = evaluator.bind(block.indices, size, whole=True).on(completions.rows(which[turn])).values(z)
+            z, log_q = guide.sample(size, stream, first)
+            turn = (first_completion + torch.arange(size)) % len(on.which)
+            bound = on.evaluator.bind(block.indices, size, whole=True)
+            (log_joint,) = bound.on(on.completions.rows(on.which[turn])).values(z)
             parts.append(log_joint.double() - log_q.double())
-            met += size
+            first_completion += size
     return torch.cat(parts)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide
-from pyrogaps.streams import BLOCK, Chunk, particle_blocks, reseed, seeded
+from pyrogaps.streams import BLOCK, Chunk, Stream, particle_blocks, seeded
 
 
 @runtime_checkable
@@ -19,7 +19,7 @@ class Posterior(Protocol):
 
 
 class BlockedGuide:
-    """A guide at the datapoints of a chunk, drawn from with each block's own stream.
+    """A guide at the datapoints of a chunk, drawn from with a stream in which each block has its own numbers.
 
     Draws use torch's global generators: call it inside `streams.seeded`, which restores them.
     """
@@ -27,39 +27,37 @@ class BlockedGuide:
     def __init__(self, posterior: Posterior, chunk: Chunk) -> None:
         self.blocks = [(block, posterior.at(block.indices)) for block in chunk.blocks()]
 
-    def sample(self, num_particles: int, seed: int, purpose: str, first: int = 0, *, antithetic: bool = False) -> Draws:
-        """Draws `z` `(S, B, dim)` and log q `(S, B)`: particle block `first` of the stream called `purpose`."""
-        z, log_q = self.sample_extended(num_particles, seed, purpose, first, antithetic=antithetic)
+    def sample(self, num_particles: int, stream: Stream, first: int = 0, *, antithetic: bool = False) -> Draws:
+        """Draws `z` `(S, B, dim)` and log q `(S, B)`: particle block `first` of the stream."""
+        z, log_q = self.sample_extended(num_particles, stream, first, antithetic=antithetic)
         return z[..., : self.blocks[0][1].joint.dim], log_q
 
-    def sample_extended(
-        self, num_particles: int, seed: int, purpose: str, first: int = 0, *, antithetic: bool = False
-    ) -> Draws:
+    def sample_extended(self, num_particles: int, stream: Stream, first: int = 0, *, antithetic: bool = False) -> Draws:
         """As `sample`, the elements of auxiliary variables behind those of the latents."""
         pairs = []
         for block, local in self.blocks:
-            reseed(seed, purpose, block.start // BLOCK, first)
+            stream.reseed(block.start // BLOCK, first)
             draw = local.sample_extended if isinstance(local, FactorisedGuide) else local.sample
             pairs.append(draw(num_particles, antithetic))
         return _join(pairs)
 
-    def sample_all(self, num_particles: int, seed: int, purpose: str) -> Draws:
+    def sample_all(self, num_particles: int, stream: Stream) -> Draws:
         """`num_particles` draws, in particle blocks, without gradients."""
-        parts = list(self.in_blocks(num_particles, seed, purpose))
+        parts = list(self.in_blocks(num_particles, stream))
         return torch.cat([z for z, _ in parts]), torch.cat([log_q for _, log_q in parts])
 
-    def in_blocks(self, num_particles: int, seed: int, purpose: str) -> Iterator[Draws]:
+    def in_blocks(self, num_particles: int, stream: Stream) -> Iterator[Draws]:
         """The same draws, a particle block after the other."""
         for first, size in enumerate(particle_blocks(num_particles)):
             with torch.no_grad():
-                draws = self.sample(size, seed, purpose, first)
+                draws = self.sample(size, stream, first)
             yield draws
 
-    def moments(self, num_particles: int, seed: int, purpose: str) -> Draws:
+    def moments(self, num_particles: int, stream: Stream) -> Draws:
         """Mean and standard deviation `(B, dim)`: exact where the guide knows them, else of `num_particles` draws."""
         if (known := self.exact_moments()) is not None:
             return known
-        draws, _ = self.sample_all(num_particles, seed, purpose)
+        draws, _ = self.sample_all(num_particles, stream)
         return draws.mean(0), draws.std(0)
 
     def exact_moments(self) -> Draws | None:
@@ -101,7 +99,7 @@ def probe(posterior: Posterior, joint: JointDensity, chunk: Chunk) -> Tensor:
     not a fixed point, because a guide with auxiliary variables gives a density to its own draws alone.
     """
     with seeded(0, "probe", device=joint.device), torch.no_grad():
-        z, log_q = BlockedGuide(posterior, chunk).sample_extended(1, 0, "probe")
+        z, log_q = BlockedGuide(posterior, chunk).sample_extended(1, Stream(0, "probe"))
         log_joint = joint(z[..., : joint.dim], chunk.indices)
     return torch.cat([part.double().flatten() for part in (z, log_q, log_joint)])
 

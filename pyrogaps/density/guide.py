@@ -1,6 +1,7 @@
 """`GuideDensity`: a Pyro guide as a density over the model's flat unconstrained vectors."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide
 from pyrogaps.density.data import Data
 from pyrogaps.density.joint import JointDensity
-from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide, PlaceValues, Term, join_terms, score_term
+from pyrogaps.density.local import Draws, FactorisedGuide, GuideSite, LocalGuide, PlaceValues, join_terms, score_term
 from pyrogaps.density.plates import BoundPlate, whole_plates
+from pyrogaps.density.reading import ANY_PLATE
 from pyrogaps.density.rows import probe_rows, rows_are_independent
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import check_parameters, sample_sites
@@ -24,6 +26,25 @@ SELECT = (
     "parameters held for each datapoint must be selected: loc[rows] with rows = torch.arange(N) as one of the data's "
     "tensors, or pyro.param(..., event_dim=0) in a plate of the whole data set's size"
 )
+
+
+@dataclass(frozen=True)
+class GuideStructure:
+    """What is read of a guide once.
+
+    Attributes:
+        size: datapoints in the data set that the guide was made for.
+        bound: whether it holds parameters for each of these; None while that is not known.
+        terms: its sites that carry density.
+        factorised: whether its site distributions are known before any draw.
+        origin: where a part of the data is at hand, the datapoints that it holds.
+    """
+
+    size: int
+    bound: bool | None
+    terms: tuple[GuideSite, ...] = ()
+    factorised: bool = False
+    origin: Tensor | None = None
 
 
 class GuideDensity:
@@ -49,8 +70,13 @@ class GuideDensity:
         data: Data | None,
         model: Program | JointDensity,
         plate: str | Literal[False] | None = None,
+        *,
+        structure: GuideStructure | None = None,
     ) -> None:
         self.guide = guide
+        if structure is not None and isinstance(model, JointDensity):
+            self.joint, self.structure = model, structure
+            return
         check_parameters(guide)
         if isinstance(model, JointDensity):
             self.joint = model
@@ -58,15 +84,29 @@ class GuideDensity:
             raise InputError("data: needed to read the model")
         else:
             self.joint = JointDensity(model, data, plate)
-        self._size = self.joint.num_datapoints
         check_autoguide(guide, self.joint)
         # An autoguide holds parameters for each datapoint, whatever its plates say.
-        self.bound: bool | None = True if is_autoguide(guide) and self.joint.plate is not None else None
-        self.origin: Tensor | None = None
+        bound = True if is_autoguide(guide) and self.joint.plate is not None else None
+        self.structure = GuideStructure(self.joint.num_datapoints, bound)
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
-            self.terms = self._read_structure()
-            self.factorised = self._is_factorised()
+            self.structure = self._read_structure()
+            self.structure = replace(self.structure, factorised=self._is_factorised())
             self._check_rows()
+
+    @property
+    def bound(self) -> bool:
+        """Whether the guide holds parameters for each datapoint of its data set."""
+        return bool(self.structure.bound)
+
+    @property
+    def terms(self) -> list[GuideSite]:
+        """The guide's sites that carry density."""
+        return [*self.structure.terms]
+
+    @property
+    def factorised(self) -> bool:
+        """Whether the guide's site distributions are known before any draw."""
+        return self.structure.factorised
 
     @property
     def num_datapoints(self) -> int:
@@ -105,45 +145,45 @@ class GuideDensity:
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
         """A context in which the guide's data plate holds the rows of `indices`."""
-        rows = indices if self.origin is None else self.origin[indices]
-        return whole_plates(self.joint.plate, rows, num_datapoints=self._size, bound=self.bound)
+        origin, size, bound = self.structure.origin, self.structure.size, self.structure.bound
+        rows = indices if origin is None else origin[indices]
+        plate = ANY_PLATE if self.joint.structure.make_whole else self.joint.plate
+        return whole_plates(plate, rows, num_datapoints=size, bound=bound)
 
     def restrict(self, joint: JointDensity, origin: Tensor) -> "GuideDensity":
         """The same guide over `joint`, which holds the datapoints `origin` alone and counts them from 0."""
-        part = object.__new__(GuideDensity)
-        part.__dict__.update(self.__dict__)
-        part.joint, part.origin = joint, origin
-        return part
+        return GuideDensity(self.guide, None, joint, structure=replace(self.structure, origin=origin))
 
     def over(self, joint: JointDensity) -> "GuideDensity":
         """The same guide over `joint`, which holds other data of the same form; no checks are run again.
 
         Raises `InputError` for a guide that holds parameters for each datapoint, where there is another number of them.
         """
-        if self.bound and joint.num_datapoints != self._size:
+        size = self.structure.size
+        if self.bound and joint.num_datapoints != size:
             raise InputError(
-                f"guide: it holds parameters for each of {self._size} datapoints, and has none for "
+                f"guide: it holds parameters for each of {size} datapoints, and has none for "
                 f"{joint.num_datapoints} others"
             )
-        part = self.restrict(joint, torch.arange(joint.num_datapoints))
-        part.origin, part._size = None, joint.num_datapoints
-        return part
+        structure = replace(self.structure, origin=None, size=joint.num_datapoints)
+        return GuideDensity(self.guide, None, joint, structure=structure)
 
-    def _read_structure(self) -> list[Term]:
+    def _read_structure(self) -> GuideStructure:
         """Run on a number of rows that is not the data set's, so that a plate of its full size shows."""
         number = self.num_datapoints
         count = 1 if self.joint.plate is None else 2 if number != 2 else 3
         indices = torch.arange(count) % number
+        bound = self.bound
         try:
             messages = self._few(indices)
-            self.bound = bool(self.bound)
         except BoundPlate:
-            self.bound = True
+            bound = True
+            self.structure = replace(self.structure, bound=True)
             messages = self._few(indices)
-        return read_terms(messages, self.joint, indices)
+        return replace(self.structure, bound=bound, terms=tuple(read_terms(messages, self.joint, indices)))
 
     def _few(self, indices: Tensor) -> dict[str, Any]:
-        """The guide's sites on a few rows; a guide that can only be run on all of them is told how to."""
+        """The guide's sites on a few rows; a guide that runs on all of them alone is refused, with a remedy."""
         try:
             return self.messages(indices)
         except (BoundPlate, InputError):

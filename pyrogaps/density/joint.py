@@ -1,41 +1,27 @@
 """`JointDensity`: a Pyro model as a density over one flat unconstrained vector per datapoint."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.utils._pytree import tree_leaves
 
-from pyrogaps.density.data import Data, IndexedData, as_indexed, as_tuple, whole
+from pyrogaps.density.data import Data, IndexedData, as_indexed, whole
 from pyrogaps.density.layout import Site
-from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
-from pyrogaps.density.rows import CHECK_ROWS, probe_rows, rows_are_independent, same_density
+from pyrogaps.density.plates import whole_plates
+from pyrogaps.density.reading import ANY_PLATE, PAD, ModelStructure, finite_arguments, read_model
+from pyrogaps.density.rows import probe_rows, rows_are_independent, same_density
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.score import ScoreModel, stack_runs
-from pyrogaps.density.structure import (
-    batch_dims,
-    check_finite,
-    check_model_sites,
-    check_observed,
-    check_parameters,
-    dtypes_named,
-    find_plate,
-    first_sites,
-    frames_of,
-    is_masked,
-    lay_out,
-    sample_sites,
-)
+from pyrogaps.density.structure import check_parameters, dtypes_named, sample_sites
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 
 if TYPE_CHECKING:
     from pyrogaps.density.simulate import ToData
-
-PAD = "pad ragged data to one length for the whole data set and mask the padding"
 
 
 class JointDensity:
@@ -51,6 +37,8 @@ class JointDensity:
         data: a tensor or a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
         plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
             without any plate, makes the whole data set one datapoint (N = 1).
+        make_whole: with `plate=False`, make subsampled plates whole; else they are refused.
+        structure: of another density of the same model on data of the same form; the model is then not read again.
 
     Raises:
         InputError: naming the site, plate or argument, where the density per datapoint is not defined or not
@@ -58,22 +46,59 @@ class JointDensity:
             likelihood's support, NaN in data or parameters, ...).
     """
 
-    def __init__(self, model: Program, data: Data, plate: str | Literal[False] | None = None) -> None:
-        self.model = model
-        self.caller_data = data
-        check_parameters(model)
-        with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True), dtypes_named():
-            self.plate = None if plate is False else self._plate_of(as_indexed(data), plate)
-            self.data = whole(data) if self.plate is None else as_indexed(data)
-            self.vectorized = True
-            self.unnormalised: tuple[str, ...] = ()
-            self.observed: tuple[str, ...] = ()
-            self.bound: bool | None = None
-            self.masked = False
-            self.sites = self._structure()
-        self.dim = sum(site.size for site in self.sites.values())
-        with seeded(0, "structure"), evaluating(model), torch.no_grad():
-            self._check_rows()
+    def __init__(
+        self,
+        model: Program,
+        data: Data,
+        plate: str | Literal[False] | None = None,
+        *,
+        make_whole: bool = False,
+        structure: ModelStructure | None = None,
+    ) -> None:
+        self.model, self.caller_data = model, data
+        if structure is None:
+            check_parameters(model)
+            with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True), dtypes_named():
+                self.structure = read_model(model, data, plate, make_whole=make_whole)
+        else:
+            self.structure = structure
+        self.data = whole(data) if self.plate is None else as_indexed(data)
+        if structure is None:
+            with seeded(0, "structure"), evaluating(model), torch.no_grad():
+                self._check_rows()
+
+    @property
+    def plate(self) -> str | None:
+        """The data plate's name; None where the whole data set is one datapoint."""
+        return self.structure.plate
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The latent sites and how they lie in `z`."""
+        return self.structure.sites
+
+    @property
+    def dim(self) -> int:
+        """The length of `z`."""
+        return self.structure.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.structure.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.structure.device
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of the observed sites."""
+        return self.structure.observed
+
+    @property
+    def unnormalised(self) -> tuple[str, ...]:
+        """Observed sites with values outside their support, which the model does not validate."""
+        return self.structure.unnormalised
 
     @property
     def num_datapoints(self) -> int:
@@ -97,11 +122,7 @@ class JointDensity:
 
     def fetch(self, indices: Tensor, num_particles: int = 1) -> tuple[Any, ...]:
         """The model's arguments for `indices`, the whole run of them repeated `num_particles` times."""
-        args = self.data.fetch(indices.repeat(num_particles) if self.plate is not None else indices)
-        args = as_tuple(args)
-        named = ((f"argument {position}", leaf) for position, value in enumerate(args) for leaf in tree_leaves(value))
-        check_finite(named, "data", "clean or impute them first")
-        return args
+        return finite_arguments(self.data.fetch(indices.repeat(num_particles) if self.plate is not None else indices))
 
     def score(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> tuple[Tensor, Tensor]:
         """`terms` for rows: `flat` `(R, dim)` and the arguments of those R rows give two tensors `(R,)`.
@@ -113,12 +134,12 @@ class JointDensity:
 
     def run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         """Run the model with `flat` in its latent sites; the handler holds the terms, site values and masks."""
-        if self.plate is None and not self.vectorized:
+        if self.plate is None and not self.structure.vectorized:
             return stack_runs([self._run(row[None], args, indices[:1]) for row in flat])
         return self._run(flat, args, indices)
 
     def _run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
-        handler = ScoreModel(self.sites, self.plate, flat, vectorized=self.vectorized)
+        handler = ScoreModel(self.sites, self.plate, flat, vectorized=self.structure.vectorized)
         with self.plates(indices), handler:
             self.model(*args)
         missing = [name for name in self.sites if name not in handler.values]
@@ -128,7 +149,8 @@ class JointDensity:
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
         """A context in which the model's data plate holds the rows of `indices`."""
-        return whole_plates(self.plate, indices, num_datapoints=self.num_datapoints, bound=self.bound)
+        plate = ANY_PLATE if self.structure.make_whole else self.plate
+        return whole_plates(plate, indices, num_datapoints=self.num_datapoints, bound=self.structure.bound)
 
     def constrain(self, z: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
         """The latent sites' values, each `(S, N, *shape)`, of unconstrained `z` `(S, N, dim)`."""
@@ -145,7 +167,7 @@ class JointDensity:
 
     def active(self, indices: Tensor) -> Tensor | None:
         """Which coordinates are under no False mask, `(B, dim)`; None where all of them are."""
-        if not self.masked:
+        if not self.structure.masked:
             return None
         flat = self.zeros(len(indices))
         with evaluating(self.model), torch.no_grad():
@@ -202,65 +224,15 @@ class JointDensity:
         return torch.cat([z[..., self.sites[name].columns] for name in other.sites], -1)
 
     def over(self, data: IndexedData) -> "JointDensity":
-        """The same density over other data of the same form; no checks are run again."""
-        other = object.__new__(JointDensity)
-        other.__dict__.update(self.__dict__)
-        other.data = other.caller_data = data
-        return other
+        """The same density over other data of the same form; no program is run, and nothing is checked again."""
+        return JointDensity(self.model, data, structure=self.structure)
+
+    def one_by_one(self) -> "JointDensity":
+        """The same density, many particles of a data set without a plate evaluated one after the other."""
+        return JointDensity(self.model, self.caller_data, structure=replace(self.structure, vectorized=False))
 
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.num_datapoints) if indices is None else indices
-
-    def _plate_of(self, data: IndexedData, plate: str | None) -> str | None:
-        if isinstance(plate, str):
-            return plate
-        number = data.num_datapoints
-        # A hard-coded size breaks off a run on a few rows, but shows the plate; `_structure` then refuses it.
-        for few in (min(3, number), number):
-            with steady_plates():
-                sites, error = first_sites(self.model, as_tuple(data.fetch(torch.arange(few))))
-            if error is None or frames_of(sites):
-                break
-        else:
-            raise error or AssertionError
-        return find_plate(sites)
-
-    def _structure(self) -> dict[str, Site]:
-        """Check every datapoint's sites batch by batch; returns the layout, which all batches must share."""
-        number, layout = self.num_datapoints, None
-        first = torch.tensor([number - 1, 0, 0] + [0] * (number == 3)) if self.plate is not None else torch.tensor([0])
-        batches = [first, *torch.arange(number).split(CHECK_ROWS)] if self.plate is not None else [first]
-        for batch in batches:
-            args = self.fetch(batch)
-            sites = self._sites(args, batch)
-            if self.plate is not None and self.plate not in (names := frames_of(sites)):
-                known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
-                raise InputError(f"plate: the model has no plate named '{self.plate}' ({known})")
-            check_model_sites(sites, self.plate)
-            self.observed = tuple(name for name, site in sites.items() if site["is_observed"])
-            doubtful = [n for n, site in sites.items() if site["is_observed"] and not check_observed(n, site)]
-            self.unnormalised = tuple(sorted({*self.unnormalised, *doubtful}))
-            self.masked |= any(is_masked(site) for site in sites.values() if not site["is_observed"])
-            nesting = max((-f.dim for s in sites.values() for f in s["cond_indep_stack"] if f.vectorized), default=0)
-            found = lay_out(sites, self.plate, -1 - max(nesting, batch_dims(sites)))
-            if layout is not None and found != layout:
-                raise InputError(f"model: its latent sites change shape from datapoint to datapoint; {PAD}")
-            layout, self.bound = found, bool(self.bound)
-        value = next(site["value"] for site in sites.values() if not site["is_observed"])
-        self.dtype, self.device = value.dtype, value.device
-        assert layout is not None
-        return layout
-
-    def _sites(self, args: tuple[Any, ...], batch: Tensor) -> dict[str, Any]:
-        """The model's sites on a batch; the first one tells whether its data plate has the data set's full size."""
-        try:
-            with self.plates(batch):
-                return sample_sites(self.model, args)
-        except BoundPlate as found:
-            if not found.subsampled:
-                raise wrong_size(str(self.plate), self.num_datapoints, len(batch)) from None
-            self.bound = True
-            return self._sites(args, batch)
 
     def _check_rows(self) -> None:
         """A row's density must be its own: not that of its neighbours, of its position, or of the batch."""
@@ -273,8 +245,8 @@ class JointDensity:
         if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), together):
             if not torch.equal(self._total(z, indices), together):
                 raise InputError(
-                    "data: a datapoint's density is another every time it is fetched, or the model itself random; draw "
-                    "data once (SimulatedData(...).fetch(indices)) and give those tensors"
+                    "data: the density of a datapoint changed between two identical calls; fetch(indices) or the model "
+                    "is random. Draw the data once (SimulatedData(...).fetch(indices)) and pass the tensors"
                 )
             raise InputError(
                 "data: a datapoint's density changes with the order of the indices it is fetched with, or with the "
@@ -289,11 +261,11 @@ class JointDensity:
         """Without a data plate, many particles run at once only where that gives what one at a time gives."""
         indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
         z, args = z.to(self.device), self.fetch(indices[:1])
-        self.vectorized = False
-        one_by_one = torch.stack(self.score(z, args, indices)).sum(0)
+        alone = replace(self.structure, vectorized=False)
+        one_by_one = torch.stack(JointDensity(self.model, self.data, structure=alone).score(z, args, indices)).sum(0)
         try:
-            self.vectorized = True
             together = torch.stack(self.score(z, args, indices)).sum(0)
-            self.vectorized = same_density(together, one_by_one)
+            same = same_density(together, one_by_one)
         except Exception:
-            self.vectorized = False
+            same = False
+        self.structure = self.structure if same else alone

@@ -17,7 +17,7 @@ Draws = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Term:
+class GuideSite:
     """A guide site that carries density: its name, its columns and shape, and whether it lives unconstrained.
 
     Autoguides draw an auxiliary site in unconstrained space and hand its image to a Delta at the model's site; the
@@ -51,7 +51,7 @@ class FactorisedGuide:
         self,
         joint: JointDensity,
         indices: Tensor,
-        terms: list[Term],
+        terms: list[GuideSite],
         distributions: dict[str, Any],
         active: Tensor | None,
     ) -> None:
@@ -106,13 +106,13 @@ class FactorisedGuide:
         (term,) = self.terms
         return term.site.sum_to_rows(fn.log_reverse(term.site.unflatten(z)), lead=1)
 
-    def _assemble(self, num_particles: int, parts: list[tuple[Term, Any, Tensor]]) -> Draws:
+    def _assemble(self, num_particles: int, parts: list[tuple[GuideSite, Any, Tensor]]) -> Draws:
         shape = (num_particles, len(self.indices))
         scored = [score_term(t, fn, value, self.active, self.joint.plate is not None, shape) for t, fn, value in parts]
         return join_terms(self.terms, scored, self.active)
 
 
-def join_terms(terms: list[Term], scored: list[Draws], active: Tensor | None) -> Draws:
+def join_terms(terms: list[GuideSite], scored: list[Draws], active: Tensor | None) -> Draws:
     """Put the terms' columns side by side and add their log q."""
     order = sorted(range(len(terms)), key=lambda position: terms[position].site.start)
     z = torch.cat([scored[position][0] for position in order], -1)
@@ -143,7 +143,7 @@ def _draw(fn: Any, num_particles: int, antithetic: bool) -> Tensor:
 class PlaceValues(Messenger):
     """Puts given rows `(R, dim)` into a guide's terms, so that a run scores them instead of drawing."""
 
-    def __init__(self, terms: list[Term], flat: Tensor, in_plate: bool) -> None:
+    def __init__(self, terms: list[GuideSite], flat: Tensor, in_plate: bool) -> None:
         super().__init__()
         self.terms, self.flat, self.in_plate = {term.name: term for term in terms}, flat, in_plate
 
@@ -154,7 +154,7 @@ class PlaceValues(Messenger):
             message["value"], message["done"] = value if self.in_plate else value[0], True
 
 
-def place(term: Term, fn: Any, z: Tensor) -> Tensor:
+def place(term: GuideSite, fn: Any, z: Tensor) -> Tensor:
     """The values of a term's site at unconstrained `z` `(S, B, dim)`, with S leading."""
     unconstrained = term.site.unflatten(z)
     value: Tensor = unconstrained if term.unconstrained else biject_to(guide_support(fn))(unconstrained)
@@ -162,7 +162,7 @@ def place(term: Term, fn: Any, z: Tensor) -> Tensor:
 
 
 def score_term(
-    term: Term, fn: Any, value: Tensor, active: Tensor | None, in_plate: bool, shape: tuple[int, int]
+    term: GuideSite, fn: Any, value: Tensor, active: Tensor | None, in_plate: bool, shape: tuple[int, int]
 ) -> Draws:
     """Columns `(S, B, size)` and log q `(S, B)` in unconstrained space of a term's `value`, S leading."""
     site = term.site

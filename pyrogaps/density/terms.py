@@ -9,13 +9,13 @@ from torch.distributions import biject_to
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
-from pyrogaps.density.local import Term, place
+from pyrogaps.density.local import GuideSite, place
 from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import guide_support
 from pyrogaps.errors import InputError
 
 
-def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -> list[Term]:
+def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -> list[GuideSite]:
     """Match a guide's sites with the model's; raises `InputError` where they do not fit."""
     auxiliary = {name: m for name, m in messages.items() if m["infer"].get("is_auxiliary") and name not in joint.sites}
     for name, message in messages.items():
@@ -69,7 +69,7 @@ def _probe(joint: JointDensity, indices: Tensor) -> tuple[Tensor, dict[str, Tens
     return flat, joint.run(flat, joint.fetch(indices), indices).values
 
 
-def _own_term(name: str, message: Any, site: Site, joint: JointDensity, flat: Tensor, theirs: Tensor) -> Term:
+def _own_term(name: str, message: Any, site: Site, joint: JointDensity, flat: Tensor, theirs: Tensor) -> GuideSite:
     """The term of a site that the guide draws itself; `theirs` are the model's values at the points `flat`."""
     fn = message["fn"]
     if fn.support.is_discrete:
@@ -87,7 +87,7 @@ def _own_term(name: str, message: Any, site: Site, joint: JointDensity, flat: Te
     return term
 
 
-def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> Term:
+def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> GuideSite:
     """A term with the guide's own row axis; its values must fill the model site's columns."""
     fn, value = message["fn"], message["value"]
     flat = value if unconstrained else biject_to(guide_support(fn)).inv(value)
@@ -108,7 +108,7 @@ def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstra
         shape, fits = tuple(rest), torch.Size(rest).numel() == site.size
     if not fits:
         raise _does_not_fit(site.name, message, site)
-    return Term(
+    return GuideSite(
         name,
         replace(site, shape=shape, axis=axis, event_dim=fn.event_dim, unconstrained_event_dim=event_dim),
         unconstrained,
@@ -122,7 +122,9 @@ def _does_not_fit(name: str, message: Any, site: Site) -> InputError:
     )
 
 
-def _flat_term(deltas: list[str], messages: dict[str, Any], auxiliary: dict[str, Any], joint: JointDensity) -> Term:
+def _flat_term(
+    deltas: list[str], messages: dict[str, Any], auxiliary: dict[str, Any], joint: JointDensity
+) -> GuideSite:
     """The one auxiliary vector of which the Deltas `deltas` are the parts, as in joint autoguides."""
     size = sum(joint.sites[name].size for name in deltas)
     for name in list(auxiliary):

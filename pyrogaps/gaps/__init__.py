@@ -4,5 +4,17 @@ from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.decompose import decompose
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.retrain import Retraining, Split
+from pyrogaps.gaps.terms import TERMS, Columns, Term, Values, values_of
 
-__all__ = ["Certificate", "GapLedger", "Retraining", "Split", "decompose"]
+__all__ = [
+    "TERMS",
+    "Certificate",
+    "Columns",
+    "GapLedger",
+    "Retraining",
+    "Split",
+    "Term",
+    "Values",
+    "decompose",
+    "values_of",
+]

@@ -1,6 +1,5 @@
 """The bounds on the training data that split the amortization gap, and the guide that was trained on for them."""
 
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -8,69 +7,56 @@ from typing import Any, cast
 import numpy as np
 import xarray as xr
 
-from pyrogaps.bounds import chunk_log_weights, over_chunks
-from pyrogaps.capture import GradientEvaluator
-from pyrogaps.density import GuideDensity
+from pyrogaps.bounds import chunk_log_weights
+from pyrogaps.chunk_cache import Arrays
 from pyrogaps.density.runs import Program
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.parts import Arrays
+from pyrogaps.gaps.measure import Measure, as_arrays, columns
 from pyrogaps.gaps.retrain import Split, retrain
-from pyrogaps.gaps.split import QUANTITIES
-from pyrogaps.gaps.work import Work, as_arrays, columns, run_chunks
 from pyrogaps.log_weights import mean_estimate
 from pyrogaps.refine import own_family
+from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
 # Draws by which rounds and starts are compared, the same for all of them.
 NUM_COMPARING = 200
 
 
-def with_split(
-    ledger: GapLedger,
-    split: Split,
-    work: Work,
-    batch_size: int,
-    progress: bool,
-    cache: str | os.PathLike[str] | None,
-) -> GapLedger:
-    """`ledger` with the amortization gap split in three; `work` is that on the measured training data."""
-    problem = work.problem
-    folder = None if cache is None else Path(cache) / "training"
-
-    def read(candidate: Program) -> tuple[GuideDensity, GradientEvaluator]:
-        density = problem.with_guide(candidate).guide_density()
-        same = density.joint is problem.joint
-        return density, work.evaluator if same else GradientEvaluator(density.joint, work.evidence.mode)
+def with_split(ledger: GapLedger, split: Split, measure: Measure, run: Run) -> GapLedger:
+    """`ledger` with the amortization gap split in three; `measure` is of the training data."""
+    problem = measure.problem
+    folder = None if run.cache is None else Path(run.cache) / "training"
 
     def bound(candidate: Program) -> float:
-        density, scorer = read(candidate)
+        there = problem.with_guide(candidate)
 
-        def one(chunk: Chunk) -> Any:
-            return chunk_log_weights(scorer, density, chunk, NUM_COMPARING, work.seed, "retraining").mean(0)
+        def mean_log_weights(chunk: Chunk) -> Any:
+            stream = run.stream("retraining")
+            return chunk_log_weights(there.scorer, there.guided(), chunk, NUM_COMPARING, stream).mean(0)
 
-        means = over_chunks(one, problem.joint, batch_size, work.seed)
+        means = run.map(mean_log_weights, problem.joint)
         return float(np.concatenate([mean.cpu().numpy() for mean in means]).mean())
 
-    starts = retrain(
-        problem.model, cast(Program, problem.guide), split, bound, seed=work.seed, folder=folder, progress=progress
-    )
-    best, scorer = read(starts[0].guide)
+    starts = retrain(problem.model, cast(Program, problem.guide), split, bound, run, folder)
+    best = problem.with_guide(starts[0].guide)
     # The optimum is the same, but from phi-hat a refinement gets there where from a broken guide it may fall short.
-    work.own = own_family(best)
+    from_best = replace(measure, refiner=replace(measure.refiner, family=own_family(best.guide_density())))
 
-    def measure(work: Work, chunk: Chunk) -> Arrays:
-        weights = chunk_log_weights(scorer, best, chunk, work.num_particles, work.seed, "retrained")
-        return {**work.bounds(chunk)[0], **as_arrays(columns("elbo_retrained", mean_estimate(weights)))}
+    def measure_chunk(chunk: Chunk, run: Run) -> Arrays:
+        stream = run.stream("retrained")
+        weights = chunk_log_weights(best.scorer, best.guided(), chunk, measure.num_particles, stream)
+        return {**from_best(chunk, run), **as_arrays(columns("elbo_retrained", mean_estimate(weights)))}
 
-    told = [start.told() for start in starts]
-    results = run_chunks(work, measure, {"training": told, "seed": work.seed}, batch_size, progress, folder)
-    quantities = {name: {"estimator": how, "direction": which} for name, (how, which) in QUANTITIES.items()}
-    settings = {name: value for name, value in vars(split.retraining).items() if name != "training"}
+    described = [start.described() for start in starts]
+    settings = {"training": described, "seed": run.seed}
+    cached = replace(run, cache=folder)
+    results = cached.map_kept(measure_chunk, problem.joint, settings, measure.fingerprint, measure.num_stages)
+    retraining = {name: value for name, value in vars(split.retraining).items() if name != "training"}
     training = {name: _plain(value) for name, value in asdict(split.retraining.training).items()}
     provenance = {
         **ledger.provenance,
-        "quantities": {**ledger.provenance["quantities"], **quantities},
-        "split": {**settings, "training": training, "starts": told},
+        "amortized": True,  # of one evaluated datapoint too
+        "split": {**retraining, "training": training, "starts": described},
     }
     return replace(ledger, training=_dataset(results, split), provenance=provenance)
 

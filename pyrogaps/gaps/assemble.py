@@ -1,48 +1,41 @@
 """From the results of chunks to a `GapLedger`."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from torch import Tensor
 
+from pyrogaps.chunk_cache import Arrays
 from pyrogaps.density import Data
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.parts import Arrays
+from pyrogaps.gaps.measure import OWN, TRACE, Measure
+from pyrogaps.gaps.terms import Columns, Term, measured_gaps
 from pyrogaps.streams import Chunk
 
 MAX_OBSERVED = 20_000_000
 
 
 def assemble(
-    results: list[tuple[Chunk, Arrays]], families: list[str], provenance: dict[str, Any], data: Data
+    results: list[tuple[Chunk, Arrays]], measure: Measure, provenance: dict[str, Any], terms: Sequence[Term]
 ) -> GapLedger:
-    """The ledger of the chunks' results; gaps are differences along one chain of estimates."""
-    arrays = [result for _, result in results]
+    """The ledger of the chunks' results."""
+    arrays, families = [result for _, result in results], [OWN, *measure.families]
     weights = np.array([len(chunk) for chunk, _ in results], dtype=float)
-    columns = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0] if not _is_trace(name)}
+    columns = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0] if not name.startswith(TRACE)}
     traces = {
-        name: np.average([a[name] for a in arrays], axis=0, weights=weights) for name in arrays[0] if _is_trace(name)
+        name.removeprefix(TRACE): np.average([a[name] for a in arrays], axis=0, weights=weights)
+        for name in arrays[0]
+        if name.startswith(TRACE)
     }
-    own, own_mcse = columns["elbo_refined"][:, 0], columns["elbo_refined_mcse"][:, 0]
-    evidence, evidence_mcse = columns["log_evidence"], columns["log_evidence_mcse"]
-    # What one network has to live up to: the best that is shown no more than it.
-    target, target_mcse = (
-        columns.get(f"elbo_shared{end}", own_value) for end, own_value in (("", own), ("_mcse", own_mcse))
-    )
-    gaps = {
-        "inference_gap": (evidence - columns["elbo"], np.hypot(evidence_mcse, columns["elbo_mcse"])),
-        "approximation_gap": (evidence - own, np.hypot(evidence_mcse, own_mcse)),
-        "amortization_gap": (target - columns["elbo"], np.hypot(target_mcse, columns["elbo_mcse"])),
-        "family_approximation_gap": (
-            evidence[:, None] - columns["elbo_refined"],
-            np.hypot(evidence_mcse[:, None], columns["elbo_refined_mcse"]),
-        ),
-    }
-    if "elbo_shared" in columns:
-        gaps["conditioning_gap"] = own - target, np.hypot(own_mcse, target_mcse)
-    for name, (value, mcse) in gaps.items():
-        columns[name], columns[f"{name}_mcse"] = value, mcse
+    if measure.evidence is not None:  # a ledger that is saved and loaded has its words alone
+        notes, cautions = measure.evidence.notes(columns), measure.evidence.cautions(columns)
+        provenance = {**provenance, "notes": notes, "cautions": cautions}
+    evidence, mcse = columns["log_evidence"][:, None], columns["log_evidence_mcse"][:, None]
+    columns["family_approximation_gap"] = evidence - columns["elbo_refined"]
+    columns["family_approximation_gap_mcse"] = np.hypot(mcse, columns["elbo_refined_mcse"])
     per_datapoint = xr.Dataset(
         {name: (("datapoint", "family")[: value.ndim], value) for name, value in columns.items()},
         coords={"datapoint": np.arange(provenance["num_datapoints"]), "family": families},
@@ -50,14 +43,22 @@ def assemble(
     for variable in per_datapoint.data_vars:
         if str(variable).removesuffix("_mcse") in provenance["quantities"]:
             per_datapoint[variable].attrs["units"] = "nats"
-    return GapLedger(per_datapoint, _traces(traces, families, provenance), _observed(data), provenance)
+    observed = _observed(measure.problem.joint.caller_data)
+    ledger = GapLedger(per_datapoint, _traces(traces, families, provenance), observed, provenance, xr.Dataset())
+    return with_gaps(ledger, terms)
 
 
-TRACES = ("refined_elbo", "acceptance_by_temperature", "ess_by_temperature", "inverse_temperature")
-
-
-def _is_trace(name: str) -> bool:
-    return name in TRACES
+def with_gaps(ledger: GapLedger, terms: Sequence[Term]) -> GapLedger:
+    """`ledger` with its gaps, which are differences along one chain of estimates."""
+    training = xr.Dataset() if ledger.training is None else ledger.training
+    columns = Columns(ledger.per_datapoint, training, ledger.provenance["amortized"])
+    gaps, per_datapoint = measured_gaps(columns, terms)
+    variables = {
+        name: ("datapoint", value, {"units": "nats"})
+        for gap, values in per_datapoint.items()
+        for name, value in ((gap, values.value), (f"{gap}_mcse", values.mcse))
+    }
+    return replace(ledger, per_datapoint=ledger.per_datapoint.assign(variables), gaps=gaps)
 
 
 def _traces(traces: Arrays, families: list[str], provenance: dict[str, Any]) -> xr.Dataset:
@@ -65,9 +66,9 @@ def _traces(traces: Arrays, families: list[str], provenance: dict[str, Any]) -> 
     steps = (np.arange(num_points) + 0.5) * provenance["refinement"]["num_steps"] / num_points
     dims = {"refined_elbo": ("family", "refinement_step")}
     coordinates: dict[str, Any] = {"family": families, "refinement_step": steps}
-    # Of an escalation no two datapoints need have the same path.
-    if "inverse_temperature" in traces:
-        coordinates["temperature"] = np.arange(1, len(traces["inverse_temperature"]) + 1)
+    along_path = [trace for name, trace in traces.items() if name not in dims]
+    if along_path:
+        coordinates["temperature"] = np.arange(1, len(along_path[0]) + 1)
     return xr.Dataset(
         {name: (dims.get(name, ("temperature",)), value) for name, value in traces.items()}, coords=coordinates
     )

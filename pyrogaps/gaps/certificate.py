@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from pyrogaps.errors import InputError
-from pyrogaps.gaps.table import standard_error
+from pyrogaps.gaps.terms import standard_error
 
 # A refinement that gains more than this, nats, had not ended.
 IMPROVING = 0.01
@@ -56,16 +56,19 @@ def told(certificate: xr.Dataset) -> Iterator[str]:
     )
 
 
-def cautions(certificate: xr.Dataset, inference_gap: float) -> Iterator[str]:
-    """What the certificate says against the ledger: errors beyond a tenth of the gap that it explains."""
+def cautions(certificate: xr.Dataset, inference_gap: float, last_gap: str) -> Iterator[str]:
+    """What the certificate says against the ledger: errors beyond a tenth of the inference gap.
+
+    `last_gap` is what the difference between the refined and the guide's own bound is called.
+    """
     width = float((certificate["upper"] - certificate["lower"]).mean())
     gain = float(certificate["gain"].mean())
     if width > abs(inference_gap) / 10:
         yield f"log p(x) may be {width:.3f} nats higher than measured (BDMC); give AIS more temperatures"
     if gain > abs(inference_gap) / 10:
         yield (
-            f"a longer refinement gains {gain:.3f} nats, which move from the approximation to the amortization gap; "
-            "give Refinement more num_steps"
+            f"a longer refinement gains {gain:.3f} nats, which belong to the {last_gap}, not to the "
+            "approximation gap; give Refinement more num_steps"
         )
 
 

@@ -2,42 +2,39 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from pyrogaps import memory, ranks
-from pyrogaps.ais import AIS
+from pyrogaps.chunk_cache import chunk_size
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.escalation import Escalation, LadderCheck
+from pyrogaps.evidence import AIS, Evidence
 from pyrogaps.gaps.amortization import with_split
-from pyrogaps.gaps.assemble import assemble
+from pyrogaps.gaps.assemble import assemble, with_gaps
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.certify import certify, check_certifiable
-from pyrogaps.gaps.compiling import Compile, chosen_mode
-from pyrogaps.gaps.ledger import OWN, GapLedger
-from pyrogaps.gaps.parts import chunk_size
+from pyrogaps.gaps.ledger import GapLedger
+from pyrogaps.gaps.measure import OWN, Measure
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.sizes import sizes_of
-from pyrogaps.gaps.work import Work, run_chunks
+from pyrogaps.gaps.terms import TERMS, Term
 from pyrogaps.problem import Plate, Problem
-from pyrogaps.refine import Refinement, own_family
+from pyrogaps.refine import OwnFamily, Refinement, Refiner, own_family
 from pyrogaps.refine.families import Family
-from pyrogaps.streams import derive_seed
+from pyrogaps.run import Run
 
 QUANTITIES = {
     "elbo": ("Monte Carlo ELBO of the guide", "unbiased"),
     "iwae": ("importance weights of the guide", "lower bound of log p(x)"),
     "log_evidence": ("AIS", "lower bound of log p(x)"),
     "elbo_refined": ("Monte Carlo ELBO of the refined guide", "lower bound of L[q*]"),
-    "approximation_gap": ("log p(x) - L[q*]", "estimate (either way)"),
     "family_approximation_gap": ("log p(x) - L[q*]", "estimate (either way)"),
-    "amortization_gap": ("L[q*] - L[q]", "lower bound of the gap"),
-    "inference_gap": ("log p(x) - L[q]", "lower bound of the gap"),
 }
 
 
@@ -47,17 +44,18 @@ def decompose(
     data: Data | None = None,
     *,
     families: Mapping[str, Family] | None = None,
-    evidence: AIS | Escalation | Literal["auto"] | None = None,
+    evidence: Evidence | None = None,
     refinement: Refinement | None = None,
     conditioning: Conditioning | None = None,
     reference: Program | None = None,
     split: Split | None = None,
     certificate: Certificate | None = None,
+    terms: Sequence[Term] = TERMS,
     num_particles: int = 1000,
     plate: Plate = None,
     batch_size: int | None = None,
     max_memory: int | str | None = None,
-    compile: Compile = "auto",
+    compile: bool = False,
     seed: int = 0,
     progress: bool = True,
     cache: str | os.PathLike[str] | None = None,
@@ -92,14 +90,15 @@ def decompose(
         guide: a Pyro guide for it, trained.
         data: a tensor, a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
         families: further families, `name -> family(model) -> guide`, each refined per datapoint, beside the tree.
-        evidence: settings of AIS, alike for all datapoints; or an `Escalation`, "auto" for its defaults, which gives
-            each what it takes to know log p(x) to a stated standard error.
+        evidence: how log p(x) is measured: `AIS(...)`, with the same settings for all datapoints; `Ladder(...)`, which
+            measures each to a stated standard error; or another `Evidence`. None: `AIS()`.
         refinement: settings of the per-datapoint refinement.
         conditioning: settings of the shared posterior that measures the conditioning gap of `conditions`.
         reference: for a `lookahead`, a guide with the same one, trained as well as can be for this model
             (`SimulatedData`): its ELBO takes the place of L[q*_C]. Without it the gap stays in the amortization gap.
         split: the training data, and how to train the guide on; None leaves the amortization gap whole.
         certificate: what to spend on finding out how wrong the bounds can be; None spends nothing.
+        terms: the gaps of the tree; `TERMS + (mine,)` adds one.
         num_particles: draws for each ELBO and for the IWAE bound.
         plate: the data plate's name, see `JointDensity`.
         batch_size: datapoints worked on at once, in whole blocks of 64; it changes the ledger in rounding alone. None
@@ -107,7 +106,8 @@ def decompose(
         max_memory: what this process may use, in bytes or as in "4GiB"; None: four fifths of what the machine has left.
             Memory does not grow with the number of datapoints or temperatures, and of draws and chains the log-weights
             alone are held, a chunk at a time.
-        compile: "on" gives the recorded density to `torch.compile`, "auto" does where the run is long enough.
+        compile: whether to give the recorded density to `torch.compile`. It pays in long runs of models with many
+            elementwise operations; compiling takes about 20 s, and results differ in their last digits.
         seed: of all the randomness.
         progress: whether to show a progress bar.
         cache: a folder for finished chunks; a run that was stopped continues there.
@@ -118,44 +118,45 @@ def decompose(
     Raises:
         InputError: in one line that names the site, argument or family, for anything that has no gap per datapoint.
     """
-    further, how = _checked(families), _evidence(evidence)
+    further, evidence = _checked(families), AIS() if evidence is None else evidence
+    if not isinstance(evidence, Evidence):
+        raise InputError(f"evidence: must be AIS(...), Ladder(...) or another Evidence, got {evidence!r}")
     if num_particles < 2:
         raise InputError(f"num_particles: must be at least 2, got {num_particles}")
 
     problem = Problem.of(model, guide, data, plate)
-    joint = problem.joint
-    kept = ranks.first(lambda: chunk_size(cache, joint.num_datapoints))
-    sizes = sizes_of(joint, how, num_particles, batch_size, max_memory, kept)
-    refining, number = refinement or Refinement(), 1 + len(further)
-    how = replace(how, mode=chosen_mode(compile, how, refining, number, num_particles, joint))
+    problem = problem.compiled() if compile else problem
+    folder = None if cache is None else Path(cache)
+    kept = ranks.first(lambda: chunk_size(folder, problem.num_datapoints))
+    sizes = sizes_of(problem.joint, evidence, num_particles, batch_size, max_memory, kept)
+    run = Run(seed, sizes.batch_size, progress, folder)
 
-    def work_on(problem: Problem, families: dict[str, Family], stream: int) -> Work:
-        density = problem.guide_density()
-        settings = how, refining, num_particles, stream
-        work = Work(problem, own_family(density), families, *settings)
-        chosen = conditioning or Conditioning()
-        anneal = how if isinstance(how, AIS) else AIS(mode=how.mode)
-        work.conditioned = conditioning_measure(density, work.evaluator, chosen, anneal, *settings[1:], reference)
-        return work
+    def bounds_of(problem: Problem, run: Run) -> Measure:
+        refiner = Refiner(own_family(problem.guide_density()), refinement or Refinement())
+        annealing = evidence if isinstance(evidence, AIS) else AIS()
+        conditioned = conditioning_measure(
+            problem, conditioning or Conditioning(), annealing, refiner, num_particles, run, reference
+        )
+        return Measure(problem, refiner, {}, None, conditioned, num_particles)
 
     with memory.limited(sizes.working_set):
-        work = work_on(problem, further, seed)
-        # What cannot be split is refused before hours of work.
-        if split is not None and joint.plate is None:
+        # What cannot be split or certified is refused before hours of work.
+        if split is not None and problem.plate is None:
             raise InputError("split: the model has no data plate, so its guide is not amortized; leave split out")
+        bounds, on_training, training = bounds_of(problem, run), run.derived("training data"), None
         if certificate is not None:
-            check_certifiable(work)
-        training = None
+            check_certifiable(bounds)
         if split is not None:
-            there = Problem.of(problem.model, problem.guide, split.measured()[0], joint.plate)
-            training = work_on(there, {}, derive_seed(seed, "training data"))
-        provenance = _provenance(work, work.check_ladder(sizes.batch_size))
-        results = run_chunks(work, Work.measure, provenance, sizes.batch_size, progress, cache)
-        ledger = assemble(results, [OWN, *further], provenance, joint.caller_data)
+            there = Problem.of(problem.model, problem.guide, split.measured()[0], problem.plate, problem.mode)
+            training = bounds_of(there, on_training)
+        measure = replace(bounds, families=further, evidence=evidence.prepare(problem, run, bounds.refiner))
+        provenance = _provenance(measure, run)
+        results = run.map_kept(measure, problem.joint, provenance, measure.fingerprint, measure.num_stages)
+        ledger = assemble(results, measure, provenance, terms)
         if split is not None and training is not None:
-            ledger = with_split(ledger, split, training, sizes.batch_size, progress, cache)
+            ledger = with_gaps(with_split(ledger, split, training, on_training), terms)
         if certificate is not None:
-            ledger = replace(ledger, certificate=certify(work, ledger.per_datapoint, certificate, sizes.batch_size))
+            ledger = replace(ledger, certificate=certify(measure, ledger.per_datapoint, certificate, run))
     return ledger
 
 
@@ -171,49 +172,34 @@ def _checked(families: Mapping[str, Family] | None) -> dict[str, Family]:
     return families
 
 
-def _evidence(evidence: AIS | Escalation | Literal["auto"] | None) -> AIS | Escalation:
-    if evidence is None or evidence == "auto":
-        return AIS() if evidence is None else Escalation()
-    if not isinstance(evidence, AIS | Escalation):
-        raise InputError(f"evidence: must be AIS(...), Escalation(...) or 'auto', got {evidence!r}")
-    return evidence
-
-
-def _provenance(work: Work, check: LadderCheck | str | None) -> dict[str, Any]:
-    told = QUANTITIES | ({} if work.conditioned is None else work.conditioned.quantities)
-    quantities = {name: {"estimator": how, "direction": which} for name, (how, which) in told.items()}
-    if isinstance(work.evidence, AIS):
-        where = "distribution" if work.evidence.initial == "prior" else "guide"
-        quantities["log_evidence"]["estimator"] = f"AIS from the {work.evidence.initial} {where}"
-    else:
-        quantities["log_evidence"]["estimator"] = "importance sampling or AIS from the refined guide"
+def _provenance(measure: Measure, run: Run) -> dict[str, Any]:
+    """What was measured and by what, as plain values."""
+    problem, conditioned = measure.problem, measure.conditioned
+    estimators = QUANTITIES | ({} if conditioned is None else conditioned.quantities)
+    quantities = {name: {"estimator": how, "direction": which} for name, (how, which) in estimators.items()}
+    assert measure.evidence is not None
+    log_evidence = {"estimator": measure.evidence.estimator, "direction": measure.evidence.direction}
+    own = measure.refiner.family
     return {
-        "quantities": quantities,
-        "own_family": work.own.kind,
-        "evidence": asdict(work.evidence),
-        "ladder": _told(check),
-        "refinement": asdict(work.refinement),
-        "families": {name: getattr(family, "__name__", repr(family)) for name, family in work.further.items()},
-        "num_particles": work.num_particles,
-        "num_datapoints": work.problem.joint.num_datapoints,
-        "dim": work.problem.joint.dim,
-        "plate": work.problem.joint.plate,
-        "shown": None if (shown := declared(work.problem.guide)) is None else str(shown),
-        "conditioning": None if work.conditioned is None else work.conditioned.settings,
-        "unnormalised_likelihood": list(work.problem.joint.unnormalised),
-        "seed": work.seed,
-        "dtype": str(work.problem.joint.dtype).removeprefix("torch."),
-        "device": work.problem.joint.device.type,
+        "quantities": {**quantities, "log_evidence": log_evidence},
+        "own_family": own.kind if isinstance(own, OwnFamily) else None,
+        "amortized": isinstance(own, OwnFamily) and own.amortized and problem.num_datapoints > 1,
+        "evidence": measure.evidence.describe(),
+        "refinement": asdict(measure.refiner.settings),
+        "families": {name: getattr(family, "__name__", repr(family)) for name, family in measure.families.items()},
+        "num_particles": measure.num_particles,
+        "num_datapoints": problem.num_datapoints,
+        "dim": problem.dim,
+        "plate": problem.plate,
+        "mode": problem.mode,
+        "shown": None if (shown := declared(problem.guide)) is None else str(shown),
+        "conditioning": None if conditioned is None else conditioned.settings,
+        "unnormalised_likelihood": list(problem.joint.unnormalised),
+        "seed": run.seed,
+        "dtype": str(problem.joint.dtype).removeprefix("torch."),
+        "device": problem.joint.device.type,
         "versions": _versions(),
     }
-
-
-def _told(check: LadderCheck | str | None) -> dict[str, Any] | str | None:
-    """The check of an escalation's ladder, or why there is none, as plain values."""
-    if not isinstance(check, LadderCheck):
-        return check
-    number = len(check.upper)
-    return {"lowest": check.lowest, "width": check.width, "width_mcse": check.width_mcse, "num_simulated": number}
 
 
 def _versions() -> dict[str, str]:

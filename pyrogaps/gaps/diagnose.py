@@ -1,61 +1,30 @@
 """What a ledger says to do: its gaps ranked by nats, with what usually closes each and the evidence it rests on."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pandas as pd
+import xarray as xr
+
+from pyrogaps.gaps.terms import INFERENCE, leaves
 
 # How many standard errors a gap, or what sets two apart, has to exceed before anything is said of it.
 CERTAIN = 2.0
-
-REMEDIES: Mapping[str, tuple[str, str]] = {
-    "approximation_gap": (
-        "the variational family cannot hold the posterior",
-        "try a richer family (full covariance, a flow, a mixture); give it to decompose(families=...) first: its "
-        "refined bound says what it would gain",
-    ),
-    "conditioning_gap": (
-        "the guide is not shown all that the posterior depends on",
-        "show it more: a longer lookahead, a smoother, the withheld inputs",
-    ),
-    "amortization_gap": (
-        "one network for all datapoints falls short of the best guide for each",
-        "decompose(split=Split(train_data)) says whether capacity, training or data are to blame",
-    ),
-    "capacity_gap": (
-        "the network cannot express the best guides, however long it is trained",
-        "a larger or better suited encoder, or a few steps of refinement from its output",
-    ),
-    "optimization_gap": (
-        "the network is not trained to its end for this model",
-        "train it longer, with a learning rate that falls, or steps of its own before the model's (guide_steps)",
-    ),
-    "generalization_gap": (
-        "the network does worse on these data than on those it was trained on",
-        "more training data, or a regularised encoder: early stopping on the ELBO, dropout, data simulated from the "
-        "model",
-    ),
-}
 
 
 @dataclass(frozen=True)
 class Finding:
     """One leaf of the tree: its mean and standard error, nats, and its share of the inference gap.
 
-    The error combines that over datapoints with the Monte Carlo error.
+    The error combines that over datapoints with the Monte Carlo error. `gap` is the id of its term, `name` its label.
     """
 
     gap: str
     nats: float
     error: float
     share: float
-
-    @property
-    def name(self) -> str:
-        """The gap in words."""
-        return self.gap.replace("_", " ")
+    name: str
+    cause: str
+    remedy: str
 
     @property
     def certain(self) -> bool:
@@ -63,11 +32,11 @@ class Finding:
         return self.nats > CERTAIN * self.error
 
     def __str__(self) -> str:
-        told = f"{self.name} {self.nats:.3f} ± {self.error:.3f} nats ({self.share:.0%})"
-        cause, remedy = REMEDIES[self.gap]
+        size = f"{self.name} {self.nats:.3f} ± {self.error:.3f} nats ({self.share:.0%})"
         if not self.certain:
-            return f"{told}: not larger than its error"
-        return f"{told}: {cause}. What usually helps: {remedy}."
+            return f"{size}: not larger than its error"
+        cause, remedy = self.cause or "a large gap", self.remedy
+        return f"{size}: {cause}." + (f" What usually helps: {remedy}." if remedy else "")
 
 
 @dataclass(frozen=True)
@@ -77,7 +46,7 @@ class Diagnosis:
     Attributes:
         findings: ranked by nats.
         dominant: the name of the largest gap, where it exceeds zero and the next by two standard errors; else None.
-        warnings: what the numbers rest on that does not bear weight.
+        warnings: reasons not to trust the numbers.
     """
 
     findings: tuple[Finding, ...]
@@ -87,7 +56,7 @@ class Diagnosis:
     def __str__(self) -> str:
         head = self._head(self.findings[0])
         lines = [head, *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1))]
-        return "\n".join([*lines, *(f"Mind: {warning}." for warning in self.warnings)])
+        return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
 
     def _head(self, first: Finding) -> str:
         if self.dominant is not None:
@@ -103,21 +72,19 @@ class Diagnosis:
     __repr__ = __str__
 
 
-def diagnosis(summary: pd.DataFrame, warnings: tuple[str, ...]) -> Diagnosis:
-    """The leaves of the tree in a ledger's summary, ranked."""
-    leaves = [name for name in REMEDIES if name in summary.index]
-    if "capacity_gap" in leaves:
-        leaves.remove("amortization_gap")
-    total = float(summary["mean"]["inference_gap"])
-    findings = sorted((_finding(name, summary.loc[name], total) for name in leaves), key=lambda f: -f.nats)
+def diagnosis(gaps: xr.Dataset, warnings: tuple[str, ...]) -> Diagnosis:
+    """The leaves of a ledger's tree of gaps, ranked."""
+    findings = sorted((_finding(gaps.sel(gap=name), gaps) for name in leaves(gaps)), key=lambda f: -f.nats)
     first, others = findings[0], findings[1:]
     dominant = first.certain and all(_exceeds(first, other) for other in others)
     return Diagnosis(tuple(findings), first.gap if dominant else None, warnings)
 
 
-def _finding(name: str, row: Any, total: float) -> Finding:
+def _finding(row: xr.Dataset, gaps: xr.Dataset) -> Finding:
+    nats, total = float(row["mean"]), float(gaps["mean"].sel(gap=INFERENCE))
     error = float(np.hypot(np.nan_to_num(row["standard_error"]), row["mcse"]))
-    return Finding(name, float(row["mean"]), error, float(row["mean"]) / total if total else float("nan"))
+    words = (str(row[name].item()) for name in ("label", "cause", "remedy"))
+    return Finding(str(row["gap"].item()), nats, error, nats / total if total else float("nan"), *words)
 
 
 def _exceeds(first: Finding, other: Finding) -> bool:

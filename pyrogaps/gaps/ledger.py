@@ -1,7 +1,7 @@
 """`GapLedger`: the gaps of every datapoint, with their errors and where each number comes from."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -10,12 +10,11 @@ import xarray as xr
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import certificate as certificates
 from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
-from pyrogaps.gaps.split import parts_of
-from pyrogaps.gaps.table import cautions, render, standard_error, summary_mcse
+from pyrogaps.gaps.table import cautions, last_gap, render
+from pyrogaps.gaps.terms import INFERENCE, Values, ids
 
-OWN = "own"
 ATTRIBUTE = "pyrogaps"
-GROUPS = ("per_datapoint", "traces", "observed_data")
+GROUPS = ("per_datapoint", "traces", "observed_data", "gaps")
 TRAINING, CERTIFICATE = "training_data", "certificate"
 
 
@@ -39,19 +38,22 @@ class GapLedger:
 
     Attributes:
         per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`,
-            `iwae`, `log_evidence`, `elbo_refined`, `approximation_gap`, `amortization_gap`, `inference_gap`,
-            `family_approximation_gap`, each with its Monte Carlo standard error `<name>_mcse`; `khat` and `ess` of the
-            guide's importance weights, `khat_refined` and `ess_refined` of each refined family's; `log_evidence_draws`
-            and `log_evidence_ess`, draws or chains behind log p(x), and `acceptance` of AIS, NaN for importance
-            sampling; `converged` and `kept_start` of the refinements. Of an escalation also `log_evidence_method` (as
-            in `pyrogaps.escalation.METHODS`), `log_evidence_temperatures` and `log_evidence_evaluations`. Where a
-            conditioning gap was measured: `elbo_shared`, `conditioning_gap`, and of a shared posterior
-            `elbo_on_completions`, `overfitting`, `shared_converged`, `completions_ess` and `num_completions`.
+            `iwae`, `log_evidence`, `elbo_refined`, `family_approximation_gap` and the gaps that have values per
+            datapoint (`inference_gap`, `approximation_gap`, `amortization_gap`, ...), each with its Monte Carlo
+            standard error `<name>_mcse`; `khat` and `ess` of the guide's importance weights, `khat_refined` and
+            `ess_refined` of each refined family's; what the evidence adds: of AIS and the ladder `log_evidence_draws`
+            and `log_evidence_ess`, draws or chains behind log p(x), and `acceptance`, NaN for importance sampling; of
+            the ladder also `log_evidence_method` (as in `pyrogaps.evidence.METHODS`), `log_evidence_temperatures` and
+            `log_evidence_evaluations`; `converged` and `kept_start` of the refinements. Where a conditioning gap was
+            measured: `elbo_shared`, `conditioning_gap`, and of a shared posterior `elbo_on_completions`,
+            `overfitting`, `shared_converged`, `completions_ess` and `num_completions`.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
         observed: the data, where they are one tensor of moderate size.
         provenance: which estimator, direction of bound and settings each number has; seed and versions.
         training: of a split amortization gap, over "training_datapoint": `elbo` of the guide, `elbo_retrained` of the
             guide trained on, `elbo_target` (L[q*_C]), each with `<name>_mcse`; else None.
+        gaps: the tree of gaps, a row for each over "gap": `mean`, `standard_error` and `mcse` in nats, `parent` and
+            what its `Term` says of it.
         certificate: where asked for, how wrong the bounds can be: `lower` and `upper` bounds of log p(x) over
             "simulated" datapoints, `gain` of L[q*] by a longer refinement over "refined_again" ones; else None.
     """
@@ -60,6 +62,7 @@ class GapLedger:
     traces: xr.Dataset
     observed: xr.Dataset
     provenance: dict[str, Any]
+    gaps: xr.Dataset
     training: xr.Dataset | None = None
     certificate: xr.Dataset | None = None
 
@@ -67,20 +70,13 @@ class GapLedger:
         """One row a quantity: mean over datapoints, its standard error over datapoints, its Monte Carlo standard error
         (both of the mean, in nats), the estimator and the direction of the bound.
         """
-        rows = {}
-        for label, name, family in self._quantities():
-            values, errors = self._values(name, family), self._values(f"{name}_mcse", family)
-            how = self.provenance["quantities"][name]
-            rows[label] = {
-                "mean": values.mean(),
-                "standard_error": standard_error(values),
-                "mcse": summary_mcse(errors),
-                "estimator": how["estimator"],
-                "direction": how["direction"],
-            }
-            if name == "amortization_gap" and self.training is not None:
-                for part, value in parts_of(self.per_datapoint, self.training):
-                    rows[part] = {**asdict(value), **self.provenance["quantities"][part]}
+        rows = {label: self._row(name, family) for label, name, family in self._bounds()}
+        for name in ids(self.gaps):
+            row = self.gaps.sel(gap=name)
+            numbers = {column: float(row[column]) for column in ("mean", "standard_error", "mcse")}
+            rows[name] = numbers | {column: str(row[column].item()) for column in ("estimator", "direction")}
+        for family in self.families[1:]:
+            rows[f"approximation_gap[{family}]"] = self._row("family_approximation_gap", family)
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("quantity")
 
     def diagnose(self) -> Diagnosis:
@@ -88,17 +84,18 @@ class GapLedger:
 
         Nothing is advised on a difference within two standard errors. Take `.dominant` and `.findings`, or print it.
         """
-        summary, warnings = self.summary(), [*cautions(self.per_datapoint, self.provenance)]
+        warnings = [*cautions(self.per_datapoint, self.provenance)]
         if self.certificate is not None:
-            warnings += certificates.cautions(self.certificate, float(summary["mean"]["inference_gap"]))
-        return diagnosis(summary, tuple(warnings))
+            inference_gap = float(self.gaps["mean"].sel(gap=INFERENCE))
+            warnings += certificates.cautions(self.certificate, inference_gap, last_gap(self.provenance))
+        return diagnosis(self.gaps, tuple(warnings))
 
     def to_datatree(self) -> xr.DataTree:
-        """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `training_data` where the
-        amortization gap is split, `certificate` where there is one, and the provenance as one JSON string in the
-        attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`.
+        """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`
+        where the amortization gap is split, `certificate` where there is one, and the provenance as one JSON string in
+        the attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`.
         """
-        groups = dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed), strict=True))
+        groups = dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed, self.gaps), strict=True))
         further = {TRAINING: self.training, CERTIFICATE: self.certificate}
         groups |= {name: dataset for name, dataset in further.items() if dataset is not None}
         tree = xr.DataTree.from_dict(groups)
@@ -111,36 +108,31 @@ class GapLedger:
         missing = [name for name in GROUPS if name not in tree.children]
         if missing or ATTRIBUTE not in tree.attrs:
             raise InputError(f"ledger: not a tree written by GapLedger.to_datatree (missing {missing or ATTRIBUTE})")
-        per_datapoint, traces, observed = (tree.children[name].to_dataset() for name in GROUPS)
+        per_datapoint, traces, observed, gaps = (tree.children[name].to_dataset() for name in GROUPS)
         further = (tree.children.get(name) for name in (TRAINING, CERTIFICATE))
         parts = (None if node is None else node.to_dataset() for node in further)
-        return cls(per_datapoint, traces, observed, json.loads(tree.attrs[ATTRIBUTE]), *parts)
+        return cls(per_datapoint, traces, observed, json.loads(tree.attrs[ATTRIBUTE]), gaps, *parts)
 
     @property
     def families(self) -> list[str]:
         """The families refined, the guide's own first."""
         return [str(name) for name in self.per_datapoint["family"].values]
 
-    def _quantities(self) -> list[tuple[str, str, str | None]]:
-        """(row label, variable, family) of every row of the summary."""
+    def _bounds(self) -> list[tuple[str, str, str | None]]:
+        """(row label, variable, family) of the rows of the summary that are no gaps."""
         rows: list[tuple[str, str, str | None]] = [("log_evidence", "log_evidence", None)]
         rows += [(f"elbo_refined[{family}]", "elbo_refined", family) for family in self.families]
-        shared = [name for name in ("elbo_shared", "elbo_on_completions") if name in self.per_datapoint]
-        bounds = [*shared, "iwae", "elbo", "inference_gap", "approximation_gap"]
-        rows += [(name, name, None) for name in bounds]
-        if "conditioning_gap" in self.per_datapoint:
-            rows.append(("conditioning_gap", "conditioning_gap", None))
-        rows.append(("amortization_gap", "amortization_gap", None))
-        others = [family for family in self.families if family != OWN]
-        rows += [(f"approximation_gap[{family}]", "family_approximation_gap", family) for family in others]
-        return rows
+        names = [name for name in ("elbo_shared", "elbo_on_completions") if name in self.per_datapoint]
+        return rows + [(name, name, None) for name in (*names, "iwae", "elbo")]
 
-    def _values(self, name: str, family: str | None) -> Any:
-        values = self.per_datapoint[name]
-        return (values if family is None else values.sel(family=family)).values
+    def _row(self, name: str, family: str | None = None) -> dict[str, Any]:
+        """A row of the summary, from a column."""
+        data = self.per_datapoint if family is None else self.per_datapoint.sel(family=family)
+        mean = Values(data[name].values, data[f"{name}_mcse"].values).mean
+        return {**mean._asdict(), **self.provenance["quantities"][name]}
 
     def __str__(self) -> str:
-        table = render(self.summary(), self.per_datapoint, self.provenance)
+        table = render(self.summary(), self.gaps, self.per_datapoint, self.provenance)
         lines = [] if self.certificate is None else certificates.told(self.certificate)
         return "\n".join([table, *(f"certificate: {line}" for line in lines)])
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from pyrogaps.density import Data, IndexedData
 from pyrogaps.density.data import as_indexed, part_of, rows_of
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.streams import derive_seed, seeded
+from pyrogaps.run import Run
+from pyrogaps.streams import seeded
 from pyrogaps.training import Cosine, Training, train
 
 WARM = "warm"
@@ -85,21 +86,27 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of the retraining: its name, the bound before and after every round, nats, and its best guide.
-
-    `kept` names the parameters that a fresh start took from the guide.
-    """
+class Candidate:
+    """A copy of the guide to train on: its name, and `kept`, the parameters that fresh weights left as they were."""
 
     name: str
-    bounds: list[float]
-    converged: bool
     guide: nn.Module
     kept: tuple[str, ...] = ()
 
-    def told(self) -> dict[str, Any]:
-        """What is kept of it."""
-        return {"start": self.name, "elbo": self.bounds, "converged": self.converged, "kept": list(self.kept)}
+
+@dataclass(frozen=True)
+class Start:
+    """One start of the retraining, with the bound before and after every round, nats, and its best guide."""
+
+    candidate: Candidate
+    bounds: list[float]
+    converged: bool
+    guide: nn.Module
+
+    def described(self) -> dict[str, Any]:
+        """What a ledger keeps of it."""
+        name, kept = self.candidate.name, list(self.candidate.kept)
+        return {"start": name, "elbo": self.bounds, "converged": self.converged, "kept": kept}
 
 
 def retrain(
@@ -107,10 +114,8 @@ def retrain(
     guide: Program,
     split: Split,
     bound: Callable[[Program], float],
-    *,
-    seed: int = 0,
+    run: Run,
     folder: Path | None = None,
-    progress: bool = True,
 ) -> list[Start]:
     """Copies of `guide` trained on from its weights and from fresh ones, the best by `bound` first.
 
@@ -123,22 +128,20 @@ def retrain(
     """
     if not isinstance(guide, nn.Module):
         raise InputError("split: only a guide that is a module can be copied and trained on, and this one is not")
-    starts = [
-        replace(_trained_on(model, name, copied, split, bound, seed, folder, progress), kept=kept)
-        for name, copied, kept in _copies(guide, split.retraining.num_restarts, seed)
-    ]
+    candidates = _candidates(guide, split.retraining.num_restarts, run)
+    starts = [_trained_on(model, candidate, split, bound, run, folder) for candidate in candidates]
     return sorted(starts, key=lambda start: -max(start.bounds))
 
 
-def _copies(guide: nn.Module, num_restarts: int, seed: int) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """Names and copies of the guide to train on, and which parameters a fresh copy shares with the guide."""
-    yield WARM, copy.deepcopy(guide), ()
+def _candidates(guide: nn.Module, num_restarts: int, run: Run) -> Iterator[Candidate]:
+    """The guide's own weights, then fresh ones."""
+    yield Candidate(WARM, copy.deepcopy(guide))
     for number in range(1, num_restarts + 1):
         fresh = copy.deepcopy(guide)
-        with seeded(seed, "fresh weights", number):
+        with run.stream("fresh weights").seeded(number):
             kept, some_fresh = _reset(fresh)
         if some_fresh:
-            yield f"fresh {number}", fresh, kept
+            yield Candidate(f"fresh {number}", fresh, kept)
 
 
 def _reset(guide: nn.Module) -> tuple[tuple[str, ...], bool]:
@@ -164,23 +167,16 @@ def _reset(guide: nn.Module) -> tuple[tuple[str, ...], bool]:
 
 
 def _trained_on(
-    model: Program,
-    name: str,
-    guide: nn.Module,
-    split: Split,
-    bound: Callable[[Program], float],
-    seed: int,
-    folder: Path | None,
-    progress: bool,
+    model: Program, candidate: Candidate, split: Split, bound: Callable[[Program], float], run: Run, folder: Path | None
 ) -> Start:
-    chosen, bounds = split.retraining, [bound(guide)]
-    best = copy.deepcopy(guide)
-    options = {**vars(chosen.training), "freeze_model": True}
+    chosen, name, guide = split.retraining, candidate.name, candidate.guide
+    bounds, best = [bound(guide)], copy.deepcopy(guide)
+    options = {**vars(chosen.training), "freeze_model": True, "progress": run.progress}
     for number in range(1, chosen.max_rounds + 1):
         file = None if folder is None else folder / f"retraining-{name.replace(' ', '-')}-{number}.pt"
-        stream = derive_seed(seed, "retraining", name, number)
+        seed = run.derived("retraining", name, number).seed
         try:
-            train(model, guide, split.train_data, **options, checkpoint=file, seed=stream, progress=progress)
+            train(model, guide, split.train_data, **options, checkpoint=file, seed=seed)
         except FloatingPointError as error:
             raise InputError(
                 f"split: the {name} start diverged: {error}; lower retraining.training.learning_rate"
@@ -189,5 +185,5 @@ def _trained_on(
         if bounds[-1] == max(bounds):
             best = copy.deepcopy(guide)
         if bounds[-1] - bounds[-2] <= chosen.tolerance:
-            return Start(name, bounds, True, best)
-    return Start(name, bounds, False, best)
+            return Start(candidate, bounds, True, best)
+    return Start(candidate, bounds, False, best)

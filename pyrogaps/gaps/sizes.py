@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from pyrogaps import memory, ranks
-from pyrogaps.ais import AIS, CHAINS
 from pyrogaps.density import JointDensity
 from pyrogaps.errors import InputError
-from pyrogaps.escalation import Escalation
+from pyrogaps.evidence import Evidence
 from pyrogaps.streams import BLOCK, PARTICLE_BLOCK
 
-# As many datapoints share the cost of a call well.
+# Batch size at which call overhead becomes negligible.
 MOST = 4 * BLOCK
 # Vectors of a chain that are alive at once: positions, momenta, proposals, forces, and two gradients of each.
 VECTORS, VECTORS_OF_DRAWS = 14, 4
@@ -28,7 +27,7 @@ class Sizes:
 
 def sizes_of(
     joint: JointDensity,
-    evidence: AIS | Escalation,
+    evidence: Evidence,
     num_particles: int,
     batch_size: int | None,
     max_memory: int | str | None,
@@ -36,44 +35,32 @@ def sizes_of(
 ) -> Sizes:
     """What fits `max_memory`, by default four fifths of what the machine has left, on top of what is held already.
 
-    On every machine with some room this is the same for the same model: only where the room is short are chunks and
-    working set smaller. Processes that share the work agree on the least of theirs, and chunks that are `kept` already
+    On every machine with some room this is the same for the same model: chunks and working set are smaller only where
+    there is little room. Processes that share the work agree on the least of theirs, and chunks that are `kept` already
     of a size that fits set it. Raises `InputError` where there is not enough for one block of datapoints.
     """
-
-    def own() -> Sizes:
-        return _own_sizes(joint, evidence, num_particles, batch_size, max_memory)
-
-    found = ranks.everywhere(own)
-    fitting = min(sizes.batch_size for sizes in found)
-    if batch_size is None and kept is not None and kept <= fitting:
-        fitting = kept
-    return Sizes(fitting, min(sizes.working_set for sizes in found))
-
-
-def _own_sizes(
-    joint: JointDensity,
-    evidence: AIS | Escalation,
-    num_particles: int,
-    batch_size: int | None,
-    max_memory: int | str | None,
-) -> Sizes:
-    """What fits this process."""
-    held = memory.resident()
-    limit = held + memory.available() * 4 // 5 if max_memory is None else memory.parse_bytes(max_memory)
-    room = limit - held
-    chains = min(CHAINS, evidence.num_chains) if isinstance(evidence, AIS) else CHAINS
-    vectors = max(VECTORS * chains, VECTORS_OF_DRAWS * PARTICLE_BLOCK)
-    log_weights = 8 * COPIES * (num_particles + (evidence.num_chains if isinstance(evidence, AIS) else 0))
+    vectors = max(VECTORS * evidence.num_chains_at_once, VECTORS_OF_DRAWS * PARTICLE_BLOCK)
+    log_weights = 8 * COPIES * (num_particles + evidence.num_log_weights)
     each = vectors * joint.dim * joint.zeros(1).element_size() + log_weights
     number = -(-(batch_size or 1) // BLOCK) * BLOCK
     least = max(LEAST_ROOM, SHARES * number * each)
-    if room < least:
-        raise InputError(
-            f"max_memory: {memory.told(limit)} is too little: {memory.told(held)} are in use already, and {number} "
-            f"datapoints take {memory.told(least)}; allow {memory.told(held + least)} or more, or use a smaller "
-            "batch_size, fewer draws or chains"
-        )
-    working_set = min(memory.WORKING_SET, room // SHARES)
-    fitting = max(1, working_set // (BLOCK * each)) * BLOCK
-    return Sizes(batch_size or min(MOST, fitting), working_set)
+
+    def own() -> Sizes:
+        held = memory.resident()
+        limit = held + memory.available() * 4 // 5 if max_memory is None else memory.parse_bytes(max_memory)
+        room = limit - held
+        if room < least:
+            raise InputError(
+                f"max_memory: {memory.told(limit)} is too little: {memory.told(held)} are in use already, and {number} "
+                f"datapoints take {memory.told(least)}; allow {memory.told(held + least)} or more, or use a smaller "
+                "batch_size, fewer draws or chains"
+            )
+        working_set = min(memory.WORKING_SET, room // SHARES)
+        fitting = max(1, working_set // (BLOCK * each)) * BLOCK
+        return Sizes(batch_size or min(MOST, fitting), working_set)
+
+    sizes = ranks.everywhere(own)
+    fitting = min(its.batch_size for its in sizes)
+    if batch_size is None and kept is not None and kept <= fitting:
+        fitting = kept
+    return Sizes(fitting, min(its.working_set for its in sizes))

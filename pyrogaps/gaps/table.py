@@ -6,32 +6,23 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pyrogaps.gaps import escalation
+from pyrogaps.gaps.terms import INFERENCE, ids, standard_error, summary_mcse, tree_labels
 
-TREE = {
-    "inference_gap": "inference gap",
-    "approximation_gap": "├─ approximation gap",
-    "conditioning_gap": "├─ conditioning gap",
-    "amortization_gap": "└─ amortization gap",
-    "capacity_gap": "   ├─ capacity gap",
-    "optimization_gap": "   ├─ optimization gap",
-    "generalization_gap": "   └─ generalization gap",
-}
 BOUNDS = {
     "log_evidence": "log p(x)",
     "elbo_shared": "L[q*_C]",
     "elbo_on_completions": "L[q*_C] on completions",
     "elbo": "L[q]",
 }
-HEADINGS = ("mean", "s.e.", "MCSE", "in expectation, by what")
+HEADINGS = ("mean", "s.e.", "MCSE", "direction: estimated by")
 
 
-def render(summary: pd.DataFrame, per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> str:
+def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> str:
     """The table: mean over datapoints in nats, its standard error over datapoints, and its Monte Carlo error.
 
     The fourth column says what the mean is in expectation, and the estimator behind it.
     """
-    labels = {name: _label(str(name), provenance) for name in summary.index}
+    labels = {name: _label(str(name), provenance) for name in summary.index} | tree_labels(gaps)
     width = max(len(label) for label in labels.values())
     number = provenance["num_datapoints"]
     what = "1 datapoint" if number == 1 else f"{number:,} datapoints"
@@ -44,21 +35,21 @@ def render(summary: pd.DataFrame, per_datapoint: xr.Dataset, provenance: dict[st
     further = False
     for name, row in summary.iterrows():
         is_further = str(name).startswith("approximation_gap[")
-        if name == "inference_gap" or (is_further and not further):
+        if name == INFERENCE or (is_further and not further):
             lines.append("")
         further = is_further
         figures = "  ".join(
             _number(row[column], size, decimals) for column, size in (("mean", 9), ("standard_error", 7), ("mcse", 7))
         )
-        told = f"{row['direction']}: {row['estimator']}{_doubt(str(name), row)}"
-        lines.append(f"{labels[name]:{width}}  {figures}  {told}")
+        doubt = _doubt(row) if is_further or name in ids(gaps) else ""
+        lines.append(f"{labels[name]:{width}}  {figures}  {row['direction']}: {row['estimator']}{doubt}")
     return "\n".join([*lines, "", *_notes(per_datapoint, provenance)])
 
 
-def _doubt(name: str, row: Any) -> str:
-    """A remark on a gap that two of its errors, over datapoints or Monte Carlo, reach around."""
+def _doubt(row: Any) -> str:
+    """A remark on a gap that is smaller than two of its errors, over datapoints or Monte Carlo."""
     error = np.nanmax([row["standard_error"], row["mcse"]])
-    return "; within its error" if "_gap" in name and abs(row["mean"]) <= 2 * error else ""
+    return "; within its error" if abs(row["mean"]) <= 2 * error else ""
 
 
 def _number(value: float, width: int, decimals: int) -> str:
@@ -66,8 +57,6 @@ def _number(value: float, width: int, decimals: int) -> str:
 
 
 def _label(name: str, provenance: dict[str, Any]) -> str:
-    if name in TREE:
-        return TREE[name]
     if name == "iwae":
         return f"IWAE-{provenance['num_particles']}[q]"
     if name.startswith("elbo_refined["):
@@ -78,26 +67,11 @@ def _label(name: str, provenance: dict[str, Any]) -> str:
     return BOUNDS.get(name, name)
 
 
-def standard_error(values: Any) -> float:
-    """Of the mean over datapoints of `values` `(N,)`; NaN for one."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
-
-
-def summary_mcse(errors: Any) -> float:
-    """Monte Carlo standard error of a mean over datapoints, from theirs `(N,)`."""
-    return float(np.sqrt(np.square(errors).sum())) / len(errors)
-
-
 def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     converged = per_datapoint["converged"].mean("datapoint")
     shares = zip(converged["family"].values, converged.values, strict=True)
     notes = ["refinement converged: " + ", ".join(f"{name} {float(share):.0%}" for name, share in shares)]
-    if "log_evidence_method" in per_datapoint:
-        notes += escalation.told(per_datapoint, provenance)
-    else:
-        acceptance = float(per_datapoint["acceptance"].mean())
-        ess = _effective_share(per_datapoint, provenance)
-        notes.append(f"AIS: acceptance {acceptance:.2f}, effective share of the chains {ess:.0%}")
+    notes += provenance.get("notes", [])
     low = float((per_datapoint["log_evidence_mcse"] ** 2).mean()) / 2
     if low > summary_mcse(per_datapoint["log_evidence_mcse"].values):
         notes.append(f"log p(x) is about {low:.3f} nats low (half its squared MCSE, which means do not average out)")
@@ -133,33 +107,28 @@ def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[st
     return ["median k-hat (and effective share) of importance weights: " + ", ".join(told)]
 
 
-def _effective_share(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> float:
-    return float(per_datapoint["log_evidence_ess"].mean()) / int(provenance["evidence"]["num_chains"])
+def last_gap(provenance: dict[str, Any]) -> str:
+    """What the difference between the refined and the guide's own bound is called."""
+    return "amortization gap" if provenance["amortized"] else "optimization gap"
 
 
 def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
-    """What the numbers rest on that does not bear weight."""
-    found = []
+    """Reasons not to trust these numbers."""
+    reasons = []
     moving = 1 - float(per_datapoint["converged"].sel(family="own").mean())
     if moving > 0.1:
-        found.append(
+        reasons.append(
             f"the refinement of {moving:.0%} of the datapoints had not converged, which makes the approximation gap "
-            "too large and the amortization gap too small; give Refinement more num_steps"
+            f"too large and the {last_gap(provenance)} too small; give Refinement more num_steps"
         )
-    if "log_evidence_method" in per_datapoint:
-        found += escalation.cautions(per_datapoint, provenance)
-    elif (ess := _effective_share(per_datapoint, provenance)) < 0.2:
-        found.append(
-            f"AIS kept {ess:.0%} of its chains effective, so log p(x), and every gap to it, may be too small; give AIS "
-            "more temperatures"
-        )
+    reasons += provenance.get("cautions", [])
     starts = provenance.get("split", {}).get("starts", [])
     if starts and not all(start["converged"] for start in starts):
-        found.append(
+        reasons.append(
             "phi-hat had not converged, so the capacity gap may be too large and the optimization gap too small; give "
             "Retraining more max_rounds"
         )
-    return found
+    return reasons
 
 
 def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:

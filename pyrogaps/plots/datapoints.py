@@ -7,10 +7,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 
+from pyrogaps.gaps.terms import INFERENCE
 from pyrogaps.plots.source import (
-    AMORTIZATION,
-    APPROXIMATION,
-    INFERENCE,
     Source,
     group,
     new_figure,
@@ -20,11 +18,14 @@ from pyrogaps.plots.source import (
     values,
 )
 
+APPROXIMATION, AMORTIZATION, OPTIMIZATION = "approximation_gap", "amortization_gap", "guide_optimization_gap"
 POINTS_WITH_ERROR_BARS = 1000
 
 
 def plot_datapoints(source: Source, figure: FigureBase | None = None, *, num_images: int = 12) -> FigureBase:
     """Scatter each datapoint's amortization gap against its approximation gap, in nats.
+
+    Where nothing is amortized, the optimization gap takes the place of the amortization gap.
 
     Light bars are Monte Carlo standard errors. Dashed diagonals join equal inference gaps; crosses are datapoints
     whose refinement had not converged. Where the ledger holds inputs that look like images, the `num_images` with
@@ -64,7 +65,8 @@ def _worst(dataset: xr.Dataset, count: int) -> np.ndarray:
 
 
 def _scatter(ax: Axes, dataset: xr.Dataset, numbered: np.ndarray) -> None:
-    across, up = values(dataset, APPROXIMATION), values(dataset, AMORTIZATION)
+    other = AMORTIZATION if AMORTIZATION in dataset else OPTIMIZATION
+    across, up = values(dataset, APPROXIMATION), values(dataset, other)
     if across is None or up is None:
         note(ax, "approximation and amortization gaps\nwere not both measured")
         return
@@ -73,7 +75,7 @@ def _scatter(ax: Axes, dataset: xr.Dataset, numbered: np.ndarray) -> None:
             across,
             up,
             xerr=values(dataset, f"{APPROXIMATION}_mcse"),
-            yerr=values(dataset, f"{AMORTIZATION}_mcse"),
+            yerr=values(dataset, f"{other}_mcse"),
             ls="none",
             color="0.8",
             lw=0.6,
@@ -87,7 +89,7 @@ def _scatter(ax: Axes, dataset: xr.Dataset, numbered: np.ndarray) -> None:
     ax.axvline(0, color="0.5", lw=0.8)
     _diagonals(ax)
     ax.set_xlabel("approximation gap (nats)")
-    ax.set_ylabel("amortization gap (nats)")
+    ax.set_ylabel("amortization gap (nats)" if other == AMORTIZATION else "optimization gap (nats)")
     ax.set_title("Gaps of each datapoint (dashed: equal inference gap)", loc="left", fontsize="medium")
     tidy(ax)
 

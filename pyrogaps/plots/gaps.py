@@ -1,5 +1,6 @@
 """The gap bars: where the nats between the guide's bound and log p(x) go."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -7,17 +8,11 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-from pyrogaps.gaps.split import CAPACITY, GENERALIZATION, OPTIMIZATION, parts_of
+from pyrogaps.gaps.terms import INFERENCE, TERMS, ids, parent_of
 from pyrogaps.plots.source import (
-    AMORTIZATION,
-    APPROXIMATION,
-    COLOURS,
-    CONDITIONING,
-    HATCHES,
-    INFERENCE,
     Source,
     families,
-    group,
+    gap_tree,
     mean_and_error,
     new_figure,
     note,
@@ -28,20 +23,21 @@ from pyrogaps.plots.source import (
     with_error,
 )
 
-TREE = (APPROXIMATION, CONDITIONING, AMORTIZATION)
-CHILDREN = (CAPACITY, OPTIMIZATION, GENERALIZATION)
-
 
 @dataclass(frozen=True)
 class Bar:
-    """One row: from `start` nats below log p(x), `length` nats long, negative towards log p(x)."""
+    """One row: from `start` nats below log p(x), `length` nats long, negative towards log p(x).
+
+    `depth` is that of its gap in the tree, 0 for the root; None for another family's.
+    """
 
     label: str
-    kind: str
+    depth: int | None
     start: float
     length: float
     error: float
-    emphasis: bool = False
+    colour: str
+    hatch: str
 
 
 def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
@@ -49,9 +45,9 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
 
     The first row is the guide's inference gap, log p(x) - L[q], stacked of its parts. Below it the parts follow one
     another along the axis: the approximation gap ends at the refined bound L[q*] of the guide's own family, the
-    conditioning gap (where measured) starts there, and the amortization gap ends at L[q]; where it is split, its own
-    parts follow one another below it. A part below zero runs backwards, and then the first row shows the total only.
-    The last rows are the refined bounds of the other families.
+    conditioning gap (where measured) starts there, and the amortization gap ends at L[q]. A gap's own parts follow one
+    another below it. A part below zero runs backwards, and then the first row shows the total only. The last rows are
+    the refined bounds of the other families.
 
     Args:
         source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
@@ -60,16 +56,18 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    dataset, training = per_datapoint(source), group(source, "training", "training_data")
-    bars = [*_tree(dataset), *_children(dataset, training), *_other_families(dataset)]
+    dataset, gaps = per_datapoint(source), gap_tree(source)
+    # Where the whole was not measured, its parts stand alone.
+    own = [*(_bars(gaps, "", 0, 0.0) if INFERENCE in ids(gaps) else _bars(gaps, INFERENCE, 1, 0.0))]
+    bars = [*own, *_other_families(dataset)]
     if ax is None:
         ax = new_figure(8, 1.1 + 0.42 * max(len(bars), 2)).add_subplot()
     if not bars:
         note(ax, "no gaps were measured")
         return ax
-    parts = [bar for bar in bars if bar.kind in TREE and bar.label == _name(bar.kind)]
+    parts = [bar for bar in own if bar.depth == 1]
     for row, bar in enumerate(bars):
-        stacked = bar.kind == INFERENCE and parts and all(part.length >= 0 for part in parts)
+        stacked = bar.depth == 0 and parts and all(part.length >= 0 for part in parts)
         for piece in parts if stacked else [bar]:
             _draw(ax, row, piece)
         ax.errorbar(bar.start + bar.length, row, xerr=_drawable(bar.error), color="black", capsize=3, lw=1.2, ls="none")
@@ -79,43 +77,27 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _tree(dataset: xr.Dataset) -> list[Bar]:
-    """The inference gap and, one behind the other, its parts."""
-    bars, start = [], 0.0
-    total = values(dataset, INFERENCE)
-    if total is not None:
-        bars.append(Bar("inference gap", INFERENCE, 0.0, *mean_and_error(total), emphasis=True))
-    for kind in TREE:
-        gap = values(dataset, kind)
-        if gap is not None:
-            mean, error = mean_and_error(gap)
-            bars.append(Bar(_name(kind), kind, start, mean, error))
-            start += mean
-    return bars
+def _bars(gaps: xr.Dataset, parent: str, depth: int, start: float) -> Iterator[Bar]:
+    """The gaps that are parts of `parent`, one behind the other from `start` on, each above its own parts."""
+    for name in ids(gaps):
+        if parent_of(gaps, name) != parent:
+            continue
+        row = gaps.sel(gap=name)
+        length, error = float(row["mean"]), float(row["standard_error"])
+        label, colour, hatch = (str(row[word].item()) for word in ("label", "colour", "hatch"))
+        shown = "  " * depth + label.removesuffix(" gap") if depth else label
+        yield Bar(shown, depth, start, length, error, colour, hatch)
+        yield from _bars(gaps, name, depth + 1, start)
+        start += length
 
 
-def _children(dataset: xr.Dataset, training: xr.Dataset) -> list[Bar]:
-    """The parts of a split amortization gap, one behind the other where that gap lies."""
-    if not training.data_vars:
-        return []
-    bars, start = [], 0.0
-    for kind in TREE[:-1]:
-        gap = values(dataset, kind)
-        start += 0.0 if gap is None else mean_and_error(gap)[0]
-    for kind, part in parts_of(dataset, training):
-        bars.append(Bar("  " + _name(kind), kind, start, part.mean, part.standard_error))
-        start += part.mean
-    return bars
-
-
-def _other_families(dataset: xr.Dataset) -> list[Bar]:
-    """What the other families' refined bounds leave below log p(x)."""
-    own, bars = own_family(dataset), []
+def _other_families(dataset: xr.Dataset) -> Iterator[Bar]:
+    """How far the other families' refined bounds stay below log p(x), in the colour of the approximation gap."""
+    (colour,) = (term.colour for term in TERMS if term.id == "approximation_gap")
     for family in families(dataset):
-        gap = values(dataset, "family_approximation_gap", family) if family != own else None
+        gap = values(dataset, "family_approximation_gap", family) if family != own_family(dataset) else None
         if gap is not None:
-            bars.append(Bar(f"{family}, refined", APPROXIMATION, 0.0, *mean_and_error(gap)))
-    return bars
+            yield Bar(f"{family}, refined", None, 0.0, *mean_and_error(gap), colour, "")
 
 
 def _title(dataset: xr.Dataset) -> str:
@@ -125,18 +107,14 @@ def _title(dataset: xr.Dataset) -> str:
     return "\n".join([*lines, ", ".join(measured) + " nats"] if measured else lines)
 
 
-def _name(kind: str) -> str:
-    return "  " + kind.removesuffix("_gap")
-
-
 def _draw(ax: Axes, row: int, bar: Bar) -> None:
     ax.barh(
         row,
         bar.length,
         left=bar.start,
         height=0.62,
-        color=COLOURS[bar.kind],
-        hatch=HATCHES[bar.kind],
+        color=bar.colour,
+        hatch=bar.hatch,
         edgecolor="0.2",
         linewidth=0.8,
     )
@@ -144,7 +122,7 @@ def _draw(ax: Axes, row: int, bar: Bar) -> None:
 
 def _connect(ax: Axes, bars: list[Bar]) -> None:
     """Thin lines from where one part ends to where the next starts."""
-    rows = [(row, bar) for row, bar in enumerate(bars) if bar.label == _name(bar.kind)]
+    rows = [(row, bar) for row, bar in enumerate(bars) if bar.depth == 1]
     for (row, bar), (below, _) in pairwise(rows):
         end = bar.start + bar.length
         ax.plot([end, end], [row + 0.31, below - 0.31], color="0.45", lw=0.8, ls=":")
@@ -152,12 +130,12 @@ def _connect(ax: Axes, bars: list[Bar]) -> None:
 
 def _finish(ax: Axes, bars: list[Bar]) -> None:
     ax.axvline(0.0, color="black", lw=1.0)
-    own = sum(bar.label == _name(bar.kind) or bar.kind in (INFERENCE, *CHILDREN) for bar in bars)
+    own = sum(bar.depth is not None for bar in bars)
     if 0 < own < len(bars):
         ax.axhline(own - 0.5, color="0.8", lw=0.8)
     ax.set_yticks(range(len(bars)), [bar.label for bar in bars])
     for label, bar in zip(ax.get_yticklabels(), bars, strict=True):
-        label.set_fontweight("bold" if bar.emphasis else "normal")
+        label.set_fontweight("bold" if bar.depth == 0 else "normal")
         label.set_horizontalalignment("left")
     ax.tick_params(axis="y", length=0, pad=_pad(bars))
     ax.set_ylim(len(bars) - 0.5, -0.5)
@@ -167,7 +145,7 @@ def _finish(ax: Axes, bars: list[Bar]) -> None:
             (1.02, row),
             xycoords=("axes fraction", "data"),
             va="center",
-            fontweight="bold" if bar.emphasis else "normal",
+            fontweight="bold" if bar.depth == 0 else "normal",
         )
     ax.set_xlabel("nats below log p(x)")
     ax.margins(x=0.03)

@@ -7,20 +7,11 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
-from pyrogaps.gaps.split import CAPACITY, GENERALIZATION, OPTIMIZATION
+from pyrogaps.gaps.terms import TERMS, Mean, standard_error
 
 Source: TypeAlias = Any  # a GapLedger, or anything with its groups
 
 OWN = "own"
-APPROXIMATION, CONDITIONING, AMORTIZATION = "approximation_gap", "conditioning_gap", "amortization_gap"
-INFERENCE = "inference_gap"
-
-# Told apart by lightness and hatching as well as by hue, so that a grey print keeps them distinct.
-COLOURS = {INFERENCE: "#d9d9d9", APPROXIMATION: "#2f5d8c", CONDITIONING: "#7fa650", AMORTIZATION: "#f2b27a"}
-HATCHES = {INFERENCE: "", APPROXIMATION: "", CONDITIONING: "....", AMORTIZATION: "////"}
-# The children of the amortization gap are of its hue.
-COLOURS |= {CAPACITY: "#b5561e", OPTIMIZATION: "#e39a5c", GENERALIZATION: "#fdeedd"}
-HATCHES |= {CAPACITY: "", OPTIMIZATION: "\\\\\\\\", GENERALIZATION: "xxxx"}
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
 SHADES = ["#2f5d8c", "#c8641e", "#4b7a2b", "#8b5a9f", "#444444"]
 
@@ -69,11 +60,27 @@ def own_family(dataset: xr.Dataset) -> str | None:
     return OWN if OWN in names else names[0] if names else None
 
 
+def gap_tree(source: Source) -> xr.Dataset:
+    """The tree of gaps, a row for each over "gap", as a ledger holds it.
+
+    Of a source without it: the gaps that have values per datapoint, with their means over the finite ones.
+    """
+    stored = group(source, "gaps")
+    if stored.data_vars:
+        return stored.isel(gap=np.isfinite(stored["mean"].values))
+    dataset = per_datapoint(source)
+    found = [(term, array) for term in TERMS if (array := values(dataset, term.id)) is not None]
+    means = [Mean(*mean_and_error(array), float("nan")) for _, array in found]
+    variables = {name: ("gap", [getattr(mean, name) for mean in means]) for name in Mean._fields}
+    words = ("label", "parent", "colour", "hatch")
+    variables |= {name: ("gap", [getattr(term, name) or "" for term, _ in found]) for name in words}
+    return xr.Dataset(variables, {"gap": [term.id for term, _ in found]})
+
+
 def mean_and_error(array: np.ndarray) -> tuple[float, float]:
     """Mean over datapoints and its standard error, over the finite values; the error of one value is NaN."""
     finite = array[np.isfinite(array)]
-    error = finite.std(ddof=1) / np.sqrt(len(finite)) if len(finite) > 1 else np.nan
-    return float(finite.mean()), float(error)
+    return float(finite.mean()), standard_error(finite)
 
 
 def with_error(mean: float, error: float) -> str:

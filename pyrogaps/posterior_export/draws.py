@@ -1,18 +1,17 @@
 """Draws from a guide and what the model makes of them: site values and pointwise log-likelihoods."""
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from pyrogaps.bounds import over_chunks
 from pyrogaps.density import JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import evaluating
 from pyrogaps.posterior_export.record import Record, RecordSites
+from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, particle_blocks
 
 Sites: TypeAlias = dict[str, Tensor]
@@ -49,20 +48,20 @@ class Drawn:
         return all(a.shape == b.shape and same_density(a, b) for a, b in pairs)
 
 
-def draw_all(joint: JointDensity, posterior: Posterior, num_draws: int, seed: int) -> tuple[Drawn, Records]:
+def draw_all(joint: JointDensity, posterior: Posterior, num_draws: int, run: Run) -> tuple[Drawn, Records]:
     """`num_draws` draws for every datapoint, and the sites as they are in one run of the model over all of the data."""
 
     def work(chunk: Chunk) -> tuple[Drawn, Records]:
         guide, parts = BlockedGuide(posterior, chunk), []
         with torch.no_grad(), evaluating(joint.model):
             for first, size in enumerate(particle_blocks(num_draws)):
-                z, log_q = guide.sample(size, seed, "posterior", first)
+                z, log_q = guide.sample(size, run.stream("posterior"), first)
                 if first == 0:
                     read = _reader(joint, z, chunk.indices)
                 parts.append(read(z, log_q.double()))
         return Drawn.join(parts, 0), read.records
 
-    chunks = over_chunks(work, joint, batch_size=1, seed=seed, alone=True)
+    chunks = run.map_alone(work, joint)
     if joint.plate is None:
         drawn, records = chunks[0]
         return drawn, records
@@ -74,7 +73,7 @@ def _reader(joint: JointDensity, z: Tensor, indices: Tensor) -> "ReadLocal | Rea
     if joint.plate is not None:
         return ReadLocal(joint, z, indices)
     alone = ReadOneByOne(joint, z, indices)
-    if not joint.vectorized:
+    if not joint.structure.vectorized:
         return alone
     few, log_q = z[:FEW], torch.zeros(min(FEW, len(z)), 1)
     try:
@@ -93,9 +92,9 @@ class ReadLocal:
 
     def __init__(self, joint: JointDensity, z: Tensor, indices: Tensor) -> None:
         self.joint, self.indices, self.plate = joint, indices, str(joint.plate)
-        sites, _ = run(joint, z[0], joint.fetch(indices), indices)
+        sites, _ = sites_of(joint, z[0], joint.fetch(indices), indices)
         # With other numbers of rows what only happens to be as long as there are rows is told apart.
-        more, _ = run(joint, z[:2].flatten(0, 1), joint.fetch(indices, 2), indices.repeat(2))
+        more, _ = sites_of(joint, z[:2].flatten(0, 1), joint.fetch(indices, 2), indices.repeat(2))
         axes = {name: site.axis_of(self.plate) for name, site in sites.items()}
         self.axes = {n: axis for n, axis in axes.items() if axis is not None and more[n].axis_of(self.plate) == axis}
         self.records = {name: sites[name] for name in self.axes}
@@ -103,7 +102,7 @@ class ReadLocal:
     def __call__(self, z: Tensor, log_q: Tensor) -> Drawn:
         shape = z.shape[:2]
         args, rows = self.joint.fetch(self.indices, len(z)), self.indices.repeat(len(z))
-        sites, log_p = run(self.joint, z.flatten(0, 1), args, rows)
+        sites, log_p = sites_of(self.joint, z.flatten(0, 1), args, rows)
         values, log_likelihood = {}, {}
         for name, axis in self.axes.items():
             site, own = sites[name], sites[name].log_likelihood
@@ -118,12 +117,11 @@ class ReadOneByOne:
     """Reads latents of the whole data set, the model run once a draw; `records` are of the first."""
 
     def __init__(self, joint: JointDensity, z: Tensor, indices: Tensor) -> None:
-        self.joint, self.indices, self.args = copy.copy(joint), indices, joint.fetch(indices)
-        self.joint.vectorized = False
-        self.records, _ = run(self.joint, z[0], self.args, indices)
+        self.joint, self.indices, self.args = joint.one_by_one(), indices, joint.fetch(indices)
+        self.records, _ = sites_of(self.joint, z[0], self.args, indices)
 
     def __call__(self, z: Tensor, log_q: Tensor) -> Drawn:
-        runs = [run(self.joint, flat, self.args, self.indices) for flat in z]
+        runs = [sites_of(self.joint, flat, self.args, self.indices) for flat in z]
         values, log_likelihood = {}, {}
         for name, record in self.records.items():
             sites = [sites[name] for sites, _ in runs]
@@ -141,7 +139,7 @@ class ReadTogether:
         self.joint, self.indices, self.args, self.records = joint, indices, joint.fetch(indices), records
 
     def __call__(self, z: Tensor, log_q: Tensor) -> Drawn:
-        sites, log_p = run(self.joint, z[:, 0], self.args, self.indices.repeat(len(z)))
+        sites, log_p = sites_of(self.joint, z[:, 0], self.args, self.indices.repeat(len(z)))
         values, log_likelihood = {}, {}
         for name, record in self.records.items():
             own = sites[name].log_likelihood
@@ -169,7 +167,7 @@ def _draws_first(tensor: Tensor, number: int, shape: torch.Size) -> Tensor:
     return tensor.reshape(number, *shape)
 
 
-def run(joint: JointDensity, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> tuple[Records, Tensor]:
+def sites_of(joint: JointDensity, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> tuple[Records, Tensor]:
     """Sites and log p `(R,)` of the model with the rows of `flat` `(R, dim)` in its latents."""
     with RecordSites() as recorder:
         handler = joint.run(flat, args, indices)

@@ -1,6 +1,5 @@
 """Model and guide as the densities that are exported: per datapoint, or of the whole data set at once."""
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,26 +8,13 @@ from torch import Tensor
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import whole
 from pyrogaps.density.draws import Posterior
-from pyrogaps.density.plates import steady_plates, whole_plates
+from pyrogaps.density.plates import steady_plates
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import first_sites
 from pyrogaps.errors import InputError
+from pyrogaps.family import augmented
 from pyrogaps.problem import Plate, Problem, is_posterior
 from pyrogaps.streams import seeded
-
-
-class WholeModel(JointDensity):
-    """A model whose whole data set is one datapoint, its subsampled plates made whole."""
-
-    def plates(self, indices: Tensor) -> AbstractContextManager[None]:
-        return whole_plates("", indices)
-
-
-class WholeGuide(GuideDensity):
-    """The guide of a `WholeModel`, its subsampled plates made whole."""
-
-    def plates(self, indices: Tensor) -> AbstractContextManager[None]:
-        return whole_plates("", indices)
 
 
 def pair_of(model: Program, guide: Any, data: Data, plate: Plate) -> tuple[JointDensity, Posterior]:
@@ -42,8 +28,8 @@ def pair_of(model: Program, guide: Any, data: Data, plate: Plate) -> tuple[Joint
         except InputError:
             if not _latents_outside(model, data, plate):
                 raise
-    joint = WholeModel(guide.augment(model) if hasattr(guide, "augment") else model, data, False)
-    return joint, guide if is_posterior(guide) else WholeGuide(guide, None, joint)
+    joint = JointDensity(augmented(model, guide), data, False, make_whole=True)
+    return joint, guide if is_posterior(guide) else GuideDensity(guide, None, joint)
 
 
 def _latents_outside(model: Program, data: Data, plate: Plate) -> bool:

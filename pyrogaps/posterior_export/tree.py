@@ -18,6 +18,7 @@ from pyrogaps.posterior_export.draws import Drawn, Records, draw_all
 from pyrogaps.posterior_export.pair import pair_of
 from pyrogaps.posterior_export.record import DATAPOINT, Names
 from pyrogaps.problem import Plate
+from pyrogaps.run import Run
 
 Variables: TypeAlias = dict[str, tuple[list[str], Tensor]]
 SAMPLE_DIMS = ["chain", "draw"]
@@ -64,7 +65,7 @@ def to_datatree(
     if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 2:
         raise InputError(f"num_draws: must be a whole number of at least 2, got {num_draws}")
     joint, posterior = pair_of(model, guide, data, plate)
-    drawn, records = draw_all(joint, posterior, num_draws, seed)
+    drawn, records = draw_all(joint, posterior, num_draws, Run(seed, batch_size=1))
     data_plate = joint.plate or plate or _plate_of_observations(records)
     arguments = _arguments(joint)
     names = Names(data_plate or None, {*records, *arguments})

@@ -2,7 +2,8 @@
 
 from pyrogaps.refine.families import is_family
 from pyrogaps.refine.own import OwnFamily, own_family
-from pyrogaps.refine.refine import RefinedGuide, refine, refine_all, refine_chunk
+from pyrogaps.refine.refine import RefinedGuide, refine, refine_all
+from pyrogaps.refine.refiner import Refiner
 from pyrogaps.refine.settings import Refinement
 
-__all__ = ["OwnFamily", "RefinedGuide", "Refinement", "is_family", "own_family", "refine", "refine_all", "refine_chunk"]
+__all__ = ["OwnFamily", "RefinedGuide", "Refinement", "Refiner", "is_family", "own_family", "refine", "refine_all"]

@@ -15,7 +15,7 @@ from pyrogaps.density import IndexedData, JointDensity
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
-from pyrogaps.streams import seeded
+from pyrogaps.run import Run
 
 Family = Callable[..., Any]
 _serial = count()
@@ -71,14 +71,14 @@ class Start:
     fitted: bool
 
 
-def data_axes(family: Family, joint: JointDensity, seed: int) -> dict[str, int]:
+def data_axes(family: Family, joint: JointDensity, run: Run) -> dict[str, int]:
     """The axis of datapoints in each of a family's parameters, found by setting it up on two and on three datapoints.
 
     Raises `InputError` for a parameter without one: datapoints would share it, so the family is not local.
     """
     if joint.plate is None:
-        return {name: 0 for name, _ in instantiate_few(family, joint, 1, seed).named_parameters()}
-    two, three = (dict(instantiate_few(family, joint, n, seed).named_parameters()) for n in (2, 3))
+        return {name: 0 for name, _ in instantiate_few(family, joint, 1, run).named_parameters()}
+    two, three = (dict(instantiate_few(family, joint, n, run).named_parameters()) for n in (2, 3))
     axes = {}
     for name, value in two.items():
         other = three[name]
@@ -92,9 +92,9 @@ def data_axes(family: Family, joint: JointDensity, seed: int) -> dict[str, int]:
     return axes
 
 
-def instantiate_few(family: Family, joint: JointDensity, number: int, seed: int) -> nn.Module:
+def instantiate_few(family: Family, joint: JointDensity, number: int, run: Run) -> nn.Module:
     """`family` set up on `number` datapoints, repeated where there are fewer."""
-    with seeded(seed, "family axes"), evaluating(joint.model):
+    with run.stream("family axes").seeded(), evaluating(joint.model):
         return instantiate(family, joint, torch.arange(number) % joint.num_datapoints)
 
 

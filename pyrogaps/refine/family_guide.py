@@ -1,7 +1,7 @@
 """Guides of a further family for the datapoints of a chunk, ready to be refined."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoNormal
@@ -11,8 +11,10 @@ from torch.distributions import transform_to
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.local import Draws, LocalGuide
 from pyrogaps.density.runs import evaluating
+from pyrogaps.family import LocalFamily
 from pyrogaps.refine.families import Family, Start, data_axes, instantiate, restrict
-from pyrogaps.streams import BLOCK, Chunk, seeded
+from pyrogaps.run import Run
+from pyrogaps.streams import BLOCK, Chunk
 
 
 class FamilyGuide:
@@ -23,10 +25,10 @@ class FamilyGuide:
     block, would cost the square of their number in gradients.
     """
 
-    def __init__(self, family: Family, joint: JointDensity, chunk: Chunk, seed: int) -> None:
+    def __init__(self, family: Family, joint: JointDensity, chunk: Chunk, run: Run) -> None:
         self.joint, self._first = restrict(joint, chunk.indices), chunk.start
-        axes = data_axes(family, self.joint, seed)
-        self._parts = [_Part(family, joint, block, block.start - chunk.start, seed) for block in chunk.blocks()]
+        axes = data_axes(family, self.joint, run)
+        self._parts = [_Part(family, joint, block, block.start - chunk.start, run) for block in chunk.blocks()]
         self.parameters: list[Tensor] = [value for part in self._parts for value in part.named.values()]
         self.axes = [axes[name] for part in self._parts for name in part.named]
         self.rows = [part.rows for part in self._parts for _ in part.named]
@@ -69,10 +71,10 @@ class FamilyGuide:
 class _Part:
     """The guide of one block, the rows from `first` on of a chunk."""
 
-    def __init__(self, family: Family, joint: JointDensity, block: Chunk, first: int, seed: int) -> None:
+    def __init__(self, family: Family, joint: JointDensity, block: Chunk, first: int, run: Run) -> None:
         self.rows = slice(first, first + len(block))
         self.joint = restrict(joint, block.indices)
-        with seeded(seed, "family", block.start // BLOCK), evaluating(joint.model):
+        with run.stream("family").seeded(block.start // BLOCK), evaluating(joint.model):
             self.guide = instantiate(family, self.joint, torch.arange(len(block)))
         self.density = GuideDensity(self.guide, None, self.joint)
         self.named = {name: value for name, value in self.guide.named_parameters() if value.requires_grad}
@@ -80,13 +82,13 @@ class _Part:
     def start_at(self, loc: Tensor, scale: Tensor) -> None:
         if isinstance(self.guide, AutoNormal):
             _start_auto_normal(self.guide, self.joint, loc, scale)
-        elif hasattr(self.guide, "start_at"):
-            cast(Any, self.guide).start_at(loc, scale)
+        elif (start_at := LocalFamily.of(self.guide).start_at) is not None:
+            start_at(loc, scale)
 
     def units(self) -> list[Tensor | float]:
         units: dict[str, Any] = _auto_normal_units(self.guide) if isinstance(self.guide, AutoNormal) else {}
-        if hasattr(self.guide, "units"):
-            units = cast(Any, self.guide).units()
+        if (own_units := LocalFamily.of(self.guide).units) is not None:
+            units = own_units()
         return [units.get(name, 1.0) for name in self.named]
 
 

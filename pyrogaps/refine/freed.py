@@ -10,7 +10,7 @@ from torch.distributions import transform_to
 
 from pyrogaps.density import JointDensity
 from pyrogaps.density.layout import leaf
-from pyrogaps.density.local import FactorisedGuide, Term
+from pyrogaps.density.local import FactorisedGuide, GuideSite
 from pyrogaps.refine.families import Start
 
 FREE_PARAMETERS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -43,7 +43,7 @@ def can_be_freed(guide: FactorisedGuide) -> bool:
 class _FreedSite:
     """One site: how to build its distribution again from constant and freed parameters."""
 
-    term: Term
+    term: GuideSite
     build: Any
     event_dims: int
     constants: dict[str, Tensor]
@@ -69,7 +69,7 @@ class FreedGuide:
         self.sites = [self._free(term, guide.distributions[term.name], varies[term.name]) for term in guide.terms]
         self.rows = [slice(None)] * len(self.parameters)
 
-    def _free(self, term: Term, fn: Any, names: set[str]) -> _FreedSite:
+    def _free(self, term: GuideSite, fn: Any, names: set[str]) -> _FreedSite:
         inner = leaf(fn)
         build, parameters = FREE_PARAMETERS[type(inner).__name__]
         event_dims = fn.event_dim - inner.event_dim
@@ -167,7 +167,7 @@ def varying_parameters(guide: FactorisedGuide) -> dict[str, set[str]]:
     return result
 
 
-def _differs(value: Tensor, inner: Any, fn: Any, term: Term, name: str) -> bool:
+def _differs(value: Tensor, inner: Any, fn: Any, term: GuideSite, name: str) -> bool:
     axis = term.site.batch_axis - (fn.event_dim - inner.event_dim) - _event_dims(inner, name)
     if value.dim() < -axis or value.shape[axis] == 1:
         return False

@@ -1,20 +1,19 @@
-"""The optimisation that all families share: stochastic gradient ascent on every datapoint's ELBO at once."""
+"""The optimisation that all families share: stochastic gradient ascent on the ELBO of every datapoint at once."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyrogaps.capture import BoundDensity
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.errors import InputError
 from pyrogaps.refine.adam import Adam
 from pyrogaps.refine.local import Refinable, keep_where
 from pyrogaps.refine.objective import Objective
 from pyrogaps.refine.settings import Refinement
-from pyrogaps.streams import Chunk
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk, Stream
 
 # Nats to a unit, for a time: at the optimum slopes are about 1, and Adam would long remember a far steeper start. Not
 # to the end, because where slopes are skewed, clipped ones are biased.
@@ -33,160 +32,117 @@ class Progress:
     trace: Tensor
 
 
-Report = Callable[[float, Tensor], None]
-
-
-def optimise(
-    refinable: Refinable,
-    density: Objective,
-    chunk: Chunk,
-    settings: Refinement,
-    seed: int,
-    name: str,
-    report: Report | None = None,
-) -> Progress:
+@dataclass(frozen=True)
+class Optimisation:
     r"""Maximise $\mathbb E_q[\log p(x_n, z) - \log q(z)]$ over the parameters of every datapoint of a chunk.
 
     The gradient is the path derivative (Roeder et al., 2017, arXiv:1703.09194), whose variance vanishes as q approaches
-    the posterior; draws come in mirrored pairs, but for the first tenth. Adam's step is taken in the family's own units
-    and decays by a cosine, and the iterates of the last fifth are averaged. The trace takes the ELBO of some steps:
-    values cost as much as gradients.
+    the posterior. Draws come in mirrored pairs, except in the first tenth of the steps. Adam's step is taken in the
+    family's own units and decays by a cosine, and the iterates of the last fifth are averaged. The trace holds the ELBO
+    of some steps only, because values cost as much as gradients.
+
+    Streams are named after `name`, so that the refinements of several families are independent.
     """
-    start = _copy(refinable)
-    again = max(50, settings.num_steps // 10)
 
-    def tell(elbo: Tensor) -> None:
-        if report is not None:
-            report(1 / (settings.num_steps + again), elbo)
+    refinable: Refinable
+    density: Objective
+    chunk: Chunk
+    settings: Refinement
+    run: Run
+    name: str
 
-    trace = _ascend(refinable, density, chunk, settings, settings.num_steps, seed, f"refine {name}", tell, clip=CLIP)
-    finish, before = _copy(refinable), _score(refinable, density, chunk, settings, seed, name)
-    _ascend(refinable, density, chunk, settings, again, seed, f"refine further {name}", tell)
-    further = _score(refinable, density, chunk, settings, seed, name)
-    converged = _no_gain(before, further, settings.tolerance)
-    better = _mean(further) > _mean(before)
-    keep_where(~better, finish, refinable)
-    best, highest = _copy(refinable), _mean(torch.where(better, further, before))
-    keep_where(torch.ones_like(better), start, refinable)
-    kept = _mean(_score(refinable, density, chunk, settings, seed, name)) > highest
-    keep_where(~kept, best, refinable)
-    return Progress(converged, kept, _thin(trace))
+    def maximise(self) -> Progress:
+        """Refine, compare the result with its start and with a run of further steps, and keep the best of the three."""
+        refinable, start = self.refinable, _copy(self.refinable)
+        further_steps = max(50, self.settings.num_steps // 10)
+        share = 1 / (self.settings.num_steps + further_steps)  # of the progress bar's stage
+        trace = self._ascend(self.settings.num_steps, f"refine {self.name}", share, clip=CLIP)
+        finish, before = _copy(refinable), self._scores(refinable)
+        self._ascend(further_steps, f"refine further {self.name}", share)
+        further = self._scores(refinable)
+        converged = _no_gain(before, further, self.settings.tolerance)
+        better = further.mean(0) > before.mean(0)
+        keep_where(~better, finish, refinable)
+        best, highest = _copy(refinable), torch.where(better, further, before).mean(0)
+        keep_where(torch.ones_like(better), start, refinable)
+        kept = self._scores(refinable).mean(0) > highest
+        keep_where(~kept, best, refinable)
+        return Progress(converged, kept, _thin(trace))
 
+    def take_better(self, other: Refinable) -> Tensor:
+        """Set the parameters to those of `other` for the datapoints whose bound is higher there: `(B,)`."""
+        scores = [self._scores(guide).mean(0) for guide in (self.refinable, other)]
+        better = scores[1] > scores[0]
+        keep_where(better, _copy(other), self.refinable)
+        return better
 
-def _ascend(
-    refinable: Refinable,
-    density: Objective,
-    chunk: Chunk,
-    settings: Refinement,
-    num_steps: int,
-    seed: int,
-    stream: str,
-    tell: Callable[[Tensor], None],
-    clip: float = math.inf,
-) -> Tensor:
-    """Take `num_steps` of Adam, end at the mean of the last fifth; returns the ELBO at some of them `(some, B)`."""
-    adam, tail = Adam(refinable), max(1, num_steps // 5)
-    history, average = [], [torch.zeros_like(parameter) for parameter in refinable.parameters]
-    every = max(1, min(MEASURE_EVERY, num_steps // (2 * NUM_TRACE)))
-    for step in range(num_steps):
-        elbo, gradients = _path_gradient(
-            refinable,
-            density.at_step(step),
-            chunk,
-            settings.num_particles,
-            seed,
-            stream,
-            step,
-            measure=step % every == 0,
-            mirrored=step >= PLAIN_FRACTION * num_steps,
-        )
-        if elbo is not None:
-            history.append(elbo)
-        tell(history[-1])
-        rate = settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
-        adam.step(gradients, rate, clip if step < CLIP_FRACTION * num_steps else math.inf)
-        if step >= num_steps - tail:
-            for total, parameter in zip(average, refinable.parameters, strict=True):
-                total.add_(parameter.detach(), alpha=1 / tail)
-    keep_where(torch.ones(len(chunk), dtype=torch.bool, device=average[0].device), average, refinable)
-    return torch.stack(history)
+    def _ascend(self, num_steps: int, purpose: str, share: float, clip: float = math.inf) -> Tensor:
+        """Take `num_steps` of Adam, end at the mean of the last fifth; returns the ELBO at some of them `(some, B)`."""
+        refinable, stream = self.refinable, self.run.stream(purpose)
+        adam, tail = Adam(refinable), max(1, num_steps // 5)
+        history, average = [], [torch.zeros_like(parameter) for parameter in refinable.parameters]
+        every = max(1, min(MEASURE_EVERY, num_steps // (2 * NUM_TRACE)))
+        for step in range(num_steps):
+            mirrored = step >= PLAIN_FRACTION * num_steps
+            elbo, gradients = self._path_gradient(stream, step, measure=step % every == 0, mirrored=mirrored)
+            if elbo is not None:
+                history.append(elbo)
+            self.run.bar.advance(share, history[-1])
+            rate = self.settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+            adam.step(gradients, rate, clip if step < CLIP_FRACTION * num_steps else math.inf)
+            if step >= num_steps - tail:
+                for total, parameter in zip(average, refinable.parameters, strict=True):
+                    total.add_(parameter.detach(), alpha=1 / tail)
+        keep_where(torch.ones(len(self.chunk), dtype=torch.bool, device=average[0].device), average, refinable)
+        return torch.stack(history)
 
+    def _path_gradient(
+        self, stream: Stream, step: int, *, measure: bool, mirrored: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The gradient of the ELBO and, if asked to `measure` it, the ELBO `(B,)`, on the draws of one step."""
+        num_particles, density, log_joint = self.settings.num_particles, self.density.at_step(step), None
+        with torch.enable_grad():  # which the caller may have switched off
+            guide = BlockedGuide(self.refinable, self.chunk)
+            draws, _ = guide.sample_extended(num_particles, stream, step, antithetic=mirrored)
+            if not draws.requires_grad:
+                raise InputError(
+                    "family: its draws have no reparameterised gradient (rsample), so it cannot be refined"
+                )
+            point = draws.detach().requires_grad_()
+            log_q = guide.log_prob(point)
+            (score,) = torch.autograd.grad(log_q.sum(), point)
+            z = point.detach()[..., : density.dim].contiguous()
+            if measure:
+                (log_joint,), (gradient,) = density(z)
+            else:
+                (gradient,) = density.gradients(z)
+            gradient = torch.nn.functional.pad(gradient, (0, draws.shape[-1] - density.dim))
+            path = torch.nan_to_num(gradient - score, nan=0.0, posinf=0.0, neginf=0.0)
+            target = (path * draws).sum() / num_particles
+            # A reverse model's own parameters move no draw: they are fitted to the auxiliary variables by likelihood.
+            log_reverse = guide.log_reverse(point.detach())
+            if log_reverse is not None:
+                target = target + log_reverse.sum() / num_particles
+            # A guide may use some of its parameters for some of the data only.
+            parameters = self.refinable.parameters
+            gradients = torch.autograd.grad(target, parameters, allow_unused=True, materialize_grads=True)
+        return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients
 
-def take_better(
-    refinable: Refinable,
-    other: Refinable,
-    density: Objective,
-    chunk: Chunk,
-    settings: Refinement,
-    seed: int,
-    name: str,
-) -> Tensor:
-    """Put `refinable` at the parameters of `other` for the datapoints whose bound is higher there: `(B,)`."""
-    scores = [_mean(_score(guide, density, chunk, settings, seed, name)) for guide in (refinable, other)]
-    better = scores[1] > scores[0]
-    keep_where(better, _copy(other), refinable)
-    return better
+    def _scores(self, refinable: Refinable) -> Tensor:
+        """The ELBO on the selection draws, the same for all that are compared: `(rounds, B)`, -inf where not finite."""
+        guide, scores, number = BlockedGuide(refinable, self.chunk), [], self.settings.num_particles
+        stream = self.run.stream(f"select {self.name}")
+        with torch.no_grad():
+            for first in range(max(2, self.settings.num_selection // number)):
+                z, log_q = guide.sample(number, stream, first)
+                (log_joint,) = self.density.at_step(first).values(z)
+                scores.append((log_joint - log_q).double().mean(0))
+        scored = torch.stack(scores)
+        return torch.where(torch.isfinite(scored), scored, torch.full_like(scored, -math.inf))
 
 
 def _copy(refinable: Refinable) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in refinable.parameters]
-
-
-def _path_gradient(
-    refinable: Refinable,
-    density: BoundDensity,
-    chunk: Chunk,
-    num_particles: int,
-    seed: int,
-    stream: str,
-    step: int,
-    *,
-    measure: bool,
-    mirrored: bool,
-) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """The gradient of the ELBO and, if asked to `measure` it, the ELBO `(B,)`, on the draws of one step."""
-    log_joint = None
-    with torch.enable_grad():  # which the caller may have switched off
-        guide = BlockedGuide(refinable, chunk)
-        draws, _ = guide.sample_extended(num_particles, seed, stream, step, antithetic=mirrored)
-        if not draws.requires_grad:
-            raise InputError("family: its draws have no reparameterised gradient (rsample), so it cannot be refined")
-        point = draws.detach().requires_grad_()
-        log_q = guide.log_prob(point)
-        (score,) = torch.autograd.grad(log_q.sum(), point)
-        z = point.detach()[..., : density.dim].contiguous()
-        if measure:
-            (log_joint,), (gradient,) = density(z)
-        else:
-            (gradient,) = density.gradients(z)
-        gradient = torch.nn.functional.pad(gradient, (0, draws.shape[-1] - density.dim))
-        path = torch.nan_to_num(gradient - score, nan=0.0, posinf=0.0, neginf=0.0)
-        target = (path * draws).sum() / num_particles
-        # A reverse model's own parameters move no draw: they are fitted to the auxiliary variables by likelihood.
-        log_reverse = guide.log_reverse(point.detach())
-        if log_reverse is not None:
-            target = target + log_reverse.sum() / num_particles
-        # A guide may use some of its parameters for some of the data only.
-        gradients = torch.autograd.grad(target, refinable.parameters, allow_unused=True, materialize_grads=True)
-    return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients
-
-
-def _score(
-    refinable: Refinable, density: Objective, chunk: Chunk, settings: Refinement, seed: int, name: str
-) -> Tensor:
-    """The ELBO on the selection draws, the same for all that are compared: `(rounds, B)`, -inf where not finite."""
-    guide, scores = BlockedGuide(refinable, chunk), []
-    with torch.no_grad():
-        for first in range(max(2, settings.num_selection // settings.num_particles)):
-            z, log_q = guide.sample(settings.num_particles, seed, f"select {name}", first)
-            (log_joint,) = density.at_step(first).values(z)
-            scores.append((log_joint - log_q).double().mean(0))
-    scored = torch.stack(scores)
-    return torch.where(torch.isfinite(scored), scored, torch.full_like(scored, -math.inf))
-
-
-def _mean(scores: Tensor) -> Tensor:
-    return scores.mean(0)
 
 
 def _no_gain(before: Tensor, after: Tensor, tolerance: float) -> Tensor:

@@ -14,12 +14,14 @@ from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
+from pyrogaps.family import AmortizedGuide, LocalFamily
 from pyrogaps.problem import Problem
 from pyrogaps.refine.families import Family, Start, restrict
 from pyrogaps.refine.family_guide import FamilyGuide
 from pyrogaps.refine.finetune import FinetunedGuide
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, varying_parameters
 from pyrogaps.refine.local import Refinable
+from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, seeded
 
 NUM_MOMENTS = 1024
@@ -50,6 +52,12 @@ class OwnFamily:
         return self.family if self.kind == "autoguide" or self.density.bound else None
 
     @property
+    def amortized(self) -> bool:
+        """Whether one network, or one set of parameters, serves all datapoints."""
+        own_parameters = self.density.bound or isinstance(self.density.guide, AutoGuide)
+        return self.density.joint.plate is not None and not own_parameters
+
+    @property
     def on_other_data(self) -> bool:
         """Whether there is something to refine on other data."""
         return self.fresh is not None or not self.density.bound
@@ -65,13 +73,13 @@ class OwnFamily:
         assert self.fresh is not None
         return self.fresh
 
-    def start(self, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
+    def start(self, joint: JointDensity, chunk: Chunk, run: Run) -> Refinable:
         """A refinable guide for `chunk` of `joint`, the model's own density, at the guide's own output there."""
         if self.family is not None:
-            guide = FamilyGuide(self.family, joint, chunk, seed)
-            start_local = getattr(self.density.guide, "start_local", None)
+            guide = FamilyGuide(self.family, joint, chunk, run)
+            start_local = AmortizedGuide.of(self.density.guide).start_local
             if start_local is None:
-                guide.start_at(Start(*moments(self.density, chunk, seed), fitted=False))
+                guide.start_at(Start(*moments(self.density, chunk, run), fitted=False))
             else:
                 guide.start_by(start_local)
             return guide
@@ -84,13 +92,13 @@ class OwnFamily:
             return FreedGuide(local, chunk.start, self.varies)
         return FinetunedGuide(self.density, joint, chunk.indices)
 
-    def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, seed: int) -> Refinable:
+    def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, run: Run) -> Refinable:
         """A refinable guide for `chunk` at the Gaussian `start`; raises `InputError` where it cannot start there."""
         if self.family is not None:
-            guide = FamilyGuide(self.family, joint, chunk, seed)
+            guide = FamilyGuide(self.family, joint, chunk, run)
             guide.start_at(start)
             return guide
-        freed = self.start(joint, chunk, seed)
+        freed = self.start(joint, chunk, run)
         if not (isinstance(freed, FreedGuide) and freed.start_at(start)):
             raise InputError(
                 "refinement.num_starts: this guide can be refined from its own output alone, because its family has "
@@ -102,9 +110,10 @@ class OwnFamily:
 def own_family(density: GuideDensity) -> OwnFamily:
     """Find the family that a guide belongs to; the choice rests on the guide and the data set, not on a chunk of it."""
     guide = density.guide
-    if hasattr(guide, "local_family"):
-        return OwnFamily(density, "local_family", guide.local_family)
-    if isinstance(guide, AutoNormal) or (isinstance(guide, AutoGuide) and hasattr(guide, "start_at")):
+    if (local_family := AmortizedGuide.of(guide).local_family) is not None:
+        return OwnFamily(density, "local_family", local_family)
+    starts_at = LocalFamily.of(guide).start_at is not None
+    if isinstance(guide, AutoNormal) or (isinstance(guide, AutoGuide) and starts_at):
         return OwnFamily(density, "autoguide", type(guide))
     if density.factorised:
         few = evenly_spaced(density.num_datapoints, 64)
@@ -120,13 +129,13 @@ def own_family(density: GuideDensity) -> OwnFamily:
     return OwnFamily(density, "fine-tuned")
 
 
-def moments(density: Any, chunk: Chunk, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(density: Any, chunk: Chunk, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation `(B, dim)` of a posterior in unconstrained space."""
     with torch.no_grad():
-        return BlockedGuide(density, chunk).moments(NUM_MOMENTS, seed, "moments")
+        return BlockedGuide(density, chunk).moments(NUM_MOMENTS, run.stream("moments"))
 
 
-def start_of(refined: Any, chunk: Chunk, seed: int) -> Start:
+def start_of(refined: Any, chunk: Chunk, run: Run) -> Start:
     """The start that the refined guide of a chunk gives further families."""
     fitted = BlockedGuide(refined, chunk).mean_field
-    return Start(*moments(refined, chunk, seed), fitted=fitted)
+    return Start(*moments(refined, chunk, run), fitted=fitted)

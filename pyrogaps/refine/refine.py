@@ -1,7 +1,6 @@
 """`refine`: per-datapoint guides for a whole data set."""
 
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -9,86 +8,19 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrogaps.bounds import over_chunks
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.problem import Plate, Problem
-from pyrogaps.refine.families import Family, Start, is_family
-from pyrogaps.refine.family_guide import FamilyGuide
+from pyrogaps.refine.families import is_family
 from pyrogaps.refine.local import Refinable
-from pyrogaps.refine.objective import Evaluator
-from pyrogaps.refine.optimise import Progress, Report, optimise, take_better
-from pyrogaps.refine.own import OwnFamily, own_family, start_of
-from pyrogaps.refine.restarts import prior_start
+from pyrogaps.refine.optimise import Progress
+from pyrogaps.refine.own import own_family
+from pyrogaps.refine.refiner import Refiner
 from pyrogaps.refine.settings import Refinement
-from pyrogaps.streams import BLOCK, Chunk, derive_seed
-
-
-def refine_chunk(
-    family: OwnFamily | Family,
-    evaluator: Evaluator,
-    chunk: Chunk,
-    settings: Refinement,
-    seed: int,
-    name: str = "own",
-    start: Start | None = None,
-    report: Report | None = None,
-) -> tuple[Refinable, Progress]:
-    """Refine one chunk: q* of its datapoints, and how it went.
-
-    A further family starts at the Gaussian `start`, the guide's own at the guide's output. Where guides of the family
-    have `starts_from`, another family, that one is refined first: a further family starts at the Gaussian which this
-    amounts to, the guide's own there or at the guide's output, whichever bound is higher.
-    `report(fraction of the work, ELBO (B,))` is called along the way.
-    """
-    evaluate = evaluator.bind(chunk.indices, settings.num_particles)
-
-    def first(family: Family) -> Start:
-        refined, _ = refine_chunk(family, evaluator, chunk, settings, seed, f"{name} start", start)
-        return start_of(refined, chunk, seed)
-
-    restart = True
-    if isinstance(family, OwnFamily):
-        refinable = family.start(evaluator.joint, chunk, seed)
-        if before := _starts_from(refinable):
-            there = family.start_at(first(before), evaluator.joint, chunk, seed)
-            take_better(refinable, there, evaluate, chunk, settings, seed, name)
-            restart = False
-    else:
-        # Where guides start at random, those of two families, or two starts, must not start alike.
-        refinable = FamilyGuide(family, evaluator.joint, chunk, derive_seed(seed, name))
-        if before := _starts_from(refinable):
-            start = start if start and start.fitted else first(before)
-            restart = False
-        if start is not None:
-            refinable.start_at(start)
-    progress = optimise(refinable, evaluate, chunk, settings, seed, name, report)
-    # A family that starts from another one has had its further starts there.
-    for attempt in range(1, settings.num_starts if restart else 1):
-        elsewhere = prior_start(evaluator, chunk, seed, name, attempt)
-        other = _started(family, elsewhere, evaluator, chunk, derive_seed(seed, name, attempt))
-        its = optimise(other, evaluate, chunk, settings, seed, f"{name} {attempt}")
-        better = take_better(refinable, other, evaluate, chunk, settings, seed, name)
-        converged = torch.where(better, its.converged, progress.converged)
-        progress = replace(progress, converged=converged, kept_start=progress.kept_start & ~better)
-    for parameter in refinable.parameters:
-        parameter.requires_grad_(False)
-    return refinable, progress
-
-
-def _started(family: OwnFamily | Family, start: Start, evaluator: Evaluator, chunk: Chunk, seed: int) -> Refinable:
-    if isinstance(family, OwnFamily):
-        return family.start_at(start, evaluator.joint, chunk, seed)
-    guide = FamilyGuide(family, evaluator.joint, chunk, seed)
-    guide.start_at(start)
-    return guide
-
-
-def _starts_from(refinable: Refinable) -> Family | None:
-    return getattr(refinable.guide, "starts_from", None) if isinstance(refinable, FamilyGuide) else None
+from pyrogaps.run import Run
+from pyrogaps.streams import BLOCK, Chunk
 
 
 class RefinedGuide:
@@ -167,21 +99,16 @@ def refine(
     """
     family = guide_or_family if is_family(guide_or_family) else None
     problem = Problem.of(model, guide_or_family if family is None else None, data, plate)
-    return refine_all(
-        problem, family or own_family(problem.guide_density()), settings or Refinement(), batch_size, seed
-    )
+    refiner = Refiner(family or own_family(problem.guide_density()), settings or Refinement())
+    return refine_all(problem, refiner, Run(seed, batch_size))
 
 
-def refine_all(
-    problem: Problem, family: OwnFamily | Family, settings: Refinement, batch_size: int, seed: int
-) -> RefinedGuide:
-    """`family` fitted to every datapoint of `problem`."""
-    joint, evaluator = problem.joint, GradientEvaluator(problem.joint)
-    parts: list[tuple[Chunk, Refinable, Progress]] = over_chunks(
-        lambda chunk: (chunk, *refine_chunk(family, evaluator, chunk, settings, seed)),
-        joint,
-        batch_size,
-        seed,
-        alone=True,
-    )
-    return RefinedGuide(joint, [p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts])
+def refine_all(problem: Problem, refiner: Refiner, run: Run) -> RefinedGuide:
+    """The family of `refiner` fitted to every datapoint of `problem`."""
+    evaluator = problem.evaluator
+
+    def measure(chunk: Chunk) -> tuple[Chunk, Refinable, Progress]:
+        return chunk, *refiner(evaluator, chunk, run)
+
+    chunks, parts, progress = zip(*run.map_alone(measure, problem.joint), strict=True)
+    return RefinedGuide(problem.joint, [*chunks], [*parts], [*progress])

@@ -4,17 +4,17 @@ import torch
 
 from pyrogaps.refine.families import Start
 from pyrogaps.refine.objective import Evaluator
-from pyrogaps.streams import BLOCK, Chunk, reseed
+from pyrogaps.streams import BLOCK, Chunk, Stream
 
 NUM_DRAWS = 256
 NARROW = 0.1
 
 
-def prior_start(evaluator: Evaluator, chunk: Chunk, seed: int, name: str, attempt: int) -> Start:
+def prior_start(evaluator: Evaluator, chunk: Chunk, stream: Stream, attempt: int) -> Start:
     """The best of some prior draws, by log p(x, z), of every datapoint of a chunk; narrow, to stay in its mode."""
     draws = []
     for block in chunk.blocks():
-        reseed(seed, f"start {name}", block.start // BLOCK, attempt)
+        stream.reseed(block.start // BLOCK, attempt)
         draws.append(evaluator.joint.sample_prior(NUM_DRAWS, block.indices))
     z = torch.cat(draws, 1)
     (log_joint,) = evaluator.bind(chunk.indices, NUM_DRAWS).at_step(0).values(z)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.family import augmented
 
 
 def trainable_parameters(
@@ -83,8 +84,9 @@ def guide_parameters(
     in_guide = _touched(draws + guide_trace.log_prob_sum(), named)
     guide_trace.detach_()
     in_model = _touched(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args).log_prob_sum(), named)
-    if hasattr(guide, "augment"):
-        extended = poutine.replay(guide.augment(model), trace=guide_trace)
+    extended_model = augmented(model, guide)
+    if extended_model is not model:
+        extended = poutine.replay(extended_model, trace=guide_trace)
         in_guide |= _touched(poutine.trace(extended).get_trace(*args).log_prob_sum(), named) - in_model
     if shared := sorted(in_guide & in_model):
         raise InputError(f"training: {setting}, but the guide shares parameter '{shared[0]}' with the model")

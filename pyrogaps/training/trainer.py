@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pyrogaps.density.data import Data, IndexedData, as_indexed
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
+from pyrogaps.family import augmented
 from pyrogaps.ranks import rank, world_size
 from pyrogaps.streams import reseed, seeded
 from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
@@ -51,7 +52,7 @@ class Trainer:
         self.validation = None if validation is None else on_device(as_indexed(validation), device)
         self.batch_size = min(settings.batch_size, len(self.data))
         # A guide with auxiliary variables is trained with the model that has a reverse model for them.
-        self.augmented = guide.augment(model) if hasattr(guide, "augment") else model
+        self.augmented = augmented(model, guide)
         self.indexed = settings.objective if isinstance(settings.objective, IndexedBound) else None
         self.objective = self._objective()
         check_divisible(settings, len(self.data), indexed=self.indexed is not None)

@@ -17,7 +17,8 @@ from pyrogaps.conditioning.partial import partially_observed
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.models.toy import MissingBit
 from pyrogaps.refine.families import Start
-from pyrogaps.streams import Chunk, seeded
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk, Stream, seeded
 
 SHOWN = torch.tensor([True, False, True, False, False])
 
@@ -69,9 +70,9 @@ def test_completions_follow_the_model() -> None:
     chunk, number = Chunk(0, 3), 4000
     start = Start(torch.zeros(3, 2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64), fitted=False)
     with seeded(0, "test"):
-        latents = LatentsGiven(partial, pg.AIS(num_temperatures=20), pg.Refinement(num_steps=200))
-        z, ess = latents.draw(chunk, start, number, 0)
-        (values,) = completed(joint, partial, chunk, z, 0)
+        latents = LatentsGiven(partial, pg.AIS(num_temperatures=20), pg.Refinement(num_steps=200), "captured")
+        z, ess = latents.draw(chunk, start, number, Run(0))
+        (values,) = completed(joint, partial, chunk, z, Stream(0, "complete"))
     values = values.reshape(number, 3, 5)
     assert torch.equal(values[..., SHOWN], x[:, SHOWN].expand(number, 3, 2))
     mean, covariance = part.posterior(x[:, SHOWN])
@@ -95,9 +96,9 @@ def test_modes_that_an_anchor_does_not_know() -> None:
     x = torch.zeros(32)
     partial = partially_observed(pg.JointDensity(model, x), Shown(torch.tensor(False)))
     start = Start(torch.full((32, 1), -6.0), torch.ones(32, 1), fitted=False)
-    latents = LatentsGiven(partial, pg.AIS(num_temperatures=10), pg.Refinement(num_steps=20))
+    latents = LatentsGiven(partial, pg.AIS(num_temperatures=10), pg.Refinement(num_steps=20), "captured")
     with seeded(0, "modes"):
-        z, _ = latents.draw(Chunk(0, 32), start, 100, 0)
+        z, _ = latents.draw(Chunk(0, 32), start, 100, Run(0))
     share = (z > 0).double().mean()
     assert abs(share - 0.5) < 4 * (0.25 / 3200) ** 0.5
 
@@ -114,7 +115,7 @@ def test_completions_of_bits_keep_their_type() -> None:
     partial = partially_observed(joint, Shown(shown))
     z = torch.full((500, 4, 1), 2.0)
     with seeded(0, "bits"):
-        (values,) = completed(joint, partial, Chunk(0, 4), z, 0)
+        (values,) = completed(joint, partial, Chunk(0, 4), z, Stream(0, "complete"))
     values = values.reshape(500, 4, 6)
     assert values.dtype == x.dtype
     assert set(values.unique().tolist()) == {0.0, 1.0}
@@ -173,7 +174,7 @@ def test_withheld_data_that_depend_on_each_other() -> None:
     joint = pg.JointDensity(autoregressive, x)
     partial = partially_observed(joint, Shown(torch.tensor([True, False, False])))
     with seeded(0, "chain"), pytest.raises(pg.InputError, match="depends on other withheld data"):
-        completed(joint, partial, Chunk(0, 5), torch.randn(3, 5, 1), 0)
+        completed(joint, partial, Chunk(0, 5), torch.randn(3, 5, 1), Stream(0, "complete"))
 
 
 def test_guides_without_conditions_are_told() -> None:
@@ -194,7 +195,9 @@ def test_both_modes_where_an_anchor_is_content_with_one() -> None:
     partial = partially_observed(pg.JointDensity(model, x), Shown(torch.tensor([True, False])))
     start = Start(torch.ones(16, 1), 0.1 * torch.ones(16, 1), fitted=False)
     with seeded(0, "sides"):
-        z, ess = LatentsGiven(partial, pg.AIS(), pg.Refinement(num_steps=50)).draw(Chunk(0, 16), start, 128, 0)
+        z, ess = LatentsGiven(partial, pg.AIS(), pg.Refinement(num_steps=50), "captured").draw(
+            Chunk(0, 16), start, 128, Run(0)
+        )
     share = (z[..., 0] < 0).double().mean(0)
     assert (share > 0.1).all()
     assert abs(share.mean() - 0.5) < 4 * (0.25 / ess.sum()) ** 0.5
@@ -219,4 +222,4 @@ def test_observations_that_cannot_be_put_back() -> None:
         joint = pg.JointDensity(model, x, plate="data")
         partial = partially_observed(joint, Shown(torch.tensor([True, False])))
         with seeded(0, "cast"), pytest.raises(pg.InputError, match=message):
-            completed(joint, partial, Chunk(0, 5), torch.randn(3, 5, 1), 0)
+            completed(joint, partial, Chunk(0, 5), torch.randn(3, 5, 1), Stream(0, "complete"))

@@ -18,8 +18,9 @@ from pyrogaps.capture import GradientEvaluator
 from pyrogaps.conditioning.completions import Completions
 from pyrogaps.conditioning.shared import OnCompletions
 from pyrogaps.models.state_space import LinearGaussianStateSpace
-from pyrogaps.refine import refine_chunk
-from pyrogaps.streams import Chunk, seeded
+from pyrogaps.refine import Refiner
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk, Stream, seeded
 
 T, N, K = 3, 64, 64
 CHAIN = LinearGaussianStateSpace(0.9, 0.5, 1.0, 1.0, 1.0)
@@ -71,8 +72,8 @@ def test_factors_add_up_to_the_gap(lookahead: int) -> None:
             rows = drawn.flatten(0, 1), *(value.repeat(K, 1) for value in given)
             held = Completions(rows, torch.zeros(K, N, 1), torch.ones(N))
             on = OnCompletions(evaluator, held, torch.arange(K))
-            shared, _ = refine_chunk(AutoNormal, on, chunk, pg.Refinement(num_steps=150), 0)
-            weights = chunk_log_weights(joint, shared, chunk, 1000, 0, "factor")
+            shared, _ = Refiner(AutoNormal, pg.Refinement(num_steps=150))(on, chunk, Run(0))
+            weights = chunk_log_weights(joint, shared, chunk, 1000, Stream(0, "factor"))
         steps = T - t
         exact = dist.MultivariateNormal(loc * F ** torch.arange(steps), marginal(steps, given[1][0, 0] ** 2)).log_prob(
             x[:, t:]

@@ -13,7 +13,7 @@ from pyrogaps.models.toy import MissingGaussian
 
 MODEL = LinearGaussianStateSpace(0.9, 0.5, 1.0, 1.0, 1.0)
 SETTINGS = {
-    "evidence": pg.AIS(num_temperatures=20, num_leapfrog=5, mode="eager"),
+    "evidence": pg.AIS(num_temperatures=20, num_leapfrog=5),
     "refinement": pg.Refinement(num_steps=200),
     "num_particles": 200,
     "progress": False,
@@ -34,7 +34,7 @@ def test_whole_tree_of_a_filter(guide: StructuredNormal) -> None:
     """log p(x) and the conditioning gap against Kalman; the chain has one latent, so that the family is exact."""
     x, _ = MODEL.simulate(64, 3, seed=1)
     best = MODEL.optimal_guide(0)
-    ledger = pg.decompose(MODEL, guide, x, reference=best, **SETTINGS)  # type: ignore[arg-type]
+    ledger = pg.decompose(pg.Problem.of(MODEL, guide, x, mode="eager"), reference=best, **SETTINGS)  # type: ignore[arg-type]
     per = ledger.per_datapoint
     children = per["approximation_gap"] + per["conditioning_gap"] + per["amortization_gap"]
     torch.testing.assert_close(torch.tensor(children.values), torch.tensor(per["inference_gap"].values))
@@ -59,7 +59,7 @@ def test_trained_filter_never_beats_the_best(guide: StructuredNormal) -> None:
 def test_filter_without_a_reference_says_so(guide: StructuredNormal) -> None:
     x, _ = MODEL.simulate(4, 3, seed=3)
     small = {**SETTINGS, "refinement": pg.Refinement(num_steps=5)}
-    ledger = pg.decompose(MODEL, guide, x, **small)  # type: ignore[arg-type]
+    ledger = pg.decompose(pg.Problem.of(MODEL, guide, x, mode="eager"), **small)  # type: ignore[arg-type]
     assert "conditioning_gap" not in ledger.per_datapoint
     assert "without a reference guide its amortization gap holds the conditioning gap" in str(ledger)
 
@@ -69,9 +69,9 @@ def test_references_that_do_not_fit(guide: StructuredNormal) -> None:
     smoother = StructuredNormal(1, 1, 4, lookahead=math.inf)
     for wrong in (MODEL.optimal_guide(1), smoother):
         with pytest.raises(pg.InputError, match="reference: it must declare the guide's own lookahead"):
-            pg.decompose(MODEL, guide, x, reference=wrong, progress=False)
+            pg.decompose(pg.Problem.of(MODEL, guide, x, mode="eager"), reference=wrong, progress=False)
     with pytest.raises(pg.InputError, match="reference: it must declare the guide's own lookahead"):
-        pg.decompose(MODEL, smoother, x, reference=guide, progress=False)
+        pg.decompose(pg.Problem.of(MODEL, smoother, x, mode="eager"), reference=guide, progress=False)
     toy = MissingGaussian.unit()
     with pytest.raises(pg.InputError, match="has a shared posterior; leave reference out"):
         pg.decompose(toy, PartialNormal(2, 1, shown=1), torch.randn(4, 2), reference=guide, progress=False)
@@ -89,4 +89,4 @@ def test_reference_that_looks_ahead_is_refused(guide: StructuredNormal) -> None:
             return z
 
     with pytest.raises(pg.InputError, match=r"site 'z_\d' changes with data after step"):
-        pg.decompose(MODEL, guide, x, reference=Liar(), progress=False)
+        pg.decompose(pg.Problem.of(MODEL, guide, x, mode="eager"), reference=Liar(), progress=False)

@@ -14,7 +14,7 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyrogaps import AIS, GuideDensity, IndexedData, InputError, JointDensity, Refinement, decompose, elbo
+from pyrogaps import AIS, GuideDensity, IndexedData, InputError, JointDensity, Problem, Refinement, decompose, elbo
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -152,10 +152,13 @@ def test_training_and_decomposing() -> None:
     for _ in range(3):
         svi.step(*data.fetch(torch.arange(6)))
     ledger = decompose(
-        dmm.model, dmm.guide, data, families={"mean-field": AutoNormal}, num_particles=10, progress=False,
+        Problem.of(dmm.model, dmm.guide, data, mode="eager"),
+        families={"mean-field": AutoNormal},
+        num_particles=10,
+        progress=False,
         refinement=Refinement(num_steps=2, num_particles=2, num_selection=2),
-        evidence=AIS(num_chains=2, num_temperatures=2, num_leapfrog=1, mode="eager"),
-    )  # fmt: skip
+        evidence=AIS(num_chains=2, num_temperatures=2, num_leapfrog=1),
+    )
     assert ledger.provenance["own_family"] == "fine-tuned"
     for name in ("elbo", "log_evidence", "elbo_refined"):
         assert torch.isfinite(torch.from_numpy(ledger.per_datapoint[name].values)).all()

@@ -182,7 +182,7 @@ def test_a_guide_whose_sites_depend_on_each_other() -> None:
     x, y = torch.randn(9, 2), torch.randn(9)
     joint = JointDensity(model, (x, y), plate=False)
     density = GuideDensity(guide, None, joint)
-    assert not density.factorised and not joint.vectorized
+    assert not density.factorised and not joint.structure.vectorized
     z, log_q = density.sample(5)
     slope = z[:, 0, 1:]
     expected = dist.Normal(1.0, 0.3).log_prob(slope).sum(-1)

@@ -14,7 +14,7 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Refinement, decompose, elbo, refine
+from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Problem, Refinement, decompose, elbo, refine
 
 X = torch.linspace(-1.0, 1.0, 5)[:, None].repeat(1, 3)
 
@@ -174,8 +174,10 @@ def test_state_is_put_back_when_a_model_fails_midway() -> None:
             super().forward(x)
 
     model, guide = Failing(), Guide()
-    with untouched(model, guide), pytest.raises(RuntimeError, match="out of luck"):
-        decompose(model, guide, X, **{**QUICK, "evidence": AIS(num_chains=4, num_temperatures=9, mode="eager")})
+    with untouched(model, guide):
+        problem = Problem.of(model, guide, X, mode="eager")
+        with pytest.raises(RuntimeError, match="out of luck"):
+            decompose(problem, **{**QUICK, "evidence": AIS(num_chains=4, num_temperatures=9)})
 
 
 def test_a_trained_function_guide_is_read_from_the_caller_s_store() -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 # --- What a refactoring may rename: everything that this script takes from the library.
 import pyrogaps as pg
+from pyrogaps.family import augmented
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from pyrogaps.guides.flows import AmortizedFlow, AutoLocalFlow
@@ -45,7 +46,7 @@ from pyrogaps.models.vae import VAE
 from pyrogaps.training import Training
 
 OWN_AIS: dict[str, Any] = {"evidence": pg.AIS(num_chains=16, num_temperatures=20, num_pilot_temperatures=10)}
-LADDER: dict[str, Any] = {"evidence": "auto"}
+LADDER: dict[str, Any] = {"evidence": pg.Ladder()}
 SETTINGS: dict[str, Any] = {
     "refinement": pg.Refinement(num_steps=100),
     "num_particles": 200,
@@ -72,12 +73,11 @@ def pair(build: Ledger) -> Ledger:
 
 def fitted(model: Any, guide: Any, *args: Any, steps: int = 400) -> Any:
     """`guide`, and `model` where it has parameters, trained without the library, whose own training may change."""
-    augmented = guide.augment(model) if hasattr(guide, "augment") else model
     parameters = [*guide.parameters(), *(model.parameters() if isinstance(model, torch.nn.Module) else ())]
     optimizer = torch.optim.Adam([value for value in parameters if value.requires_grad], lr=0.02)
     for _ in range(steps):
         optimizer.zero_grad()
-        Trace_ELBO().differentiable_loss(augmented, guide, *args).backward()
+        Trace_ELBO().differentiable_loss(augmented(model, guide), guide, *args).backward()
         optimizer.step()
     return guide
 
@@ -217,7 +217,8 @@ def columns_of(path: Path) -> Columns:
 def differences(before: Columns, after: Columns) -> Iterator[tuple[str, str, bool]]:
     """(quantity, what is different, whether that is within bounds), for all that are not equal bit by bit."""
     for name in sorted(before.keys() ^ after.keys()):
-        yield name, "only in the ledger " + ("before" if name in before else "after"), False
+        # What a change adds is listed; what it takes away has to be explained.
+        yield name, "only in the ledger " + ("before" if name in before else "after"), name in after
     for name in sorted(before.keys() & after.keys()):
         old, new = before[name], after[name]
         if old.shape != new.shape:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps import Refinement, refine
-from pyrogaps.refine import optimise
+from pyrogaps.refine.optimise import Optimisation
 from tests.references import WrongEncoder, anisotropic, draws_of
 
 # Distances from the optimum in standard deviations: of the start, the end, and the further end, in every order.
@@ -27,12 +27,12 @@ def refined_to(ends: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch)
     best, scale = (part.detach() for part in model.mean_field_optimum(x))
     distances = iter(torch.tensor(ends, dtype=torch.float64).T)
 
-    def moved(refinable: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def moved(self: Optimisation, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
-            refinable.parameters[0].copy_(best + next(distances)[:, None] * scale)
+            self.refinable.parameters[0].copy_(best + next(distances)[:, None] * scale)
         return torch.zeros(50, len(ends), dtype=torch.float64)
 
-    monkeypatch.setattr(optimise, "_ascend", moved)
+    monkeypatch.setattr(Optimisation, "_ascend", moved)
     guide = WrongEncoder(model, shrink=1.0, shift=START, width=1.0)
     refined = refine(model, guide, x, settings=Refinement(num_steps=10))
     kept = refined.at(torch.arange(len(ends))).distributions["z"].mean

@@ -1,4 +1,4 @@
-"""log p(x) by escalation: each rung against exact evidence, what is decided and why, and the ledger it makes."""
+"""log p(x) by the ladder: each rung against exact evidence, what is decided and why, and the ledger it makes."""
 
 import math
 from dataclasses import replace
@@ -12,20 +12,21 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyrogaps as pg
-from pyrogaps import Escalation, InputError, JointDensity, Refinement, log_evidence
-from pyrogaps.ais import anchor
-from pyrogaps.anneal import GaussianStart
-from pyrogaps.capture import GradientEvaluator
-from pyrogaps.escalation import METHODS, EscalatedEstimate, climb_chunk, escalated
-from pyrogaps.escalation.curvature import gaussian_by_curvature
-from pyrogaps.escalation.importance import weigh
-from pyrogaps.escalation.plan import FIRST_AIS, GAUSSIAN, GUIDE, Plan
-from pyrogaps.escalation.rotations import Rotations
-from pyrogaps.escalation.slots import POINTS, Slots
+from pyrogaps import InputError, JointDensity, Ladder, Refinement, log_evidence
+from pyrogaps.capture import BoundDensity, GradientEvaluator
+from pyrogaps.evidence import METHODS, LadderCheck, LadderEstimate, Measured
+from pyrogaps.evidence.annealing import AdaptedStepSizes, Annealed, StepSizes, anneal, pilot, schedule
+from pyrogaps.evidence.importance import weigh
+from pyrogaps.evidence.ladder import LadderMeasurement
+from pyrogaps.evidence.plan import FIRST_AIS, GAUSSIAN, GUIDE, Plan
+from pyrogaps.evidence.rotations import Rotation
+from pyrogaps.evidence.slots import POINTS, Slots
 from pyrogaps.gaps import GapLedger
+from pyrogaps.gaussians import Gaussian, gaussian_by_curvature, gaussian_of
 from pyrogaps.models.linear_gaussian import LinearGaussian
-from pyrogaps.refine import refine_chunk
-from pyrogaps.streams import Chunk, Noise, chunks, seeded
+from pyrogaps.refine import Refiner
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk, Noise, Stream, seeded
 from tests import references
 from tests.references import (
     RaggedWalk,
@@ -40,7 +41,7 @@ from tests.references import (
 
 QUICK = Refinement(num_steps=300, num_particles=8, learning_rate=0.1, num_selection=128)
 BRIEF = Refinement(num_steps=120, num_particles=8, learning_rate=0.15, num_selection=64)
-UNCHECKED = Escalation(num_simulated=0)
+UNCHECKED = Ladder(num_simulated=0)
 
 
 def intensities(x: Tensor) -> None:
@@ -60,17 +61,20 @@ def draws_of_intensities(number: int, columns: int) -> Tensor:
         return dist.Poisson(dist.Gamma(1.5, 0.5).sample((number, columns)).double()).sample()
 
 
-def climbed(model: object, x: Tensor, *ladders: tuple[Escalation, int]) -> list[EscalatedEstimate]:
+def climbed(model: object, x: Tensor, *ladders: tuple[Ladder, int]) -> list[LadderEstimate]:
     """By each of some settings from a lowest rung on, of one refinement."""
-    joint = JointDensity(model, x)
-    evaluator = GradientEvaluator(joint)
-    found: list[list[object]] = [[] for _ in ladders]
-    with seeded(0, "unused"):
-        for chunk in chunks(len(x), 512):
-            refined, _ = refine_chunk(AutoNormal, evaluator, chunk, BRIEF, 0)
-            for blocks, (settings, lowest) in zip(found, ladders, strict=True):
-                blocks += climb_chunk(evaluator, refined, chunk, settings, 0, lowest)
-    return [escalated(blocks) for blocks in found]
+    problem, run, zero = pg.Problem.of(model, None, x), Run(0, 512), torch.zeros(1)
+    measurements = [
+        LadderMeasurement(settings, problem, run, LadderCheck(zero, zero, lowest, zero)) for settings, lowest in ladders
+    ]
+    refiner = Refiner(AutoNormal, BRIEF)
+
+    def measure(chunk: Chunk) -> list[Measured]:
+        refined, _ = refiner(problem.evaluator, chunk, run)
+        return [measurement.measure(chunk, refined) for measurement in measurements]
+
+    parts = zip(*run.map(measure, problem.joint), strict=True)
+    return [measurement.estimate(its) for measurement, its in zip(measurements, parts, strict=True)]
 
 
 def test_intervals_cover_on_a_skewed_posterior() -> None:
@@ -106,12 +110,35 @@ def test_tolerance_is_reached() -> None:
     assert errors[0.03] < errors[0.1]
 
 
+class Rotations:
+    """S points of each datapoint along the path from a Gaussian, by rotations."""
+
+    def __init__(self, start: Gaussian, density: BoundDensity, num_points: int) -> None:
+        self.move, self.num_points = Rotation(start, density, 1), num_points
+
+    def pilot(self, num_temperatures: int, target_acceptance: float, noise: Noise) -> tuple[Tensor, Annealed]:  # type: ignore[type-arg]
+        """The step sizes of a pilot, and its end."""
+        state = self.move.start_at(noise.normal(self.num_points, self.move.density.dim))
+        steps = AdaptedStepSizes(self.move.adaptation, target_acceptance, state.position)
+        path = [
+            (steps.current, reached)
+            for reached in pilot(self.move, state, schedule("linear", num_temperatures), steps, noise)
+        ]
+        return torch.stack([size for size, _ in path]), path[-1][1]
+
+    def run(self, sizes: Tensor, noise: Noise) -> Annealed:  # type: ignore[type-arg]
+        """The end of a run with the step sizes of a pilot."""
+        state = self.move.start_at(noise.normal(self.num_points, self.move.density.dim))
+        *_, end = anneal(self.move, state, schedule("linear", len(sizes)), StepSizes(sizes), noise)
+        return end
+
+
 def rotations(model: object, data: object, widen: float = 1.2, points: int = 512) -> tuple[Rotations, Chunk]:
     joint = JointDensity(model, data)
     evaluator, chunk = GradientEvaluator(joint), Chunk(0, joint.num_datapoints)
-    refined, _ = refine_chunk(AutoNormal, evaluator, chunk, QUICK, 0)
-    start = anchor(joint, refined, chunk, widen, 0)
-    return Rotations(start, evaluator.bind(chunk.indices, points), points, 1), chunk
+    refined, _ = Refiner(AutoNormal, QUICK)(evaluator, chunk, Run(0))
+    start = gaussian_of(joint, refined, chunk, Stream(0, "anchor")).widened(widen)
+    return Rotations(start, evaluator.bind(chunk.indices, points), points), chunk
 
 
 @pytest.mark.parametrize("temperatures", [1, 4, 16])
@@ -119,8 +146,8 @@ def test_weights_along_rotations_are_unbiased(temperatures: int) -> None:
     x = references.counts(6)
     with seeded(0, "unused"):
         path, chunk = rotations(gamma_poisson, x)
-        pilot = path.pilot(temperatures, 0.8, Noise(1, "pilot", chunk, dtype=torch.float64, device="cpu"))
-        ran = path.run(pilot.steps, Noise(2, "run", chunk, dtype=torch.float64, device="cpu"))
+        sizes, _ = path.pilot(temperatures, 0.8, Noise(Stream(1, "pilot"), chunk, dtype=torch.float64, device="cpu"))
+        ran = path.run(sizes, Noise(Stream(2, "run"), chunk, dtype=torch.float64, device="cpu"))
     assert_mean_one((ran.log_weights - gamma_poisson_evidence(x)).exp())
 
 
@@ -132,16 +159,16 @@ def test_weights_of_ragged_sequences_are_unbiased() -> None:
     model = RaggedWalk()
     with seeded(0, "unused"):
         path, chunk = rotations(model, (x, lengths))
-        pilot = path.pilot(12, 0.8, Noise(1, "pilot", chunk, dtype=torch.float64, device="cpu"))
-        ran = path.run(pilot.steps, Noise(2, "run", chunk, dtype=torch.float64, device="cpu"))
+        sizes, _ = path.pilot(12, 0.8, Noise(Stream(1, "pilot"), chunk, dtype=torch.float64, device="cpu"))
+        ran = path.run(sizes, Noise(Stream(2, "run"), chunk, dtype=torch.float64, device="cpu"))
     assert_mean_one((ran.log_weights - model.log_evidence(x, lengths)).exp())
 
 
-def posterior_start(model: LinearGaussian, x: Tensor) -> GaussianStart:
+def posterior_start(model: LinearGaussian, x: Tensor) -> Gaussian:
     """Where a refinement of a mean-field guide ends: the posterior's mean, scales from its precision."""
     mean, covariance = model.posterior(x)
     scale = torch.linalg.inv(covariance).diagonal(dim1=-2, dim2=-1).rsqrt()
-    return GaussianStart(mean.detach(), scale.detach().expand_as(mean).clone())
+    return Gaussian(mean.detach(), scale.detach().expand_as(mean).clone())
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.05, 20.0])
@@ -152,8 +179,8 @@ def test_curvature_finds_a_gaussian_posterior(scale: float) -> None:
     start = posterior_start(model, x)
     slots = Slots(GradientEvaluator(JointDensity(model, x)), Chunk(0, 7))
     members = torch.tensor([0, 2, 5])
-    begin = GaussianStart(start.loc + 0.3 * start.scale, scale * start.scale).at(members)
-    fitted, cost = gaussian_by_curvature(begin, slots, members)
+    begin = Gaussian(start.loc + 0.3 * start.scale, scale * start.scale).at(members)
+    fitted, cost = gaussian_by_curvature(begin, lambda rows, points: slots.gradients(members[rows], points))
     mean, covariance = model.posterior(x)
     torch.testing.assert_close(fitted.loc, mean[members].detach(), atol=1e-6, rtol=1e-6)
     found = fitted.scale @ fitted.scale.mT
@@ -165,11 +192,11 @@ def test_a_gaussian_target_is_kept_by_every_rotation() -> None:
     model = anisotropic(5, 3, dtype=torch.float64)
     x, _ = draws_of(model, 3, seed=1)
     mean, covariance = model.posterior(x)
-    exact = GaussianStart(mean.detach(), torch.linalg.cholesky(covariance.detach()).expand(3, -1, -1))
+    exact = Gaussian(mean.detach(), torch.linalg.cholesky(covariance.detach()).expand(3, -1, -1))
     bound = GradientEvaluator(JointDensity(model, x)).bind(torch.arange(3), 8)
-    noise = Noise(0, "noise", Chunk(0, 3), dtype=torch.float64, device="cpu")
-    ran = Rotations(exact, bound, 8, 1).pilot(4, 0.8, noise)
-    torch.testing.assert_close(ran.acceptance, torch.ones(3).double())
+    noise = Noise(Stream(0, "noise"), Chunk(0, 3), dtype=torch.float64, device="cpu")
+    _, ran = Rotations(exact, bound, 8).pilot(4, 0.8, noise)
+    torch.testing.assert_close(ran.acceptance, torch.ones(8, 3).double())
     torch.testing.assert_close(ran.log_weights, model.log_evidence(x).detach().expand(8, -1))
 
 
@@ -211,13 +238,13 @@ def test_a_perfect_guide_is_left_with_at_once() -> None:
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.MultivariateNormal(model.posterior(x)[0].detach(), covariance.detach()))
 
-    estimate = log_evidence(model, Exact(), x, settings=UNCHECKED, refinement=QUICK)
+    estimate = log_evidence(model, Exact(), x, evidence=UNCHECKED, refinement=QUICK)
     assert estimate.method.tolist() == [0] * 8
     torch.testing.assert_close(estimate.value, model.log_evidence(x).detach(), atol=1e-3, rtol=0)
 
 
 def test_the_plan_buys_what_the_tolerance_takes_and_the_budget_allows() -> None:
-    settings = Escalation(tolerance=0.1, max_evaluations=5_000)
+    settings = Ladder(tolerance=0.1, max_evaluations=5_000)
     plan = Plan(3, settings)
     everyone = torch.arange(3)
     plan.note(GUIDE, everyone, torch.tensor([1.0, 50.0, 80.0]), torch.tensor([True, False, False]))
@@ -238,7 +265,7 @@ def test_the_plan_buys_what_the_tolerance_takes_and_the_budget_allows() -> None:
 
 def test_a_rung_that_the_check_took_away_is_not_chosen() -> None:
     """However little its weights vary: only where no other has been tried."""
-    plan = Plan(2, Escalation(), lowest=FIRST_AIS)
+    plan = Plan(2, Ladder(), lowest=FIRST_AIS)
     both = torch.arange(2)
     plan.note(GUIDE, both, torch.tensor([0.01, 0.01]), torch.tensor([True, True]))
     assert plan.open.tolist() == [0, 1]
@@ -260,15 +287,15 @@ def test_batches_and_seeds() -> None:
     x = draws_of_intensities(100, 2)
     refined = pg.refine(intensities, AutoNormal, x, settings=BRIEF, batch_size=64)
     small, large, other = (
-        log_evidence(intensities, refined, x, settings=UNCHECKED, batch_size=size, seed=seed)
+        log_evidence(intensities, refined, x, evidence=UNCHECKED, batch_size=size, seed=seed)
         for size, seed in ((64, 0), (64, 0), (64, 1))
     )
     torch.testing.assert_close(small.value, large.value)
     assert not torch.equal(small.value, other.value)
     whole = pg.refine(intensities, AutoNormal, x, settings=BRIEF, batch_size=128)
     assert torch.equal(
-        log_evidence(intensities, whole, x, settings=UNCHECKED, batch_size=128).num_draws,
-        log_evidence(intensities, whole, x, settings=UNCHECKED, batch_size=64).num_draws,
+        log_evidence(intensities, whole, x, evidence=UNCHECKED, batch_size=128).num_draws,
+        log_evidence(intensities, whole, x, evidence=UNCHECKED, batch_size=64).num_draws,
     )
 
 
@@ -280,7 +307,7 @@ def test_one_datapoint_without_a_plate() -> None:
 
     x = torch.tensor([0.3, 1.1, 0.7], dtype=torch.float64)
     refined = pg.refine(model, AutoNormal, x, settings=QUICK, plate=False)
-    estimate = log_evidence(model, refined, x, settings=UNCHECKED, plate=False)
+    estimate = log_evidence(model, refined, x, evidence=UNCHECKED, plate=False)
     exact = dist.MultivariateNormal(torch.zeros(3).double(), 0.25 * torch.eye(3).double() + 1.0).log_prob(x)
     torch.testing.assert_close(estimate.value, exact[None], atol=0.02, rtol=0)
 
@@ -293,12 +320,12 @@ def pair() -> tuple[LinearGaussian, WrongEncoder, Tensor]:
 
 @pytest.fixture(scope="module")
 def ledger(pair: tuple[LinearGaussian, WrongEncoder, Tensor]) -> GapLedger:
-    evidence = Escalation(max_curvature_dim=1, num_simulated=16)
+    evidence = Ladder(max_curvature_dim=1, num_simulated=16)
     return pg.decompose(*pair, evidence=evidence, refinement=QUICK, num_particles=500, progress=False)
 
 
 def test_ladder_is_checked_and_kept_where_it_is_right(ledger: GapLedger) -> None:
-    check = ledger.provenance["ladder"]
+    check = ledger.provenance["evidence"]["check"]
     assert check["lowest"] == 0
     assert check["num_simulated"] == 16
     assert check["width"] < 0.1
@@ -309,13 +336,13 @@ def test_ladder_is_found_wrong_where_a_mode_is_missed() -> None:
     with seeded(0, "wells"):
         z = torch.randn(24, 2).double()
         x = z[:, 0] ** 2 + 0.3 * z[:, 1] + 0.3 * torch.randn(24).double()
-    settings = Escalation(temperatures=(4, 8), num_simulated=24, max_evaluations=3000)
+    settings = Ladder(temperatures=(4, 8), num_simulated=24, max_evaluations=3000)
     refined = Refinement(num_steps=150, num_particles=8, learning_rate=0.1, num_selection=64)
     guide = AutoNormal(two_wells)
     pyro.clear_param_store()
     guide(x)
     ledger = pg.decompose(two_wells, guide, x, evidence=settings, refinement=refined, num_particles=200, progress=False)
-    check = ledger.provenance["ladder"]
+    check = ledger.provenance["evidence"]["check"]
     assert check["lowest"] == 3
     assert check["width"] > 0.1
     assert any("on simulated data log p(x) may be" in warning for warning in ledger.diagnose().warnings)
@@ -362,25 +389,25 @@ def test_what_cannot_be_simulated_is_measured_unchecked() -> None:
                 pyro.sample("z", dist.Normal(torch.stack([x, 0 * x], -1), 1.0).to_event(1))
 
     x = torch.linspace(-1, 1, 5, dtype=torch.float64)
-    ledger = pg.decompose(model, Guide(), x, evidence="auto", refinement=QUICK, num_particles=200, progress=False)
+    ledger = pg.decompose(model, Guide(), x, evidence=Ladder(), refinement=QUICK, num_particles=200, progress=False)
     assert "no check on simulated data (site 'penalty'" in str(ledger)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tolerance": 0.0}, "escalation.tolerance"),
-        ({"max_evaluations": 0}, "escalation.max_evaluations"),
-        ({"num_pilot_draws": 10}, "escalation.num_pilot_draws"),
-        ({"temperatures": ()}, "escalation.temperatures"),
-        ({"temperatures": (8, 4)}, "escalation.temperatures"),
-        ({"target_acceptance": 1.0}, "escalation.target_acceptance"),
-        ({"widen": 0.9}, "escalation.widen"),
+        ({"tolerance": 0.0}, "evidence.tolerance"),
+        ({"max_evaluations": 0}, "evidence.max_evaluations"),
+        ({"num_pilot_draws": 10}, "evidence.num_pilot_draws"),
+        ({"temperatures": ()}, "evidence.temperatures"),
+        ({"temperatures": (8, 4)}, "evidence.temperatures"),
+        ({"target_acceptance": 1.0}, "evidence.target_acceptance"),
+        ({"widen": 0.9}, "evidence.widen"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Escalation(**settings)  # type: ignore[arg-type]
+        Ladder(**settings)  # type: ignore[arg-type]
 
 
 def test_other_evidence_is_refused(pair: tuple[LinearGaussian, WrongEncoder, Tensor]) -> None:

@@ -1,13 +1,13 @@
-"""What log p(x) by escalation costs beside AIS that is alike for all: gradient evaluations at equal standard error.
+"""What log p(x) by the ladder costs beside AIS: gradient evaluations at equal standard error.
 
 Test images under the MNIST VAE of `mnist_vae.py`, one refinement for all. AIS from the refined guide is swept over
 temperatures, with few and with many chains; the cost at which the root mean square of its standard errors equals that
-of an escalation is interpolated (both logarithmic), and the cheaper number of chains is what escalation is held
-against. Pilots are counted on either side, values (which escalation uses too) as dear as gradients, beside gradients
-alone. The truth is one long AIS run, which also tells by how many standard errors the escalated values are off.
+of a ladder is interpolated (both logarithmic), and the cheaper number of chains is what the ladder is compared
+with. Pilots are counted on either side, values (which the ladder uses too) as dear as gradients, beside gradients
+alone. The truth is one long AIS run, which also says by how many standard errors the values of the ladder are off.
 
-    PYROGAPS_DATA=... python benchmarks/escalation.py    # 20 minutes after training
-    python benchmarks/escalation.py --quick              # seconds, on digits: does it run?
+    PYROGAPS_DATA=... python benchmarks/ladder.py    # 20 minutes after training
+    python benchmarks/ladder.py --quick              # seconds, on digits: does it run?
 """
 
 import argparse
@@ -22,13 +22,12 @@ from mnist_vae import trained_vae
 from reporting import machine, report
 from torch import Tensor
 
-from pyrogaps import AIS, Escalation, GuideDensity, JointDensity, Refinement
-from pyrogaps.ais import ais_chunk, anchor, anchored_path
-from pyrogaps.capture import GradientEvaluator
-from pyrogaps.escalation import METHODS, EscalatedEstimate, climb_chunk, escalated
-from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
-from pyrogaps.refine import own_family, refine_chunk
-from pyrogaps.streams import Chunk, chunks, seeded
+from pyrogaps import AIS, Evidence, Ladder, Problem, Refinement
+from pyrogaps.evidence import METHODS
+from pyrogaps.log_weights import Estimate
+from pyrogaps.refine import Refiner, own_family
+from pyrogaps.run import Run
+from pyrogaps.streams import chunks, seeded
 
 LONG = AIS(num_chains=64, num_temperatures=400)
 SWEEPS = {16: (25, 50, 100, 200, 400), 64: (10, 20, 40, 80)}
@@ -47,41 +46,21 @@ class Images:
     """Test images, refined once."""
 
     def __init__(self, model: torch.nn.Module, guide: torch.nn.Module, x: Tensor, refinement: Refinement) -> None:
-        self.joint = JointDensity(model, x)
-        family = own_family(GuideDensity(guide, None, self.joint))
-        self.evaluator = GradientEvaluator(self.joint)
-        self.refined = [
-            (chunk, refine_chunk(family, self.evaluator, chunk, refinement, 0)[0]) for chunk in chunks(len(x), 128)
-        ]
+        self.problem = Problem.of(model, guide, x)
+        refiner, evaluator = Refiner(own_family(self.problem.guide_density()), refinement), self.problem.evaluator
+        self.refined = [(chunk, refiner(evaluator, chunk, Run(0))[0]) for chunk in chunks(len(x), 128)]
 
-    def uniform(self, settings: AIS, seed: int) -> tuple[Estimate, Cost]:
-        """AIS from the refined guide, alike for all images."""
-
-        def one(chunk: Chunk, posterior: Any) -> Any:
-            start = anchor(self.joint, posterior, chunk, settings.widen, seed)
-            path = anchored_path(self.evaluator, start, chunk, seed)
-            return ais_chunk(path, self.evaluator, chunk, settings, seed).log_weights
-
-        before, begin = self.evaluator.num_gradients, time.perf_counter()
-        log_weights = torch.cat([one(chunk, posterior) for chunk, posterior in self.refined], 1)
-        gradients, seconds = self.evaluator.num_gradients - before, time.perf_counter() - begin
-        number = self.joint.num_datapoints
-        return log_mean_exp_estimate(log_weights), Cost(gradients / number, gradients / number, seconds / number)
-
-    def escalated(self, settings: Escalation, seed: int) -> tuple[EscalatedEstimate, Cost]:
-        """Escalation. Gradients are counted as they were evaluated, with what batches are padded by; evaluations, with
-        values, as datapoints are charged for them.
+    def measured(self, evidence: Evidence, seed: int) -> tuple[Any, Cost]:
+        """log p(x), and what it costs. Gradients are counted as they were evaluated, with what batches are padded by;
+        a ladder's evaluations, with values, as datapoints are charged for them.
         """
-        before, begin = self.evaluator.num_gradients, time.perf_counter()
-        found = [
-            block
-            for chunk, posterior in self.refined
-            for block in climb_chunk(self.evaluator, posterior, chunk, settings, seed)
-        ]
-        estimate, seconds = escalated(found), time.perf_counter() - begin
-        number = self.joint.num_datapoints
-        gradients = (self.evaluator.num_gradients - before) / number
-        evaluations = float(estimate.num_evaluations.double().mean())
+        evaluator, number = self.problem.evaluator, self.problem.num_datapoints
+        measurement = evidence.prepare(self.problem, Run(seed))
+        before, begin = evaluator.num_gradients, time.perf_counter()
+        estimate = measurement.estimate([measurement.measure(chunk, posterior) for chunk, posterior in self.refined])
+        gradients, seconds = (evaluator.num_gradients - before) / number, time.perf_counter() - begin
+        charged = getattr(estimate, "num_evaluations", None)
+        evaluations = gradients if charged is None else float(charged.double().mean())
         return estimate, Cost(gradients, evaluations, seconds / number)
 
 
@@ -100,23 +79,23 @@ def cost_at(points: list[tuple[float, Cost]], error: float) -> float:
 
 
 def compare(images: Images, options: argparse.Namespace) -> None:
-    """The sweep, the escalations, and how far both are from the long run."""
-    truth, cost = images.uniform(options.long, 1001)
+    """The sweep, the ladders, and how far both are from the long run."""
+    truth, cost = images.measured(options.long, 1001)
     print(f"the long run: standard errors {spread(truth):.3f}, {cost.gradients:,.0f} gradients an image", flush=True)
     rows, sweeps = [], {}
-    for number, ladder in options.sweeps.items():
+    for number, lengths in options.sweeps.items():
         sweeps[number] = []
-        for temperatures in ladder:
-            found, cost = images.uniform(AIS(num_chains=number, num_temperatures=temperatures), 1)
+        for temperatures in lengths:
+            found, cost = images.measured(AIS(num_chains=number, num_temperatures=temperatures), 1)
             sweeps[number].append((spread(found), cost))
             rows.append(
                 row(f"AIS, {number} chains, {temperatures} temperatures", found, cost, truth, math.nan, math.nan)
             )
     for tolerance in options.tolerances:
-        settings = replace(options.escalation, tolerance=tolerance)
-        found, cost = images.escalated(settings, 1)
+        settings = replace(options.ladder, tolerance=tolerance)
+        found, cost = images.measured(settings, 1)
         dearer = min(cost_at(points, spread(found)) for points in sweeps.values())
-        name = f"escalation to {tolerance:g}"
+        name = f"ladder to {tolerance:g}"
         ratio = dearer / cost.gradients if cost.gradients else math.inf
         rows.append(row(name, found, cost, truth, ratio, dearer / cost.evaluations))
         ways = [(way, int((found.method == place).sum())) for place, way in enumerate(METHODS)]
@@ -126,7 +105,7 @@ def compare(images: Images, options: argparse.Namespace) -> None:
         "ratio", "values too",
     ]  # fmt: skip
     report(
-        "escalation",
+        "ladder",
         "log p(x) of an image: what it costs, and how far it is off (nats)",
         columns,
         rows,
@@ -150,11 +129,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds, on digits: does it run?")
     parser.add_argument("--runs", type=Path, default=Path(__file__).parent / "runs")
     options = parser.parse_args()
-    options.escalation, options.tolerances = Escalation(), TOLERANCES
+    options.ladder, options.tolerances = Ladder(), TOLERANCES
     options.long, options.sweeps, refinement, number = LONG, SWEEPS, Refinement(), 256
     if options.quick:
         options.long, options.sweeps = AIS(num_temperatures=20), {4: (3, 6)}
-        options.escalation, options.tolerances = Escalation(temperatures=(4, 8)), (0.3,)
+        options.ladder, options.tolerances = Ladder(temperatures=(4, 8)), (0.3,)
         refinement, number = Refinement(num_steps=60, num_particles=4, learning_rate=0.1, num_selection=16), 16
     model, guide, test = trained_vae(options.runs, quick=options.quick)
     print(f"{machine()}; {number} test images")

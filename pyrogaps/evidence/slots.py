@@ -14,7 +14,7 @@ POINTS, WIDTHS = 16, (32, 8)
 
 
 class Slots:
-    """A slot is one datapoint of a block and `POINTS` points of it; a datapoint may have many.
+    """A slot is one datapoint of a block with `POINTS` points; a datapoint may have many slots.
 
     A list of slots, each named by its datapoint's place in the block, is cut into batches, the last padded with its
     first slot.
@@ -24,9 +24,14 @@ class Slots:
         self.block, self.evaluator = block, evaluator
         self.widths = sorted({min(width, len(block)) for width in WIDTHS}, reverse=True)
         # Every datapoint's record is checked against Pyro once, and so is every shape; `at` then trusts them.
-        for members in torch.arange(len(block)).split(self.widths[0]):
-            evaluator.bind(block.start + _padded(members, self.widths[0]), POINTS)
+        for positions in torch.arange(len(block)).split(self.widths[0]):
+            evaluator.bind(block.start + _padded(positions, self.widths[0]), POINTS)
         evaluator.bind(block.start + torch.arange(self.widths[-1]), POINTS)
+
+    @property
+    def dim(self) -> int:
+        """The length of a point."""
+        return self.evaluator.joint.dim
 
     def batches(self, slots: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Slots of a batch, padding last, and how many of them are no padding."""
@@ -39,18 +44,18 @@ class Slots:
         """log p(x, z) and its gradient at points `(POINTS, K, dim)` of a batch of K slots."""
         return self.evaluator.bind(self.block.start + slots, POINTS, checked=True)
 
-    def gradients(self, members: Tensor, points: Tensor) -> Tensor:
-        """Gradients `(S, M, dim)` at `points` `(S, M, dim)` of the datapoints at places `members` of the block."""
+    def gradients(self, positions: Tensor, points: Tensor) -> Tensor:
+        """Gradients `(S, M, dim)` at `points` `(S, M, dim)` of the datapoints at `positions` of the block."""
         each = -(-len(points) // POINTS)
         short = each * POINTS - len(points)
         padded = torch.cat([points, points[:1].expand(short, -1, -1)]) if short else points
         # (each, POINTS, M, dim) -> (POINTS, M * each, dim): the slots of a datapoint lie side by side.
         flat = padded.unflatten(0, (each, POINTS)).permute(1, 2, 0, 3).flatten(1, 2)
-        places, owners, found = torch.arange(flat.shape[1]), members.repeat_interleave(each), []
-        for batch, kept in self.batches(places):
+        columns, owners, gradients = torch.arange(flat.shape[1]), positions.repeat_interleave(each), []
+        for batch, kept in self.batches(columns):
             z = flat[:, batch].contiguous()
-            found.append(self.at(owners[batch]).gradients(z)[0][:, :kept])
-        result: Tensor = torch.cat(found, 1).unflatten(1, (len(members), each)).permute(2, 0, 1, 3).flatten(0, 1)
+            gradients.append(self.at(owners[batch]).gradients(z)[0][:, :kept])
+        result: Tensor = torch.cat(gradients, 1).unflatten(1, (len(positions), each)).permute(2, 0, 1, 3).flatten(0, 1)
         return result[: len(points)]
 
 

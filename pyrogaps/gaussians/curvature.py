@@ -1,43 +1,46 @@
 """A Gaussian with the curvature of log p(x, z) over the breadth of a posterior."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pyrogaps.anneal import GaussianStart
-from pyrogaps.escalation.slots import Slots
+from pyrogaps.gaussians.gaussian import Gaussian
 
-# Relative to the Gaussian before, curvatures are believed within these; beyond, the axis is measured again on a new
-# scale, a few times.
+# Curvatures relative to the Gaussian before are used within these limits. Beyond them the axis is measured again on a
+# new scale, a few times.
 FLATTEST, STEEPEST = 0.1, 10.0
 MAX_PASSES = 4
 
 
-def gaussian_by_curvature(start: GaussianStart, slots: Slots, members: Tensor) -> tuple[GaussianStart, Tensor]:
+def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor]) -> tuple[Gaussian, Tensor]:
     r"""The Gaussian whose precision is the mean curvature of log p(x, z) over the breadth of `start`.
 
     With L the factor of a first Gaussian, the columns of L give secants
     $H L_i \approx \tfrac12 (\nabla \log p(x, \mu - L_i) - \nabla \log p(x, \mu + L_i))$, a difference over one standard
-    deviation either way: the curvature that a posterior of that breadth feels, not that of a point. The new precision
+    deviation either way: the mean curvature over the breadth of the posterior, not that of a point. The new precision
     is $L^{-T} \tfrac12 (L^T H L + (L^T H L)^T) L^{-1}$, the new mean one Newton step along the mean gradient. Where a
     curvature, relative to the first Gaussian's, is not between `FLATTEST` and `STEEPEST` it is cut off there, and
     measured again from the result.
 
-    Returns the Gaussian of the datapoints at places `members` of the block, with a factor L, and what it cost each,
-    gradients `(M,)`. `start` is of the same datapoints.
+    Args:
+        start: the first Gaussian of each of M datapoints.
+        gradients: of log p(x, z): positions `(K,)` among the M, which may be a part of them, and points `(S, K, dim)`.
+
+    Returns the Gaussians, with a factor L, and the number of gradients that each took, `(M,)`.
     """
     loc, factor = start.loc, start.factor()
-    pending = torch.arange(len(members))
-    cost = torch.zeros(len(members), dtype=torch.long)
+    pending = torch.arange(len(loc))
+    cost = torch.zeros(len(loc), dtype=torch.long)
     for _ in range(MAX_PASSES):
         now = factor[pending]
         steps = now.permute(2, 0, 1)  # column i of every datapoint's factor
         points = torch.cat([loc[pending] + steps, loc[pending] - steps])
-        gradients = torch.nan_to_num(slots.gradients(members[pending], points))
+        at_points = torch.nan_to_num(gradients(pending, points))
         cost[pending] += len(points)
         active = None if start.active is None else start.active[pending]
-        factor[pending], shift, cut = _refitted(now, gradients, active)
+        factor[pending], shift, cut = _refitted(now, at_points, active)
         loc = loc.index_copy(0, pending, loc[pending] + shift)
         pending = pending[cut]
         if len(pending) == 0:

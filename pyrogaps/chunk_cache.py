@@ -19,7 +19,7 @@ Arrays = dict[str, Any]
 Probe = Callable[[Chunk], Tensor]
 
 
-class Parts:
+class ChunkCache:
     """A folder of chunk results, each written whole or not at all; None keeps nothing.
 
     A part is taken up again only where settings, seed, data and both programs' densities are what they were.

@@ -1,0 +1,147 @@
+"""`read_model`: what a model's sites are, read once and checked for every datapoint."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pyrogaps.density.data import Data, IndexedData, as_indexed, as_tuple, whole
+from pyrogaps.density.layout import Site
+from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
+from pyrogaps.density.rows import CHECK_ROWS
+from pyrogaps.density.runs import Program
+from pyrogaps.density.structure import (
+    batch_dims,
+    check_finite,
+    check_model_sites,
+    check_observed,
+    find_plate,
+    first_sites,
+    frames_of,
+    is_masked,
+    lay_out,
+    sample_sites,
+)
+from pyrogaps.errors import InputError
+
+# Stands for the data plate where there is none, and every plate is made whole.
+ANY_PLATE = ""
+PAD = "pad ragged data to one length for the whole data set and mask the padding"
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """What is read of a model once; it holds for other data of the same form.
+
+    Attributes:
+        plate: the data plate's name; None where the whole data set is one datapoint.
+        sites: the latent sites and how they lie in a flat vector.
+        observed: names of the observed sites.
+        unnormalised: observed sites with values outside their support, which the model does not validate.
+        bound: whether the data plate has the data set's full size.
+        masked: whether some latents are under a False mask.
+        dtype, device: of the latents.
+        vectorized: without a data plate, whether many particles can be evaluated in one run.
+        make_whole: without a data plate, whether subsampled plates are made whole rather than refused.
+    """
+
+    plate: str | None
+    sites: dict[str, Site]
+    observed: tuple[str, ...]
+    unnormalised: tuple[str, ...]
+    bound: bool
+    masked: bool
+    dtype: torch.dtype
+    device: torch.device
+    vectorized: bool = True
+    make_whole: bool = False
+
+    @property
+    def dim(self) -> int:
+        """The length of the flat vector."""
+        return sum(site.size for site in self.sites.values())
+
+
+def read_model(
+    model: Program, data: Data, plate: str | Literal[False] | None, *, make_whole: bool = False
+) -> ModelStructure:
+    """Check the sites of every datapoint, batch by batch; all batches must share one layout.
+
+    Raises `InputError` naming the site, plate or argument; see `JointDensity`.
+    """
+    name = None if plate is False else _plate_of(model, as_indexed(data), plate)
+    indexed = whole(data) if name is None else as_indexed(data)
+    number = indexed.num_datapoints
+    first = torch.tensor([0] if name is None else [number - 1, 0, 0] + [0] * (number == 3))
+    batches = [first] if name is None else [first, *torch.arange(number).split(CHECK_ROWS)]
+    bound: bool | None = None
+    layout: dict[str, Site] | None = None
+    unnormalised: set[str] = set()
+    masked = False
+    for batch in batches:
+        args = finite_arguments(indexed.fetch(batch))
+        sites, bound = _sites(model, args, batch, ANY_PLATE if make_whole else name, number, bound)
+        if name is not None and name not in (names := frames_of(sites)):
+            known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
+            raise InputError(f"plate: the model has no plate named '{name}' ({known})")
+        check_model_sites(sites, name)
+        observed = {site: message for site, message in sites.items() if message["is_observed"]}
+        latent = {site: message for site, message in sites.items() if not message["is_observed"]}
+        unnormalised |= {site for site, message in observed.items() if not check_observed(site, message)}
+        masked |= any(is_masked(message) for message in latent.values())
+        nesting = max((-f.dim for m in sites.values() for f in m["cond_indep_stack"] if f.vectorized), default=0)
+        its_layout = lay_out(sites, name, -1 - max(nesting, batch_dims(sites)))
+        if layout is not None and its_layout != layout:
+            raise InputError(f"model: its latent sites change shape from datapoint to datapoint; {PAD}")
+        layout = its_layout
+    assert layout is not None
+    value = next(iter(latent.values()))["value"]
+    return ModelStructure(
+        plate=name,
+        sites=layout,
+        observed=tuple(observed),
+        unnormalised=tuple(sorted(unnormalised)),
+        bound=bool(bound),
+        masked=masked,
+        dtype=value.dtype,
+        device=value.device,
+        make_whole=make_whole,
+    )
+
+
+def finite_arguments(args: Any) -> tuple[Any, ...]:
+    """The model's arguments as a tuple; raises `InputError` where they hold NaN."""
+    arguments: tuple[Any, ...] = as_tuple(args)
+    leaves = ((place, leaf) for place, value in enumerate(arguments) for leaf in tree_leaves(value))
+    check_finite(((f"argument {place}", leaf) for place, leaf in leaves), "data", "clean or impute them first")
+    return arguments
+
+
+def _plate_of(model: Program, data: IndexedData, plate: str | None) -> str | None:
+    if isinstance(plate, str):
+        return plate
+    number = data.num_datapoints
+    # A hard-coded size breaks off a run on a few rows, but shows the plate; it is refused afterwards.
+    for rows in (min(3, number), number):
+        with steady_plates():
+            sites, error = first_sites(model, as_tuple(data.fetch(torch.arange(rows))))
+        if error is None or frames_of(sites):
+            break
+    else:
+        raise error or AssertionError
+    return find_plate(sites)
+
+
+def _sites(
+    model: Program, args: tuple[Any, ...], batch: Tensor, plate: str | None, number: int, bound: bool | None
+) -> tuple[dict[str, Any], bool]:
+    """The model's sites on a batch, and whether its data plate has the data set's full size, None where not known."""
+    try:
+        with whole_plates(plate, batch, num_datapoints=number, bound=bound):
+            return sample_sites(model, args), bool(bound)
+    except BoundPlate as refusal:
+        if not refusal.subsampled:
+            raise wrong_size(str(plate), number, len(batch)) from None
+        return _sites(model, args, batch, plate, number, True)

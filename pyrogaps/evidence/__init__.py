@@ -1,0 +1,26 @@
+"""Ways to log p(x): what they have in common, annealed importance sampling, the ladder, bounds from both sides."""
+
+from pyrogaps.evidence.ais import AIS
+from pyrogaps.evidence.bdmc import Sandwich, bdmc
+from pyrogaps.evidence.ladder import Ladder
+from pyrogaps.evidence.ladder_check import LadderCheck
+from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate
+from pyrogaps.evidence.log_evidence import ais, log_evidence
+from pyrogaps.evidence.protocol import Evidence, Measured, Measurement
+from pyrogaps.evidence.simulated_bounds import SimulatedBounds
+
+__all__ = [
+    "AIS",
+    "METHODS",
+    "Evidence",
+    "Ladder",
+    "LadderCheck",
+    "LadderEstimate",
+    "Measured",
+    "Measurement",
+    "Sandwich",
+    "SimulatedBounds",
+    "ais",
+    "bdmc",
+    "log_evidence",
+]

@@ -1,0 +1,108 @@
+"""`bdmc`: log p(x) between two bounds, on data simulated from the model."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyrogaps.density import Data, GuideDensity
+from pyrogaps.density.draws import Posterior
+from pyrogaps.density.runs import Program
+from pyrogaps.density.simulate import ToData
+from pyrogaps.evidence.ais import AIS, Initial
+from pyrogaps.evidence.protocol import Measured, Measurement
+from pyrogaps.evidence.simulated_bounds import SimulatedBounds
+from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
+from pyrogaps.problem import Plate, Problem, Simulated
+from pyrogaps.refine import Refinement, Refiner, is_family, own_family
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk
+
+
+@dataclass(frozen=True)
+class Sandwich(SimulatedBounds):
+    """The result of `bdmc`: the settings of AIS are certified within its `width`.
+
+    `data` are the simulated data, `z` `(N, dim)` their exact posterior draws. `reverse` has no error per datapoint: its
+    chains share their start, so that their spread understates it.
+    """
+
+    forward: Estimate
+    reverse: Estimate
+    data: Any
+    z: Tensor
+
+
+def bdmc(
+    model: Program | Problem,
+    data: Data | None = None,
+    *,
+    guide_or_family: Any = AutoNormal,
+    settings: AIS | None = None,
+    initial: Initial | None = None,
+    refinement: Refinement | None = None,
+    to_data: ToData | None = None,
+    plate: Plate = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Sandwich:
+    """Bidirectional Monte Carlo: bound log p(x) from both sides on data simulated from the model.
+
+    The latent behind a simulated datapoint is an exact posterior draw; AIS run in reverse from it gives
+    E[1/w] = 1/p(x), so -log-mean-exp(-log w) is an upper bound in expectation. Every reverse chain of a datapoint
+    starts at that one draw.
+
+    Args:
+        model, plate: as for `JointDensity`; or a `Problem`, whose guide, where it has one, anchors the paths.
+        data: what to simulate in the shape of.
+        guide_or_family: what anchors the paths, refined on the simulated data; not used from the prior. The width
+            holds only for the anchor it was measured with: to certify an evidence, give the guide it was measured with.
+        settings, initial, refinement, batch_size, seed: as for `ais`.
+        to_data: from drawn values by observed site to the model's arguments, where that is not plain.
+
+    Raises:
+        InputError: where the model cannot be simulated (see `JointDensity.simulate`).
+
+    Source: Grosse, Ghahramani and Adams (2015), arXiv:1511.02543.
+    """
+    settings = settings or AIS()
+    settings = settings if initial is None else replace(settings, initial=initial)
+    unused = settings.initial == "prior" or is_family(guide_or_family)
+    simulated = Problem.of(model, None if unused else guide_or_family, data, plate).simulated(seed, to_data)
+    problem, refiner = simulated.problem, None
+    if settings.initial != "prior" and problem.posterior is None:  # a family has nothing but its refined guides
+        settings = replace(settings, initial="refined")
+        refiner = Refiner(guide_or_family, refinement or Refinement())
+    elif isinstance(problem.posterior, GuideDensity):
+        refiner = Refiner(own_family(problem.posterior), refinement or Refinement())
+    run = Run(seed, batch_size)
+    _, lower, upper = two_sided(simulated, settings.prepare(problem, run, refiner), settings, refiner, run)
+    return Sandwich(lower.value, upper.value, lower, upper, simulated.data, simulated.z)
+
+
+def two_sided(
+    simulated: Simulated, measurement: Measurement, reverse: AIS, refiner: Refiner | None, run: Run
+) -> tuple[list[Measured], Estimate, Estimate]:
+    """log p(x) of simulated data by a measurement, chunk by chunk and as one estimate, and its upper bound by the
+    `reverse` of AIS from the latents behind them.
+    """
+    problem, z = simulated.problem, simulated.z
+    below, above = measurement.over(problem, run), reverse.prepare(problem, run)
+    needed = measurement.evidence.needs_refined or reverse.needs_refined
+
+    def measure(chunk: Chunk) -> tuple[Measured, Tensor]:
+        refined: Posterior | None = None
+        if needed and refiner is not None:
+            refined, _ = refiner(problem.evaluator, chunk, run)
+        exact = z[chunk.start : chunk.stop]
+        measured, negative_log_weights = below.two_sided(chunk, refined, exact, above)
+        return measured, negative_log_weights.cpu()
+
+    parts = run.map(measure, problem.joint)
+    inverse = log_mean_exp_estimate(torch.cat([part for _, part in parts], -1))
+    unknown = torch.full_like(inverse.mcse, torch.nan)
+    upper = replace(inverse, value=-inverse.value, mcse=unknown, direction="upper bound", log_weights=None)
+    measured = [part for part, _ in parts]
+    return measured, measurement.estimate(measured), upper

@@ -1,0 +1,113 @@
+"""`log_evidence` and `ais`: log p(x) of every datapoint, by any evidence."""
+
+from dataclasses import replace
+
+from pyrogaps.density import Data, GuideDensity
+from pyrogaps.density.draws import Posterior
+from pyrogaps.density.runs import Program
+from pyrogaps.evidence.ais import AIS, Initial
+from pyrogaps.evidence.ladder import Ladder
+from pyrogaps.evidence.protocol import Evidence, Measured
+from pyrogaps.log_weights import Estimate
+from pyrogaps.problem import Plate, Problem
+from pyrogaps.refine import Refinement, Refiner, own_family
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk
+
+
+def log_evidence(
+    model: Program | Problem,
+    guide: Program | Posterior | None = None,
+    data: Data | None = None,
+    *,
+    evidence: Evidence | None = None,
+    refinement: Refinement | None = None,
+    plate: Plate = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Estimate:
+    r"""log p(x_n) of every datapoint.
+
+    By default a `Ladder` of estimators is climbed, datapoint by datapoint, until one can be trusted: importance
+    sampling from the refined guide; from a Gaussian with the curvature of log p(x, z) about it; AIS from that Gaussian,
+    as long as is needed. Each gives the log-mean-exp of weights with $\mathbb E[w] = p(x_n)$, a lower bound in
+    expectation. Pilot draws decide on the estimator and on the number of draws; they are not used in the estimate.
+
+    Args:
+        model, guide, data, plate: as for `ais`, or a `Problem` alone. A guide is refined first; what `refine` returned
+            is taken as it is.
+        evidence: how, `Ladder()` by default; or `AIS(...)`, or another `Evidence`.
+        refinement: settings of the refinement.
+        batch_size: datapoints held at once; it does not change the result.
+        seed: of all the randomness.
+
+    Returns:
+        An `Estimate` in nats with `value` and `mcse` `(N,)`; of a ladder a `LadderEstimate`, with `method`,
+        `num_draws` and `num_evaluations` `(N,)` besides.
+
+    Raises:
+        InputError: as `ais`.
+
+    >>> import torch, pyrogaps as pg
+    >>> from pyrogaps.guides.amortized import AmortizedNormal
+    >>> from pyrogaps.models.vae import VAE
+    >>> x = (torch.rand(3, 16) < 0.5).float()
+    >>> pg.log_evidence(VAE(16, 2, [8]), AmortizedNormal(16, 2, [8]), x, evidence=pg.Ladder(tolerance=0.2)).value.shape
+    torch.Size([3])
+    """
+    return measured(Problem.of(model, guide, data, plate), evidence or Ladder(), refinement, Run(seed, batch_size))
+
+
+def ais(
+    model: Program | Problem,
+    guide: Program | Posterior | None = None,
+    data: Data | None = None,
+    *,
+    settings: AIS | None = None,
+    initial: Initial | None = None,
+    refinement: Refinement | None = None,
+    plate: Plate = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Estimate:
+    r"""log p(x_n) of every datapoint by annealed importance sampling along
+
+    $$\log f_b(z) = (1 - b) \log f_0(z) + b \log p(x_n, z), \quad 0 = b_0 < \dots < b_T = 1$$
+
+    with one HMC transition per temperature. $\mathbb E[w] = p(x_n)$ exactly, whatever the step sizes and the number of
+    temperatures, because they are set by a pilot run; the value, a log-mean-exp, is a lower bound in expectation.
+
+    Args:
+        model, guide, data, plate: as for `JointDensity` and `GuideDensity`, or a `Problem` alone; no guide is used with
+            `initial="prior"`.
+        settings: see `AIS`; `initial` overrides its field of that name.
+        refinement: settings of the refinement that "refined" starts need.
+        batch_size: datapoints held at once; it does not change the result.
+        seed: of all the randomness.
+
+    Returns:
+        An `Estimate` in nats with `value`, `mcse`, `ess`, `khat`, `acceptance` `(N,)` and `log_weights` `(S, N)`.
+
+    Source: Neal (2001), arXiv:physics/9803008; Wu et al. (2017), arXiv:1611.04273.
+    """
+    settings = settings or AIS()
+    settings = settings if initial is None else replace(settings, initial=initial)
+    unused = settings.initial == "prior" and not isinstance(model, Problem)
+    problem = Problem.of(model, None if unused else guide, data, plate)
+    if settings.initial != "prior":
+        problem.guided()
+    return measured(problem, settings, refinement, Run(seed, batch_size))
+
+
+def measured(problem: Problem, evidence: Evidence, refinement: Refinement | None, run: Run) -> Estimate:
+    """log p(x_n) of every datapoint of a problem by an evidence. A guide that was refined already is taken as it is."""
+    posterior, refiner = problem.posterior, None
+    if evidence.needs_refined and isinstance(posterior, GuideDensity):
+        refiner = Refiner(own_family(posterior), refinement or Refinement())
+    measurement = evidence.prepare(problem, run, refiner)
+
+    def measure(chunk: Chunk) -> Measured:
+        refined = posterior if refiner is None else refiner(problem.evaluator, chunk, run)[0]
+        return measurement.measure(chunk, refined)
+
+    return measurement.estimate(run.map(measure, problem.joint))

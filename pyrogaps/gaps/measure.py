@@ -1,0 +1,116 @@
+"""What is measured of each chunk of datapoints: the guide's bounds, refinements, evidence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrogaps.bounds import chunk_log_weights
+from pyrogaps.chunk_cache import Arrays
+from pyrogaps.conditioning import ConditioningMeasure
+from pyrogaps.density.draws import Posterior, probe
+from pyrogaps.evidence import Measurement
+from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
+from pyrogaps.problem import Problem
+from pyrogaps.refine import OwnFamily, Refiner
+from pyrogaps.refine.families import Family
+from pyrogaps.refine.own import start_of
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk
+
+OWN = "own"
+# Of an array that is a mean over the datapoints of a chunk, such as the ELBO along a refinement.
+TRACE = "traces/"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures everything of a chunk that a ledger holds, in order.
+
+    Attributes:
+        problem: model, guide and data.
+        refiner: fits the guide's own family.
+        families: further families to refine, by name.
+        evidence: measures log p(x); None where only bounds are measured.
+        conditioned: measures L[q*_C]; None where that is not measured.
+        num_particles: draws for each bound.
+    """
+
+    problem: Problem
+    refiner: Refiner
+    families: Mapping[str, Family]
+    evidence: Measurement | None
+    conditioned: ConditioningMeasure | None
+    num_particles: int
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of a chunk that the progress bar counts."""
+        return 3 + len(self.families) + (self.conditioned is not None)
+
+    def __call__(self, chunk: Chunk, run: Run) -> Arrays:
+        """All columns of the ledger, and traces, for a chunk."""
+        arrays, own = self.bounds(chunk, run)
+        if self.evidence is None:
+            return arrays
+        run.bar.stage("log p(x)")
+        measured = self.evidence.measure(chunk, own)
+        traces = {TRACE + name: trace for name, trace in measured.traces.items()}
+        return {**arrays, **as_arrays(measured.columns | traces)}
+
+    def bounds(self, chunk: Chunk, run: Run) -> tuple[Arrays, Posterior]:
+        """The columns of a chunk without log p(x), and the refined guide of its own family."""
+        run.bar.stage("ELBO of the guide")
+        problem, number = self.problem, self.num_particles
+        weights = chunk_log_weights(problem.scorer, problem.guided(), chunk, number, run.stream("elbo"))
+        elbo, iwae = mean_estimate(weights), log_mean_exp_estimate(weights)
+        posteriors, bounds, proposals, progress, start = [], [], [], [], None
+        families: dict[str, OwnFamily | Family] = {OWN: self.refiner.family, **self.families}
+        for name, family in families.items():
+            run.bar.stage("refining the guide's own family" if name == OWN else f"refining {name}")
+            refiner = Refiner(family, self.refiner.settings)
+            posterior, its_progress = refiner(problem.evaluator, chunk, run, name, start)
+            start = start_of(posterior, chunk, run) if name == OWN else start
+            weights = chunk_log_weights(problem.evaluator, posterior, chunk, number, run.stream(f"refined {name}"))
+            posteriors.append(posterior)
+            bounds.append(mean_estimate(weights))
+            proposals.append(log_mean_exp_estimate(weights))
+            progress.append(its_progress)
+        arrays = {
+            **columns("elbo", elbo),
+            **columns("iwae", iwae),
+            **self._conditioned(chunk, run),
+            "khat": iwae.khat,
+            "ess": iwae.ess,
+            "elbo_refined": torch.stack([bound.value for bound in bounds], 1),
+            "elbo_refined_mcse": torch.stack([bound.mcse for bound in bounds], 1),
+            "khat_refined": torch.stack([weights.khat for weights in proposals if weights.khat is not None], 1),
+            "ess_refined": torch.stack([weights.ess for weights in proposals if weights.ess is not None], 1),
+            "converged": torch.stack([part.converged for part in progress], 1),
+            "kept_start": torch.stack([part.kept_start for part in progress], 1),
+            f"{TRACE}refined_elbo": torch.stack([part.trace for part in progress]),
+        }
+        return as_arrays(arrays), posteriors[0]
+
+    def _conditioned(self, chunk: Chunk, run: Run) -> dict[str, Tensor]:
+        if self.conditioned is None:
+            return {}
+        run.bar.stage(self.conditioned.stage)
+        return self.conditioned.arrays(chunk)
+
+    def fingerprint(self, chunk: Chunk) -> Tensor:
+        """Numbers that change with the data and the parameters that a chunk's columns rest on."""
+        own = probe(self.problem.guided(), self.problem.scored, chunk)
+        return own if self.conditioned is None else torch.cat([own, self.conditioned.probe(chunk)])
+
+
+def columns(name: str, estimate: Estimate) -> dict[str, Tensor]:
+    """An estimate and its Monte Carlo error, as columns of the ledger."""
+    return {name: estimate.value, f"{name}_mcse": estimate.mcse}
+
+
+def as_arrays(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """The tensors there are, as arrays."""
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items() if value is not None}

@@ -1,0 +1,296 @@
+"""`Term`: a gap, and `TERMS`, the tree of them. Table, summary, diagnosis, plots and the saved tree all read it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+INFERENCE = "inference_gap"
+ESTIMATE, LOWER_BOUND = "estimate (either way)", "lower bound of the gap"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What gaps are differences of.
+
+    Attributes:
+        per_datapoint: of the evaluated datapoints, with `log_evidence`, `elbo`, `elbo_refined` and what else there is,
+            each with its Monte Carlo standard error `<name>_mcse`.
+        training: of the training datapoints, where the amortization gap is split; else empty.
+        amortized: whether one network serves all datapoints.
+    """
+
+    per_datapoint: xr.Dataset
+    training: xr.Dataset = field(default_factory=xr.Dataset)
+    amortized: bool = True
+
+
+class Values(NamedTuple):
+    """Values and their Monte Carlo standard errors, `(N,)` each, in nats."""
+
+    value: Array
+    mcse: Array
+
+    def minus(self, other: "Values") -> "Values":
+        """The difference, of independent estimates."""
+        return Values(self.value - other.value, np.hypot(self.mcse, other.mcse))
+
+    @property
+    def mean(self) -> "Mean":
+        """Over datapoints."""
+        return Mean(float(self.value.mean()), standard_error(self.value), summary_mcse(self.mcse))
+
+
+class Mean(NamedTuple):
+    """A mean over datapoints, its standard error over datapoints and its Monte Carlo standard error, in nats."""
+
+    mean: float
+    standard_error: float
+    mcse: float
+
+
+@dataclass(frozen=True)
+class Term:
+    """A gap of the tree.
+
+    Attributes:
+        id: the name of its column and of its row in `summary()`; no two terms have the same one.
+        label: what tables and plots call it.
+        parent: the id of the term that it is a part of; None for the root. Children sum to their parent.
+        estimator, direction: the difference that it is, and whether that is a bound of the gap.
+        value: from the columns, per datapoint or, for what is a difference between data sets, as means.
+        applies: whether there is such a gap, from the columns.
+        cause, remedy: what a large gap says, and what usually helps.
+        colour, hatch: in plots.
+    """
+
+    id: str
+    label: str
+    parent: str | None
+    estimator: str
+    direction: str
+    value: Callable[[Columns], Values | Mean]
+    applies: Callable[[Columns], bool] = lambda columns: True
+    cause: str = ""
+    remedy: str = ""
+    colour: str = "#8c8c8c"
+    hatch: str = ""
+
+
+def values_of(dataset: xr.Dataset, name: str) -> Values:
+    """A column and its Monte Carlo error; of a column over families, the guide's own."""
+    pair = (dataset[column] for column in (name, f"{name}_mcse"))
+    own = (column.isel(family=0) if "family" in column.dims else column for column in pair)
+    return Values(*(column.values.astype(float) for column in own))
+
+
+def _target(columns: Columns) -> Values:
+    """The best bound that the network can reach: of guides that are shown no more than it."""
+    shared = "elbo_shared" in columns.per_datapoint
+    return values_of(columns.per_datapoint, "elbo_shared" if shared else "elbo_refined")
+
+
+def _inference(columns: Columns) -> Values:
+    data = columns.per_datapoint
+    return values_of(data, "log_evidence").minus(values_of(data, "elbo"))
+
+
+def _approximation(columns: Columns) -> Values:
+    data = columns.per_datapoint
+    return values_of(data, "log_evidence").minus(values_of(data, "elbo_refined"))
+
+
+def _conditioning(columns: Columns) -> Values:
+    data = columns.per_datapoint
+    return values_of(data, "elbo_refined").minus(values_of(data, "elbo_shared"))
+
+
+def _amortization(columns: Columns) -> Values:
+    return _target(columns).minus(values_of(columns.per_datapoint, "elbo"))
+
+
+def _on_training(upper: str, lower: str) -> Callable[[Columns], Mean]:
+    return lambda columns: values_of(columns.training, upper).minus(values_of(columns.training, lower)).mean
+
+
+def _generalization(columns: Columns) -> Mean:
+    here, there = _amortization(columns).mean, _on_training("elbo_target", "elbo")(columns)
+    errors = np.hypot(here[1:], there[1:])
+    return Mean(here.mean - there.mean, float(errors[0]), float(errors[1]))
+
+
+def _is_split(columns: Columns) -> bool:
+    return columns.amortized and "elbo_retrained" in columns.training
+
+
+TERMS: tuple[Term, ...] = (
+    Term(INFERENCE, "inference gap", None, "log p(x) - L[q]", LOWER_BOUND, _inference, colour="#d9d9d9"),
+    Term(
+        "approximation_gap",
+        "approximation gap",
+        INFERENCE,
+        "log p(x) - L[q*]",
+        ESTIMATE,
+        _approximation,
+        cause="the variational family cannot hold the posterior",
+        remedy=(
+            "try a richer family (full covariance, a flow, a mixture); give it to decompose(families=...) first: its "
+            "refined bound says what it would gain"
+        ),
+        colour="#2f5d8c",
+    ),
+    Term(
+        "conditioning_gap",
+        "conditioning gap",
+        INFERENCE,
+        "L[q*] - L[q*_C]",
+        ESTIMATE,
+        _conditioning,
+        lambda columns: "elbo_shared" in columns.per_datapoint,
+        cause="the guide is not shown all that the posterior depends on",
+        remedy="show it more: a longer lookahead, a smoother, the withheld inputs",
+        colour="#7fa650",
+        hatch="....",
+    ),
+    Term(
+        "amortization_gap",
+        "amortization gap",
+        INFERENCE,
+        "L[q*] - L[q]",
+        LOWER_BOUND,
+        _amortization,
+        lambda columns: columns.amortized,
+        cause="one network for all datapoints falls short of the best guide for each",
+        remedy="decompose(split=Split(train_data)) says whether capacity, training or data are to blame",
+        colour="#f2b27a",
+        hatch="////",
+    ),
+    # Where nothing is amortized the same difference is called what it is.
+    Term(
+        "guide_optimization_gap",
+        "optimization gap",
+        INFERENCE,
+        "L[q*] - L[q]",
+        LOWER_BOUND,
+        _amortization,
+        lambda columns: not columns.amortized,
+        cause="the guide has not been trained to the best of its family",
+        remedy=(
+            "train it longer, with a learning rate that falls, or take the refined guide: refine(model, guide, data)"
+        ),
+        colour="#e39a5c",
+        hatch="\\\\\\\\",
+    ),
+    Term(
+        "capacity_gap",
+        "capacity gap",
+        "amortization_gap",
+        "L[q*_C] - L[q_phi-hat] on training data",
+        ESTIMATE,
+        _on_training("elbo_target", "elbo_retrained"),
+        _is_split,
+        cause="the network cannot express the best guides, however long it is trained",
+        remedy="a larger or better suited encoder, or a few steps of refinement from its output",
+        colour="#b5561e",
+    ),
+    Term(
+        "optimization_gap",
+        "optimization gap",
+        "amortization_gap",
+        "L[q_phi-hat] - L[q_phi] on training data",
+        LOWER_BOUND,
+        _on_training("elbo_retrained", "elbo"),
+        _is_split,
+        cause="the network has not been trained to its end for this model",
+        remedy="train it longer, with a learning rate that falls, or steps of its own before the model's (guide_steps)",
+        colour="#e39a5c",
+        hatch="\\\\\\\\",
+    ),
+    Term(
+        "generalization_gap",
+        "generalization gap",
+        "amortization_gap",
+        "amortization gap less that on training data",
+        ESTIMATE,
+        _generalization,
+        _is_split,
+        cause="the network does worse on these data than on those it was trained on",
+        remedy=(
+            "more training data, or a regularised encoder: early stopping on the ELBO, dropout, data simulated from "
+            "the model"
+        ),
+        colour="#fdeedd",
+        hatch="xxxx",
+    ),
+)
+DESCRIPTION = ("label", "parent", "estimator", "direction", "cause", "remedy", "colour", "hatch")
+
+
+def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.Dataset, dict[str, Values]]:
+    """The gaps there are, and the values of those that have any per datapoint.
+
+    The first has a row a gap, over "gap", in the order of the tree, with `mean`, `standard_error` and `mcse` in nats
+    and the description of its term.
+    """
+    applying = [term for term in terms if term.applies(columns)]
+    ordered = [*_in_tree_order(applying, None)]
+    found = [term.value(columns) for term in ordered]
+    means = [value.mean if isinstance(value, Values) else value for value in found]
+    variables: dict[str, Any] = {name: ("gap", [getattr(mean, name) for mean in means]) for name in Mean._fields}
+    variables |= {name: ("gap", [getattr(term, name) or "" for term in ordered]) for name in DESCRIPTION}
+    gaps = xr.Dataset(variables, {"gap": [term.id for term in ordered]})
+    if "elbo_shared" in columns.per_datapoint and "amortization_gap" in gaps["gap"]:
+        gaps["estimator"] = gaps["estimator"].where(gaps["gap"] != "amortization_gap", "L[q*_C] - L[q]")
+    per_datapoint = {term.id: value for term, value in zip(ordered, found, strict=True) if isinstance(value, Values)}
+    return gaps, per_datapoint
+
+
+def _in_tree_order(terms: Sequence[Term], parent: str | None) -> Iterator[Term]:
+    for term in terms:
+        if term.parent == parent:
+            yield term
+            yield from _in_tree_order(terms, term.id)
+
+
+def leaves(gaps: xr.Dataset) -> list[str]:
+    """The ids of the gaps without parts of their own, but for the root."""
+    parents = set(gaps["parent"].values.tolist())
+    return [name for name in ids(gaps) if name not in parents and parent_of(gaps, name)]
+
+
+def ids(gaps: xr.Dataset) -> list[str]:
+    """Of the gaps, in the order of the tree."""
+    return [str(name) for name in gaps["gap"].values]
+
+
+def parent_of(gaps: xr.Dataset, name: str) -> str:
+    """The id of the gap that `name` is a part of; empty for the root."""
+    return str(gaps["parent"].sel(gap=name).item())
+
+
+def tree_labels(gaps: xr.Dataset) -> dict[str, str]:
+    """Labels by id, drawn as a tree."""
+    return dict(_drawn(gaps, "", ""))
+
+
+def _drawn(gaps: xr.Dataset, parent: str, indent: str) -> Iterator[tuple[str, str]]:
+    children = [name for name in ids(gaps) if parent_of(gaps, name) == parent]
+    for name in children:
+        label, last = str(gaps["label"].sel(gap=name).item()), name == children[-1]
+        branch, below = ("", "") if not parent else ("└─ ", "   ") if last else ("├─ ", "│  ")
+        yield name, indent + branch + label
+        yield from _drawn(gaps, name, indent + below)
+
+
+def standard_error(values: Any) -> float:
+    """Of the mean over datapoints of `values` `(N,)`; NaN for one."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def summary_mcse(errors: Any) -> float:
+    """Monte Carlo standard error of a mean over datapoints, from theirs `(N,)`."""
+    return float(np.sqrt(np.square(errors).sum())) / len(errors)

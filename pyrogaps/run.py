@@ -1,0 +1,146 @@
+"""`Run`: how work on the datapoints of a problem is carried out."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrogaps import memory, ranks
+from pyrogaps.chunk_cache import Arrays, ChunkCache
+from pyrogaps.density import JointDensity
+from pyrogaps.streams import BLOCK, Chunk, Stream, chunks, derive_seed, seeded
+
+Result = TypeVar("Result")
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+
+class Bar:
+    """A progress bar over stages of chunks. Without a `tqdm` bar it shows nothing."""
+
+    def __init__(self, bar: Any = None, num_stages: int = 1) -> None:
+        self._bar, self._num_stages = bar, num_stages
+        self._started = self._finished = 0
+        self._means: dict[str, list[np.ndarray[Any, Any]]] = {}
+
+    def stage(self, name: str) -> None:
+        """Name the stage that begins; the stages before it are finished."""
+        if self._bar is not None:
+            self._advance_to(self._started)
+            self._started += 1
+            self._bar.set_description_str(name)
+
+    def advance(self, fraction: float, elbo: Tensor) -> None:
+        """Move the bar by a fraction of a stage, and show the mean of the bound it has reached."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._reached()}ELBO {float(elbo.mean()):.2f} nats", refresh=False)
+            self._bar.update(fraction)
+
+    def finish_chunk(self, reached: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Show the means of what all finished chunks have reached, nats."""
+        if self._bar is not None:
+            for name, values in reached.items():
+                self._means.setdefault(name, []).append(values)
+            self._bar.set_postfix_str(self._reached() + "nats", refresh=False)
+            self._finished += 1
+            self._started = self._finished * self._num_stages
+            self._advance_to(self._started)
+
+    def _advance_to(self, position: float) -> None:
+        self._bar.update(position - self._bar.n)
+
+    def _reached(self) -> str:
+        means = (f"{name} {np.concatenate(values).mean():.2f}" for name, values in self._means.items())
+        return "".join(f"{mean}, " for mean in means).removesuffix(", ") + " " * bool(self._means)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seed, chunks, processes, progress and cache: all that changes how numbers are computed, not what they mean.
+
+    Attributes:
+        seed: of all the randomness. Every purpose has a stream of its own, see `stream`.
+        batch_size: datapoints worked on at once, in whole blocks of 64; it changes results in rounding alone.
+        progress: whether `map_kept` shows a progress bar.
+        cache: a folder in which `map_kept` keeps finished chunks; None keeps nothing.
+        bar: the progress bar of the chunk at hand, which does nothing outside `map_kept`.
+    """
+
+    seed: int = 0
+    batch_size: int = BLOCK
+    progress: bool = False
+    cache: Any = None
+    bar: Bar = field(default_factory=Bar, repr=False, compare=False)
+
+    def stream(self, purpose: str) -> Stream:
+        """The random numbers of one purpose. No two purposes of a run may have the same name."""
+        return Stream(self.seed, purpose)
+
+    def derived(self, *labels: str | int) -> "Run":
+        """The same run with streams of its own, which `labels` name."""
+        return replace(self, seed=derive_seed(self.seed, *labels))
+
+    def quiet(self) -> "Run":
+        """The same run without its progress bar."""
+        return replace(self, bar=Bar())
+
+    def map(self, measure: Callable[[Chunk], Result], joint: JointDensity) -> list[Result]:
+        """`measure` of every chunk of the data, in order.
+
+        Where several processes share the work, each takes some chunks and all get all results, on the CPU. The
+        caller's random state is restored afterwards.
+        """
+        with self._seeded(joint):
+            return ranks.divided(measure, chunks(joint.num_datapoints, self.batch_size))
+
+    def map_alone(self, measure: Callable[[Chunk], Result], joint: JointDensity) -> list[Result]:
+        """As `map`, every process by itself, for results that belong to their process, such as guides."""
+        with self._seeded(joint):
+            return [measure(chunk) for chunk in chunks(joint.num_datapoints, self.batch_size)]
+
+    def map_kept(
+        self,
+        measure: "Callable[[Chunk, Run], Arrays]",
+        joint: JointDensity,
+        settings: Mapping[str, Any],
+        fingerprint: Callable[[Chunk], Tensor],
+        num_stages: int,
+    ) -> list[tuple[Chunk, Arrays]]:
+        """As `map`, with a progress bar; finished chunks are kept in the cache.
+
+        Args:
+            measure: given a chunk and this run with the bar of that chunk, which counts `num_stages` stages.
+            joint: the density whose datapoints are measured.
+            settings: a chunk in the cache holds only for the same settings,
+            fingerprint: and for the same numbers here, which change with data and parameters.
+        """
+        cache = ChunkCache(self.cache, dict(settings))
+        pieces = chunks(joint.num_datapoints, self.batch_size)
+        # Processes share what is left to do evenly, whoever did the rest.
+        done = ranks.first(lambda: cache.present(pieces))
+        order = sorted(pieces, key=lambda chunk: chunk in done)
+        own, shown = len(order[ranks.rank() :: ranks.world_size()]), self.progress and ranks.rank() == 0
+        with (
+            self._seeded(joint),
+            tqdm(total=own * num_stages, disable=not shown, dynamic_ncols=True, bar_format=FORMAT) as bar,
+        ):
+            shown_in = replace(self, bar=Bar(bar, num_stages))
+
+            def kept(chunk: Chunk) -> tuple[Chunk, Arrays]:
+                arrays = cache.get(chunk, fingerprint, lambda: measure(chunk, shown_in))
+                # On training data there is no evidence: the refined bound stands in its place.
+                reached = arrays.get("log_evidence", arrays["elbo_refined"][:, 0])
+                shown_in.bar.finish_chunk({"L[q]": arrays["elbo"], "log p(x)": reached})
+                memory.give_back()
+                return chunk, arrays
+
+            return sorted(ranks.divided(kept, order), key=lambda result: result[0].start)
+
+    @contextmanager
+    def _seeded(self, joint: JointDensity) -> Iterator[None]:
+        # What a guide draws outside of all streams must not depend on the caller's random state, nor change it.
+        with seeded(self.seed, "unused", device=joint.device):
+            yield
