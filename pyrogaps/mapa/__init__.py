@@ -1,7 +1,6 @@
 """MAPA: train a generative model against a posterior known before training."""
 
 from pyrogaps.mapa.ablations import empiricalized_posterior, uniform_posterior
-from pyrogaps.mapa.batches import neighbourhood_batches
 from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel
 from pyrogaps.mapa.explainers import explainers, log_weights_without_replacement
@@ -28,7 +27,6 @@ __all__ = [
     "explainers",
     "log_weights_without_replacement",
     "mapa_posterior",
-    "neighbourhood_batches",
     "recovered_prior",
     "recovered_transport",
     "train_by_mapa",

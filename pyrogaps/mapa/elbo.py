@@ -36,8 +36,6 @@ class MAPA_ELBO(IndexedELBO):
         num_top: K.
         num_samples: S.
         replacement: whether the S are drawn with replacement.
-        neighbourhood_size: how many near neighbours at a time make up the minibatches of `pyrogaps.train`; above 1 they
-            share much of what is decoded, see `neighbourhood_batches`.
         plate: the data plate's name, where it cannot be found.
 
     Attributes:
@@ -45,9 +43,8 @@ class MAPA_ELBO(IndexedELBO):
         num_scored: datapoints of all batches so far; `num_decoded / num_scored` are the passes per point.
 
     Raises:
-        InputError: for K + S < 1, K or S that the M neighbours do not suffice for, a size of neighbourhoods below 1,
-            indices that are empty, out of range or no whole numbers, and for what `EmpiricalizedModel` refuses, at the
-            first step.
+        InputError: for K + S < 1, K or S that the M neighbours do not suffice for, indices that are empty, out of range
+            or no whole numbers, and for what `EmpiricalizedModel` refuses, at the first step.
         FloatingPointError: where a loss is not finite, before any gradient is taken.
 
     Source: Y. Yacoby et al. (AABI 2024, arXiv:2403.08941).
@@ -62,10 +59,9 @@ class MAPA_ELBO(IndexedELBO):
         num_top: int = 1,
         num_samples: int = 0,
         replacement: bool = True,
-        neighbourhood_size: int = 1,
         plate: str | None = None,
     ) -> None:
-        super().__init__(posterior, num_top, num_samples, neighbourhood_size, plate)
+        super().__init__(posterior, num_top, num_samples, plate)
         self.replacement = replacement
         if not replacement:
             self._check_without_replacement()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.mapa.batches import neighbourhood_batches
 from pyrogaps.mapa.paired import Paired
 from pyrogaps.mapa.posterior import MapaPosterior
 
@@ -23,16 +22,12 @@ class IndexedELBO(ELBO):
 
     pairing: type[Paired]
 
-    def __init__(
-        self, posterior: MapaPosterior, num_top: int, num_samples: int, neighbourhood_size: int, plate: str | None
-    ) -> None:
+    def __init__(self, posterior: MapaPosterior, num_top: int, num_samples: int, plate: str | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.name = type(self).__name__
         self.posterior, self.num_top, self.num_samples = posterior, num_top, num_samples
         self._check_sizes()
-        if neighbourhood_size < 1:
-            raise InputError(f"{self.name}: neighbourhood_size must be at least 1, got {neighbourhood_size}")
-        self.neighbourhood_size, self.plate = neighbourhood_size, plate
+        self.plate = plate
         self.reset_counts()
         self._programs: tuple[Program, Program] | None = None
 
@@ -48,7 +43,7 @@ class IndexedELBO(ELBO):
 
     def __repr__(self) -> str:
         held = f"{self.posterior.num_neighbours} of {self.num_datapoints} datapoints by {self.posterior.kernel}"
-        chosen = ("num_top", "num_samples", "replacement", "num_draws", "neighbourhood_size")
+        chosen = ("num_top", "num_samples", "replacement", "num_draws")
         told = [f"{name}={getattr(self, name)}" for name in chosen if hasattr(self, name)]
         return f"{self.name}({held}, {', '.join(told)})"
 
@@ -70,12 +65,8 @@ class IndexedELBO(ELBO):
         return values
 
     def minibatches(self, batch_size: int) -> list[Tensor]:
-        """One pass over the data in batches of indices: uniform ones, or of neighbourhoods of `neighbourhood_size`."""
-        if self.neighbourhood_size == 1:
-            return list(torch.randperm(self.num_datapoints, device="cpu").split(batch_size))
-        # Half of K + S cuts a third faster and shares as much.
-        size, width = self.neighbourhood_size, -(-(self.num_top + self.num_samples) // 2)
-        return list(neighbourhood_batches(self.posterior, batch_size, neighbourhood_size=size, width=width))
+        """One pass over the data, in random order, in batches of indices; the last may be short."""
+        return list(torch.randperm(self.num_datapoints, device="cpu").split(batch_size))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any) -> Tensor:
         """-L of one batch of indices, the only argument."""

@@ -41,7 +41,7 @@ class MAPA_IWAE_ELBO(IndexedELBO):
     site, of x alone, such as an amortized Normal. With K = 1, S = 0 and R draws it is `IWAE_ELBO(R)`.
 
     Args:
-        posterior, num_top, num_samples, neighbourhood_size, plate: as for `MAPA_ELBO`.
+        posterior, num_top, num_samples, plate: as for `MAPA_ELBO`.
         num_draws: R.
 
     Raises:
@@ -60,10 +60,9 @@ class MAPA_IWAE_ELBO(IndexedELBO):
         num_top: int = 1,
         num_samples: int = 0,
         num_draws: int = 1,
-        neighbourhood_size: int = 1,
         plate: str | None = None,
     ) -> None:
-        super().__init__(posterior, num_top, num_samples, neighbourhood_size, plate)
+        super().__init__(posterior, num_top, num_samples, plate)
         self._check_without_replacement()
         if num_draws < 1:
             raise InputError(f"{self.name}: num_draws must be at least 1, got {num_draws}")

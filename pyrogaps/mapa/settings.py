@@ -26,7 +26,6 @@ class Mapa:
         num_samples: S, how many of the others are drawn.
         num_draws: R, draws from the guide at each explanation, where the guide takes the encoder's place.
         replacement: whether the S are drawn with replacement, where there is an encoder.
-        neighbourhood_size: how many near neighbours at a time make up a minibatch.
         training: settings of `pyrogaps.train` for the model and the encoder.
     """
 
@@ -37,7 +36,6 @@ class Mapa:
     num_samples: int = 9
     num_draws: int = 1
     replacement: bool = True
-    neighbourhood_size: int = 1
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -75,10 +73,7 @@ def train_by_mapa(
     )
     if plate is False:
         raise InputError("mapa: without a data plate there are no other datapoints to explain one; leave plate null")
-    shared: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("num_top", "num_samples", "neighbourhood_size")
-    }
-    shared["plate"] = plate
+    shared: dict[str, Any] = {"num_top": settings.num_top, "num_samples": settings.num_samples, "plate": plate}
     if encoder is None:
         loss: Any = MAPA_IWAE_ELBO(posterior, num_draws=settings.num_draws, **shared)
     else:
