@@ -1,6 +1,6 @@
 """MAPA: train a generative model against a posterior known before training."""
 
-from pyrogaps.mapa.ablations import empiricalized_posterior, uniform_posterior
+from pyrogaps.mapa.ablations import empiricalized_posterior
 from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel
 from pyrogaps.mapa.explainers import explainers, log_weights_without_replacement
@@ -30,5 +30,4 @@ __all__ = [
     "recovered_prior",
     "recovered_transport",
     "train_by_mapa",
-    "uniform_posterior",
 ]

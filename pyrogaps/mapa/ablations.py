@@ -1,6 +1,4 @@
-"""Two posteriors to hold MAPA against: the empiricalized model's own, and one that knows nothing."""
-
-import math
+"""The exact reference for MAPA: the empiricalized model's own posterior."""
 
 import torch
 from pyro import poutine
@@ -56,22 +54,3 @@ def empiricalized_posterior(
         found = search(OwnKernel(log_likelihood).compare(torch.arange(len(indexed))), number)
     log_q = torch.log_softmax(found.distances[:, :1] - found.distances, 1)
     return MapaPosterior(indexed, found.indices, log_q)
-
-
-def uniform_posterior(
-    data: Data, *, num_neighbours: int | None = None, generator: torch.Generator | None = None
-) -> MapaPosterior:
-    """MAPA-naive: every datapoint explains every other equally well, q(i|x_n) = 1/N.
-
-    A datapoint itself comes first, the others in a random order. With `num_neighbours` M < N (by default beyond 4,096
-    datapoints), M - 1 others at random have q = 1/M.
-    """
-    indexed = as_indexed(data)
-    number = checked_number(num_neighbours, len(indexed))
-    parts = []
-    for rows in torch.arange(len(indexed)).split(max(1, BLOCK_ELEMENTS // len(indexed))):
-        keys = torch.rand(len(rows), len(indexed), generator=generator)
-        keys[torch.arange(len(rows)), rows] = 2.0
-        parts.append(keys.topk(number, dim=1).indices.int())
-    indices = torch.cat(parts)
-    return MapaPosterior(indexed, indices, torch.full(indices.shape, -math.log(number), dtype=torch.float64))

@@ -14,7 +14,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 import pyrogaps as pg
-from pyrogaps.mapa import empiricalized_posterior, uniform_posterior
+from pyrogaps.mapa import empiricalized_posterior
 from tests.mapa.examples import DIM, LATENT, Encoder, Model, bernoulli, data, gaussian
 
 X = data()
@@ -60,7 +60,6 @@ def with_bad(value: float) -> Tensor:
         (lambda: pg.mapa_posterior(X, pg.GaussianKernel(1.0), bandwidth=2.0), ("bandwidth", "by its name")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=1.0, num_neighbours=0), ("num_neighbours", "N = 7")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=1.0, num_neighbours=8), ("num_neighbours", "got 8")),
-        (lambda: uniform_posterior(X, num_neighbours=8), ("num_neighbours", "got 8")),
         (lambda: pg.mapa_posterior(X, lambda x, y: x @ y.T * math.nan), ("kernel", "NaN")),
         (lambda: pg.mapa_posterior(X, lambda x, y: x.sum(1)), ("kernel", "(7, 7)", "(7,)")),
         (lambda: pg.mapa_posterior(X, lambda x, y: None), ("kernel", "(7, 7)", "NoneType")),
