@@ -1,7 +1,14 @@
-"""The continuous Bernoulli distribution in its natural parameter, and the parameter that has a given mean."""
+"""The continuous Bernoulli distribution in its natural parameter, and the kernel of its likelihood."""
+
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from pyrogaps.errors import InputError
+from pyrogaps.mapa.distances import Comparison, Divergences
+from pyrogaps.mapa.kernels import check_alpha, flat
 
 _SMALL = 0.1  # below it the closed forms lose digits, and four terms of their series are exact in double precision
 _NEWTON_STEPS = 4  # each doubles the digits, from two
@@ -43,3 +50,65 @@ def _langevin(u: Tensor) -> tuple[Tensor, Tensor]:
     far = (coth - 1 / safe, 1 / safe.square() - 1 / torch.sinh(safe).square())
     near = u.abs() < _SMALL
     return torch.where(near, value, far[0]), torch.where(near, slope, far[1])
+
+
+@dataclass(frozen=True)
+class ContinuousBernoulliKernel:
+    r"""The tempered likelihood of one datapoint where the other is the mean, for data between 0 and 1:
+
+    $$\log \kappa(x, y) = \frac1b \sum_d \eta_d x_d - A(\eta_d), \quad A'(\eta_d) = 1 - \alpha + (2 \alpha - 1) y_d,$$
+
+    $A(\eta) = \log((e^\eta - 1) / \eta)$. As the Gaussian and the Bernoulli kernel do, it puts the datapoint that
+    explains in the place of what its decoder would reconstruct, the mean; softened by alpha, without which a
+    datapoint with zeros or ones would explain itself infinitely well. It is not symmetric.
+
+    Args:
+        temperature: b, the bandwidth; 1 is the likelihood itself, more is flatter.
+        alpha: of the softening, as in `BernoulliKernel`. Distances depend on it.
+
+    Raises:
+        InputError: where `temperature` is not positive and finite, or `alpha` not inside (0.5, 1).
+    """
+
+    temperature: float = 1.0
+    alpha: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise InputError(
+                f"ContinuousBernoulliKernel: the bandwidth, a temperature, must be positive, got {self.temperature}"
+            )
+        check_alpha("ContinuousBernoulliKernel", self.alpha)
+
+    @property
+    def bandwidth(self) -> float:
+        return self.temperature
+
+    @property
+    def distance(self) -> str:
+        return f"continuous Bernoulli, alpha {self.alpha!r}"
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        eta = self._natural(flat(y))
+        return self.of_distances(Divergences.between(flat(x), eta, log_normaliser(eta).sum(1)))
+
+    def check(self, x: Tensor) -> None:
+        if not bool(((x >= 0) & (x <= 1)).all()):
+            raise InputError(
+                "data: outside the support of a continuous Bernoulli likelihood, from 0 to 1; divide by their largest "
+                "value, or take GaussianKernel"
+            )
+
+    def compare(self, x: Tensor) -> Comparison:
+        # A block at a time: what the natural parameter needs in between is several times its size.
+        eta = torch.cat([self._natural(rows) for rows in flat(x).split(1024)])
+        return Divergences(flat(x), eta, torch.cat([log_normaliser(rows).sum(1) for rows in eta.split(1024)]))
+
+    def of_distances(self, distances: Tensor) -> Tensor:
+        return -distances / self.temperature
+
+    def with_bandwidth(self, bandwidth: float) -> "ContinuousBernoulliKernel":
+        return replace(self, temperature=bandwidth)
+
+    def _natural(self, y: Tensor) -> Tensor:
+        return natural_parameter(1 - self.alpha + (2 * self.alpha - 1) * y.double())

@@ -5,12 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 from pyrogaps.errors import InputError
-from pyrogaps.mapa.comparisons import Comparison, Divergences, Mismatches, OwnDistances, SquaredDistances
-from pyrogaps.mapa.continuous_bernoulli import log_normaliser, natural_parameter
+from pyrogaps.mapa.distances import Comparison, Mismatches, OwnDistances, SquaredDistances
 
 LogKernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -106,7 +104,7 @@ class BernoulliKernel:
     alpha: float
 
     def __post_init__(self) -> None:
-        check_alpha(self)
+        check_alpha("BernoulliKernel", self.alpha)
 
     @property
     def bandwidth(self) -> float:
@@ -138,68 +136,6 @@ class BernoulliKernel:
 
 
 @dataclass(frozen=True)
-class ContinuousBernoulliKernel:
-    r"""The tempered likelihood of one datapoint where the other is the mean, for data between 0 and 1:
-
-    $$\log \kappa(x, y) = \frac1b \sum_d \eta_d x_d - A(\eta_d), \quad A'(\eta_d) = 1 - \alpha + (2 \alpha - 1) y_d,$$
-
-    $A(\eta) = \log((e^\eta - 1) / \eta)$. As the Gaussian and the Bernoulli kernel do, it puts the datapoint that
-    explains in the place of what its decoder would reconstruct, the mean; softened by alpha, without which a
-    datapoint with zeros or ones would explain itself infinitely well. It is not symmetric.
-
-    Args:
-        temperature: b, the bandwidth; 1 is the likelihood itself, more is flatter.
-        alpha: of the softening, as in `BernoulliKernel`. Distances depend on it.
-
-    Raises:
-        InputError: where `temperature` is not positive and finite, or `alpha` not inside (0.5, 1).
-    """
-
-    temperature: float = 1.0
-    alpha: float = 0.99
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise InputError(
-                f"ContinuousBernoulliKernel: the bandwidth, a temperature, must be positive, got {self.temperature}"
-            )
-        check_alpha(self)
-
-    @property
-    def bandwidth(self) -> float:
-        return self.temperature
-
-    @property
-    def distance(self) -> str:
-        return f"continuous Bernoulli, alpha {self.alpha!r}"
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        eta = self._natural(flat(y))
-        return self.of_distances(Divergences.between(flat(x), eta, log_normaliser(eta).sum(1)))
-
-    def check(self, x: Tensor) -> None:
-        if not bool(((x >= 0) & (x <= 1)).all()):
-            raise InputError(
-                "data: outside the support of a continuous Bernoulli likelihood, from 0 to 1; divide by their largest "
-                "value, or take GaussianKernel"
-            )
-
-    def compare(self, x: Tensor) -> Comparison:
-        # A block at a time: what the natural parameter needs in between is several times its size.
-        eta = torch.cat([self._natural(rows) for rows in flat(x).split(1024)])
-        return Divergences(flat(x), eta, torch.cat([log_normaliser(rows).sum(1) for rows in eta.split(1024)]))
-
-    def of_distances(self, distances: Tensor) -> Tensor:
-        return -distances / self.temperature
-
-    def with_bandwidth(self, bandwidth: float) -> "ContinuousBernoulliKernel":
-        return replace(self, temperature=bandwidth)
-
-    def _natural(self, y: Tensor) -> Tensor:
-        return natural_parameter(1 - self.alpha + (2 * self.alpha - 1) * y.double())
-
-
-@dataclass(frozen=True)
 class OwnKernel:
     """A user's function of two batches of datapoints that returns log kappa: what it depends on is its own affair."""
 
@@ -228,26 +164,7 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1)
 
 
-def check_alpha(kernel: BernoulliKernel | ContinuousBernoulliKernel) -> None:
+def check_alpha(kernel: str, alpha: float) -> None:
     """Refuse an alpha at which the kernel is flat, turned round, or infinite."""
-    if not 0.5 < kernel.alpha < 1:
-        raise InputError(f"{type(kernel).__name__}: alpha must lie inside (0.5, 1), got {kernel.alpha}")
-
-
-KERNELS: dict[str, Callable[[float], Kernel]] = {
-    "gaussian": GaussianKernel,
-    "bernoulli": BernoulliKernel,
-    "continuous_bernoulli": ContinuousBernoulliKernel,
-}
-
-
-def kernel_named(name: str, bandwidth: float | None) -> Kernel:
-    """The kernel of a likelihood's name. Raises `InputError` for another name, or without a bandwidth."""
-    if name not in KERNELS:
-        raise InputError(f"likelihood: must be one of {', '.join(KERNELS)}, a kernel or a function, got '{name}'")
-    if bandwidth is None:
-        raise InputError(
-            f"bandwidth: a {name} likelihood needs one: near the noise variance (gaussian), alpha near 1 (bernoulli), "
-            "or a temperature such as 1 (continuous_bernoulli)"
-        )
-    return KERNELS[name](bandwidth)
+    if not 0.5 < alpha < 1:
+        raise InputError(f"{kernel}: alpha must lie inside (0.5, 1), got {alpha}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrogaps.errors import InputError
 from pyrogaps.files import replacing
-from pyrogaps.mapa.comparisons import Comparison
+from pyrogaps.mapa.distances import Comparison
 from pyrogaps.mapa.kernels import Kernel
 
 FORMAT = "pyrogaps distances 1"

@@ -1,5 +1,6 @@
 """`mapa_posterior`: which other datapoints explain this one, known before any model is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -11,11 +12,17 @@ from pyrogaps.density import Data, IndexedData
 from pyrogaps.density.data import all_indices, as_indexed, as_tuple
 from pyrogaps.density.structure import check_finite
 from pyrogaps.errors import InputError
-from pyrogaps.mapa.kernels import Kernel, LogKernel, OwnKernel, kernel_named
+from pyrogaps.mapa.continuous_bernoulli import ContinuousBernoulliKernel
+from pyrogaps.mapa.kernels import BernoulliKernel, GaussianKernel, Kernel, LogKernel, OwnKernel
 from pyrogaps.mapa.neighbours import Neighbours, cached, search
 
 MAX_DENSE = 4096
 NUM_NEIGHBOURS = 128
+KERNELS: dict[str, Callable[[float], Kernel]] = {
+    "gaussian": GaussianKernel,
+    "bernoulli": BernoulliKernel,
+    "continuous_bernoulli": ContinuousBernoulliKernel,
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ def _normalised(kernel: Kernel, distances: Tensor) -> Tensor:
 
 def _kernel(likelihood: str | Kernel | LogKernel, bandwidth: float | None) -> Kernel:
     if isinstance(likelihood, str):
-        return kernel_named(likelihood, bandwidth)
+        return _kernel_named(likelihood, bandwidth)
     if not callable(likelihood):
         raise InputError(
             "likelihood: expected a name, a kernel or a function that returns log kappa, got "
@@ -127,6 +134,18 @@ def _kernel(likelihood: str | Kernel | LogKernel, bandwidth: float | None) -> Ke
     if bandwidth is not None:
         raise InputError("bandwidth: only a likelihood that is given by its name takes one; give it to the kernel")
     return cast(Kernel, likelihood) if hasattr(likelihood, "of_distances") else OwnKernel(likelihood)
+
+
+def _kernel_named(name: str, bandwidth: float | None) -> Kernel:
+    """The kernel of a likelihood's name. Raises `InputError` for another name, or without a bandwidth."""
+    if name not in KERNELS:
+        raise InputError(f"likelihood: must be one of {', '.join(KERNELS)}, a kernel or a function, got '{name}'")
+    if bandwidth is None:
+        raise InputError(
+            f"bandwidth: a {name} likelihood needs one: near the noise variance (gaussian), alpha near 1 (bernoulli), "
+            "or a temperature such as 1 (continuous_bernoulli)"
+        )
+    return KERNELS[name](bandwidth)
 
 
 def first_argument(data: IndexedData) -> Tensor:
