@@ -1,4 +1,4 @@
-"""MAPA: train a generative model against a posterior known before training."""
+"""MAPA: training a generative model against a posterior known before training."""
 
 from pyrogaps.mapa.continuous_bernoulli import ContinuousBernoulliKernel
 from pyrogaps.mapa.elbo import MAPA_ELBO

@@ -1,4 +1,4 @@
-"""Kernels: how well one datapoint explains another before any model is known."""
+"""Kernels: how well one datapoint explains another, before any model is known."""
 
 import math
 from collections.abc import Callable
@@ -8,22 +8,22 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 
 from pyrogaps.errors import InputError
-from pyrogaps.mapa.distances import Comparison, Mismatches, OwnDistances, SquaredDistances
+from pyrogaps.mapa.distances import Comparison, CustomDistances, Mismatches, SquaredDistances
 
 LogKernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Kernel(Protocol):
-    """A kernel that is a monotone function of a distance, so that its bandwidth may change after a search."""
+    """A monotone function of a distance. Its bandwidth can change without another search."""
 
     @property
     def bandwidth(self) -> float:
-        """The one hyper-parameter."""
+        """The only hyper-parameter."""
         ...
 
     @property
     def distance(self) -> str:
-        """The name of the distance, with all that it depends on; empty where that is not known."""
+        """A name that determines the distance, parameters included; empty for a user's own function."""
         ...
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Kernel(Protocol):
         ...
 
     def of_distances(self, distances: Tensor) -> Tensor:
-        """log kappa, but for a constant of each row, of distances from one row."""
+        """log kappa of distances from one datapoint, up to a constant of that datapoint."""
         ...
 
     def with_bandwidth(self, bandwidth: float) -> "Kernel":
@@ -52,7 +52,7 @@ class GaussianKernel:
     r"""The RBF kernel, for Gaussian likelihoods: $\log \kappa(x, y) = -\lVert x - y \rVert^2 / (2 v)$ [nats].
 
     Args:
-        variance: v, the bandwidth, in squared units of the data; near the model's noise variance, up to twice that.
+        variance: v, the bandwidth, in squared units of the data; between the model's noise variance and twice that.
 
     Raises:
         InputError: where `variance` is not positive and finite.
@@ -62,7 +62,9 @@ class GaussianKernel:
 
     def __post_init__(self) -> None:
         if not 0 < self.variance < math.inf:
-            raise InputError(f"GaussianKernel: the bandwidth, a variance, must be positive, got {self.variance}")
+            raise InputError(
+                f"GaussianKernel: the bandwidth, a variance, must be positive and finite, got {self.variance}"
+            )
 
     @property
     def bandwidth(self) -> float:
@@ -76,7 +78,7 @@ class GaussianKernel:
         return self.of_distances(SquaredDistances.between(flat(x), flat(y)))
 
     def check(self, x: Tensor) -> None:
-        """Any finite data will do."""
+        """Accept any data."""
 
     def compare(self, x: Tensor) -> Comparison:
         return SquaredDistances(flat(x))
@@ -95,7 +97,7 @@ class BernoulliKernel:
     $$\kappa(x, y) = \alpha^{\#\{d: x_d = y_d\}} (1 - \alpha)^{\#\{d: x_d \ne y_d\}}$$
 
     Args:
-        alpha: the bandwidth, between 1/2 (all datapoints explain alike) and 1 (each explains itself alone).
+        alpha: the bandwidth, between 1/2 (all datapoints explain alike) and 1 (each explains only itself).
 
     Raises:
         InputError: where `alpha` is not inside (0.5, 1).
@@ -121,7 +123,7 @@ class BernoulliKernel:
     def check(self, x: Tensor) -> None:
         if not bool(((x == 0) | (x == 1)).all()):
             raise InputError(
-                "data: outside the support of a Bernoulli likelihood, which is 0 and 1; binarise them, or take "
+                "data: outside the support of a Bernoulli likelihood, which is 0 and 1. Binarise them, or use "
                 "ContinuousBernoulliKernel for values between"
             )
 
@@ -136,8 +138,8 @@ class BernoulliKernel:
 
 
 @dataclass(frozen=True)
-class OwnKernel:
-    """A user's function of two batches of datapoints that returns log kappa: what it depends on is its own affair."""
+class CustomKernel:
+    """A user's function of two batches of datapoints that returns log kappa."""
 
     log_kernel: LogKernel
     bandwidth: float = math.nan
@@ -147,16 +149,16 @@ class OwnKernel:
         return self.log_kernel(x, y)
 
     def check(self, x: Tensor) -> None:
-        """The function knows what it takes."""
+        """Accept any data; the function may refuse them."""
 
     def compare(self, x: Tensor) -> Comparison:
-        return OwnDistances(x, self.log_kernel)
+        return CustomDistances(x, self.log_kernel)
 
     def of_distances(self, distances: Tensor) -> Tensor:
         return -distances
 
-    def with_bandwidth(self, bandwidth: float) -> "OwnKernel":
-        raise InputError("bandwidth: a kernel of your own has none here; build another posterior with another kernel")
+    def with_bandwidth(self, bandwidth: float) -> "CustomKernel":
+        raise InputError("bandwidth: a kernel of your own has none; build another posterior with another kernel")
 
 
 def flat(x: Tensor) -> Tensor:
@@ -165,6 +167,6 @@ def flat(x: Tensor) -> Tensor:
 
 
 def check_alpha(kernel: str, alpha: float) -> None:
-    """Refuse an alpha at which the kernel is flat, turned round, or infinite."""
+    """Refuse an alpha for which the kernel is flat, inverted or infinite."""
     if not 0.5 < alpha < 1:
-        raise InputError(f"{kernel}: alpha must lie inside (0.5, 1), got {alpha}")
+        raise InputError(f"{kernel}: alpha must be inside (0.5, 1), got {alpha}")

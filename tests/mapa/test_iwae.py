@@ -218,7 +218,7 @@ class Uniformly(dist.Normal):  # type: ignore[misc]
 
 
 REFUSED = {
-    "a Delta in the encoder has no density": lambda x: pyro.sample("z", dist.Delta(x, event_dim=1)),
+    "it is a Delta in the encoder": lambda x: pyro.sample("z", dist.Delta(x, event_dim=1)),
     "cannot be reparametrised": lambda x: pyro.sample("z", Uniformly(x, 1.0).to_event(1)),
     "masked": lambda x: pyro.sample("z", dist.Normal(x, 1.0).to_event(1).mask(x[:, 0] > 0)),
 }

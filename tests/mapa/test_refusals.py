@@ -44,7 +44,7 @@ def with_bad(value: float) -> Tensor:
         (lambda: pg.mapa_posterior(with_bad(math.nan), "gaussian", bandwidth=1.0), ("data", "NaN", "impute")),
         (lambda: pg.mapa_posterior(with_bad(math.inf), "gaussian", bandwidth=1.0), ("data", "infinite")),
         (lambda: pg.mapa_posterior(torch.ones(0, 3), "gaussian", bandwidth=1.0), ("data", "no datapoints")),
-        (lambda: pg.mapa_posterior(X, "bernoulli", bandwidth=0.9), ("support", "Bernoulli", "binarise")),
+        (lambda: pg.mapa_posterior(X, "bernoulli", bandwidth=0.9), ("support", "Bernoulli", "Binarise")),
         (lambda: pg.mapa_posterior(X, "continuous_bernoulli", bandwidth=1.0), ("support", "from 0 to 1")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=0.0), ("GaussianKernel", "positive", "0.0")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=-1.0), ("GaussianKernel", "positive", "-1")),
@@ -75,7 +75,7 @@ def test_posterior(run: Callable[[], Any], words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_top": 8}, ("num_top=8", "7 N datapoints")),
+        ({"num_top": 8}, ("num_top=8", "only 7 datapoints")),
         ({"num_top": 0}, ("num_top and num_samples", "positive")),
         ({"num_top": -1, "num_samples": 3}, ("must not be negative",)),
         ({"num_top": 7, "num_samples": 1}, ("leaves none", "num_samples=0")),
