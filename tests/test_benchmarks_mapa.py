@@ -1,5 +1,6 @@
 """The benchmark of MAPA, for seconds: a row for every method, nothing trained again, failures said, figures drawn."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ from benchmarks.mapa import decoders, evaluation, posteriors, runs, training
 from benchmarks.mapa.figures import figures
 from benchmarks.mapa.findings import findings
 from benchmarks.mapa.intuition import of_two_minds
+from benchmarks.mapa.uniform import uniform_posterior
 from pyrogaps.models.synthetic import SyntheticData
 
 
@@ -145,6 +147,14 @@ def test_figures_are_drawn_and_distances_written(results: Path, tmp_path: Path) 
         assert (tmp_path / f"{name}.png").stat().st_size > 0
     distances = pd.read_csv(results / "mapa_posteriors-quick.csv").set_index("posterior")["from the true posterior"]
     assert distances["empiricalized"] < distances["MAPA"] < 0.5 * distances["uniform"]
+
+
+def test_uniform_posterior() -> None:
+    x = torch.arange(24.0).reshape(12, 2)
+    posterior = uniform_posterior(x, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(posterior.log_q, torch.full((12, 12), -math.log(12), dtype=torch.float64))
+    assert torch.equal(posterior.indices[:, 0].long(), torch.arange(12))
+    assert all(len(row.unique()) == 12 for row in posterior.indices)
 
 
 def test_smoothed_posteriors_are_densities() -> None:

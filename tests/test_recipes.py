@@ -230,7 +230,7 @@ def test_mapa_that_does_not_fit(few_points: list[str], capsys: pytest.CaptureFix
     for options, said in (
         (["--mapa", "null"], "encoder is what mapa trains the model with; set mapa too"),
         (["--mapa.bandwidth", "0"], "bandwidth"),
-        (["--mapa.num_top", "61"], "num_top=61, but there are 60 N datapoints"),
+        (["--mapa.num_top", "61"], "num_top=61, but there are only 60 datapoints"),
         (["--encoder.class_path", "pyrogaps.guides.amortized.AmortizedNormal"], "a Normal in the encoder"),
         (["--mapa.training.learning_rate", "1e30", "--mapa.training.num_epochs", "30"], "mapa.training diverged"),
     ):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import pyrogaps as pg
-from pyrogaps.mapa import empiricalized_posterior, uniform_posterior
+from benchmarks.mapa.uniform import uniform_posterior
+from pyrogaps.mapa import empiricalized_posterior
 from pyrogaps.models.synthetic import SyntheticData, SyntheticModel
 from pyrogaps.plots.source import mean_and_error
 

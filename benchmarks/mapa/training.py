@@ -12,9 +12,10 @@ from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 
 import pyrogaps as pg
+from benchmarks.mapa.uniform import uniform_posterior
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.guides.delta import AmortizedDelta
-from pyrogaps.mapa import empiricalized_posterior, uniform_posterior
+from pyrogaps.mapa import empiricalized_posterior
 from pyrogaps.mapa.prior import recovered_transport
 from pyrogaps.models.curves import ACTIVATION, HIDDEN
 from pyrogaps.models.synthetic import SyntheticData, SyntheticModel

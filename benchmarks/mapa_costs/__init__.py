@@ -1,1 +1,1 @@
-"""What MAPA costs: its posterior, its training steps, batches of neighbours, and draws without replacement."""
+"""What MAPA costs: its posterior, its training steps, and draws without replacement."""

@@ -1,11 +1,10 @@
-"""`python -m benchmarks.mapa_costs [MEASUREMENTS]`: what MAPA costs, and what its batches and draws are worth.
+"""`python -m benchmarks.mapa_costs [MEASUREMENTS]`: what MAPA costs, and what draws without replacement gain.
 
 `building`: the posterior of 60,000 binarised MNIST images, against 5 minutes and 4 GiB: `results/mapa_building.csv`.
-`steps`: training steps with uniform batches and with batches of neighbours, against IWAE's: `results/mapa_steps.csv`.
-`gradients`: bias and variance of gradients by batches of neighbours: `results/mapa_gradients.csv`.
+`steps`: training steps against IWAE's: `results/mapa_steps.csv`.
 `replacement`: the inner estimate's variance with and without replacement: `results/mapa_replacement.csv`.
 
-All on one thread, in six minutes of CPU. `steps` reads the file of distances that `building` writes to `--runs`.
+All on one thread. `steps` reads the file of distances that `building` writes to `--runs`.
 """
 
 import argparse
@@ -14,18 +13,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.mapa_costs import building, gradients, replacement, steps
-from benchmarks.mapa_costs.settings import BATCH_SIZE, Settings
+from benchmarks.mapa_costs import building, replacement, steps
+from benchmarks.mapa_costs.settings import Settings
 from benchmarks.reporting import machine, report
 
 # Another measurement is another file, with `rows`, `COLUMNS` and `TITLE`, and a line here. The first is measured while
 # this process is small: a child's peak of memory begins at its parent's.
-MEASUREMENTS: dict[str, Any] = {
-    "building": building,
-    "steps": steps,
-    "gradients": gradients,
-    "replacement": replacement,
-}
+MEASUREMENTS: dict[str, Any] = {"building": building, "steps": steps, "replacement": replacement}
 
 
 def main() -> None:
@@ -34,8 +28,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny runs on digits, to see that it works")
     parser.add_argument("--runs", type=Path, default=Path("benchmarks/runs/mapa_costs"))
     parser.add_argument("--num_rounds", type=int, default=40, help="of timed steps")
-    parser.add_argument("--num_images", type=int, default=6000, help="whose gradient batches are to estimate")
-    parser.add_argument("--num_cuttings", type=int, default=150, help="of the images into batches, for gradients")
     parser.add_argument("--num_draws", type=int, default=100, help="of explanations with and without replacement")
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
@@ -43,10 +35,8 @@ def main() -> None:
     if unknown := sorted({*names} - {*MEASUREMENTS}):
         parser.error(f"no measurement {unknown[0]}; there are {', '.join(MEASUREMENTS)}")
     settings = Settings(**arguments)
-    if settings.num_images < BATCH_SIZE or settings.num_images % BATCH_SIZE:
-        parser.error(f"--num_images must be a multiple of {BATCH_SIZE}, the size of a batch, got {settings.num_images}")
     if settings.quick:
-        settings = Settings(settings.runs / "quick", True, 2, 200, 3, 3, settings.seed)
+        settings = Settings(settings.runs / "quick", True, 2, 3, settings.seed)
     settings.runs.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for name, part in MEASUREMENTS.items():

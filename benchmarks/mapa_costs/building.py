@@ -35,11 +35,11 @@ def measured(settings: Settings, num_threads: int) -> list[Row]:
 def _measured(settings: Settings) -> Iterator[Row]:
     x = settings.images()
     yield ["library and images loaded", len(x), None, None, _peak(), None, None]
-    posterior, *seconds = _timed(lambda: settings.posterior(x, settings.cache))
+    posterior, *seconds = _timed(lambda: settings.posterior(x))
     yield ["built, and its file written", len(x), *seconds, _peak(), SECONDS_ALLOWED, GIB_ALLOWED]
     _, *seconds = _timed(lambda: posterior.with_bandwidth(BANDWIDTHS[1]))
     yield ["another bandwidth", len(x), *seconds, None, None, None]
-    _, *seconds = _timed(lambda: settings.posterior(x, settings.cache))
+    _, *seconds = _timed(lambda: settings.posterior(x))
     yield ["from its file", len(x), *seconds, None, None, None]
 
 

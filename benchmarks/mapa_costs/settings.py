@@ -12,7 +12,6 @@ BATCH_SIZE, NUM_NEIGHBOURS = 100, 100
 # By KL(true || MAPA) over the neighbours, 0.55 comes nearest to the posterior of a decoder trained on 6,000 images. It
 # draws many neighbours; 0.9, near 1 as the kernel's alpha is meant to be, draws few, again and again.
 BANDWIDTHS = (0.55, 0.9)
-NEIGHBOURHOODS = (5, 10, 20, 50, 100)
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,6 @@ class Settings:
     runs: Path
     quick: bool
     num_rounds: int
-    num_images: int
-    num_cuttings: int
     num_draws: int
     seed: int
 
@@ -32,11 +29,11 @@ class Settings:
         """The file of distances of all training images."""
         return self.runs / "distances.npz"
 
-    def images(self, number: int | None = None) -> Tensor:
-        """The first `number` training images, or all: binarised MNIST; if quick, digits."""
-        data = Digits(num_train=number, num_test=1) if self.quick else MNIST(num_train=number, num_test=1)
+    def images(self) -> Tensor:
+        """The training images: binarised MNIST; if quick, digits."""
+        data = Digits(num_test=1) if self.quick else MNIST(num_test=1)
         return data.train
 
-    def posterior(self, x: Tensor, cache: Path | None = None) -> MapaPosterior:
-        """MAPA's posterior of the images `x`, its bandwidth the first."""
-        return mapa_posterior(x, "bernoulli", bandwidth=BANDWIDTHS[0], num_neighbours=NUM_NEIGHBOURS, cache=cache)
+    def posterior(self, x: Tensor) -> MapaPosterior:
+        """MAPA's posterior of the images `x` with the first bandwidth; its distances are kept in `cache`."""
+        return mapa_posterior(x, "bernoulli", bandwidth=BANDWIDTHS[0], num_neighbours=NUM_NEIGHBOURS, cache=self.cache)

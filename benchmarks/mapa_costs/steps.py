@@ -1,16 +1,14 @@
-"""What a training step takes: MAPA's with uniform batches and with batches of neighbours, IWAE's, and a VAE's.
+"""What a training step takes: MAPA's, IWAE's, and a VAE's.
 
 Steps are timed in blocks that take turns, in a new order in every round, so that what slows the machine slows all of
-them. Times are CPU seconds of one thread, which another process that takes the core away does not add to. MAPA is held
-against the quicker of the two losses of as many terms; a neighbourhood of 1 is a uniform batch.
+them. Times are CPU seconds of one thread, which another process that takes the core away does not add to. MAPA is
+compared with the quicker of the two losses that have as many terms.
 """
 
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import cycle, islice
-from statistics import median
 
 import pyro
 import torch
@@ -19,41 +17,28 @@ from torch import Tensor
 
 import pyrogaps as pg
 from benchmarks.mapa_costs.pair import Pair
-from benchmarks.mapa_costs.settings import BANDWIDTHS, BATCH_SIZE, NEIGHBOURHOODS, Settings
-from pyrogaps.mapa import MapaPosterior, neighbourhood_batches
+from benchmarks.mapa_costs.settings import BANDWIDTHS, BATCH_SIZE, Settings
 from pyrogaps.streams import seeded
 
-TITLE = f"Training steps on {BATCH_SIZE} images, ms of CPU; ratios in the same round, the cutting of batches included"
+TITLE = f"Training steps on {BATCH_SIZE} images, ms of CPU; ratios in the same round"
 COLUMNS = (
-    *("loss", "bandwidth", "replacement", "neighbourhood", "decoded per point", "encoded per point", "step", "cutting"),
-    *("/ IWAE", "25%", "75%", "/ IWAE, step alone", "/ VAE"),
+    *("loss", "bandwidth", "replacement", "decoded per point", "encoded per point", "step"),
+    *("/ IWAE", "25%", "75%", "/ VAE"),
 )
 VAE, IWAE, RENYI = "pyro Trace_ELBO", "IWAE_ELBO", "pyro RenyiELBO"
 NUM_TERMS, NUM_STEPS, NUM_WARM_UP = 10, 4, 3
-# Bandwidth, replacement, and neighbourhoods beside uniform batches.
-MAPA_SETTINGS = (
-    (BANDWIDTHS[0], True, NEIGHBOURHOODS),
-    (BANDWIDTHS[1], True, NEIGHBOURHOODS),
-    (BANDWIDTHS[0], False, (10,)),
-)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Batches of indices to take in turn, and the milliseconds that each took to make."""
-
-    indices: list[Tensor]
-    cutting: float
+# Bandwidth and replacement.
+MAPA_SETTINGS = ((BANDWIDTHS[0], True), (BANDWIDTHS[1], True), (BANDWIDTHS[0], False))
 
 
 class Line:
-    """A line of the table: `named` in its first columns, a loss, and the batches it is given."""
+    """A line of the table: `named` in its first columns, a loss, and the batches of indices it is given."""
 
-    def __init__(self, named: tuple[object, ...], loss: ELBO, batches: Batches, x: Tensor) -> None:
+    def __init__(self, named: tuple[object, ...], loss: ELBO, batches: list[Tensor], x: Tensor) -> None:
         self.named, self.loss, self.x = named, loss, x
         self.by_index = isinstance(loss, pg.MAPA_ELBO)
         self.pair = Pair(loss, x)
-        self.cutting, self.turns = batches.cutting, cycle(batches.indices)
+        self.turns = cycle(batches)
 
     def step(self, number: int) -> float:
         """Milliseconds of CPU a step, of `number` steps."""
@@ -70,7 +55,7 @@ class Line:
 
 
 def rows(settings: Settings) -> list[list[object]]:
-    """Those that MAPA is held against first."""
+    """The losses that MAPA is compared with come first."""
     pyro.clear_param_store()
     with seeded(settings.seed, "steps"), pyro.validation_enabled(False):
         lines = list(_lines(settings))
@@ -80,32 +65,20 @@ def rows(settings: Settings) -> list[list[object]]:
 
 def _lines(settings: Settings) -> Iterator[Line]:
     x = settings.images()
-    uniform = Batches(list(torch.randperm(len(x)).split(BATCH_SIZE)), 0.0)
+    batches = list(torch.randperm(len(x)).split(BATCH_SIZE))
     others = {
         VAE: Trace_ELBO(),
         IWAE: pg.IWAE_ELBO(NUM_TERMS, vectorize_particles=True),
         RENYI: RenyiELBO(alpha=0, num_particles=NUM_TERMS, vectorize_particles=True),
     }
     for name, loss in others.items():
-        yield Line((name, None, None, None), loss, uniform, x)
-    posterior = settings.posterior(x, settings.cache)
-    batches = {1: uniform, **{size: cut(posterior, size, settings.seed) for size in NEIGHBOURHOODS}}
-    for bandwidth, replacement, sizes in MAPA_SETTINGS:
-        of = posterior.with_bandwidth(bandwidth)
-        for size in (1, *sizes):
-            loss = pg.MAPA_ELBO(of, num_top=1, num_samples=NUM_TERMS - 1, replacement=replacement)
-            yield Line(("MAPA_ELBO", bandwidth, replacement, size), loss, batches[size], x)
-
-
-def cut(posterior: MapaPosterior, size: int, seed: int) -> Batches:
-    """The batches of one pass, by neighbourhoods of `size`, and the time they took, the median of three passes."""
-    seconds = []
-    for draw in range(3):
-        generator = torch.Generator().manual_seed(seed + draw)
-        started = time.process_time()
-        found = list(neighbourhood_batches(posterior, BATCH_SIZE, generator, neighbourhood_size=size, width=NUM_TERMS))
-        seconds.append(time.process_time() - started)
-    return Batches(found, median(seconds) / len(found) * 1e3)
+        yield Line((name, None, None), loss, batches, x)
+    posterior = settings.posterior(x)
+    for bandwidth, replacement in MAPA_SETTINGS:
+        loss = pg.MAPA_ELBO(
+            posterior.with_bandwidth(bandwidth), num_top=1, num_samples=NUM_TERMS - 1, replacement=replacement
+        )
+        yield Line(("MAPA_ELBO", bandwidth, replacement), loss, batches, x)
 
 
 def timed(lines: list[Line], settings: Settings) -> Tensor:
@@ -127,8 +100,6 @@ def _table(lines: list[Line], times: Tensor) -> list[list[object]]:
     quartiles = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
     table = []
     for k, line in enumerate(lines):
-        charged = times[:, k] + line.cutting
-        ratios = (charged / iwae).quantile(quartiles).tolist()
-        others = [float(ratio.quantile(0.5)) for ratio in (times[:, k] / iwae, charged / vae)]
-        table.append([*line.named, *line.passes(), typical[k], line.cutting, *ratios, *others])
+        ratios = (times[:, k] / iwae).quantile(quartiles).tolist()
+        table.append([*line.named, *line.passes(), typical[k], *ratios, float((times[:, k] / vae).quantile(0.5))])
     return table

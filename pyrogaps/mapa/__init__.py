@@ -1,12 +1,11 @@
-"""MAPA: train a generative model against a posterior known before training."""
+"""MAPA: training a generative model against a posterior known before training."""
 
-from pyrogaps.mapa.ablations import empiricalized_posterior, uniform_posterior
-from pyrogaps.mapa.batches import neighbourhood_batches
+from pyrogaps.mapa.continuous_bernoulli import ContinuousBernoulliKernel
 from pyrogaps.mapa.elbo import MAPA_ELBO
-from pyrogaps.mapa.empiricalized import EmpiricalizedModel
+from pyrogaps.mapa.empiricalized import EmpiricalizedModel, empiricalized_posterior
 from pyrogaps.mapa.explainers import explainers, log_weights_without_replacement
 from pyrogaps.mapa.iwae import MAPA_IWAE_ELBO
-from pyrogaps.mapa.kernels import BernoulliKernel, ContinuousBernoulliKernel, GaussianKernel, Kernel
+from pyrogaps.mapa.kernels import BernoulliKernel, GaussianKernel, Kernel
 from pyrogaps.mapa.posterior import MapaPosterior, mapa_posterior
 from pyrogaps.mapa.prior import MonotoneTransport, recovered_prior, recovered_transport
 from pyrogaps.mapa.recovered import RecoveredPrior
@@ -28,9 +27,7 @@ __all__ = [
     "explainers",
     "log_weights_without_replacement",
     "mapa_posterior",
-    "neighbourhood_batches",
     "recovered_prior",
     "recovered_transport",
     "train_by_mapa",
-    "uniform_posterior",
 ]

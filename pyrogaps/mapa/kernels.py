@@ -1,31 +1,29 @@
-"""Kernels: how well one datapoint explains another before any model is known."""
+"""Kernels: how well one datapoint explains another, before any model is known."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 from pyrogaps.errors import InputError
-from pyrogaps.mapa.comparisons import Comparison, Divergences, Mismatches, OwnDistances, SquaredDistances
-from pyrogaps.mapa.continuous_bernoulli import log_normaliser, natural_parameter
+from pyrogaps.mapa.distances import Comparison, CustomDistances, Mismatches, SquaredDistances
 
 LogKernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Kernel(Protocol):
-    """A kernel that is a monotone function of a distance, so that its bandwidth may change after a search."""
+    """A monotone function of a distance. Its bandwidth can change without another search."""
 
     @property
     def bandwidth(self) -> float:
-        """The one hyper-parameter."""
+        """The only hyper-parameter."""
         ...
 
     @property
     def distance(self) -> str:
-        """The name of the distance, with all that it depends on; empty where that is not known."""
+        """A name that determines the distance, parameters included; empty for a user's own function."""
         ...
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -41,7 +39,7 @@ class Kernel(Protocol):
         ...
 
     def of_distances(self, distances: Tensor) -> Tensor:
-        """log kappa, but for a constant of each row, of distances from one row."""
+        """log kappa of distances from one datapoint, up to a constant of that datapoint."""
         ...
 
     def with_bandwidth(self, bandwidth: float) -> "Kernel":
@@ -54,7 +52,7 @@ class GaussianKernel:
     r"""The RBF kernel, for Gaussian likelihoods: $\log \kappa(x, y) = -\lVert x - y \rVert^2 / (2 v)$ [nats].
 
     Args:
-        variance: v, the bandwidth, in squared units of the data; near the model's noise variance, up to twice that.
+        variance: v, the bandwidth, in squared units of the data; between the model's noise variance and twice that.
 
     Raises:
         InputError: where `variance` is not positive and finite.
@@ -64,7 +62,9 @@ class GaussianKernel:
 
     def __post_init__(self) -> None:
         if not 0 < self.variance < math.inf:
-            raise InputError(f"GaussianKernel: the bandwidth, a variance, must be positive, got {self.variance}")
+            raise InputError(
+                f"GaussianKernel: the bandwidth, a variance, must be positive and finite, got {self.variance}"
+            )
 
     @property
     def bandwidth(self) -> float:
@@ -78,7 +78,7 @@ class GaussianKernel:
         return self.of_distances(SquaredDistances.between(flat(x), flat(y)))
 
     def check(self, x: Tensor) -> None:
-        """Any finite data will do."""
+        """Accept any data."""
 
     def compare(self, x: Tensor) -> Comparison:
         return SquaredDistances(flat(x))
@@ -97,7 +97,7 @@ class BernoulliKernel:
     $$\kappa(x, y) = \alpha^{\#\{d: x_d = y_d\}} (1 - \alpha)^{\#\{d: x_d \ne y_d\}}$$
 
     Args:
-        alpha: the bandwidth, between 1/2 (all datapoints explain alike) and 1 (each explains itself alone).
+        alpha: the bandwidth, between 1/2 (all datapoints explain alike) and 1 (each explains only itself).
 
     Raises:
         InputError: where `alpha` is not inside (0.5, 1).
@@ -106,7 +106,7 @@ class BernoulliKernel:
     alpha: float
 
     def __post_init__(self) -> None:
-        check_alpha(self)
+        check_alpha("BernoulliKernel", self.alpha)
 
     @property
     def bandwidth(self) -> float:
@@ -123,7 +123,7 @@ class BernoulliKernel:
     def check(self, x: Tensor) -> None:
         if not bool(((x == 0) | (x == 1)).all()):
             raise InputError(
-                "data: outside the support of a Bernoulli likelihood, which is 0 and 1; binarise them, or take "
+                "data: outside the support of a Bernoulli likelihood, which is 0 and 1. Binarise them, or use "
                 "ContinuousBernoulliKernel for values between"
             )
 
@@ -138,70 +138,8 @@ class BernoulliKernel:
 
 
 @dataclass(frozen=True)
-class ContinuousBernoulliKernel:
-    r"""The tempered likelihood of one datapoint where the other is the mean, for data between 0 and 1:
-
-    $$\log \kappa(x, y) = \frac1b \sum_d \eta_d x_d - A(\eta_d), \quad A'(\eta_d) = 1 - \alpha + (2 \alpha - 1) y_d,$$
-
-    $A(\eta) = \log((e^\eta - 1) / \eta)$. As the Gaussian and the Bernoulli kernel do, it puts the datapoint that
-    explains in the place of what its decoder would reconstruct, the mean; softened by alpha, without which a
-    datapoint with zeros or ones would explain itself infinitely well. It is not symmetric.
-
-    Args:
-        temperature: b, the bandwidth; 1 is the likelihood itself, more is flatter.
-        alpha: of the softening, as in `BernoulliKernel`. Distances depend on it.
-
-    Raises:
-        InputError: where `temperature` is not positive and finite, or `alpha` not inside (0.5, 1).
-    """
-
-    temperature: float = 1.0
-    alpha: float = 0.99
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise InputError(
-                f"ContinuousBernoulliKernel: the bandwidth, a temperature, must be positive, got {self.temperature}"
-            )
-        check_alpha(self)
-
-    @property
-    def bandwidth(self) -> float:
-        return self.temperature
-
-    @property
-    def distance(self) -> str:
-        return f"continuous Bernoulli, alpha {self.alpha!r}"
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        eta = self._natural(flat(y))
-        return self.of_distances(Divergences.between(flat(x), eta, log_normaliser(eta).sum(1)))
-
-    def check(self, x: Tensor) -> None:
-        if not bool(((x >= 0) & (x <= 1)).all()):
-            raise InputError(
-                "data: outside the support of a continuous Bernoulli likelihood, from 0 to 1; divide by their largest "
-                "value, or take GaussianKernel"
-            )
-
-    def compare(self, x: Tensor) -> Comparison:
-        # A block at a time: what the natural parameter needs in between is several times its size.
-        eta = torch.cat([self._natural(rows) for rows in flat(x).split(1024)])
-        return Divergences(flat(x), eta, torch.cat([log_normaliser(rows).sum(1) for rows in eta.split(1024)]))
-
-    def of_distances(self, distances: Tensor) -> Tensor:
-        return -distances / self.temperature
-
-    def with_bandwidth(self, bandwidth: float) -> "ContinuousBernoulliKernel":
-        return replace(self, temperature=bandwidth)
-
-    def _natural(self, y: Tensor) -> Tensor:
-        return natural_parameter(1 - self.alpha + (2 * self.alpha - 1) * y.double())
-
-
-@dataclass(frozen=True)
-class OwnKernel:
-    """A user's function of two batches of datapoints that returns log kappa: what it depends on is its own affair."""
+class CustomKernel:
+    """A user's function of two batches of datapoints that returns log kappa."""
 
     log_kernel: LogKernel
     bandwidth: float = math.nan
@@ -211,16 +149,16 @@ class OwnKernel:
         return self.log_kernel(x, y)
 
     def check(self, x: Tensor) -> None:
-        """The function knows what it takes."""
+        """Accept any data; the function may refuse them."""
 
     def compare(self, x: Tensor) -> Comparison:
-        return OwnDistances(x, self.log_kernel)
+        return CustomDistances(x, self.log_kernel)
 
     def of_distances(self, distances: Tensor) -> Tensor:
         return -distances
 
-    def with_bandwidth(self, bandwidth: float) -> "OwnKernel":
-        raise InputError("bandwidth: a kernel of your own has none here; build another posterior with another kernel")
+    def with_bandwidth(self, bandwidth: float) -> "CustomKernel":
+        raise InputError("bandwidth: a kernel of your own has none; build another posterior with another kernel")
 
 
 def flat(x: Tensor) -> Tensor:
@@ -228,26 +166,7 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1)
 
 
-def check_alpha(kernel: BernoulliKernel | ContinuousBernoulliKernel) -> None:
-    """Refuse an alpha at which the kernel is flat, turned round, or infinite."""
-    if not 0.5 < kernel.alpha < 1:
-        raise InputError(f"{type(kernel).__name__}: alpha must lie inside (0.5, 1), got {kernel.alpha}")
-
-
-KERNELS: dict[str, Callable[[float], Kernel]] = {
-    "gaussian": GaussianKernel,
-    "bernoulli": BernoulliKernel,
-    "continuous_bernoulli": ContinuousBernoulliKernel,
-}
-
-
-def kernel_named(name: str, bandwidth: float | None) -> Kernel:
-    """The kernel of a likelihood's name. Raises `InputError` for another name, or without a bandwidth."""
-    if name not in KERNELS:
-        raise InputError(f"likelihood: must be one of {', '.join(KERNELS)}, a kernel or a function, got '{name}'")
-    if bandwidth is None:
-        raise InputError(
-            f"bandwidth: a {name} likelihood needs one: near the noise variance (gaussian), alpha near 1 (bernoulli), "
-            "or a temperature such as 1 (continuous_bernoulli)"
-        )
-    return KERNELS[name](bandwidth)
+def check_alpha(kernel: str, alpha: float) -> None:
+    """Refuse an alpha for which the kernel is flat, inverted or infinite."""
+    if not 0.5 < alpha < 1:
+        raise InputError(f"{kernel}: alpha must be inside (0.5, 1), got {alpha}")

@@ -1,4 +1,4 @@
-"""The nearest neighbours of every datapoint, found once and kept in a file."""
+"""The nearest neighbours of every datapoint: the search, and the file that keeps its result."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,115 +10,120 @@ from torch import Tensor
 
 from pyrogaps.errors import InputError
 from pyrogaps.files import replacing
-from pyrogaps.mapa.comparisons import Comparison
+from pyrogaps.mapa.distances import Comparison
 from pyrogaps.mapa.kernels import Kernel
 
 FORMAT = "pyrogaps distances 1"
-# Of a block of rows against all datapoints; what is done to it holds a few blocks at once.
+# The size of a block of rows against all datapoints. The search holds a few such blocks at once.
 BLOCK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Of each datapoint the M nearest, itself among them, nearest first.
+    """The M nearest neighbours of each datapoint, itself included, nearest first.
 
-    `indices` `(N, M)` are whole numbers, `distances` `(N, M)` are double precision. Among equally near ones a
-    datapoint itself comes first; which of the others come next, and which of them fall out at the end, is arbitrary.
+    `indices` `(N, M)` are whole numbers, `distances` `(N, M)` are double precision. Among equally near neighbours, the
+    datapoint itself comes first; the order of the others is arbitrary, and so is which of them are left out at the end.
     """
 
     indices: Tensor
     distances: Tensor
 
     def nearest(self, number: int) -> "Neighbours":
-        """The first `number` of them."""
+        """The first `number` neighbours of each datapoint."""
         return Neighbours(self.indices[:, :number], self.distances[:, :number])
 
 
 def search(comparison: Comparison, number: int) -> Neighbours:
-    """The `number` nearest neighbours of all N datapoints that are compared, exact for `number` = N.
+    """The `number` nearest neighbours of all N datapoints of `comparison`, by brute force.
 
-    Otherwise they are found by brute force in the data's own precision, a block of rows at a time: N^2 D operations in
-    matrix products, on the data's device. In hundreds of dimensions no tree does better, scikit-learn's brute force is
-    the same product on a CPU, for symmetric distances alone, and nothing is approximate. The distances of what is found
-    are computed again from differences.
+    For `number` = N all distances are exact. For fewer, neighbours are selected in the data's own precision, a block of
+    rows at a time, and their distances are then computed again from differences. The cost is N^2 D operations in matrix
+    products, on the data's device. Trees are no faster in hundreds of dimensions.
     """
     rows = torch.arange(len(comparison.x), device=comparison.x.device)
-    found = [_block(comparison, part, number) for part in rows.split(max(1, BLOCK_ELEMENTS // len(rows)))]
-    return Neighbours(torch.cat([part.indices for part in found]), torch.cat([part.distances for part in found]))
+    blocks = [_block(comparison, part, number) for part in rows.split(max(1, BLOCK_ELEMENTS // len(rows)))]
+    return Neighbours(torch.cat([block.indices for block in blocks]), torch.cat([block.distances for block in blocks]))
 
 
 def _block(comparison: Comparison, rows: Tensor, number: int) -> Neighbours:
+    """The neighbours of the datapoints `rows`."""
     if number == len(comparison.x):
         columns = torch.arange(number, device=rows.device).expand(len(rows), -1)
         return _sorted(rows, columns, comparison.all_distances(rows))
     scores = comparison.scores(rows)
     own = (torch.arange(len(rows), device=rows.device), rows)
-    kept = scores[own]
-    scores[own] = _raised(kept)
+    own_scores = scores[own]
+    scores[own] = _raised(own_scores)
     columns = scores.topk(number, sorted=False).indices
-    scores[own] = kept
+    scores[own] = own_scores
     return _sorted(rows, columns, comparison.distances(rows, columns, scores))
 
 
 def _sorted(rows: Tensor, columns: Tensor, distances: Tensor) -> Neighbours:
+    """Neighbours in ascending order of distance; the datapoint itself comes first among equals."""
     key = torch.where(columns == rows[:, None], _raised(-distances), -distances)
     order = key.sort(dim=1, descending=True, stable=True).indices
     return Neighbours(columns.gather(1, order).int(), distances.gather(1, order))
 
 
 def _raised(values: Tensor) -> Tensor:
-    """The next larger numbers, so that a datapoint stands before those that are exactly as near."""
+    """The next larger numbers. They put a datapoint before others at exactly the same distance."""
     tiny = torch.finfo(values.dtype).tiny
     return torch.maximum(torch.nextafter(values, torch.full_like(values, torch.inf)), values + tiny)
 
 
 def digest(x: Tensor) -> str:
-    """What tells one data set from another: a hash of shape, type and values."""
+    """A hash of shape, type and values, which identifies a data set."""
     values = x.detach().cpu().contiguous()
-    found = hashlib.blake2b(repr((tuple(x.shape), str(x.dtype))).encode(), digest_size=16)
-    found.update(values.numpy().tobytes())
-    return found.hexdigest()
+    hashed = hashlib.blake2b(repr((tuple(x.shape), str(x.dtype))).encode(), digest_size=16)
+    hashed.update(values.numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def cached(path: str | Path, x: Tensor, kernel: Kernel, number: int) -> Neighbours:
-    """As `search` of `x` `(N, *event)`, but read from the file `path`, or written there where it holds too few.
+    """The result of `search` for `x` `(N, *event)`, read from the file `path` if it holds enough neighbours.
 
-    Raises `InputError` where the file belongs to other data or to another distance, is damaged or cannot be written,
-    and for a kernel of the user's own.
+    Otherwise the search runs and its result is written to `path`.
+
+    Raises `InputError` for a file of other data or of another distance, for a file that is damaged or cannot be
+    written, and for a user's own kernel.
     """
     if not kernel.distance:
-        raise InputError("cache: what a kernel of your own depends on is not known, so a file of it cannot be trusted")
-    path, told = Path(path), {"format": FORMAT, "distance": kernel.distance, "data": digest(x)}
+        raise InputError("cache: distances by a kernel of your own cannot be kept in a file; leave cache out")
+    path, header = Path(path), {"format": FORMAT, "distance": kernel.distance, "data": digest(x)}
     if path.exists():
-        found = _read(path, told)
-        if found.indices.shape[1] >= number:
-            found = found.nearest(number)
-            return Neighbours(found.indices.to(x.device), found.distances.to(x.device))
-    found = search(kernel.compare(x), number)
-    _write(path, found, told)
-    return found
+        kept = _read(path, header)
+        if kept.indices.shape[1] >= number:
+            kept = kept.nearest(number)
+            return Neighbours(kept.indices.to(x.device), kept.distances.to(x.device))
+    neighbours = search(kernel.compare(x), number)
+    _write(path, neighbours, header)
+    return neighbours
 
 
-def _read(path: Path, told: dict[str, str]) -> Neighbours:
+def _read(path: Path, header: dict[str, str]) -> Neighbours:
+    """The neighbours in a file, which must have the given header."""
     try:
         with path.open("rb") as opened:
             file = np.load(opened, allow_pickle=False)
-            held = {name: str(file[name]) for name in told}
+            written = {name: str(file[name]) for name in header}
             indices, distances = torch.from_numpy(file["indices"]), torch.from_numpy(file["distances"])
     except Exception as error:  # NumPy and zipfile raise half a dozen kinds for a damaged file
-        raise InputError(f"cache {path}: cannot be read; it is damaged or no file of distances: delete it") from error
+        raise InputError(f"cache {path}: cannot be read; it is damaged or holds no distances. Delete it") from error
     reasons = {
         "format": "was made by another version",
-        "distance": f"holds distances of another kind ({held['distance']}, not {told['distance']})",
+        "distance": f"holds distances of another kind ({written['distance']}, not {header['distance']})",
         "data": "belongs to other data",
     }
     for name, reason in reasons.items():
-        if held[name] != told[name]:
+        if written[name] != header[name]:
             raise InputError(f"cache {path}: {reason}; delete it or name another file")
     return Neighbours(indices, distances)
 
 
-def _write(path: Path, found: Neighbours, told: dict[str, str]) -> None:
-    arrays = {"indices": found.indices.cpu().numpy(), "distances": found.distances.cpu().numpy()}
+def _write(path: Path, neighbours: Neighbours, header: dict[str, str]) -> None:
+    """Write neighbours and header to a file."""
+    arrays = {"indices": neighbours.indices.cpu().numpy(), "distances": neighbours.distances.cpu().numpy()}
     with replacing(path, "cache") as file:
-        np.savez(file, allow_pickle=False, **arrays, **{name: np.array(value) for name, value in told.items()})
+        np.savez(file, allow_pickle=False, **arrays, **{name: np.array(value) for name, value in header.items()})

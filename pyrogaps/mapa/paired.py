@@ -1,6 +1,7 @@
-"""A model and an encoder, run on some datapoints whose latents serve the others too."""
+"""A model and an encoder whose decoded latents score other datapoints too."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import pyro
@@ -8,29 +9,36 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from pyrogaps.density import IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, evenly_spaced
+from pyrogaps.density.layout import leaf, plate_dim, rows_first
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import is_factor, is_masked, sample_sites
 from pyrogaps.errors import InputError
+from pyrogaps.mapa.continuous_bernoulli import log_normaliser
 from pyrogaps.streams import seeded
 
 Latents: TypeAlias = Tensor | Mapping[str, Tensor]
 CHECK_ROWS = 16
+# Equivalent parameters of a distribution: the first is used.
+ALTERNATIVES = (("logits", "probs"), ("scale_tril", "covariance_matrix", "precision_matrix"))
+# Exponential families log p = x eta - A(eta) that one matrix product scores without loss of digits.
+LOG_NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {"Bernoulli": softplus, "ContinuousBernoulli": log_normaliser}
 
 
 class Paired:
-    """Runs `model` with the latents that `encoder` makes of datapoints, and checks that this can serve others.
+    """A model and an encoder, checked: a datapoint that is encoded and decoded once can score the others.
 
-    A subclass says in `check_encoded` which encoders it takes. Arguments and errors are those of `EmpiricalizedModel`.
+    A subclass refuses encoders in `check_encoded`. Arguments and errors are those of `EmpiricalizedModel`.
     """
 
     def __init__(self, model: Program, encoder: Program | Latents, data: IndexedData, plate: str | None = None) -> None:
         self.model = model
         programs = [program for program in (model, encoder) if callable(program)]
-        # What is run to check must not reach an optimizer that is looking on.
+        # An optimizer that traces the caller must not see the parameters of these runs.
         with poutine.block():
             self.joint = JointDensity(model, data, plate)
             self.plate = self._plate()
@@ -43,21 +51,21 @@ class Paired:
         raise NotImplementedError
 
     def fetch(self, indices: Tensor) -> tuple[Any, ...]:
-        """The arguments of the datapoints `indices`, which the joint density has looked through once already."""
+        """The arguments of the datapoints `indices`. The joint density has already checked all data."""
         return as_tuple(self.joint.data.fetch(indices))
 
     def encode(self, indices: Tensor, args: tuple[Any, ...]) -> dict[str, Any]:
-        """The encoder's sites on the datapoints `indices`; for latents that are given, their values alone."""
+        """The encoder's sites for the datapoints `indices`; given latents yield sites with a value alone."""
         if isinstance(self.encoder, dict):
             return {name: {"value": value[indices.to(value.device)]} for name, value in self.encoder.items()}
         with self.joint.plates(indices):
             return sample_sites(self.encoder, args)
 
     def decode(self, indices: Tensor, args: tuple[Any, ...], encoded: dict[str, Any]) -> dict[str, Any]:
-        """The model's sites on `args`, with the values of the encoder's sites in their place."""
-        placed = poutine.condition(self.model, data={name: site["value"] for name, site in encoded.items()})
+        """The model's sites on `args`, its latents fixed to the values of the encoder's sites."""
+        conditioned = poutine.condition(self.model, data={name: site["value"] for name, site in encoded.items()})
         with self.joint.plates(indices):
-            return sample_sites(placed, args)
+            return sample_sites(conditioned, args)
 
     def _plate(self) -> str:
         if self.joint.plate is None:
@@ -65,15 +73,16 @@ class Paired:
         return self.joint.plate
 
     def _named(self, encoder: Program | Latents) -> Program | dict[str, Tensor]:
+        """The encoder as a program, or given latents by the name of their site."""
         if isinstance(encoder, AutoGuide):
             raise InputError(
-                f"encoder: {type(encoder).__name__} holds latents for the datapoints it was set up with; give a "
-                "function of x"
+                f"encoder: {type(encoder).__name__} holds latents for the datapoints that it was set up with. Pass a "
+                "guide that is a function of x"
             )
         names = list(self.joint.sites)
         if isinstance(encoder, Tensor):
             if len(names) > 1:
-                raise InputError(f"latents: there are several sites ({', '.join(names)}); give a dictionary of them")
+                raise InputError(f"latents: there are several sites ({', '.join(names)}); pass a dictionary of them")
             encoder = {names[0]: encoder}
         if not isinstance(encoder, Mapping):
             return encoder
@@ -83,12 +92,13 @@ class Paired:
         return dict(encoder)
 
     def _check(self) -> None:
+        """Check sites, supports and likelihood on a few datapoints."""
         indices = evenly_spaced(self.joint.num_datapoints, CHECK_ROWS)
         args = self.fetch(indices)
         encoded = self.encode(indices, args)
-        if odd := sorted(encoded.keys() ^ self.joint.sites.keys()):
-            side = "the encoder lacks it" if odd[0] in self.joint.sites else "only the encoder has it"
-            raise InputError(f"site '{odd[0]}': {side}; model and encoder must have the same latent sites")
+        if unmatched := sorted(encoded.keys() ^ self.joint.sites.keys()):
+            side = "the encoder lacks it" if unmatched[0] in self.joint.sites else "only the encoder has it"
+            raise InputError(f"site '{unmatched[0]}': {side}; model and encoder must have the same latent sites")
         if callable(self.encoder):
             self.check_encoded(encoded, indices, args)
         with self.joint.plates(indices):
@@ -96,19 +106,87 @@ class Paired:
         for name, site in encoded.items():
             value = site["value"]
             if not bool(torch.isfinite(value).all() and drawn[name]["fn"].support.check(value).all()):
-                raise InputError(f"site '{name}': encoded to a value outside its support in the model, or to NaN")
+                raise InputError(
+                    f"site '{name}': the encoder returns NaN, or a value outside the site's support in the model. Map "
+                    "its output into the support"
+                )
         self._check_likelihood(indices, args, encoded)
 
     def _check_likelihood(self, indices: Tensor, args: tuple[Any, ...], encoded: dict[str, Any]) -> None:
-        """With the data of other datapoints, but the same latents, the likelihood must be the same."""
+        """Refuse a likelihood that changes when other datapoints are passed with the same latents."""
         sites = self.decode(indices, args, encoded)
-        others = self.decode(indices, self.fetch(indices.roll(1)), encoded)
+        sites_of_others = self.decode(indices, self.fetch(indices.roll(1)), encoded)
         for name in self.joint.observed:
-            site, other = sites[name], others[name]
+            site, other = sites[name], sites_of_others[name]
             if is_factor(site["fn"]) or is_masked(site) or is_masked(other):
-                raise InputError(f"site '{name}': masked, or a pyro.factor, so not known for other datapoints' z")
+                raise InputError(
+                    f"site '{name}': it is masked or a pyro.factor, so other datapoints cannot be scored under its "
+                    "latents. Use a plain distribution"
+                )
             if not same_density(*(part["fn"].log_prob(site["value"]) for part in (site, other))):
                 raise InputError(
-                    f"site '{name}': its likelihood depends on the data other than through z (on earlier observations, "
-                    "say), so that a datapoint decoded once does not serve the others"
+                    f"site '{name}': its likelihood depends on the data other than through z, for example on earlier "
+                    "observations. MAPA needs a likelihood of z alone"
                 )
+
+
+def pair_log_likelihood(site: Any, plate: str, rows: Tensor, columns: Tensor) -> Tensor:
+    r"""log p(x_n | z_i) of an observed site, n = `rows` `(B,)` and i = `columns` `(B, C)`: shape `(B, C)`, nats.
+
+    Rows and columns count rows of the data plate in the run that `site` comes from. The site's distribution must depend
+    on z alone. A single matrix product scores Bernoulli data. Other distributions are built again with the parameters
+    of each pair. Distributions that cannot be built again score all rows against all.
+    """
+    fn, value = site["fn"], site["value"]
+    dim = plate_dim(site, plate)
+    assert dim is not None
+    value, inner = value.expand(fn.batch_shape + fn.event_shape), leaf(fn)
+    rows, columns = rows.to(value.device), columns.to(value.device)
+    axis = dim - (fn.event_dim - inner.event_dim)
+    if type(inner).__name__ in LOG_NORMALISERS:
+        return _by_product(inner, value, axis, rows).gather(1, columns)
+    names = _parameters(inner)
+    if names is None:
+        return _against_all(inner, value, axis, rows).gather(1, columns)
+    pairs = columns.flatten()
+    rebuilt = type(inner)(**{name: _selected(inner, name, axis, pairs) for name in names}, validate_args=False)
+    value = value.index_select(axis - inner.event_dim, rows.repeat_interleave(columns.shape[1]))
+    return rows_first(rebuilt.log_prob(value), axis, len(pairs)).reshape(columns.shape)
+
+
+def _by_product(inner: Any, value: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """Scores of `rows` under all decoded datapoints, by the exponential family's matrix product."""
+    eta = inner.logits.expand(inner.batch_shape).movedim(axis, 0).flatten(1)
+    x = value.movedim(axis, 0)[rows].flatten(1)
+    normaliser = LOG_NORMALISERS[type(inner).__name__](eta)
+    products: Tensor = x.to(eta.dtype) @ eta.T
+    return products - normaliser.sum(1)
+
+
+def _against_all(inner: Any, value: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """Scores of `rows` under all decoded datapoints, by the distribution itself."""
+    value_axis = axis - inner.event_dim
+    x = value.movedim(value_axis, 0)[rows].unsqueeze(value_axis)
+    terms: Tensor = inner.log_prob(x).movedim(axis, 1)
+    return terms.flatten(2).sum(-1) if terms.dim() > 2 else terms
+
+
+def _parameters(inner: Any) -> list[str] | None:
+    """Names of the parameters that a distribution can be built from; None where its constructor takes more."""
+    names = set(inspect.signature(type(inner).__init__).parameters) - {"self", "validate_args"}
+    if not names or not names <= set(inner.arg_constraints):
+        return None
+    for first, *equivalent in ALTERNATIVES:
+        names -= set(equivalent) if first in names else set()
+    return sorted(names)
+
+
+def _selected(inner: Any, name: str, axis: int, rows: Tensor) -> Tensor:
+    """A parameter at `rows` of its data plate; unchanged where all rows share it."""
+    event_dim = getattr(inner.arg_constraints[name], "event_dim", 0)
+    value: Tensor = getattr(inner, name)
+    axis = axis - event_dim
+    value = value.expand(inner.batch_shape + value.shape[value.dim() - event_dim :])
+    if value.stride(axis) == 0:
+        return value.narrow(axis, 0, 1)
+    return value.index_select(axis, rows)

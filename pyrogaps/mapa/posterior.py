@@ -1,5 +1,6 @@
-"""`mapa_posterior`: which other datapoints explain this one, known before any model is."""
+"""`mapa_posterior`: which other datapoints explain each datapoint, known before any model is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -11,24 +12,30 @@ from pyrogaps.density import Data, IndexedData
 from pyrogaps.density.data import all_indices, as_indexed, as_tuple
 from pyrogaps.density.structure import check_finite
 from pyrogaps.errors import InputError
-from pyrogaps.mapa.kernels import Kernel, LogKernel, OwnKernel, kernel_named
-from pyrogaps.mapa.neighbours import Neighbours, cached, search
+from pyrogaps.mapa.continuous_bernoulli import ContinuousBernoulliKernel
+from pyrogaps.mapa.kernels import BernoulliKernel, CustomKernel, GaussianKernel, Kernel, LogKernel
+from pyrogaps.mapa.neighbours import cached, search
 
 MAX_DENSE = 4096
 NUM_NEIGHBOURS = 128
+KERNELS: dict[str, Callable[[float], Kernel]] = {
+    "gaussian": GaussianKernel,
+    "bernoulli": BernoulliKernel,
+    "continuous_bernoulli": ContinuousBernoulliKernel,
+}
 
 
 @dataclass(frozen=True)
 class MapaPosterior:
-    r"""q(i|x_n) over the datapoints i that may explain datapoint n, the M most probable of them, fixed while training.
+    r"""q(i|x_n) over the M datapoints i that most probably explain datapoint n, fixed during training.
 
     Attributes:
         data: the data set of N datapoints.
-        indices: the M datapoints of every row, most probable first, whole numbers `(N, M)`; among equally probable
-            ones a datapoint itself comes first.
-        log_q: log q(i|x_n) of these, `(N, M)`, double precision, nats; the rows sum to 1, whatever was left out.
-        kernel: what it was made with; None for a posterior that no kernel made.
-        distances: what the kernel is a function of, `(N, M)`, ascending; None without a kernel.
+        indices: the M datapoints of every row, most probable first, whole numbers `(N, M)`. Among equally probable
+            ones, the datapoint itself comes first.
+        log_q: log q(i|x_n) of these, `(N, M)`, double precision, nats. Every row of q sums to 1, also for M < N.
+        kernel: the kernel that made the posterior; None for a posterior without one.
+        distances: the distances that the kernel is a function of, `(N, M)`, ascending; None without a kernel.
     """
 
     data: IndexedData
@@ -39,18 +46,18 @@ class MapaPosterior:
 
     @property
     def num_datapoints(self) -> int:
-        """N."""
+        """N, the number of datapoints."""
         return len(self.indices)
 
     @property
     def num_neighbours(self) -> int:
-        """M, at most N; where it is N the posterior is exact, or dense."""
+        """M, at most N. With M = N the posterior is dense, and exact."""
         return self.indices.shape[1]
 
     def with_bandwidth(self, bandwidth: float) -> "MapaPosterior":
-        """The same posterior with another bandwidth of its kernel, from the distances that are known already.
+        """The same posterior with another bandwidth of its kernel, from the distances that it holds.
 
-        Raises `InputError` where the kernel refuses the bandwidth or has none, or where no kernel made the posterior.
+        Raises `InputError` where the kernel refuses the bandwidth or has none, and for a posterior without a kernel.
         """
         if self.kernel is None or self.distances is None:
             raise InputError("bandwidth: this posterior comes from no kernel, so it has none")
@@ -58,7 +65,7 @@ class MapaPosterior:
         return replace(self, log_q=_normalised(kernel, self.distances), kernel=kernel)
 
     def to_dense(self) -> Tensor:
-        """log q `(N, N)`, datapoints in their order, -infinity where datapoint i is not among the M of datapoint n."""
+        """log q `(N, N)`, columns in the order of the data; -infinity where i is not among the M of datapoint n."""
         dense = torch.full((self.num_datapoints,) * 2, -torch.inf, dtype=self.log_q.dtype, device=self.log_q.device)
         return dense.scatter(1, self.indices.long(), self.log_q)
 
@@ -71,7 +78,7 @@ def mapa_posterior(
     num_neighbours: int | None = None,
     cache: str | Path | None = None,
 ) -> MapaPosterior:
-    r"""MAPA: a posterior over the datapoints that explain each one, made of the data and a kernel alone.
+    r"""MAPA: a posterior over the datapoints that explain each datapoint, from the data and a kernel alone.
 
     $$q(i|x_n) = \kappa(x_n, x_i) / \sum_j \kappa(x_n, x_j)$$
 
@@ -79,19 +86,19 @@ def mapa_posterior(
     any model that reconstructs its data.
 
     Args:
-        data: as for `JointDensity`; of several tensors the kernel sees the first.
-        likelihood: of the model to be trained: "gaussian", "bernoulli" or "continuous_bernoulli", with a `bandwidth`;
-            a kernel (`GaussianKernel`, `BernoulliKernel`, `ContinuousBernoulliKernel`); or a function of datapoints
-            `(n, *event)` and `(m, *event)` that returns log kappa, `(n, m)`, nats.
-        bandwidth: of a likelihood given by its name: a variance near that of the noise, alpha near 1, a temperature.
-        num_neighbours: M, how many datapoints to keep of each row; by default all N up to 4,096 of them, else 128.
-            The rest counts as q = 0. Neighbours are found by brute force, see `search`.
-        cache: a file (npz) to keep distances in, which no bandwidth changes, or to read them from.
+        data: as for `JointDensity`; of several tensors, the kernel compares the first.
+        likelihood: that of the model to be trained: "gaussian", "bernoulli" or "continuous_bernoulli", with a
+            `bandwidth`; a kernel (`GaussianKernel`, `BernoulliKernel`, `ContinuousBernoulliKernel`); or a function of
+            datapoints `(n, *event)` and `(m, *event)` that returns log kappa, `(n, m)`, nats.
+        bandwidth: for a likelihood given by its name: a variance near that of the noise, alpha near 1, a temperature.
+        num_neighbours: M, the number of datapoints to keep in each row; by default all N up to 4,096, else 128. All
+            others have q = 0. Neighbours are found by brute force, see `search`.
+        cache: a file (npz) that keeps distances; they are read from it where it exists. They serve every bandwidth.
 
     Raises:
-        InputError: for data that are NaN, infinite or outside the likelihood's support; a bandwidth that is not
-            positive or an alpha outside (0.5, 1); M outside 1..N; a cache that belongs to other data; a kernel that
-            returns another shape, NaN, +infinity, or nothing but -infinity for a datapoint.
+        InputError: for data that are NaN, infinite or outside the likelihood's support; for a bandwidth that is not
+            positive or an alpha outside (0.5, 1); for M outside 1..N; for a cache of other data; for a kernel that
+            returns another shape, NaN, +infinity, or -infinity for all pairs of a datapoint.
 
     Source: Y. Yacoby, "Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational Autoencoders"
     (AABI 2024, arXiv:2403.08941).
@@ -101,40 +108,49 @@ def mapa_posterior(
     x = first_argument(indexed)
     kernel.check(x)
     number = checked_number(num_neighbours, len(x))
-    found = search(kernel.compare(x), number) if cache is None else cached(cache, x, kernel, number)
-    return of_neighbours(indexed, kernel, found)
-
-
-def of_neighbours(data: IndexedData, kernel: Kernel, neighbours: Neighbours) -> MapaPosterior:
-    """The posterior of neighbours found already, by `search` or otherwise, distances ascending in each row."""
+    neighbours = search(kernel.compare(x), number) if cache is None else cached(cache, x, kernel, number)
     log_q = _normalised(kernel, neighbours.distances)
-    return MapaPosterior(data, neighbours.indices, log_q, kernel, neighbours.distances)
+    return MapaPosterior(indexed, neighbours.indices, log_q, kernel, neighbours.distances)
 
 
 def _normalised(kernel: Kernel, distances: Tensor) -> Tensor:
-    # Differences from the nearest, which is finite: a narrow kernel would else be infinitely small, or large, all over.
+    """log q of sorted distances."""
+    # Differences from the nearest are finite for every bandwidth; a narrow kernel of the distances would underflow.
     return torch.log_softmax(kernel.of_distances(distances - distances[:, :1]), 1)
 
 
 def _kernel(likelihood: str | Kernel | LogKernel, bandwidth: float | None) -> Kernel:
+    """The kernel for a name, a kernel or a user's function."""
     if isinstance(likelihood, str):
-        return kernel_named(likelihood, bandwidth)
+        return _kernel_named(likelihood, bandwidth)
     if not callable(likelihood):
         raise InputError(
             "likelihood: expected a name, a kernel or a function that returns log kappa, got "
             f"{type(likelihood).__name__}"
         )
     if bandwidth is not None:
-        raise InputError("bandwidth: only a likelihood that is given by its name takes one; give it to the kernel")
-    return cast(Kernel, likelihood) if hasattr(likelihood, "of_distances") else OwnKernel(likelihood)
+        raise InputError("bandwidth: only a likelihood given by its name takes one; pass it to the kernel instead")
+    return cast(Kernel, likelihood) if hasattr(likelihood, "of_distances") else CustomKernel(likelihood)
+
+
+def _kernel_named(name: str, bandwidth: float | None) -> Kernel:
+    """The kernel of a likelihood's name."""
+    if name not in KERNELS:
+        raise InputError(f"likelihood: must be one of {', '.join(KERNELS)}, a kernel or a function, got '{name}'")
+    if bandwidth is None:
+        raise InputError(
+            f"bandwidth: a {name} likelihood needs one. Start near the noise variance (gaussian), with alpha near 1 "
+            "(bernoulli), or with temperature 1 (continuous_bernoulli)"
+        )
+    return KERNELS[name](bandwidth)
 
 
 def first_argument(data: IndexedData) -> Tensor:
-    """The first of a data set's arguments, all of it, `(N, *event)`. Raises `InputError` where it is no such tensor."""
+    """The first argument of all datapoints, `(N, *event)`. Raises `InputError` where it is no such tensor."""
     x = as_tuple(data.fetch(all_indices(data)))[0]
     if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != data.num_datapoints:
         raise InputError(
-            f"data: the first argument must be a tensor of {data.num_datapoints} datapoints, which the kernel compares"
+            f"data: the first argument must be a tensor of {data.num_datapoints} datapoints for the kernel to compare"
         )
     check_finite([("the first argument", x)], "data", "clean or impute them first")
     return x.detach()

@@ -1,4 +1,4 @@
-"""The prior of a model trained by MAPA, recovered from its latents, whose distribution nothing constrained."""
+"""The prior of a model trained by MAPA, recovered from its latents. Training does not constrain them."""
 
 import warnings
 from typing import Any
@@ -16,9 +16,9 @@ Array = NDArray[np.float64]
 
 
 class MonotoneTransport(nn.Module):
-    """z = T(eps), a cubic spline that never falls, with straight lines beyond its ends; made by `recovered_transport`.
+    """A non-decreasing cubic spline z = T(eps), linear beyond its ends; made by `recovered_transport`.
 
-    `breaks` `(P + 1,)` ascend; `coefficients` `(P, 4)` are those of (eps - break)^3, ^2, ^1 and ^0 on each piece.
+    `breaks` `(P + 1,)` ascend. `coefficients` `(P, 4)` are those of (eps - break)^3, ^2, ^1 and ^0 on each piece.
     """
 
     breaks: Tensor
@@ -45,25 +45,25 @@ class MonotoneTransport(nn.Module):
 
 
 def recovered_transport(latents: Tensor, *, num_pieces: int | None = None) -> MonotoneTransport:
-    r"""The map T that makes standard Normal noise of the latents of one dimension: z = T(eps), eps ~ N(0, 1).
+    r"""The map T from standard Normal noise to one-dimensional latents: z = T(eps), eps ~ N(0, 1).
 
-    The copula transform turns latents into Gaussian scores by their ranks (those of ties are averaged),
+    The copula transform turns latents into Gaussian scores by their ranks (ties get their mean rank),
 
     $$\epsilon_n = \Phi^{-1}\big(\mathrm{rank}(z_n) / (N + 1)\big)$$
 
-    and T is the non-decreasing cubic spline of least $\sum_n (T(\epsilon_n) - z_n)^2$. With a trained decoder f,
-    `nn.Sequential(transport, f)` is the decoder of a model with prior N(0, 1). T increases; that f may run through its
-    latents either way round makes no difference to the model.
+    and T is the non-decreasing cubic spline that minimises $\sum_n (T(\epsilon_n) - z_n)^2$. With a trained decoder f,
+    `nn.Sequential(transport, f)` is the decoder of a model with prior N(0, 1). A decreasing T would give the same
+    model, since N(0, 1) is symmetric.
 
     Args:
         latents: h(x_n), `(N,)` or `(N, 1)`.
-        num_pieces: P, how many pieces, each for an equal share of the latents, T is made of; by default 2 N^(1/3),
-            rounded. More follow the latents more closely, noise included.
+        num_pieces: P, the number of pieces of T, each for an equal share of the latents; by default 2 N^(1/3), rounded.
+            More pieces follow the latents more closely, noise included.
 
     Raises:
         InputError: for latents of another shape, NaN or infinite, or all equal, and for P below 1.
 
-    Source: the prior recovery of Y. Yacoby et al. (AABI 2024, arXiv:2403.08941); monotone splines are J. O. Ramsay's
+    Source: prior recovery by Y. Yacoby et al. (AABI 2024, arXiv:2403.08941); monotone splines by J. O. Ramsay
     (Statistical Science 3, 1988, doi:10.1214/ss/1177012761).
     """
     if latents.dim() == 2 and latents.shape[1] == 1:
@@ -85,29 +85,30 @@ def recovered_transport(latents: Tensor, *, num_pieces: int | None = None) -> Mo
 
 
 def _monotone_spline(x: Array, y: Array, breaks: Array) -> Any:
-    """The least-squares cubic spline whose B-spline coefficients do not fall, so that it does not either."""
+    """The least-squares cubic spline with non-decreasing B-spline coefficients, which make it non-decreasing."""
     knots = np.concatenate([[breaks[0]] * 3, breaks, [breaks[-1]] * 3])
     number = len(knots) - 4
     basis = interpolate.BSpline.design_matrix(x, knots, 3).toarray()
-    rises = basis @ np.tri(number)
+    basis_of_increments = basis @ np.tri(number)
     lower = np.array([-np.inf, *[0.0] * (number - 1)])
-    found = optimize.lsq_linear(rises, y, (lower, np.inf), method="bvls")
-    return interpolate.PPoly.from_spline(interpolate.BSpline(knots, np.cumsum(found.x), 3))
+    increments = optimize.lsq_linear(basis_of_increments, y, (lower, np.inf), method="bvls").x
+    return interpolate.PPoly.from_spline(interpolate.BSpline(knots, np.cumsum(increments), 3))
 
 
 def recovered_prior(
     latents: Tensor, *, num_components: int | None = None, max_components: int = 16, seed: int = 0
 ) -> Any:
-    """A mixture of Gaussians fitted to the latents, of any dimension: a Pyro distribution of event shape `(D,)`.
+    """A mixture of Gaussians fitted to latents of any dimension: a Pyro distribution of event shape `(D,)`.
 
-    Put it in the prior's place: `pyro.sample("z", recovered_prior(latents))`. In one dimension `recovered_transport`
-    follows the latents more closely.
+    It replaces the prior: `pyro.sample("z", recovered_prior(latents))`. In one dimension, `recovered_transport` follows
+    the latents more closely.
 
     Args:
         latents: h(x_n), `(N, D)`.
-        num_components: of the mixture; by default, of the powers of 2 up to `max_components`, the number of least BIC,
-            among those that the number of latents allows. Every component has a covariance of its own.
-        seed: of the fit's starts.
+        num_components: the number of components, each with its own covariance. By default BIC chooses among the powers
+            of 2 up to `max_components` that leave at least two latents for each parameter.
+        max_components: the largest number to choose from.
+        seed: the seed of the fit.
 
     Raises:
         InputError: for latents of another shape, NaN or infinite, or all equal in some dimension, and for a number of
@@ -129,31 +130,35 @@ def recovered_prior(
     return dist.MixtureSameFamily(dist.Categorical(weights), dist.MultivariateNormal(means, scale_tril=tril))
 
 
-def _choices(number: int, dim: int, most: int) -> list[int]:
-    """Numbers of components for which there are at least two latents a parameter, or else 1."""
-    each = 1 + dim + dim * (dim + 1) // 2
-    powers = [2**exponent for exponent in range(1, most.bit_length())]
-    return [1, *(components for components in powers if 2 * components * each <= number)]
+def _choices(num_latents: int, dim: int, max_components: int) -> list[int]:
+    """Numbers of components that leave at least two latents for each parameter, and always 1."""
+    num_parameters = 1 + dim + dim * (dim + 1) // 2
+    powers = [2**exponent for exponent in range(1, max_components.bit_length())]
+    return [1, *(components for components in powers if 2 * components * num_parameters <= num_latents)]
 
 
 def _fitted(z: Array, choices: list[int], seed: int) -> Any:
+    """The fit of least BIC among the numbers of components `choices`."""
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture  # half a second to import, for this alone
+    from sklearn.mixture import GaussianMixture  # imported here, because it takes half a second
 
     with warnings.catch_warnings():
-        # What has not converged in a hundred iterations is still a density, and competes as one.
+        # A fit that has not converged in a hundred iterations is still a density, and BIC judges it as one.
         warnings.simplefilter("ignore", ConvergenceWarning)
         fits = [GaussianMixture(number, random_state=seed % 2**32).fit(z) for number in choices]
     return min(fits, key=lambda fit: fit.bic(z))
 
 
 def _checked(latents: Tensor) -> Array:
-    """The latents `(N, D)` in double precision."""
+    """The latents `(N, D)` in double precision. Raises `InputError` where no distribution can be fitted to them."""
     z: Array = latents.detach().cpu().double().numpy()
     if not np.isfinite(z).all():
-        raise InputError("latents: they hold NaN or infinite values; did training diverge?")
+        raise InputError(
+            "latents: they contain NaN or infinite values, so training has probably diverged. Lower the learning rate"
+        )
     if len(z) < 2 or (z.max(0) == z.min(0)).any():
         raise InputError(
-            "latents: all are equal, so that there is no distribution to recover; did the encoder collapse?"
+            "latents: all are equal in some dimension, so no distribution can be fitted. The encoder has probably "
+            "collapsed; train it again"
         )
     return z

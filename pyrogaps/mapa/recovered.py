@@ -1,4 +1,4 @@
-"""`RecoveredPrior`: a Pyro model whose prior is learned from latents, so that MAPA leaves a whole generative model."""
+"""`RecoveredPrior`: a Pyro model whose prior is fitted to latents, which completes a model trained by MAPA."""
 
 import math
 from typing import Any
@@ -15,26 +15,26 @@ from pyrogaps.errors import InputError
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel
 from pyrogaps.mapa.prior import recovered_prior
 
-ROWS = 4096
+ENCODED_ROWS = 4096
 
 
 class RecoveredPrior(nn.Module):
-    r"""`model` with a mixture of Gaussians for the prior of its latent, N(0, I) until `recover` fits it.
+    r"""`model` with a mixture of Gaussians as the prior of its latent; N(0, I) until `recover` fits it.
 
     $$p(z) = \sum_k w_k \mathcal N(z; m_k, \Sigma_k), \quad x | z \text{ as in } \texttt{model}$$
 
-    A Pyro model, called as `model` is. `MAPA_ELBO` trains a decoder and an encoder h, and leaves the distribution of
-    the latents to itself; this model learns it afterwards, and its log p(x), guides and gaps are then those of any
-    other. The prior is held in buffers: it is saved and loaded with the weights, and no training moves it.
+    A Pyro model, called as `model` is. `MAPA_ELBO` trains a decoder and an encoder h, and does not constrain the
+    distribution of the latents. This model fits it afterwards, and is then a generative model like any other. Buffers
+    hold the prior: it is saved and loaded with the weights, and training does not change it.
 
     Args:
         model: a Pyro model with one latent site, of event shape `(latent_dim,)`, in its data plate.
-        latent_dim: D.
-        max_components: of the mixture.
+        latent_dim: D, the latent's dimension.
+        max_components: the largest number of components of the mixture.
         site: the latent's name.
 
     Raises:
-        InputError: where the latent has another shape, when the model runs; for sizes below 1.
+        InputError: for sizes below 1; and, when the model runs, for a latent of another shape.
     """
 
     log_weights: Tensor
@@ -50,11 +50,11 @@ class RecoveredPrior(nn.Module):
         self.register_buffer("log_weights", torch.zeros(1))
         self.register_buffer("means", torch.zeros(1, latent_dim))
         self.register_buffer("scale_tril", torch.eye(latent_dim)[None])
-        self._hold(self.log_weights, self.means, self.scale_tril)
+        self._set_mixture(self.log_weights, self.means, self.scale_tril)
 
     def forward(self, *args: Any) -> Any:
-        """Run the model, its latent drawn from the recovered prior; returns what it returns."""
-        with _WithPrior(self.site, self.prior()):
+        """Run the model with its latent drawn from the recovered prior; returns the model's result."""
+        with _ReplacePrior(self.site, self.prior()):
             return self.model(*args)
 
     def prior(self) -> Any:
@@ -65,30 +65,35 @@ class RecoveredPrior(nn.Module):
     def recover(self, encoder: Program, data: Data, *, plate: str | None = None, seed: int = 0) -> None:
         """Fit the prior to the latents h(x_n) of `data`, by `recovered_prior`.
 
-        `encoder` is a guide whose site is a Delta, as for `MAPA_ELBO`. Raises `InputError` as `EmpiricalizedModel` and
-        `recovered_prior` do.
+        Args:
+            encoder: a guide whose site is a Delta, as for `MAPA_ELBO`.
+            data, plate: as for `EmpiricalizedModel`.
+            seed: the seed of the fit.
+
+        Raises:
+            InputError: as `EmpiricalizedModel` and `recovered_prior`.
         """
         indexed = as_indexed(data)
         joint = EmpiricalizedModel(self.model, encoder, indexed, plate)
         with torch.no_grad():
-            parts = [
+            latents = [
                 joint.encode(rows, joint.fetch(rows))[self.site]["value"]
-                for rows in torch.arange(len(indexed)).split(ROWS)
+                for rows in torch.arange(len(indexed)).split(ENCODED_ROWS)
             ]
-        mixture = recovered_prior(torch.cat(parts), max_components=self.max_components, seed=seed)
+        mixture = recovered_prior(torch.cat(latents), max_components=self.max_components, seed=seed)
         normals = mixture.component_distribution
-        self._hold(mixture.mixture_distribution.logits, normals.loc, normals.scale_tril)
+        self._set_mixture(mixture.mixture_distribution.logits, normals.loc, normals.scale_tril)
 
-    def _hold(self, log_weights: Tensor, means: Tensor, scale_tril: Tensor) -> None:
-        """Keep a mixture, filled up by components without weight: a checkpoint's shapes must not depend on the fit."""
+    def _set_mixture(self, log_weights: Tensor, means: Tensor, scale_tril: Tensor) -> None:
+        """Set the mixture, padded by components of weight 0: a checkpoint's shapes must not depend on the fit."""
         spare = self.max_components - len(log_weights)
         self.log_weights = torch.cat([log_weights, log_weights.new_full((spare,), -math.inf)]).to(self.log_weights)
         self.means = torch.cat([means, means[:1].expand(spare, -1)]).to(self.means)
         self.scale_tril = torch.cat([scale_tril, scale_tril[:1].expand(spare, -1, -1)]).to(self.scale_tril)
 
 
-class _WithPrior(Messenger):
-    """Draws the site `name` from `prior`."""
+class _ReplacePrior(Messenger):
+    """Replace the distribution of the site `name` by `prior`."""
 
     def __init__(self, name: str, prior: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`Mapa`: how a model is trained by MAPA before its guide, and `train_by_mapa`, which does it."""
+"""`Mapa`: settings of training a model by MAPA before its guide; and `train_by_mapa`, which trains it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,13 @@ class Mapa:
     """Settings of `train_by_mapa`.
 
     Args:
-        likelihood: of the model: gaussian, bernoulli or continuous_bernoulli; see `mapa_posterior`.
-        bandwidth: of the kernel: a variance near that of the noise, alpha near 1, a temperature.
-        num_neighbours: how many datapoints to keep of each row of the posterior; null: all up to 4,096, else 128.
-        num_top: K, how many of the most probable explanations enter the bound.
-        num_samples: S, how many of the others are drawn.
-        num_draws: R, draws from the guide at each explanation, where the guide takes the encoder's place.
+        likelihood: that of the model, gaussian, bernoulli or continuous_bernoulli; see `mapa_posterior`.
+        bandwidth: that of the kernel, a variance near that of the noise, alpha near 1, or a temperature.
+        num_neighbours: number of datapoints to keep in each row of the posterior; null: all up to 4,096, else 128.
+        num_top: K, number of most probable explanations in the bound.
+        num_samples: S, number of draws from the others.
+        num_draws: R, draws from the guide at each explanation, where there is no encoder.
         replacement: whether the S are drawn with replacement, where there is an encoder.
-        neighbourhood_size: how many near neighbours at a time make up a minibatch.
         training: settings of `pyrogaps.train` for the model and the encoder.
     """
 
@@ -37,16 +36,18 @@ class Mapa:
     num_samples: int = 9
     num_draws: int = 1
     replacement: bool = True
-    neighbourhood_size: int = 1
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
         if self.training.objective is not None:
-            raise InputError("mapa.training: the objective is MAPA's bound; leave objective out")
+            raise InputError("mapa.training: the objective is always MAPA's bound; leave objective out")
         if self.training.freeze_model:
-            raise InputError("mapa.training: the model is what MAPA trains; leave freeze_model false")
+            raise InputError("mapa.training: MAPA trains the model; leave freeze_model false")
         if self.training.patience is not None:
-            raise InputError("mapa.training: patience needs validation data, which MAPA's bound cannot be taken of")
+            raise InputError(
+                "mapa.training: patience needs validation data, but MAPA's bound is defined for training data alone. "
+                "Leave patience out"
+            )
 
 
 def train_by_mapa(
@@ -63,27 +64,30 @@ def train_by_mapa(
 ) -> TrainingResult:
     """Train `model` on `data` against their MAPA posterior.
 
-    With an `encoder`, a guide whose sites are Deltas, by `MAPA_ELBO`; a model with a method `recover`, as
-    `RecoveredPrior` has, is then shown the latents. Without one, by `MAPA_IWAE_ELBO` with `guide` in its place.
-    `plate` is the data plate's name, where it cannot be found; `checkpoint`, `seed` and `progress` are as for
-    `pyrogaps.train`, whose result is returned.
+    With an `encoder` the bound is `MAPA_ELBO`, and a model with a method `recover`, such as `RecoveredPrior`, then
+    recovers its prior. Without an encoder the bound is `MAPA_IWAE_ELBO`, and the guide is trained together with the
+    model.
 
-    Raises `InputError` and `FloatingPointError` as `mapa_posterior`, the bound, `train` and `recover` do.
+    Args:
+        encoder: a guide whose sites are Deltas; None to train the guide instead.
+        guide: the model's guide; not used where there is an encoder.
+        plate: the data plate's name, where it cannot be found.
+        checkpoint, seed, progress: as for `pyrogaps.train`, whose result is returned.
+
+    Raises:
+        InputError, FloatingPointError: as `mapa_posterior`, the bound, `train` and `recover`.
     """
+    if plate is False:
+        raise InputError("mapa: plate is false, but MAPA needs the datapoints of a data plate; leave plate null")
     posterior = mapa_posterior(
         data, settings.likelihood, bandwidth=settings.bandwidth, num_neighbours=settings.num_neighbours
     )
-    if plate is False:
-        raise InputError("mapa: without a data plate there are no other datapoints to explain one; leave plate null")
-    shared: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("num_top", "num_samples", "neighbourhood_size")
-    }
-    shared["plate"] = plate
+    shared: dict[str, Any] = {"num_top": settings.num_top, "num_samples": settings.num_samples, "plate": plate}
     if encoder is None:
-        loss: Any = MAPA_IWAE_ELBO(posterior, num_draws=settings.num_draws, **shared)
+        bound: Any = MAPA_IWAE_ELBO(posterior, num_draws=settings.num_draws, **shared)
     else:
-        loss = MAPA_ELBO(posterior, replacement=settings.replacement, **shared)
-    options = {**vars(settings.training), "objective": loss}
+        bound = MAPA_ELBO(posterior, replacement=settings.replacement, **shared)
+    options = {**vars(settings.training), "objective": bound}
     result = train(
         model, guide if encoder is None else encoder, data, **options, checkpoint=checkpoint, seed=seed,
         progress=progress,

@@ -1,4 +1,4 @@
-"""The posterior: normalised, dense and sparse alike, its cache, and the two it is held against."""
+"""The posterior: normalised, dense and sparse alike, its cache, and the exact reference that it is compared with."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pyrogaps as pg
-from pyrogaps.mapa import empiricalized_posterior, uniform_posterior
+from pyrogaps.mapa import empiricalized_posterior
 from tests.mapa.examples import Encoder, Model, data, log_likelihoods
 
 X = data(12)
@@ -149,11 +149,3 @@ def test_true_posterior_of_the_empiricalized_model(number: int) -> None:
         torch.testing.assert_close(again.log_q, posterior.log_q, rtol=0, atol=1e-10)
     with pytest.raises(pg.InputError, match="comes from no kernel"):
         posterior.with_bandwidth(1.0)
-
-
-@pytest.mark.parametrize("number", [4, 12])
-def test_uniform_posterior(number: int) -> None:
-    posterior = uniform_posterior(X, num_neighbours=number, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(posterior.log_q, torch.full((12, number), -math.log(number), dtype=torch.float64))
-    assert torch.equal(posterior.indices[:, 0].long(), torch.arange(12))
-    assert all(len(row.unique()) == number for row in posterior.indices)

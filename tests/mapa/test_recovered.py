@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused() -> None:
         RecoveredPrior(linear(), 0)
     with pytest.raises(pg.InputError, match=r"site 'z' has event shape \(2,\), not \(1,\); set latent_dim"):
         RecoveredPrior(linear())(data(3))
-    with pytest.raises(pg.InputError, match="mapa: without a data plate"):
+    with pytest.raises(pg.InputError, match="mapa: plate is false"):
         train_by_mapa(linear(), None, linear(), data(5), Mapa(bandwidth=1.0), plate=False)
     for training, message in (
         (Training(objective=pg.IWAE_ELBO(3)), "leave objective out"),

@@ -14,7 +14,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 import pyrogaps as pg
-from pyrogaps.mapa import empiricalized_posterior, uniform_posterior
+from pyrogaps.mapa import empiricalized_posterior
 from tests.mapa.examples import DIM, LATENT, Encoder, Model, bernoulli, data, gaussian
 
 X = data()
@@ -44,7 +44,7 @@ def with_bad(value: float) -> Tensor:
         (lambda: pg.mapa_posterior(with_bad(math.nan), "gaussian", bandwidth=1.0), ("data", "NaN", "impute")),
         (lambda: pg.mapa_posterior(with_bad(math.inf), "gaussian", bandwidth=1.0), ("data", "infinite")),
         (lambda: pg.mapa_posterior(torch.ones(0, 3), "gaussian", bandwidth=1.0), ("data", "no datapoints")),
-        (lambda: pg.mapa_posterior(X, "bernoulli", bandwidth=0.9), ("support", "Bernoulli", "binarise")),
+        (lambda: pg.mapa_posterior(X, "bernoulli", bandwidth=0.9), ("support", "Bernoulli", "Binarise")),
         (lambda: pg.mapa_posterior(X, "continuous_bernoulli", bandwidth=1.0), ("support", "from 0 to 1")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=0.0), ("GaussianKernel", "positive", "0.0")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=-1.0), ("GaussianKernel", "positive", "-1")),
@@ -60,7 +60,6 @@ def with_bad(value: float) -> Tensor:
         (lambda: pg.mapa_posterior(X, pg.GaussianKernel(1.0), bandwidth=2.0), ("bandwidth", "by its name")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=1.0, num_neighbours=0), ("num_neighbours", "N = 7")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=1.0, num_neighbours=8), ("num_neighbours", "got 8")),
-        (lambda: uniform_posterior(X, num_neighbours=8), ("num_neighbours", "got 8")),
         (lambda: pg.mapa_posterior(X, lambda x, y: x @ y.T * math.nan), ("kernel", "NaN")),
         (lambda: pg.mapa_posterior(X, lambda x, y: x.sum(1)), ("kernel", "(7, 7)", "(7,)")),
         (lambda: pg.mapa_posterior(X, lambda x, y: None), ("kernel", "(7, 7)", "NoneType")),
@@ -76,7 +75,7 @@ def test_posterior(run: Callable[[], Any], words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_top": 8}, ("num_top=8", "7 N datapoints")),
+        ({"num_top": 8}, ("num_top=8", "only 7 datapoints")),
         ({"num_top": 0}, ("num_top and num_samples", "positive")),
         ({"num_top": -1, "num_samples": 3}, ("must not be negative",)),
         ({"num_top": 7, "num_samples": 1}, ("leaves none", "num_samples=0")),

@@ -1,4 +1,4 @@
-"""Distances of all datapoints from one another: fast ones to search by, and exact ones of what was found."""
+"""Distances between all datapoints: fast scores to search by, exact distances of the neighbours."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -8,30 +8,36 @@ from torch import Tensor
 
 from pyrogaps.errors import InputError
 
-# Of what is gathered to compare some datapoints with others element by element.
+# The size of the largest tensor that a comparison element by element gathers.
 GATHERED_ELEMENTS = 2**23
 
 
 class Comparison(Protocol):
-    """The datapoints `x` of a data set, N of them, compared with all of them."""
+    """The N datapoints `x` of a data set, each compared with all of them."""
 
     x: Tensor
 
     def scores(self, rows: Tensor) -> Tensor:
-        """`(R, N)`, larger for what is nearer to each of the datapoints `rows` `(R,)`, to the data's precision."""
+        """Scores `(R, N)` of all datapoints for the datapoints `rows` `(R,)`, in the data's precision.
+
+        The nearer a datapoint, the larger its score.
+        """
         ...
 
     def distances(self, rows: Tensor, columns: Tensor, scores: Tensor) -> Tensor:
-        """Distances `(R, M)` in double precision of the datapoints `columns` `(R, M)`, `scores` being at hand."""
+        """Distances `(R, M)` of the datapoints `columns` `(R, M)` from `rows`, in double precision.
+
+        `scores` are those of `rows`; an implementation may reuse them.
+        """
         ...
 
     def all_distances(self, rows: Tensor) -> Tensor:
-        """Distances `(R, N)` in double precision."""
+        """Distances `(R, N)` of all datapoints from `rows`, in double precision."""
         ...
 
 
 class SquaredDistances:
-    """Squared Euclidean distances. The search expands the square into a matrix product, on centred data."""
+    """Squared Euclidean distances. Scores expand the square into a matrix product of the centred data."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x if x.dtype == torch.float64 else x.float()
@@ -40,18 +46,21 @@ class SquaredDistances:
 
     @staticmethod
     def between(x: Tensor, y: Tensor) -> Tensor:
-        """`(n, m)`, from differences: a difference of squares would lose what is small beside the data's mean."""
+        """Distances `(n, m)`, computed from differences.
+
+        Expanding the square would lose digits where distances are small beside the data's mean.
+        """
         return torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
 
     def scores(self, rows: Tensor) -> Tensor:
-        found = torch.addmm(-self.squares[None], self.centred[rows], self.centred.T, alpha=2)
+        scores = torch.addmm(-self.squares[None], self.centred[rows], self.centred.T, alpha=2)
         best = self.squares[rows]
-        found = torch.minimum(found, best[:, None], out=found)
-        found[torch.arange(len(rows), device=rows.device), rows] = best
-        return found
+        scores = torch.minimum(scores, best[:, None], out=scores)
+        scores[torch.arange(len(rows), device=rows.device), rows] = best
+        return scores
 
     def distances(self, rows: Tensor, columns: Tensor, scores: Tensor) -> Tensor:
-        parts = _gathered(self.x, rows, columns)
+        parts = _parts(self.x, rows, columns)
         return torch.cat([self.x[c].sub_(self.x[r, None]).square_().sum(-1) for r, c in parts]).double()
 
     def all_distances(self, rows: Tensor) -> Tensor:
@@ -59,14 +68,14 @@ class SquaredDistances:
 
 
 class Mismatches:
-    """How many elements differ, of zeros and ones. Sums of whole numbers are exact in single precision."""
+    """Numbers of elements that differ, for data of zeros and ones. They are exact in single precision."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = _signs(x)
 
     @staticmethod
     def between(x: Tensor, y: Tensor) -> Tensor:
-        """`(n, m)`, in double precision."""
+        """Distances `(n, m)`, in double precision."""
         return (x.shape[1] - (_signs(x) @ _signs(y).T).double()) / 2
 
     def scores(self, rows: Tensor) -> Tensor:
@@ -80,14 +89,14 @@ class Mismatches:
 
 
 def _signs(x: Tensor) -> Tensor:
-    """1 and -1 for 1 and 0: the product of two rows is then matches less mismatches."""
+    """1 and -1 for 1 and 0: the product of two rows is the number of matches minus that of mismatches."""
     return 2 * x.float() - 1
 
 
 class Divergences:
     r"""$\sum_d A(\eta_{md}) - x_{nd} \eta_{md}$ of an exponential family with natural parameters `eta` `(N, D)`.
 
-    `normaliser` `(N,)` are the sums of A.
+    `normaliser` `(N,)` is $\sum_d A(\eta_{md})$.
     """
 
     def __init__(self, x: Tensor, eta: Tensor, normaliser: Tensor) -> None:
@@ -97,14 +106,14 @@ class Divergences:
 
     @staticmethod
     def between(x: Tensor, eta: Tensor, normaliser: Tensor) -> Tensor:
-        """`(n, m)`, in double precision."""
+        """Distances `(n, m)`, in double precision."""
         return normaliser - x.double() @ eta.T
 
     def scores(self, rows: Tensor) -> Tensor:
         return torch.addmm(-self.low_normaliser[None], self.low[rows], self.low_eta.T)
 
     def distances(self, rows: Tensor, columns: Tensor, scores: Tensor) -> Tensor:
-        parts = _gathered(self.x, rows, columns)
+        parts = _parts(self.x, rows, columns)
         products = [torch.einsum("rd,rmd->rm", self.x[r].double(), self.eta[c]) for r, c in parts]
         return self.normaliser[columns] - torch.cat(products)
 
@@ -112,30 +121,31 @@ class Divergences:
         return self.between(self.x[rows], self.eta, self.normaliser)
 
 
-def _gathered(x: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts(x: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of `rows` and `columns` that gather at most `GATHERED_ELEMENTS` elements of `x`."""
     step = max(1, GATHERED_ELEMENTS // (columns.shape[1] * x.shape[1]))
     return zip(rows.split(step), columns.split(step), strict=True)
 
 
-class OwnDistances:
+class CustomDistances:
     """-log kappa of a user's function of datapoints `(n, *event)` and `(m, *event)`."""
 
     def __init__(self, x: Tensor, log_kernel: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.x, self.log_kernel = x, log_kernel
 
     def scores(self, rows: Tensor) -> Tensor:
-        found, shape = self.log_kernel(self.x[rows], self.x), (len(rows), len(self.x))
-        if not isinstance(found, Tensor) or found.shape != shape:
-            told = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(f"likelihood: the kernel must return log kappa of shape {shape}, (n, m), got {told}")
-        if bool((found.isnan() | (found == torch.inf)).any()):
+        log_kappa, shape = self.log_kernel(self.x[rows], self.x), (len(rows), len(self.x))
+        if not isinstance(log_kappa, Tensor) or log_kappa.shape != shape:
+            got = tuple(log_kappa.shape) if isinstance(log_kappa, Tensor) else type(log_kappa).__name__
+            raise InputError(f"likelihood: the kernel must return log kappa of shape (n, m) = {shape}, got {got}")
+        if bool((log_kappa.isnan() | (log_kappa == torch.inf)).any()):
             raise InputError("likelihood: the kernel returned NaN or +infinity; log kappa must be below infinity")
-        if bool((found == -torch.inf).all(1).any()):
+        if bool((log_kappa == -torch.inf).all(1).any()):
             raise InputError(
-                "likelihood: the kernel gives a datapoint log kappa = -infinity with all of them, itself too; at least "
-                "one must explain it"
+                "likelihood: the kernel returned -infinity for all pairs of one datapoint. At least one datapoint, "
+                "such as itself, must explain it"
             )
-        return found.detach()
+        return log_kappa.detach()
 
     def distances(self, rows: Tensor, columns: Tensor, scores: Tensor) -> Tensor:
         return -scores.gather(1, columns).double()
