@@ -41,6 +41,7 @@ def pair() -> tuple[Counted, Counted]:
     return Counted(LinearGaussian.random(4, 2)), Counted(AmortizedNormal(4, 2, (8,)))
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_a_problem_takes_the_place_of_its_parts(pair: tuple[Counted, Counted]) -> None:
     problem = pg.Problem.of(*pair, X)
     assert pg.Problem.of(problem) is problem
@@ -124,6 +125,7 @@ RUNS = {"elbo": (10, 10), "plain": (17, 11), "certificate": (36, 24)}
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.usefixtures("brief_check")
 def test_programs_are_run_a_few_times(pair: tuple[Counted, Counted], name: str) -> None:
     model, guide = pair
     if name == "elbo":

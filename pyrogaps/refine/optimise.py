@@ -22,6 +22,7 @@ CLIP, CLIP_FRACTION = 3.0, 0.3
 PLAIN_FRACTION = 0.1  # mirrored draws never leave a saddle between two modes
 NUM_TRACE = 50
 MEASURE_EVERY = 5
+MIN_FURTHER_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def optimise(
     values cost as much as gradients.
     """
     start = _copy(refinable)
-    again = max(50, settings.num_steps // 10)
+    again = max(MIN_FURTHER_STEPS, settings.num_steps // 10)
 
     def tell(elbo: Tensor) -> None:
         if report is not None:

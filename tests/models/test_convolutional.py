@@ -188,6 +188,7 @@ def test_wrong_size_of_data() -> None:
 @pytest.mark.parametrize(
     ("likelihood", "kind"), [("bernoulli", AmortizedNormal), ("discretised_logistic", AmortizedFlow)]
 )
+@pytest.mark.usefixtures("brief_check")
 def test_a_small_pair_trains_and_its_gap_comes_apart(likelihood: str, kind: Any, recwarn: Any) -> None:
     model, guide = small_vae(likelihood), small_guide(kind)
     x = images(60, 2 if likelihood == "bernoulli" else 256)
