@@ -25,7 +25,7 @@ from pyrogaps.recipe import Recipe
 
 
 @pytest.fixture
-def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, brief_check: None) -> Path:
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder in the place of `benchmarks/results`."""
     for module in (
         conditioning,
@@ -193,6 +193,7 @@ def test_page_of_the_studies_judges_what_is_measured() -> None:
     assert "Not measured yet." in text
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_training_curves(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(training_curves, "PAIRS", {"standard": "mnist-ffg"})
     run(training_curves, monkeypatch, "--quick", "--runs", tmp_path / "runs")
