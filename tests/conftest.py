@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pyro
@@ -28,6 +29,17 @@ def clean_state() -> Iterator[None]:
         yield
     pyro.clear_param_store()
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def brief_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check of convergence of 2 further steps instead of 50, which are most of a refinement of a few steps.
+
+    For tests of what becomes of refined guides, not of how good they are. Not for those that start the command as a
+    process of its own, which takes 50.
+    """
+    # By its full name: the package has a function of the name `refine`.
+    monkeypatch.setattr(import_module("pyrogaps.refine.optimise"), "MIN_FURTHER_STEPS", 2)
 
 
 @pytest.fixture(scope="session")

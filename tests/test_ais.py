@@ -48,7 +48,7 @@ QUICK = Refinement(num_steps=200)
 def test_evidence_of_a_linear_model(initial: str, kind: str) -> None:
     model = anisotropic(8, 3)
     x, _ = draws_of(model, 6)
-    chains, temperatures = (1024, 200) if initial == "prior" else (128, 20)
+    chains, temperatures = (1024, 100) if initial == "prior" else (128, 20)
     settings = AIS(num_chains=chains, num_temperatures=temperatures, schedule=kind, initial=initial)  # type: ignore[arg-type]
     guide = NearPosterior(model) if initial == "guide" else WrongEncoder(model)
     estimate = ais(model, guide, x, settings=settings, refinement=QUICK)
@@ -67,7 +67,7 @@ def test_evidence_of_ragged_sequences(initial: str, num_draws: int, monkeypatch:
         x = 1.5 * torch.randn(len(lengths), 5, 1, dtype=torch.float64)
     chains, temperatures = {"prior": (128, 200), "guide": (512, 50), "refined": (128, 50)}[initial]
     settings = AIS(num_chains=chains, num_temperatures=temperatures, num_leapfrog=5, initial=initial)  # type: ignore[arg-type]
-    estimate = ais(model, guide, (x, lengths), settings=settings, refinement=QUICK)
+    estimate = ais(model, guide, (x, lengths), settings=settings, refinement=Refinement(num_steps=60))
     assert_exact(estimate.value, estimate.mcse, model.log_evidence(x, lengths))
 
 
@@ -86,7 +86,7 @@ def test_evidence_of_large_and_badly_scaled_models(
 
 def test_evidence_from_the_prior_of_a_large_model() -> None:
     model = anisotropic(50, 10)
-    x, _ = draws_of(model, 2)
+    x, _ = draws_of(model, 1)
     settings = AIS(2048, 500, schedule="sigmoid", initial="prior", target_acceptance=0.9, num_pilot_temperatures=60)
     estimate = ais(model, None, x, settings=settings)  # type: ignore[arg-type]
     assert_exact(estimate.value, estimate.mcse, model.log_evidence(x))
@@ -163,7 +163,7 @@ def assert_gate(path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("start", ["gaussian", "prior"])
 @pytest.mark.parametrize(
-    ("num_temperatures", "step"), [(3, 0.01), (3, 0.6), (3, 2.5), (30, 0.01), (30, 0.6), (30, 2.5)]
+    ("num_temperatures", "step"), [(3, 0.01), (3, 0.6), (3, 2.5), (15, 0.01), (15, 0.6), (15, 2.5)]
 )
 def test_weights_are_unbiased(start: str, num_temperatures: int, step: float, dtype: torch.dtype) -> None:
     """E[w] = p(x) over 2,500 chains at each of 3 datapoints, with steps far too small, right, and far too large."""

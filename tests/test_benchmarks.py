@@ -60,6 +60,7 @@ def run(module: object, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> 
     module.main()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", ["auxiliary", "coupling"])
 def test_table_holds_every_column_and_computes_none_again(
     flow: str, monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path
@@ -110,6 +111,7 @@ def test_column_that_diverged_is_flagged(monkeypatch: pytest.MonkeyPatch, result
     assert not (tmp_path / "runs" / "mnist-ffg" / "checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 def test_length_of_training(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
     """Stages are measured as they are reached, training goes on from the last one, and nothing is done again."""
     module = inference_suboptimality_length
@@ -145,6 +147,7 @@ def test_schedule_of_the_length_study_is_the_papers() -> None:
     assert not inference_suboptimality_length.length_recipe("mnist-ffg-no-anneal").training.entropy_annealing
 
 
+@pytest.mark.slow
 def test_studies(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
     """A guide for a frozen decoder; a study that is finished stays in the table."""
     module = suboptimality_studies
@@ -190,6 +193,7 @@ def test_page_of_the_studies_judges_what_is_measured() -> None:
     assert "Not measured yet." in text
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_training_curves(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(training_curves, "PAIRS", {"standard": "mnist-ffg"})
     run(training_curves, monkeypatch, "--quick", "--runs", tmp_path / "runs")
@@ -222,6 +226,7 @@ def test_training_speed(monkeypatch: pytest.MonkeyPatch, results: Path) -> None:
     assert table["ELBO"].max() - table["ELBO"].min() < 0.02 * table["ELBO"].abs().max()
 
 
+@pytest.mark.slow
 def test_two_dimensions(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(two_dimensions, "column_recipe", in_the_plane)
     run(two_dimensions, monkeypatch, "--quick", "--runs", tmp_path / "runs")
@@ -230,6 +235,7 @@ def test_two_dimensions(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path
     assert (tmp_path / "runs" / "quick" / "two_dimensions.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_half_images(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(half_images, "column_recipe", in_the_plane)
     run(half_images, monkeypatch, "--quick", "--runs", tmp_path / "runs")
@@ -240,6 +246,7 @@ def test_half_images(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: P
     assert (tmp_path / "runs" / "quick" / "half_images.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_ledgers_of_chorales(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
     """On chorales made up: a row for each and every guide, and a conditioning gap for those that are not shown all."""
     part = torch.bernoulli(torch.full((4, 8, 88), 0.05)), torch.tensor([8, 3, 5, 8])

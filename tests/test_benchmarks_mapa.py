@@ -111,6 +111,7 @@ def test_a_data_set_has_its_number_of_steps_unless_another_is_given(tmp_path: Pa
     ]
 
 
+@pytest.mark.slow
 def test_evaluation_is_of_the_best_models_and_made_once(
     monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_weights_that_are_kept_give_the_same_model(method: str, tmp_path: Path) 
         assert torch.equal(evaluation.retrained(job, data, few).log_evidence(data.test), expected)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_and_distances_written(results: Path, tmp_path: Path) -> None:
     figures(["circle"], options(tmp_path, None), tmp_path)
     for name in ("mapa_intuition", "mapa_posteriors", "mapa_decoders"):

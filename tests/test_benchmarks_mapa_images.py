@@ -11,6 +11,8 @@ from benchmarks.mapa_images import __main__ as mapa_images
 from benchmarks.mapa_images.training import METHODS
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief_check")
 def test_every_method_is_trained_and_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "RESULTS", tmp_path / "results")
     arguments = ["mapa_images", "digits", "--quick", "--latents", "2", "--runs", str(tmp_path / "runs")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrogaps import AIS, GapLedger, decompose, iwae
+from pyrogaps import AIS, GapLedger, Refinement, decompose, iwae
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from tests.references import WrongEncoder, anisotropic, draws_of
 
@@ -25,8 +25,8 @@ def pair() -> tuple[LinearGaussian, WrongEncoder, Tensor]:
 @pytest.fixture(scope="module")
 def ledger(pair: tuple[LinearGaussian, WrongEncoder, Tensor]) -> GapLedger:
     """64 chains: a Normal quantile is taken below, and of 16 chains it would cover 93 of 100."""
-    evidence = AIS(num_chains=64)
-    return decompose(*pair, evidence=evidence, num_particles=1000, batch_size=1024, seed=SEED, progress=False)
+    settings = {"evidence": AIS(num_chains=64, num_temperatures=20), "refinement": Refinement(num_steps=400)}
+    return decompose(*pair, **settings, num_particles=1000, batch_size=1024, seed=SEED, progress=False)
 
 
 def exact_values(model: LinearGaussian, guide: WrongEncoder, x: Tensor) -> dict[str, Tensor]:

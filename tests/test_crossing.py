@@ -41,6 +41,7 @@ PAIRS = [(guide, feature) for guide in GUIDES for feature in FEATURES if WHOLE o
 
 
 @pytest.mark.parametrize(("guide", "feature"), PAIRS)
+@pytest.mark.usefixtures("brief_check")
 def test_it_answers_or_is_refused_for_a_reason(guide: str, feature: str) -> None:
     said, wanted = check(guide, feature), expected(guide, feature)
     if wanted is None:
@@ -69,7 +70,11 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert main([*ARGUMENTS, "stopped"]) == 130
 
 
-FEW = [("AmortizedAuxiliaryFlow", killed), ("AmortizedMixture", interrupted), ("StructuredNormal, filter", interrupted)]
+FEW = [
+    pytest.param("AmortizedAuxiliaryFlow", killed, marks=pytest.mark.slow),
+    ("AmortizedMixture", interrupted),
+    ("StructuredNormal, filter", interrupted),
+]
 STOPS = [(guide, killed) for guide in COMMANDS] if WHOLE else FEW
 
 

@@ -270,6 +270,7 @@ def test_a_run_from_start_to_finish(recipe):
     assert yaml.safe_load(Path("runs/linear/recipe.yaml").read_text())["refinement"]["num_steps"] == 20
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_what_follows_a_finished_run(recipe, capsys):
     assert main([recipe, "--quiet"]) == 0
     table = capsys.readouterr().out
@@ -398,6 +399,7 @@ def test_data_options_reach_the_data_set_and_are_no_part_of_the_recipe(recipe, c
     assert "finished run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_every_stage_continues_to_the_same_ledger(recipe):
     arguments = [recipe, "--quiet", "--training.num_epochs", "40"]
     for stage in ("training.pt", "parts/*.npz"):

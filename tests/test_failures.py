@@ -39,6 +39,7 @@ def said(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("pyrogaps: ")]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(recipe: str) -> None:
     """At the checkpoint, at the first chunk, at the ledger: what was there before stays, and is gone on from."""
     assert command(recipe, "--quiet", "--out", "whole").returncode == 0
@@ -55,6 +56,7 @@ def test_a_disk_that_fills_up(recipe: str) -> None:
     xr.testing.assert_identical(ledger("full"), ledger("whole"))
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_the_pictures(recipe: str) -> None:
     told = command(recipe, "--quiet", "--out", "full", MOST_BYTES="70000")
     assert told.returncode == 2
@@ -80,6 +82,7 @@ def test_a_read_only_folder(recipe: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "cannot write to shut/run: Permission denied; choose another --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_damaged_part_is_measured_anew(recipe: str) -> None:
     assert command(recipe, "--quiet", "--out", "whole").returncode == 0
     told = command(recipe, "--quiet", "--out", "torn", INTERRUPT=f"SIGKILL torn/{PARTS}/*.npz")
@@ -92,6 +95,7 @@ def test_a_damaged_part_is_measured_anew(recipe: str) -> None:
     xr.testing.assert_identical(ledger("torn"), ledger("whole"))
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder(recipe: str) -> None:
     long = [recipe, "--quiet", "--training.num_epochs", "100000", "--out", "shared"]
     first = subprocess.Popen(

@@ -13,7 +13,7 @@ import xarray as xr
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyrogaps import AIS, GapLedger, InputError, Refinement, chunk_cache, decompose
+from pyrogaps import AIS, GapLedger, InputError, Problem, Refinement, chunk_cache, decompose
 from pyrogaps.gaps.decompose import QUANTITIES
 from pyrogaps.guides.local import AutoLocalMultivariateNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
@@ -184,7 +184,7 @@ def test_something_else_is_not_a_ledger() -> None:
 
 # ------------------------------------------------------------------------------------------------------- going on again
 
-QUICK: dict[str, Any] = {
+RECORDED: dict[str, Any] = {
     "evidence": AIS(num_chains=4, num_temperatures=3, num_pilot_temperatures=3),
     "refinement": Refinement(num_steps=5, num_selection=16),
     "num_particles": 20,
@@ -193,17 +193,22 @@ QUICK: dict[str, Any] = {
 }
 
 
+def eagerly(model: LinearGaussian, guide: WrongEncoder, x: Tensor, **options: Any) -> GapLedger:
+    """`decompose` without a record of the density, which takes longer than these few evaluations."""
+    return decompose(Problem.of(model, guide, x, mode="eager"), **{**RECORDED, **options})
+
+
 @pytest.fixture
-def chunked() -> tuple[LinearGaussian, WrongEncoder, Tensor]:
+def chunked(brief_check: None) -> tuple[LinearGaussian, WrongEncoder, Tensor]:
     """Data of three chunks."""
     model = anisotropic(4, 2)
     return model, WrongEncoder(model), draws_of(model, 150)[0]
 
 
 def test_batches_and_seeds(chunked: Any) -> None:
-    whole, batched = (decompose(*chunked, **{**QUICK, "batch_size": size}) for size in (64, 256))
+    whole, batched = (decompose(*chunked, **{**RECORDED, "batch_size": size}) for size in (64, 256))
     xr.testing.assert_allclose(batched.per_datapoint, whole.per_datapoint, rtol=1e-8, atol=1e-8)
-    other = decompose(*chunked, seed=1, **QUICK)
+    other = decompose(*chunked, seed=1, **RECORDED)
     assert float(np.abs(other.per_datapoint["elbo"] - whole.per_datapoint["elbo"]).min()) > 0
 
 
@@ -211,7 +216,7 @@ def test_a_stopped_run_goes_on(chunked: Any, tmp_path: Path, monkeypatch: pytest
     """Stopped in its third chunk, taken up again: nothing done twice, and the same ledger as unbroken."""
     from pyrogaps.gaps.measure import Measure
 
-    unbroken = decompose(*chunked, **QUICK)
+    unbroken = decompose(*chunked, **RECORDED)
     measured: list[int] = []
     original = Measure.__call__
 
@@ -223,7 +228,7 @@ def test_a_stopped_run_goes_on(chunked: Any, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Measure, "__call__", measure)
     with pytest.raises(KeyboardInterrupt):
-        decompose(*chunked, cache=tmp_path, **QUICK)
+        decompose(*chunked, cache=tmp_path, **RECORDED)
     assert measured == [0, 64]
     again: list[int] = []
 
@@ -232,7 +237,7 @@ def test_a_stopped_run_goes_on(chunked: Any, tmp_path: Path, monkeypatch: pytest
         return original(self, chunk, run)
 
     monkeypatch.setattr(Measure, "__call__", counted)
-    resumed = decompose(*chunked, cache=tmp_path, **QUICK)
+    resumed = decompose(*chunked, cache=tmp_path, **RECORDED)
     assert again == [128]
     xr.testing.assert_identical(resumed.per_datapoint, unbroken.per_datapoint)
     xr.testing.assert_identical(resumed.traces, unbroken.traces)
@@ -258,10 +263,10 @@ def test_only_what_still_holds_is_taken_up(
 ) -> None:
     from pyrogaps.gaps.measure import Measure
 
-    decompose(*chunked, cache=tmp_path, **QUICK)
+    eagerly(*chunked, cache=tmp_path)
     if change is not None:
         change(*chunked)
-    fresh = decompose(*chunked, **QUICK)
+    fresh = eagerly(*chunked)
     count, original = [0], Measure.__call__
 
     def measure(self: Any, chunk: Any, run: Any) -> Any:
@@ -269,7 +274,7 @@ def test_only_what_still_holds_is_taken_up(
         return original(self, chunk, run)
 
     monkeypatch.setattr(Measure, "__call__", measure)
-    cached = decompose(*chunked, cache=tmp_path, **QUICK)
+    cached = eagerly(*chunked, cache=tmp_path)
     assert count[0] == redone
     xr.testing.assert_identical(cached.per_datapoint, fresh.per_datapoint)
 
@@ -278,17 +283,17 @@ def test_only_what_still_holds_is_taken_up(
     "setting", [{"seed": 1}, {"num_particles": 21}, {"evidence": AIS(num_chains=5, num_temperatures=3)}]
 )
 def test_other_settings_begin_anew(chunked: Any, tmp_path: Path, setting: dict[str, Any]) -> None:
-    decompose(*chunked, cache=tmp_path, **QUICK)
-    cached = decompose(*chunked, cache=tmp_path, **{**QUICK, **setting})
-    xr.testing.assert_identical(cached.per_datapoint, decompose(*chunked, **{**QUICK, **setting}).per_datapoint)
+    eagerly(*chunked, cache=tmp_path)
+    cached = eagerly(*chunked, cache=tmp_path, **setting)
+    xr.testing.assert_identical(cached.per_datapoint, eagerly(*chunked, **setting).per_datapoint)
 
 
 def test_a_torn_part_is_done_again(chunked: Any, tmp_path: Path) -> None:
-    whole = decompose(*chunked, cache=tmp_path, **QUICK)
+    whole = eagerly(*chunked, cache=tmp_path)
     part = sorted(tmp_path.glob("*.npz"))[1]
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.warns(UserWarning, match=f"{part.name} is damaged; its datapoints are measured anew"):
-        again = decompose(*chunked, cache=tmp_path, **QUICK)
+        again = eagerly(*chunked, cache=tmp_path)
     xr.testing.assert_identical(again.per_datapoint, whole.per_datapoint)
     assert not list(tmp_path.glob("*.tmp"))
     assert chunk_cache._read(part) is not None
@@ -299,11 +304,11 @@ def test_a_torn_part_is_done_again(chunked: Any, tmp_path: Path) -> None:
 
 def test_bad_arguments_are_named(chunked: Any) -> None:
     with pytest.raises(InputError, match="families: 'own' is the name of the guide's own family"):
-        decompose(*chunked, families={"own": AutoNormal}, **QUICK)
+        decompose(*chunked, families={"own": AutoNormal}, **RECORDED)
     with pytest.raises(InputError, match="families: 'flow' must be a callable"):
-        decompose(*chunked, families={"flow": "AutoNormal"}, **QUICK)  # type: ignore[dict-item]
+        decompose(*chunked, families={"flow": "AutoNormal"}, **RECORDED)  # type: ignore[dict-item]
     with pytest.raises(InputError, match="num_particles: must be at least 2, got 1"):
-        decompose(*chunked, **{**QUICK, "num_particles": 1})
+        decompose(*chunked, **{**RECORDED, "num_particles": 1})
 
 
 @pytest.mark.parametrize("initial", ["prior", "guide"])

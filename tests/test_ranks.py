@@ -37,14 +37,6 @@ def threads() -> list[str]:
     return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
 
 
-def run(place: int, number: int, file: str, body) -> None:  # type: ignore[no-untyped-def]
-    start(number, place, file, body)
-
-
-def spawn(body, folder: Path, number: int = 3) -> None:  # type: ignore[no-untyped-def]
-    mp.spawn(run, (number, str(folder / "store"), body), nprocs=number)
-
-
 def share() -> None:
     """The checks of a process; an assertion that fails there fails the test."""
     assert ranks.divided(lambda item: (item, dist.get_rank()), range(7)) == [(n, n % 3) for n in range(7)]
@@ -112,26 +104,52 @@ def keep_nothing() -> None:
 def agree_on_sizes() -> None:
     """The process with the least memory decides for all."""
     joint = JointDensity(VAE(64, 600, ()), torch.zeros(300, 64))
-    memory.available = lambda: (1 + ranks.rank()) << 29  # type: ignore[assignment]
-    found = ranks.everywhere(lambda: None) and sizes_of(joint, AIS(), 1000, None, None)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(memory, "available", lambda: (1 + ranks.rank()) << 29)
+        found = ranks.everywhere(lambda: None) and sizes_of(joint, AIS(), 1000, None, None)
     assert ranks.everywhere(lambda: found) == [found] * 3
     assert found.batch_size == 64
 
 
 def lose() -> None:
-    if ranks.rank() == 1:
-        os._exit(0)
-    with pytest.raises(ranks.LostRankError, match="lost the other processes"):
-        ranks.divided(lambda item: item, range(4))
-    os._exit(0)
+    """The last: it ends the processes."""
+    if ranks.rank() != 1:
+        with pytest.raises(ranks.LostRankError, match="lost the other processes"):
+            ranks.divided(lambda item: item, range(4))
 
 
 BODIES = [share, fail, fail_within, disagree, train_and_leave, keep_nothing, agree_on_sizes, lose]
 
 
+def run(place: int, folder: Path) -> None:
+    """All checks in turn, each in a group of its own; a file says of each that it has passed here."""
+
+    def lose_and_end() -> None:
+        lose()
+        (folder / f"lose-{place}").touch()
+        os._exit(0)
+
+    for body in BODIES:
+        start(3, place, f"{folder}/store-{body.__name__}", lose_and_end if body is lose else body)
+        (folder / f"{body.__name__}-{place}").touch()
+
+
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory):  # type: ignore[no-untyped-def]
+    """The checks that passed in each of three processes, by name, and the error that ended them."""
+    folder, error = tmp_path_factory.mktemp("ranks"), None
+    try:
+        mp.spawn(run, (folder,), nprocs=3)
+    except Exception as raised:
+        error = raised
+    return Counter(path.name.split("-")[0] for path in folder.glob("*-[0-2]")), error
+
+
 @pytest.mark.parametrize("body", BODIES)
-def test_processes_agree(body, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    spawn(body, tmp_path)
+def test_processes_agree(body, passed) -> None:  # type: ignore[no-untyped-def]
+    """Where a check fails, those after it are not made."""
+    times, error = passed
+    assert times[body.__name__] == 3, error
 
 
 def test_one_process_needs_no_others() -> None:
@@ -140,15 +158,24 @@ def test_one_process_needs_no_others() -> None:
     assert (ranks.first(lambda: 4), ranks.together(lambda: 5)) == (4, 5)
 
 
-@pytest.fixture
-def trained(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
-    """A recipe whose weights are there, so that the ledger alone is measured, and the ledger of one process."""
-    (tmp_path / "mine.py").write_text(MODULE)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):  # type: ignore[no-untyped-def]
+    """A recipe and the run of it in one process."""
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "mine.py").write_text(MODULE)
     data = {"class_path": "mine.Data", "init_args": {"num_test": 64 * NUM_CHUNKS - 20}}
     recipe = {**RECIPE, "data": data, "batch_size": 64}
-    (tmp_path / "linear.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.chdir(tmp_path)
-    assert command("linear.yaml", "--quiet", "--out", "trained").returncode == 0
+    (folder / "linear.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        assert command("linear.yaml", "--quiet", "--out", "trained").returncode == 0
+    return folder
+
+
+@pytest.fixture
+def trained(folder, monkeypatch):  # type: ignore[no-untyped-def]
+    """Arguments with which the weights are there and the ledger alone is measured, and the ledger of one process."""
+    monkeypatch.chdir(folder)
     return ["linear.yaml", "--quiet", "--checkpoint", "trained/checkpoint.pt"], ledger("trained")
 
 
@@ -156,36 +183,38 @@ def equal(left: xr.Dataset, right: xr.Dataset) -> None:
     xr.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-6)
 
 
-def test_any_number_of_processes_gives_the_same_ledger(trained) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_any_number_of_processes_gives_the_same_ledger(number: int, trained) -> None:  # type: ignore[no-untyped-def]
     arguments, expected = trained
-    for number in (2, 3):
-        told = command(*arguments, "--out", f"of-{number}", ranks=number)
-        assert told.returncode == 0, told.stderr
-        assert told.stdout.count("Gap ledger") == 1  # one process speaks
-        assert sorted(os.listdir(f"of-{number}")) == RESULTS
-        equal(ledger(f"of-{number}"), expected)
+    told = command(*arguments, "--out", f"of-{number}", ranks=number)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("Gap ledger") == 1  # one process speaks
+    assert sorted(os.listdir(f"of-{number}")) == RESULTS
+    equal(ledger(f"of-{number}"), expected)
 
 
+@pytest.mark.slow
 def test_what_was_finished_is_not_measured_again_whoever_dies(trained) -> None:  # type: ignore[no-untyped-def]
     """Rank 1 dies, then rank 0; the third time torchrun starts the processes again by itself."""
     arguments, expected = trained
     count = Path("count").resolve()
-    for victim, pattern in (("1", "of-2/parts/*.npz"), ("0", "of-2/parts/000000[1-9]*.npz")):
+    for victim, pattern in (("1", "dying/parts/*.npz"), ("0", "dying/parts/000000[1-9]*.npz")):
         told = command(
-            *arguments, "--out", "of-2", ranks=2, COUNT=str(count), VICTIM=victim, INTERRUPT=f"SIGKILL {pattern}"
+            *arguments, "--out", "dying", ranks=2, COUNT=str(count), VICTIM=victim, INTERRUPT=f"SIGKILL {pattern}"
         )
         assert told.returncode != 0
-        assert not Path("of-2/ledger.nc").exists()
-    told = command(*arguments, "--out", "of-2", ranks=2, restarts=1, COUNT=str(count))
+        assert not Path("dying/ledger.nc").exists()
+    told = command(*arguments, "--out", "dying", ranks=2, restarts=1, COUNT=str(count))
     assert told.returncode == 0, told.stderr
-    equal(ledger("of-2"), expected)
+    equal(ledger("dying"), expected)
     times = Counter(count.read_text().split())
     assert set(times.values()) == {1}, times
     assert len(times) >= NUM_CHUNKS - 2  # who dies between keeping and counting counts one less
 
 
+@pytest.mark.slow
 def test_training_is_shared_and_goes_on_where_it_was_killed(trained) -> None:  # type: ignore[no-untyped-def]
-    arguments = ["linear.yaml", "--quiet", "--training.num_epochs", "30", "--split.num_datapoints", "64"]
+    arguments = ["linear.yaml", "--quiet", "--training.num_epochs", "30", "--evaluate.num_datapoints", "64"]
     told = command(*arguments, "--out", "killed", ranks=2, VICTIM="1", INTERRUPT="SIGKILL killed/training.pt")
     assert told.returncode != 0
     assert not Path("killed/checkpoint.pt").exists()
@@ -196,6 +225,7 @@ def test_training_is_shared_and_goes_on_where_it_was_killed(trained) -> None:  #
     xr.testing.assert_identical(ledger("killed"), ledger("unbroken"))
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_once(trained) -> None:  # type: ignore[no-untyped-def]
     arguments, _ = trained
     told = command(*arguments, "--plate", "rows", "--out", "never", ranks=2)

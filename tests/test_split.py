@@ -74,6 +74,7 @@ def test_children_are_those_of_the_closed_form_and_the_cause_is_named(cause: str
     assert ledger.diagnose().dominant == cause
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_children_sum_to_their_parent() -> None:
     summary = split_ledger().summary()
     assert list(summary.index[-4:]) == ["amortization_gap", *GAPS]
@@ -99,6 +100,7 @@ def test_data_simulated_without_end_leave_nothing_to_generalise() -> None:
     assert ledger.diagnose().dominant != "generalization_gap"
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_the_ledger_keeps_its_split(tmp_path: Path) -> None:
     ledger = split_ledger()
     ledger.to_datatree().to_netcdf(tmp_path / "ledger.nc", engine="h5netcdf")
@@ -113,6 +115,7 @@ def test_the_ledger_keeps_its_split(tmp_path: Path) -> None:
     assert back.training.sizes["training_datapoint"] == 40
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_the_split_is_drawn_below_its_parent() -> None:
     ledger = split_ledger()
     for source in (ledger, ledger.to_datatree()):
@@ -130,6 +133,7 @@ def test_the_split_is_drawn_below_its_parent() -> None:
     assert min(patch.get_x() for patch in ax.patches[-3:-2]) == pytest.approx(start)
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_model_and_guide_are_left_as_they_were() -> None:
     model, guide, train, test = pair()
     before = [value.clone() for value in (*model.parameters(), *guide.parameters())]
@@ -140,6 +144,7 @@ def test_model_and_guide_are_left_as_they_were() -> None:
     pd.testing.assert_frame_equal(ledger.summary().drop(index=GAPS), whole.summary())
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_phi_hat_is_never_worse_than_the_guide() -> None:
     """Training that ruins the network leaves the guide itself the best."""
     ruin = replace(QUICK, training=Training(num_epochs=1, learning_rate=3.0), num_restarts=0)
@@ -148,6 +153,7 @@ def test_phi_hat_is_never_worse_than_the_guide() -> None:
     assert abs(row["mean"]) < STANDARD_ERRORS * row["mcse"]
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_a_run_that_was_stopped_continues_to_the_same_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = split_ledger()
     from pyrogaps.gaps import retrain
@@ -182,6 +188,7 @@ class Loose(nn.Module):
             pyro.sample("z", dist.Normal(self.net(x), self.scale.exp()).to_event(1))
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_what_cannot_be_drawn_anew_starts_from_the_guide() -> None:
     """A fresh start draws what it can, and the ledger says what it could not; frozen weights stay as they are."""
     model, _, train, test = pair()
@@ -217,6 +224,7 @@ def test_every_weight_of_our_guides_can_be_drawn_anew(guide: nn.Module) -> None:
         assert bool((fresh.guide.get_parameter(name) == 0).all()) == bool((value == 0).all())
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_phi_hat_of_a_guide_with_auxiliary_variables_has_a_reverse_model_of_its_own() -> None:
     """Its bound is that of a guide with the same weights, so retraining from where it stands is no loss."""
     model, _, train, test = pair()

@@ -9,6 +9,7 @@ import contextlib
 import re
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pyro
@@ -36,6 +37,7 @@ TINY: dict[str, Any] = {
     "seed": SEED,
     "progress": False,
 }
+OPTIMISE = import_module("pyrogaps.refine.optimise")  # the package has a function of the name `refine`
 # A family whose guides begin at random.
 DRAWN_START = partial(AutoNormal, init_loc_fn=init_to_sample)
 
@@ -178,6 +180,7 @@ def run(request: pytest.FixtureRequest) -> tuple[str, RecordedDraws]:
     pyro.clear_param_store()
     measure = RUNS[request.param]()
     with pytest.MonkeyPatch.context() as monkeypatch, RecordedDraws(monkeypatch) as draws:
+        monkeypatch.setattr(OPTIMISE, "MIN_FURTHER_STEPS", 2)
         measure()
     return request.param, draws
 
@@ -236,7 +239,9 @@ def alike() -> Any:
     model = anisotropic(4, 2)
     x = draws_of(model, 1)[0].expand(NUMBER, -1).clone()
     refinement = pg.Refinement(num_steps=2, num_particles=2, num_selection=4, learning_rate=1e-12)
-    return pg.decompose(model, WrongEncoder(model), x, evidence=AIS, **{**TINY, "refinement": refinement})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(OPTIMISE, "MIN_FURTHER_STEPS", 2)
+        return pg.decompose(model, WrongEncoder(model), x, evidence=AIS, **{**TINY, "refinement": refinement})
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae", "elbo_refined", "log_evidence"])

@@ -224,21 +224,23 @@ ALIKE = (exact, whole_data, store, scaled_plate)
 RUNS = (*ALIKE, noisy, batch_statistics, early_stopping, not_a_number, bad_gradient, resumed, refusals, shown)
 
 
-def work(number: int, size: int, folder: Path) -> None:
-    """What each of the processes does."""
+def work(number: int, folder: Path) -> None:
+    """What each of the processes does, as one of two first and then as one of three; the last waits for the others."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=number, world_size=size)
-    torch.save({run.__name__: run(folder) for run in RUNS}, folder / f"outcome-{size}-{number}.pt")
-    distributed.barrier()
-    leave()
+    for size in WORLDS:
+        if number < size:
+            meeting = f"file://{folder}/meet-{size}"
+            distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=size)
+            torch.save({run.__name__: run(folder) for run in RUNS}, folder / f"outcome-{size}-{number}.pt")
+            distributed.barrier()
+            leave()
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Outcome]]]:
     """By number of processes, what every one of them found."""
     folder = tmp_path_factory.mktemp("parallel")
-    for size in WORLDS:
-        multiprocessing.spawn(work, args=(size, folder), nprocs=size)
+    multiprocessing.spawn(work, args=(folder,), nprocs=max(WORLDS))
     return {
         size: [torch.load(folder / f"outcome-{size}-{number}.pt", weights_only=False) for number in range(size)]
         for size in WORLDS

@@ -21,6 +21,7 @@ CLIP, CLIP_FRACTION = 3.0, 0.3
 PLAIN_FRACTION = 0.1  # mirrored draws never leave a saddle between two modes
 NUM_TRACE = 50
 MEASURE_EVERY = 5
+MIN_FURTHER_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Optimisation:
     def maximise(self) -> Progress:
         """Refine, compare the result with its start and with a run of further steps, and keep the best of the three."""
         refinable, start = self.refinable, _copy(self.refinable)
-        further_steps = max(50, self.settings.num_steps // 10)
+        further_steps = max(MIN_FURTHER_STEPS, self.settings.num_steps // 10)
         share = 1 / (self.settings.num_steps + further_steps)  # of the progress bar's stage
         trace = self._ascend(self.settings.num_steps, f"refine {self.name}", share, clip=CLIP)
         finish, before = _copy(refinable), self._scores(refinable)

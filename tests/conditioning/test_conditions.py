@@ -266,13 +266,14 @@ def test_covariates_with_as_many_columns_as_steps_are_no_sequence() -> None:
     check_no_leak(pg.GuideDensity(guide, data, model), Lookahead(0))
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_cache_knows_the_conditions(tmp_path: Path) -> None:
     """Another mask is another ledger."""
     x, guide = torch.randn(4, 6), HalfFlow(6, 2, (4,))
     settings = {
         "conditioning": pg.Conditioning(4, 4),
         "evidence": pg.AIS(num_chains=2, num_temperatures=2),
-        "refinement": pg.Refinement(num_steps=2),
+        "refinement": pg.Refinement(num_steps=2, num_selection=16),
         "num_particles": 10,
         "progress": False,
     }

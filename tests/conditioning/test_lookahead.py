@@ -56,6 +56,7 @@ def test_trained_filter_never_beats_the_best(guide: StructuredNormal) -> None:
     assert short.mean() < 0.1  # 150 steps
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_filter_without_a_reference_says_so(guide: StructuredNormal) -> None:
     x, _ = MODEL.simulate(4, 3, seed=3)
     small = {**SETTINGS, "refinement": pg.Refinement(num_steps=5)}

@@ -129,12 +129,13 @@ def test_missing_bit() -> None:
     assert abs(v.mean() - variance) < 4 * v.std() / 8**0.5
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_completions_of_a_datapoint() -> None:
     model = MissingGaussian.unit().double()
     x = drawn(model, 70)
     found = pg.shared_posterior(
         model, PartialNormal(2, 1, (4,), shown=1).double(), x, settings=pg.Conditioning(8, 8),
-        refinement=pg.Refinement(num_steps=5), num_particles=50,
+        refinement=pg.Refinement(num_steps=5, num_selection=16), num_particles=50,
     )  # fmt: skip
     for n in (0, 63, 64, 69):
         (completed,), z = found.completions(n)
@@ -145,6 +146,7 @@ def test_completions_of_a_datapoint() -> None:
         found.completions(70)
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_batch_size_does_not_change_the_ledger() -> None:
     model = MissingGaussian.unit().double()
     x = drawn(model, 130)
@@ -152,7 +154,8 @@ def test_batch_size_does_not_change_the_ledger() -> None:
     ledgers = [
         pg.decompose(
             model, guide, x, batch_size=size, conditioning=pg.Conditioning(4, 8, 0.01), num_particles=50,
-            refinement=pg.Refinement(num_steps=5), evidence=pg.AIS(num_temperatures=5), progress=False,
+            refinement=pg.Refinement(num_steps=5, num_selection=16), evidence=pg.AIS(num_temperatures=5),
+            progress=False,
         ).per_datapoint
         for size in (64, 192)
     ]  # fmt: skip

@@ -146,6 +146,7 @@ def test_padding_does_not_change_the_elbo(kind: str) -> None:
     assert ((results[0].value - results[1].value).abs() < 4.5 * error).all()
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_training_and_decomposing() -> None:
     dmm, data = DMM(), padded(5)
     svi = SVI(dmm.model, dmm.guide, Adam({"lr": 0.01}), Trace_ELBO())

@@ -78,6 +78,7 @@ def test_batch_size_does_not_change_bounds(kind: Any, bound: Any) -> None:
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("kind", [Factorised, AutoNormal])
+@pytest.mark.usefixtures("brief_check")
 def test_batch_size_does_not_change_the_ledger(kind: Any) -> None:
     model, guide, x = pair(kind)
     small, large = (decompose(model, guide, x, batch_size=size, **QUICK) for size in (64, 192))
@@ -90,6 +91,7 @@ def test_batch_size_does_not_change_the_ledger(kind: Any) -> None:
 
 
 @pytest.mark.usefixtures("double")
+@pytest.mark.usefixtures("brief_check")
 def test_batch_size_does_not_change_fine_tuning() -> None:
     model, guide, x = pair(Sequential, 70)
     settings = {**QUICK, "families": None, "refinement": Refinement(num_steps=2, num_particles=2, num_selection=2)}
@@ -150,6 +152,7 @@ def test_precision() -> None:
     assert ((single.value - double.value).abs() < 5 * error).all()
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_double_data_under_a_single_default() -> None:
     """A model written in double precision throughout works whatever the default is."""
     x = torch.randn(20, 3, dtype=torch.float64)

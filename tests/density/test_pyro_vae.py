@@ -4,6 +4,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
@@ -93,6 +94,7 @@ def test_pyro_s_vae_evaluates_unchanged() -> None:
     assert (ours.value.sum() - theirs.mean()).abs() < 4 * error
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_grey_values_are_flagged_and_binary_ones_are_not() -> None:
     x = torch.rand(6, 1, 4, 4)
     vae = trained_vae(x)
@@ -126,6 +128,7 @@ def amortized(x: Tensor, keep: Tensor) -> None:
             pyro.sample("z", dist.Normal(slope * x, scale))
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_decompose_with_several_sites_nested_plates_and_a_mask() -> None:
     x, keep = torch.randn(5, 4), torch.rand(5, 4) > 0.3
     SVI(several_kinds, amortized, Adam({"lr": 1e-2}), Trace_ELBO()).step(x, keep)

@@ -16,6 +16,8 @@ from torch.distributions import constraints
 
 from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Problem, Refinement, decompose, elbo, refine
 
+pytestmark = pytest.mark.usefixtures("brief_check")
+
 X = torch.linspace(-1.0, 1.0, 5)[:, None].repeat(1, 3)
 
 

@@ -303,6 +303,7 @@ def test_refined_smoothing_nears_the_best_diagonal_guide() -> None:
     assert float(right.sum()) < 0.2 * float(left.sum())
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_decompose_takes_the_guides_own_family() -> None:
     ledger = decompose(
         tiny_model(), small(), (notes(), LENGTHS), num_particles=50, progress=False,

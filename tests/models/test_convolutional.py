@@ -188,6 +188,7 @@ def test_wrong_size_of_data() -> None:
 @pytest.mark.parametrize(
     ("likelihood", "kind"), [("bernoulli", AmortizedNormal), ("discretised_logistic", AmortizedFlow)]
 )
+@pytest.mark.usefixtures("brief_check")
 def test_a_small_pair_trains_and_its_gap_comes_apart(likelihood: str, kind: Any, recwarn: Any) -> None:
     model, guide = small_vae(likelihood), small_guide(kind)
     x = images(60, 2 if likelihood == "bernoulli" else 256)
@@ -207,7 +208,7 @@ def test_a_small_pair_trains_and_its_gap_comes_apart(likelihood: str, kind: Any,
 def test_recipes_build_their_nested_parts(tmp_path: Any) -> None:
     grey = np.random.RandomState(0).randint(0, 256, (12, 32, 32, 3)).astype(np.uint8)
     np.savez(tmp_path / "tiny.npz", train_images=grey[:8], test_images=grey[8:])
-    channels = ["--split.num_datapoints", "3", "--model.init_args.channels", "[2, 2, 2]"]
+    channels = ["--evaluate.num_datapoints", "3", "--model.init_args.channels", "[2, 2, 2]"]
     channels += ["--guide.init_args.features.init_args.channels", "[2, 3, 4]"]
     for name, likelihood in (("cifar-subset", "bernoulli"), ("cifar-8bit", "discretised_logistic")):
         recipe, _ = parse([name, *channels, "--data.class_path", "pyrogaps.datasets.NPZ"])

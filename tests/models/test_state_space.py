@@ -229,7 +229,7 @@ def test_no_other_parameters_do_better(lookahead: float, diagonal: bool) -> None
 def test_monte_carlo_elbo_of_the_optimal_guide(lookahead: float, diagonal: bool) -> None:
     model, number, steps = random_model(2, 2, seed=4), 500, 4
     x, _ = model.simulate(number, steps, seed=7)
-    elbo = pyrogaps.elbo(model, model.optimal_guide(lookahead, diagonal=diagonal), x, num_particles=200)
+    elbo = pyrogaps.elbo(model, model.optimal_guide(lookahead, diagonal=diagonal), x, num_particles=50)
     gap = model.conditioning_gap(steps, lookahead) + (model.diagonal_gap(steps) if diagonal else 0)
     # E over x by simulation as well; the error of a mean over datapoints holds that of their draws.
     evidence = model.log_evidence(x)

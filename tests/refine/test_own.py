@@ -121,6 +121,7 @@ def test_never_below_its_start() -> None:
     assert float(((before.value - after.value) / torch.hypot(before.mcse, after.mcse)).max()) < 4
 
 
+@pytest.mark.usefixtures("brief_check")
 def test_neighbours_change_nothing() -> None:
     x, _ = draws_of(LINEAR, 70)
     settings = Refinement(num_steps=3, num_selection=16)

@@ -85,9 +85,11 @@ def test_a_full_covariance_finds_the_posterior(data_dim: int, latent_dim: int, d
     mean, covariance = (part.detach() for part in model.posterior(x))
     for start in (AutoLocalMultivariateNormal, WrongFullEncoder(model)):
         refined = refine(model, start, x)
+        assert refined.converged.all()
         assert_moments(refined.sample(2000)[0], mean, covariance)
         bound = elbo(model, refined, x)
         assert_exact(bound.value, bound.mcse, model.log_evidence(x))
+        assert float(model.approximation_gap().detach()) > 4 * float(bound.mcse.max())  # which mean field would show
 
 
 def test_single_precision() -> None:
