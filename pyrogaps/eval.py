@@ -187,8 +187,8 @@ def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder
     example = data.evaluated if data.train is None else data.train
     if source is not None:
         say(f"loading weights from {source}")
-        found = source
-        ranks.together(lambda: load_weights(found, model, guide, example))
+        path = source
+        ranks.together(lambda: load_weights(path, model, guide, example))
     elif recipe.model_checkpoint is not None:
         say(f"loading the model's weights from {recipe.model_checkpoint}")
         from_run = recipe.model_checkpoint

@@ -1,4 +1,4 @@
-"""What guides may declare beside being guides: two base classes, of which every part is optional.
+"""What guides may declare: two base classes, every part of them optional.
 
 A guide need not subclass them. The library reads the same attributes of any Pyro guide, see `AmortizedGuide.of`.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class AmortizedGuide:
-    """A guide whose network, or whatever it has, serves all datapoints.
+    """A guide with one network, or one set of parameters, for all datapoints.
 
     Attributes:
         local_family: `local_family(model) -> guide`, its own family with parameters for each datapoint. Without it the

@@ -77,6 +77,11 @@ class GradientEvaluator:
         """log p(x, z), `(S, B)` in nats, at `z (S, B, dim)` of the datapoints `indices`, as `JointDensity` gives it."""
         return self.bind(indices, len(z)).values(z)[-1]
 
+    def count(self, *, gradients: int = 0, values: int = 0) -> None:
+        """Add to `num_gradients` and `num_values`."""
+        self.num_gradients += gradients
+        self.num_values += values
+
     def _shape(self, number: int, num_particles: int, whole: bool) -> tuple[int, int]:
         """Datapoints and points of each in a piece."""
         if self.joint.plate is None:
@@ -176,19 +181,19 @@ class BoundDensity:
         return self
 
     def __call__(self, z: Tensor) -> tuple[Values, Values]:
-        self._evaluator.num_gradients += z.shape[0] * z.shape[1]
+        self._evaluator.count(gradients=z.shape[0] * z.shape[1])
         found = self._run("both", z)
         half = len(found) // 2
         return found[:half], found[half:]
 
     def gradients(self, z: Tensor) -> Values:
         """The gradients alone: for a likelihood whose normaliser is dear, much less work."""
-        self._evaluator.num_gradients += z.shape[0] * z.shape[1]
+        self._evaluator.count(gradients=z.shape[0] * z.shape[1])
         return self._run("gradients", z)
 
     def values(self, z: Tensor) -> Values:
         """The log densities alone."""
-        self._evaluator.num_values += z.shape[0] * z.shape[1]
+        self._evaluator.count(values=z.shape[0] * z.shape[1])
         return self._run("values", z)
 
     def _run(self, program: str, z: Tensor) -> Values:

@@ -125,6 +125,15 @@ class ScoreModel(Messenger):
         assert axis is not None
         return rows_first(term, axis, self.rows)
 
+    def append_rows(self, others: "list[ScoreModel]") -> None:
+        """Take over the rows of other runs."""
+        runs = [self, *others]
+        self.log_prior = torch.cat([run.log_prior for run in runs])
+        self.log_likelihood = torch.cat([run.log_likelihood for run in runs])
+        self.log_jacobian = torch.cat([run.log_jacobian for run in runs])
+        for name, site in self.sites.items():
+            self.values[name] = torch.cat([run.values[name] for run in runs], site.batch_axis - site.event_dim)
+
     @property
     def _lead_axis(self) -> int:
         return next(iter(self.sites.values())).batch_axis
@@ -132,11 +141,5 @@ class ScoreModel(Messenger):
 
 def stack_runs(runs: list[ScoreModel]) -> ScoreModel:
     """One handler that holds the rows of several."""
-    whole = runs[0]
-    whole.log_prior = torch.cat([run.log_prior for run in runs])
-    whole.log_likelihood = torch.cat([run.log_likelihood for run in runs])
-    whole.log_jacobian = torch.cat([run.log_jacobian for run in runs])
-    for name, site in whole.sites.items():
-        axis = site.batch_axis - site.event_dim
-        whole.values[name] = torch.cat([run.values[name] for run in runs], axis)
-    return whole
+    runs[0].append_rows(runs[1:])
+    return runs[0]

@@ -11,7 +11,7 @@ from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.chunk_cache import Arrays
 from pyrogaps.density.runs import Program
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.measure import Measure, as_arrays, columns
+from pyrogaps.gaps.measure import Measure, as_arrays, columns_of
 from pyrogaps.gaps.retrain import Split, retrain
 from pyrogaps.log_weights import mean_estimate
 from pyrogaps.refine import own_family
@@ -39,13 +39,13 @@ def with_split(ledger: GapLedger, split: Split, measure: Measure, run: Run) -> G
 
     starts = retrain(problem.model, cast(Program, problem.guide), split, bound, run, folder)
     best = problem.with_guide(starts[0].guide)
-    # The optimum is the same, but from phi-hat a refinement gets there where from a broken guide it may fall short.
+    # The optimum is the same, but a refinement that starts at a broken guide may not reach it.
     from_best = replace(measure, refiner=replace(measure.refiner, family=own_family(best.guide_density())))
 
     def measure_chunk(chunk: Chunk, run: Run) -> Arrays:
         stream = run.stream("retrained")
         weights = chunk_log_weights(best.scorer, best.guided(), chunk, measure.num_particles, stream)
-        return {**from_best(chunk, run), **as_arrays(columns("elbo_retrained", mean_estimate(weights)))}
+        return {**from_best(chunk, run), **as_arrays(columns_of("elbo_retrained", mean_estimate(weights)))}
 
     described = [start.described() for start in starts]
     settings = {"training": described, "seed": run.seed}
@@ -63,11 +63,11 @@ def with_split(ledger: GapLedger, split: Split, measure: Measure, run: Run) -> G
 
 def _dataset(results: list[tuple[Chunk, Arrays]], split: Split) -> xr.Dataset:
     """Bounds on the training data, per datapoint; `elbo_target` is what one network has to live up to."""
-    found = {name: np.concatenate([arrays[name] for _, arrays in results]) for name in _names(results)}
+    columns = {name: np.concatenate([arrays[name] for _, arrays in results]) for name in _names(results)}
     for end in ("", "_mcse"):
-        own = found.pop(f"elbo_refined{end}")[:, 0]
-        found[f"elbo_target{end}"] = found.pop(f"elbo_shared{end}", own)
-    variables = {name: ("training_datapoint", value, {"units": "nats"}) for name, value in found.items()}
+        own = columns.pop(f"elbo_refined{end}")[:, 0]
+        columns[f"elbo_target{end}"] = columns.pop(f"elbo_shared{end}", own)
+    variables = {name: ("training_datapoint", value, {"units": "nats"}) for name, value in columns.items()}
     return xr.Dataset(variables, coords={"training_datapoint": split.measured()[1].numpy()})
 
 

@@ -38,7 +38,7 @@ class Certificate:
                 raise InputError(f"certificate: {name} must be at least {least}, got {getattr(self, name)}")
 
 
-def told(certificate: xr.Dataset) -> Iterator[str]:
+def lines_of(certificate: xr.Dataset) -> Iterator[str]:
     """The certificate in words, a line for each of its parts."""
     width = (certificate["upper"] - certificate["lower"]).values
     middle, most = np.quantile(width, [0.5, 0.9])
@@ -52,7 +52,7 @@ def told(certificate: xr.Dataset) -> Iterator[str]:
     share = float((gain > IMPROVING + 2 * certificate["gain_mcse"].values).mean())
     yield (
         f"refined {certificate.attrs['longer']} times as long, {len(gain)} datapoints gain {_mean(gain)} nats; "
-        f"{share:.0%} of them more than {IMPROVING} and their error"
+        f"{share:.0%} of them gain more than {IMPROVING} nats and their error"
     )
 
 

@@ -44,7 +44,7 @@ def certify(measure: Measure, per_datapoint: xr.Dataset, settings: Certificate, 
 
     part, chosen = part_of(problem.joint.data, settings.num_refined_again)
     family = refiner.family
-    again = (family.elsewhere(problem) if isinstance(family, OwnFamily) else problem).over(part)
+    again = (family.for_other_data(problem) if isinstance(family, OwnFamily) else problem).over(part)
     longer = replace(refiner.settings, num_steps=settings.longer * refiner.settings.num_steps)
     fitter = replace(there, family=family.over(again) if isinstance(family, OwnFamily) else family, settings=longer)
     # The bounds on simulated data refine too, from streams of their own.

@@ -176,7 +176,9 @@ def _provenance(measure: Measure, run: Run) -> dict[str, Any]:
     """What was measured and by what, as plain values."""
     problem, conditioned = measure.problem, measure.conditioned
     estimators = QUANTITIES | ({} if conditioned is None else conditioned.quantities)
-    quantities = {name: {"estimator": how, "direction": which} for name, (how, which) in estimators.items()}
+    quantities = {
+        name: {"estimator": estimator, "direction": direction} for name, (estimator, direction) in estimators.items()
+    }
     assert measure.evidence is not None
     log_evidence = {"estimator": measure.evidence.estimator, "direction": measure.evidence.direction}
     own = measure.refiner.family

@@ -133,7 +133,7 @@ class GapLedger:
 
     def __str__(self) -> str:
         table = render(self.summary(), self.gaps, self.per_datapoint, self.provenance)
-        lines = [] if self.certificate is None else certificates.told(self.certificate)
+        lines = [] if self.certificate is None else certificates.lines_of(self.certificate)
         return "\n".join([table, *(f"certificate: {line}" for line in lines)])
 
     def __repr__(self) -> str:

@@ -79,8 +79,8 @@ class Measure:
             proposals.append(log_mean_exp_estimate(weights))
             progress.append(its_progress)
         arrays = {
-            **columns("elbo", elbo),
-            **columns("iwae", iwae),
+            **columns_of("elbo", elbo),
+            **columns_of("iwae", iwae),
             **self._conditioned(chunk, run),
             "khat": iwae.khat,
             "ess": iwae.ess,
@@ -106,7 +106,7 @@ class Measure:
         return own if self.conditioned is None else torch.cat([own, self.conditioned.probe(chunk)])
 
 
-def columns(name: str, estimate: Estimate) -> dict[str, Tensor]:
+def columns_of(name: str, estimate: Estimate) -> dict[str, Tensor]:
     """An estimate and its Monte Carlo error, as columns of the ledger."""
     return {name: estimate.value, f"{name}_mcse": estimate.mcse}
 

@@ -74,12 +74,18 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     notes += provenance.get("notes", [])
     low = float((per_datapoint["log_evidence_mcse"] ** 2).mean()) / 2
     if low > summary_mcse(per_datapoint["log_evidence_mcse"].values):
-        notes.append(f"log p(x) is about {low:.3f} nats low (half its squared MCSE, which means do not average out)")
+        notes.append(
+            f"log p(x) is about {low:.3f} nats too low: half its squared Monte Carlo error, a bias that averaging over "
+            "datapoints does not remove"
+        )
     notes += _proposals(per_datapoint, provenance)
     khat = per_datapoint["khat"].values
     unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
     if unreliable > 0:
-        notes.append(f"IWAE: k-hat above 0.7 for {unreliable:.0%} of the datapoints; the gaps do not rest on it")
+        notes.append(
+            f"IWAE is unreliable for {unreliable:.0%} of the datapoints (k-hat > 0.7); it is shown for comparison, and "
+            "no gap uses it"
+        )
     notes += [*_on_conditions(per_datapoint, provenance), *_on_split(provenance)]
     if provenance["unnormalised_likelihood"]:
         sites = ", ".join(provenance["unnormalised_likelihood"])
@@ -91,20 +97,18 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
 
 
 def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
-    """How near the guide and each refined family are to the posterior, as proposals; ledgers of earlier versions have
-    none of the latter.
-    """
+    """How close the guide and each refined family are to the posterior, as proposals."""
     if "khat_refined" not in per_datapoint:
         return []
-    pairs = {"guide": (per_datapoint["khat"], per_datapoint["ess"])}
+    pairs = {"amortized guide": (per_datapoint["khat"], per_datapoint["ess"])}
     for family in per_datapoint["family"].values:
         refined = per_datapoint.sel(family=family)
         pairs[f"refined {family}"] = refined["khat_refined"], refined["ess_refined"]
     number = provenance["num_particles"]
-    told = [
+    values = [
         f"{name} {float(khat.median()):.2f} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()
     ]
-    return ["median k-hat (and effective share) of importance weights: " + ", ".join(told)]
+    return [f"importance weights, median k-hat (effective sample size): {', '.join(values)}; below 0.7 is good"]
 
 
 def last_gap(provenance: dict[str, Any]) -> str:
@@ -132,7 +136,7 @@ def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]
 
 
 def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
-    """What to know of a guide that is not shown all of x; ledgers of earlier versions say nothing."""
+    """Lines on a guide that is not shown all of x."""
     shown = provenance.get("shown")
     if shown is None:
         return []
@@ -142,29 +146,31 @@ def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> lis
         ]
     if "overfitting" not in per_datapoint:
         return [
-            f"the guide is shown {shown}; the conditioning gap is at most this, where the reference is not the best"
+            f"the guide is shown {shown}; the conditioning gap is too large where the reference guide is not the best"
         ]
     number = int(per_datapoint["num_completions"].max())
     excess = float(per_datapoint["overfitting"].mean()) / 2
     misfit = (per_datapoint["elbo_on_completions"] - per_datapoint["elbo_shared"]).values
     error = f" ± {standard_error(misfit):.2f}" if len(misfit) > 1 else ""
     return [
-        f"the guide is shown {shown}; q*_C, fitted to halves of up to {number} completions, makes the conditioning gap "
-        f"about {excess:.3f} nats too large",
-        f"L[q*_C] on the model's completions is higher than on the data by {misfit.mean():.2f}{error} nats; far "
-        "from 0, the data do not follow the model",
+        f"the guide is shown {shown}; the conditioning gap is about {excess:.3f} nats too large, because q*_C is "
+        f"fitted to halves of up to {number} completions",
+        f"L[q*_C] is {misfit.mean():.2f}{error} nats higher on the model's completions than on the data; if that is "
+        "far from 0, the data do not follow the model",
     ]
 
 
 def _on_split(provenance: dict[str, Any]) -> list[str]:
-    """How the guide that was trained on came about."""
+    """Lines on the guide that was trained on."""
     starts = provenance.get("split", {}).get("starts", [])
     if not starts:
         return []
     rounds = [len(start["elbo"]) - 1 for start in starts]
     left = [start["start"] for start in starts if not start["converged"]]
-    told = f"phi-hat: best of {len(starts)} starts ({starts[0]['start']}), {min(rounds)} to {max(rounds)} rounds each"
-    lines = [told + (f"; not converged: {', '.join(left)}" if left else ", all converged")]
+    summary = (
+        f"phi-hat: best of {len(starts)} starts ({starts[0]['start']}), {min(rounds)} to {max(rounds)} rounds each"
+    )
+    lines = [summary + (f"; not converged: {', '.join(left)}" if left else ", all converged")]
     if kept := sorted({name for start in starts for name in start.get("kept", [])}):
         lines.append(f"fresh starts keep the guide's {', '.join(kept)}: no reset_parameters() draws them anew")
     return lines

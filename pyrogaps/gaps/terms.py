@@ -238,14 +238,14 @@ def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.D
     """
     applying = [term for term in terms if term.applies(columns)]
     ordered = [*_in_tree_order(applying, None)]
-    found = [term.value(columns) for term in ordered]
-    means = [value.mean if isinstance(value, Values) else value for value in found]
+    values = [term.value(columns) for term in ordered]
+    means = [value.mean if isinstance(value, Values) else value for value in values]
     variables: dict[str, Any] = {name: ("gap", [getattr(mean, name) for mean in means]) for name in Mean._fields}
     variables |= {name: ("gap", [getattr(term, name) or "" for term in ordered]) for name in DESCRIPTION}
     gaps = xr.Dataset(variables, {"gap": [term.id for term in ordered]})
     if "elbo_shared" in columns.per_datapoint and "amortization_gap" in gaps["gap"]:
         gaps["estimator"] = gaps["estimator"].where(gaps["gap"] != "amortization_gap", "L[q*_C] - L[q]")
-    per_datapoint = {term.id: value for term, value in zip(ordered, found, strict=True) if isinstance(value, Values)}
+    per_datapoint = {term.id: value for term, value in zip(ordered, values, strict=True) if isinstance(value, Values)}
     return gaps, per_datapoint
 
 

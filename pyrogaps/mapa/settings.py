@@ -1,7 +1,6 @@
 """`Mapa`: settings of training a model by MAPA before its guide; and `train_by_mapa`, which trains it."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pyrogaps.density import Data
@@ -58,9 +57,8 @@ def train_by_mapa(
     settings: Mapa,
     *,
     plate: Plate = None,
-    checkpoint: str | Path | None = None,
     seed: int = 0,
-    progress: bool = True,
+    **options: Any,
 ) -> TrainingResult:
     """Train `model` on `data` against their MAPA posterior.
 
@@ -72,7 +70,7 @@ def train_by_mapa(
         encoder: a guide whose sites are Deltas; None to train the guide instead.
         guide: the model's guide; not used where there is an encoder.
         plate: the data plate's name, where it cannot be found.
-        checkpoint, seed, progress: as for `pyrogaps.train`, whose result is returned.
+        seed, options: as for `pyrogaps.train`, whose result is returned; among them `checkpoint` and `progress`.
 
     Raises:
         InputError, FloatingPointError: as `mapa_posterior`, the bound, `train` and `recover`.
@@ -87,11 +85,8 @@ def train_by_mapa(
         bound: Any = MAPA_IWAE_ELBO(posterior, num_draws=settings.num_draws, **shared)
     else:
         bound = MAPA_ELBO(posterior, replacement=settings.replacement, **shared)
-    options = {**vars(settings.training), "objective": bound}
-    result = train(
-        model, guide if encoder is None else encoder, data, **options, checkpoint=checkpoint, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+    options = {**vars(settings.training), **options, "objective": bound, "seed": seed}
+    result = train(model, guide if encoder is None else encoder, data, **options)
     if encoder is not None and hasattr(model, "recover"):
         model.recover(encoder, data, plate=plate, seed=seed)
     return result

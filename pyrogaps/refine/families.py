@@ -24,7 +24,7 @@ _serial = count()
 def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Module:
     """`family(model)`, set up on the datapoints `indices`, with parameters of its own.
 
-    A family that takes `plate` is told the data plate's name.
+    A family with a parameter `plate` gets the data plate's name.
 
     Raises `InputError` where it returns something other than a module.
     """
@@ -102,7 +102,7 @@ def restrict(joint: JointDensity, indices: Tensor) -> JointDensity:
     """The density of the datapoints `indices` alone, counted from 0; no checks are run again."""
     if joint.plate is None:
         return joint
-    return joint.over(IndexedData(len(indices), lambda some: joint.data.fetch(indices[some])))
+    return joint.over(IndexedData(len(indices), lambda rows: joint.data.fetch(indices[rows])))
 
 
 def _name(family: Any) -> str:

@@ -20,9 +20,9 @@ from pyrogaps.streams import BLOCK, Chunk
 class FamilyGuide:
     """Guides of some family for the datapoints of a chunk, a Pyro guide for each block of them; see `Refinable`.
 
-    Where a guide starts by chance, a block's stream decides, so that a datapoint's guide does not depend on how many
-    are refined at once. It also holds no more parameters than one run of it needs: picking rows from many, block by
-    block, would cost the square of their number in gradients.
+    A guide that starts at random draws from the block's own stream, so that a datapoint's guide does not depend on how
+    many are refined at once. A guide of a block also holds no more parameters than one run of it needs: picking rows
+    from many, block by block, would cost the square of their number in gradients.
     """
 
     def __init__(self, family: Family, joint: JointDensity, chunk: Chunk, run: Run) -> None:

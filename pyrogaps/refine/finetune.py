@@ -30,10 +30,10 @@ def learned_weights(density: GuideDensity) -> list[Weight]:
 
     Raises `InputError` where there are none.
     """
-    found: dict[tuple[int, torch.Size], Weight] = {}
+    weights: dict[tuple[int, torch.Size], Weight] = {}
 
     def weight(value: Tensor) -> Weight:
-        return found.setdefault((value.data_ptr(), value.shape), Weight(value, [], []))
+        return weights.setdefault((value.data_ptr(), value.shape), Weight(value, [], []))
 
     for name in _store_names(density):
         weight(pyro.get_param_store()._params[name]).names.append(name)
@@ -41,7 +41,7 @@ def learned_weights(density: GuideDensity) -> list[Weight]:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 weight(parameter).attributes.append((module, name))
-    used = _used(density, list(found.values()))
+    used = _used(density, list(weights.values()))
     if not used:
         raise InputError("guide: it has no learned parameters, so it has no family of its own to refine")
     return used
@@ -49,12 +49,12 @@ def learned_weights(density: GuideDensity) -> list[Weight]:
 
 def _used(density: GuideDensity, weights: list[Weight]) -> list[Weight]:
     """Those of `weights` that the guide's draws depend on; a module that is model and guide holds others too."""
-    few = torch.arange(min(8, density.num_datapoints))
+    subset = torch.arange(min(8, density.num_datapoints))
     values = [weight.value for weight in weights]
     if not values:
         return []
     with seeded(0, "used weights"), torch.enable_grad():
-        z, log_q = density.at(few).sample(1)
+        z, log_q = density.at(subset).sample(1)
         total = z.sum() + log_q.sum()
         if not total.requires_grad:
             return []

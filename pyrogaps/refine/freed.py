@@ -158,12 +158,12 @@ def varying_parameters(guide: FactorisedGuide) -> dict[str, set[str]]:
     result = {}
     for term in guide.terms:
         fn = guide.distributions[term.name]
-        inner, found = leaf(fn), set()
+        inner, varying = leaf(fn), set()
         for name in FREE_PARAMETERS[type(inner).__name__][1]:
             value = getattr(inner, name)
             if value.requires_grad or (guide.joint.plate is not None and _differs(value, inner, fn, term, name)):
-                found.add(name)
-        result[term.name] = found
+                varying.add(name)
+        result[term.name] = varying
     return result
 
 

@@ -62,7 +62,7 @@ class OwnFamily:
         """Whether there is something to refine on other data."""
         return self.fresh is not None or not self.density.bound
 
-    def elsewhere(self, problem: Problem) -> Problem:
+    def for_other_data(self, problem: Problem) -> Problem:
         """`problem` as it can be taken to other data: without a guide that has parameters for its own alone."""
         return problem if self.fresh is None else problem.with_guide(None)
 
@@ -116,9 +116,9 @@ def own_family(density: GuideDensity) -> OwnFamily:
     if isinstance(guide, AutoNormal) or (isinstance(guide, AutoGuide) and starts_at):
         return OwnFamily(density, "autoguide", type(guide))
     if density.factorised:
-        few = evenly_spaced(density.num_datapoints, 64)
+        subset = evenly_spaced(density.num_datapoints, 64)
         with seeded(0, "own family"), evaluating(guide), torch.enable_grad():
-            local = density.at(few)
+            local = density.at(subset)
         assert isinstance(local, FactorisedGuide)
         if can_be_freed(local):
             varies = varying_parameters(local)

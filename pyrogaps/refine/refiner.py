@@ -92,7 +92,7 @@ class Refiner:
         part, _ = part_of(problem.joint.data, number)
         if not isinstance(self.family, OwnFamily):
             return problem.over(part).simulated(run.seed, to_data), self
-        simulated = self.family.elsewhere(problem).over(part).simulated(run.seed, to_data)
+        simulated = self.family.for_other_data(problem).over(part).simulated(run.seed, to_data)
         return simulated, replace(self, family=self.family.over(simulated.problem))
 
     def _started(self, start: Start, evaluator: Evaluator, chunk: Chunk, run: Run) -> Refinable:

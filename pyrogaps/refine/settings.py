@@ -1,4 +1,4 @@
-"""What a refinement is told."""
+"""Settings of the refinement."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class Refinement:
     Attributes:
         num_steps: Adam steps.
         num_particles: draws per step and datapoint, in mirrored pairs where the family is symmetric.
-        learning_rate: the first step's, in units of the posterior's own scale where the family tells it; it decays by a
+        learning_rate: the first step's, in units of the posterior's own scale where the family knows it; it decays by a
             cosine to a thousandth.
         num_starts: how often refinement is begun: at the guide's own output first, then each time at the best of 256
             draws from the prior; of the optima found the best is kept. For posteriors with several modes.
