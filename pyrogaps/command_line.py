@@ -77,11 +77,17 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options] | None:
     if given.pop("help", False):
         return None
     document = read_document(name)
-    # A class first, whatever the order: its settings are set on it.
-    for key, text in sorted(overrides, key=lambda pair: pair[0] != "evidence.class_path"):
+    for key, text in _class_first(overrides):
         override(document, key, load_yaml(text, f"--{key}"))
     out = Path(given.pop("out", Path("runs") / _run_name(name)))
     return resolve(document), Options(out=out, **given)
+
+
+def _class_first(overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The class of the evidence before its fields, whatever their order, because a class clears another one's fields."""
+    whole = [place for place, (key, _) in enumerate(overrides) if key == "evidence"]
+    start = whole[-1] + 1 if whole else 0
+    return overrides[:start] + sorted(overrides[start:], key=lambda pair: pair[0] != "evidence.class_path")
 
 
 def help_text() -> str:

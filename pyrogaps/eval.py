@@ -4,9 +4,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pyro
-import torch
 import xarray as xr
 from matplotlib.figure import Figure
 
@@ -26,6 +26,7 @@ from pyrogaps.conditioning import Lookahead, declared, reference_guide
 from pyrogaps.console import say, told_in_a_line
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
+from pyrogaps.evidence import Evidence
 from pyrogaps.gaps import GapLedger, Split, decompose
 from pyrogaps.mapa import Mapa, train_by_mapa
 from pyrogaps.plots import plot_ledger
@@ -59,7 +60,7 @@ def _main(arguments: list[str]) -> int:
         if options.print_config:
             print(recipe.to_yaml(), end="")
             return 0
-        _run(recipe, options)
+        ranks.together(lambda: _run(recipe, options))
     except InputError as error:
         say(f"pyrogaps: {' '.join(str(error).split())}")
         return 2
@@ -70,41 +71,42 @@ def _main(arguments: list[str]) -> int:
     return 0
 
 
+class _Built(NamedTuple):
+    """What a recipe names, built."""
+
+    model: Program
+    guide: Program
+    data: DataSet
+    families: dict[str, Family]
+    evidence: Evidence
+
+
 def _run(recipe: Recipe, options: Options) -> None:
     """Take `recipe` from wherever its folder stands to a finished ledger, and print it.
 
-    Processes that share the work all come this way; only the first one writes, and says what is being done.
+    Processes that share the work all come this way; the folder lets the first one write, and the others read.
     """
     folder = RunFolder(options.out)
-    device = ranks.together(lambda: _device(recipe))
     # Processes that torchrun starts again have the same arguments, and go on.
     overwrite = options.overwrite and not ranks.restarted()
     try:
-        # What cannot be built leaves no folder behind, and what is finished needs no building.
-        if ranks.first(lambda: overwrite or not (folder / "ledger.nc").exists()):
-            built = ranks.together(lambda: _build(recipe, options, device))
-            ranks.first(lambda: folder.claim(recipe.to_yaml(), overwrite=overwrite))
-            ranks.together(lambda: _check_visible(folder))
-            progress = not options.quiet
-            ledger = ranks.together(lambda: _measured(recipe, *built, folder, progress=progress))
-        else:
-            ledger = ranks.first(lambda: _kept(recipe, folder))
-        ranks.first(lambda: _report(ledger, folder))
+        if overwrite or not folder.holds("ledger.nc"):
+            # What cannot be built, on whichever process, leaves no folder behind.
+            built = ranks.together(lambda: _build(recipe, options))
+            folder.claim(recipe.to_yaml(), overwrite=overwrite)
+            ledger = _measured(recipe, built, folder, progress=not options.quiet)
+        else:  # what is finished needs no building
+            ledger = _kept(recipe, folder)
+        _report(ledger, folder)
     finally:
         folder.release()
 
 
-def _device(recipe: Recipe) -> torch.device:
-    """Where the run takes place."""
+def _build(recipe: Recipe, options: Options) -> _Built:
+    """What `recipe` names, on the device where the run takes place."""
     if recipe.device == "cuda":
         ranks.take_gpu()
-    return check_device(recipe.device)
-
-
-def _build(
-    recipe: Recipe, options: Options, device: torch.device
-) -> tuple[Program, Program, DataSet, dict[str, Family]]:
-    """The model, the guide, the data and the further families of a recipe, on their device."""
+    device = check_device(recipe.device)
     for name in ("checkpoint", "model_checkpoint"):
         path = getattr(recipe, name)
         if path is not None and not Path(path).is_file():
@@ -112,49 +114,30 @@ def _build(
     data, remarks = build_data(recipe, data_root=options.data_root, download=options.download)
     for remark in remarks:
         say(f"pyrogaps: {remark}")
-    families = build_families(recipe)
-    build_evidence(recipe)  # what cannot be built is refused before training
+    families, evidence = build_families(recipe), build_evidence(recipe)
     pyro.clear_param_store()
     pyro.set_rng_seed(recipe.seed)
     model, guide = build_programs(recipe)
     for module in (*modules_of(model), *modules_of(guide)):
         module.to(device)
-    return model, guide, data, families
+    return _Built(model, guide, data, families, evidence)
 
 
-def _check_visible(folder: RunFolder) -> None:
-    """Processes on several machines go on from each other's files."""
-    if not (folder / "recipe.yaml").exists():
-        raise InputError(
-            f"{folder.path}: rank {ranks.rank()} does not see what rank 0 wrote there; choose an --out on a file "
-            "system that all machines share"
-        )
-
-
-def _measured(
-    recipe: Recipe,
-    model: Program,
-    guide: Program,
-    data: DataSet,
-    families: dict[str, Family],
-    folder: RunFolder,
-    *,
-    progress: bool,
-) -> GapLedger:
+def _measured(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bool) -> GapLedger:
     """The ledger of a recipe's pair, trained first where it has to be."""
-    _weigh(recipe, model, guide, data, folder, progress=progress)
-    reference = _reference(recipe, model, guide, data, folder, progress=progress)
+    _weigh(recipe, built, folder, progress=progress)
+    reference = _reference(recipe, built, folder, progress=progress)
     say("decomposing the inference gap")
     ledger = decompose(
-        model,
-        guide,
-        data.evaluated,
-        families=families,
-        evidence=build_evidence(recipe),
+        built.model,
+        built.guide,
+        built.data.evaluated,
+        families=built.families,
+        evidence=built.evidence,
         refinement=recipe.refinement,
         conditioning=recipe.conditioning,
         reference=reference,
-        split=_split(recipe, data),
+        split=_split(recipe, built.data),
         certificate=recipe.certificate,
         num_particles=recipe.num_particles,
         plate=recipe.plate,
@@ -167,34 +150,32 @@ def _measured(
     )
     # In memory first: a disk that is full would bring the library down in the midst of its writing.
     content = ledger.to_datatree().to_netcdf(engine="h5netcdf") if ranks.rank() == 0 else b""
-    ranks.first(lambda: folder.write("ledger.nc", lambda path: path.write_bytes(content)))
+    folder.write("ledger.nc", lambda path: path.write_bytes(content))
     return ledger
 
 
 def _kept(recipe: Recipe, folder: RunFolder) -> GapLedger:
     """The ledger of a run that is finished."""
     folder.claim(recipe.to_yaml(), overwrite=False)
-    ledger = _read_ledger(folder / "ledger.nc")
+    ledger = ranks.first(lambda: _read_ledger(folder / "ledger.nc"))
     say(f"{folder.path} holds the finished run of this recipe (--overwrite computes it anew)")
     return ledger
 
 
-def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool) -> None:
+def _weigh(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bool) -> None:
     """Give the model and guide their weights: those already in the folder, a checkpoint's, or freshly trained ones."""
+    model, guide, data = built.model, built.guide, built.data
     weights = folder / "checkpoint.pt"
-    trained = ranks.first(weights.exists)
-    source = weights if trained else Path(recipe.checkpoint) if recipe.checkpoint else None
+    source = weights if folder.holds("checkpoint.pt") else Path(recipe.checkpoint) if recipe.checkpoint else None
     example = data.evaluated if data.train is None else data.train
     if source is not None:
         say(f"loading weights from {source}")
-        path = source
-        ranks.together(lambda: load_weights(path, model, guide, example))
+        load_weights(source, model, guide, example)
     elif recipe.model_checkpoint is not None:
         say(f"loading the model's weights from {recipe.model_checkpoint}")
-        from_run = recipe.model_checkpoint
-        ranks.together(lambda: load_model_weights(from_run, model, guide, example))
+        load_model_weights(recipe.model_checkpoint, model, guide, example)
     if source is None and recipe.mapa is not None:
-        _train_by_mapa(recipe, recipe.mapa, model, guide, data, folder, progress=progress)
+        _train_by_mapa(recipe, recipe.mapa, built, folder, progress=progress)
     if source is None and recipe.training is not None:
         say("training")
         assert data.train is not None
@@ -210,24 +191,22 @@ def _weigh(recipe: Recipe, model: Program, guide: Program, data: DataSet, folder
                 progress=progress,
             )
     if source != weights:
-        ranks.first(lambda: folder.write("checkpoint.pt", lambda path: save_weights(path, model, guide)))
+        folder.write("checkpoint.pt", lambda path: save_weights(path, model, guide))
 
 
-def _train_by_mapa(
-    recipe: Recipe, mapa: Mapa, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool
-) -> None:
+def _train_by_mapa(recipe: Recipe, mapa: Mapa, built: _Built, folder: RunFolder, *, progress: bool) -> None:
     """Train the model by MAPA, with the recipe's encoder or else with the guide."""
     say("training the model by MAPA")
-    assert data.train is not None
+    assert built.data.train is not None
     encoder = build_encoder(recipe)
     for module in modules_of(encoder) if encoder is not None else ():
         module.to(recipe.device)
     with _divergence_named("mapa.training"):
         train_by_mapa(
-            model,
+            built.model,
             encoder,
-            guide,
-            data.train,
+            built.guide,
+            built.data.train,
             mapa,
             plate=recipe.plate,
             checkpoint=folder / MAPA,
@@ -236,25 +215,24 @@ def _train_by_mapa(
         )
 
 
-def _reference(
-    recipe: Recipe, model: Program, guide: Program, data: DataSet, folder: RunFolder, *, progress: bool
-) -> Program | None:
-    """The guide that the conditioning gap of a lookahead is measured by; None where none was asked for, or has a use.
+def _reference(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bool) -> Program | None:
+    """The guide by which the conditioning gap of a lookahead is measured; None where none was asked for or is of use.
 
-    It learns from drawn data of the training data's shape: from those evaluated it would learn their lengths alone.
+    It learns from simulated data of the shape of the training data: from data of the shape of the evaluated ones it
+    would learn their lengths alone.
     """
     if recipe.reference is None:
         return None
-    if not isinstance(declared(guide), Lookahead):
+    if not isinstance(declared(built.guide), Lookahead):
         say("pyrogaps: reference has no effect: the guide declares no lookahead short of all the future")
         return None
-    say("training the reference guide on data drawn from the model")
+    say("training the reference guide on data simulated from the model")
     settings = {name: value for name, value in vars(recipe.reference).items() if name != "freeze_model"}
     with _divergence_named("reference"):
         return reference_guide(
-            model,
-            guide,
-            data.evaluated if data.train is None else data.train,
+            built.model,
+            built.guide,
+            built.data.evaluated if built.data.train is None else built.data.train,
             plate=recipe.plate,
             checkpoint=folder / REFERENCE,
             **settings,
@@ -288,15 +266,16 @@ def _read_ledger(path: Path) -> GapLedger:
 
 def _report(ledger: GapLedger, folder: RunFolder) -> None:
     """Print the table; write what is made from the ledger where it is missing."""
-    if not (folder / "summary.csv").exists():
+    if not folder.holds("summary.csv"):
         folder.write("summary.csv", lambda path: ledger.summary().to_csv(path))
-    if not (folder / "gaps.png").exists():
+    if not folder.holds("gaps.png"):
         figure = Figure(figsize=page_size(ledger), layout="constrained")
         plot_ledger(ledger, figure)
         folder.write("gaps.png", lambda path: figure.savefig(path, dpi=150, format="png"))
     folder.finish()
-    print(ledger)
-    print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")
+    if ranks.rank() == 0:
+        print(ledger)
+        print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")
 
 
 if __name__ == "__main__":

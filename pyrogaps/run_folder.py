@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pyrogaps import ranks
 from pyrogaps.errors import InputError
 from pyrogaps.files import hold, in_place_of
 from pyrogaps.recipe import resolve
@@ -19,7 +20,10 @@ CHECKPOINTS = (TRAINING, REFERENCE, MAPA)
 
 
 class RunFolder:
-    """Results of one recipe, with what an unfinished run of it needs to continue."""
+    """Results of one recipe, with what an unfinished run of it needs to continue.
+
+    Of processes that share a run the first one writes; what it meets is raised on all.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,13 +32,29 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def holds(self, name: str) -> bool:
+        """Whether the folder has a file of that name, as the first process sees it."""
+        return ranks.first((self / name).exists)
+
     def claim(self, recipe: str, *, overwrite: bool) -> None:
         """Make the folder that of `recipe` (as YAML), creating it where it is missing.
 
         From then on it is this process's own, until it is released or this object is gone. Raises `InputError` where
-        another process is writing there, where it holds another recipe's run and `overwrite` is false, or cannot be
-        written.
+        another process is writing there, where it holds another recipe's run and `overwrite` is false, cannot be
+        written, or is not seen by all processes.
         """
+        ranks.first(lambda: self._claim(recipe, overwrite=overwrite))
+        ranks.together(self._check_visible)
+
+    def _check_visible(self) -> None:
+        """Processes on several machines go on from each other's files."""
+        if not (self / "recipe.yaml").exists():
+            raise InputError(
+                f"{self.path}: rank {ranks.rank()} does not see what rank 0 wrote there; choose an --out on a file "
+                "system that all machines share"
+            )
+
+    def _claim(self, recipe: str, *, overwrite: bool) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._held is None:
@@ -44,7 +64,7 @@ class RunFolder:
                 self._clear()
             self._refuse_other(yaml.safe_load(recipe))
             if not (self / "recipe.yaml").exists():
-                self.write("recipe.yaml", lambda path: path.write_text(recipe, "utf-8"))
+                self._write("recipe.yaml", lambda path: path.write_text(recipe, "utf-8"))
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror or error}; choose another --out") from error
 
@@ -59,6 +79,9 @@ class RunFolder:
 
         Raises `InputError` where it cannot be written; a file of that name is then as it was.
         """
+        ranks.first(lambda: self._write(name, save))
+
+    def _write(self, name: str, save: Callable[[Path], Any]) -> None:
         target = self / name
         try:
             with in_place_of(target) as temporary:
@@ -72,6 +95,9 @@ class RunFolder:
 
     def finish(self) -> None:
         """Remove what only an unfinished run needs."""
+        ranks.first(self._finish)
+
+    def _finish(self) -> None:
         for name in CHECKPOINTS:
             (self / name).unlink(missing_ok=True)
         for path in self.path.glob(".*.tmp"):  # of processes that were killed
@@ -81,7 +107,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in RESULTS:
             (self / name).unlink(missing_ok=True)
-        self.finish()
+        self._finish()
 
     def _refuse_other(self, recipe: dict[str, Any]) -> None:
         remedy = "use --out for another folder or --overwrite to replace it"
