@@ -12,7 +12,7 @@ from pyrogaps.building import build_data
 from pyrogaps.datasets import Chorales
 from pyrogaps.errors import InputError
 from pyrogaps.models.dmm import DeepMarkovModel
-from pyrogaps.recipe import Component, Recipe, Split
+from pyrogaps.recipe import Component, Evaluate, Recipe
 
 CONTENT: dict[str, Any] = {
     "train": [[[60, 64], [], [21]], [[108]]],
@@ -62,7 +62,7 @@ def test_a_recipe_takes_them(tmp_path: Path) -> None:
         data=Component("pyrogaps.datasets.Chorales"),
         model=Component("pyrogaps.models.dmm.DeepMarkovModel"),
         guide=Component("pyrogaps.guides.sequential.StructuredNormal"),
-        split=Split(part="train", num_datapoints=1),
+        evaluate=Evaluate(part="train", num_datapoints=1),
     )
     data, remarks = build_data(recipe, data_root=str(tmp_path))
     assert not remarks

@@ -155,7 +155,7 @@ def test_no_piece_is_larger_than_the_working_set() -> None:
 
 
 def test_chains_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["pyrogaps.ais"], "CHAINS", 24)  # the package has a function of that name
+    monkeypatch.setattr(sys.modules["pyrogaps.evidence.ais"], "MAX_CHAINS", 24)  # `ais` there is the function
     model = anisotropic(8, 3)
     x, _ = draws_of(model, 40)
     settings = AIS(num_chains=64, num_temperatures=20)

@@ -214,15 +214,15 @@ def run_path(
     settings: AIS,
     run: Run,
     exact: Tensor | None = None,
-    max_chains: int = MAX_CHAINS,
+    max_chains: int | None = None,
 ) -> AISRun:
     """The run that counts: forward, or in reverse from `exact` posterior draws `(B, dim)`, which all chains share.
 
-    No more than `max_chains` chains run at a time. The final positions are known only where all run at once.
+    No more than `max_chains` chains, by default `MAX_CHAINS`, run at a time. The final positions are known only where all run at once.
     """
-    joint, reverse, runs = path.joint, exact is not None, []
-    for group, first in enumerate(range(0, settings.num_chains, max_chains)):
-        number = min(max_chains, settings.num_chains - first)
+    joint, reverse, runs, most = path.joint, exact is not None, [], max_chains or MAX_CHAINS
+    for group, first in enumerate(range(0, settings.num_chains, most)):
+        number = min(most, settings.num_chains - first)
         purpose = ("reverse ais" if reverse else "ais") + (f" {group}" if group else "")
         noise = run.stream(purpose).noise(chunk, dtype=joint.dtype, device=joint.device)
         move = path.move(number, settings.num_leapfrog)

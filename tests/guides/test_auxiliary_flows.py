@@ -14,6 +14,7 @@ from pyrogaps import AIS, InputError, Problem, Refinement, ais, decompose, elbo,
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow, AutoLocalAuxiliaryFlow
 from pyrogaps.models.vae import VAE
 from pyrogaps.refine import own_family
+from pyrogaps.run import Run
 from pyrogaps.streams import chunks
 from tests.references import (
     anisotropic,
@@ -96,7 +97,7 @@ def test_the_local_family_starts_at_the_guide() -> None:
     guide = guide_of(1, 2)
     problem = Problem.of(banana, guide, X)
     joint, density = problem.joint, problem.guide_density()
-    start = own_family(density).start(joint, chunks(len(X), 64)[0], 0)
+    start = own_family(density).start(joint, chunks(len(X), 64)[0], Run(0))
     with torch.no_grad():
         extended, _ = density.sample(20)
         log_reverse = guide.reverse_posterior(extended[..., :2].flatten(0, 1), X.repeat(20)).log_prob(

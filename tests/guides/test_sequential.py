@@ -21,6 +21,7 @@ from pyrogaps.models.sequences import SequenceModel
 from pyrogaps.problem import Problem
 from pyrogaps.recipe import Component, Recipe
 from pyrogaps.refine import own_family
+from pyrogaps.run import Run
 from pyrogaps.streams import chunks
 
 LOOKAHEADS = [0, 1, 2, math.inf]
@@ -237,7 +238,7 @@ def test_the_local_family_starts_at_the_guide() -> None:
     joint, density = problem.joint, problem.guide_density()
     family = own_family(density)
     assert family.kind == "local_family"
-    start: Any = family.start(joint, chunks(5, 64)[0], 0)
+    start: Any = family.start(joint, chunks(5, 64)[0], Run(0))
     assert [tuple(parameter.shape) for parameter in start.parameters] == [(5, 4, 6)]
     assert start.axes == [0]
     z = torch.randn(20, 5, 8)
