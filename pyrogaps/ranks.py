@@ -63,7 +63,7 @@ def joined() -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with losses_named():
+    with as_lost_rank_error():
         dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
@@ -132,7 +132,7 @@ def everywhere(compute: Callable[[], Result]) -> list[Result]:
             raise
         own = error
     shares: list[Any] = [None] * world_size()
-    with losses_named():
+    with as_lost_rank_error():
         dist.all_gather_object(shares, own)
     for share in shares:
         if isinstance(share, Exception):
@@ -142,7 +142,7 @@ def everywhere(compute: Callable[[], Result]) -> list[Result]:
 
 
 @contextmanager
-def losses_named() -> Iterator[None]:
+def as_lost_rank_error() -> Iterator[None]:
     """Raise `LostRankError` where `torch.distributed` says that another process is gone."""
     try:
         yield
