@@ -101,9 +101,9 @@ def test_other_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"there is no file {FILE}. .*--data_root .*PYROGAPS_DATA"):
+    with pytest.raises(InputError, match=rf"there is no file {FILE}\. .*--data_root .*PYROGAPS_DATA"):
         Chorales()
-    with pytest.raises(InputError, match=f"there is no file {FILE} or {tmp_path / FILE}. Give its full path"):
+    with pytest.raises(InputError, match=rf"there is no file {FILE} or {tmp_path / FILE}\. Give its full path"):
         Chorales(data_root=str(tmp_path))
 
 

@@ -50,8 +50,8 @@ def doubly_reparametrised(particles: Particles) -> Tensor:
     $$\nabla_\theta: \sum_k \tilde w_k \nabla_\theta \log p_\theta(x, z_k), \quad
       \nabla_\phi: \sum_k \tilde w_k^2 \, \frac{\partial \log w_k}{\partial z_k} \nabla_\phi z_k(\epsilon_k)$$
 
-    with normalised weights $\tilde w_k$. The sites must come from a run under `CutDraws`. A draw also depends on earlier
-    draws, so derivatives are propagated from the last site to the first.
+    with normalised weights $\tilde w_k$. The sites must come from a run under `CutDraws`. A draw also depends on
+    earlier draws, so derivatives are propagated from the last site to the first.
     """
     normalised = particles.log_weights.detach().softmax(0)
     surrogate = (normalised * particles.log_model).sum()
