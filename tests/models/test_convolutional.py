@@ -147,7 +147,7 @@ def test_features_can_be_any_module_that_counts_them() -> None:
             return x.mean((-2, -1))
 
     assert AmortizedNormal(128, 3, features=Mean())(images(4)).shape == (4, 3)
-    with pytest.raises(InputError, match="AmortizedNormal: features must say how many there are: Flatten has no num_"):
+    with pytest.raises(InputError, match="AmortizedNormal: features Flatten has no integer attribute num_features"):
         AmortizedNormal(128, 3, features=nn.Flatten())
 
 

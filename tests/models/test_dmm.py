@@ -138,8 +138,8 @@ MODELS = [lambda: DeepMarkovModel(3, 2, 4, 4), lambda: Pendulum(), lambda: Struc
     [
         ((torch.zeros(4, 5, 7),), "x must have shape"),
         ((torch.zeros(4, 5),), "x must have shape"),
-        ((torch.zeros(4, 0, 3),), "holds no time steps"),
-        ((torch.zeros(0, 5, 3),), "holds no time steps"),
+        ((torch.zeros(4, 0, 3),), "has no time steps"),
+        ((torch.zeros(0, 5, 3),), "has no time steps"),
         ((torch.zeros(4, 5, 3), torch.tensor([4, 0, 5, 1])), r"lengths must be from 1 to 5.*Leave out empty sequences"),
         ((torch.zeros(4, 5, 3), torch.tensor([4, 2, 6, 1])), r"lengths must be from 1 to 5.*Pad x to the longest"),
         ((torch.zeros(4, 5, 3), torch.tensor([4, 2, 5])), r"lengths must have shape \(4,\)"),
