@@ -1,4 +1,4 @@
-"""Amortized Gaussian guides: an MLP maps each datapoint to the mean and scale of its q(z|x)."""
+"""Amortized Gaussian guides: an MLP maps each datapoint to mean and scale of q(z|x)."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ from pyrogaps.models.mlp import mlp
 
 
 class Amortized(AmortizedGuide, nn.Module):
-    """The encoder, `(N, *event)` to `(N, num_outputs)`, and what its subclasses do alike.
+    """Base class with an encoder from `(N, *event)` to `(N, num_outputs)`.
 
-    An MLP reads a datapoint's elements, or what `features` makes of them: any module from `(N, *event)` to
+    The encoder is an MLP on a datapoint's elements or on the output of `features`, any module from `(N, *event)` to
     `(N, features.num_features)`. Raises `InputError` for `features` without `num_features`.
     """
 
@@ -42,36 +42,41 @@ class Amortized(AmortizedGuide, nn.Module):
         number = getattr(features, "num_features", None)
         if not isinstance(number, int):
             kind = type(features).__name__
-            raise InputError(f"{type(self).__name__}: features must say how many there are: {kind} has no num_features")
+            raise InputError(
+                f"{type(self).__name__}: features {kind} has no integer attribute num_features. Set it to the length "
+                "of its output."
+            )
         return number
 
     def seen(self, x: Tensor) -> Tensor:
-        """What the encoder reads of `x`, of its shape: all of it, unless a subclass is shown less."""
+        """The part of `x` that the encoder reads, of the same shape: all of it, unless a subclass hides some."""
         return x
 
     def encode(self, x: Tensor) -> Tensor:
         if x[0].numel() != self.data_dim:
             name = type(self).__name__
-            raise InputError(f"{name}: data_dim is {self.data_dim}, but a datapoint has {x[0].numel()} elements")
+            raise InputError(
+                f"{name}: data_dim is {self.data_dim}, but a datapoint has {x[0].numel()} elements. Make them equal."
+            )
         x = self.seen(x)
         inputs = x.reshape(len(x), -1) if self.features is None else self.features(x)
         outputs: Tensor = self.encoder(inputs.to(next(self.encoder.parameters()).dtype))
         return outputs
 
     def positive(self, raw: Tensor) -> Tensor:
-        """softplus, bounded away from 0: a scale that underflows would make log q infinite."""
+        """softplus plus `min_scale`: a scale that underflows would make log q infinite."""
         return softplus(raw) + self.min_scale
 
 
 class AmortizedNormal(Amortized):
-    """q(z|x) = N(mean(x), diag(scale(x)^2)), mean and softplus^-1(scale - min_scale) by one MLP.
+    """q(z|x) = N(mean(x), diag(scale(x)^2)); one MLP computes mean and softplus^-1(scale - min_scale).
 
     A Pyro guide: `guide(x)` with `x` `(N, *event)`, `data_dim` elements per event; site "z" `(N, latent_dim)` in the
-    plate "data". `hidden` are the widths of the hidden layers, `activation` names a `torch.nn` activation. With
-    `features`, a module from `(N, *event)` to `(N, features.num_features)` such as
-    `pyrogaps.models.convolutional.ConvolutionalFeatures`, the MLP reads these; `hidden` may then well be empty.
+    plate "data". `hidden` are the widths of the hidden layers, `activation` is the name of a `torch.nn` activation.
+    With `features`, a module from `(N, *event)` to `(N, features.num_features)` such as
+    `pyrogaps.models.convolutional.ConvolutionalFeatures`, the MLP reads its output; `hidden` may then be empty.
 
-    Raises `InputError` for `x` of another size than `data_dim`, and for `features` that do not say how many they are.
+    Raises `InputError` for `x` of another size than `data_dim`, and for `features` without `num_features`.
     """
 
     def __init__(
@@ -99,9 +104,9 @@ class AmortizedNormal(Amortized):
 
 
 class AmortizedMultivariateNormal(Amortized):
-    """q(z|x) = N(mean(x), T(x) T(x)'), T lower triangular with a positive diagonal, all by one MLP.
+    """q(z|x) = N(mean(x), T(x) T(x)') with T lower triangular; one MLP computes mean and T.
 
-    Arguments, sites and errors as in `AmortizedNormal`; `min_scale` bounds the diagonal of T.
+    Arguments, sites and errors are those of `AmortizedNormal`; the diagonal of T is at least `min_scale`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Flow guides over the latent vector and an auxiliary variable beside it, with a reverse model for that variable."""
+"""Flow guides over the latent vector and an auxiliary variable, with a reverse model for that variable."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,13 +29,13 @@ class AmortizedAuxiliaryFlow(Amortized):
 
     $$\log p(x) \ge \mathbb E_{q(z, v|x)} [\log p(x, z) + \log r(v|z, x) - \log q(z, v|x)]$$
 
-    v starts as standard Normal noise and is moved by an affine coupling that reads z (this is q(v|z, x)), then z by one
-    that reads v, and so on: `num_steps` such pairs, networks with one hidden tanh layer of `flow_hidden` units; z
-    starts at N(m(x), s(x)^2). r(v|z, x) is a Normal by a network of the same form. The first network and r see x.
+    z starts as N(m(x), s(x)^2) and v as standard Normal noise. An affine coupling that reads z transforms v, then one
+    that reads v transforms z; there are `num_steps` such pairs. The networks have one hidden tanh layer of
+    `flow_hidden` units. r(v|z, x) is a Normal given by a network of the same form. The first network and r also read x.
 
-    A Pyro guide with sites "z" `(N, latent_dim)` and "v" `(N, auxiliary_dim)` in the plate "data"; `auxiliary_dim` is
-    `latent_dim` if it is not given. Train it with the model that `augment(model)` returns, which has r at "v";
-    `pyrogaps.train` and every estimator do so by themselves. Further arguments and errors as in `AmortizedFlow`.
+    A Pyro guide with sites "z" `(N, latent_dim)` and "v" `(N, auxiliary_dim)` in the plate "data"; `auxiliary_dim`
+    defaults to `latent_dim`. Train it with the model that `augment(model)` returns, which adds r at "v";
+    `pyrogaps.train` and all estimators do so automatically. Other arguments and errors are those of `AmortizedFlow`.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class AmortizedAuxiliaryFlow(Amortized):
         return z
 
     def augment(self, model: Callable[..., Any]) -> Callable[..., Any]:
-        """`model` with v ~ r(v|z, x) beside its site "z": its evidence is the model's own."""
+        """`model` with an additional site v ~ r(v|z, x) after "z"; the evidence is unchanged."""
 
         def augmented(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with _Beside("z", lambda z: pyro.sample("v", self.reverse_posterior(z, x))):
+            with _After("z", lambda z: pyro.sample("v", self.reverse_posterior(z, x))):
                 return model(x, *args, **kwargs)
 
         return augmented
 
     def posterior(self, x: Tensor) -> dist.TransformedDistribution:
-        """q(z, v|x) of `x` `(N, *event)`: batch shape `(N,)`, the elements of z before those of v."""
+        """q(z, v|x) for `x` `(N, *event)`: batch shape `(N,)`, the elements of z before those of v."""
         loc, scale, context, _ = self._outputs(x)
         first = partial(read_at, self.networks[0], loc, scale, context=context)
         networks = [first] + [self._later(k, loc, scale) for k in range(1, len(self.networks))]
@@ -88,7 +88,7 @@ class AmortizedAuxiliaryFlow(Amortized):
         return network if k % 2 else partial(read_at, network, loc, scale)
 
     def reverse_posterior(self, z: Tensor, x: Tensor) -> dist.TorchDistribution:
-        """r(v|z, x) of `z` `(N, latent_dim)`, batch shape `(N,)`."""
+        """r(v|z, x) for `z` `(N, latent_dim)`, batch shape `(N,)`."""
         return normal_of(self.reverse(z, self._outputs(x)[3]))
 
     def _outputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,31 +97,33 @@ class AmortizedAuxiliaryFlow(Amortized):
         return loc, self.positive(raw), context, reverse_context
 
     def local_family(self, model: Any, plate: str | None = None) -> "AutoLocalAuxiliaryFlow":
-        """The family of this guide, for every datapoint its own m, s and weights, those of r among them."""
+        """The family of this guide with separate m, s and weights, including those of r, for each datapoint."""
         sizes = {"num_steps": self.num_steps, "hidden": self.flow_hidden, "auxiliary_dim": self.auxiliary_dim}
         return AutoLocalAuxiliaryFlow(model, plate=plate, **sizes)
 
     def start_local(self, guide: "AutoLocalAuxiliaryFlow", x: Tensor) -> None:
-        """Start `guide`, one of the local family set up on `x`, at this guide's q(z, v|x) and r(v|z, x)."""
+        """Initialise `guide`, a `local_family` set up on `x`, to this guide's q(z, v|x) and r(v|z, x)."""
         loc, scale, context, reverse_context = self._outputs(x)
-        zero, one = loc.new_zeros(len(x), self.auxiliary_dim), loc.new_ones(len(x), self.auxiliary_dim)
+        zeros, ones = loc.new_zeros(len(x), self.auxiliary_dim), loc.new_ones(len(x), self.auxiliary_dim)
         guide.start_at(loc, scale)
         for k, network in enumerate(self.networks):
-            at, spread = (zero, one) if k % 2 else (loc, scale)
-            weights = local_weights(network, spread, at, context if k == 0 else 0.0)  # type: ignore[arg-type]
+            input_loc, input_scale = (zeros, ones) if k % 2 else (loc, scale)
+            context_k = context if k == 0 else 0.0
+            weights = local_weights(network, input_scale, input_loc, context_k)  # type: ignore[arg-type]
             guide.start_network(f"{k}", weights)
         guide.start_network("reverse", local_weights(self.reverse, scale, loc, reverse_context))
 
 
 class AutoLocalAuxiliaryFlow(AutoLocalNetworks):
-    r"""A flow with an auxiliary variable for every datapoint, over all its latent sites in unconstrained space.
+    r"""A separate flow with an auxiliary variable for each datapoint, over all its latents in unconstrained space.
 
-    The family of `AmortizedAuxiliaryFlow`, all weights and biases, of the reverse model too, the datapoint's own. It
-    starts as a Normal with independent coordinates. It bounds the ELBO of its own marginal q(z_n) from below, because
-    the site "_local_latent" is scored with log q(z, v) - log r(v|z); no `augment` is needed. With d latent and a
-    auxiliary dimensions and `hidden` = h there are about (6 num_steps + 3) d h weights a datapoint where a = d.
+    This is the family of `AmortizedAuxiliaryFlow` with separate weights and biases, including those of the reverse
+    model, for each datapoint. Initially the coordinates are independent Normals. Its ELBO is a lower bound on the ELBO
+    of its marginal q(z_n), because the site "_local_latent" is scored by log q(z, v) - log r(v|z); no `augment` is
+    needed. With d latent and d auxiliary dimensions and `hidden` = h, there are about (6 num_steps + 3) d h weights per
+    datapoint.
 
-    `auxiliary_dim` is the latents' own dimension if it is not given. Further arguments and errors as for `AutoLocal`.
+    `auxiliary_dim` defaults to the dimension of the latents. Other arguments and errors are those of `AutoLocal`.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class AutoLocalAuxiliaryFlow(AutoLocalNetworks):
         self._auxiliary_dim = auxiliary_dim
 
     def local_family(self, model: Any, plate: str | None = None) -> "AutoLocalAuxiliaryFlow":
-        """The same family, of the same size, for other datapoints."""
+        """The same family, with the same sizes, for other datapoints."""
         sizes: dict[str, Any] = {"num_steps": self._num_steps, "hidden": self._hidden}
         return AutoLocalAuxiliaryFlow(model, **sizes, auxiliary_dim=self._auxiliary_dim, plate=plate)
 
@@ -154,10 +156,10 @@ class AutoLocalAuxiliaryFlow(AutoLocalNetworks):
         self.setup_networks({**networks, "reverse": first_weights(dim, self._auxiliary_dim, self._hidden, loc)})
 
     def units(self) -> dict[str, Tensor | float]:
-        """As of `AutoLocalNetworks`, smaller in outer layers.
+        """As in `AutoLocalNetworks`, but smaller in outer layers.
 
-        Adam moves many weights the same way, so the output of h units changes by more than sqrt(h) steps. With steps of
-        1 / sqrt(h), 200 units ended below 20 of them.
+        Adam moves many weights in the same direction, so the output of h units changes by more than sqrt(h) steps. With
+        steps of 1 / sqrt(h), 200 units reached a lower ELBO than 20 units.
         """
         units = super().units()
         weights = units["weights_unconstrained"]
@@ -178,8 +180,8 @@ class AutoLocalAuxiliaryFlow(AutoLocalNetworks):
         return AuxiliaryPosterior(flow, reverse, loc.shape[-1])
 
 
-class _Beside(Messenger):
-    """Runs `statement(value)` right after the site `name`, within its plates."""
+class _After(Messenger):
+    """Runs `statement(value)` directly after the site `name`, within its plates."""
 
     def __init__(self, name: str, statement: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -199,11 +201,11 @@ def _check(guide: Any, num_steps: int, hidden: int, auxiliary_dim: int) -> None:
 
 
 def _sizes(dim: int, auxiliary_dim: int, num_steps: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of the coupling networks, two to a step."""
+    """Numbers of inputs and outputs of the coupling networks, two networks per step."""
     return [(dim, auxiliary_dim), (auxiliary_dim, dim)] * num_steps
 
 
 def _padded(loc: Tensor, scale: Tensor, auxiliary_dim: int) -> tuple[Tensor, Tensor]:
-    """Location and scale of z and v together: v needs none of its own, the first coupling gives it."""
+    """Location and scale of (z, v); those of v are 0 and 1, because the first coupling transforms it."""
     pad = nn.functional.pad
     return pad(loc, (0, auxiliary_dim)), pad(scale, (0, auxiliary_dim), value=1.0)

@@ -1,4 +1,4 @@
-"""Affine coupling flows (Dinh et al., arXiv:1605.08803), with weights shared by all datapoints or one set for each."""
+"""Affine coupling flows (Dinh et al., arXiv:1605.08803), with shared weights or separate ones for each datapoint."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from torch.distributions import AffineTransform, constraints
 
 from pyrogaps.guides.local import AutoLocal
 
-# A coupling scales by at most e^2 either way: a point unlike any seen in training is moved, never flung away.
+# A coupling scales by between e^-2 and e^2, so that points unlike the training data are not moved far away.
 MAX_LOG_SCALE = 2.0
 
 ShiftAndLogScale = tuple[Tensor, Tensor]
@@ -34,9 +34,9 @@ def normal_of(outputs: ShiftAndLogScale) -> dist.TorchDistribution:
 
 
 class CouplingNetwork(nn.Module):
-    """One hidden tanh layer from `(..., num_inputs)` to shift and log scale `(..., num_outputs)`, both 0 at the start.
+    """One hidden tanh layer from `(..., num_inputs)` to shift and log scale `(..., num_outputs)`, initially 0.
 
-    `context`, `(..., hidden)`, is added in the hidden layer: it makes the network depend on the datapoint.
+    `context`, `(..., hidden)`, is added in the hidden layer and makes the network depend on the datapoint.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, hidden: int) -> None:
@@ -61,7 +61,7 @@ Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def local_network(weights: Weights, inputs: Tensor) -> ShiftAndLogScale:
-    """`CouplingNetwork` with weights of its own for each datapoint.
+    """A `CouplingNetwork` with separate weights for each datapoint.
 
     Inner weights are `(*batch, num_inputs, hidden)` and their bias `(*batch, hidden)`, outer weights
     `(*batch, hidden, 2 num_outputs)`, `inputs` `(*particles, *batch, num_inputs)`.
@@ -71,7 +71,7 @@ def local_network(weights: Weights, inputs: Tensor) -> ShiftAndLogScale:
 
 
 def _rowwise(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One matrix product per datapoint, all its particles together."""
+    """One matrix product per datapoint, for all its particles."""
     rows = bias[..., 0].numel()
     particles_last = inputs.reshape(-1, rows, inputs.shape[-1]).transpose(0, 1)
     flat = weight.reshape(rows, *weight.shape[-2:])
@@ -80,9 +80,9 @@ def _rowwise(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def local_weights(network: CouplingNetwork, scale: Tensor, loc: Tensor, context: Tensor | float = 0.0) -> Weights:
-    """The weights with which `local_network` of e gives what `network` gives of `loc + scale e` and `context`.
+    """Weights for which `local_network(weights, e)` equals `network(loc + scale * e, context)`.
 
-    `loc` and `scale` are `(*batch, num_inputs)`, `context` `(*batch, hidden)`.
+    `loc` and `scale` are `(*batch, num_inputs)`, `context` is `(*batch, hidden)`.
     """
     shape, rows = network.inner.weight.T.shape, loc.shape[:-1]
     inner = scale[..., None] * network.inner.weight.T.expand(*rows, *shape)
@@ -92,7 +92,7 @@ def local_weights(network: CouplingNetwork, scale: Tensor, loc: Tensor, context:
 
 
 def first_weights(num_inputs: int, num_outputs: int, hidden: int, like: Tensor) -> Weights:
-    """Weights of new networks, one for each row of `like` `(*batch, dim)`, each giving shift and log scale 0."""
+    """Weights of new networks with shift and log scale 0, one for each row of `like` `(*batch, dim)`."""
     rows = like.shape[:-1]
     inner = like.new_empty(*rows, num_inputs, hidden).uniform_(-1, 1) / max(1, num_inputs) ** 0.5
     inner_bias = like.new_empty(*rows, hidden).uniform_(-1, 1) / max(1, num_inputs) ** 0.5
@@ -102,20 +102,20 @@ def first_weights(num_inputs: int, num_outputs: int, hidden: int, like: Tensor) 
 def coupling_flow(
     networks: Sequence[Callable[[Tensor], ShiftAndLogScale]], loc: Tensor, scale: Tensor, split: int
 ) -> dist.TransformedDistribution:
-    """The law of loc + scale T(e), e ~ N(0, I); T the couplings of `networks`, in turn.
+    """The distribution of loc + scale T(e), where e ~ N(0, I) and T applies the couplings of `networks` in order.
 
-    The first network reads the first `split` elements of e and moves the others, the second the reverse, and so on;
-    `loc` and `scale` are `(*batch, dim)`.
+    The first network reads the first `split` elements of e and transforms the others, the second does the reverse, and
+    so on. `loc` and `scale` are `(*batch, dim)`.
     """
     dim = loc.shape[-1]
     transforms: list[AffineCoupling | Permute | AffineTransform] = []
     read = split
     for network in networks:
-        turn = torch.arange(dim, device=loc.device).roll(-read)
+        swap = torch.arange(dim, device=loc.device).roll(-read)
         transforms += [
             AffineCoupling(read, network, log_scale_min_clip=-MAX_LOG_SCALE, log_scale_max_clip=MAX_LOG_SCALE)
         ]
-        transforms += [Permute(turn)]
+        transforms += [Permute(swap)]
         read = dim - read
     if len(networks) % 2:
         transforms.append(Permute(torch.arange(dim, device=loc.device).roll(-read)))
@@ -125,9 +125,9 @@ def coupling_flow(
 
 
 class AutoLocalNetworks(AutoLocal):
-    """An `AutoLocal` with coupling networks, one set of weights for every datapoint.
+    """An `AutoLocal` with coupling networks that have separate weights for each datapoint.
 
-    All weights of a datapoint lie in one vector: a guide with few parameters runs faster through Pyro.
+    All weights of a datapoint are stored in one vector, because Pyro runs faster with fewer parameters.
     """
 
     def __init__(
@@ -149,18 +149,18 @@ class AutoLocalNetworks(AutoLocal):
     weights: Any
 
     def local_family(self, model: Any, plate: str | None = None) -> "AutoLocalNetworks":
-        """The same family, of the same size, for other datapoints."""
+        """The same family, with the same sizes, for other datapoints."""
         return type(self)(model, num_steps=self._num_steps, hidden=self._hidden, plate=plate)
 
     def setup_networks(self, networks: dict[str, Weights]) -> None:
-        """Make the weights of `networks`, by name, see `local_network`, a parameter of this guide."""
+        """Register the weights of `networks`, by name (see `local_network`), as a parameter of this guide."""
         batch = self.loc.dim() - 1
         self._shapes = {name: [value.shape[batch:] for value in weights] for name, weights in networks.items()}
         vectors = [value.flatten(batch) for weights in networks.values() for value in weights]
         self.weights = PyroParam(torch.cat(vectors, -1), constraints.real, 1)
 
     def networks(self) -> dict[str, Callable[[Tensor], ShiftAndLogScale]]:
-        """The networks, at the datapoints of the plate that is being run."""
+        """The networks by name, at the datapoints of the current plate."""
         return {name: partial(local_network, weights) for name, weights in self._split(self.weights).items()}
 
     def start_network(self, name: str, weights: Weights) -> None:
@@ -171,7 +171,7 @@ class AutoLocalNetworks(AutoLocal):
                 target.copy_(value.reshape(target.shape))
 
     def units(self) -> dict[str, Tensor | float]:
-        """As of `AutoLocal`; in weights, what moves the outputs of their layer by about one."""
+        """As in `AutoLocal`; the step of a weight changes the outputs of its layer by about one."""
         units = torch.ones_like(dict(self.named_parameters())["weights_unconstrained"])
         for inner, _, outer, _ in self._split(units).values():
             inner.fill_(inner.shape[-2] ** -0.5)

@@ -10,10 +10,10 @@ from pyrogaps.guides.amortized import Amortized
 
 
 class AmortizedDelta(Amortized):
-    """z = h(x), by an MLP: the encoder that `pyrogaps.MAPA_ELBO` trains with a model.
+    """z = h(x) by an MLP: the encoder that `pyrogaps.MAPA_ELBO` trains with a model.
 
     A Pyro guide: `guide(x)` with `x` `(N, *event)`; site "z" `(N, latent_dim)`, a Delta, in the plate "data". It has no
-    density, so no bound on log p(x). Arguments and errors as in `AmortizedNormal`.
+    density, so it gives no bound on log p(x). Arguments and errors are those of `AmortizedNormal`.
     """
 
     def __init__(

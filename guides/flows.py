@@ -1,4 +1,4 @@
-"""Flow guides on halves of the latent vector: amortized, and with one set of flow weights for every datapoint."""
+"""Coupling flows on halves of the latent vector: amortized, and with separate weights for each datapoint."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,16 +21,16 @@ from pyrogaps.guides.couplings import (
 
 
 class AmortizedFlow(Amortized):
-    r"""q(z|x): a Normal whose halves are moved, in turn, by affine couplings of the other half.
+    r"""q(z|x): a Normal transformed by affine couplings of its two halves in turn.
 
     $$z = m(x) + s(x) \odot T_x(\epsilon), \quad \epsilon \sim \mathcal N(0, I)$$
 
-    The networks of $T_x$ have weights shared by all x and read a half where it is, $m + s \odot \epsilon$, so that the
-    flow bends the Normal differently in different places. This is the flow without auxiliary variable of Cremer, Li
-    and Duvenaud (arXiv:1801.03558): `num_steps` steps of two couplings, one hidden tanh layer of `flow_hidden` units;
-    in place of their gate, scales are bounded both ways.
+    The networks of $T_x$ share their weights across all x. They read a half at its location, $m + s \odot \epsilon$, so
+    that the transformation depends on where the Normal lies. This is the flow without auxiliary variable of Cremer, Li
+    and Duvenaud (arXiv:1801.03558): `num_steps` steps of two couplings, networks with one hidden tanh layer of
+    `flow_hidden` units. Instead of their gate, scales are bounded above and below.
 
-    A Pyro guide: `guide(x)`, arguments, sites and errors otherwise as in `AmortizedNormal`; it starts as one.
+    A Pyro guide: `guide(x)`; other arguments, sites and errors are those of `AmortizedNormal`. Initially it is Normal.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class AmortizedFlow(Amortized):
         return z
 
     def posterior(self, x: Tensor) -> dist.TransformedDistribution:
-        """q(z|x) of `x` `(N, *event)`, batch shape `(N,)`."""
+        """q(z|x) for `x` `(N, *event)`, batch shape `(N,)`."""
         loc, scale = self.parameters_of(x)
         halves = _halves(loc, scale)
         networks = [partial(read_at, network, *halves[k % 2]) for k, network in enumerate(self.networks)]
@@ -69,27 +69,28 @@ class AmortizedFlow(Amortized):
         return loc, self.positive(raw)
 
     def local_family(self, model: Any, plate: str | None = None) -> "AutoLocalFlow":
-        """The family of this guide, for every datapoint its own m, s and weights."""
+        """The family of this guide with separate m, s and weights for each datapoint."""
         return AutoLocalFlow(model, plate=plate, num_steps=self.num_steps, hidden=self.flow_hidden)
 
     def start_local(self, guide: "AutoLocalFlow", x: Tensor) -> None:
-        """Start `guide`, one of the local family set up on `x`, at this guide's q(z|x)."""
+        """Initialise `guide`, a `local_family` set up on `x`, to this guide's q(z|x)."""
         loc, scale = self.parameters_of(x)
         halves = _halves(loc, scale)
         guide.start_at(loc, scale)
         for k, network in enumerate(self.networks):
-            at, spread = halves[k % 2]
-            guide.start_network(f"{k}", local_weights(network, spread, at))  # type: ignore[arg-type]
+            half_loc, half_scale = halves[k % 2]
+            guide.start_network(f"{k}", local_weights(network, half_scale, half_loc))  # type: ignore[arg-type]
 
 
 class AutoLocalFlow(AutoLocalNetworks):
-    r"""A coupling flow for every datapoint, over all its latent sites in unconstrained space.
+    r"""A separate coupling flow for each datapoint, over all its latent sites in unconstrained space.
 
     $$z_n = m_n + s_n \odot T_n(\epsilon), \quad \epsilon \sim \mathcal N(0, I)$$
 
-    $T_n$: `num_steps` steps of two affine couplings of halves (Dinh et al., arXiv:1605.08803), networks with one hidden
-    tanh layer of `hidden` units, all weights and biases the datapoint's own. It starts as a Normal with independent
-    coordinates. Further arguments and errors as for `AutoLocal`; one latent dimension has no halves and is refused.
+    $T_n$ has `num_steps` steps of two affine couplings of halves (Dinh et al., arXiv:1605.08803). Its networks have one
+    hidden tanh layer of `hidden` units, with separate weights and biases for each datapoint. Initially the coordinates
+    are independent Normals. Other arguments and errors are those of `AutoLocal`. A single latent dimension has no
+    halves and raises `InputError`.
     """
 
     def setup_posterior(self, loc: Tensor) -> None:
@@ -103,24 +104,24 @@ class AutoLocalFlow(AutoLocalNetworks):
 
 
 def check_sizes(guide: Any, dim: int, num_steps: int, hidden: int) -> None:
-    """Refuse a flow without couplings, units, or halves."""
+    """Raise `InputError` for a flow without couplings, hidden units or halves."""
     name = type(guide).__name__
     if num_steps < 1 or hidden < 1:
         raise InputError(f"{name}: a flow needs at least one step and one hidden unit, got {num_steps} and {hidden}")
     if dim < 2:
         raise InputError(
-            f"{name}: one latent dimension has no halves to couple; use the flow with an auxiliary variable"
+            f"{name}: one latent dimension has no halves to couple. Use the flow with an auxiliary variable."
         )
 
 
 def _sizes(dim: int, num_steps: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of the coupling networks, two to a step."""
+    """Numbers of inputs and outputs of the coupling networks, two networks per step."""
     half = dim // 2
     return [(half, dim - half), (dim - half, half)] * num_steps
 
 
 def _halves(*vectors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The first halves of some vectors `(*batch, dim)`, and the second."""
+    """The first halves of `vectors` `(*batch, dim)`, and the second halves."""
     half = vectors[0].shape[-1] // 2
     return [tuple(v[..., :half] for v in vectors), tuple(v[..., half:] for v in vectors)]
 
@@ -128,6 +129,6 @@ def _halves(*vectors: Tensor) -> list[tuple[Tensor, ...]]:
 def read_at(
     network: nn.Module, loc: Tensor, scale: Tensor, inputs: Tensor, context: Tensor | float = 0.0
 ) -> ShiftAndLogScale:
-    """What a `CouplingNetwork` gives that reads `inputs` where they lie, at `loc + scale * inputs`."""
+    """The output of a `CouplingNetwork` that reads `loc + scale * inputs`."""
     outputs: ShiftAndLogScale = network(loc + scale * inputs, context)
     return outputs

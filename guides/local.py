@@ -1,4 +1,4 @@
-"""Per-datapoint families: autoguides that are local under the data plate."""
+"""Per-datapoint families: autoguides with separate parameters for each datapoint of the data plate."""
 
 from abc import abstractmethod
 from contextlib import ExitStack
@@ -21,10 +21,10 @@ from pyrogaps.family import LocalFamily
 
 
 class MarginalMultivariateNormal(dist.MultivariateNormal):
-    """A multivariate Normal that can score the marginal of some of its coordinates."""
+    """A multivariate Normal that can score the marginal of a subset of its coordinates."""
 
     def masked_log_prob(self, value: Tensor, mask: Tensor) -> Tensor:
-        """log-density of the coordinates where `mask` holds, the others integrated out; shapes of `log_prob`."""
+        """Log-density of the coordinates where `mask` is True, with the others integrated out; shapes of `log_prob`."""
         keep = mask.to(value.dtype)
         covariance = self.covariance_matrix * keep[..., :, None] * keep[..., None, :] + torch.diag_embed(1 - keep)
         centred = (value - self.loc) * keep
@@ -41,21 +41,21 @@ class MarginalMultivariateNormal(dist.MultivariateNormal):
 
 
 class AutoLocal(LocalFamily, AutoGuide):
-    """A guide for every datapoint over all its latent sites, as one flat vector in unconstrained space.
+    """Base class of guides with separate parameters for each datapoint, over all its latent sites as one flat vector.
 
-    Local under the data plate: its parameters have an axis of datapoints, so that datapoints can be refined side by
-    side. A family is a subclass with two methods: `setup_posterior(loc)`, which makes the parameters beside `self.loc`
-    and `self.scale` when the first run has shown the shapes, and `get_posterior()`, the distribution over the vector,
-    which is drawn at the site "_local_latent".
+    The vector is in unconstrained space. The parameters have an axis of datapoints, so that many datapoints can be
+    refined at once. A subclass implements two methods. `setup_posterior(loc)` creates parameters in addition to
+    `self.loc` and `self.scale`, after the first run has determined the shapes. `get_posterior()` returns the
+    distribution of the vector, which is drawn at the site "_local_latent".
 
     Args:
-        model: a Pyro model in which one plate encloses every site, or whose data plate is named by `plate`.
+        model: a Pyro model in which one plate encloses every site, or with the data plate named `plate`.
         plate: the data plate's name.
-        init_loc_fn: where to start, as for Pyro's autoguides.
-        init_scale: the starting standard deviation in unconstrained space.
+        init_loc_fn: the initial values, as for Pyro's autoguides.
+        init_scale: the initial standard deviation in unconstrained space.
 
     Raises:
-        InputError: where no data plate encloses every latent site.
+        InputError: if no data plate encloses every latent site.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class AutoLocal(LocalFamily, AutoGuide):
         self._plate = plate
         self._init_scale = init_scale
 
-    # What bends or correlates a posterior is hard to find together with its place: start where AutoNormal fits best.
+    # Shape and location are hard to optimise together, so start from the best fit of AutoNormal.
     starts_from = AutoNormal
     prototype_trace: Any
     loc: Any
@@ -79,11 +79,11 @@ class AutoLocal(LocalFamily, AutoGuide):
 
     @abstractmethod
     def setup_posterior(self, loc: Tensor) -> None:
-        """Make further parameters; `loc` `(*batch, dim)` is the start, its axis of datapoints that of the plate."""
+        """Create additional parameters; `loc` `(*batch, dim)` are the initial means, with the plate's batch axis."""
 
     @abstractmethod
     def get_posterior(self) -> Any:
-        """The distribution over the vector: batch shape that of the plate, its first `dim` elements the latents."""
+        """The distribution of the vector, with the plate's batch shape; its first `dim` elements are the latents."""
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -91,13 +91,13 @@ class AutoLocal(LocalFamily, AutoGuide):
         plate = self._plate or find_plate(messages)
         if plate is None:
             name = type(self).__name__
-            raise InputError(f"{name}: the model has no data plate; use Pyro's AutoMultivariateNormal")
+            raise InputError(f"{name}: the model has no data plate. Use Pyro's AutoMultivariateNormal instead.")
         self._plate = plate
         self._sites: dict[str, Site] = lay_out(messages, plate, -1)
         columns = []
         for name, message in messages.items():
             columns.append(self._sites[name].flatten(biject_to(message["fn"].support).inv(message["value"].detach())))
-        # Rows at the data plate's own dimension, so that minibatches and Pyro's subsampling of parameters work.
+        # Rows are at the data plate's dimension, so that minibatches and Pyro's subsampling of parameters work.
         shape = (*[1] * (-1 - self._prototype_frames[plate].dim),)
         loc = torch.cat(columns, -1)
         rows, dim = loc.shape
@@ -130,7 +130,7 @@ class AutoLocal(LocalFamily, AutoGuide):
         return result
 
     def start_at(self, loc: Tensor, scale: Tensor) -> None:
-        """Start at independent coordinates with means `loc` and standard deviations `scale`, each `(N, dim)`."""
+        """Initialise to independent coordinates with means `loc` and standard deviations `scale`, each `(N, dim)`."""
         parameters = dict(self.named_parameters())
         softplus_inverse = transform_to(constraints.softplus_positive).inv
         with torch.no_grad():
@@ -138,17 +138,17 @@ class AutoLocal(LocalFamily, AutoGuide):
             parameters["scale_unconstrained"].copy_(softplus_inverse(scale.clamp(min=1e-6)).reshape(self.loc.shape))
 
     def units(self) -> dict[str, Tensor | float]:
-        """A natural step in a location is the standard deviation there; 1 in parameters that are not named."""
+        """Step sizes of parameters: the standard deviation for locations, 1 for parameters not in the result."""
         return {"loc_unconstrained": self.scale.detach().clone()}
 
 
 class AutoLocalMultivariateNormal(AutoLocal):
-    r"""A full-covariance Normal for every datapoint, over all its latent sites in unconstrained space.
+    r"""A separate full-covariance Normal for each datapoint, over all its latent sites in unconstrained space.
 
     $$q(z_n) = \mathcal N(z_n;\, m_n,\, L_n L_n^\top), \quad L_n = \mathrm{diag}(s_n)\, U_n$$
 
-    with $U_n$ unit lower triangular. Pyro's `AutoMultivariateNormal` has one covariance over all datapoints; this one
-    is local under the data plate. Arguments and errors as for `AutoLocal`.
+    with $U_n$ unit lower triangular. Pyro's `AutoMultivariateNormal` has a single covariance over all datapoints.
+    Arguments and errors are those of `AutoLocal`.
     """
 
     unit_scale_tril: Any

@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians for posteriors with several modes: amortized, fitted to draws of a model, and per datapoint."""
+"""Mixtures of Gaussians for posteriors with several modes: amortized, and separate for each datapoint."""
 
 import math
 from collections.abc import Sequence
@@ -21,19 +21,19 @@ from pyrogaps.guides.amortized import Amortized
 from pyrogaps.guides.local import AutoLocal
 from pyrogaps.streams import seeded
 
-# The log-weight, beside a first component's 0, of those that a local mixture can grow.
-FAINT = -4.0
+# Initial log-weight of the other components of a local mixture, relative to the first.
+INITIAL_LOG_WEIGHT = -4.0
 
 
 class DiagonalMixture(dist.MixtureSameFamily):
-    r"""A mixture of factorised Normals over vectors, with draws that are differentiable in all of its parameters.
+    r"""A mixture of factorised Normals over vectors, with draws that are differentiable in all parameters.
 
-    Draws are reparametrised implicitly (Figurnov et al., arXiv:1805.08498): with $F_d$ the conditional distribution
-    function of coordinate d given those before it, a draw z moves with the parameters as
+    Draws are reparametrised implicitly (Figurnov et al., arXiv:1805.08498). With $F_d$ the conditional distribution
+    function of coordinate d given the coordinates before it, the derivative of a draw z in the parameters is
 
     $$dz_d = -\frac{d F_d(z_d | z_{<d})}{q(z_d | z_{<d})}$$
 
-    Built from a `Categorical` and `Normal(...).to_event(1)`, as torch's own; `log_prob` is exact.
+    It is built from a `Categorical` and `Normal(...).to_event(1)`, like torch's class; `log_prob` is exact.
     """
 
     support = constraints.real_vector
@@ -62,18 +62,18 @@ class DiagonalMixture(dist.MixtureSameFamily):
 
 
 class AmortizedMixture(Amortized):
-    r"""q(z|x) = (1 - e) sum_k w_k(x) N(m_k(x), diag(s_k(x)^2)) + e N(0, I): weights, means and scales by one MLP.
+    r"""q(z|x) = (1 - e) sum_k w_k(x) N(m_k(x), diag(s_k(x)^2)) + e N(0, I), parametrised by one MLP.
 
-    The last component, of the fixed weight e = `defensive`, is the prior of models whose latent is standard Normal.
-    For them it bounds the importance weights, p(x, z) / q(z|x) <= max_z p(x|z) / e, so that IWAE's errors are finite
-    wherever the network goes wrong (Hesterberg, 1995, doi:10.1080/00401706.1995.10484303).
+    The last component, with the fixed weight e = `defensive`, is the prior of models with a standard Normal latent. For
+    them it bounds the importance weights, p(x, z) / q(z|x) <= max_z p(x|z) / e, so that IWAE's errors are finite even
+    if the network is wrong (Hesterberg, 1995, doi:10.1080/00401706.1995.10484303).
 
     A Pyro guide: `guide(x)` with `x` `(N, *event)`; site "z" `(N, latent_dim)` in the plate "data". Its draws are
-    reparametrised, see `DiagonalMixture`. Further arguments and errors as in `AmortizedNormal`; `InputError` for no
-    component and for `defensive` outside [0, 1).
+    reparametrised, see `DiagonalMixture`. Other arguments and errors are those of `AmortizedNormal`; also raises
+    `InputError` for no component and for `defensive` outside [0, 1).
 
-    Trained by the ELBO or IWAE it loses modes, and what q misses is missing from IWAE without a sign. `fit` trains it
-    on draws of the model instead, where every mode counts: use it to evaluate a model's log p(x).
+    Training by the ELBO or IWAE loses modes, and IWAE gives no sign of a mode that q misses. `fit` trains on draws of
+    the model instead, which cover every mode: use it to evaluate a model's log p(x).
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class AmortizedMixture(Amortized):
         self._start()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights of the encoder, as for a new guide; `features` are left as they are."""
+        """Draw fresh weights of the encoder, as for a new guide; `features` are unchanged."""
         for part in self.encoder:
             if isinstance(part, nn.Linear):
                 part.reset_parameters()
@@ -104,7 +104,7 @@ class AmortizedMixture(Amortized):
         last = self.encoder[-1]
         assert isinstance(last, nn.Linear)
         number = self.num_components
-        with torch.no_grad():  # components that start alike would stay alike
+        with torch.no_grad():  # components that start equal would stay equal
             last.bias[number : number * (1 + self.latent_dim)].normal_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,23 +114,23 @@ class AmortizedMixture(Amortized):
         return z
 
     def posterior(self, x: Tensor) -> DiagonalMixture:
-        """q(z|x) of `x` `(N, *event)`, batch shape `(N,)`, event shape `(latent_dim,)`."""
+        """q(z|x) for `x` `(N, *event)`, batch shape `(N,)`, event shape `(latent_dim,)`."""
         return _mixture(*_defended(*self.parameters_of(x), self.defensive))
 
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-weights `(N, K)`, means and scales `(N, K, latent_dim)` of the components that are the network's own."""
+        """Log-weights `(N, K)`, means and scales `(N, K, latent_dim)` of the network's K components."""
         number, size = self.num_components, self.num_components * self.latent_dim
         raw_weights, means, raw_scales = self.encode(x).split([number, size, size], -1)
         shape = (len(x), number, self.latent_dim)
         return raw_weights.log_softmax(-1), means.reshape(shape), self.positive(raw_scales).reshape(shape)
 
     def local_family(self, model: Any, plate: str | None = None) -> "AutoLocalMixture":
-        """The family of this guide: for every datapoint its own weights, means and scales."""
+        """The family of this guide with separate weights, means and scales for each datapoint."""
         sizes: dict[str, Any] = {"num_components": self.num_components, "defensive": self.defensive}
         return AutoLocalMixture(model, **sizes, plate=plate)
 
     def start_local(self, guide: "AutoLocalMixture", x: Tensor) -> None:
-        """Start `guide`, one of the local family set up on `x`, at this guide's q(z|x)."""
+        """Initialise `guide`, a `local_family` set up on `x`, to this guide's q(z|x)."""
         guide.start_mixture(*self.parameters_of(x))
 
     def fit(
@@ -144,23 +144,23 @@ class AmortizedMixture(Amortized):
         learning_rate: float = 1e-2,
         seed: int = 0,
     ) -> list[float]:
-        r"""Train this guide on `num_draws` draws of `model`, whose parameters stay, in the shape of `data`.
+        r"""Train this guide on `num_draws` draws of `model` in the shape of `data`; the model is not trained.
 
-        Each of `num_steps` steps of Adam, the learning rate falling to 0 along half a cosine, goes downhill on
+        `num_steps` steps of Adam, with a learning rate that falls to 0 along half a cosine, minimise
 
         $$\mathbb E_{p(x, z)} [-\log q(z|x)] = \mathbb E_{p(x)} \mathrm{KL}(p(z|x) \| q(z|x)) + \text{const.}$$
 
-        which no missing mode escapes. Returns the loss of every step, nats per datapoint. The caller's random state is
-        kept.
+        which penalises every missing mode. Returns the loss of every step, in nats per datapoint. The caller's random
+        state is unchanged.
 
-        Raises `InputError` where `model` cannot be simulated (see `JointDensity.simulate`) or has other latents than
-        one site "z" of `latent_dim`, and `FloatingPointError` where the loss is not finite.
+        Raises `InputError` if `model` cannot be simulated (see `JointDensity.simulate`) or its latents are not a single
+        site "z" of size `latent_dim`, and `FloatingPointError` if the loss is not finite.
         """
         joint = JointDensity(model, data)
         if list(joint.sites) != ["z"] or joint.dim != self.latent_dim:
             raise InputError(
-                f"AmortizedMixture: the model has latents {', '.join(joint.sites)} of {joint.dim} dimensions in all, "
-                f"where this guide has 'z' of latent_dim={self.latent_dim}"
+                f"AmortizedMixture: the model has latents {', '.join(joint.sites)} ({joint.dim} dimensions in all), "
+                f"but this guide has only 'z' with latent_dim={self.latent_dim}"
             )
         with seeded(seed, "fit", device=joint.device), pyro.validation_enabled(False):
             repeated = IndexedData(num_draws, lambda indices: joint.fetch(indices % joint.num_datapoints))
@@ -176,7 +176,9 @@ class AmortizedMixture(Amortized):
             loss = -self.posterior(x[rows]).log_prob(z[rows]).mean()
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"AmortizedMixture: the loss of step {step + 1} is {losses[-1]}")
+                raise FloatingPointError(
+                    f"AmortizedMixture: the loss of step {step + 1} is {losses[-1]}. Lower learning_rate."
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -185,14 +187,14 @@ class AmortizedMixture(Amortized):
 
 
 class AutoLocalMixture(AutoLocal):
-    r"""A mixture of factorised Normals for every datapoint, over all its latent sites in unconstrained space.
+    r"""A separate mixture of factorised Normals for each datapoint, over all its latents in unconstrained space.
 
     $$q(z_n) = (1 - e) \sum_k w_{nk} \mathcal N(m_n + s_n \odot a_{nk}, \mathrm{diag}(s_n \odot b_{nk})^2) +
       e\, \mathcal N(0, I)$$
 
-    with e = `defensive`. It starts at a Normal that holds most of the weight, with faint components around it, from
-    which it seldom gets to modes far away; as the own family of a fitted `AmortizedMixture` it starts with them all.
-    Further arguments and errors as for `AutoLocal`.
+    with e = `defensive`. Initially one Normal has most of the weight, surrounded by components of small weight. From
+    there the fit seldom reaches distant modes; as the own family of a fitted `AmortizedMixture` it starts with all of
+    that guide's modes. Other arguments and errors are those of `AutoLocal`.
     """
 
     log_weights: Any
@@ -216,18 +218,18 @@ class AutoLocalMixture(AutoLocal):
         self._num_components, self._defensive = num_components, defensive
 
     def local_family(self, model: Any, plate: str | None = None) -> "AutoLocalMixture":
-        """The same family, of the same size, for other datapoints."""
+        """The same family, with the same sizes, for other datapoints."""
         sizes: dict[str, Any] = {"num_components": self._num_components, "defensive": self._defensive}
         return AutoLocalMixture(model, **sizes, plate=plate)
 
     def setup_posterior(self, loc: Tensor) -> None:
         number, batch, dim = self._num_components, loc.shape[:-1], loc.shape[-1]
-        around = torch.randn(number, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(loc)
-        around[0] = 0.0
-        faint = loc.new_full((number,), FAINT)
-        faint[0] = 0.0
-        self.log_weights = PyroParam(faint.expand(*batch, number).clone(), event_dim=1)
-        self.offsets = PyroParam((2 * around).expand(*batch, number, dim).clone(), event_dim=2)
+        offsets = torch.randn(number, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(loc)
+        offsets[0] = 0.0
+        log_weights = loc.new_full((number,), INITIAL_LOG_WEIGHT)
+        log_weights[0] = 0.0
+        self.log_weights = PyroParam(log_weights.expand(*batch, number).clone(), event_dim=1)
+        self.offsets = PyroParam((2 * offsets).expand(*batch, number, dim).clone(), event_dim=2)
         widths = loc.new_ones(*batch, number, dim)
         self.widths = PyroParam(widths, constraints.softplus_positive, 2)
 
@@ -237,7 +239,7 @@ class AutoLocalMixture(AutoLocal):
         return _mixture(*_defended(self.log_weights.log_softmax(-1), means, scales, self._defensive))
 
     def start_mixture(self, log_weights: Tensor, means: Tensor, scales: Tensor) -> None:
-        """Start at log-weights `(N, K)`, means and scales `(N, K, dim)`."""
+        """Initialise to log-weights `(N, K)`, means and scales `(N, K, dim)`."""
         rows, _, dim = means.shape
         self.start_at(means.new_zeros(rows, dim), means.new_ones(rows, dim))
         parameters = dict(self.named_parameters())
@@ -249,7 +251,7 @@ class AutoLocalMixture(AutoLocal):
                 parameter.copy_(value.reshape(parameter.shape))
 
     def units(self) -> dict[str, Tensor | float]:
-        """As of `AutoLocal`; a component moves in steps of its own width."""
+        """As in `AutoLocal`; the step size of a component's offset is its width."""
         return {**super().units(), "offsets_unconstrained": self.widths.detach().clone()}
 
 
@@ -258,7 +260,7 @@ def _check(guide: Any, num_components: int, defensive: float) -> None:
     if num_components < 1:
         raise InputError(f"{name}: num_components must be at least 1, got {num_components}")
     if not 0 <= defensive < 1:
-        raise InputError(f"{name}: defensive must lie in [0, 1), got {defensive}")
+        raise InputError(f"{name}: defensive must be in [0, 1), got {defensive}")
 
 
 def _mixture(log_weights: Tensor, means: Tensor, scales: Tensor) -> DiagonalMixture:

@@ -1,4 +1,4 @@
-"""An amortized Gaussian guide that is shown a part of every datapoint."""
+"""An amortized Gaussian guide that sees only part of every datapoint."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from pyrogaps.guides.amortized import AmortizedNormal
 
 
 class PartialNormal(AmortizedNormal):
-    """q(z|C) = N(mean(C), diag(scale(C)^2)) of the part C of x that is shown.
+    """q(z|C) = N(mean(C), diag(scale(C)^2)), where C is the part of x that the guide sees.
 
-    `shown` says which elements of a datapoint these are: a number, the first so many (392 of 784 pixels are the upper
-    half), or a mask, boolean and with as many elements as a datapoint, True where shown. The encoder sees zeros in the
-    places of the others. Other arguments, sites and errors as in `AmortizedNormal`.
+    `shown` selects the elements in C: a number of leading elements (392 of 784 pixels are the upper half), or a boolean
+    mask with one element per element of a datapoint, True for those in C. The encoder reads zeros for the other
+    elements. Other arguments, sites and errors are those of `AmortizedNormal`.
     """
 
     shown: Tensor
@@ -34,7 +34,7 @@ class PartialNormal(AmortizedNormal):
         self.register_buffer("shown", _mask(shown, data_dim))
 
     def conditions(self, x: Tensor) -> Tensor:
-        """Which elements of a datapoint are shown, of its shape."""
+        """Boolean mask of the elements that the guide sees, in the shape of a datapoint."""
         return self.shown.reshape(x.shape[1:])
 
     def seen(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _mask(shown: int | Sequence[Any] | Tensor, data_dim: int) -> Tensor:
     mask = torch.as_tensor(shown)
     if mask.dtype != torch.bool or mask.numel() != data_dim:
         raise InputError(
-            f"PartialNormal: the mask shown must be boolean with data_dim = {data_dim} elements, got {mask.dtype} with "
+            f"PartialNormal: shown must be a boolean mask with data_dim = {data_dim} elements, got {mask.dtype} with "
             f"{mask.numel()}"
         )
     return mask.flatten()

@@ -1,4 +1,4 @@
-"""Structured guides of sequences: every latent given the one before it and what the guide may see of the data."""
+"""Structured guides for sequences: each latent depends on the previous one and on the data the guide may see."""
 
 import copy
 import math
@@ -22,10 +22,10 @@ class Combiner(nn.Module):
     $$c_t = \tfrac12 (\tanh(W z_{t-1} + b) + h_t), \quad m_t = A c_t + a, \quad
     s_t = \mathrm{softplus}(B c_t + e) + \mathrm{min\_scale}$$
 
-    Called with `z` `(..., latent_dim)` and `h` `(..., rnn_dim)`; gives m and s, each `(..., latent_dim)`. z_0 is a
-    parameter. Drawn `around` a model of sequences, whose next state has mean and scale (mu, sigma), they are
-    mu + sigma m and sigma s; with innovations of dimension `innovations`, mu + sigma m + G (x_t - E[x_t | z_t = mu]),
-    the gain G a parameter, zero at first.
+    A call with `z` `(..., latent_dim)` and `h` `(..., rnn_dim)` returns m and s, each `(..., latent_dim)`. z_0 is a
+    parameter. If `around` is a sequence model whose next state has mean mu and scale sigma, `draw` uses the mean
+    mu + sigma m and the scale sigma s. With innovations of dimension `innovations` the mean is
+    mu + sigma m + G (x_t - E[x_t | z_t = mu]), where the gain G is a parameter, initially zero.
     """
 
     gain: nn.Linear | None
@@ -35,7 +35,7 @@ class Combiner(nn.Module):
     ) -> None:
         super().__init__()
         self.min_scale = min_scale
-        self._around = (around,)  # in a tuple, so that its parameters are not the guide's
+        self._around = (around,)  # the tuple keeps its parameters out of the guide's
         self.z_0 = nn.Parameter(torch.zeros(latent_dim))
         self.inner, self.heads = nn.Linear(latent_dim, rnn_dim), nn.Linear(rnn_dim, 2 * latent_dim)
         self.gain = None if innovations is None else nn.Linear(innovations, latent_dim, bias=False)
@@ -57,7 +57,7 @@ class Combiner(nn.Module):
         return loc, softplus(raw) + self.min_scale
 
     def draw(self, h: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
-        """Make the sites "z_1" to "z_T" of states `h` `(N, T, rnn_dim)`, in a plate; returns z `(N, T, latent_dim)`."""
+        """Sample the sites "z_1" to "z_T" given `h` `(N, T, rnn_dim)`, in a plate; returns z `(N, T, latent_dim)`."""
         z, states, (around,) = self.z_0.expand(len(h), -1), [], self._around
         for t, h_t in enumerate(h.unbind(1)):
             loc, scale = self(z, h_t)
@@ -73,30 +73,30 @@ class Combiner(nn.Module):
 
 
 class StructuredNormal(AmortizedGuide, nn.Module):
-    r"""A Normal for every latent given the one before it, looking `lookahead` steps ahead:
+    r"""A Normal for each latent given the previous one and the data up to `lookahead` steps ahead:
 
     $$q(z_{1:T} \mid x) = \prod_t \mathcal N(z_t;\, m(z_{t-1}, h_t),\, \mathrm{diag}\, s(z_{t-1}, h_t)^2)$$
 
-    m and s by the `Combiner`. For `lookahead` k, h_t is the state of a GRU that has read x_1 to x_{min(t+k, length)}
-    and k padding steps at the end: filtering for k = 0. For infinity the GRU reads backwards and h_t has seen x_t to
-    x_length: smoothing, given z_{t-1}. Every input carries a channel that says whether it lies past the end of its
-    sequence, so that all lookaheads have the same parameters.
+    m and s are the outputs of the `Combiner`. For `lookahead` k, h_t is the state of a GRU that has read x_1 to
+    x_{min(t+k, length)}, with k padding steps at the end; k = 0 is filtering. For infinite lookahead the GRU reads
+    backwards, and h_t has read x_t to x_length; this is smoothing given z_{t-1}. An additional input channel marks
+    padding, so that guides with any lookahead have the same parameters.
 
-    A Pyro guide: `guide(x)` or `guide(x, lengths)` with `x` `(N, T, data_dim)`, padded to one T, and `lengths` `(N,)`,
-    integers from 1 to T; sites "z_1" to "z_T", each `(N, latent_dim)`, in the plate "data". Steps beyond a sequence's
-    length are masked, and what stands there is not read.
+    A Pyro guide: `guide(x)` or `guide(x, lengths)` with `x` `(N, T, data_dim)`, padded to a common T, and `lengths`
+    `(N,)`, integers from 1 to T; sites "z_1" to "z_T", each `(N, latent_dim)`, in the plate "data". Steps beyond a
+    sequence's length are masked and their values are not read.
 
     Args:
         data_dim, latent_dim: of one step.
         rnn_dim: of the GRU's state, and of the combiner.
         lookahead: 0 or more; `math.inf` or "inf" for all of the future.
-        min_scale: the least that s can be.
-        around: a model of sequences, the one that the guide is for: its own transition is where the guide starts from,
-            and steps are counted in its scales. For processes with little noise a guide can hardly be trained without.
-        innovations: whether the mean moves, in proportion, with how far x_t is from what the model `around` expects of
-            it, as in a Kalman filter. For exact observations a guide can hardly be trained without.
+        min_scale: lower bound of s.
+        around: the sequence model that the guide is for. The guide then predicts deviations from the model's transition
+            mean, in units of its scale. Needed in practice for processes with little noise.
+        innovations: whether the mean also moves in proportion to the deviation of x_t from its expectation under the
+            model `around`, as in a Kalman filter. Needed in practice for observations with little noise.
 
-    Raises `InputError` for settings other than these, and for `x` and `lengths` that do not fit.
+    Raises `InputError` for invalid settings, and for `x` and `lengths` that do not fit.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class StructuredNormal(AmortizedGuide, nn.Module):
         if not min_scale > 0:
             raise InputError(f"StructuredNormal: min_scale must be positive, got {min_scale}")
         if innovations and around is None:
-            raise InputError("StructuredNormal: innovations need the model that they are of; give it as around")
+            raise InputError("StructuredNormal: innovations need the sequence model. Pass it as around.")
         self.data_dim, self.latent_dim, self.rnn_dim = data_dim, latent_dim, rnn_dim
         self.lookahead = checked_lookahead("StructuredNormal", lookahead)
         self.rnn = nn.GRU(data_dim + 1, rnn_dim, batch_first=True)
@@ -152,22 +152,22 @@ class StructuredNormal(AmortizedGuide, nn.Module):
         return _reorder(self.rnn(_reorder(inputs, order))[0], order)
 
     def local_family(self, model: Any) -> "LocalStructuredNormal":
-        """The family of this guide: for every datapoint its own h, with the combiner as it is now."""
+        """The family of this guide with a separate h for each datapoint and a copy of the present combiner."""
         return LocalStructuredNormal(self.combiner)
 
     def start_local(self, guide: "LocalStructuredNormal", x: Tensor, lengths: Tensor | None = None) -> None:
-        """Start `guide`, one of the local family set up on these arguments, at this guide's q(z|x)."""
+        """Initialise `guide`, a `local_family` set up on the same arguments, to this guide's q(z|x)."""
         guide.start_states(self.encode(x, lengths))
 
 
 class LocalStructuredNormal(LocalFamily, nn.Module):
-    """`StructuredNormal` with every h_t of every datapoint free, whatever network might have given it.
+    """`StructuredNormal` with a free parameter h_t for each datapoint and step, instead of a network.
 
-    Called like the model; the first call says how many datapoints and steps there are. `h` `(N, T, rnn_dim)`, zero at
-    first, is the one parameter: the combiner is a copy that is not trained. In a plate that holds some of the N
-    datapoints it is read at those.
+    It is called like the model; the first call determines the numbers of datapoints N and steps T. The only parameter
+    is `h` `(N, T, rnn_dim)`, initially zero; the combiner is a copy that is not trained. In a plate that subsamples the
+    N datapoints, only their rows of `h` are used.
 
-    Raises `InputError` where the data are not those of the plate, or have other than T steps.
+    Raises `InputError` if the data do not match the plate, or do not have T steps.
     """
 
     h: nn.Parameter | None
@@ -187,8 +187,8 @@ class LocalStructuredNormal(LocalFamily, nn.Module):
             assert rows is not None
             if len(rows) != len(x) or x.shape[1] != steps:
                 raise InputError(
-                    f"LocalStructuredNormal: it holds parameters for {number} sequences of {steps} steps, and is given "
-                    f"{len(x)} of {x.shape[1]}; set up a new one for other data"
+                    f"LocalStructuredNormal: has parameters for {number} sequences of {steps} steps, but the data are "
+                    f"{len(x)} of {x.shape[1]}. Create a new guide for other data."
                 )
             return self.combiner.draw(self.h[rows], x, keep)
 
@@ -200,9 +200,9 @@ class LocalStructuredNormal(LocalFamily, nn.Module):
 
 
 def _period(x: Tensor, keep: Tensor | None) -> int:
-    """After how many rows all the sequences come again, as where every particle of a batch has a row; else N.
+    """Number of rows after which the batch repeats itself, as it does with several particles; N if it does not.
 
-    A recurrent network costs more than finding out.
+    This check is cheaper than running the recurrent network on repeated rows.
     """
     if len(x) < 2 or x.requires_grad:
         return len(x)
@@ -214,18 +214,18 @@ def _period(x: Tensor, keep: Tensor | None) -> int:
 
 
 def _backwards(x: Tensor, keep: Tensor | None) -> Tensor:
-    """The order `(N, T)` that reverses every sequence within its own length, and leaves the padding where it is."""
+    """Step indices `(N, T)` that reverse every sequence within its length and leave the padding in place."""
     steps = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     return steps.flip(1) if keep is None else torch.where(keep, keep.sum(1, keepdim=True) - 1 - steps, steps)
 
 
 def _reorder(sequences: Tensor, order: Tensor) -> Tensor:
-    """`sequences` `(N, T, D)` with the steps of each in its `order` `(N, T)`."""
+    """`sequences` `(N, T, D)` with steps in the given `order` `(N, T)`."""
     return sequences.gather(1, order[..., None].expand(sequences.shape))
 
 
 def _frozen(combiner: Combiner) -> Combiner:
-    """A copy whose weights are buffers: no parameters, which datapoints would share."""
+    """A copy whose weights are buffers, because parameters would be shared by datapoints."""
     copied = copy.deepcopy(combiner)
     for part in copied.modules():
         for name, value in list(part.named_parameters(recurse=False)):

@@ -1,4 +1,4 @@
-"""Convolutions between images and vectors, and the variational autoencoder of images that decodes with them."""
+"""Convolutions from images to vectors and back, and a convolutional variational autoencoder."""
 
 import math
 from collections.abc import Sequence
@@ -18,16 +18,17 @@ Size = tuple[int, int]
 
 
 class ConvolutionalFeatures(nn.Module):
-    """Strided convolutions, each with batch normalisation and an activation, from an image to a vector.
+    """Strided convolutions with batch normalisation and activations, from an image to a vector.
 
     Maps `(N, *event)`, one image of `image_shape` (channels, height, width) per event, to `(N, num_features)`.
-    `channels` are those of the layers' outputs; `activation` names a `torch.nn` activation. A layer takes height h to
-    (h + 2 padding - kernel_size) // stride + 1: with the defaults 32, 15, 6, 2, so `num_features` is 256 x 2 x 2.
+    `channels` are the numbers of output channels; `activation` is the name of a `torch.nn` activation. A layer maps
+    height h to (h + 2 padding - kernel_size) // stride + 1: with the defaults 32, 15, 6, 2, so `num_features` is
+    256 x 2 x 2.
 
-    Batch normalisation uses a batch's own statistics in training and running ones, of each image by itself, in
-    evaluation. The defaults are the encoder for CIFAR-10 of Cremer, Li and Duvenaud, arXiv:1801.03558.
+    Batch normalisation uses the batch's statistics in training mode and running statistics in evaluation mode, where
+    images do not affect each other. The defaults are the CIFAR-10 encoder of Cremer, Li and Duvenaud, arXiv:1801.03558.
 
-    Raises `InputError` for settings that leave no image, and for input of another size than `image_shape`.
+    Raises `InputError` for settings that leave no pixels, and for input of another size than `image_shape`.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class ConvolutionalFeatures(nn.Module):
         if x[0].numel() != math.prod(self.image_shape):
             shape, size = list(self.image_shape), math.prod(self.image_shape)
             raise InputError(
-                f"{type(self).__name__}: image_shape is {shape} ({size} elements), but a datapoint has {x[0].numel()}"
+                f"{type(self).__name__}: image_shape is {shape} ({size} elements), but a datapoint has "
+                f"{x[0].numel()} elements. Set image_shape to the data's shape."
             )
         images = x.reshape(-1, *self.image_shape).to(next(self.layers.parameters()).dtype)
         features: Tensor = self.layers(_channels_last(images)).flatten(1)
@@ -61,11 +63,11 @@ class ConvolutionalFeatures(nn.Module):
 
 
 class ConvolutionalDecoder(nn.Module):
-    """The mirror of `ConvolutionalFeatures`: a linear map, an activation, and transposed convolutions to an image.
+    """The mirror image of `ConvolutionalFeatures`: a linear map, an activation, and transposed convolutions.
 
-    Maps `(..., latent_dim)` to `(..., *image_shape)`; there is an activation, after batch normalisation, between two
-    transposed convolutions. Settings are those of the convolutions mirrored; each layer gives the size that its
-    counterpart took, whatever that rounded off. Raises `InputError` for settings that leave no image.
+    Maps `(..., latent_dim)` to `(..., *image_shape)`, with batch normalisation and an activation between consecutive
+    transposed convolutions. The settings are those of the mirrored convolutions; each layer restores exactly the input
+    size of its counterpart. Raises `InputError` for settings that leave no pixels.
     """
 
     def __init__(
@@ -86,8 +88,8 @@ class ConvolutionalDecoder(nn.Module):
         layers: list[nn.Module] = []
         mirrored = zip(pairwise(reversed([image_shape[0], *channels])), reversed(sizes[:-1]), strict=True)
         for (inputs, outputs), (height, width) in mirrored:
-            lost = ((height + 2 * padding - kernel_size) % stride, (width + 2 * padding - kernel_size) % stride)
-            layers.append(nn.ConvTranspose2d(inputs, outputs, kernel_size, stride, padding, lost))
+            remainder = ((height + 2 * padding - kernel_size) % stride, (width + 2 * padding - kernel_size) % stride)
+            layers.append(nn.ConvTranspose2d(inputs, outputs, kernel_size, stride, padding, remainder))
             layers += [nn.BatchNorm2d(outputs), kind()]
         self.layers = nn.Sequential(*layers[:-2])
 
@@ -103,12 +105,12 @@ class ConvolutionalVAE(Decoded):
     $$x_{cij} \sim \mathrm{DiscretisedLogistic}(1/2 + f_{cij}(z), s_c)$$
 
     A Pyro model: `vae(x)` with `x` of shape `(N, *event)`, one image of `image_shape` per event; sites "z"
-    `(N, latent_dim)` and "x" in the plate "data". "bernoulli" takes zeros and ones (one bit per channel, as Cremer, Li
-    and Duvenaud's CIFAR-10, arXiv:1801.03558), "discretised_logistic" grey values k/255, with scales s_c learned from
-    `noise_scale` on, one for each channel. f is a `ConvolutionalDecoder`, which documents the further settings; in
-    evaluation mode the density of one image does not depend on those beside it.
+    `(N, latent_dim)` and "x" in the plate "data". "bernoulli" is for zeros and ones (one bit per channel, like the
+    CIFAR-10 of Cremer, Li and Duvenaud, arXiv:1801.03558). "discretised_logistic" is for grey values k/255; its scales
+    s_c, one per channel, are learned starting at `noise_scale`. f is a `ConvolutionalDecoder`, which documents the
+    other settings. In evaluation mode the density of an image does not depend on the other images.
 
-    Raises `InputError` for a setting that is not one of these, and for `x` of another size than `image_shape`.
+    Raises `InputError` for invalid settings, and for `x` of another size than `image_shape`.
     """
 
     def __init__(
@@ -147,9 +149,11 @@ class ConvolutionalVAE(Decoded):
 def _sizes(
     name: str, image_shape: Sequence[int], channels: Sequence[int], kernel_size: int, stride: int, padding: int
 ) -> list[Size]:
-    """Height and width of the image and of every layer's output; `InputError` where there is none."""
+    """Height and width of the image and of every layer's output; `InputError` if one is below 1."""
     if len(image_shape) != 3 or min(image_shape) < 1:
-        raise InputError(f"{name}: image_shape is (channels, height, width), each at least 1, got {list(image_shape)}")
+        raise InputError(
+            f"{name}: image_shape must be (channels, height, width), each at least 1, got {list(image_shape)}"
+        )
     if not channels or min(channels) < 1:
         raise InputError(f"{name}: channels must be at least one positive integer, got {list(channels)}")
     if min(kernel_size, stride) < 1 or padding < 0:
@@ -162,13 +166,13 @@ def _sizes(
         height, width = ((size + 2 * padding - kernel_size) // stride + 1 for size in sizes[-1])
         if min(height, width) < 1:
             raise InputError(
-                f"{name}: {len(channels)} layers are too many for {image_shape[1]} x {image_shape[2]} pixels: "
-                f"layer {number + 1} is given {sizes[-1][0]} x {sizes[-1][1]}, its kernel is {kernel_size} wide"
+                f"{name}: {len(channels)} layers are too many for {image_shape[1]} x {image_shape[2]} pixels. "
+                f"The input of layer {number + 1} is {sizes[-1][0]} x {sizes[-1][1]}, its kernel_size {kernel_size}."
             )
         sizes.append((height, width))
     return sizes
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """`images` `(N, channels, height, width)`, laid out so that convolutions on CPUs take less time."""
+    """`images` `(N, channels, height, width)` in the memory layout that is fastest for CPU convolutions."""
     return images.contiguous(memory_format=torch.channels_last)

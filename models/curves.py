@@ -1,4 +1,4 @@
-"""Five curves in the plane, decoders of one standard Normal latent, and multilayer perceptrons fitted to them."""
+"""Curves in the plane as decoders of one standard Normal latent, and perceptrons fitted to them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,42 +13,42 @@ from torch import Tensor, nn
 from pyrogaps.errors import InputError
 from pyrogaps.models.mlp import mlp
 
-# The architecture of the surrogates, which a learned decoder shares by default: the truth is then within its reach.
+# Architecture of the surrogates and, by default, of learned decoders, which can then represent the truth exactly.
 HIDDEN, ACTIVATION = (50, 50), "Tanh"
 _NUM_QUANTILES, _NUM_ITERATIONS = 500, 400
 
 
 def figure_8(z: Tensor) -> Tensor:
-    """Most of a lemniscate: `z` `(*, 1)` to `(*, 2)`, as all of these."""
+    """Most of a lemniscate; maps `z` `(*, 1)` to `(*, 2)`, like all curves here."""
     u = (0.6 + 1.8 * _uniform(z)) * math.pi
     along = math.sqrt(2) * u.cos() / (u.sin() ** 2 + 1)
     return torch.cat([along / 2, along * u.sin()], -1)
 
 
 def clusters(z: Tensor) -> Tensor:
-    """Four places on the unit circle, with quick passages from one to the next."""
+    """Four clusters on the unit circle, with fast transitions between them."""
     t = _stairs(2 * math.pi * torch.sigmoid(math.pi * z / 2), 2.0)
     return torch.cat([t.cos(), t.sin()], -1)
 
 
 def circle(z: Tensor) -> Tensor:
-    """The unit circle at uniform speed; both ends of the latent line meet."""
+    """The unit circle at uniform speed; the two ends of the latent line meet."""
     t = 2 * math.pi * _uniform(z)
     return torch.cat([t.cos(), t.sin()], -1)
 
 
 def absolute_value(z: Tensor) -> Tensor:
-    """A segment run through twice: two latents for every point of it."""
+    """A segment traversed twice: each of its points has two latents."""
     return (_uniform(z) - 0.5).abs().expand(*z.shape[:-1], 2)
 
 
 def absolute_value_monotone(z: Tensor) -> Tensor:
-    """The same segment run through once: data of the same distribution as `absolute_value`'s."""
+    """The same segment traversed once; the data distribution is that of `absolute_value`."""
     return (_uniform(z) / 2).expand(*z.shape[:-1], 2)
 
 
 def spiral_dots(z: Tensor) -> Tensor:
-    """Seven places on a spiral, with quick passages from one to the next."""
+    """Seven clusters on a spiral, with fast transitions between them."""
     t = _stairs(4 * math.pi * torch.sigmoid(math.pi * z / 2), 1.0)
     return torch.cat([t * t.cos(), t * t.sin()], -1)
 
@@ -83,18 +83,18 @@ CURVES = {
 
 
 def curve_named(name: str) -> Curve:
-    """The curve called `name`; `InputError` where there is none."""
+    """The curve called `name`; `InputError` if there is none."""
     if name not in CURVES:
-        raise InputError(f"curve: there is none called '{name}'; known are {', '.join(CURVES)}")
+        raise InputError(f"curve: there is no curve '{name}'. Use one of {', '.join(CURVES)}.")
     return CURVES[name]
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A multilayer perceptron in place of a curve, in double precision.
+    """A multilayer perceptron that approximates a curve, in double precision.
 
-    `max_error` is its largest distance from the curve over the central 99.99% of the latent's mass, `rms_error` the
-    root mean square under the latent's distribution, both in standard deviations of the noise.
+    `max_error` is its largest distance from the curve over the central 99.99% of the latent's mass, and `rms_error` is
+    the root mean square under the latent's distribution, both in standard deviations of the noise.
     """
 
     decoder: nn.Sequential
@@ -105,10 +105,10 @@ class Surrogate:
 def surrogate(name: str) -> Surrogate:
     """The perceptron fitted to the curve called `name`: two hidden layers of 50 tanh units.
 
-    Fitted by 400 iterations of L-BFGS on the squared error at 500 quantiles of z and at points of its tails, from one
-    fixed start, in double precision and on one thread: the same in every process up to how sums are rounded, which the
-    iterations carry as far as the fit's own error. It takes about two seconds, once in a process. Raises `InputError`
-    for an unknown name.
+    It is fitted by 400 iterations of L-BFGS on the squared error at 500 quantiles of z and at points in its tails, from
+    a fixed start, in double precision and on one thread. The results of two machines may differ by as much as the fit's
+    own error, because the iterations amplify rounding. Fitting takes about two seconds, once per process. Raises
+    `InputError` for an unknown name.
     """
     fitted = _fitted(name)
     return Surrogate(deepcopy(fitted.decoder), fitted.max_error, fitted.rms_error)
@@ -130,13 +130,13 @@ def _fitted(name: str) -> Surrogate:
 
 
 def _spread(decoder: nn.Sequential) -> None:
-    """Turn the first layer's units into steps all over z: narrow features are out of reach from the usual start."""
+    """Spread the first layer's units over z: the usual start does not reach narrow features."""
     first = decoder[0]
     assert isinstance(first, nn.Linear)
     with torch.no_grad():
         first.weight.copy_(4 * torch.randn_like(first.weight))
-        places = torch.linspace(-2.5, 2.5, len(first.bias), dtype=torch.float64)
-        first.bias.copy_(-first.weight[:, 0] * places)
+        centres = torch.linspace(-2.5, 2.5, len(first.bias), dtype=torch.float64)
+        first.bias.copy_(-first.weight[:, 0] * centres)
 
 
 def _regress(decoder: nn.Module, z: Tensor, target: Tensor) -> None:
@@ -161,7 +161,7 @@ def _quantiles(number: int) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # A sum over threads depends on their number, and a few hundred iterations carry any difference far.
+    # A sum over threads depends on their number, and hundreds of iterations amplify any difference.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -11,12 +11,12 @@ from torch.nn.functional import logsigmoid
 
 HIGHEST = 255
 
-# Of a grey level: wide enough for k/255 in single precision, narrow enough to catch values of another scale.
+# In grey levels: wide enough for k/255 in single precision, narrow enough to reject values on another scale.
 TOLERANCE = 1e-3
 
 
 class _GreyValues(constraints.Constraint):
-    """The values k/255, k = 0 .. 255, but for rounding."""
+    """The values k/255, k = 0 .. 255, up to rounding."""
 
     is_discrete = True
 
@@ -34,13 +34,13 @@ class DiscretisedLogistic(TorchDistribution):
 
     $$P(k/255) = \sigma\Big(\frac{(k + 1/2)/255 - m}{s}\Big) - \sigma\Big(\frac{(k - 1/2)/255 - m}{s}\Big)$$
 
-    m is `loc`, any real number, s > 0 is `scale`, both in units of the grey range from 0 to 1; their shapes broadcast.
-    The bins of 0 and 1 extend to minus and plus infinity, so that the masses sum to 1 for any m and s. `log_prob` is
-    the log of a probability mass, in nats, exact far in the tails too. The form is that of Salimans et al.,
-    arXiv:1701.05517, with one component; arXiv:1606.04934 has the same on bins [k/256, (k+1)/256).
+    m is `loc`, any real number, and s > 0 is `scale`, both in units of the grey range from 0 to 1; their shapes
+    broadcast. The bins of 0 and 1 extend to minus and plus infinity, so that the masses sum to 1 for any m and s.
+    `log_prob` is the log of a probability mass, in nats, and accurate far into the tails. The form is that of Salimans
+    et al., arXiv:1701.05517, with one component; arXiv:1606.04934 uses bins [k/256, (k+1)/256) instead.
 
-    With validation on, raises `ValueError` for a `scale` that is not positive, and in `log_prob` for a value that is no
-    grey value.
+    With validation on, raises `ValueError` if `scale` is not positive, and in `log_prob` for values that are not grey
+    values.
     """
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
@@ -62,19 +62,19 @@ class DiscretisedLogistic(TorchDistribution):
         """Grey values, `sample_shape + batch_shape`."""
         with torch.no_grad():
             uniform = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
-            # rand may give 0, at which a logistic variable is infinite.
+            # rand may return 0, for which the logistic variable is infinite.
             uniform = uniform.clamp(min=torch.finfo(self.loc.dtype).tiny)
             level: Tensor = HIGHEST * (self.loc + self.scale * torch.logit(uniform))
             return level.round().clamp(0, HIGHEST) / HIGHEST
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log P(`value`), of the broadcast shape of `value` and the distribution."""
+        """log P(`value`), with the broadcast shape of `value` and the distribution."""
         if self._validate_args:
             self._validate_sample(value)
         level = (HIGHEST * value).round()
         upper = ((level + 0.5) / HIGHEST - self.loc) / self.scale
         lower = ((level - 0.5) / HIGHEST - self.loc) / self.scale
-        # sigma(b) - sigma(a) = sigma(b) sigma(-a) (1 - exp(a - b)): no difference of close numbers in either tail.
+        # sigma(b) - sigma(a) = sigma(b) sigma(-a) (1 - exp(a - b)) avoids differences of close numbers in the tails.
         zero = torch.zeros_like(upper)
         below = torch.where(level == HIGHEST, zero, logsigmoid(upper))
         above = torch.where(level == 0, zero, logsigmoid(-lower))

@@ -1,4 +1,4 @@
-"""The deep Markov model: a Markov chain whose gated transition and Bernoulli emission are networks."""
+"""The deep Markov model: a Markov chain with a gated neural transition and a neural Bernoulli emission."""
 
 import pyro.distributions as dist
 import torch
@@ -14,12 +14,12 @@ MIN_SCALE = 1e-6
 
 
 class GatedTransition(nn.Module):
-    r"""Mean and scale of z_t given z_{t-1}, each between a linear map and a network:
+    r"""Mean and scale of z_t given z_{t-1}, a gated mixture of a linear map and a network:
 
     $$m(z) = (1 - g) \odot (A z + a) + g \odot h, \quad s(z) = \mathrm{softplus}(B\, \mathrm{relu}(h) + b)$$
 
-    with the gate $g$ in (0, 1) and the proposed mean $h$ by networks of one ReLU layer of `hidden` units. It starts
-    at A = I, a = 0. From `(..., latent_dim)` to two tensors of the same shape.
+    The gate $g$ in (0, 1) and the proposed mean $h$ are networks with one ReLU layer of `hidden` units. Initially A = I
+    and a = 0. Maps `(..., latent_dim)` to two tensors of the same shape.
     """
 
     def __init__(self, latent_dim: int, hidden: int) -> None:
@@ -31,9 +31,9 @@ class GatedTransition(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        of_gate, of_proposal = torch.relu(self.inner(z)).chunk(2, -1)
-        proposed = self.proposal(of_proposal)
-        loc = torch.lerp(self.linear(z), proposed, torch.sigmoid(self.gate(of_gate)))
+        gate_units, proposal_units = torch.relu(self.inner(z)).chunk(2, -1)
+        proposed = self.proposal(proposal_units)
+        loc = torch.lerp(self.linear(z), proposed, torch.sigmoid(self.gate(gate_units)))
         return loc, softplus(self.scale(torch.relu(proposed))) + MIN_SCALE
 
 
@@ -42,9 +42,10 @@ class DeepMarkovModel(SequenceModel):
 
     $$z_t \sim \mathcal N(m(z_{t-1}), s(z_{t-1})^2), \quad x_t \sim \mathrm{Bernoulli}(\mathrm{logits} = f(z_t))$$
 
-    m and s a `GatedTransition` of `transition_dim` units, f a network of two ReLU layers of `emission_dim` units, z_0 a
-    parameter, as in Pyro's example. `model(x)` or `model(x, lengths)` with `x` `(N, T, data_dim)` of zeros and ones:
-    call, sites and errors as of `SequenceModel`. Raises `InputError` for a dimension below 1.
+    m and s are a `GatedTransition` with `transition_dim` units, f is a network with two ReLU layers of `emission_dim`
+    units, and z_0 is a parameter, as in Pyro's example. Call `model(x)` or `model(x, lengths)` with `x`
+    `(N, T, data_dim)` of zeros and ones; sites and errors are those of `SequenceModel`. Raises `InputError` for a
+    dimension below 1.
     """
 
     def __init__(

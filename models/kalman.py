@@ -1,4 +1,4 @@
-"""Kalman's recursions: exact inference in a linear-Gaussian state space, forwards and backwards in time."""
+"""Kalman recursions: exact inference in a linear-Gaussian state space, forward and backward in time."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -18,7 +18,7 @@ NAME = "LinearGaussianStateSpace"
 @dataclass(frozen=True)
 class Filtered:
     """Moments of z_t given x_1 to x_{t-1} (`predicted_mean` `(N, T, d)`, `predicted_covariance` `(T, d, d)`) and given
-    x_1 to x_t (`mean`, `covariance`, of the same shapes). Covariances are the same for every x.
+    x_1 to x_t (`mean`, `covariance`, of the same shapes). Covariances do not depend on x.
     """
 
     predicted_mean: Tensor
@@ -29,12 +29,13 @@ class Filtered:
 
 @dataclass(frozen=True)
 class Backward:
-    r"""What x_t to x_T say of z_t, and the factors of the posterior, which are the same for every x:
+    r"""The likelihood of z_t given x_t to x_T, and the factors of the posterior:
 
     $$p(x_{t:T} | z_t) \propto \exp(\lambda_t' z_t - z_t' \Omega_t z_t / 2), \quad
     p(z_t | z_{t-1}, x) = \mathcal N(G_t z_{t-1} + R_t \lambda_t, R_t)$$
 
-    `information` is $\Omega$, `gain` G (zero at t = 1, where there is no z_0), `covariance` R, each `(T, d, d)`.
+    `information` is $\Omega$, `gain` is G (zero at t = 1, because there is no z_0), `covariance` is R, each
+    `(T, d, d)`. None of them depends on x.
     """
 
     information: Tensor
@@ -43,9 +44,9 @@ class Backward:
 
 
 class KalmanRecursions(nn.Module):
-    """z_1 ~ N(0, P), z_t = F z_{t-1} + N(0, Q), x_t = H z_t + N(0, V): the matrices, and inference in any T steps.
+    """z_1 ~ N(0, P), z_t = F z_{t-1} + N(0, Q), x_t = H z_t + N(0, V): the matrices, and inference for any T.
 
-    Arguments and errors as of `LinearGaussianStateSpace`.
+    Arguments and errors are those of `LinearGaussianStateSpace`.
     """
 
     transition: Tensor
@@ -91,7 +92,7 @@ class KalmanRecursions(nn.Module):
         return torch.stack(predicted), torch.stack(filtered)
 
     def filtered(self, x: Tensor) -> Filtered:
-        """The moments of every state given what was seen before it, and up to it, for `x` `(N, T, D)`."""
+        """Moments of every state given the data before it, and up to it, for `x` `(N, T, D)`."""
         x = self.checked(x)
         covariances, updated = self.covariances(x.shape[1])
         m, before, after = x.new_zeros(len(x), self.latent_dim), [], []
@@ -103,41 +104,43 @@ class KalmanRecursions(nn.Module):
 
     def smoothed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Means `(N, T, d)` and covariances `(T, d, d)` of z_t given all of `x` `(N, T, D)` (Rauch, Tung, Striebel)."""
-        found = self.filtered(x)
-        means, covariances = [found.mean[:, -1]], [found.covariance[-1]]
-        for t in reversed(range(found.mean.shape[1] - 1)):
-            P, ahead = found.covariance[t], found.predicted_covariance[t + 1]
-            gain = torch.linalg.solve(ahead, self.transition @ P).T
-            means.append(found.mean[:, t] + (means[-1] - found.predicted_mean[:, t + 1]) @ gain.T)
-            covariances.append(symmetric(P + gain @ (covariances[-1] - ahead) @ gain.T))
+        filtered = self.filtered(x)
+        means, covariances = [filtered.mean[:, -1]], [filtered.covariance[-1]]
+        for t in reversed(range(filtered.mean.shape[1] - 1)):
+            P, predicted = filtered.covariance[t], filtered.predicted_covariance[t + 1]
+            gain = torch.linalg.solve(predicted, self.transition @ P).T
+            means.append(filtered.mean[:, t] + (means[-1] - filtered.predicted_mean[:, t + 1]) @ gain.T)
+            covariances.append(symmetric(P + gain @ (covariances[-1] - predicted) @ gain.T))
         return torch.stack(means[::-1], 1), torch.stack(covariances[::-1])
 
     def backward_information(self, steps: int) -> Backward:
-        r"""From t = T = `steps` down, with $\lambda_t = H' V^{-1} x_t + G_{t+1}' \lambda_{t+1}$ (and P for Q at t = 1):
+        r"""Backward recursion from t = T = `steps`, for $\lambda_t = H' V^{-1} x_t + G_{t+1}' \lambda_{t+1}$:
 
         $$\Omega_t = H' V^{-1} H + G_{t+1}' \Omega_{t+1} F, \quad G_t = (I + Q \Omega_t)^{-1} F, \quad
         R_t = (I + Q \Omega_t)^{-1} Q$$
+
+        At t = 1, P takes the place of Q.
         """
-        seen = information = self.one_observation()
-        found = []
+        own = information = self.one_observation()
+        factors = []
         for t in reversed(range(check_steps(steps))):
             gain, covariance = self.factor(t, information)
-            found.append((information, gain, covariance))
-            information = symmetric(seen + gain.T @ information @ self.transition)
-        return Backward(*(torch.stack(part[::-1]) for part in zip(*found, strict=True)))
+            factors.append((information, gain, covariance))
+            information = symmetric(own + gain.T @ information @ self.transition)
+        return Backward(*(torch.stack(part[::-1]) for part in zip(*factors, strict=True)))
 
     def factor(self, t: int, information: Tensor) -> tuple[Tensor, Tensor]:
-        """G and R, each `(d, d)`, of z_t (t from 0) given z_{t-1} and data that hold `information` `(d, d)` on z_t."""
+        """G and R, each `(d, d)`, of z_t (t from 0) given z_{t-1} and data with `information` `(d, d)` on z_t."""
         Q = self.transition_covariance if t else self.initial_covariance
         F = self.transition if t else torch.zeros_like(self.transition)
-        one = torch.eye(self.latent_dim).to(Q)
-        G, R = torch.linalg.solve(one + Q @ information, torch.cat([F, Q], 1)).split(self.latent_dim, 1)
+        identity = torch.eye(self.latent_dim).to(Q)
+        G, R = torch.linalg.solve(identity + Q @ information, torch.cat([F, Q], 1)).split(self.latent_dim, 1)
         return G, symmetric(R)
 
     def expected_information(self, x: Tensor, lookahead: float) -> Tensor:
         r"""$E[\lambda_t | x_1 \dots x_s]$, s = min(t + `lookahead`, T), for `x` `(N, T, D)`; shape `(N, T, d)`.
 
-        Given what came before s + 1, $\lambda_{s+1}$ has the mean $\Omega_{s+1} m$, m the predicted mean of z_{s+1}.
+        Given x_1 to x_s, the mean of $\lambda_{s+1}$ is $\Omega_{s+1} m$, with m the predicted mean of z_{s+1}.
         """
         x = self.checked(x)
         steps = x.shape[1]
@@ -156,7 +159,7 @@ class KalmanRecursions(nn.Module):
         return torch.stack(expected[::-1], 1)
 
     def one_observation(self) -> Tensor:
-        """H' V^-1 H, the information in one x_t on z_t, `(d, d)`."""
+        """H' V^-1 H, the information about z_t in x_t, `(d, d)`."""
         return symmetric(self.emission.T @ torch.linalg.solve(self.emission_covariance, self.emission))
 
     def predictive(self, found: Filtered) -> MultivariateNormal:
@@ -164,11 +167,11 @@ class KalmanRecursions(nn.Module):
         return MultivariateNormal(found.predicted_mean @ self.emission.T, self._innovation(found.predicted_covariance))
 
     def checked(self, x: Tensor) -> Tensor:
-        """`x` in the model's dtype; raises `InputError` where it is not `(N, T, data_dim)` with T at least 1."""
+        """`x` in the model's dtype; raises `InputError` unless its shape is `(N, T, data_dim)` with T at least 1."""
         if x.dim() != 3 or x.shape[-1] != self.data_dim or not x.shape[1]:
             raise InputError(
-                f"{NAME}: x must have shape (N, T, {self.data_dim}) with T at least 1, got {tuple(x.shape)}; sequences "
-                "come first, then time"
+                f"{NAME}: x must have shape (N, T, {self.data_dim}) with T at least 1, got {tuple(x.shape)}. The first "
+                "axis is that of sequences, the second that of time."
             )
         return x.to(self.transition.dtype)
 
@@ -180,14 +183,14 @@ class KalmanRecursions(nn.Module):
 
 
 def symmetric(matrix: Tensor) -> Tensor:
-    """The symmetric part of `(..., d, d)`: rounding makes covariances less than symmetric."""
+    """The symmetric part of `(..., d, d)`, to remove asymmetry due to rounding."""
     return (matrix + matrix.mT) / 2
 
 
 def check_steps(steps: int) -> int:
-    """`steps`; raises `InputError` unless it is a whole number from 1 on."""
+    """`steps`; raises `InputError` unless it is an integer of at least 1."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"{NAME}: steps, T, must be a whole number and at least 1, got {steps}")
+        raise InputError(f"{NAME}: steps must be an integer of at least 1, got {steps}")
     return steps
 
 
@@ -199,7 +202,7 @@ def _matrix(name: str, value: Matrix, dtype: torch.dtype) -> Tensor:
     if matrix.dim() not in (0, 2) or not matrix.numel():
         raise InputError(f"{NAME}: {name} must be a number or a matrix, got shape {tuple(matrix.shape)}")
     if not bool(torch.isfinite(matrix).all()):
-        raise InputError(f"{NAME}: {name} must be finite, but it holds NaN or infinity")
+        raise InputError(f"{NAME}: {name} must be finite, but it contains NaN or infinity")
     return matrix if matrix.dim() else matrix.reshape(1, 1)
 
 

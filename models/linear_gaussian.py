@@ -1,4 +1,4 @@
-"""Probabilistic PCA and factor analysis: the latent-variable model whose every gap is known in closed form."""
+"""Probabilistic PCA and factor analysis: a latent-variable model with all gaps in closed form."""
 
 import math
 from typing import TypeAlias
@@ -19,8 +19,8 @@ class LinearGaussian(nn.Module):
 
     A Pyro model: `model(x)` with `x` `(N, D)`; sites "z" `(N, d)` and "x" `(N, D)` in the plate "data". `weight` is W
     `(D, d)`, `bias` is b `(D,)` or one number, `noise_scale` `(D,)` or one number, `prior_scale` `(d,)` or one
-    number. W, b and the noise can be trained; the prior stays. The posterior is Gaussian with one precision
-    L = diag(prior_scale^-2) + W' diag(noise_scale^-2) W for all x, so that every method below is exact, in nats.
+    number. W, b and the noise are trainable, the prior is fixed. The posterior is Gaussian with precision
+    L = diag(prior_scale^-2) + W' diag(noise_scale^-2) W for all x, so every method below is exact, in nats.
 
     Raises `InputError` for shapes that do not fit and for scales that are not positive.
     """
@@ -72,7 +72,7 @@ class LinearGaussian(nn.Module):
         return whitened.T @ whitened + self.prior_scale.pow(-2).diag()
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        """log p(x) of `x` `(N, D)`, exact; shape `(N,)`."""
+        """Exact log p(x) of `x` `(N, D)`, shape `(N,)`."""
         factor = self.weight * self.prior_scale
         return dist.LowRankMultivariateNormal(self.bias, factor, self.noise_scale**2).log_prob(x)
 
@@ -83,7 +83,7 @@ class LinearGaussian(nn.Module):
         return torch.cholesky_solve(information.T, root).T, torch.cholesky_inverse(root)
 
     def mean_field_optimum(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean `(N, d)` and scale `(d,)` of the best q with diagonal covariance: the posterior mean, L_ii^(-1/2)."""
+        """Mean `(N, d)` and scale `(d,)` of the best diagonal Gaussian: the posterior mean and L_ii^(-1/2)."""
         mean, _ = self.posterior(x)
         return mean, self.precision.diagonal().rsqrt()
 
@@ -96,7 +96,7 @@ class LinearGaussian(nn.Module):
         `(N, d, d)` or `(d, d)`, with C = scale_tril scale_tril'. Raises `InputError` for none or both.
         """
         if (scale is None) == (scale_tril is None):
-            raise InputError("LinearGaussian.elbo: give either scale or scale_tril")
+            raise InputError("LinearGaussian.elbo: pass either scale or scale_tril, not both or neither")
         root = torch.diag_embed(scale) if scale is not None else scale_tril
         assert root is not None
         trace = torch.einsum("...ki,kl,...li->...", root, self.precision, root)
@@ -109,12 +109,12 @@ class LinearGaussian(nn.Module):
         return prior + likelihood
 
     def approximation_gap(self) -> Tensor:
-        """log p(x) - max ELBO over diagonal Gaussians, the same for every x: (sum_i ln L_ii - ln |L|) / 2."""
+        """log p(x) minus the best ELBO of diagonal Gaussians, equal for all x: (sum_i ln L_ii - ln |L|) / 2."""
         L = self.precision
         return (L.diagonal().log().sum() - torch.logdet(L)) / 2
 
     def amortization_gap(self, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-        """How far q = N(mean, diag(scale^2)) lies below the best diagonal Gaussian, shape `(N,)`:
+        """ELBO of the best diagonal Gaussian minus that of q = N(mean, diag(scale^2)), shape `(N,)`:
 
             [(mean - m)' L (mean - m) + sum_i (L_ii scale_i^2 - 1 - ln L_ii scale_i^2)] / 2,   m the posterior mean.
 
@@ -122,8 +122,8 @@ class LinearGaussian(nn.Module):
         """
         difference = mean - self.posterior(x)[0]
         ratio = self.precision.diagonal() * scale**2
-        misplaced = torch.einsum("ni,ij,nj->n", difference, self.precision, difference)
-        return (misplaced + (ratio - 1 - ratio.log()).sum(-1)) / 2
+        squared_distance = torch.einsum("ni,ij,nj->n", difference, self.precision, difference)
+        return (squared_distance + (ratio - 1 - ratio.log()).sum(-1)) / 2
 
 
 def _vector(name: str, value: Numbers, size: int, like: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The multilayer perceptron that decoders and encoders share.
+"""The multilayer perceptron of decoders and encoders.
 
-It lives with the models because guides may look at models, and models never at guides.
+It is part of `models` because guides may import models, but models never import guides.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from pyrogaps.errors import InputError
 
 
 def mlp(sizes: Sequence[int], activation: str = "ELU") -> nn.Sequential:
-    """Linear maps between layers of `sizes`, with the `torch.nn` activation of that name between two of them.
+    """Linear layers between `sizes`, with a `torch.nn` activation between consecutive layers.
 
-    Maps `(..., sizes[0])` to `(..., sizes[-1])`; two sizes make a single linear map. Raises `InputError` for fewer
+    Maps `(..., sizes[0])` to `(..., sizes[-1])`; two sizes give a single linear map. Raises `InputError` for fewer
     than two sizes, for a size below 1, and for an activation that `torch.nn` does not have.
     """
     kind = activation_kind(activation)
@@ -27,8 +27,8 @@ def mlp(sizes: Sequence[int], activation: str = "ELU") -> nn.Sequential:
 
 
 def activation_kind(name: str) -> type[nn.Module]:
-    """The `torch.nn` activation called `name`; `InputError` where there is none."""
+    """The `torch.nn` activation called `name`; `InputError` if there is none."""
     kind = getattr(nn, name, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise InputError(f"activation: torch.nn has none called '{name}'; use a name such as ELU, ReLU or Tanh")
+        raise InputError(f"activation: torch.nn has no '{name}'. Use a name such as ELU, ReLU or Tanh.")
     return kind

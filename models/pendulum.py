@@ -1,4 +1,4 @@
-"""A damped pendulum, kicked at random and seen through noise: a small non-linear filtering problem."""
+"""A damped pendulum with random kicks and noisy observations: a small non-linear filtering problem."""
 
 import pyro.distributions as dist
 import torch
@@ -7,32 +7,33 @@ from torch import Tensor
 from pyrogaps.errors import InputError
 from pyrogaps.models.sequences import SequenceModel
 
-GRAVITY = 9.81  # of a pendulum one metre long: its small swings take two seconds
+GRAVITY = 9.81  # m/s^2, for a pendulum of length 1 m; small swings have a period of 2 s
 
 
 class Pendulum(SequenceModel):
-    r"""z_t = (angle, angular velocity) of a pendulum, one step of semi-implicit Euler and a random kick after z_{t-1}:
+    r"""Angle and angular velocity z_t of a pendulum, after a semi-implicit Euler step and a random kick:
 
     $$\omega' = \omega - (9.81 \sin\alpha + c\, \omega)\, \Delta, \quad \alpha' = \alpha + \omega' \Delta, \quad
     z_t \sim \mathcal N((\alpha', \omega'), \sigma_p^2 I)$$
 
-    Seen is where its bob is from side to side, $x_t \sim \mathcal N(\sin\alpha_t, \sigma_o^2)$, D = 1: the velocity
-    shows in time only, and swings past the horizontal fold back. With `full_state` $x_t \sim \mathcal N(z_t, \sigma_o^2
-    I)$, D = 2. Nothing is learned. `model(x)` or `model(x, lengths)` with `x` `(N, T, D)`: call, sites and errors as of
-    `SequenceModel`.
+    The observation is the horizontal position of the bob, $x_t \sim \mathcal N(\sin\alpha_t, \sigma_o^2)$, D = 1. The
+    velocity shows only over time, and angles beyond the horizontal are ambiguous. With `full_state`,
+    $x_t \sim \mathcal N(z_t, \sigma_o^2 I)$, D = 2. There are no trainable parameters. Call `model(x)` or
+    `model(x, lengths)` with `x` `(N, T, D)`; sites and errors are those of `SequenceModel`.
 
     Args:
-        process_scale: $\sigma_p$, in radians and radians per second; small, such as 1e-3, for a motion all but certain.
+        process_scale: $\sigma_p$, in radians and radians per second; a small value, such as 1e-3, gives a nearly
+            deterministic motion.
         observation_scale: $\sigma_o$.
-        full_state: whether angle and velocity are seen.
-        known_first_state: whether $z_1$ is known, up to `known_scale`: $z_1 \sim \mathcal N($`first_state`, scale$^2)$.
+        full_state: whether angle and velocity are observed.
+        known_first_state: whether $z_1$ is known up to `known_scale`: $z_1 \sim \mathcal N($`first_state`, scale$^2)$.
         first_state: mean angle and velocity of $z_1$.
-        first_scale: their scales where the first state is not known.
-        known_scale: the one scale where it is.
+        first_scale: their standard deviations if the first state is not known.
+        known_scale: the standard deviation of both if it is known.
         time_step: $\Delta$, seconds.
         damping: c, per second.
 
-    Raises `InputError` for scales and a time step that are not positive, for negative damping, and for a first state
+    Raises `InputError` for scales or a time step that are not positive, for negative damping, and for a first state
     that is not two numbers.
     """
 
@@ -56,11 +57,11 @@ class Pendulum(SequenceModel):
         super().__init__()
         for name, pair in (("first_state", first_state), ("first_scale", first_scale)):
             if len(pair) != 2:
-                raise InputError(f"Pendulum: {name} must be two numbers, for angle and velocity, got {len(pair)}")
+                raise InputError(f"Pendulum: {name} must be two numbers, angle and velocity, got {len(pair)}")
         positive = {"process_scale": process_scale, "observation_scale": observation_scale, "known_scale": known_scale}
         for name, value in {**positive, "first_scale": min(first_scale), "time_step": time_step}.items():
             if not value > 0:
-                raise InputError(f"Pendulum: {name} must be positive, got {value}; for next to none take 1e-3")
+                raise InputError(f"Pendulum: {name} must be positive, got {value}. Use a small value, such as 1e-3.")
         if not damping >= 0:
             raise InputError(f"Pendulum: damping must be 0 or more, got {damping}")
         self.full_state, self.time_step, self.damping = full_state, time_step, damping
@@ -84,17 +85,18 @@ class Pendulum(SequenceModel):
         return z if self.full_state else torch.sin(z[..., :1])
 
     def likelihood(self, output: Tensor) -> dist.TorchDistribution:
-        seen: dist.TorchDistribution = dist.Normal(output, self.spread).to_event(1)
-        return seen
+        observation: dist.TorchDistribution = dist.Normal(output, self.spread).to_event(1)
+        return observation
 
     def simulate(self, num_sequences: int, num_steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Draw `x` `(num_sequences, num_steps, D)` and the `z` `(num_sequences, num_steps, 2)` behind it.
+        """Draw `x` `(num_sequences, num_steps, D)` and its latents `z` `(num_sequences, num_steps, 2)`.
 
-        The global random state is left alone. Raises `InputError` for fewer than one sequence or step.
+        The global random state is unchanged. Raises `InputError` for fewer than one sequence or step.
         """
         if num_sequences < 1 or num_steps < 1:
             raise InputError(
-                f"Pendulum.simulate: {num_sequences} sequences of {num_steps} steps; take 1 or more of each"
+                "Pendulum.simulate: num_sequences and num_steps must be at least 1, "
+                f"got {num_sequences} and {num_steps}"
             )
         generator = torch.Generator().manual_seed(seed)
         shape = (num_sequences, num_steps, 2 + self.data_dim)

@@ -1,6 +1,6 @@
-"""Sequences of several lengths, padded to one: what their models and guides check and mask alike.
+"""Base class of sequence models, and checks and masks for sequences padded to a common length.
 
-It lies with the models because guides may look at models, and models never at guides.
+It is part of `models` because guides may import models, but models never import guides.
 """
 
 from collections.abc import Iterator
@@ -18,53 +18,53 @@ from pyrogaps.errors import InputError
 
 
 def sequence_mask(program: str, x: Tensor, lengths: Tensor | None, data_dim: int) -> Tensor | None:
-    """Which steps of `x` `(N, T, data_dim)` lie within their sequence, `(N, T)`; None where all of them do.
+    """Mask `(N, T)` of the steps of `x` `(N, T, data_dim)` within their sequence; None if `lengths` is None.
 
-    `lengths` `(N,)` are integers from 1 to T, None for T throughout. Their values, which to look at makes a device
-    wait, are checked while Pyro's validation is on.
+    `lengths` `(N,)` are integers from 1 to T; None means T for all. Their values are checked only while Pyro's
+    validation is on, because reading them synchronises the device.
 
-    Raises `InputError`, on behalf of `program`, for shapes and lengths other than these.
+    Raises `InputError`, naming `program`, for other shapes and lengths.
     """
     if x.dim() != 3 or x.shape[-1] != data_dim:
-        raise InputError(f"{program}: x must have shape (N, T, {data_dim}), sequences first, got {tuple(x.shape)}")
+        raise InputError(f"{program}: x must have shape (N, T, {data_dim}), got {tuple(x.shape)}")
     number, steps = x.shape[:2]
     if not number or not steps:
-        raise InputError(f"{program}: x of shape {tuple(x.shape)} holds no time steps; leave empty sequences out")
+        raise InputError(f"{program}: x of shape {tuple(x.shape)} has no time steps. Leave out empty sequences.")
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise InputError(f"{program}: lengths must be a tensor of integers, got {kind}; convert them by .long()")
+        raise InputError(f"{program}: lengths must be a tensor of integers, got {kind}. Convert them by .long().")
     if lengths.shape != (number,):
-        raise InputError(f"{program}: lengths must have shape ({number},), one a sequence, got {tuple(lengths.shape)}")
+        raise InputError(
+            f"{program}: lengths must have shape ({number},), one length per sequence, got {tuple(lengths.shape)}"
+        )
     if is_validation_enabled():
         low, high = int(lengths.min()), int(lengths.max())
         if low < 1 or high > steps:
-            remedy = "leave out empty ones" if low < 1 else "pad x further"
+            remedy = "Leave out empty sequences." if low < 1 else "Pad x to the longest sequence."
             raise InputError(
-                f"{program}: lengths must be from 1 to {steps}, the steps of x, got {low} to {high}; {remedy}"
+                f"{program}: lengths must be from 1 to {steps}, the steps of x, got {low} to {high}. {remedy}"
             )
     return torch.arange(steps, device=x.device) < lengths[:, None]
 
 
 def within(keep: Tensor | None, step: int) -> AbstractContextManager[object]:
-    """A context in which sites of time step `step`, from 0, count for the sequences alone that reach so far.
-
-    `keep` is what `sequence_mask` gave.
-    """
+    """A context that masks sites of time step `step`, from 0, for shorter sequences; `keep` is a `sequence_mask`."""
     return nullcontext() if keep is None else poutine.mask(mask=keep[:, step])  # type: ignore[call-overload]
 
 
 class SequenceModel(nn.Module):
-    r"""A Markov chain of latent states, each seen through its observation: the Pyro program of the models here.
+    r"""A Markov chain of latent states with one observation each: base class of the sequence models.
 
     $$z_1 \sim \mathcal N(m_1, s_1^2), \quad z_t \mid z_{t-1} \sim \mathcal N(m(z_{t-1}), s(z_{t-1})^2), \quad
     x_t \sim p(\cdot \mid g(z_t))$$
 
-    `model(x)` or `model(x, lengths)`: `x` `(N, T, D)`, padded to one T, and `lengths` `(N,)`, integers from 1 to T.
-    Sites "z_1" to "z_T", each `(N, d)`, then "x_1" to "x_T", in the plate "data"; steps beyond a sequence's length are
-    masked: what stands there counts for nothing, though Pyro's validation wants it in the likelihood's support. A
-    subclass has `data_dim` D and the methods `first`, `transition`, `emission` and `likelihood`.
+    Call `model(x)` or `model(x, lengths)` with `x` `(N, T, D)`, padded to a common T, and `lengths` `(N,)`, integers
+    from 1 to T. Sites "z_1" to "z_T", each `(N, d)`, then "x_1" to "x_T", in the plate "data". Steps beyond a
+    sequence's length are masked. Their values have no effect, but Pyro's validation requires them to lie in the
+    likelihood's support. A subclass sets `data_dim` D and implements `first`, `transition`, `emission` and
+    `likelihood`.
 
     Raises `InputError` for `x` and `lengths` of other shapes, and for lengths out of range.
     """
@@ -77,7 +77,7 @@ class SequenceModel(nn.Module):
         x = x.to(next(chain(self.parameters(), self.buffers())).dtype)
         with pyro.plate("data", len(x)):
             z = torch.stack(list(self._states(x, keep)), -2)
-            # All steps at once: nothing that is drawn hangs on an observation.
+            # All steps at once, because no draw depends on an observation.
             for t, output in enumerate(self.emission(z).unbind(-2)):
                 with within(keep, t):
                     pyro.sample(f"x_{t + 1}", self.likelihood(output), obs=x[:, t])
@@ -96,13 +96,13 @@ class SequenceModel(nn.Module):
         raise NotImplementedError
 
     def transition(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale of the step after `z`, each of its shape `(..., d)`."""
+        """Mean and scale of the state after `z`, each `(..., d)` like `z`."""
         raise NotImplementedError
 
     def emission(self, z: Tensor) -> Tensor:
-        """What the likelihood is made of, `(..., D)`, for states `z` `(..., d)`."""
+        """The parameter of the likelihood, `(..., D)`, for states `z` `(..., d)`."""
         raise NotImplementedError
 
     def likelihood(self, output: Tensor) -> dist.TorchDistribution:
-        """p(x_t|z_t) for the emission `(..., D)` of z_t, its event `(D,)`."""
+        """p(x_t|z_t) for the emission `(..., D)` of z_t, event shape `(D,)`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Curves in the plane under Gaussian noise: models whose log p(x) is exact, by quadrature in their one latent."""
+"""Noisy curves in the plane: models with one latent, whose log p(x) is exact by quadrature."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,25 +20,25 @@ from pyrogaps.streams import derive_seed
 _LIMIT = 12.0
 _ORDER, _MAX_REFINEMENT, _MAX_PANELS = 8, 64, 2**16
 _CELLS = 2**21
-_ROUGH = "the decoder is too steep or too rough, so train it with a lower learning rate"
+_ROUGH = "The decoder is too steep or too rough. Train it with a lower learning rate."
 
 
 class SyntheticModel(nn.Module):
-    r"""z ~ N(0, 1), x | z ~ N(f(z), variance I) in the plane, f one of five curves or a perceptron that learns one.
+    r"""z ~ N(0, 1), x | z ~ N(f(z), variance I) in the plane, with f one of five curves or a perceptron.
 
     The data sets are those of "Towards Model-Agnostic Posterior Approximation" (AABI 2024): `curve` is "figure-8",
-    "clusters", "circle", "absolute-value" or "spiral-dots"; "absolute-value-monotone" is a second decoder, as good as
-    the first, of the same data. `decoder` says what f is:
+    "clusters", "circle", "absolute-value" or "spiral-dots". "absolute-value-monotone" is a second decoder with the same
+    data distribution as "absolute-value". `decoder` selects f:
 
-    - "learned": an MLP with `hidden` layers and `activation`, at its usual random start;
-    - "surrogate": the fixed MLP of the same default architecture that was fitted to the curve
-      (`pyrogaps.models.curves.surrogate`): the ground truth, so that a learned decoder can be exactly right;
-    - "exact": the curve's own formula.
+    - "learned": an MLP with `hidden` layers and `activation`, with the usual random initialisation;
+    - "surrogate": a fixed MLP of the same default architecture, fitted to the curve
+      (`pyrogaps.models.curves.surrogate`). As a ground truth it can be matched exactly by a learned decoder;
+    - "exact": the curve's formula.
 
-    The noise has the `variance` of the curve unless another is given. A Pyro model: `model(x)` with `x` `(N, 2)`; sites
-    "z" `(N, 1)` and "x" `(N, 2)` in the plate "data".
+    `variance` is that of the noise; None uses the curve's. A Pyro model: `model(x)` with `x` `(N, 2)`; sites "z"
+    `(N, 1)` and "x" `(N, 2)` in the plate "data".
 
-    Raises `InputError` for a setting that is not one of these, and for `x` of another shape.
+    Raises `InputError` for invalid settings, and for `x` of another shape.
     """
 
     variance: Tensor
@@ -52,18 +52,18 @@ class SyntheticModel(nn.Module):
         variance: float | None = None,
     ) -> None:
         super().__init__()
-        known = curve_named(curve)
+        named_curve = curve_named(curve)
         self.curve = curve
         if decoder == "learned":
             self.decoder: nn.Module = mlp([1, *hidden, 2], activation)
         elif decoder == "surrogate":
             self.decoder = surrogate(curve).decoder.to(torch.get_default_dtype())
         elif decoder == "exact":
-            self.decoder = _Formula(known.function)
+            self.decoder = _Formula(named_curve.function)
         else:
             choices = "learned, surrogate, exact"
             raise InputError(f"SyntheticModel: decoder must be one of {choices}, got '{decoder}'")
-        chosen = known.variance if variance is None else variance
+        chosen = named_curve.variance if variance is None else variance
         if not 0 < chosen < math.inf:
             raise InputError(f"SyntheticModel: variance must be positive, got {variance}")
         self.register_buffer("variance", torch.tensor(float(chosen), dtype=torch.get_default_dtype()))
@@ -78,8 +78,8 @@ class SyntheticModel(nn.Module):
         return z
 
     def draw(self, number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Data `(number, 2)` and the latents behind them `(number, 1)`; the first of more are the same."""
-        # NumPy's longer draws begin with the shorter ones; torch's need not.
+        """Draw data `(number, 2)` and their latents `(number, 1)`; a larger `number` extends the same sequence."""
+        # In NumPy a longer draw starts with the shorter one; torch does not guarantee this.
         draws = np.random.default_rng(derive_seed(seed, "synthetic")).standard_normal((number, 3))
         z, noise = torch.from_numpy(draws).to(self.variance).split([1, 2], -1)
         with torch.no_grad():
@@ -90,16 +90,16 @@ class SyntheticModel(nn.Module):
 
         $$p(x) = \int \mathcal N(z; 0, 1) \, \mathcal N(x; f(z), \mathrm{variance}\, I) \, dz$$
 
-        by Gauss-Legendre quadrature of eight points on panels along which z moves by at most 1/2 and f(z) by at most
-        one standard deviation of the noise, halved until no value moves by more than `tolerance`. What lies beyond
-        |z| = 12 is left out, at most 4e-33 / (2 pi variance).
+        by Gauss-Legendre quadrature with eight points per panel. On a panel z moves by at most 1/2 and f(z) by at most
+        one standard deviation of the noise; panels are halved until no value changes by more than `tolerance`. The tail
+        beyond |z| = 12 is omitted, at most 4e-33 / (2 pi variance).
 
-        Raises `InputError` where that takes too many panels, f being too steep or too rough, and for f or `x` that are
-        not finite.
+        Raises `InputError` if this needs too many panels because f is too steep or too rough, and if f or `x` is not
+        finite.
         """
         _check_plane(x)
         if not bool(torch.isfinite(x).all()):
-            raise InputError("SyntheticModel: x holds NaN or infinite values; clean the data first")
+            raise InputError("SyntheticModel: x contains NaN or infinite values. Remove them first.")
         log_evidence = self._quadrature(x, 1)
         refinement = 2
         while refinement <= _MAX_REFINEMENT:
@@ -107,8 +107,8 @@ class SyntheticModel(nn.Module):
             if bool(((finer - log_evidence).abs() <= tolerance).all()):
                 return finer
             log_evidence, refinement = finer, 2 * refinement
-        moved = float((finer - log_evidence).abs().max())
-        raise InputError(f"SyntheticModel: log p(x) by quadrature is uncertain by {moved:.2g} nats; {_ROUGH}")
+        change = float((finer - log_evidence).abs().max())
+        raise InputError(f"SyntheticModel: the quadrature of log p(x) has an error of {change:.2g} nats. {_ROUGH}")
 
     def log_posterior(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(z|x) of every `x` `(N, 2)` at every `z` `(G,)`, nats, double precision, `(N, G)`."""
@@ -132,20 +132,20 @@ class SyntheticModel(nn.Module):
 
 
 def divergence(truth: SyntheticModel, model: SyntheticModel, x: Tensor) -> tuple[float, float]:
-    """KL(p_truth || p_model) over the data, nats per datapoint, and its standard error.
+    """KL(p_truth || p_model) over the data, in nats per datapoint, and its standard error.
 
-    The mean of log p_truth(x) - log p_model(x), each by quadrature, over `x` `(N, 2)`: draws of `truth` that `model`
-    has not been trained on. The error is that of N draws alone, and a finite sample's mean can be below zero.
+    The estimate is the mean of log p_truth(x) - log p_model(x), each by quadrature, over `x` `(N, 2)`: draws of `truth`
+    that `model` was not trained on. The error is due to the N draws only. A finite sample's mean can be negative.
     """
     ratios = truth.log_evidence(x) - model.log_evidence(x)
     return float(ratios.mean()), float(mcse_of_mean(ratios))
 
 
 class SyntheticData:
-    """`train`, `validation` and `test` draws `(number, 2)` of a ground truth, and the `latents` behind them by part.
+    """Draws `train`, `validation` and `test`, each `(number, 2)`, of a ground truth, and their `latents` by part.
 
-    `curve` and `decoder` as in `SyntheticModel`, whose instance is `truth`. `seed` names one draw of the data set; the
-    parts have streams of their own, so that their sizes do not touch each other. Raises `InputError` for sizes below 1
+    `curve` and `decoder` are those of the `SyntheticModel` `truth`. Each part has its own random stream derived from
+    `seed`, so that its draws do not depend on the sizes of the others. Raises `InputError` for sizes below 1
     (`num_validation` may be 0: `validation` is then None).
     """
 
@@ -170,7 +170,7 @@ class SyntheticData:
 
 
 class _Formula(nn.Module):
-    """A decoder that is a formula."""
+    """A decoder given by a formula."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -181,19 +181,19 @@ class _Formula(nn.Module):
 
 
 def _decoded(decoder: nn.Module, z: Tensor) -> Tensor:
-    """f(z) `(G, 2)` of `z` `(G,)`, in double precision and without gradients."""
+    """f(z) `(G, 2)` for `z` `(G,)`, in double precision and without gradients."""
     with torch.no_grad():
         means: Tensor = deepcopy(decoder).to(z.device, torch.float64)(z.double()[:, None])
     return means
 
 
 def _nodes(decoder: nn.Module, noise_scale: float, refinement: int) -> tuple[Tensor, Tensor]:
-    """Nodes z and the logs of their weights, `(G,)` each, on panels of equal length by the metric of the docstring."""
+    """Nodes z and the logs of their weights, `(G,)` each, on the panels described in `log_evidence`."""
     z = torch.linspace(-_LIMIT, _LIMIT, 2**15 + 1, dtype=torch.float64)
     steps = _decoded(decoder, z).diff(dim=0).norm(dim=-1) / noise_scale + 2 * z.diff()
     length = np.concatenate([[0.0], np.cumsum(steps.numpy())])
     if not length[-1] * refinement < _MAX_PANELS:
-        raise InputError(f"SyntheticModel: f moves by {length[-1]:.2g} standard deviations of the noise; {_ROUGH}")
+        raise InputError(f"SyntheticModel: f moves by {length[-1]:.2g} standard deviations of the noise. {_ROUGH}")
     panels = refinement * math.ceil(length[-1])
     edges = np.interp(np.linspace(0, length[-1], panels + 1), length, z.numpy())
     points, weights = np.polynomial.legendre.leggauss(_ORDER)

@@ -1,4 +1,4 @@
-"""Two toys of which a guide is shown a part, with the gap that this costs in closed form."""
+"""Two toy models for guides that see only part of the data, with closed-form conditioning gaps."""
 
 import math
 from functools import reduce
@@ -16,15 +16,15 @@ Pair = tuple[float, float]
 
 
 class MissingGaussian(LinearGaussian):
-    r"""x = (C, Cbar) of a linear-Gaussian model, of which the guide is shown C alone.
+    r"""A linear-Gaussian model of x = (C, Cbar) for a guide that sees only C.
 
     $$z \sim \mathcal N(0, I), \quad x | z \sim \mathcal N(W z + b, \mathrm{diag}(s)^2)$$
 
-    `shown` says which elements of x are in C: a number, of leading elements, or a boolean mask `(D,)`. With S_f =
-    Cov(z|C) and S_s = Cov(z|x), the same for all x, the best guide of all that see C is $\mathcal N(E[z|C], S_s)$: the
-    filter's mean, the smoother's covariance. Other arguments, sites and methods as of `LinearGaussian`.
+    `shown` selects the elements of x in C: a number of leading elements, or a boolean mask `(D,)`. With S_f = Cov(z|C)
+    and S_s = Cov(z|x), the same for all x, the best guide that sees only C is $\mathcal N(E[z|C], S_s)$: the filter's
+    mean and the smoother's covariance. Other arguments, sites and methods are those of `LinearGaussian`.
 
-    A guide for it declares `conditions = model.conditions`. Raises `InputError` for `shown` of another kind.
+    A guide for it declares `conditions = model.conditions`. Raises `InputError` for any other `shown`.
     """
 
     shown: Tensor
@@ -50,13 +50,16 @@ class MissingGaussian(LinearGaussian):
         seed: int = 0,
         shown: int | Tensor | list[bool] = 1,
     ) -> "MissingGaussian":
-        """The model of `LinearGaussian.random`, partly shown."""
+        """The model of `LinearGaussian.random` with `shown` elements."""
         model = LinearGaussian.random(data_dim, latent_dim, noise_scale, seed)
         return cls(model.weight, model.bias, noise_scale, shown=shown)
 
     @classmethod
     def unit(cls) -> "MissingGaussian":
-        """z ~ N(0, 1), C | z ~ N(z, 1), Cbar | z ~ N(z, 1): gap 1/4, information ln(3/2)/2, filter's gap 1/2 - that."""
+        """z ~ N(0, 1), C | z ~ N(z, 1), Cbar | z ~ N(z, 1).
+
+        Conditioning gap 1/4, mutual information ln(3/2)/2, filter's gap (1 - ln(3/2))/2.
+        """
         return cls([[1.0], [1.0]], shown=1)
 
     def conditions(self, x: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class MissingGaussian(LinearGaussian):
         return self.shown.expand(x.shape)
 
     def conditional(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean `(N, d)` and covariance `(d, d)` of p(z|C) for `x` `(N, D)`, of which C alone is read."""
+        """Mean `(N, d)` and covariance `(d, d)` of p(z|C) for `x` `(N, D)`; only C is read."""
         W, noise = self.weight[self.shown], self.noise_scale[self.shown]
         root = torch.linalg.cholesky(self._shown_precision())
         information = ((x[:, self.shown] - self.bias[self.shown]) / noise**2) @ W
@@ -75,7 +78,7 @@ class MissingGaussian(LinearGaussian):
         return self.conditional(x)[0], torch.linalg.inv(self.precision)
 
     def conditioning_gap(self) -> Tensor:
-        r"""E KL(q_C || p(z|x)), that no guide shown C alone can close: $(\mathrm{tr}(S_s^{-1} S_f) - d) / 2$."""
+        r"""E KL(q_C || p(z|x)), the least gap of guides that see only C: $(\mathrm{tr}(S_s^{-1} S_f) - d) / 2$."""
         ratio = torch.linalg.solve(self._shown_precision(), self.precision)
         return (ratio.diagonal().sum() - self.latent_dim) / 2
 
@@ -84,7 +87,7 @@ class MissingGaussian(LinearGaussian):
         return (torch.logdet(self.precision) - torch.logdet(self._shown_precision())) / 2
 
     def filter_gap(self) -> Tensor:
-        """E KL(p(z|C) || p(z|x)), of the guide p(z|C): twice the conditioning gap less the mutual information."""
+        """E KL(p(z|C) || p(z|x)), the gap of the guide p(z|C): 2 conditioning gap - mutual information."""
         return 2 * self.conditioning_gap() - self.mutual_information()
 
     def _shown_precision(self) -> Tensor:
@@ -94,13 +97,13 @@ class MissingGaussian(LinearGaussian):
 
 
 class MissingBit(nn.Module):
-    r"""A bit that tells two Normals apart, and of which a guide is shown nothing.
+    r"""A mixture of two Normals whose component x is a bit, for a guide that sees no data.
 
     $$z \sim \sum_i w_i \mathcal N(m_i, 1/L_i), \quad x | z \sim \mathrm{Bernoulli}(\mathrm{logit} =
     \ln w_1 \mathcal N(z; m_1, 1/L_1) - \ln w_0 \mathcal N(z; m_0, 1/L_0))$$
 
-    so that p(x = i) = w_i and p(z | x = i) = N(m_i, 1/L_i). Of all q(z) the best is Normal, the renormalised product of
-    the posteriors to the powers w_i. A Pyro model: `model(x)` with `x` `(N,)` or `(N, 1)` of zeros and ones; sites "z"
+    so that p(x = i) = w_i and p(z | x = i) = N(m_i, 1/L_i). The best q(z) is Normal: the renormalised product of the
+    posteriors to the powers w_i. A Pyro model: `model(x)` with `x` `(N,)` or `(N, 1)` of zeros and ones; sites "z"
     `(N, 1)` and "x" in the plate "data". A guide for it declares `conditions = model.conditions`.
 
     Raises `InputError` for `weights` that are not positive or do not sum to 1, for `precisions` that are not positive,
@@ -124,7 +127,7 @@ class MissingBit(nn.Module):
         for name, value in given.items():
             pair = torch.as_tensor(value, dtype=dtype).detach().clone()
             if pair.shape != (2,):
-                raise InputError(f"MissingBit: {name} must be two numbers, for 0 and for 1, got {value}")
+                raise InputError(f"MissingBit: {name} must be two numbers, for x = 0 and x = 1, got {value}")
             self.register_buffer(name, pair)
         if not bool((self.weights > 0).all()) or abs(float(self.weights.sum()) - 1) > 1e-6:
             raise InputError(f"MissingBit: weights must be positive and sum to 1, got {self.weights.tolist()}")
@@ -142,7 +145,7 @@ class MissingBit(nn.Module):
         return z
 
     def log_odds(self, z: Tensor) -> Tensor:
-        """ln p(x=1|z) - ln p(x=0|z) of `z` `(N, 1)`, `(N,)`."""
+        """ln p(x=1|z) - ln p(x=0|z) for `z` `(N, 1)`, `(N,)`."""
         log_joint = self.weights.log() + dist.Normal(self.means, self.precisions.rsqrt()).log_prob(z)
         return log_joint[..., 1] - log_joint[..., 0]
 
@@ -160,7 +163,7 @@ class MissingBit(nn.Module):
         return self.means[bits][:, None], 1 / self.precisions[bits][:, None]
 
     def shared_posterior(self) -> tuple[Tensor, Tensor]:
-        r"""Mean m and variance 1/L, each one number, of the best q(z):
+        r"""Mean m and variance 1/L of the best q(z), scalars:
 
         $$L = \sum_i w_i L_i, \quad m = L^{-1} \sum_i w_i L_i m_i$$
         """
@@ -168,7 +171,7 @@ class MissingBit(nn.Module):
         return (weighted * self.means).sum() / weighted.sum(), 1 / weighted.sum()
 
     def conditioning_gap(self) -> Tensor:
-        r"""E KL(q || p(z|x)) of the best q(z), what it costs not to be shown x, one number:
+        r"""E KL(q || p(z|x)) of the best q(z), the gap due to not seeing x, a scalar:
 
         $$[\sum_i w_i L_i m_i^2 - L m^2 + \ln L - \sum_i w_i \ln L_i] / 2$$
         """
@@ -178,7 +181,7 @@ class MissingBit(nn.Module):
 
 
 class _Mixture(dist.MixtureSameFamily):
-    """A mixture of vectors whose support Pyro can map to: torch names that of a mixture by a kind of its own."""
+    """A mixture of vectors with real support; Pyro cannot transform torch's own constraint for mixtures."""
 
     support = constraints.real_vector
 
@@ -187,7 +190,7 @@ def _mask(shown: int | Tensor | list[bool], size: int) -> Tensor:
     """`shown` as a boolean mask `(size,)`."""
     if isinstance(shown, int) and not isinstance(shown, bool):
         if not 0 <= shown <= size:
-            raise InputError(f"MissingGaussian: shown must be from 0 to {size}, the elements of x, got {shown}")
+            raise InputError(f"MissingGaussian: shown must be from 0 to {size}, the size of x, got {shown}")
         return torch.arange(size) < shown
     mask = torch.as_tensor(shown)
     if mask.dtype != torch.bool or mask.shape != (size,):
@@ -204,5 +207,5 @@ def _bits(x: Tensor) -> Tensor:
     """`x` as indices `(N,)`."""
     _check_shape(x)
     if not bool(((x == 0) | (x == 1)).all()):
-        raise InputError("MissingBit: x must consist of zeros and ones")
+        raise InputError("MissingBit: x must contain only zeros and ones")
     return x.reshape(-1).long()

@@ -1,4 +1,4 @@
-"""The variational autoencoder's generative half: a standard Normal latent, an MLP decoder, independent pixels."""
+"""The generative model of a variational autoencoder: standard Normal latent, MLP decoder, independent pixels."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from pyrogaps.models.mlp import mlp
 
 
 class Decoded(nn.Module):
-    """z ~ N(0, I), x | z ~ `decode(z)`: the Pyro program of every variational autoencoder here.
+    """z ~ N(0, I), x | z ~ `decode(z)`: base class of the variational autoencoders.
 
-    A subclass says what `decode` returns; its `decoder` has weights of the dtype in which everything is computed.
+    A subclass implements `decode`. All computations use the dtype of the weights of `decoder`.
     """
 
     def __init__(self, data_dim: int, latent_dim: int, decoder: nn.Module) -> None:
@@ -27,7 +27,9 @@ class Decoded(nn.Module):
         """Run the model on `x` `(N, *event)`; returns z, shape `(N, latent_dim)`."""
         if x[0].numel() != self.data_dim:
             name = type(self).__name__
-            raise InputError(f"{name}: data_dim is {self.data_dim}, but a datapoint has {x[0].numel()} elements")
+            raise InputError(
+                f"{name}: data_dim is {self.data_dim}, but a datapoint has {x[0].numel()} elements. Make them equal."
+            )
         weight = next(self.decoder.parameters())
         with pyro.plate("data", len(x)):
             z: Tensor = pyro.sample("z", dist.Normal(weight.new_zeros(self.latent_dim), 1.0).to_event(1))
@@ -39,12 +41,12 @@ class Decoded(nn.Module):
         raise NotImplementedError
 
     def check_choice(self, name: str, value: str, choices: tuple[str, ...]) -> None:
-        """Refuse a setting that is not one of its choices."""
+        """Raise `InputError` for a setting that is not one of its choices."""
         if value not in choices:
             raise InputError(f"{type(self).__name__}: {name} must be one of {', '.join(choices)}, got '{value}'")
 
     def check_positive(self, name: str, value: float) -> None:
-        """Refuse a setting that is not above 0."""
+        """Raise `InputError` for a setting that is not positive."""
         if not value > 0:
             raise InputError(f"{type(self).__name__}: {name} must be positive, got {value}")
 
@@ -53,11 +55,11 @@ class VAE(Decoded):
     """z ~ N(0, I), x | z ~ Bernoulli(logits = f(z)) or N(f(z), noise_scale^2) (Kingma and Welling, arXiv:1312.6114).
 
     A Pyro model: `vae(x)` with `x` of shape `(N, *event)`, `data_dim` elements per event; sites "z" `(N, latent_dim)`
-    and "x" in the plate "data". `hidden` are the widths of the decoder's hidden layers (none: a linear decoder),
-    `activation` names a `torch.nn` activation. A Gaussian likelihood has its noise scale "fixed" at `noise_scale`,
-    or learned from there: one for all pixels ("learned"), or one each ("per_pixel").
+    and "x" in the plate "data". `hidden` are the widths of the decoder's hidden layers (empty: a linear decoder),
+    `activation` is the name of a `torch.nn` activation. The noise scale of a Gaussian likelihood is "fixed" at
+    `noise_scale`, or learned starting there: one for all pixels ("learned"), or one for each ("per_pixel").
 
-    Raises `InputError` for a setting that is not one of these, and for `x` of another size than `data_dim`.
+    Raises `InputError` for invalid settings, and for `x` of another size than `data_dim`.
     """
 
     def __init__(

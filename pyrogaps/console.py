@@ -40,5 +40,5 @@ def told_in_a_line() -> Iterator[None]:
 
 def say(line: str) -> None:
     """Tell the user, on the error stream; of several processes the first one speaks."""
-    if ranks.speaks():
+    if ranks.is_reporting():
         print(line, file=sys.stderr, flush=True)

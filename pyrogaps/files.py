@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one process at a time writes to."""
+"""Atomic writing of files, and locks on folders."""
 
 import os
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from pyrogaps.errors import InputError
 fcntl: ModuleType | None
 try:
     import fcntl
-except ImportError:  # no such locks on this system
+except ImportError:  # not on Windows
     fcntl = None
 
 
 @contextmanager
 def replacing(path: Path, what: str) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` when the block ends; until then `path` is as it was.
+    """Open a file for writing that replaces `path` when the block ends; until then `path` is unchanged.
 
-    Raises `InputError`, which calls the file `what`, where it cannot be written.
+    Raises `InputError`, which names the file `what`, if it cannot be written.
     """
     with writing(path, what):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def replacing(path: Path, what: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def in_place_of(path: Path) -> Iterator[Path]:
-    """Where to write what takes the place of `path` when the block ends well; nothing is left of it otherwise."""
+    """A temporary path that replaces `path` when the block succeeds and is deleted otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -44,7 +44,7 @@ def in_place_of(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path, what: str) -> Iterator[None]:
-    """Say in one line, as an `InputError`, that `path`, which it calls `what`, cannot be written."""
+    """Turn an `OSError` of writing `path`, named `what`, into a one-line `InputError`."""
     try:
         yield
     except OSError as error:
@@ -52,10 +52,10 @@ def writing(path: Path, what: str) -> Iterator[None]:
 
 
 def hold(folder: Path, remedy: str) -> int | None:
-    """Make `folder` this process's own, until it ends or closes the file descriptor returned.
+    """Lock `folder` until this process ends or closes the returned file descriptor.
 
-    Returns None where the file system knows no locks. Raises `InputError`, with the `remedy`, where another process
-    holds the folder.
+    Returns None if the file system does not support locks. Raises `InputError`, with the `remedy`, if another process
+    has locked the folder.
     """
     if fcntl is None:
         return None

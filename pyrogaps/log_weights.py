@@ -1,6 +1,6 @@
-"""Log-weight arithmetic: means, log-mean-exps, their Monte Carlo errors and the diagnostics that gate them.
+"""Log-weight arithmetic: means, log-mean-exps, their Monte Carlo errors and diagnostics.
 
-Everything is computed in double precision, with draws along the first axis. Nothing here knows Pyro.
+All results are in double precision, with draws along the first axis. This module does not depend on Pyro.
 """
 
 import math
@@ -13,10 +13,9 @@ from arviz_stats.base import array_stats  # type: ignore[attr-defined]
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
-# `Estimate.reliable` asks for no more than these, and for no fewer draws.
-RELIABLE_MCSE = 0.1
-RELIABLE_DRAWS = 16
-RELIABLE_KHAT, RELIABLE_KHAT_DRAWS = 0.5, 100
+# Limits of `Estimate.reliable`: largest standard error and k-hat, fewest draws of the estimate and of k-hat.
+MAX_MCSE, MAX_KHAT = 0.1, 0.5
+MIN_DRAWS, MIN_KHAT_DRAWS = 16, 100
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
@@ -46,31 +45,31 @@ def mcse_of_log_mean_exp(log_weights: Tensor) -> Tensor:
 
 
 def pareto_khat(log_weights: Tensor) -> Tensor:
-    """Pareto k-hat of importance log-weights `(S, N)`, one per column: above 0.7 the estimate is not to be trusted.
+    """Pareto k-hat of importance log-weights `(S, N)`, one per column; above 0.7 the estimate is unreliable.
 
-    Vehtari et al. (2024), Pareto smoothed importance sampling, arXiv:1507.02646, as ArviZ computes it. NaN where the
-    weights do not vary in their tail or there are fewer than 25 of them.
+    Vehtari et al. (2024), Pareto smoothed importance sampling, arXiv:1507.02646, as ArviZ computes it. NaN if the tail
+    is constant or there are fewer than 25 weights.
     """
     columns = log_weights.double().cpu().numpy().T
     result = np.full(len(columns), np.nan)
     if columns.shape[1] >= 25:
         for n, column in enumerate(columns):
             if np.isfinite(column).all() and np.ptp(column) > 1e-9:
-                # The tail may be one value, or a few of them.
+                # ArviZ raises ValueError if the tail has too few distinct values.
                 with suppress(ValueError), np.errstate(all="ignore"):
                     result[n] = float(array_stats.psislw(column.max() - column, r_eff=1.0)[1])  # type: ignore[no-untyped-call]
     return torch.from_numpy(result)
 
 
 def hall_interval(log_weights: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    r"""A central interval for the log of the weights' expectation from `log_weights` `(S, *)`: its ends `(*)`, in nats.
+    r"""Central confidence interval for the log of the expected weight, from `log_weights` `(S, *)`; ends `(*)` in nats.
 
-    Weights are skewed, so Student's t of their mean is too: Hall's cubic removes that to first order,
+    Weights are skewed, and so is Student's t of their mean. Hall's cubic removes the skewness to first order:
 
     $$g(T) = T + \frac{\gamma}{6\sqrt S}(2T^2 + 1) + \frac{\gamma^2}{27 S}T^3$$
 
-    with $\gamma$ the sample skewness, is close to t-distributed (S - 1 degrees of freedom) and has an inverse in closed
-    form. The lower end is -infinity where the draws do not bound the mean away from zero. Hall (1992),
+    with $\gamma$ the sample skewness. g(T) is close to t-distributed (S - 1 degrees of freedom) and its inverse has a
+    closed form. The lower end is -infinity if the draws do not bound the mean away from zero. Hall (1992),
     doi:10.1111/j.2517-6161.1992.tb01872.x.
     """
     number = len(log_weights)
@@ -82,7 +81,7 @@ def hall_interval(log_weights: Tensor, probability: float) -> tuple[Tensor, Tens
     quantile, root = float(stats.t.ppf(0.5 + probability / 2, max(number - 1, 1))), math.sqrt(number)
 
     def end(t: float) -> Tensor:
-        """The log of the mean at which g(T) = t, over the sample mean."""
+        """Log ratio of the mean at which g(T) = t to the sample mean."""
         third = torch.where(skew.abs() < 1e-4, 1e-4, skew) / 3
         cubic = 1 + third * 3 * (t / root - third / (2 * number))
         inverse = root * (cubic.sign() * cubic.abs().pow(1 / 3) - 1) / third
@@ -94,10 +93,10 @@ def hall_interval(log_weights: Tensor, probability: float) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class Estimate:
-    """A per-datapoint estimate in nats and what it rests on; every tensor has shape `(N,)` but `log_weights` `(S, N)`.
+    """A per-datapoint estimate in nats with its diagnostics; tensors have shape `(N,)`, `log_weights` `(S, N)`.
 
-    `direction` says what the value is in expectation: "lower bound", "upper bound" or "estimate". `ess` and `khat` are
-    of the weights whose log-mean-exp the value is; a mean of log-weights has neither.
+    `direction` is what the value is in expectation: "lower bound", "upper bound" or "estimate". `ess` and `khat`
+    describe the weights if the value is their log-mean-exp; a mean of log-weights has neither.
     """
 
     value: Tensor
@@ -111,7 +110,7 @@ class Estimate:
     def interval(self, probability: float = 0.95) -> tuple[Tensor, Tensor]:
         """A central confidence interval, `(N,)` each; NaN without `log_weights`.
 
-        Of a mean by Student's t, of a log-mean-exp by `hall_interval`; see `reliable` for when to believe it.
+        Student's t for a mean, `hall_interval` for a log-mean-exp. Its coverage is checked where `reliable` is True.
         """
         if self.log_weights is None:
             unknown = torch.full_like(self.value, math.nan)
@@ -123,23 +122,23 @@ class Estimate:
 
     @property
     def reliable(self) -> Tensor:
-        """Whether `interval` covers about as it says (93 to 97 of 100 for 95), `(N,)`.
+        """Whether the coverage of `interval` is about nominal (93% to 97% for 95%), `(N,)`.
 
-        For a mean, wherever it is finite. For a log-mean-exp, where there are at least 16 draws, the relative standard
-        error of the mean weight is at most 0.1, so that the logarithm is as good as straight over the interval (its
-        bias, half the square, is at most a twentieth of the error), and k-hat is at most 0.5, so that the weights
-        have a variance; of fewer than 100 draws k-hat is too noisy to be heeded. Draws cannot tell of a mode
-        that none of them has hit: BDMC can.
+        A mean is reliable if it is finite. A log-mean-exp is reliable under three conditions. There are at least 16
+        draws. The relative standard error of the mean weight is at most 0.1, so that the logarithm is nearly linear
+        over the interval (its bias, half the square, is at most a twentieth of the error). And k-hat is at most 0.5, so
+        that the weights have a finite variance; with fewer than 100 draws k-hat is too noisy and is ignored. These
+        checks cannot detect a mode that no draw has reached; BDMC can.
         """
         finite = torch.isfinite(self.value) & torch.isfinite(self.mcse)
         if self.log_weights is None or len(self.log_weights) < 2:
             return torch.zeros_like(finite)
         if self.ess is None:
             return finite
-        gate = finite & (self.mcse <= RELIABLE_MCSE) & (len(self.log_weights) >= RELIABLE_DRAWS)
-        if self.khat is None or len(self.log_weights) < RELIABLE_KHAT_DRAWS:
-            return gate
-        return gate & ~(self.khat > RELIABLE_KHAT).to(gate.device)
+        reliable = finite & (self.mcse <= MAX_MCSE) & (len(self.log_weights) >= MIN_DRAWS)
+        if self.khat is None or len(self.log_weights) < MIN_KHAT_DRAWS:
+            return reliable
+        return reliable & ~(self.khat > MAX_KHAT).to(reliable.device)
 
 
 def mean_estimate(log_weights: Tensor) -> Estimate:
@@ -148,7 +147,7 @@ def mean_estimate(log_weights: Tensor) -> Estimate:
 
 
 def log_mean_exp_estimate(log_weights: Tensor, *, acceptance: Tensor | None = None) -> Estimate:
-    """log p(x) of unbiased log-weights `(S, N)`: a lower bound in expectation, consistent as S grows."""
+    """Estimate of log p(x) from unbiased weights, `(S, N)` in logs: a lower bound in expectation, consistent in S."""
     return Estimate(
         log_mean_exp(log_weights),
         mcse_of_log_mean_exp(log_weights),

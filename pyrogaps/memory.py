@@ -1,4 +1,4 @@
-"""How much memory this process may use, and how much it holds."""
+"""Memory that this process may use, and memory that it uses."""
 
 import ctypes
 import os
@@ -14,26 +14,26 @@ from typing import Any
 from pyrogaps.errors import InputError
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-# Control groups, versions 2 and 1: where they lie, and the names of limit, usage, and usage that would be given up.
+# Control groups, versions 2 and 1: controller, root, and the names of limit, usage and reclaimable usage.
 CGROUPS = (
     ("", "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
-# What the points that a model is evaluated at together may take: much less than a machine has, and more than small
-# models need. It is the same on all machines, because results depend on such sizes in their last digits.
+# Memory of the points that a model is evaluated at together: much less than a machine has, more than small models need.
+# It is the same on all machines, because the last digits of results depend on it.
 WORKING_SET = 256 << 20
 _working_set: ContextVar[int] = ContextVar("working_set", default=WORKING_SET)
 
 
 def working_set() -> int:
-    """Bytes that intermediate results may take."""
+    """Bytes available for intermediate results."""
     return _working_set.get()
 
 
 @contextmanager
 def limited(number: int) -> Iterator[None]:
-    """A working set of so many bytes within the block."""
+    """Set the working set to `number` bytes within the block."""
     token = _working_set.set(number)
     try:
         yield
@@ -42,29 +42,29 @@ def limited(number: int) -> Iterator[None]:
 
 
 def parse_bytes(text: str | int) -> int:
-    """A number of bytes, also written as "4GiB" or "500MB".
+    """Parse a number of bytes, such as 1000000, "4GiB" or "500MB".
 
     Raises `InputError` for anything else.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", str(text).lower())
-    if found is None or found[2] not in UNITS:
-        raise InputError(f"max_memory: expected a number of bytes, as in 4GiB or 500MB, got {text!r}")
-    return int(float(found[1]) * UNITS[found[2]])
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", str(text).lower())
+    if match is None or match[2] not in UNITS:
+        raise InputError(f"max_memory: expected a number of bytes, such as 4GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
-def told(number: int) -> str:
-    """A number of bytes in words."""
+def format_bytes(number: int) -> str:
+    """A number of bytes in MiB or GiB."""
     return f"{number / (1 << 30):.2f} GiB" if number >= 1 << 30 else f"{number / (1 << 20):.0f} MiB"
 
 
 def available() -> int:
-    """Bytes that may still be allocated here, shared evenly with the other processes that `torchrun` started here."""
+    """Bytes that this process may still allocate: an even share for each process of `torchrun` on this machine."""
     free = [_system(), *_groups()]
     return min(free) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Bytes of memory that this process uses."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -72,15 +72,15 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """The most bytes of memory that this process has held."""
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found << 10
+    """Peak memory of this process, in bytes."""
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return maximum if sys.platform == "darwin" else maximum << 10  # bytes on macOS, KiB elsewhere
 
 
 def give_back() -> None:
-    """Return to the system what the C library keeps of memory that was freed, where it can be asked to.
+    """Return freed memory from the C library to the system, if the library supports it.
 
-    Tensors of many sizes leave gaps: without this a process that holds no more grows for hours.
+    Tensors of many sizes fragment the heap: without this a process keeps growing although it uses no more memory.
     """
     if _LIBRARY is not None:
         _LIBRARY.malloc_trim(0)
@@ -106,7 +106,7 @@ def _system() -> int:
 
 
 def _groups() -> list[int]:
-    """What this process's control groups leave, where they set a limit."""
+    """Bytes left in this process's control groups that have a limit."""
     try:
         entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -114,15 +114,15 @@ def _groups() -> list[int]:
     own = {kind: path for _, kinds, path in entries for kind in kinds.split(",")}
     left = []
     for kind, root, *names in CGROUPS:
-        place = PurePosixPath(own.get(kind, "/"))
-        # In a container its own group is the root, whatever it is called outside.
-        for group in (place, *place.parents):
+        path = PurePosixPath(own.get(kind, "/"))
+        # Inside a container its group appears as the root, so that the path from outside does not exist.
+        for group in (path, *path.parents):
             left += _left(Path(root) / str(group).lstrip("/"), *names)
     return left
 
 
 def _left(group: Path, limit: str, usage: str, idle: str) -> list[int]:
-    """What one group leaves; nothing where there is no such group, or no limit. Pages of files are given up first."""
+    """Bytes left in one group, including reclaimable file pages; empty if there is no such group or no limit."""
     try:
         free = int((group / limit).read_text()) - int((group / usage).read_text())
         lines = (group / "memory.stat").read_text().splitlines()

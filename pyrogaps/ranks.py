@@ -1,7 +1,7 @@
-"""The processes that share the work: which of them this is, how they divide it, and what they tell each other.
+"""Processes that share the work: their ranks, the division of the work, and the exchange of results.
 
-They are those of `torch.distributed`, as `torchrun` starts them. Where that is not initialised there is one process,
-of rank 0, and everything here costs nothing.
+The processes are those of `torch.distributed`, started by `torchrun`. If it is not initialised, there is a single
+process of rank 0, and the functions here cost nothing.
 """
 
 import gc
@@ -19,52 +19,52 @@ from torch.utils._pytree import tree_map_only
 from pyrogaps.errors import InputError
 
 if dist.is_available():
-    # Imported while a process group is there, as torch does on its own at some first use, this module keeps the group
-    # in its functions' defaults: its threads then outlive it and abort the process as the interpreter ends.
+    # If torch imports this module while a process group exists, default arguments keep the group alive, and its threads
+    # abort the process when the interpreter exits. Importing it now avoids that.
     import torch.distributed.nn.functional
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# One process may have finished chunks on disk where another has hours of work left. One that dies is noticed at once.
-PATIENCE = timedelta(days=7)
+# One process may have hours of work left when another has finished. A dead process is detected without this timeout.
+TIMEOUT = timedelta(days=7)
 
 _dividing: ContextVar[bool] = ContextVar("dividing", default=False)
 
 
 class LostRankError(RuntimeError):
-    """Another process is gone; what was finished is on disk."""
+    """Another process has died; finished chunks are on disk."""
 
 
 def rank() -> int:
-    """This process's number among those that share the work, 0 where it works alone."""
-    return dist.get_rank() if _several() and not _dividing.get() else 0
+    """This process's rank among those that share the work; 0 if it works alone."""
+    return dist.get_rank() if _is_distributed() and not _dividing.get() else 0
 
 
 def world_size() -> int:
-    """How many processes share the work, 1 where this one works alone."""
-    return dist.get_world_size() if _several() and not _dividing.get() else 1
+    """Number of processes that share the work; 1 if this one works alone."""
+    return dist.get_world_size() if _is_distributed() and not _dividing.get() else 1
 
 
-def speaks() -> bool:
-    """Whether this is the process that tells the user what is being done."""
-    return not _several() or dist.get_rank() == 0
+def is_reporting() -> bool:
+    """Whether this process prints messages for the user."""
+    return not _is_distributed() or dist.get_rank() == 0
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes that `torchrun` started, for as long as the block runs; nothing where it started none."""
-    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
-    if not told or int(os.environ["WORLD_SIZE"]) == 1 or not dist.is_available():
+    """Join the processes that `torchrun` started, if any, within the block."""
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    if not launched or int(os.environ["WORLD_SIZE"]) == 1 or not dist.is_available():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with losses_named():
-        dist.init_process_group(backend, timeout=PATIENCE)
+    with as_lost_rank_error():
+        dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield
     finally:
@@ -72,16 +72,16 @@ def joined() -> Iterator[None]:
 
 
 def leave() -> None:
-    """End what `torch.distributed.init_process_group` began, with all of its threads."""
+    """Destroy the process group and end all of its threads."""
     dist.destroy_process_group()
-    gc.collect()  # a model in DistributedDataParallel is a cycle, and holds on to the group
+    gc.collect()  # a model in DistributedDataParallel is a reference cycle that keeps the group alive
 
 
 def divided(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """`work` on every item, in their order: each process takes its share, and all get all results.
+    """Apply `work` to every item, divided among the processes; all processes get all results, in order.
 
-    Within `work` the processes go their own ways: what would be divided there is done whole. Results are pickled.
-    Raises on all processes the `InputError` that any of them met.
+    Within `work` each process counts as working alone, so that nested calls are not divided. Results are pickled.
+    An `InputError` of one process is raised on all.
     """
     if world_size() == 1:
         return [work(item) for item in items]
@@ -95,13 +95,13 @@ def divided(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resul
             _dividing.reset(token)
 
     shares = everywhere(own)
-    if {its for its, _ in shares} != {number}:
-        raise RuntimeError("processes that share work disagree about what there is to do")
-    return [shares[place % len(shares)][1][place // len(shares)] for place in range(number)]
+    if {count for count, _ in shares} != {number}:
+        raise RuntimeError("the processes have different numbers of items to work on")
+    return [shares[position % len(shares)][1][position // len(shares)] for position in range(number)]
 
 
 def first(compute: Callable[[], Result]) -> Result:
-    """What `compute` returns on rank 0, which alone runs it, on every process; its `InputError` is raised on all."""
+    """Run `compute` on rank 0 only and return its result on every process; its `InputError` is raised on all."""
     if world_size() == 1:
         return compute()
     result: Any = everywhere(lambda: compute() if rank() == 0 else None)[0]
@@ -109,16 +109,16 @@ def first(compute: Callable[[], Result]) -> Result:
 
 
 def together(compute: Callable[[], Result]) -> Result:
-    """What `compute` returns on this process; where it raises an `InputError` on any of them, it is raised on all."""
+    """Run `compute` on every process and return this process's result; one's `InputError` is raised on all."""
     if world_size() == 1:
         return compute()
-    found: list[Result] = []
-    everywhere(lambda: found.append(compute()))
-    return found[0]
+    results: list[Result] = []
+    everywhere(lambda: results.append(compute()))
+    return results[0]
 
 
 def everywhere(compute: Callable[[], Result]) -> list[Result]:
-    """What `compute` returns on every process, in the order of their ranks, tensors on the CPU.
+    """Run `compute` on every process and return all results on each, by rank, with tensors on the CPU.
 
     The first `InputError` among them is raised on all.
     """
@@ -128,11 +128,11 @@ def everywhere(compute: Callable[[], Result]) -> list[Result]:
     try:
         own = tree_map_only(torch.Tensor, torch.Tensor.cpu, compute())
     except (InputError, FloatingPointError) as error:
-        if getattr(error, "known", False):  # to all of them already, who are on their way out too
+        if getattr(error, "known", False):  # all processes have it already and are raising it too
             raise
         own = error
     shares: list[Any] = [None] * world_size()
-    with losses_named():
+    with as_lost_rank_error():
         dist.all_gather_object(shares, own)
     for share in shares:
         if isinstance(share, Exception):
@@ -142,30 +142,32 @@ def everywhere(compute: Callable[[], Result]) -> list[Result]:
 
 
 @contextmanager
-def losses_named() -> Iterator[None]:
-    """Raise `LostRankError` where `torch.distributed` says that another process is gone."""
+def as_lost_rank_error() -> Iterator[None]:
+    """Raise `LostRankError` instead of errors by which `torch.distributed` reports a dead process."""
     try:
         yield
     except RuntimeError as error:
-        words = str(error)
-        if not (isinstance(error, dist.DistError) or any(name in words for name in ("gloo", "NCCL", "onnection"))):
+        text = str(error)
+        if not (isinstance(error, dist.DistError) or any(name in text for name in ("gloo", "NCCL", "onnection"))):
             raise
-        reason = words.splitlines()[0]
-        raise LostRankError(f"rank {os.environ.get('RANK', '?')} lost the other processes ({reason})") from error
+        reason = text.splitlines()[0]
+        process = os.environ.get("RANK", "?")
+        raise LostRankError(f"rank {process}: lost the connection to the other processes ({reason})") from error
 
 
 def restarted() -> bool:
-    """Whether `torchrun` started this process in the place of one that died."""
+    """Whether `torchrun` started this process to replace one that died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def take_gpu() -> None:
-    """Of several processes each takes a GPU of its own; raises `InputError` where there are not enough."""
+    """Give each process its own GPU; raises `InputError` if there are too few."""
     if world_size() == 1:
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= torch.cuda.device_count():
         raise InputError(
-            f"device: {torch.cuda.device_count()} GPUs are too few for the processes here; start as many as there are"
+            f"device: this machine has fewer GPUs ({torch.cuda.device_count()}) than processes. Start at most one "
+            "process per GPU."
         )
     torch.cuda.set_device(local)

@@ -1,8 +1,8 @@
-"""Random numbers in streams of fixed blocks of datapoints.
+"""Random number streams for fixed blocks of datapoints.
 
-One seed gives the same numbers to datapoint n whatever else is computed beside it: a block of `BLOCK`
-consecutive datapoints has its own generator, seeded by (seed, purpose, block), and draws of a guide come in
-sub-blocks of `PARTICLE_BLOCK` particles. Memory, chunking and the number of processes change none of it.
+The random numbers of a datapoint depend only on the seed: each block of `BLOCK` consecutive datapoints has its own
+generator, seeded by (seed, purpose, block), and draws of a guide come in sub-blocks of `PARTICLE_BLOCK` particles.
+They do not depend on memory limits, chunk sizes or the number of processes.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def derive_seed(seed: int, *labels: str | int) -> int:
 
 @contextmanager
 def seeded(seed: int, *labels: str | int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Run with torch's global generators seeded by `derive_seed(seed, *labels)`; the caller's are restored."""
+    """Seed torch's global generators by `derive_seed(seed, *labels)` within the block; their state is restored."""
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -34,9 +34,9 @@ def seeded(seed: int, *labels: str | int, device: torch.device | str = "cpu") ->
 
 
 def reseed(seed: int, *labels: str | int) -> None:
-    """Seed torch's global generators; call it inside `seeded`, which puts the caller's back.
+    """Seed torch's global generators; call it inside `seeded`, which restores the caller's state.
 
-    `torch.manual_seed` queues a call for CUDA where that is not initialised, which takes longer than a gradient.
+    If CUDA is not initialised, `torch.manual_seed` queues a call for it, which takes longer than a gradient.
     """
     value = derive_seed(seed, *labels)
     torch.default_generator.manual_seed(value)
@@ -46,7 +46,7 @@ def reseed(seed: int, *labels: str | int) -> None:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive datapoints `start .. stop - 1`, whole blocks (the data set's last block may be short)."""
+    """Consecutive datapoints `start .. stop - 1`, in whole blocks (the data set's last block may be short)."""
 
     start: int
     stop: int
@@ -77,18 +77,18 @@ def particle_blocks(num_particles: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Stream:
-    """The random numbers of one purpose: a sequence of its own for every block of datapoints and of particles."""
+    """Random numbers for one purpose, with a separate sequence for every block of datapoints and of particles."""
 
     seed: int
     purpose: str
 
     def reseed(self, *labels: int) -> None:
-        """Seed torch's global generators for the block of datapoints, and of particles, that `labels` number."""
+        """Seed torch's global generators for the block of datapoints, and of particles, numbered by `labels`."""
         reseed(self.seed, self.purpose, *labels)
 
     @contextmanager
     def seeded(self, *labels: int, device: torch.device | str = "cpu") -> Iterator[None]:
-        """As `reseed`, within a block of code; the caller's random state is restored."""
+        """Like `reseed`, within a `with` block; the caller's random state is restored."""
         with seeded(self.seed, self.purpose, *labels, device=device):
             yield
 
@@ -98,7 +98,7 @@ class Stream:
 
 
 class Noise:
-    """Standard noise for the datapoints of a chunk, each block of it from its own generator."""
+    """Standard noise for the datapoints of a chunk, with one generator per block."""
 
     def __init__(self, stream: Stream, chunk: Chunk, *, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device

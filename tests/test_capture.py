@@ -145,7 +145,7 @@ def test_data_dependent_control_flow_falls_back_with_a_warning() -> None:
     x = torch.randn(150)
     joint = JointDensity(branching, x)
     evaluator = GradientEvaluator(joint)
-    with pytest.warns(UserWarning, match="cannot be captured, so it is run eagerly"):
+    with pytest.warns(UserWarning, match="model: cannot be captured, so it runs eagerly"):
         left = both(evaluator, CHUNKS[0])
     assert evaluator.mode == "eager"
     for captured_part, eager_part in zip(left, both(GradientEvaluator(joint, "eager"), CHUNKS[0]), strict=True):
@@ -166,7 +166,7 @@ def test_a_record_that_no_longer_holds_is_found_out() -> None:
     both(evaluator, CHUNKS[0])
     assert evaluator.mode == "captured"
     spread[0] = 2.0
-    with pytest.warns(UserWarning, match="other values on these data"):
+    with pytest.warns(UserWarning, match="wrong values on these data"):
         left = both(evaluator, CHUNKS[1])
     for captured_part, eager_part in zip(left, both(GradientEvaluator(joint, "eager"), CHUNKS[1]), strict=True):
         torch.testing.assert_close(captured_part, eager_part)

@@ -74,14 +74,14 @@ def test_a_recipe_takes_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"valid": []}, "no chorales called 'valid'; it must have train, valid, test, none empty"),
-        ({"test": None}, "no chorales called 'test'"),
-        ({"train": [[[60]], []]}, "train chorale 1 has no time steps; leave it out"),
+        ({"valid": []}, r"no chorales 'valid'\. The file needs non-empty lists train, valid, test"),
+        ({"test": None}, "no chorales 'test'"),
+        ({"train": [[[60]], []]}, r"train chorale 1 has no time steps\. Leave it out"),
         ({"train": [[[60], [20]]]}, r"train chorale 0, step 1: .*MIDI notes from 21 to 108, got \[20\]"),
         ({"test": [[[109]]]}, r"test chorale 0, step 0: .*got \[109\]"),
         ({"test": [[[60.5]]]}, r"got \[60\.5\]"),
         ({"test": [[[True]]]}, r"got \[True\]"),
-        ({"test": [[60]]}, "a step is a list of MIDI notes from 21 to 108, got 60"),
+        ({"test": [[60]]}, "expected a list of MIDI notes from 21 to 108, got 60"),
     ],
 )
 def test_other_content_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -92,7 +92,7 @@ def test_other_content_is_refused(tmp_path: Path, change: dict[str, Any], said: 
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [('{"train": [[[60', "cannot read .*is it whole, and JSON"), ("[1, 2]", "no chorales called")]
+    ("text", "said"), [('{"train": [[[60', "cannot read .*complete and JSON"), ("[1, 2]", "no chorales 'train'")]
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
     write(tmp_path, text)
@@ -101,9 +101,9 @@ def test_other_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"there is no file {FILE}; .*--data_root .*PYROGAPS_DATA"):
+    with pytest.raises(InputError, match=rf"there is no file {FILE}\. .*--data_root .*PYROGAPS_DATA"):
         Chorales()
-    with pytest.raises(InputError, match=f"there is no file {FILE} nor {tmp_path / FILE}; give its full path"):
+    with pytest.raises(InputError, match=rf"there is no file {FILE} or {tmp_path / FILE}\. Give its full path"):
         Chorales(data_root=str(tmp_path))
 
 

@@ -166,14 +166,14 @@ def test_pixels_have_the_default_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"num_train": 1401}, "Digits: num_train is from 1 to the 1400 images there are, got 1401"),
-        ({"num_train": 0}, "num_train is from 1 to"),
-        ({"num_test": -1}, "num_test is from 1 to the 397"),
-        ({"num_validation": 1400}, "num_validation is taken from the 1400 training images"),
+        ({"num_train": 1401}, "Digits: num_train must be from 1 to 1400, got 1401"),
+        ({"num_train": 0}, "num_train must be from 1 to"),
+        ({"num_test": -1}, "num_test must be from 1 to 397"),
+        ({"num_validation": 1400}, "num_validation must be from 0 to 1399"),
         ({"num_validation": -5}, "got -5"),
-        ({"num_validation": 1000, "num_train": 401}, "num_train is from 1 to the 400"),
-        ({"binarisation": "dynamic"}, "binarisation is one of static, stochastic, continuous, got 'dynamic'"),
-        ({"seed": -1}, "seed is 0 or more"),
+        ({"num_validation": 1000, "num_train": 401}, "num_train must be from 1 to 400"),
+        ({"binarisation": "dynamic"}, "binarisation must be one of static, stochastic, continuous, got 'dynamic'"),
+        ({"seed": -1}, "seed must be 0 or more"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -204,7 +204,7 @@ def test_missing_folder_file_and_name_are_said(mnist: Path) -> None:
     unnamed = refused(lambda: MNIST())
     assert f"MNIST/raw/{TRAIN}" in unnamed and all(remedy in unnamed for remedy in remedies)
     other = refused(lambda: FashionMNIST(data_root=str(mnist)))
-    assert other.startswith(f"FashionMNIST: there is no file {mnist / 'FashionMNIST/raw' / TRAIN}; ")
+    assert other.startswith(f"FashionMNIST: there is no file {mnist / 'FashionMNIST/raw' / TRAIN}. ")
     assert all(remedy in other for remedy in remedies)
     (mnist / "MNIST/raw" / TEST).unlink()
     assert f"no file {mnist / 'MNIST/raw' / TEST}" in refused(lambda: MNIST(data_root=str(mnist)))
@@ -215,7 +215,7 @@ def test_missing_folder_file_and_name_are_said(mnist: Path) -> None:
     [
         (0, "not an idx file of images (0 bytes)"),
         (9, "not an idx file"),
-        (5000, "truncated: 5000 bytes in place of 39216"),
+        (5000, "truncated: 5000 bytes instead of 39216"),
     ],
 )
 def test_truncated_idx_is_refused(mnist: Path, size: int, said: str) -> None:
@@ -231,7 +231,7 @@ def test_other_files_under_mnists_name_are_refused(mnist: Path) -> None:
     assert "not an idx file" in refused(lambda: MNIST(data_root=str(mnist)))
     write_idx(path, random_bytes(50, 28, 28))
     path.write_bytes(path.read_bytes() + b"more")
-    assert "39220 bytes in place of 39216" in refused(lambda: MNIST(data_root=str(mnist)))
+    assert "39220 bytes instead of 39216" in refused(lambda: MNIST(data_root=str(mnist)))
 
 
 def test_unreadable_file_is_refused(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,7 @@ def test_unreadable_file_is_refused(mnist: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Path, "read_bytes", deny)
     message = refused(lambda: MNIST(data_root=str(mnist)))
-    assert f"cannot read {mnist / 'MNIST/raw' / TRAIN}: Permission denied; " in message
+    assert f"cannot read {mnist / 'MNIST/raw' / TRAIN}: Permission denied. " in message
 
 
 def test_download_only_fetches_what_is_missing(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +271,8 @@ def test_damaged_or_missing_cifar_is_refused(cifar: Path) -> None:
     assert message.startswith(f"CIFAR10: cannot read {path}: it is damaged or truncated")
     path.unlink()
     message = refused(lambda: CIFAR10(data_root=str(cifar)))
-    assert message.startswith(f"CIFAR10: there is no file {path}; ")
-    assert "holds cifar-10-batches-py/" in message
+    assert message.startswith(f"CIFAR10: there is no file {path}. ")
+    assert "contains cifar-10-batches-py/" in message
 
 
 # A user's own file.
@@ -322,10 +322,10 @@ def test_npz_keys_channels_and_validation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "settings", "said"),
     [
-        ({"train": random_bytes(2, 3)}, {}, "has no array 'test'; it has train"),
-        ({"train_images": random_bytes(2, 3)}, {"train_key": "train_image"}, "did you mean 'train_images'?"),
-        ({"train": random_bytes(5)}, {}, "array 'train' of {path} cannot be used: images are (N, *image_shape)"),
-        ({"train": np.ones((0, 3))}, {}, "got shape (0, 3)"),
+        ({"train": random_bytes(2, 3)}, {}, "has no array 'test'. Its arrays: train"),
+        ({"train_images": random_bytes(2, 3)}, {"train_key": "train_image"}, "Did you mean 'train_images'?"),
+        ({"train": random_bytes(5)}, {}, "array 'train' of {path} cannot be used: expected shape (N, *image_shape)"),
+        ({"train": np.ones((0, 3))}, {}, "got (0, 3)"),
         ({"train": np.array([["a", "b"]])}, {}, "expected numbers"),
         ({"train": np.array([[0.0, np.nan]])}, {}, "NaN or infinite"),
         ({"train": np.array([[0.0, 1.5]])}, {}, "floats from 0 to 1, got 0.0 to 1.5"),
@@ -334,7 +334,7 @@ def test_npz_keys_channels_and_validation(tmp_path: Path) -> None:
         (
             {"train": random_bytes(2, 3), "test": random_bytes(2, 4)},
             {},
-            "'test' have shape (4,), those in 'train' (3,)",
+            "'test' have shape (4,), but those in 'train' have (3,)",
         ),
         ({"train": np.array([[None]], dtype=object)}, {}, "cannot read {path}"),
     ],
@@ -368,14 +368,14 @@ def test_damaged_or_other_file_under_npzs_name_is_refused(tmp_path: Path) -> Non
     assert "CRC" in refused(lambda: NPZ(path=str(path)))
     with path.open("wb") as file:
         np.save(file, random_bytes(3, 4))
-    assert "it holds a single array" in refused(lambda: NPZ(path=str(path)))
+    assert "it contains a single array" in refused(lambda: NPZ(path=str(path)))
 
 
 def test_missing_npz_names_every_place_looked_in(tmp_path: Path) -> None:
     message = refused(lambda: NPZ(path="mine.npz", data_root=str(tmp_path)))
-    assert message.startswith(f"NPZ: there is no file mine.npz nor {tmp_path / 'mine.npz'}; ")
+    assert message.startswith(f"NPZ: there is no file mine.npz or {tmp_path / 'mine.npz'}. ")
     assert re.search("--data_root.*PYROGAPS_DATA", message)
-    assert "no file mine.npz; " in refused(lambda: NPZ(path="mine.npz"))
+    assert "no file mine.npz. " in refused(lambda: NPZ(path="mine.npz"))
 
 
 # The real files, where they are at hand.

@@ -355,17 +355,17 @@ def test_model_weights_in_the_store(recipe, weigh):
     programs = (recipe, "--model", "mine.decoding", "--guide", "mine.encoding")
     first, second = (weigh(*programs, *how, out=out)[1]["store"] for how, out in (((), "first"), (FROZEN, "second")))
     assert torch.equal(first["scale"], second["scale"]) and not torch.equal(first["loc"], second["loc"])
-    assert "it holds too few modules" in weigh(recipe, *FROZEN, out="third")[0]
+    assert "it contains too few modules" in weigh(recipe, *FROZEN, out="third")[0]
     weigh(recipe, "--training", "null", out="modules")
     said, _ = weigh(*programs, "--model_checkpoint", "modules/checkpoint.pt", out="fourth")
-    assert "it does not fit the model: the checkpoint lacks 'scale'" in said
+    assert "the file does not fit the model: it lacks 'scale'" in said
 
 
 def test_model_weights_that_do_not_fit(recipe, weigh):
     weigh(recipe, "--training", "null", out="first")
     larger = [f"--{part}.init_args.latent_dim=3" for part in ("model", "guide")]
     said = weigh(recipe, *FROM_FIRST, *larger, out="larger")[0].splitlines()[-1]
-    assert "model weights first/checkpoint.pt: it does not fit Model" in said
+    assert "model weights first/checkpoint.pt: the file does not fit Model" in said
     assert "'decoder.weight' has shape (4, 2) in the checkpoint, (4, 3) here" in said
 
     document = {name: value for name, value in RECIPE.items() if name not in ("model", "guide")}

@@ -32,7 +32,7 @@ def test_bytes_are_read(text: str | int, number: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "many", "-1", "4 GiB or so", "iB", "1e9"])
 def test_what_is_no_number_of_bytes(text: str) -> None:
-    with pytest.raises(InputError, match="max_memory: expected a number of bytes, as in 4GiB or 500MB"):
+    with pytest.raises(InputError, match="max_memory: expected a number of bytes, such as 4GiB or 500MB"):
         memory.parse_bytes(text)
 
 

@@ -446,7 +446,7 @@ def test_draws_that_cannot_be_reparametrised_are_refused() -> None:
     assert math.isfinite(IWAE_ELBO(2).loss_and_grads(coin_model, coin, x))
     local = AutoLocalAuxiliaryFlow(model, num_steps=1, hidden=2)
     local(x)
-    with pytest.raises(InputError, match="site '_local_latent': its reverse model would not be trained"):
+    with pytest.raises(InputError, match=r"site '_local_latent': .*would not train its reverse model"):
         doubly.loss_and_grads(model, local, x)
 
 

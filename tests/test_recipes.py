@@ -113,7 +113,7 @@ def test_weights_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["digits", *SMALL.split(), *short.split(), "--families", "{}", "--out", run]) == 0
     again = [*SMALL.split(), *FLOW.split(), "--checkpoint", f"{run}/checkpoint.pt", "--out", str(tmp_path / "other")]
     assert main(["digits", *again]) == 2
-    assert "it does not fit AmortizedFlow" in capsys.readouterr().err
+    assert "the file does not fit AmortizedFlow" in capsys.readouterr().err
 
 
 def test_folder_of_an_older_recipe_is_taken_up(tmp_path: Path) -> None:

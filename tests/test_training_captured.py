@@ -413,7 +413,7 @@ def test_a_record_slower_than_pyro_is_given_up_for_good(
     assert result.mode == "eager"
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
-    assert len(replays) == steps.DECIDING
+    assert len(replays) == steps.DECISION_USE
     # A run that goes on keeps the verdict: nothing is timed again.
     trained(modules, "captured", num_epochs=30, **chosen)
-    assert len(replays) == steps.DECIDING
+    assert len(replays) == steps.DECISION_USE

@@ -137,7 +137,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 def test_other_settings_are_refused(change: dict[str, Any], word: str, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     train(*modules(), x, num_epochs=1, checkpoint=path, **settings)
-    with pytest.raises(InputError, match=f"other settings: {word}") as caught:
+    with pytest.raises(InputError, match=f"different settings: {word}") as caught:
         train(*modules(), x, num_epochs=2, checkpoint=path, **{**settings, **change})
     assert "\n" not in str(caught.value)
 
@@ -147,9 +147,9 @@ def test_other_data_and_other_models_are_refused(tmp_path: Path) -> None:
     model, guide = modules()
     train(model, guide, x, num_epochs=1, checkpoint=path, **settings)
     for other in (x + 1, x[:40]):
-        with pytest.raises(InputError, match="other settings: data 50 datapoints"):
+        with pytest.raises(InputError, match="different settings: data 50 datapoints"):
             train(model, guide, other, num_epochs=2, checkpoint=path, **settings)
-    for wider, word in ((AmortizedNormal(4, 2, (7,)), "shape"), (AmortizedNormal(4, 2, ()), "only the checkpoint has")):
+    for wider, word in ((AmortizedNormal(4, 2, (7,)), "shape"), (AmortizedNormal(4, 2, ()), "in the file only")):
         before = everything(model, wider)
         with pytest.raises(InputError, match=f"does not fit AmortizedNormal.*{word}") as caught:
             train(model, wider, x, num_epochs=2, checkpoint=path, **settings)

@@ -304,7 +304,7 @@ def test_the_first_process_keeps_the_checkpoint(size: int, outcomes: dict[int, l
     for each in found:
         assert_same(each["resumed"]["weights"], found[0]["unbroken"]["weights"])
         assert each["resumed"]["result"] == found[0]["unbroken"]["result"]
-        assert "was made with other settings: learning_rate" in each["error"]
+        assert "was made with different settings: learning_rate" in each["error"]
 
 
 @pytest.mark.parametrize("size", WORLDS)
@@ -312,12 +312,12 @@ def test_what_cannot_be_divided_is_refused_in_one_line(
     size: int, outcomes: dict[int, list[dict[str, Outcome]]]
 ) -> None:
     expected = {
-        "ahead": "guide_steps are taken in one process alone",
+        "ahead": "guide_steps does not support several processes",
         "indexed": "objective MAPA_ELBO makes its own minibatches",
         "single": "one datapoint cannot be divided",
         "tied": "has parameters for each of",
-        "global": "site 'mean': is outside the data plate",
-        "late": "all parameters must be there at the first run",
+        "global": "site 'mean': lies outside the data plate",
+        "late": "a parameter first appeared after the first run",
     }
     for outcome in outcomes[size]:
         for name, message in expected.items():

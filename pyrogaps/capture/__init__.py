@@ -1,4 +1,4 @@
-"""Turning a model's density into a fast value-and-gradient function: Pyro runs once per shape, not per gradient."""
+"""Fast values and gradients of a model's density: Pyro runs once per shape instead of once per gradient."""
 
 from pyrogaps.capture.evaluator import BoundDensity, GradientEvaluator, Mode
 from pyrogaps.capture.programs import elementwise_elements

@@ -1,4 +1,4 @@
-"""Elementwise functions that torch computes an element at a time on a CPU, by others that it computes many at once."""
+"""Vectorised CPU versions of elementwise functions that torch computes one element at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ from torch.nn.functional import pad
 
 aten = torch.ops.aten
 
-# Of a product of this many numbers in [1/2, 1] nothing underflows, in single precision too.
-FACTORS = 64
+# A product of this many numbers in [1/2, 1] does not underflow, even in single precision.
+MAX_FACTORS = 64
 
 
 def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0) -> Tensor:
-    """ELU without `expm1`, which is exact for tiny x where a hidden unit needs no more than absolute precision."""
+    """ELU without `expm1`: accurate in absolute terms, which suffices for hidden units."""
     negative = torch.exp(torch.clamp(x, max=0.0)) - 1.0
     if alpha == scale == 1.0:
         return torch.maximum(x, negative)
@@ -24,9 +24,9 @@ def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    r"""$\max(x, 0) + \log(1 + t)$, $t = e^{-|x|}$, to a digit or two at every magnitude: as a scale it may be tiny.
+    r"""$\max(x, 0) + \log(1 + t)$, $t = e^{-|x|}$, to a few units in the last place even for tiny results.
 
-    What rounding 1 + t to u left out is put back: $\log(1 + t) = \log u + (t - (u - 1)) / u$.
+    A correction removes the error of rounding 1 + t to u: $\log(1 + t) = \log u + (t - (u - 1)) / u$.
     """
     t = torch.exp(-torch.abs(x))
     u = 1.0 + t
@@ -39,20 +39,20 @@ def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
 
 
 def summed_bernoulli(logits: Tensor, x: Tensor) -> Tensor:
-    r"""`bernoulli` summed over the last axis, with few logarithms: $\sum \log \sigma = \log \prod \sigma$."""
+    r"""`bernoulli` summed over the last axis, with fewer logarithms: $\sum \log \sigma = \log \prod \sigma$."""
     linear = torch.sum(torch.relu(logits) - logits * x, -1)
     product = torch.sigmoid(torch.abs(logits))
     if short := -product.shape[-1] % 16:
         product = pad(product, (0, short), value=1.0)
     factors = 1
-    while factors < FACTORS and product.shape[-1] % 2 == 0:
+    while factors < MAX_FACTORS and product.shape[-1] % 2 == 0:
         half = product.shape[-1] // 2
         product, factors = product[..., :half] * product[..., half:], 2 * factors
     return linear - torch.sum(torch.log(product), -1)
 
 
 def rewrite(graph: Graph) -> None:
-    """Replace what `elu`, `softplus` and `bernoulli` stand for in a record; they agree with torch but for rounding."""
+    """Replace torch's ELU, softplus and cross-entropy in a record; results agree up to rounding."""
     for node in list(graph.nodes):
         if node.target is aten.elu.default and _is_real(node) and len(node.args) <= 3:
             _replace(graph, node, elu, *node.args)
@@ -79,9 +79,9 @@ def _replace_cross_entropy(graph: Graph, node: Node) -> None:
 
 
 def _summed(node: Node) -> Node | None:
-    """The sum over all trailing axes that is all that is made of `node`, maybe negated; None where there is none.
+    """The sum over all trailing axes that is the only use of `node`, possibly after negation; None if there is none.
 
-    Its `meta["negative"]` says whether it is of the negated values.
+    `meta["negative"]` of the sum is True if the values are negated first.
     """
     start, negative = value_of(node).shape, False
     while len(node.users) == 1:
@@ -98,14 +98,14 @@ def _summed(node: Node) -> Node | None:
 
 
 def _sums_the_rest(node: Node) -> bool:
-    """Whether a sum is over the last axes of its operand."""
+    """Whether a sum covers the last axes of its operand."""
     operand: Any = node.args[0]
     number, dims = value_of(operand).dim(), sorted(d % value_of(operand).dim() for d in node.args[1])  # type: ignore[union-attr]
     return dims == list(range(number - len(dims), number))
 
 
 def _is_plain(node: Node) -> bool:
-    """Whether a cross-entropy is of every element, without weights, in one shape."""
+    """Whether a cross-entropy is elementwise, unweighted and without broadcasting."""
     logits, x, *rest = node.args
     plain = all(value in (None, 0) for value in rest) and not node.kwargs
     return plain and _is_real(node) and value_of(logits).shape == value_of(x).shape
@@ -117,14 +117,14 @@ def _is_real(node: Node) -> bool:
 
 
 def _replace(graph: Graph, node: Node, function: Callable[..., Tensor], *operands: Any) -> None:
-    """`function` of `operands`, tensors first and then numbers, in the place of `node`, operation by operation."""
+    """Replace `node` by the operations of `function(*operands)`; tensors come before numbers."""
     tensors = [operand for operand in operands if isinstance(operand, Node)]
     numbers = operands[len(tensors) :]
 
     def of_tensors(*values: Tensor) -> Tensor:
         return function(*values, *numbers)
 
-    # Laid out as what will be there: of other strides a view may not be possible.
+    # The examples have the real strides, because views of other strides may not be possible.
     examples = [
         torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).zero_() for v in map(value_of, tensors)
     ]
@@ -137,5 +137,5 @@ def _replace(graph: Graph, node: Node, function: Callable[..., Tensor], *operand
 
 
 def value_of(operand: Any) -> Any:
-    """What is known of the value of a node, a tensor without elements of its own; None of anything else."""
+    """The recorded shape and dtype of a node, as a fake tensor; None if `operand` is not a node."""
     return operand.meta.get("val") if isinstance(operand, Node) else None

@@ -1,4 +1,4 @@
-"""What one point takes of memory while a model's density and its gradient are computed there."""
+"""Memory per point of a model's density and gradient."""
 
 import weakref
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from pyrogaps import memory
 from pyrogaps.density import JointDensity
 from pyrogaps.density.runs import evaluating
 
-FEW = 8
-MOST = 1 << 16  # points that any device takes at a time
+NUM_POINTS = 8  # of the measurement
+MAX_POINTS = 1 << 16  # per call, on any device
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is on: those alive `now`, and their `peak`."""
+    """Counts the bytes of tensors created while it is active: those alive `now`, and their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -32,7 +32,7 @@ class LiveMemory(TorchDispatchMode):
             watch.detach()
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._note((args, kwargs), made=False)  # what was there before, such as parameters, of which views are made
+        self._note((args, kwargs), made=False)  # existing tensors, such as parameters, count 0 bytes
         result = func(*args, **(kwargs or {}))
         self._note(result, made=True)
         self.peak = max(self.peak, self.now)
@@ -54,23 +54,23 @@ class LiveMemory(TorchDispatchMode):
 
 
 def bytes_per_point(joint: JointDensity) -> int:
-    """The most that is alive at once while log p(x, z) and its gradient are computed through Pyro, a point.
+    """Peak memory per point, in bytes, of log p(x, z) and its gradient through Pyro.
 
-    Of a model that has no gradient, a guess that leaves pieces as they are.
+    For a model without a gradient, a small guess that allows pieces of the largest size.
     """
-    few = 1 if joint.plate is None else FEW
-    indices = torch.zeros(few, dtype=torch.long)
+    number = 1 if joint.plate is None else NUM_POINTS
+    indices = torch.zeros(number, dtype=torch.long)
     with evaluating(joint.model), LiveMemory() as live, torch.enable_grad():
-        flat = joint.zeros(few).requires_grad_()
+        flat = joint.zeros(number).requires_grad_()
         try:
             total = torch.stack(joint.score(flat, joint.fetch(indices), indices)).sum()
             torch.autograd.grad(total, flat, allow_unused=True)
-        except Exception:  # values alone may be all that is asked of it
-            return memory.WORKING_SET // MOST
-    return max(1, int(live.peak) // few)
+        except Exception:  # only values may be needed
+            return memory.WORKING_SET // MAX_POINTS
+    return max(1, int(live.peak) // number)
 
 
-def points_within(joint: JointDensity, most: int) -> int:
-    """How many points, a power of two and no more than `most`, fit the working set; at least 1."""
+def points_within(joint: JointDensity, max_points: int) -> int:
+    """Number of points that fit the working set: a power of two from 1 to `max_points`."""
     fitting = max(1, memory.working_set() // bytes_per_point(joint))
-    return min(most, 1 << (fitting.bit_length() - 1))
+    return min(max_points, 1 << (fitting.bit_length() - 1))

@@ -1,4 +1,4 @@
-"""What is done to a recorded graph before it is replayed: recording, cutting out what is not asked for, rewriting."""
+"""Recording tensor operations as a graph, and rewriting it for faster replay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ IN_PLACE = {
 
 
 def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
-    """The tensor operations of `function(*inputs)`; what else it reads, such as parameters, stays by reference."""
+    """Record the tensor operations of `function(*inputs)`; other tensors, such as parameters, stay by reference."""
     module = make_fx(function)(*inputs)
     graph = module.graph
     graph.eliminate_dead_code()
@@ -44,7 +44,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
 
 
 def output_alone(module: GraphModule, position: int) -> GraphModule:
-    """`module` with one of its outputs alone, and the operations that lead to it."""
+    """The part of `module` that computes one of its outputs."""
     part = Graph()
     outputs: Any = part.graph_copy(module.graph, {})
     part.output(outputs[position])
@@ -53,7 +53,7 @@ def output_alone(module: GraphModule, position: int) -> GraphModule:
 
 
 def own_outputs(module: GraphModule) -> GraphModule:
-    """Give every output memory of its own, laid out in order: none is a view of anything, or given twice."""
+    """Give every output its own contiguous memory: no output is a view or returned twice."""
     graph = module.graph
     taken: set[Node] = set()
     output = graph.output_node()
@@ -71,9 +71,10 @@ def own_outputs(module: GraphModule) -> GraphModule:
 
 
 def reuse_memory(module: GraphModule) -> GraphModule:
-    """Write elementwise results over operands that nothing else reads: fresh memory costs more than the arithmetic.
+    """Compute elementwise operations in place if nothing else reads the operand.
 
-    The graph is for replaying as it is: products are oneDNN's own operations now.
+    Allocating memory costs more than the arithmetic. The result is only for replay, not for `torch.compile`: products
+    are replaced by oneDNN's own operations.
     """
     inline_products(module.graph)
     fresh: set[Node] = set()
@@ -89,9 +90,9 @@ def reuse_memory(module: GraphModule) -> GraphModule:
 
 
 def _last_read(operand: Any, node: Node) -> bool:
-    """Whether `node` alone reads `operand`, once, and its result is laid out alike."""
-    alone = isinstance(operand, Node) and list(operand.users) == [node] and node.args.count(operand) == 1
-    return alone and _same_layout(operand, node)
+    """Whether `node` is the only reader of `operand`, reads it once, and has a result of the same layout."""
+    only_reader = isinstance(operand, Node) and list(operand.users) == [node] and node.args.count(operand) == 1
+    return only_reader and _same_layout(operand, node)
 
 
 def _owns_memory(node: Node) -> bool:
@@ -102,14 +103,14 @@ def _owns_memory(node: Node) -> bool:
 
 
 def _same_layout(left: Any, right: Any) -> bool:
-    one, other = value_of(left), value_of(right)
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+    a, b = value_of(left), value_of(right)
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
-    return (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+    return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 def _drop_identities(graph: Graph) -> None:
-    """Remove views that are what they are views of, and the second of two transpositions."""
+    """Remove views that change nothing, and pairs of transpositions."""
     for node in list(graph.nodes):
         same = node.args[0] if node.target in VIEWS else None
         if node.target is aten.t.default and node.args[0].target is aten.t.default:
@@ -120,7 +121,7 @@ def _drop_identities(graph: Graph) -> None:
 
 
 def _constants_to_numbers(graph: Graph) -> None:
-    """Multiply by a number, not by a tensor of which every element is that number."""
+    """Replace factors that are constant tensors by numbers."""
     constant: dict[Node, float] = {}
     for node in list(graph.nodes):
         if node.target is aten.ones.default:
@@ -137,7 +138,7 @@ def _constants_to_numbers(graph: Graph) -> None:
 
 
 def fusible_elements(node: Node) -> int:
-    """How many elements an elementwise operation makes; 0 for any other."""
+    """Number of elements of an elementwise operation's result; 0 for other operations."""
     value = value_of(node)
     if not isinstance(node.target, OpOverload) or not isinstance(value, Tensor):
         return 0

@@ -1,4 +1,4 @@
-"""Matrix products of a recorded graph: by PyTorch, or by oneDNN where that is faster on a CPU."""
+"""Matrix products of a recorded graph by PyTorch or, for large products on a CPU, by oneDNN."""
 
 import time
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from pyrogaps.capture.arithmetic import value_of
 
 aten = torch.ops.aten
 
-# oneDNN's product with a transposed right factor, where PyTorch is built with it.
+# oneDNN's product with a transposed right factor; None if PyTorch was built without it.
 LINEAR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
-# Below this many multiplications PyTorch's own product is at least as fast: a call to oneDNN costs more.
-SMALL_PRODUCT = 8_000_000
-# oneDNN is left out where it takes this many times as long as PyTorch. Some layouts fall back to its reference code,
-# several hundred times slower; a ratio that noise could tip would make results differ in the last digit between runs.
-MUCH_SLOWER = 4.0
+# Below this many multiplications PyTorch's own product is at least as fast, because a call to oneDNN costs more.
+MIN_MULTIPLICATIONS = 8_000_000
+# oneDNN is not used if it takes more than this many times as long as PyTorch: for some layouts its reference code is
+# several hundred times slower. The ratio is large, so that noise cannot change the choice, and so the last digits.
+MAX_SLOWDOWN = 4.0
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """`left @ right + bias` by oneDNN, as an operation of its own: `torch.compile` takes oneDNN's for constants."""
+    """`left @ right + bias` by oneDNN, as a custom operation: `torch.compile` treats oneDNN's own as constants."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
     return result
 
@@ -41,9 +41,9 @@ library.impl("product", _product_shape, "Meta")
 
 
 def products_by_onednn(graph: Graph) -> None:
-    """Give large single-precision matrix products on a CPU to oneDNN, unless a trial shows it to be much slower.
+    """Compute large single-precision CPU products by oneDNN, unless a trial shows that it is much slower.
 
-    PyTorch gives them to MKL, which uses half the vector width of processors that are not its maker's.
+    PyTorch uses MKL, which uses only half the vector width on processors not made by Intel.
     """
     if LINEAR is None or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return
@@ -58,15 +58,15 @@ def products_by_onednn(graph: Graph) -> None:
 
 
 def inline_products(graph: Graph) -> None:
-    """Call oneDNN directly: an operation that is written in Python costs as much as a small product."""
+    """Call oneDNN directly, because a custom operation in Python costs as much as a small product."""
     for node in list(graph.nodes):
         if node.target is torch.ops.pyrogaps.product.default:
             left, right, bias = node.args
             with graph.inserting_before(node):
-                turned = (
+                transposed = (
                     right.args[0] if right.target is aten.t.default else graph.call_function(aten.t.default, (right,))
                 )
-                call = graph.call_function(LINEAR, (left, turned, bias, "none", [], ""))
+                call = graph.call_function(LINEAR, (left, transposed, bias, "none", [], ""))
             call.meta = dict(node.meta)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
@@ -75,14 +75,14 @@ def inline_products(graph: Graph) -> None:
 
 @cache
 def onednn_is_much_slower(left: Layout, right: Layout, num_threads: int) -> bool:
-    """Whether a product of factors with these shapes and strides is to be left to PyTorch; each is timed once."""
-    one, other = (torch.empty_strided(*layout).fill_(1.0) for layout in (left, right))
-    by_torch = _shortest(lambda: torch.mm(one, other))
-    return _shortest(lambda: _product(one, other, None), enough=MUCH_SLOWER * by_torch) > MUCH_SLOWER * by_torch
+    """Whether oneDNN is much slower than PyTorch for factors of these shapes and strides; timed once for each."""
+    a, b = (torch.empty_strided(*layout).fill_(1.0) for layout in (left, right))
+    limit = MAX_SLOWDOWN * _shortest(lambda: torch.mm(a, b))
+    return _shortest(lambda: _product(a, b, None), enough=limit) > limit
 
 
 def _shortest(call: Callable[[], Tensor], *, enough: float = 0.0) -> float:
-    """The shortest of up to five calls after one that is not timed, in seconds; it stops at one below `enough`."""
+    """Shortest time of up to five calls after a warm-up call, in seconds; stops early below `enough`."""
     call()
     shortest = float("inf")
     for _ in range(5):
@@ -100,7 +100,7 @@ def _layout(operand: Node) -> Layout:
 
 
 def _plain_product(node: Node) -> tuple[Any, Any, Any] | None:
-    """Left factor, right factor and bias of a large matrix product of floats on a CPU; None for any other operation."""
+    """Factors and bias of a large single-precision matrix product on a CPU; None for other operations."""
     if node.target is aten.addmm.default and len(node.args) == 3 and not node.kwargs:
         bias, left, right = node.args
     elif node.target is aten.mm.default:
@@ -111,6 +111,6 @@ def _plain_product(node: Node) -> tuple[Any, Any, Any] | None:
     if any(not isinstance(v, Tensor) or v.dtype != torch.float32 or v.device.type != "cpu" for v in values):
         return None
     size = values[0].numel() * values[1].shape[1]
-    if size < SMALL_PRODUCT or (bias is not None and values[2].shape != values[1].shape[1:]):
+    if size < MIN_MULTIPLICATIONS or (bias is not None and values[2].shape != values[1].shape[1:]):
         return None
     return left, right, bias

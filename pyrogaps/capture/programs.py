@@ -1,4 +1,4 @@
-"""A value-and-gradient of K densities at rows of points: through Pyro, or from a record of its operations."""
+"""Values and gradients of K densities at rows of points: through Pyro, or from a record of its operations."""
 
 import logging
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from pyrogaps.density.runs import evaluating
 
 Values = tuple[Tensor, ...]
 Densities = Callable[..., Values]
-FEW = 8
+NUM_POINTS = 8  # of the recording that counts elements
 
 
 class Eager:
-    """Through Pyro every time."""
+    """Values and gradients through Pyro."""
 
     def __init__(self, densities: Densities, joint: JointDensity) -> None:
         self._densities, self._model = densities, joint.model
@@ -35,13 +35,13 @@ class Eager:
 
 
 class Captured:
-    """The operations of one value-and-gradient, and what remains of them where values or gradients alone are wanted."""
+    """Recorded operations of one value-and-gradient, and their parts that compute only values or only gradients."""
 
     def __init__(self, densities: Densities, flat: Tensor, tensors: list[Tensor], *, compiled: bool) -> None:
         def both(flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
             return value_and_gradients(densities, flat, *inputs)
 
-        if compiled:  # torch looks for a GPU, and says so where there is none
+        if compiled:  # torch logs a warning if there is no GPU
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         whole = record(both, flat, *tensors)
         finish: Callable[[Any], Callable[..., Any]] = torch.compile if compiled else reuse_memory
@@ -49,25 +49,25 @@ class Captured:
 
 
 def elementwise_elements(joint: JointDensity) -> int:
-    """How many elements, a point, the operations of a value-and-gradient make that could be fused; 0 without a record.
+    """Elements per point of the fusible operations of a value-and-gradient; 0 if the model cannot be recorded.
 
-    Matrix products and convolutions are not among them.
+    Matrix products and convolutions are not fusible.
     """
-    few = 1 if joint.plate is None else FEW
-    indices = torch.zeros(few, dtype=torch.long)
+    number = 1 if joint.plate is None else NUM_POINTS
+    indices = torch.zeros(number, dtype=torch.long)
     try:
         with evaluating(joint.model):
             args = joint.fetch(indices)
-            flat = joint.zeros(few)
-            joint.score(flat, args, indices)  # lets the model register its parameters before the recording
+            flat = joint.zeros(number)
+            joint.score(flat, args, indices)  # the model registers its parameters before the recording
 
             def density(point: Tensor) -> Values:
                 return (torch.stack(joint.score(point, args, indices)).sum(0),)
 
             module = record(lambda point: value_and_gradients(density, point), flat)
-    except Exception:  # it will be run eagerly
+    except Exception:  # the model will run eagerly
         return 0
-    return sum(fusible_elements(node) for node in module.graph.nodes) // few
+    return sum(fusible_elements(node) for node in module.graph.nodes) // number
 
 
 def value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> tuple[Values, Values]:
@@ -75,18 +75,18 @@ def value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> 
     with torch.enable_grad():
         point = flat.detach().requires_grad_()
         values = densities(point, *inputs)
-        # Constants, not ones_like(values): recorded, gradients then do not hang on the values.
-        ones = [torch.ones(value.shape, dtype=value.dtype, device=value.device) for value in values]
+        # Constants, not ones_like(values), so that the record of the gradients does not depend on the values.
+        weights = [torch.ones(value.shape, dtype=value.dtype, device=value.device) for value in values]
         last = len(values) - 1
         gradients = [
-            torch.autograd.grad(value, point, one, retain_graph=k < last)[0]
-            for k, (value, one) in enumerate(zip(values, ones, strict=True))
+            torch.autograd.grad(value, point, weight, retain_graph=k < last)[0]
+            for k, (value, weight) in enumerate(zip(values, weights, strict=True))
         ]
     return tuple(value.detach() for value in values), tuple(gradients)
 
 
 def check_agreement(graph: Captured, expected: tuple[Values, Values], flat: Tensor, tensors: list[Tensor]) -> None:
-    """Raise `ValueError` where a replay gives other values or gradients than Pyro did on these data."""
+    """Raise `ValueError` if the replayed values or gradients differ from Pyro's on these data."""
     values, gradients = graph.both(flat, *tensors)
     expected_values, expected_gradients = expected
     pairs = [
@@ -99,4 +99,4 @@ def check_agreement(graph: Captured, expected: tuple[Values, Values], flat: Tens
         tolerance = 1e-3 if left.dtype == torch.float32 else 1e-7
         spread = tolerance * (1 + torch.where(torch.isfinite(right), right, torch.zeros_like(right)).abs().max())
         if not torch.allclose(left, right, rtol=tolerance, atol=float(spread), equal_nan=True):
-            raise ValueError("its captured operations give other values on these data")
+            raise ValueError("its recorded operations give wrong values on these data")

@@ -1,7 +1,7 @@
-"""Data sets for recipes: scikit-learn's digits, torchvision's sets, a user's own npz file, chorales; one per file.
+"""Data sets for recipes: scikit-learn's digits, torchvision's image sets, npz files, chorales; one per file.
 
-A recipe takes any object with tensors, or tuples of them, `.train` and `.test`, and `.validation` if it likes, for a
-data set. To add one of images, subclass `ImageData` in a file of its own and say in `read` where its arrays come from.
+A recipe accepts any object with attributes `.train`, `.test` and optionally `.validation`, each a tensor or a tuple of
+tensors. To add a set of images, subclass `ImageData` and load the arrays in `read`.
 """
 
 from pyrogaps.datasets.chorales import Chorales

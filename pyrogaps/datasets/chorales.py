@@ -1,4 +1,4 @@
-"""Chorales as sequences of chords: which of a piano's 88 keys sound at every step."""
+"""Bach's chorales as sequences over the 88 keys of a piano."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from pyrogaps.datasets.folder import locate, reading
 from pyrogaps.errors import InputError
 
 LOWEST, HIGHEST = 21, 108
-# A part's name in the file, and its name here.
+# Names of the parts in the file, and here.
 PARTS = {"train": "train", "valid": "validation", "test": "test"}
 
 Sequences = tuple[Tensor, Tensor]
@@ -20,20 +20,20 @@ Sequences = tuple[Tensor, Tensor]
 
 @dataclass(kw_only=True, eq=False)
 class Chorales:
-    """Bach's chorales in quarter notes (Boulanger-Lewandowski et al., arXiv:1206.6392), or a file of their form.
+    """Bach's chorales in quarter notes (Boulanger-Lewandowski et al., arXiv:1206.6392), or a file in their format.
 
-    The file is JSON: "train", "valid" and "test", each a list of chorales, a chorale a list of time steps, a step the
-    list of the MIDI notes that sound, from 21 to 108; none sound in a rest.
+    The file is JSON with the lists "train", "valid" and "test" of chorales. A chorale is a list of time steps, a step
+    is the list of MIDI notes that sound, from 21 to 108; it is empty in a rest.
 
-    `.train`, `.validation` and `.test` are pairs `(x, lengths)`, as sequence models take them: `x` `(N, T, 88)` floats,
-    1 where a note sounds, and the `lengths` `(N,)` in steps. All three are padded, with zeros, to the length T of the
-    longest chorale of any.
+    `.train`, `.validation` and `.test` are pairs `(x, lengths)` for sequence models: `x` `(N, T, 88)` floats, 1 for a
+    note that sounds, and `lengths` `(N,)` in steps. All three are padded with zeros to the length T of the longest
+    chorale.
 
     Args:
-        path: the file; where it is not found from the current folder, it is looked for in the data folder.
-        data_root: the data folder; None takes the environment variable PYROGAPS_DATA.
+        path: the file, relative to the current folder or else to the data folder.
+        data_root: the data folder; None uses the environment variable PYROGAPS_DATA.
 
-    Raises `InputError` for a file that is not there or not of this form, naming part, chorale and step.
+    Raises `InputError`, naming part, chorale and step, if the file is missing or has another format.
     """
 
     path: str = "jsb-chorales-quarter.json"
@@ -44,9 +44,9 @@ class Chorales:
 
     def __post_init__(self) -> None:
         path = locate("Chorales", self.path, self.data_root)
-        with reading("Chorales", path, "is it whole, and JSON?"):
+        with reading("Chorales", path, "Check that the file is complete and JSON."):
             content = json.loads(path.read_text("utf-8"))
-        parts = {ours: _chorales(path, content, theirs) for theirs, ours in PARTS.items()}
+        parts = {name: _chorales(path, content, key) for key, name in PARTS.items()}
         longest = max(len(chorale) for chorales in parts.values() for chorale in chorales)
         for name, chorales in parts.items():
             setattr(self, name, _padded(chorales, longest))
@@ -57,16 +57,16 @@ def _chorales(path: Path, content: Any, part: str) -> list[list[list[int]]]:
     chorales = content.get(part) if isinstance(content, dict) else None
     if not isinstance(chorales, list) or not chorales:
         raise InputError(
-            f"Chorales: {path} has no chorales called '{part}'; it must have {', '.join(PARTS)}, none empty"
+            f"Chorales: {path}: has no chorales '{part}'. The file needs non-empty lists {', '.join(PARTS)}."
         )
     for number, chorale in enumerate(chorales):
         if not isinstance(chorale, list) or not chorale:
-            raise InputError(f"Chorales: {path}: {part} chorale {number} has no time steps; leave it out")
+            raise InputError(f"Chorales: {path}: {part} chorale {number} has no time steps. Leave it out.")
         for step, notes in enumerate(chorale):
             if not isinstance(notes, list) or not all(type(n) is int and LOWEST <= n <= HIGHEST for n in notes):
                 raise InputError(
-                    f"Chorales: {path}: {part} chorale {number}, step {step}: a step is a list of MIDI notes from "
-                    f"{LOWEST} to {HIGHEST}, got {notes}; transpose or remove what lies outside"
+                    f"Chorales: {path}: {part} chorale {number}, step {step}: expected a list of MIDI notes from "
+                    f"{LOWEST} to {HIGHEST}, got {notes}. Transpose or remove the other notes."
                 )
     return chorales
 

@@ -4,14 +4,14 @@ import numpy as np
 
 from pyrogaps.datasets.images import GreyImages, ImageData
 
-# Which digits are the test set is part of the data set's definition: these never change.
+# The split into training and test digits is part of the data set's definition and never changes.
 SHUFFLE, NUM_TEST = 0, 397
 
 
 class Digits(ImageData):
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, 1,400 to train on and 397 to test; needs no folder.
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,400 for training, 397 for testing; no files needed.
 
-    They come in the order of their writers and without a test set, so they are shuffled, always in the same way.
+    scikit-learn sorts them by writer and has no test set, so they are shuffled in a fixed order.
 
     >>> digits = Digits(num_validation=200, num_test=100)
     >>> digits.train.shape, digits.validation.shape, digits.test.shape
@@ -19,7 +19,7 @@ class Digits(ImageData):
     """
 
     def read(self) -> GreyImages:
-        from sklearn.datasets import load_digits  # a second to import, for this data set alone
+        from sklearn.datasets import load_digits  # takes a second to import
 
         grey = load_digits().images / 16.0
         shuffled = grey[np.random.RandomState(SHUFFLE).permutation(len(grey))]

@@ -6,6 +6,7 @@ from pyrogaps import memory, ranks
 from pyrogaps.density import JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import Evidence
+from pyrogaps.memory import format_bytes
 from pyrogaps.streams import BLOCK, PARTICLE_BLOCK
 
 # Batch size at which call overhead becomes negligible.
@@ -51,9 +52,9 @@ def sizes_of(
         room = limit - held
         if room < least:
             raise InputError(
-                f"max_memory: {memory.told(limit)} is too little: {memory.told(held)} are in use already, and {number} "
-                f"datapoints take {memory.told(least)}; allow {memory.told(held + least)} or more, or use a smaller "
-                "batch_size, fewer draws or chains"
+                f"max_memory: {format_bytes(limit)} is too little: {format_bytes(held)} are in use already, and "
+                f"{number} datapoints take {format_bytes(least)}; allow {format_bytes(held + least)} or more, or use a "
+                "smaller batch_size, fewer draws or chains"
             )
         working_set = min(memory.WORKING_SET, room // SHARES)
         fitting = max(1, working_set // (BLOCK * each)) * BLOCK

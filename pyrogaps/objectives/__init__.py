@@ -1,4 +1,4 @@
-"""Losses for `pyro.infer.SVI` that are right under plates."""
+"""Losses for `pyro.infer.SVI` that handle plates correctly."""
 
 from pyrogaps.objectives.iwae import IWAE_ELBO
 

@@ -1,4 +1,4 @@
-"""Gradient estimators of importance-weighted bounds: doubly reparametrised, and by scores with a baseline."""
+"""Gradient estimators of importance-weighted bounds: doubly reparametrised, and score function with a baseline."""
 
 import math
 from typing import Any
@@ -17,10 +17,10 @@ DRAWN = "_drawn"
 
 
 class CutDraws(Messenger):
-    """Draws a guide's sites itself and hands the values on cut off from the parameters behind them.
+    """Draws a guide's sites and passes on values that are detached from the guide's parameters.
 
-    log q and log p then depend on a draw as on a variable of its own, a leaf. The draw, which depends on the parameters
-    and on the leaves before it, is kept in the site's `infer`.
+    log q and log p then depend on each value as a leaf. The differentiable draw, which depends on the parameters and on
+    earlier leaves, is stored in the site's `infer`.
 
     Raises `InputError`, naming the site, for a distribution that cannot be reparametrised.
     """
@@ -31,13 +31,13 @@ class CutDraws(Messenger):
         name, fn = message["name"], message["fn"]
         if not fn.has_rsample:
             raise InputError(
-                f"site '{name}': {type(leaf(fn)).__name__} cannot be reparametrised, which doubly reparametrised "
-                "gradients need; set doubly_reparametrised=False"
+                f"site '{name}': {type(leaf(fn)).__name__} cannot be reparametrised, as doubly reparametrised "
+                "gradients require. Set doubly_reparametrised=False."
             )
         if isinstance(leaf(fn), AuxiliaryPosterior):
             raise InputError(
-                f"site '{name}': its reverse model would not be trained by doubly reparametrised gradients; set "
-                "doubly_reparametrised=False"
+                f"site '{name}': doubly reparametrised gradients would not train its reverse model. Set "
+                "doubly_reparametrised=False."
             )
         draw = fn.rsample()
         message["infer"] = {**message["infer"], DRAWN: draw}
@@ -50,8 +50,8 @@ def doubly_reparametrised(particles: Particles) -> Tensor:
     $$\nabla_\theta: \sum_k \tilde w_k \nabla_\theta \log p_\theta(x, z_k), \quad
       \nabla_\phi: \sum_k \tilde w_k^2 \, \frac{\partial \log w_k}{\partial z_k} \nabla_\phi z_k(\epsilon_k)$$
 
-    with normalised weights $\tilde w_k$. The sites must come from a run under `CutDraws`. A site's draw depends on
-    earlier ones too: what reaches it from later draws is added to its own derivative, last site first.
+    with normalised weights $\tilde w_k$. The sites must come from a run under `CutDraws`. A draw also depends on
+    earlier draws, so derivatives are propagated from the last site to the first.
     """
     normalised = particles.log_weights.detach().softmax(0)
     surrogate = (normalised * particles.log_model).sum()
@@ -69,7 +69,7 @@ def _cut(sites: Sites) -> list[Any]:
 
 
 def _along_paths(run: list[Any], derivatives: list[Tensor]) -> Tensor:
-    """The sum over a run's sites of draw times the bound's whole derivative in it, itself held constant."""
+    """Sum over a run's sites of the draw times the bound's total derivative in it, held constant."""
     leaves = [site["value"] for site in run]
     total = torch.zeros((), dtype=leaves[0].dtype, device=leaves[0].device) if leaves else torch.zeros(())
     for number in reversed(range(len(run))):
@@ -77,29 +77,32 @@ def _along_paths(run: list[Any], derivatives: list[Tensor]) -> Tensor:
         total = total + (derivative * draw).sum()
         if number and draw.requires_grad:
             passed = _gradients(draw, leaves[:number], derivative)
-            derivatives[:number] = [own + more for own, more in zip(derivatives[:number], passed, strict=True)]
+            derivatives[:number] = [direct + more for direct, more in zip(derivatives[:number], passed, strict=True)]
     return total
 
 
 def _gradients(output: Tensor, leaves: list[Tensor], weights: Tensor | None = None) -> list[Tensor]:
-    """Derivatives of `output` in `leaves`, zero where it does not depend on them."""
+    """Derivatives of `output` with respect to `leaves`; zero if it does not depend on them."""
     if not leaves or not output.requires_grad:
-        return [torch.zeros_like(each) for each in leaves]
-    found = torch.autograd.grad(output, leaves, weights, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(each) if one is None else one for each, one in zip(leaves, found, strict=True)]
+        return [torch.zeros_like(value) for value in leaves]
+    gradients = torch.autograd.grad(output, leaves, weights, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(value) if gradient is None else gradient
+        for value, gradient in zip(leaves, gradients, strict=True)
+    ]
 
 
 def score_surrogate(log_weights: Tensor, log_score: Tensor, bound: Tensor) -> Tensor:
-    r"""A surrogate that adds the gradient of draws without reparametrisation, each with a baseline of its own.
+    r"""A surrogate for the gradient of draws without reparametrisation, each with its own baseline.
 
     $$\sum_k (\hat L - \hat L_{-k}) \nabla_\phi \log q_\phi(z_k | x)$$
 
-    where $\hat L_{-k}$ is the bound with the geometric mean of the others in place of $w_k$, which does not touch the
-    expectation (VIMCO, Mnih and Rezende, arXiv:1602.06725). With one particle there are no others: a plain score.
+    where $\hat L_{-k}$ is the bound with $w_k$ replaced by the geometric mean of the other weights. The baseline leaves
+    the expectation unchanged (VIMCO, Mnih and Rezende, arXiv:1602.06725). A single particle has no baseline.
 
     Args:
         log_weights: `(K, n)`.
-        log_score: log q of the draws in question, `(K, n)`, with gradients.
+        log_score: log q of the draws without reparametrisation, `(K, n)`, with gradients.
         bound: `(n,)`.
     """
     signal = bound - _leave_one_out(log_weights.detach()) if len(log_weights) > 1 else bound.expand_as(log_weights)
@@ -107,7 +110,7 @@ def score_surrogate(log_weights: Tensor, log_score: Tensor, bound: Tensor) -> Te
 
 
 def _leave_one_out(log_weights: Tensor) -> Tensor:
-    """The bound without each particle in turn, `(K, n)`."""
+    """The bound with each particle left out in turn, `(K, n)`."""
     number = len(log_weights)
     itself = torch.eye(number, dtype=torch.bool, device=log_weights.device)[..., None]
     table = log_weights.expand(number, *log_weights.shape)  # (left out, particle, n)

@@ -1,4 +1,4 @@
-"""`IWAE_ELBO`: the importance-weighted bound as a loss for `pyro.infer.SVI`, datapoint by datapoint."""
+"""`IWAE_ELBO`: the importance-weighted bound of each datapoint as a loss for `pyro.infer.SVI`."""
 
 import math
 from dataclasses import dataclass
@@ -24,29 +24,29 @@ class IWAE_ELBO(ELBO):
 
     $$\sum_n c \, \log \frac1K \sum_{k=1}^K \frac{p(x_n, z_{nk})}{q(z_{nk} | x_n)}, \quad z_{nk} \sim q(z | x_n),$$
 
-    in nats; a lower bound of $\sum_n \log p(x_n)$ in expectation that grows with K and, for K = 1, is the ELBO. The
-    plate's scale c = N / n (of a plate of size N that holds n rows) stands outside the logarithm, so that the bound is
-    unbiased under subsampling. (`pyro.infer.RenyiELBO` raises the weights to the power c, and exceeds the evidence.)
-    Plates within the data plate are summed; a `poutine.scale` of the user's own stays inside the logarithm.
+    in nats; a lower bound of $\sum_n \log p(x_n)$ in expectation, which grows with K and equals the ELBO for K = 1. The
+    plate's scale c = N / n (a plate of size N with n rows) stands outside the logarithm, so that the bound is unbiased
+    under subsampling. (`pyro.infer.RenyiELBO` raises the weights to the power c and exceeds the evidence.) Plates
+    inside the data plate are summed; a user's `poutine.scale` stays inside the logarithm.
 
-    The loss is the negative bound. Its gradient is unbiased: by reparametrisation where the guide's distributions
-    allow it, by scores with leave-one-out baselines (VIMCO, arXiv:1602.06725) where they do not.
+    The loss is the negative bound. Its gradient is unbiased: by reparametrisation if the guide's distributions allow
+    it, otherwise by the score function with leave-one-out baselines (VIMCO, arXiv:1602.06725).
 
     Args:
         num_particles: K.
-        doubly_reparametrised: estimate the gradient of what the guide draws by Tucker et al.'s doubly reparametrised
-            estimator (arXiv:1810.04152), unbiased too, whose signal does not drown as K grows; the model's gradient
-            stays as it is. It costs a second pass backward through the model, and wants a guide whose distributions
-            can all be reparametrised and scored at any point.
-        vectorize_particles: whether to run all particles at once, in a plate left of all others, as Pyro's losses do;
-            the model and the guide must allow it. Otherwise they are run K times.
-        plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
-            without plates, makes the whole data set one datapoint.
+        doubly_reparametrised: estimate the guide's gradient by Tucker et al.'s doubly reparametrised estimator
+            (arXiv:1810.04152). It is unbiased too, and its signal-to-noise ratio does not fall as K grows. The model's
+            gradient is unchanged. It costs a second backward pass through the model and needs a guide whose
+            distributions can all be reparametrised and scored at any point.
+        vectorize_particles: run all particles at once, in a plate left of all others, as Pyro's losses do; the model
+            and the guide must support it. Otherwise they are run K times.
+        plate: the data plate's name. None selects the only plate that encloses every site. With False, or a model
+            without plates, the whole data set is one datapoint.
 
     Raises:
         InputError: at the first step, naming the site or plate: for latents or data outside the data plate, a plate
-            subsampled within a datapoint, latents that model and guide do not share, a Delta in the guide, and, doubly
-            reparametrised, distributions without reparametrisation.
+            subsampled within a datapoint, latents that model and guide do not share, a Delta in the guide, and, with
+            `doubly_reparametrised`, distributions without reparametrisation.
 
     Use it as `SVI(model, guide, optimizer, loss=IWAE_ELBO(10))`, or as `pyrogaps.train(..., objective=IWAE_ELBO(10))`.
     """
@@ -56,7 +56,7 @@ class IWAE_ELBO(ELBO):
     vectorize_particles: bool = False
     plate: str | Literal[False] | None = None
 
-    # `pyrogaps.train` may record its steps: no number is read off a tensor on the way to the loss.
+    # `pyrogaps.train` may record its steps: the loss is computed without reading a tensor's value.
     recordable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -73,14 +73,14 @@ class IWAE_ELBO(ELBO):
         return float(warn_if_nan(loss, "loss"))
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """One draw of the negative bound; its gradient is added to the parameters'."""
+        """One draw of the negative bound; adds its gradient to the parameters' `.grad`."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return float(warn_if_nan(loss.detach(), "loss"))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """One draw of the negative bound, whose backward pass gives an unbiased gradient."""
+        """One draw of the negative bound, with an unbiased gradient."""
         with SameSubsamples():
             traces = list(self._get_traces(model, guide, args, kwargs))  # type: ignore[no-untyped-call]
         particles = read_particles(traces, self.plate)
@@ -98,7 +98,7 @@ class IWAE_ELBO(ELBO):
             if isinstance(unwrap(guide), GuideMessenger):
                 raise InputError(
                     f"guide: {type(unwrap(guide)).__name__} draws inside the model, so its gradients cannot be doubly "
-                    "reparametrised; set doubly_reparametrised=False"
+                    "reparametrised. Set doubly_reparametrised=False."
                 )
             guide = CutDraws()(guide)
         traces: tuple[Any, Any] = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)

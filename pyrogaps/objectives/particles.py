@@ -1,4 +1,4 @@
-"""Log-probabilities per datapoint and particle, read off the traces of a model and a guide."""
+"""Log-probabilities per datapoint and particle from the traces of a model and a guide."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Sites = dict[str, Any]
 
 
 class SameSubsamples(Messenger):
-    """Gives a plate the rows that it drew first whenever it is to draw again: all particles are of one minibatch."""
+    """Repeats the first subsample of each plate, so that all particles use the same minibatch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class SameSubsamples(Messenger):
 
 @dataclass(frozen=True)
 class Particles:
-    """Terms of K particles at the n datapoints at hand, `(K, n)`, in nats, the plate's scale left out.
+    """Terms of K particles at the minibatch's n datapoints, `(K, n)`, in nats, without the plate's scale.
 
-    `log_score` is the part of `log_guide` that was drawn without reparametrisation, None where there is none. `scale`
-    is the number of datapoints that each one at hand stands for; `sites` are the guide's, one dictionary per run.
+    `log_score` is the part of `log_guide` from draws without reparametrisation, or None. `scale` is the number of
+    datapoints that each row stands for. `sites` are the guide's sites, one dictionary per run.
     """
 
     log_model: Tensor
@@ -57,9 +57,9 @@ class Particles:
 
 
 def read_particles(traces: list[tuple[Any, Any]], plate: str | Literal[False] | None) -> Particles:
-    """The particles in `traces`, pairs of a model's and a guide's: one each, or all of them in a single pair.
+    """The particles in `traces`, pairs of model and guide traces: one particle per pair, or all in a single pair.
 
-    Raises `InputError`, naming the site or the plate, where there is no log-weight per datapoint.
+    Raises `InputError`, naming the site or the plate, if there is no log-weight per datapoint.
     """
     runs = [_read(_random(model), _random(guide), plate) for model, guide in traces]
     scores = [run.log_score for run in runs if run.log_score is not None]
@@ -88,21 +88,21 @@ def _read(model: Sites, guide: Sites, plate: str | Literal[False] | None) -> Par
 
 
 def _check_pair(model: Sites, guide: Sites) -> None:
-    """Refuse latents that one program has and the other lacks, and guides without a density."""
+    """Raise `InputError` for latents that only one program has, and for guides without a density."""
     for name, site in model.items():
         if not site["is_observed"] and name not in guide:
-            raise InputError(f"site '{name}': latent in the model but missing from the guide; add a pyro.sample for it")
+            raise InputError(f"site '{name}': latent in the model but missing from the guide. Add it by pyro.sample.")
     auxiliary = [name for name, site in guide.items() if site["infer"].get("is_auxiliary")]
     for name, site in guide.items():
         if name not in model and name not in auxiliary:
             raise InputError(
-                f"site '{name}': in the guide but not in the model; remove it, or mark it "
-                "infer={'is_auxiliary': True}"
+                f"site '{name}': in the guide but not in the model. Remove it, or mark it by "
+                "infer={'is_auxiliary': True}."
             )
         if type(leaf(site["fn"])).__name__ == "Delta" and not auxiliary:
             raise InputError(
-                f"site '{name}': a Delta in the guide has no density, so there is no bound; use a guide with one, such "
-                "as AutoNormal instead of AutoDelta"
+                f"site '{name}': a Delta in the guide has no density, so there is no bound. Use a guide with a "
+                "density, such as AutoNormal instead of AutoDelta."
             )
 
 
@@ -114,13 +114,13 @@ def _refuse_subsamples(name: str, site: Any, plate: str | None) -> None:
     for frame in site["cond_indep_stack"]:
         if frame.name != plate and frame.full_size not in (None, frame.size):
             raise InputError(
-                f"site '{name}': the plate '{frame.name}' is subsampled within a datapoint, and the logarithm of an "
-                "estimated weight is no bound; use all of that plate, or name it with plate= if it holds the datapoints"
+                f"site '{name}': the plate '{frame.name}' is subsampled within a datapoint, so the bound would be "
+                "biased. Use the whole plate, or set plate= if it is the data plate."
             )
 
 
 def _plate_scale(site: Any, plate: str | None) -> float:
-    """How many datapoints of the data set each one at hand stands for."""
+    """Number of datapoints of the data set that each row stands for."""
     if plate is None:
         return 1.0
     frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
@@ -128,27 +128,27 @@ def _plate_scale(site: Any, plate: str | None) -> float:
 
 
 def _total(sites: Sites, plate: str | None) -> Tensor:
-    """The sum of the sites' masked log-probabilities by particle and datapoint."""
+    """Sum of the sites' masked log-probabilities, per particle and datapoint, `(K, n)`."""
     parts = [_per_row(site, site["scale"] / _plate_scale(site, plate), plate) for site in sites.values()]
     return sum(parts[1:], start=parts[0])
 
 
 def _score(guide: Sites, plate: str | None) -> Tensor | None:
-    """log q of what was drawn without reparametrisation: its gradient is the score, whatever scale it is under."""
+    """log q of the draws without reparametrisation, `(K, n)` and without scale; None if there are none."""
     drawn = [site for site in guide.values() if not is_identically_zero(site["score_parts"].score_function)]
     parts = [_per_row(site, 1.0, plate) for site in drawn]
     return sum(parts[1:], start=parts[0]) if parts else None
 
 
 def _per_row(site: Any, scale: float, plate: str | None) -> Tensor:
-    """A site's log-probability `(K, n)`, summed over every dimension but those of particles and datapoints.
+    """A site's log-probability `(K, n)`, summed over all dimensions except particles and datapoints.
 
-    Either is 1 where the site is not in that plate.
+    K or n is 1 if the site is not in the corresponding plate.
     """
     term: Tensor = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
     particle_dim = plate_dim(site, PARTICLES) or 0
     data_dim = (plate_dim(site, plate) or 0) if plate is not None else 0
     depth = max(term.dim(), -particle_dim, -data_dim)
     padded = term.reshape((1,) * (depth + 2 - term.dim()) + tuple(term.shape))
-    first = padded.movedim((particle_dim or -depth - 1, data_dim or -depth - 2), (0, 1))
-    return first.reshape(*first.shape[:2], math.prod(first.shape[2:])).sum(-1)
+    moved = padded.movedim((particle_dim or -depth - 1, data_dim or -depth - 2), (0, 1))
+    return moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:])).sum(-1)

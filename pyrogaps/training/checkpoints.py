@@ -19,18 +19,17 @@ from pyrogaps.training.settings import Training
 from pyrogaps.training.steps import EagerSteps
 from pyrogaps.training.weights import Weights, copy_weights, put_weights, read_file, write_file
 
-# Settings that may change between one part of a run and the next: they do not touch an epoch already run, or, as the
-# mode, nothing but rounding.
-_FREE = {"num_epochs", "patience", "mode"}
-# Settings that came later: at these values they are left out, so that a checkpoint from before them stays good.
-_LATER = {"objective": None, "guide_steps": 0}
-# Share of the running time that writing checkpoints may take.
-_OVERHEAD = 0.05
+# Settings that may change when a run is resumed: they do not affect finished epochs, or only by rounding (mode).
+_CHANGEABLE = {"num_epochs", "patience", "mode"}
+# Settings of later versions. At these values they are omitted, so that older checkpoints stay valid.
+_ADDED_DEFAULTS = {"objective": None, "guide_steps": 0}
+# Largest share of the running time spent on writing checkpoints.
+_MAX_OVERHEAD = 0.05
 
 
 @dataclass
 class State:
-    """What has happened so far: epochs run, their history, and the best weights with their epoch and score."""
+    """Progress of a run: number of epochs, history, and the best weights with their epoch and score."""
 
     best: Weights
     epoch: int = 0
@@ -40,10 +39,10 @@ class State:
 
 
 class Checkpoint:
-    """Keeps the checkpoint of one run at `path`; does nothing where `path` is None.
+    """The checkpoint of one run at `path`; does nothing if `path` is None.
 
-    `fingerprint` is what has to agree for a run to be continued. Randomness needs no state of its own: every epoch
-    has a stream derived from the seed and the epoch's number.
+    A run can be resumed only with an equal `fingerprint`. No random state is stored: the stream of an epoch is derived
+    from the seed and the epoch's number.
     """
 
     def __init__(self, path: str | Path | None, model: Program, guide: Program, fingerprint: dict[str, str]) -> None:
@@ -52,16 +51,16 @@ class Checkpoint:
         self._written, self._cost = time.monotonic(), 0.0
 
     def save(self, state: State, optimizer: JointOptimizer, steps: EagerSteps, *, now: bool = False) -> None:
-        """Write the checkpoint, when it is due or `now`: so often that writing takes a twentieth of the time.
+        """Write the checkpoint if it is due or `now` is set; writing takes at most 5% of the running time.
 
-        All processes of a run hold the same; one writes, and all learn where it cannot.
+        The first process writes. If it fails, all processes raise its `InputError`.
         """
         if self.path is not None:
             first(lambda: self._save(state, optimizer, steps, now))
 
     def _save(self, state: State, optimizer: JointOptimizer, steps: EagerSteps, now: bool) -> None:
         start = time.monotonic()
-        if self.path is None or not (now or (start - self._written) * _OVERHEAD >= self._cost):
+        if self.path is None or not (now or (start - self._written) * _MAX_OVERHEAD >= self._cost):
             return
         progress = {name: getattr(state, name) for name in ("epoch", "best_epoch", "best_score", "history")}
         parts = {"optimizer": optimizer.get_state(), "steps": steps.get_state()}
@@ -71,15 +70,18 @@ class Checkpoint:
         self._cost = self._written - start
 
     def resume(self, state: State, optimizer: JointOptimizer, steps: EagerSteps) -> State:
-        """The state in the file, with weights, optimizer and steps put in place; `state` where there is no file.
+        """Restore weights, optimizer and steps; returns the state in the file, or `state` if there is no file.
 
-        Raises `InputError` where the file is damaged, or comes from other settings, data, model or guide.
+        Raises `InputError` if the file is damaged or belongs to other settings, data, model or guide.
         """
         content = first(self._content)
         if content is None:
             return state
         if "run" not in content:
-            raise InputError(f"checkpoint {self.path}: holds weights alone, no training run; load it with load_weights")
+            raise InputError(
+                f"checkpoint {self.path}: contains weights but no training run. Load it with load_weights, or use "
+                "another file."
+            )
         self._check(content["fingerprint"])
         run = content["run"]
         try:
@@ -98,16 +100,20 @@ class Checkpoint:
         if differing:
             pairs = ", ".join(f"{name} {stored.get(name)} (now {self.fingerprint.get(name)})" for name in differing)
             raise InputError(
-                f"checkpoint {self.path}: was made with other settings: {pairs}; restore them or use another file"
+                f"checkpoint {self.path}: was made with different settings: {pairs}. Restore them or use another file."
             )
 
 
 def fingerprint(settings: Training, *, seed: int, **data: IndexedData | None) -> dict[str, str]:
-    """What two parts of one run must have in common: settings, seed, and the look of each data set."""
-    told = {name: value for name, value in vars(settings).items() if name not in _FREE}
-    chosen = {name: _describe(value) for name, value in told.items() if name not in _LATER or value != _LATER[name]}
+    """Descriptions of settings, data and seed that must be equal when a run is resumed."""
+    fixed = {name: value for name, value in vars(settings).items() if name not in _CHANGEABLE}
+    described = {
+        name: _describe(value)
+        for name, value in fixed.items()
+        if name not in _ADDED_DEFAULTS or value != _ADDED_DEFAULTS[name]
+    }
     digests = {name: "none" if item is None else _digest(item) for name, item in data.items()}
-    return {**chosen, **digests, "seed": str(seed)}
+    return {**described, **digests, "seed": str(seed)}
 
 
 def _describe(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The minibatch objective, per datapoint, on Pyro's own `Trace_ELBO` or another loss like it."""
+"""The minibatch objective per datapoint, computed by Pyro's `Trace_ELBO` or a similar loss."""
 
 import math
 import warnings
@@ -16,11 +16,11 @@ from pyrogaps.training.weighing import CountDatapoints, WeightLatents
 
 
 class Objective:
-    """E_q[log p(x|z) + beta (log p(z) - lambda log q(z|x))], nats per datapoint, by `num_particles` draws.
+    """E_q[log p(x|z) + beta (log p(z) - lambda log q(z|x))], nats per datapoint, from `num_particles` draws.
 
-    `begin(rows)` announces a minibatch of that many rows. `loss_and_grads` has the signature that `pyro.infer.SVI`
-    asks for; it and `evaluate` leave the plain ELBO (beta = lambda = 1) of the same draws in `elbo`. An `estimator` of
-    another bound takes the ELBO's place, with beta = lambda = 1.
+    Call `begin(rows)` before a minibatch of that many rows. `loss_and_grads` has the signature that `pyro.infer.SVI`
+    requires. Both it and `evaluate` set `elbo` to the plain ELBO (beta = lambda = 1) of the same draws. An `estimator`
+    of another bound replaces the ELBO, with beta = lambda = 1.
     """
 
     def __init__(self, model: Program, guide: Program, num_particles: int, estimator: ELBO | None = None) -> None:
@@ -32,7 +32,7 @@ class Objective:
 
     @property
     def is_recordable(self) -> bool:
-        """Whether `tensors` knows this bound."""
+        """Whether `tensors` can compute this bound."""
         return is_recordable(self._estimator)
 
     def anneal(self, beta: float, entropy_weight: float) -> None:
@@ -42,7 +42,7 @@ class Objective:
 
     @property
     def kind(self) -> str:
-        """What the weights make of the loss, in a word; a record holds for all losses of one kind."""
+        """Which weights are 0, 1 or between; one record serves all losses of one kind."""
         weights = (self._model_weight, self._guide_weight)
         return ", ".join("partial" if weight.is_partial else str(int(weight.weight)) for weight in weights)
 
@@ -69,9 +69,9 @@ class Objective:
         self._model_weight.withheld = self._guide_weight.withheld = 0.0
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float:
-        """The negative objective of one minibatch; its gradient is left in the parameters.
+        """Negative objective of one minibatch; adds its gradient to the parameters' `.grad`.
 
-        Raises `FloatingPointError` where it is not finite, before any gradient is taken.
+        Raises `FloatingPointError`, before any gradient is computed, if it is not finite.
         """
         loss = self.differentiable_loss(model, guide, *args)
         value = self._finite(self._note(loss))
@@ -79,7 +79,7 @@ class Objective:
         return value
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any) -> Tensor:
-        """The negative objective of one minibatch, whose gradient has not been taken yet."""
+        """Negative objective of one minibatch, as a tensor with a graph."""
         with _no_nan_warnings():
             loss: Tensor = self._estimator.differentiable_loss(model, guide, *args) / self._count.num_datapoints
         return loss
@@ -90,19 +90,19 @@ class Objective:
 
     @property
     def is_scaled_up(self) -> bool:
-        """Whether the model's data plate stands for more datapoints than the last minibatch had."""
+        """Whether the model's data plate is larger than the last minibatch."""
         return self._count.num_datapoints > self._count.rows
 
     def tensors(self, *args: Any) -> tuple[Tensor, Tensor]:
-        """The negative objective, with a gradient, and the plain ELBO, of one minibatch: what a record holds."""
+        """Negative objective, with a graph, and plain ELBO of one minibatch; this is what gets recorded."""
         total = tensor_loss(self._estimator, self.model, self.guide, args)
         loss = total / self._count.num_datapoints
         return loss, self.elbo_of(loss)
 
     def accept(self, loss: float, elbo: float) -> float:
-        """Take over what was computed elsewhere, as for `tensors`; returns the loss.
+        """Set `elbo` from a result of `tensors` and return the loss.
 
-        Raises `FloatingPointError` where the loss is not finite.
+        Raises `FloatingPointError` if the loss is not finite.
         """
         self.elbo = elbo
         return self._finite(loss)
@@ -131,7 +131,7 @@ class Objective:
 
 @runtime_checkable
 class IndexedBound(Protocol):
-    """A loss whose steps take indices of the `num_datapoints` that it holds, and that says which go together."""
+    """A loss that holds its `num_datapoints` itself, makes its own minibatches, and is evaluated at their indices."""
 
     num_datapoints: int
     device: torch.device
@@ -143,13 +143,13 @@ class IndexedBound(Protocol):
         """The negative bound, nats per datapoint."""
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float:
-        """The same, with its gradient left in the parameters. Raises `FloatingPointError` where it is not finite."""
+        """As `loss`; adds the gradient to the parameters. Raises `FloatingPointError` if it is not finite."""
 
 
 class IndexedObjective:
-    """A bound on datapoints that `estimator` fetches by index itself, such as `MAPA_ELBO`, nats per datapoint.
+    """A bound that fetches its own datapoints by index, such as `MAPA_ELBO`, in nats per datapoint.
 
-    Used as `Objective` is; `args` is a batch of indices.
+    It has the interface of `Objective`; `args` is a batch of indices.
     """
 
     def __init__(self, model: Program, guide: Program, estimator: IndexedBound) -> None:
@@ -157,15 +157,15 @@ class IndexedObjective:
         self.elbo = math.nan
 
     def anneal(self, beta: float, entropy_weight: float) -> None:
-        """Nothing: the bound has no terms to weigh."""
+        """Do nothing: the bound has no separate terms to weight."""
 
     def begin(self, rows: int) -> None:
-        """Nothing: the bound is a mean."""
+        """Do nothing: the bound is a mean already."""
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float:
-        """The negative bound of one minibatch; its gradient is left in the parameters.
+        """Negative bound of one minibatch; adds its gradient to the parameters' `.grad`.
 
-        Raises `FloatingPointError` where it is not finite, before any gradient is taken.
+        Raises `FloatingPointError`, before any gradient is computed, if it is not finite.
         """
         with _no_nan_warnings():
             value = self._estimator.loss_and_grads(model, guide, *args)
@@ -181,7 +181,7 @@ class IndexedObjective:
 
 @contextmanager
 def _no_nan_warnings() -> Iterator[None]:
-    """Silence Pyro's warnings about NaN: here every one of them becomes an error."""
+    """Silence Pyro's NaN warnings: NaN raises an error here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered")
         yield

@@ -1,4 +1,4 @@
-"""Which tensors are trained, and the optimizer that steps them all at once."""
+"""The trainable tensors, and one optimizer for all of them."""
 
 import inspect
 import math
@@ -23,21 +23,21 @@ def trainable_parameters(
 ) -> dict[str, Tensor]:
     """The unconstrained leaf tensors to train, by a name that is the same in every process.
 
-    They are what the programs register with Pyro when run on `args`, and every parameter of an `nn.Module` that
-    *is* the model or the guide, or whose method is. With `freeze_model`, those alone that the guide depends on.
+    They are the parameters that the programs register with Pyro when run on `args`, and those of an `nn.Module` that
+    *is* the model or the guide, or owns it as a method. `freeze_model` keeps only those that the guide depends on.
 
-    Raises `InputError` where nothing is left to train, or a frozen model shares parameters with its guide.
+    Raises `InputError` if no parameter is left to train, or if a frozen model shares parameters with its guide.
     """
     candidates = [*_module_parameters(model, guide), *_registered(model, guide, args)]
     # A tensor with several names keeps its first.
-    found = {id(value): (name, value) for name, value in reversed(candidates)}
-    named = {name: value for name, value in found.values() if value.requires_grad}
+    unique = {id(value): (name, value) for name, value in reversed(candidates)}
+    named = {name: value for name, value in unique.values() if value.requires_grad}
     if freeze_model:
         named = guide_parameters(named, model, guide, args, "freeze_model=True")
     if not named:
         raise InputError(
-            "training: there is nothing to train; register parameters with pyro.param or pyro.module, or make the "
-            "model or the guide an nn.Module whose parameters require gradients"
+            "training: there are no trainable parameters. Register them with pyro.param or pyro.module, or make the "
+            "model or the guide an nn.Module."
         )
     return dict(sorted(named.items()))
 
@@ -61,8 +61,8 @@ def _registered(model: Program, guide: Program, args: tuple[Any, ...]) -> Iterat
 def _own_tensor(name: str, site: Any) -> Tensor:
     """The parameter behind a `pyro.param` site.
 
-    `pyro.module` finds the tensor of another module of that name in the store when one was trained before, and then
-    Pyro would quietly train neither: the module at hand takes its name over.
+    If another module was registered under the same name before, the store still holds its tensor, and Pyro would
+    silently train neither. The present module's parameter then replaces it in the store.
     """
     stored: Tensor = site["value"].unconstrained()
     own = site["args"][1] if len(site["args"]) > 1 else None
@@ -77,7 +77,10 @@ def _own_tensor(name: str, site: Any) -> Tensor:
 def guide_parameters(
     named: dict[str, Tensor], model: Program, guide: Program, args: tuple[Any, ...], setting: str
 ) -> dict[str, Tensor]:
-    """Those of `named` that the guide depends on; `InputError` where the model does too, which `setting` rules out."""
+    """The parameters in `named` that the guide depends on.
+
+    Raises `InputError` if the model depends on one of them too, which `setting` does not allow.
+    """
     guide_trace = poutine.trace(guide).get_trace(*args)
     sites: list[Any] = [site for site in guide_trace.nodes.values() if site["type"] == "sample"]
     draws = sum(site["value"].sum() for site in sites)
@@ -89,14 +92,16 @@ def guide_parameters(
         extended = poutine.replay(extended_model, trace=guide_trace)
         in_guide |= _touched(poutine.trace(extended).get_trace(*args).log_prob_sum(), named) - in_model
     if shared := sorted(in_guide & in_model):
-        raise InputError(f"training: {setting}, but the guide shares parameter '{shared[0]}' with the model")
+        raise InputError(
+            f"training: {setting}, but the guide shares parameter '{shared[0]}' with the model. Give each its own."
+        )
     return {name: value for name, value in named.items() if name in in_guide}
 
 
 def _touched(total: Any, named: dict[str, Tensor]) -> set[str]:
     if not named or not isinstance(total, Tensor) or not total.requires_grad:
         return set()
-    # In evaluation mode, as now, cuDNN refuses gradients of recurrent layers.
+    # cuDNN refuses gradients of recurrent layers in evaluation mode, which is on here.
     with torch.backends.cudnn.flags(enabled=False):
         gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
@@ -110,10 +115,9 @@ def clear_gradients(parameters: Iterable[Tensor]) -> None:
 class JointOptimizer(PyroOptim):
     """One torch optimizer over all parameters, for `pyro.infer.SVI`.
 
-    Pyro's own keeps one optimizer per parameter, whose gradient clipping knows that parameter only; here the norm is
-    that of the whole gradient. Parameters that first appear while training join, unless `fixed`. A step moves those
-    alone whose names `moves` accepts, all by default. It raises `FloatingPointError`, and changes nothing, when the
-    gradient is not finite.
+    Pyro's own optimizers clip the gradient of each parameter separately; this one clips the norm of the whole gradient.
+    Parameters that first appear during training are added, unless `fixed`. A step moves only the parameters whose names
+    `moves` accepts (default: all). It raises `FloatingPointError`, and changes nothing, if the gradient is not finite.
     """
 
     moves: Callable[[str], bool] | None = None
@@ -129,7 +133,7 @@ class JointOptimizer(PyroOptim):
     ) -> None:
         super().__init__(kind, options)
         if kind is torch.optim.LBFGS:
-            raise InputError("training: optimizer LBFGS does not go with noisy gradients; use Adam or another")
+            raise InputError("training: optimizer LBFGS does not support noisy gradients. Use Adam or another.")
         self.named, self.max_norm, self.fixed = dict(named), clip_norm, fixed
         try:
             self.optimizer: Optimizer = kind(list(named.values()), **self._fused(kind, options, named.values()))
@@ -138,11 +142,11 @@ class JointOptimizer(PyroOptim):
 
     @staticmethod
     def _fused(kind: type[Optimizer], options: dict[str, Any], values: Iterable[Tensor]) -> dict[str, Any]:
-        """`options` with the optimizer's fused kernel, where it has one for these values and no other is asked for."""
-        others = {"fused", "foreach", "capturable", "differentiable"}
-        known = "fused" in inspect.signature(kind).parameters and not others & set(options)
-        fit = all(value.is_floating_point() and value.device.type in ("cpu", "cuda") for value in values)
-        return {**options, "fused": True} if known and fit else options
+        """`options` plus `fused=True` if the optimizer supports it here and no implementation was chosen."""
+        choices = {"fused", "foreach", "capturable", "differentiable"}
+        offered = "fused" in inspect.signature(kind).parameters and not choices & set(options)
+        supported = all(value.is_floating_point() and value.device.type in ("cpu", "cuda") for value in values)
+        return {**options, "fused": True} if offered and supported else options
 
     def set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -160,7 +164,7 @@ class JointOptimizer(PyroOptim):
         clear_gradients(self.named.values())
 
     def _norm(self) -> float:
-        """The norm of the whole gradient, which is brought down to the bound if there is one."""
+        """Norm of the whole gradient before clipping; clips the gradient if there is a bound."""
         if self.max_norm is not None:
             return float(clip_grad_norm_(list(self.named.values()), self.max_norm))
         gradients = [value.grad for value in self.named.values() if value.grad is not None]
@@ -170,11 +174,11 @@ class JointOptimizer(PyroOptim):
         known = {id(value) for value in self.named.values()}
         unknown = [value for value in params if value.grad is not None and id(value) not in known]
         names = ((pyro.get_param_store().param_name(value), value) for value in unknown)
-        fresh = {f"store:{name}": value for name, value in names if name}
-        for name, value in sorted(fresh.items()):
+        added = {f"store:{name}": value for name, value in names if name}
+        for name, value in sorted(added.items()):
             self._add(name, value)
-        # In one order whenever they joined: the norm is a sum, and a resumed run must round it alike.
-        self.named = dict(sorted(self.named.items())) if fresh else self.named
+        # The norm is a sum: a fixed order makes a resumed run round it in the same way.
+        self.named = dict(sorted(self.named.items())) if added else self.named
 
     def _add(self, name: str, value: Tensor) -> None:
         self.named[name] = value
@@ -182,7 +186,7 @@ class JointOptimizer(PyroOptim):
         self.optimizer.add_param_group({"params": [value], **group})
 
     def get_state(self) -> dict[str, Any]:
-        """The optimizer's state of each parameter, by name, copied."""
+        """A copy of the optimizer's state of each parameter, by name."""
         states = {name: self.optimizer.state.get(value, {}) for name, value in self.named.items()}
         return {
             name: {key: item.clone() if isinstance(item, Tensor) else item for key, item in state.items()}
@@ -190,15 +194,15 @@ class JointOptimizer(PyroOptim):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take over what `get_state` returned, also for parameters that joined later.
+        """Restore the result of `get_state`, including parameters that were added during training.
 
-        Raises `InputError` for a name that neither the optimizer nor the param store knows.
+        Raises `InputError` for a name that is neither in the optimizer nor in the param store.
         """
         store = pyro.get_param_store()
         for name in sorted(set(state) - set(self.named)):
             bare = name.removeprefix("store:")
             if bare not in store:
-                raise InputError(f"checkpoint: its optimizer holds parameter '{bare}', which the model and guide lack")
+                raise InputError(f"its optimizer state has parameter '{bare}', which the model and the guide lack")
             self._add(name, store._params[bare])
         self.named = dict(sorted(self.named.items()))
         for name, entries in state.items():
@@ -206,6 +210,6 @@ class JointOptimizer(PyroOptim):
             self.optimizer.state[value] = {key: self._like(item, key, value) for key, item in entries.items()}
 
     def _like(self, item: Any, key: str, value: Tensor) -> Any:
-        # Optimizers that are not fused keep their step counter on the CPU; everything else lies beside the parameter.
+        # Optimizers that are not fused keep their step counter on the CPU, and all else on the parameter's device.
         fused = self.optimizer.param_groups[0].get("fused")
         return item.to(value.device) if isinstance(item, Tensor) and (fused or key != "step") else item

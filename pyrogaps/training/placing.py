@@ -1,4 +1,4 @@
-"""Where modules and minibatches lie while they are trained, and in which mode modules are left."""
+"""The device of modules and minibatches during training, and the modules' mode afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from pyrogaps.training.weights import all_modules
 
 
 def place(modules: list[nn.Module], device: torch.device | str | None) -> torch.device:
-    """Move `modules` to `device`, if one is given; the device of the parameters."""
+    """Move `modules` to `device`, if given; returns the device of the parameters."""
     if device is not None:
         for module in modules:
             module.to(device)
@@ -22,7 +22,7 @@ def place(modules: list[nn.Module], device: torch.device | str | None) -> torch.
 
 
 def on_device(data: IndexedData, device: torch.device | str | None) -> IndexedData:
-    """`data` whose tensors are moved to `device`, if one is given, as they are fetched."""
+    """`data` with tensors moved to `device`, if given, when they are fetched."""
     if device is None:
         return data
 
@@ -34,7 +34,7 @@ def on_device(data: IndexedData, device: torch.device | str | None) -> IndexedDa
 
 @contextmanager
 def modes_restored(model: Program, guide: Program) -> Iterator[None]:
-    """Put every module back into training or evaluation mode, as it was."""
+    """Restore the training or evaluation mode of every module on exit."""
     modes = {module: module.training for top in all_modules(model, guide) for module in top.modules()}
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a step may depend on besides its arguments: the programs' plain attributes, hooks, buffers and random state."""
+"""State a step may depend on besides its arguments: attributes, hooks, buffers and random state of the programs."""
 
 import inspect
 from collections.abc import Iterator, Sized
@@ -13,18 +13,18 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 class Watched:
-    """A model and a guide with the modules behind them, watched for state that no record of a step would follow."""
+    """Watches a model, a guide and their modules for state that a recorded step would not follow."""
 
     def __init__(self, programs: list[Program], tops: list[nn.Module]) -> None:
         self._programs = programs
         self._modules = list(dict.fromkeys(module for top in tops for module in top.modules()))
 
     def settings(self) -> str:
-        """Attributes and variables that are numbers, words or switches: the same in another process."""
+        """Attributes and variables that are numbers, strings or booleans; equal in every process."""
         return repr([(name, value) for name, value in self._variables() if isinstance(value, PLAIN)])
 
     def state(self) -> list[tuple[str, Any]]:
-        """What a step through the programs must not change if it is to be recorded; for this process alone.
+        """State that a step must not change if it is to be recorded; comparable only within this process.
 
         Buffers may change in place, because a record changes them as well.
         """
@@ -32,7 +32,7 @@ class Watched:
         return [(name, _token(value, buffers)) for name, value in self._variables()]
 
     def is_opaque(self) -> bool:
-        """Whether hooks or recurrent layers stand in the way of a record."""
+        """Whether hooks or recurrent layers prevent recording."""
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         return any(
             isinstance(module, nn.RNNBase) or any(getattr(module, name) for name in hooks) for module in self._modules
@@ -48,13 +48,13 @@ class Watched:
         for number, program in enumerate(self._programs):
             function = inspect.unwrap(getattr(program, "__func__", program))
             if inspect.isfunction(function):
-                found = inspect.getclosurevars(function)
-                for name, value in (*found.nonlocals.items(), *found.globals.items()):
+                variables = inspect.getclosurevars(function)
+                for name, value in (*variables.nonlocals.items(), *variables.globals.items()):
                     yield f"program {number}.{name}", value
 
 
 def _token(value: Any, buffers: set[int]) -> Any:
-    """Something that differs when `value` has been changed or replaced."""
+    """A token that differs once `value` has been changed or replaced."""
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor):
@@ -63,7 +63,7 @@ def _token(value: Any, buffers: set[int]) -> Any:
 
 
 class Snapshot:
-    """Torch's global random state, on the CPU and on `device`, and the values of `buffers`, as they are now."""
+    """A copy of torch's global random state, on the CPU and on `device`, and of the values of `buffers`."""
 
     def __init__(self, buffers: list[Tensor], device: torch.device) -> None:
         self._buffers, self._values = buffers, [value.clone() for value in buffers]
@@ -81,7 +81,7 @@ class Snapshot:
             torch.cuda.set_rng_state(self._random[1], self._device)
 
     def is_like(self, other: "Snapshot") -> bool:
-        """Whether both have the same random state, and buffers that differ by rounding alone."""
+        """Whether both have the same random state, and buffers that are equal up to rounding."""
         if not all(torch.equal(left, right) for left, right in zip(self._random, other._random, strict=True)):
             return False
         pairs = zip(self._values, other._values, strict=True)

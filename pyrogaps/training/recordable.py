@@ -1,4 +1,4 @@
-"""Losses that can be recorded: tensors from end to end, no number read off on the way."""
+"""Losses that can be recorded: computed in tensors throughout, without reading a value."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from pyrogaps.density.runs import Program
 
 
 def is_recordable(estimator: Any) -> bool:
-    """Whether `estimator` is a loss that `tensor_loss` knows: Pyro's `Trace_ELBO`, or one that says `recordable`.
+    """Whether `tensor_loss` supports `estimator`: Pyro's `Trace_ELBO`, or a class that sets `recordable = True`.
 
-    Subclasses may do anything in a step, so that they do not inherit it.
+    Subclasses do not inherit the attribute, because they may override any part of a step.
     """
     kind = type(estimator)
     return kind is Trace_ELBO or vars(kind).get("recordable", False) is True
@@ -22,9 +22,9 @@ def is_recordable(estimator: Any) -> bool:
 def tensor_loss(estimator: Any, model: Program, guide: Program, args: tuple[Any, ...]) -> Tensor:
     """The estimator's `differentiable_loss`.
 
-    `Trace_ELBO` sums its value in Python's floats, which reads them off; here it is summed in tensors.
+    `Trace_ELBO` sums Python floats, which reads values from tensors; this function sums tensors instead.
 
-    Raises `NotImplementedError` for a guide whose draws are not all reparametrised.
+    Raises `NotImplementedError` if a draw of the guide is not reparametrised.
     """
     if type(estimator) is not Trace_ELBO:
         loss: Tensor = estimator.differentiable_loss(model, guide, *args)

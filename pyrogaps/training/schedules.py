@@ -10,7 +10,7 @@ from pyrogaps.errors import InputError
 class Schedule(ABC):
     """`schedule(epoch)` multiplies the base learning rate in that epoch, counted from 0.
 
-    Any function of that form serves as well; the classes exist so that a recipe can name one.
+    Any function with this signature works too; the classes exist so that a recipe can name one.
     """
 
     @abstractmethod
@@ -34,7 +34,7 @@ class Exponential(Schedule):
 
     def __post_init__(self) -> None:
         if not 0 < self.decay <= 1:
-            raise InputError(f"schedule: decay must lie in (0, 1], got {self.decay}")
+            raise InputError(f"schedule: decay must be in (0, 1], got {self.decay}")
 
     def __call__(self, epoch: int) -> float:
         return self.decay**epoch
@@ -42,7 +42,7 @@ class Exponential(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Half a cosine from 1 in the first epoch to `final` in the last of `num_epochs`, and `final` from then on."""
+    """Half a cosine from 1 in the first epoch to `final` in the last of `num_epochs`; `final` afterwards."""
 
     num_epochs: int
     final: float = 0.0
@@ -50,7 +50,7 @@ class Cosine(Schedule):
     def __post_init__(self) -> None:
         _check_num_epochs(self.num_epochs)
         if not 0 <= self.final <= 1:
-            raise InputError(f"schedule: final must lie in [0, 1], got {self.final}")
+            raise InputError(f"schedule: final must be in [0, 1], got {self.final}")
 
     def __call__(self, epoch: int) -> float:
         progress = min(1.0, epoch / max(1, self.num_epochs - 1))
@@ -59,10 +59,10 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Staircase(Schedule):
-    """Steps of growing length: 10^(-i/(S-1)) for 3^i epochs, i = 0 .. S-1, with S = `num_stages`.
+    """Stages of growing length: 10^(-i/(S-1)) for 3^i epochs, i = 0 .. S-1, with S = `num_stages`.
 
-    With 8 stages, 1 + 3 + ... + 3^7 = 3,280 epochs (Burda, Grosse and Salakhutdinov, arXiv:1509.00519). Another
-    `num_epochs` stretches or shrinks every stage alike. After the last stage its multiplier, 1/10, stays.
+    With 8 stages, 1 + 3 + ... + 3^7 = 3,280 epochs (Burda, Grosse and Salakhutdinov, arXiv:1509.00519). A different
+    `num_epochs` scales all stages equally. After the last stage its multiplier, 1/10, is kept.
     """
 
     num_epochs: int = 3280
@@ -74,7 +74,7 @@ class Staircase(Schedule):
             raise InputError(f"schedule: num_stages must be at least 2, got {self.num_stages}")
 
     def __call__(self, epoch: int) -> float:
-        # Stage i begins after a share (3^i - 1) / (3^S - 1) of the epochs; in integers, so no rounding moves a step.
+        # Stage i begins after a share (3^i - 1) / (3^S - 1) of the epochs. Integers keep rounding from moving a stage.
         last = self.num_stages - 1
         share = epoch * (3**self.num_stages - 1)
         stage = sum(share >= self.num_epochs * (3**i - 1) for i in range(1, last + 1))

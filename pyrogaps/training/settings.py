@@ -1,4 +1,4 @@
-"""What training is told, `Training`, and what it reports, `TrainingResult`."""
+"""`Training`, the settings of a training run, and `TrainingResult`, its outcome."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from pyrogaps.errors import InputError
 
 @dataclass(frozen=True)
 class Training:
-    """The settings of `train`, which documents them; `train(model, guide, data, **vars(settings))` applies them.
+    """The settings of `train`, documented there; apply them by `train(model, guide, data, **vars(settings))`.
 
     Raises `InputError` for a setting out of range.
     """
@@ -45,7 +45,10 @@ class Training:
         self._check("guide_steps", self.guide_steps >= 0, "0 or more")
         self._check("mode", self.mode in ("eager", "captured"), "eager or captured")
         if self.guide_steps and self.freeze_model:
-            raise InputError("training: guide_steps run ahead of the model's steps, of which freeze_model leaves none")
+            raise InputError(
+                "training: guide_steps has no effect with freeze_model, because the model takes no steps. Set "
+                "guide_steps to 0, or freeze_model to False."
+            )
         if self.objective is not None:
             self._check_objective(type(self.objective).__name__)
 
@@ -55,13 +58,16 @@ class Training:
 
     def _check_objective(self, name: str) -> None:
         if not hasattr(self.objective, "differentiable_loss"):
-            raise InputError(f"training: objective {name} has no differentiable_loss; use pyrogaps.IWAE_ELBO")
+            raise InputError(
+                f"training: objective {name} has no method differentiable_loss. Use one that has, such as "
+                "pyrogaps.IWAE_ELBO."
+            )
         if self.num_particles != 1:
-            raise InputError(f"training: objective {name} has a num_particles of its own; set it there")
+            raise InputError(f"training: num_particles does not apply to objective {name}. Set it on the objective.")
         if self.kl_warmup or self.entropy_annealing:
             raise InputError(
-                f"training: kl_warmup and entropy_annealing weigh the terms of the ELBO, not of objective {name}; "
-                "leave them at 0"
+                f"training: kl_warmup and entropy_annealing do not apply to objective {name}, only to the ELBO. Leave "
+                "them at 0."
             )
 
     def rate(self, epoch: int) -> float:
@@ -87,14 +93,14 @@ def _ramp(epoch: int, length: int) -> float:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The course of a training run.
+    """The outcome of a training run.
 
-    `history` has one entry per epoch under each key: `train_elbo`, the ELBO in nats per datapoint averaged over the
-    epoch's minibatches while the weights were moving; `validation_elbo`, of the weights at the epoch's end, where
-    validation data were given; `learning_rate`. Both bounds are plain ELBOs, without warm-up or annealing weights,
-    or those of the `objective` that was trained. `mutual_information` has one for each epoch with `guide_steps`.
-    `best_epoch`, counted from 1, is the epoch whose weights the model and the guide now hold. `mode` says how most
-    steps were taken in the end: through Pyro ("eager"), or by replaying a recorded step ("captured").
+    `history` has one entry per epoch under each key: `train_elbo`, the ELBO in nats per datapoint, averaged over the
+    epoch's minibatches while the weights were moving; `validation_elbo`, that of the weights at the epoch's end, if
+    there are validation data; `learning_rate`. Both are plain ELBOs, without warm-up or annealing weights, or values of
+    the `objective` that was trained. `mutual_information` has one entry for each epoch with `guide_steps`. `best_epoch`
+    is the epoch, counted from 1, whose weights the model and the guide now hold. `mode` is the mode of most steps at
+    the end of training: through Pyro ("eager"), or by replaying a recorded step ("captured").
     """
 
     history: dict[str, list[float]]

@@ -1,4 +1,4 @@
-"""Checks before the first step: do model, guide and minibatches go together?"""
+"""Checks before the first step: whether model, guide and minibatches fit together."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ Shapes = dict[str, torch.Size]
 
 
 def check_minibatches(model: Program, guide: Program, data: IndexedData, rows: int) -> None:
-    """Refuse a guide that has parameters of its own for each datapoint where minibatches of `rows` are asked for.
+    """Raise `InputError` for a guide with parameters for each datapoint, when minibatches have `rows` rows.
 
-    Such a guide would take any minibatch of the size it was set up with, and share the parameters among all of them
-    without a word, so the pair is tried on one row more.
+    Such a guide accepts every minibatch of the size it was set up with and silently shares its parameters among all of
+    them. The check therefore also runs the pair on one more row.
 
-    Raises `InputError`; the param store is then as it was.
+    On an error the param store is restored.
     """
     store = pyro.get_param_store()
     names = set(store.keys())
@@ -34,14 +34,14 @@ def check_minibatches(model: Program, guide: Program, data: IndexedData, rows: i
 
 
 def _check(model: Program, guide: Program, data: IndexedData, rows: int) -> None:
-    few, more = (data.fetch(torch.arange(size)) for size in (rows, rows + 1))
+    minibatch, larger = (data.fetch(torch.arange(size)) for size in (rows, rows + 1))
     with torch.no_grad():
-        expected, local = _model_shapes(model, few, more, rows)
+        expected, local = _model_shapes(model, minibatch, larger, rows)
         if local and any(_is_unamortized(part) for part in _parts(guide)):
             raise _tied(guide, rows)
-        _latent_shapes(guide, few)
+        _latent_shapes(guide, minibatch)
         try:
-            drawn = _latent_shapes(guide, more)
+            drawn = _latent_shapes(guide, larger)
         except (ValueError, RuntimeError, IndexError, AssertionError) as error:
             raise _tied(guide, rows) from error
     if any(drawn.get(name, expected[name]) != expected[name] for name in local):
@@ -49,28 +49,30 @@ def _check(model: Program, guide: Program, data: IndexedData, rows: int) -> None
 
 
 def refuse_global_latents(model: Program, data: IndexedData, rows: int) -> None:
-    """Refuse latents of which there are as many for `rows` datapoints as for one more: each process would count them.
+    """Raise `InputError` for latents outside the data plate, which every process would count in full.
 
-    For models alone whose plates do not say how many datapoints there are in all. Raises `InputError`.
+    Needed only for models whose plates do not declare the full number of datapoints. A latent is outside the plate if
+    its shape is the same for `rows` datapoints as for one more.
     """
-    few, more = (data.fetch(torch.arange(size)) for size in (rows, rows + 1))
+    minibatch, larger = (data.fetch(torch.arange(size)) for size in (rows, rows + 1))
     with torch.no_grad():
-        found, local = _model_shapes(model, few, more, rows)
-    for name in found:
+        shapes, local = _model_shapes(model, minibatch, larger, rows)
+    for name in shapes:
         if name not in local:
             raise InputError(
-                f"site '{name}': is outside the data plate, and every process would count it in full; give the plate "
-                "the data's size, as in pyro.plate('data', N, subsample_size=len(x)), or train in one process"
+                f"site '{name}': lies outside the data plate, so every process would count it in full. Declare the "
+                "plate's full size, pyro.plate('data', N, subsample_size=len(x)), or use one process."
             )
 
 
-def _model_shapes(model: Program, few: Any, more: Any, rows: int) -> tuple[Shapes, set[str]]:
-    before = _latent_shapes(model, few)
+def _model_shapes(model: Program, minibatch: Any, larger: Any, rows: int) -> tuple[Shapes, set[str]]:
+    """Shapes of the latents for the larger minibatch, and the names of those that depend on its size."""
+    before = _latent_shapes(model, minibatch)
     try:
-        after = _latent_shapes(model, more)
+        after = _latent_shapes(model, larger)
     except (ValueError, RuntimeError, IndexError, AssertionError) as error:
         raise InputError(
-            f"model: runs on {rows} datapoints but not on {rows + 1}; size its plates by the data, as in "
+            f"model: runs on {rows} datapoints but not on {rows + 1}. Size its plates by the data, as in "
             "pyro.plate('data', len(x))"
         ) from error
     return after, {name for name, shape in after.items() if before.get(name) != shape}
@@ -78,7 +80,7 @@ def _model_shapes(model: Program, few: Any, more: Any, rows: int) -> tuple[Shape
 
 def _latent_shapes(program: Program, args: tuple[Any, ...]) -> Shapes:
     trace = poutine.trace(program).get_trace(*args)
-    # Scoring brings out sizes that clash; drawing alone may not.
+    # Sizes that clash may raise an error only when the sites are scored.
     trace.compute_log_prob()
     sites: dict[str, Any] = {name: trace.nodes[name] for name in trace.stochastic_nodes}
     return {name: site["value"].shape for name, site in sites.items() if not site_is_subsample(site)}
@@ -89,13 +91,13 @@ def _parts(guide: Program) -> list[Any]:
 
 
 def _is_unamortized(guide: Any) -> bool:
-    """Whether this is an autoguide with a parameter for each element of the latents it was set up with."""
+    """Whether this is an autoguide with one parameter per latent element of its setup data."""
     return isinstance(guide, AutoGuide) and not isinstance(guide, AutoCallable) and guide.create_plates is None
 
 
 def _tied(guide: Program, rows: int) -> InputError:
     name = getattr(guide, "__qualname__", type(guide).__name__)
     return InputError(
-        f"training: guide {name} has parameters for each of {rows} datapoints, so it cannot be trained in minibatches "
-        "or take validation data; set batch_size to the size of the data set, in one process, or use an amortized guide"
+        f"training: guide {name} has parameters for each of {rows} datapoints, which minibatches and validation data "
+        "do not support. Use an amortized guide, or set batch_size to the size of the data set in one process."
     )

@@ -1,4 +1,4 @@
-"""Taking the steps of a training run, through Pyro or by replaying the record of one."""
+"""The steps of a training run, through Pyro or by replaying a recorded step."""
 
 import hashlib
 import time
@@ -15,14 +15,14 @@ from pyrogaps.training.parameters import JointOptimizer, clear_gradients
 from pyrogaps.training.programs import Snapshot, Watched
 from pyrogaps.training.record import Arguments, Outcome, Record, agree
 
-# Steps of a kind that go through Pyro before one is recorded: recording takes as long as some dozens of them.
+# Steps of a kind through Pyro before one is recorded: recording costs as much as a few dozen steps.
 WARM_UP = 50
-# A record is compared with Pyro at its first two uses, then ever more rarely, and at last once in so many.
-RARELY = 256
-# At this use it is decided whether a record is faster than Pyro: both have then been timed four times.
-DECIDING = 16
-# So many kinds of steps are told apart. Where there are more, the arguments vary too much for records to pay.
-MOST_KINDS = 64
+# Longest period between comparisons of a record with Pyro, in uses; new records are compared more often.
+COMPARISON_PERIOD = 256
+# The use at which the faster of record and Pyro is chosen: both have then been timed four times.
+DECISION_USE = 16
+# Largest number of kinds of steps. With more, the arguments vary too much for records to save time.
+MAX_KINDS = 64
 
 
 class EagerSteps:
@@ -32,7 +32,7 @@ class EagerSteps:
         self._objective, self._eager = objective, eager
 
     def begin_epoch(self) -> None:
-        """Nothing: there is no record that could have become stale."""
+        """Do nothing: there are no records to update."""
 
     @property
     def mode(self) -> Literal["eager", "captured"]:
@@ -40,33 +40,33 @@ class EagerSteps:
         return "eager"
 
     def share(self, indices: Tensor) -> Tensor:
-        """What of a minibatch the next step takes in this process."""
+        """The part of a minibatch that this process takes in the next step."""
         return indices
 
     def __call__(self, args: tuple[Any, ...], rows: int) -> float:
-        """Take a step on a minibatch of `rows` datapoints; returns the loss, nats per datapoint.
+        """Take a step on a minibatch of `rows` datapoints; returns the loss in nats per datapoint.
 
-        Raises `FloatingPointError`, before anything is changed, where loss or gradient are not finite.
+        Raises `FloatingPointError`, before anything is changed, if the loss or the gradient is not finite.
         """
         self._objective.begin(rows)
         return float(self._eager(*args))
 
     def get_state(self) -> dict[str, Any]:
-        """What another process needs to go on just as this one would."""
+        """The state that a resumed run needs to continue identically."""
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take over what `get_state` returned."""
+        """Restore the result of `get_state`."""
 
 
 class RecordedSteps(EagerSteps):
-    """Steps of one kind (shapes, settings, annealing) go through Pyro at first, and are then replayed from a record.
+    """Steps of each kind (shapes, settings, annealing) run through Pyro first, then replay a record.
 
-    A record is compared with Pyro from the same random state: loss, gradients, buffers, and the random state after it.
-    Where a step cannot be recorded, or its record disagrees, all later steps go through Pyro. That is silent, unless
-    the record has been used in between. Where it agrees its own results are used all the same, so that a run that was
-    broken off goes on bit for bit, whenever it is compared. Comparisons time both as well: a kind whose record is no
-    faster than Pyro goes through Pyro from then on. That verdict is part of the state, for the same reason.
+    A comparison runs Pyro and the record from the same random state and compares losses, gradients, buffers and the
+    random state afterwards. If a step cannot be recorded, or its record disagrees, all later steps go through Pyro,
+    with a warning only if the record had been used without comparison. If they agree, the record's result is used even
+    then, so that a resumed run continues bit for bit wherever its comparisons fall. Comparisons also time both: a kind
+    whose record is no faster goes through Pyro from then on. This choice is part of the state, for the same reason.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class RecordedSteps(EagerSteps):
         self._given_up |= self._watched.is_opaque() or torch.is_autocast_enabled(self._device.type)
 
     def __call__(self, args: tuple[Any, ...], rows: int) -> float:
-        self._forget_what_is_stale()
+        self._drop_stale_records()
         if self._given_up or self._has_hooks():
             return super().__call__(args, rows)
         arguments = Arguments(args)
         kind = f"{arguments.key} {self._bound.kind}"
-        if kind not in self._uses and len(self._uses) == MOST_KINDS:
+        if kind not in self._uses and len(self._uses) == MAX_KINDS:
             return super().__call__(args, rows)
         self._uses[kind] = use = self._uses.get(kind, 0) + 1
         if use < WARM_UP or not self._faster.get(kind, True):
@@ -122,12 +122,12 @@ class RecordedSteps(EagerSteps):
         self._faster = dict(state.get("faster", {}))
         self._given_up = state.get("given_up", False)
 
-    def _forget_what_is_stale(self) -> None:
-        """Drop records from before the programs' settings changed, or parameters joined."""
+    def _drop_stale_records(self) -> None:
+        """Drop all records if the programs' settings changed or parameters were added."""
         version = f"{self._settings} {len(self._optimizer.named)} {len(pyro.get_param_store())}"
         if version != self._version:
-            for kept in (self._records, self._uses, self._faster):
-                kept.clear()
+            for table in (self._records, self._uses, self._faster):
+                table.clear()
             self._version = version
 
     def _has_hooks(self) -> bool:
@@ -135,39 +135,39 @@ class RecordedSteps(EagerSteps):
         return any(value._backward_hooks or value._post_accumulate_grad_hooks for value in values)
 
     def _watched_step(self, args: tuple[Any, ...], rows: int) -> float:
-        """A step through Pyro after which it is known whether steps change what no record would."""
+        """A step through Pyro; gives up recording if it changes state that a record would not change."""
         before = self._watched.state()
         loss = super().__call__(args, rows)
         self._given_up = self._watched.state() != before
         return loss
 
     def _outcome(self, kind: str, arguments: Arguments, args: tuple[Any, ...], rows: int) -> Outcome | None:
-        """What the record of a kind gives; None, with everything as before, where there can be none."""
+        """The outcome of a kind's record; None, with nothing changed, if no record is possible."""
         record = self._records.get(kind)
         self._bound.begin(rows)
-        if record is not None and not record.is_due(RARELY):
+        if record is not None and not record.is_due(COMPARISON_PERIOD):
             return record(self._bound, arguments)
         start = Snapshot(self._watched.buffers(), self._device)
         try:
             if record is None:
                 record = self._records[kind] = Record(self._bound, list(self._optimizer.named.values()), arguments)
                 start.restore()
-            found = self._compared(record, arguments, args, rows, start)
+            outcome = self._compared(record, arguments, args, rows, start)
             self._decide(kind, record)
         except FloatingPointError:
             raise
-        except Exception:  # tracing, and programs that are traced, raise anything
-            found = None
-        if found is None:
+        except Exception:  # tracing a program can raise anything
+            outcome = None
+        if outcome is None:
             self._give_up(record)
             start.restore()
-        return found
+        return outcome
 
     def _compared(
         self, record: Record, arguments: Arguments, args: tuple[Any, ...], rows: int, start: Snapshot
     ) -> Outcome | None:
-        """What a record gives; None where Pyro gives something else."""
-        # The thread's own time: on a busy machine time on the wall says little.
+        """The outcome of a record; None if Pyro's outcome differs."""
+        # Thread time, because wall time is unreliable on a busy machine.
         began = time.thread_time()
         expected = self._through_pyro(args, rows)
         by_pyro = time.thread_time() - began
@@ -175,14 +175,14 @@ class RecordedSteps(EagerSteps):
         start.restore()
         self._bound.begin(rows)
         began = time.thread_time()
-        found = record(self._bound, arguments)
+        outcome = record(self._bound, arguments)
         record.time(by_pyro, time.thread_time() - began)
-        same = Snapshot(self._watched.buffers(), self._device).is_like(end) and agree(found, expected)
-        return found if same else None
+        same = Snapshot(self._watched.buffers(), self._device).is_like(end) and agree(outcome, expected)
+        return outcome if same else None
 
     def _decide(self, kind: str, record: Record) -> None:
-        """Once, whether steps of a kind are replayed from now on."""
-        if kind not in self._faster and record.num_uses >= DECIDING:
+        """Decide, once per kind, whether its steps are replayed from now on."""
+        if kind not in self._faster and record.num_uses >= DECISION_USE:
             self._faster[kind] = record.is_faster
             if not record.is_faster:
                 del self._records[kind]
@@ -201,8 +201,8 @@ class RecordedSteps(EagerSteps):
         self._records.clear()
         if record is not None and record.num_uses > 2:
             warnings.warn(
-                "training: the model or the guide has changed in what neither arguments nor parameters hold, and some "
-                "steps may have been taken as if it had not; set mode='eager'",
+                "training: the model or the guide depends on state that changed during training. Some steps may have "
+                "used its old value; set mode='eager'.",
                 stacklevel=2,
             )
 

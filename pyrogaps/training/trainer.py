@@ -33,7 +33,7 @@ from pyrogaps.training.weights import all_modules, copy_weights, put_weights
 
 
 class Trainer:
-    """One training run. A step is a minibatch; an epoch, a pass over the data; randomness is seeded by epoch."""
+    """One training run. A step uses one minibatch, an epoch all data; each epoch has its own random stream."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Trainer:
         self.data = on_device(as_indexed(data), device)
         self.validation = None if validation is None else on_device(as_indexed(validation), device)
         self.batch_size = min(settings.batch_size, len(self.data))
-        # A guide with auxiliary variables is trained with the model that has a reverse model for them.
+        # A guide with auxiliary variables needs a model that includes a reverse model for them.
         self.augmented = augmented(model, guide)
         self.indexed = settings.objective if isinstance(settings.objective, IndexedBound) else None
         self.objective = self._objective()
@@ -71,14 +71,18 @@ class Trainer:
         name = type(bound).__name__
         if len(self.data) != bound.num_datapoints:
             raise InputError(
-                f"training: objective {name} holds {bound.num_datapoints} datapoints, not the {len(self.data)} given"
+                f"training: objective {name} was built with {bound.num_datapoints} datapoints, but data has "
+                f"{len(self.data)}. Pass the same data to both."
             )
         if bound.device.type != self.device.type:
             raise InputError(
-                f"training: objective {name} holds its data on {bound.device.type}; move them to {self.device}"
+                f"training: the data of objective {name} are on {bound.device.type}, the modules on {self.device}. "
+                f"Build the objective with data on {self.device}."
             )
         if self.validation is not None:
-            raise InputError(f"training: objective {name} is a bound on its own data alone; leave out validation data")
+            raise InputError(
+                f"training: objective {name} does not support validation data. Leave out validation and patience."
+            )
         return IndexedObjective(self.augmented, self.guide, bound)
 
     def _steps(self, eager: Callable[..., Any]) -> EagerSteps:
@@ -92,13 +96,13 @@ class Trainer:
         return RecordedSteps(objective, eager, self.optimizer, watched, self.device)
 
     def _args(self, data: IndexedData, indices: Tensor) -> tuple[Any, ...]:
-        """What a step takes."""
+        """The arguments of a step: indices for an indexed objective, else the data."""
         return (indices,) if self.indexed is not None else tuple(data.fetch(indices))
 
     def _set_up(self) -> JointOptimizer:
-        """Run the pair once, under the caller's validation, so that parameters exist and mistakes show."""
+        """Check and run the pair once, with the caller's validation setting; creates the optimizer."""
         size, shared = len(self.data), world_size() > 1
-        # In several processes, what the pair is given is a share.
+        # In several processes the pair runs on a share of a minibatch.
         rows = min(-(-self.batch_size // world_size()), size - 1)
         if rows and (self.batch_size < size or self.validation is not None or shared):
             check_minibatches(self.augmented, self.guide, self.data, rows)
@@ -123,7 +127,8 @@ class Trainer:
         state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer, self.steps)
         if state.epoch > self.settings.num_epochs:
             raise InputError(
-                f"checkpoint {path}: has run {state.epoch} epochs, more than num_epochs={self.settings.num_epochs}"
+                f"checkpoint {path}: has run {state.epoch} epochs, more than num_epochs={self.settings.num_epochs}. "
+                "Raise num_epochs or use another file."
             )
         self._clear_gradients()
         try:
@@ -136,7 +141,7 @@ class Trainer:
         return TrainingResult(state.history, state.best_epoch, state.epoch, exhausted, self.steps.mode)
 
     def _clear_gradients(self) -> None:
-        # A frozen model's parameters collect gradients too, though nothing steps them.
+        # A frozen model's parameters accumulate gradients too, although no optimizer steps them.
         clear_gradients(value for module in all_modules(self.model, self.guide) for value in module.parameters())
         clear_gradients(self.optimizer.named.values())
 
@@ -160,7 +165,7 @@ class Trainer:
         self.optimizer.set_rate(chosen.rate(epoch))
         self.objective.anneal(chosen.beta(epoch), chosen.entropy_weight(epoch))
         elbo, self.optimizer.moves = 0.0, None
-        ahead = self.ahead if self.ahead is not None and self.ahead.goes_on(state.history) else None
+        ahead = self.ahead if self.ahead is not None and self.ahead.is_active(state.history) else None
         with self._training(epoch):
             self.steps.begin_epoch()
             batches = self._minibatches()
@@ -186,7 +191,7 @@ class Trainer:
             raise FloatingPointError(f"{error} at step {step + 1}") from None
 
     def _finish_epoch(self, state: State, elbo: float) -> None:
-        # Buffers are each process's own, and processors of different kinds round differently.
+        # Buffers differ between processes, and different processors round weights differently.
         share_weights(self.model, self.guide)
         entries = {"train_elbo": elbo, "learning_rate": self.settings.rate(state.epoch)}
         score = -math.inf
@@ -194,12 +199,12 @@ class Trainer:
             entries["validation_elbo"] = score = self._validate(self.validation)
         for name, value in entries.items():
             state.history.setdefault(name, []).append(value)
-        # Bounds of differently annealed epochs do not compete: until the ELBO itself is trained, the newest is best.
-        contest = self.validation is not None and self.settings.annealed(state.epoch)
+        # Scores are comparable only once the ELBO itself is trained; before that the newest weights are kept.
+        comparable = self.validation is not None and self.settings.annealed(state.epoch)
         state.epoch += 1
-        if not contest or score > state.best_score:
+        if not comparable or score > state.best_score:
             state.best, state.best_epoch = copy_weights(self.model, self.guide), state.epoch
-            state.best_score = score if contest else -math.inf
+            state.best_score = score if comparable else -math.inf
 
     def _is_exhausted(self, state: State) -> bool:
         patience = self.settings.patience
@@ -209,7 +214,7 @@ class Trainer:
         if self.indexed is not None:
             return self.indexed.minibatches(self.batch_size)
         if self.batch_size == len(self.data):
-            # In order: a guide may have parameters for each datapoint.
+            # Not shuffled: a guide may have parameters for each datapoint.
             return [torch.arange(self.batch_size)]
         return list(torch.randperm(len(self.data), device="cpu").split(self.batch_size))
 
@@ -238,19 +243,19 @@ class Trainer:
 
     @contextmanager
     def _training(self, epoch: int) -> Iterator[None]:
-        # A frozen model keeps its buffers, batch statistics among them, as well as its parameters.
+        # A frozen model also keeps its buffers, such as batch statistics.
         frozen = {id(module) for module in modules_of(self.model)} if self.settings.freeze_model else set()
         for top in all_modules(self.model, self.guide):
             for module in top.modules():
-                # cuDNN takes gradients through recurrent layers in training mode only.
+                # cuDNN computes gradients of recurrent layers in training mode only.
                 module.training = id(top) not in frozen or isinstance(module, nn.RNNBase)
-        # Without Pyro's checks a value that is not finite reaches the loss, where one error answers for all.
+        # Without Pyro's checks, values that are not finite reach the loss, which raises one error for all causes.
         with seeded(self.seed, "training", "epoch", epoch, device=self.device), pyro.validation_enabled(False):
             yield
 
     def _diverged(self, error: FloatingPointError, state: State) -> str:
-        kept = f"those of epoch {state.best_epoch}" if state.best_epoch else "the initial ones"
+        restored = f"those of epoch {state.best_epoch}" if state.best_epoch else "the initial ones"
         return (
-            f"training: epoch {state.epoch + 1}: {error}; lower learning_rate, set clip_norm, or look for NaN and "
-            f"outliers in the data (the best weights so far, {kept}, are restored)"
+            f"training: epoch {state.epoch + 1}: {error}. Lower learning_rate, set clip_norm, or check the data for "
+            f"NaN and outliers. The best weights so far ({restored}) have been restored."
         )

@@ -1,4 +1,4 @@
-"""What is done to the sites of a model and a guide on the way to the objective: weighing and counting."""
+"""Messengers of the objective: weighting latent sites and counting datapoints."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 class WeightLatents(Messenger):
     """Multiplies the log-probability of every latent site by `weight`, in a model or in a guide.
 
-    Unlike `poutine.scale` it takes 0: the sites are then masked out, so they contribute exactly 0, even where a
-    log-probability is infinite. What the weight withholds, (1 - weight) log-probability, summed over sites and runs,
-    is added to `withheld` (nats, no gradient), so that the plain ELBO can be reported from the same run. A `factor`
-    stands for a weight between 0 and 1 where that is to be the input of a record.
+    Unlike `poutine.scale` it supports weight 0: the sites are masked out and contribute exactly 0, even if a
+    log-probability is infinite. The removed part, (1 - weight) times the log-probability, is summed over sites and runs
+    in `withheld` (nats, no gradient), so that the plain ELBO can be reported from the same run. A tensor `factor`
+    replaces a weight between 0 and 1 when the weight is an input of a record.
     """
 
     def __init__(self) -> None:
@@ -48,15 +48,15 @@ class WeightLatents(Messenger):
 
     @property
     def is_partial(self) -> bool:
-        """Whether the weight is neither 0 nor 1, so that its value can change without changing what is computed."""
+        """Whether the weight is neither 0 nor 1, so that it can vary without changing the operations."""
         return self.weight not in (0, 1)
 
 
 class CountDatapoints(Messenger):
-    """Notes how many datapoints the log-joint of a run speaks for.
+    """Counts the datapoints that the log-joint of a run stands for.
 
-    That is the number of rows at hand, unless an observed site is in a plate that subsamples exactly those rows: Pyro
-    then scales the sum up to the plate's full size.
+    This is the number of rows, unless an observed site is in a plate that subsamples exactly these rows: Pyro then
+    scales the sum up to the plate's full size.
     """
 
     def __init__(self) -> None:

@@ -30,21 +30,21 @@ _CONSTRAINTS = {
 
 
 def save_weights(path: str | Path, model: Program, guide: Program) -> None:
-    """Write the weights of `model` and `guide`, their modules' and the param store's, to `path`, atomically.
+    """Write the weights of `model` and `guide`, from modules and param store, to `path`, atomically.
 
-    Raises `InputError` where the file cannot be written, or a parameter has a constraint of a user's own class.
+    Raises `InputError` if the file cannot be written or a parameter has a constraint of a custom class.
     """
     write_file(path, {"weights": copy_weights(model, guide)})
 
 
 def load_weights(path: str | Path, model: Program, guide: Program, data: Data | None = None) -> None:
-    """Put the weights in `path`, from `save_weights` or from a checkpoint of `train`, into `model` and `guide`.
+    """Load the weights in `path`, written by `save_weights` or `train`, into `model` and `guide`.
 
-    A checkpoint of `train` gives its best weights. Programs whose parameters come into being when they first run
-    (Pyro's autoguides; functions that call `pyro.module` on modules they do not close over) are run once on `data`,
-    which must then be given.
+    From a checkpoint of `train` the best weights are loaded. Some programs create parameters in their first run (Pyro's
+    autoguides; functions that call `pyro.module` on modules they do not close over). They are run once on `data`, which
+    must then be given.
 
-    Raises `InputError` where the file is missing, damaged, or does not fit the model and the guide.
+    Raises `InputError` if the file is missing, damaged, or does not fit the model and the guide.
     """
     content = read_file(path)
     if data is not None:
@@ -56,27 +56,28 @@ def load_weights(path: str | Path, model: Program, guide: Program, data: Data | 
 
 
 def load_model_weights(path: str | Path, model: Program, guide: Program, data: Data | None = None) -> None:
-    """Put the weights of the model alone from `path` into `model`, whatever guide they were trained with.
+    """Load only the model's weights from `path` into `model`, regardless of the guide they were trained with.
 
-    `guide` keeps its own. Arguments and files otherwise as for `load_weights`.
+    The weights of `guide` are unchanged. Arguments and files are otherwise as for `load_weights`.
 
-    Raises `InputError` where the file is missing, damaged, or holds another model's weights, and where model and guide
-    are, or close over, one module.
+    Raises `InputError` if the file is missing, damaged, or contains another model's weights, or if model and guide
+    share a module.
     """
     content = read_file(path)["weights"]
     modules = all_modules(model, model)
     if {id(module) for module in modules} & {id(module) for module in modules_of(guide)}:
         raise InputError(
-            f"model weights {path}: model and guide share a module here, so their weights cannot be parted"
+            f"model weights {path}: model and guide share a module, so their weights cannot be separated. Use "
+            "load_weights."
         )
     try:
         if len(content["modules"]) < len(modules):
-            raise InputError("it does not fit the model: it holds too few modules")
-        # The model's modules come first, see `all_modules`; a guide's parameters in the store have other names.
+            raise InputError("the file does not fit the model: it contains too few modules")
+        # The model's modules come first (see `all_modules`); the guide's store parameters have different names.
         content = {**content, "modules": content["modules"][: len(modules)]}
         names = [] if data is None else _loose_parameters(model, data)
         if lacking := [name for name in names if name not in content["store"]]:
-            raise InputError(f"it does not fit the model: the checkpoint lacks '{lacking[0]}'")
+            raise InputError(f"the file does not fit the model: it lacks '{lacking[0]}'")
         for part in ("store", "constraints"):
             content[part] = {name: content[part][name] for name in names}
         put_weights(content, model, model)
@@ -85,7 +86,7 @@ def load_model_weights(path: str | Path, model: Program, guide: Program, data: D
 
 
 def _loose_parameters(model: Program, data: Data) -> list[str]:
-    """Names of the parameters in the store that `model` registers and that are no module's own."""
+    """Names of the store parameters that `model` registers and that belong to no module."""
     indexed = as_indexed(data)
     owned = {id(value) for module in modules_of(model) for value in module.parameters()}
     with torch.no_grad(), seeded(0, "set up"), poutine.trace(param_only=True) as capture:
@@ -104,12 +105,12 @@ def _run_once(model: Program, guide: Program, data: Data) -> None:
 
 
 def all_modules(model: Program, guide: Program) -> list[nn.Module]:
-    """The modules behind two programs, each once, in an order that does not change."""
+    """The modules behind two programs, each once, in a fixed order, the model's first."""
     return list({id(module): module for program in (model, guide) for module in modules_of(program)}.values())
 
 
 def copy_weights(model: Program, guide: Program) -> Weights:
-    """A copy of every module's state and of those entries of the param store that are not a module's own."""
+    """A copy of every module's state and of the param store's entries that belong to no module."""
     modules = all_modules(model, guide)
     owned = {id(value) for module in modules for value in module.parameters()}
     state = pyro.get_param_store().get_state()
@@ -124,22 +125,23 @@ def copy_weights(model: Program, guide: Program) -> Weights:
 
 
 def put_weights(weights: Weights, model: Program, guide: Program, *, unknown_modules: str = "ignore") -> None:
-    """Write a copy made by `copy_weights` back, into the same tensors where they exist.
+    """Restore a copy made by `copy_weights`, into the same tensors if they exist.
 
-    A store entry of a module that has not been registered cannot be tied to the module's tensor; `unknown_modules`
-    says whether to "ignore" or "refuse" it. Raises `InputError`, before anything is changed, where something does
-    not fit.
+    A store entry of a module that is not registered yet cannot be tied to the module's tensor; `unknown_modules` is
+    "ignore" or "refuse". Raises `InputError`, before anything is changed, if the copy does not fit.
     """
     modules, store = all_modules(model, guide), pyro.get_param_store()
     if len(modules) != len(weights["modules"]):
-        raise InputError(f"it holds {len(weights['modules'])} modules where the model and guide have {len(modules)}")
+        raise InputError(
+            f"the file contains {len(weights['modules'])} modules, but the model and the guide have {len(modules)}"
+        )
     for module, state in zip(modules, weights["modules"], strict=True):
         _check_fit(state, module.state_dict(), type(module).__name__)
     present = {name: store._params[name] for name in store.keys() if name in weights["store"]}  # noqa: SIM118
     _check_fit({name: weights["store"][name] for name in present}, present, "the param store")
     absent = [name for name in weights["store"] if name not in present]
     if unknown_modules == "refuse" and any("$$$" in name for name in absent):
-        raise InputError("it holds modules registered by pyro.module that have not run yet here; pass data=")
+        raise InputError("the file contains modules that pyro.module has not registered yet in this run; pass data=")
     for module, state in zip(modules, weights["modules"], strict=True):
         module.load_state_dict(state)
     with torch.no_grad():
@@ -164,19 +166,22 @@ def _copy(value: Any) -> Any:
 
 def _check_fit(stored: Mapping[str, Any], present: Mapping[str, Any], where: str) -> None:
     if odd := sorted(set(stored) ^ set(present)):
-        side = "only the checkpoint has" if odd[0] in stored else "the checkpoint lacks"
-        hint = "" if present else " (an autoguide has no parameters before its first run: pass data=)"
-        raise InputError(f"it does not fit {where}: {side} '{odd[0]}'{hint}")
+        difference = f"'{odd[0]}' is in the file only" if odd[0] in stored else f"it lacks '{odd[0]}'"
+        hint = "" if present else "; an autoguide has no parameters before its first run, so pass data="
+        raise InputError(f"the file does not fit {where}: {difference}{hint}")
     for name, value in stored.items():
         if isinstance(value, Tensor) and value.shape != present[name].shape:
-            shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(present[name].shape)} here"
-            raise InputError(f"it does not fit {where}: '{name}' has shape {shapes}")
+            shapes = f"{tuple(value.shape)} in the file, but {tuple(present[name].shape)} here"
+            raise InputError(f"the file does not fit {where}: '{name}' has shape {shapes}")
 
 
 def _check_constraint(name: str, constraint: Any) -> None:
     base = getattr(constraint, "base_constraint", None)
     if type(constraint) not in _CONSTRAINTS:
-        raise InputError(f"parameter '{name}': a checkpoint cannot hold its constraint {type(constraint).__name__}")
+        raise InputError(
+            f"parameter '{name}': its constraint {type(constraint).__name__} cannot be saved. Use a constraint of "
+            "torch or Pyro."
+        )
     if base is not None:
         _check_constraint(name, base)
 
@@ -188,14 +193,19 @@ def write_file(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """What `write_file` wrote. Raises `InputError` for a file that is missing, damaged or something else."""
+    """The content that `write_file` wrote. Raises `InputError` if the file is missing, damaged or not a checkpoint."""
     if not Path(path).is_file():
-        raise InputError(f"checkpoint {path}: there is no such file")
+        raise InputError(f"checkpoint {path}: there is no such file. Check the path.")
     try:
         with torch.serialization.safe_globals(list(_CONSTRAINTS)):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise InputError(f"checkpoint {path}: cannot be read; it is damaged or not a checkpoint of pyrogaps") from error
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
+        raise InputError(
+            f"checkpoint {path}: cannot be read. It is damaged, or not a checkpoint of pyrogaps."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"checkpoint {path}: is not a checkpoint of this version of pyrogaps")
+        raise InputError(
+            f"checkpoint {path}: is not a checkpoint of this version of pyrogaps. Train again, or use the version that "
+            "wrote it."
+        )
     return content

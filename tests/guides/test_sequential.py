@@ -209,7 +209,7 @@ def test_lookahead_in_a_recipe(written: Any, read: float) -> None:
         ({"lookahead": None}, "lookahead must be 0 .*, got None"),
         ({"rnn_dim": 0}, "rnn_dim must be at least 1"),
         ({"min_scale": 0.0}, "min_scale must be positive"),
-        ({"innovations": True}, "innovations need the model"),
+        ({"innovations": True}, "innovations need the sequence model"),
     ],
 )
 def test_refusals(arguments: dict[str, Any], said: str) -> None:
@@ -273,7 +273,7 @@ def test_a_local_guide_is_one_for_its_own_data() -> None:
     torch.testing.assert_close(local_density.log_prob(z), whole.log_prob(z))
     torch.testing.assert_close(local_density.log_prob(z[:, rows], rows), whole.log_prob(z[:, rows], rows))
     for other, lengths in ((x[:3], LENGTHS[:3]), (notes(5), LENGTHS)):
-        with pytest.raises(InputError, match="LocalStructuredNormal: it holds parameters for 5 sequences of 4 steps"):
+        with pytest.raises(InputError, match="LocalStructuredNormal: has parameters for 5 sequences of 4 steps"):
             local(other, lengths)
     with pytest.raises(InputError, match="LocalStructuredNormal: lengths must be from 1 to 4"):
         LocalStructuredNormal(guide.combiner)(x, LENGTHS + 1)

@@ -64,7 +64,7 @@ def test_a_checkpoint_knows_its_bound(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     pg.train(Model(), Encoder(), X, objective=pg.MAPA_ELBO(POSTERIOR), num_epochs=1, checkpoint=path, **quick)
     other = pg.MAPA_ELBO(POSTERIOR.with_bandwidth(0.9))
-    with pytest.raises(pg.InputError, match="was made with other settings: objective MAPA_ELBO"):
+    with pytest.raises(pg.InputError, match="was made with different settings: objective MAPA_ELBO"):
         pg.train(Model(), Encoder(), X, objective=other, num_epochs=2, checkpoint=path, **quick)
 
 
@@ -82,7 +82,7 @@ def test_divergence_is_one_line_and_undone() -> None:
     model, encoder = Model(), Encoder()
     before = weights(model, encoder)
     loss = pg.MAPA_ELBO(POSTERIOR)
-    with pytest.raises(FloatingPointError, match=r"training: epoch 1: .*lower learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"training: epoch 1: .*Lower learning_rate"):
         pg.train(model, encoder, X, objective=loss, num_epochs=3, **{**quick, "learning_rate": 1e200})
     for left, right in zip(weights(model, encoder), before, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=0)
@@ -90,9 +90,9 @@ def test_divergence_is_one_line_and_undone() -> None:
 
 def test_other_data_are_refused() -> None:
     loss = pg.MAPA_ELBO(POSTERIOR)
-    with pytest.raises(pg.InputError, match="objective MAPA_ELBO holds 40 datapoints, not the 30 given"):
+    with pytest.raises(pg.InputError, match="objective MAPA_ELBO was built with 40 datapoints, but data has 30"):
         pg.train(Model(), Encoder(), X[:30], objective=loss, **quick)
-    with pytest.raises(pg.InputError, match="objective MAPA_ELBO is a bound on its own data alone"):
+    with pytest.raises(pg.InputError, match="objective MAPA_ELBO does not support validation data"):
         pg.train(Model(), Encoder(), X, objective=loss, validation=X[:5], **quick)
-    with pytest.raises(pg.InputError, match="objective MAPA_ELBO holds its data on cpu; move them to meta"):
+    with pytest.raises(pg.InputError, match="the data of objective MAPA_ELBO are on cpu, the modules on meta"):
         pg.train(Model(), Encoder(), X, objective=loss, device="meta", **quick)

@@ -147,7 +147,7 @@ def test_features_can_be_any_module_that_counts_them() -> None:
             return x.mean((-2, -1))
 
     assert AmortizedNormal(128, 3, features=Mean())(images(4)).shape == (4, 3)
-    with pytest.raises(InputError, match="AmortizedNormal: features must say how many there are: Flatten has no num_"):
+    with pytest.raises(InputError, match="AmortizedNormal: features Flatten has no integer attribute num_features"):
         AmortizedNormal(128, 3, features=nn.Flatten())
 
 
@@ -162,12 +162,12 @@ def test_arguments_by_position_mean_what_they_did() -> None:
         ({"likelihood": "gaussian"}, "ConvolutionalVAE: likelihood must be one of"),
         ({"noise_scale": 0.0}, "ConvolutionalVAE: noise_scale"),
         ({"activation": "Elu"}, "activation"),
-        ({"image_shape": (32, 32)}, "image_shape is"),
+        ({"image_shape": (32, 32)}, "image_shape must be"),
         ({"channels": ()}, "channels must be"),
         ({"channels": (4, 0)}, "channels must be"),
         (
             {"channels": (4, 4, 4, 4)},
-            "4 layers are too many for 32 x 32 pixels: layer 4 is given 2 x 2, its kernel is 4",
+            r"4 layers are too many for 32 x 32 pixels\. The input of layer 4 is 2 x 2, its kernel_size 4",
         ),
         ({"stride": 0}, "stride must be"),
         ({"padding": -1}, "padding"),

@@ -82,5 +82,5 @@ def test_surrogates_are_fitted_alike_and_handed_out_as_copies() -> None:
 
 
 def test_unknown_curves_are_named() -> None:
-    with pytest.raises(InputError, match="none called 'square'; known are figure-8"):
+    with pytest.raises(InputError, match=r"no curve 'square'\. Use one of figure-8"):
         surrogate("square")

@@ -116,14 +116,14 @@ def test_nothing_is_learned() -> None:
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: Pendulum(process_scale=0.0), "process_scale must be positive, got 0.0; for next to none take 1e-3"),
+        (lambda: Pendulum(process_scale=0.0), r"process_scale must be positive, got 0\.0\. Use a small value"),
         (lambda: Pendulum(observation_scale=-1.0), "observation_scale must be positive"),
         (lambda: Pendulum(first_scale=(1.0, 0.0)), "first_scale must be positive"),
         (lambda: Pendulum(known_scale=math.nan), "known_scale must be positive"),
         (lambda: Pendulum(time_step=0.0), "time_step must be positive"),
         (lambda: Pendulum(damping=-0.1), "damping must be 0 or more"),
         (lambda: Pendulum(first_state=(1.0,)), "first_state must be two numbers"),  # type: ignore[arg-type]
-        (lambda: Pendulum().simulate(0, 5), "0 sequences of 5 steps; take 1 or more of each"),
+        (lambda: Pendulum().simulate(0, 5), "must be at least 1, got 0 and 5"),
     ],
 )
 def test_refusals(build: Any, said: str) -> None:

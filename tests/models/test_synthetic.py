@@ -215,7 +215,7 @@ def test_gaps_of_a_ground_truth_add_up() -> None:
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"curve": "square"}, "none called 'square'"),
+        ({"curve": "square"}, "no curve 'square'"),
         ({"decoder": "true"}, "decoder must be one of"),
         ({"variance": 0.0}, "variance must be positive"),
         ({"activation": "Tanhh"}, "Tanhh"),
