@@ -124,7 +124,7 @@ def test_lookahead_without_steps_in_the_data() -> None:
     def flat(x: Tensor) -> None:
         guide(x.flatten(1))
 
-    with pytest.raises(pg.InputError, match="no argument that it observes has 6 steps"):
+    with pytest.raises(pg.InputError, match="no observed argument has 6 steps"):
         check_no_leak(density(flat, torch.randn(8, 2, 3), model), Lookahead(0))
 
 
