@@ -22,7 +22,8 @@ def check_no_leak(density: GuideDensity, conditions: Conditions) -> None:
     """Raise `InputError`, naming the site, where a guide uses data that its conditions withhold.
 
     At a few datapoints, and for every step of a lookahead, withheld data are replaced by other values of
-    their range: reflected ones, then random ones, so that integer data are checked as well. No factor of the guide may change.
+    their range: reflected ones, then random ones, so that integer data are checked as well. No factor of the guide may
+    change.
     """
     if density.joint.plate is None:
         raise InputError("conditions: they need a data plate; the model has none")
