@@ -82,7 +82,7 @@ def test_the_exact_posterior_is_calibrated() -> None:
     overall = found.coverage(PROBABILITIES)
     off = (overall["overall"] - overall["probability"]) / overall["overall_error"]
     assert float(np.abs(off).max()) < STANDARD_ERRORS
-    assert "no deviation of the 3 latent dimensions beyond chance" in str(found)
+    assert "3 latent dimensions: no significant deviation" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_the_report_is_short() -> None:
     report = str(fabricate(50, wrong=20))
     lines = report.splitlines()
     assert len(lines) <= 20 and max(map(len, lines)) <= 130
-    assert "20 of 50 latent dimensions deviate beyond chance (1% for any claim below)" in report
+    assert "20 of 50 latent dimensions deviate significantly (family-wise error rate 1%)" in report
     assert lines[7].startswith("z[0] ") and "and 15 more too narrow" in report
     assert repr(fabricate(50, wrong=20)) == report
 
@@ -483,7 +483,7 @@ def test_the_picture_shows_the_worst_in_colour() -> None:
     left, right = figure.axes
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [text for text in legend if text.startswith("z[")] == [f"z[{k}]: too narrow" for k in range(HIGHLIGHTED)]
-    assert {"99% band", "further ones that deviate", "no deviation beyond chance", LOG_JOINT + " of the draws"} <= {
+    assert {"99% band", "other deviating dimensions", "no significant deviation", LOG_JOINT + " of the draws"} <= {
         *legend
     }
     assert len(right.lines) == 51 and len(left.lines) == 52
@@ -529,7 +529,7 @@ def test_masks_draw_a_second_band(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_draws": 99}, "num_draws: must be a whole number of at least 100, got 99"),
         ({"num_draws": 200.0}, "num_draws: must be a whole number"),
         ({"refinement": Refinement()}, "refinement: the amortized posterior is not refined"),
-        ({"plate": False}, "plate: calibrate simulates datapoints of a data plate"),
+        ({"plate": False}, "plate: calibrate needs a data plate"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, object], message: str) -> None:
@@ -553,7 +553,7 @@ def test_guides_that_have_no_answer_to_new_data() -> None:
     for guide, posterior, message in (
         (trained, "amortized", "AutoNormal holds parameters for each datapoint.*posterior='refined'"),
         (AutoNormal, "amortized", "AutoNormal is a family.*posterior='refined'"),
-        (refined, "amortized", "what refine returned belongs to the data"),
+        (refined, "amortized", "the result of refine holds only for the data"),
         (bound, "amortized", "its plate 'data' has the data set's full size"),
         (bound, "refined", "its plate 'data' has the data set's full size"),
     ):
