@@ -73,7 +73,9 @@ def _callable(key: str, component: Component, built: Any) -> Program:
     runs = callable(built) and not (isinstance(built, nn.Module) and type(built).forward is nn.Module.forward)
     if not runs:
         hint = "; name an object with both .model and .guide under pair" if hasattr(built, "guide") else ""
-        raise InputError(f"{key}: {component.class_path} is a {type(built).__name__}, which cannot be called{hint}")
+        raise InputError(
+            f"{key}: {component.class_path} gives a {type(built).__name__} object, which cannot be called{hint}"
+        )
     program: Program = built
     return program
 

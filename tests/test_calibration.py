@@ -554,8 +554,8 @@ def test_guides_that_have_no_answer_to_new_data() -> None:
         (trained, "amortized", "AutoNormal holds parameters for each datapoint.*posterior='refined'"),
         (AutoNormal, "amortized", "AutoNormal is a family.*posterior='refined'"),
         (refined, "amortized", "the result of refine holds only for the data"),
-        (bound, "amortized", "its plate 'data' has the data set's full size"),
-        (bound, "refined", "its plate 'data' has the data set's full size"),
+        (bound, "amortized", "the plate 'data' has the data set's full size"),
+        (bound, "refined", "the plate 'data' has the data set's full size"),
     ):
         with pytest.raises(InputError, match="guide: .*" + message) as caught:
             calibrate(model, guide, SHAPE, posterior=posterior)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import xarray as xr
 
 from pyrogaps.calibration.summary import FAMILY_WISE, HIGH, LOG_JOINT, LOW, deviating
 
-SHOWN = 5
+MAX_DIMENSIONS = 5
 
 
 def render(summary: pd.DataFrame, coverage: xr.Dataset, per_simulated: xr.Dataset, provenance: dict[str, Any]) -> str:
@@ -48,17 +48,17 @@ def _latents(summary: pd.DataFrame, dim: int) -> list[str]:
     level = f"(family-wise error rate {FAMILY_WISE:.0%})"
     if deviations.empty:
         return [f"{_dimensions(dim)}: no significant deviation {level}"]
-    width = max(len(str(name)) for name in deviations.index[:SHOWN]) + 2
+    width = max(len(str(name)) for name in deviations.index[:MAX_DIMENSIONS]) + 2
     lines = [
         f"{len(deviations)} of {_dimensions(dim)} deviate{'s' if len(deviations) == 1 else ''} significantly {level}:",
         f"{'':{width}}{'shift':>15}{'spread':>15}{'95% coverage':>17}   the posterior is",
     ]
-    for dimension, row in deviations.head(SHOWN).iterrows():
+    for dimension, row in deviations.head(MAX_DIMENSIONS).iterrows():
         figures = [f"{row[name]:.2f} ± {row[f'{name}_error']:.2f}" for name in ("shift", "spread")]
         held = f"{100 * row['coverage_95']:.1f} ± {100 * row['coverage_95_error']:.1f}%"
         lines.append(f"{dimension:{width}}{figures[0]:>15}{figures[1]:>15}{held:>17}   {row['finding']}")
-    if len(deviations) > SHOWN:
-        rest = Counter(deviations["finding"].iloc[SHOWN:])
+    if len(deviations) > MAX_DIMENSIONS:
+        rest = Counter(deviations["finding"].iloc[MAX_DIMENSIONS:])
         lines.append(f"and {', '.join(f'{count} more {finding}' for finding, count in rest.most_common(3))}")
     return [
         *lines,

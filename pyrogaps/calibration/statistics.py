@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special, stats  # type: ignore[import-untyped]
 
-from pyrogaps.calibration.uniformity import SMALLEST, uniformity_test
+from pyrogaps.calibration.uniformity import MIN_PROBABILITY, uniformity_test
 
 
 def proportion(hits: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +60,7 @@ def marginal(pit: np.ndarray) -> Marginal:
     number = len(u)
     if number < 2:
         return Marginal(number)
-    scores = special.ndtri(np.clip(u, SMALLEST, 1 - SMALLEST))
+    scores = special.ndtri(np.clip(u, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
     deviations = scores - scores.mean()
     variance = float(np.square(deviations).mean())
     spread = np.sqrt(variance * number / (number - 1))
@@ -76,8 +76,8 @@ def marginal(pit: np.ndarray) -> Marginal:
         float(spread),
         float(np.sqrt(max(fourth - variance**2, 0.0) / number) / (2 * spread)),
         uniformity_test(number).p_value(u),
-        max(2 * float(stats.t.sf(abs(scores.mean()) / spread * np.sqrt(number), number - 1)), SMALLEST),
-        float(np.clip(2 * min(tails), SMALLEST, 1)),
+        max(2 * float(stats.t.sf(abs(scores.mean()) / spread * np.sqrt(number), number - 1)), MIN_PROBABILITY),
+        float(np.clip(2 * min(tails), MIN_PROBABILITY, 1)),
     )
 
 

@@ -8,7 +8,7 @@ from pyrogaps.problem import Problem, is_posterior
 from pyrogaps.refine import OwnFamily, is_family, own_family
 from pyrogaps.refine.families import Family
 
-REFINE = "pass posterior='refined', which fits"
+REFINE_REMEDY = "pass posterior='refined', which fits"
 
 
 def subject_of(guide: Any, plain: Problem, *, refined: bool) -> tuple[Problem, OwnFamily | Family | None]:
@@ -24,12 +24,14 @@ def subject_of(guide: Any, plain: Problem, *, refined: bool) -> tuple[Problem, O
         )
     if is_family(guide):
         if not refined:
-            raise InputError(f"guide: {guide_name(guide)} is a family, not a guide; {REFINE} one to each datapoint")
+            raise InputError(
+                f"guide: {guide_name(guide)} is a family, not a guide; {REFINE_REMEDY} one to each datapoint"
+            )
         return plain, guide
     if not refined and is_autoguide(guide):
         raise InputError(
             f"guide: {guide_name(guide)} holds parameters for each datapoint of its training data, but none for "
-            f"simulated ones; {REFINE} a fresh one to each"
+            f"simulated ones; {REFINE_REMEDY} a fresh one to each"
         )
     problem = plain.with_guide(guide)
     density = problem.guide_density()
@@ -38,8 +40,8 @@ def subject_of(guide: Any, plain: Problem, *, refined: bool) -> tuple[Problem, O
         return plain, own
     if density.bound:
         raise InputError(
-            f"guide: its plate '{problem.plate}' has the data set's full size, so it holds parameters for each "
-            "datapoint, but none for simulated ones. Pass its family, a function family(model) -> guide, and "
+            f"guide: it holds parameters for each datapoint (the plate '{problem.plate}' has the data set's full "
+            "size), but none for simulated ones. Pass its family, a function family(model) -> guide, and "
             "posterior='refined'"
         )
     return problem, own

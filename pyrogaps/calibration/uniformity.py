@@ -6,7 +6,7 @@ import numpy as np
 from scipy import optimize, stats  # type: ignore[import-untyped]
 
 POINTS = np.arange(1, 100) / 100  # where the ECDF is evaluated
-SMALLEST = 1e-12  # a smaller probability, computed as 1 - (1 - p), is rounding error
+MIN_PROBABILITY = 1e-12  # a smaller probability, computed as 1 - (1 - p), is rounding error
 
 
 class UniformityTest:
@@ -34,7 +34,7 @@ class UniformityTest:
         counts = np.searchsorted(np.sort(values), POINTS, side="right")
         rows = np.arange(len(POINTS))
         tail = min(self.at_most[rows, counts].min(), self.at_least[rows, counts].min())
-        return float(np.clip(1 - self.inside(tail), SMALLEST, 1))
+        return float(np.clip(1 - self.inside(tail), MIN_PROBABILITY, 1))
 
     def band(self, probability: float) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends at `POINTS` of the band that holds all of an ECDF with at least `probability`."""

@@ -32,7 +32,7 @@ class Shown:
         given = self.part(*args) if callable(self.part) else self.part
         given = given if isinstance(given, tuple) else (given,)
         if len(given) > len(args):
-            raise InputError(f"conditions: {len(given)} masks for the model's {len(args)} argument(s)")
+            raise InputError(f"conditions: there are {len(given)} masks, but the model has {len(args)} argument(s)")
         padded = [*given, *[None] * (len(args) - len(given))]
         return tuple(
             _checked(position, mask, arg) for position, (mask, arg) in enumerate(zip(padded, args, strict=True))

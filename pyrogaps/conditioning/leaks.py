@@ -116,8 +116,8 @@ def _temporal(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, num_s
     temporal = [sized[k] and _is_observed(joint, args, indices, k) for k in range(len(args))]
     if not any(temporal):
         raise InputError(
-            f"lookahead: the model has {num_steps} latent sites, one per step, but no observed argument has "
-            f"{num_steps} steps along its second axis; pass sequences as (datapoints, steps, ...)"
+            f"lookahead: the model has {num_steps} latent sites, but no observed argument has {num_steps} "
+            "steps along its second axis. Pass sequences as (datapoints, steps, ...), with one latent site per step"
         )
     return temporal
 

@@ -28,7 +28,7 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
             )
         if isinstance(part, AutoContinuous | AutoStructured) and plate is not None:
             raise InputError(
-                f"site '{first}': {_name(part)} is one joint distribution over all datapoints, so it has no density "
+                f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density "
                 f"per datapoint of the plate '{plate}'; {REMEDY}"
             )
         if isinstance(part, AutoStructured):

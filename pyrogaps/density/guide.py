@@ -22,7 +22,7 @@ from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 
-SELECT = (
+INDEX_REMEDY = (
     "index parameters that have a row per datapoint: loc[rows], with rows = torch.arange(N) among the data's tensors, "
     "or pyro.param(..., event_dim=0) in a plate of the whole data set's size"
 )
@@ -195,7 +195,7 @@ class GuideDensity:
                 raise error from None
             raise InputError(
                 "guide: it runs on the whole data set but not on a subset of the datapoints "
-                f"({str(error).splitlines()[0]}); {SELECT}"
+                f"({str(error).splitlines()[0]}); {INDEX_REMEDY}"
             ) from error
 
     def _check_rows(self) -> None:
@@ -208,7 +208,7 @@ class GuideDensity:
         if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], local.log_prob(z)[0]):
             raise InputError(
                 "guide: log q of a datapoint changes with its position in the batch or with other rows. Treat rows "
-                f"independently (no batch statistics), and {SELECT}"
+                f"independently (no batch statistics), and {INDEX_REMEDY}"
             )
 
     def _is_factorised(self) -> bool:

@@ -12,7 +12,7 @@ from torch.distributions import biject_to
 from pyrogaps.density.data import Data, IndexedData, as_indexed, whole
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import whole_plates
-from pyrogaps.density.reading import ANY_PLATE, PAD, ModelStructure, finite_arguments, read_model
+from pyrogaps.density.reading import ANY_PLATE, PAD_REMEDY, ModelStructure, finite_arguments, read_model
 from pyrogaps.density.rows import probe_rows, rows_are_independent, same_density
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.score import ScoreModel, stack_runs
@@ -144,7 +144,9 @@ class JointDensity:
             self.model(*args)
         missing = [name for name in self.sites if name not in handler.values]
         if missing:
-            raise InputError(f"site '{missing[0]}': the model leaves out this latent site for some inputs; {PAD}")
+            raise InputError(
+                f"site '{missing[0]}': the model leaves out this latent site for some inputs; {PAD_REMEDY}"
+            )
         return handler
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:

@@ -28,7 +28,7 @@ from pyrogaps.errors import InputError
 
 # The plate name where there is no data plate and every plate has its full size.
 ANY_PLATE = ""
-PAD = "pad ragged data to one length for the whole data set and mask the padding"
+PAD_REMEDY = "pad ragged data to one length for the whole data set and mask the padding"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def read_model(
         nesting = max((-f.dim for m in sites.values() for f in m["cond_indep_stack"] if f.vectorized), default=0)
         batch_layout = lay_out(sites, name, -1 - max(nesting, batch_dims(sites)))
         if layout is not None and batch_layout != layout:
-            raise InputError(f"model: the shapes of its latent sites differ between datapoints; {PAD}")
+            raise InputError(f"model: the shapes of its latent sites differ between datapoints; {PAD_REMEDY}")
         layout = batch_layout
     assert layout is not None
     value = next(iter(latent.values()))["value"]

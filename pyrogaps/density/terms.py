@@ -140,7 +140,7 @@ def _flat_term(
             return _term(name, helper, flat_site, joint, unconstrained=True)
     if auxiliary and joint.plate is None:
         raise InputError(
-            f"site '{next(iter(auxiliary))}': the guide draws a vector for every datapoint of a plate, but here the "
+            f"site '{next(iter(auxiliary))}': the guide draws one vector per datapoint, but here the "
             "whole data set is one datapoint. Use AutoNormal or AutoMultivariateNormal, or name the data plate"
         )
     raise InputError(

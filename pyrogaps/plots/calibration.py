@@ -11,9 +11,9 @@ from pyrogaps.calibration.summary import FAMILY_WISE, LOG_JOINT, deviating
 from pyrogaps.calibration.uniformity import POINTS, uniformity_test
 from pyrogaps.plots.source import LINES, SHADES, new_figure, tidy
 
-AT = np.linspace(0, 1, 401)
+GRID = np.linspace(0, 1, 401)
 FAINT, DEVIATING = "0.6", "0.3"
-HIGHLIGHTED = 4
+MAX_HIGHLIGHTED = 4
 
 
 def plot_calibration(calibration: Calibration | xr.DataTree, figure: FigureBase | None = None) -> FigureBase:
@@ -46,7 +46,7 @@ def plot_calibration(calibration: Calibration | xr.DataTree, figure: FigureBase 
     _band(left, summary)
     _lines(left, pit, summary)
     log_joint = calibration.per_simulated["log_joint_pit"].values
-    left.plot(AT, _difference(log_joint), color="black", lw=1.2, ls=(0, (1, 1.5)), label=_label(LOG_JOINT, summary))
+    left.plot(GRID, _difference(log_joint), color="black", lw=1.2, ls=(0, (1, 1.5)), label=_label(LOG_JOINT, summary))
     left.set_xlabel("normalised rank of the truth")
     left.set_ylabel("ECDF − uniform")
     left.set_title("Ranks among the posterior's draws", loc="left", fontsize="medium")
@@ -69,11 +69,11 @@ def plot_calibration(calibration: Calibration | xr.DataTree, figure: FigureBase 
 
 
 def _difference(values: np.ndarray) -> np.ndarray:
-    """The ECDF of `values`, NaN left out, less that of U(0, 1), at `AT`; NaN where there are none."""
+    """The ECDF of `values`, NaN left out, less that of U(0, 1), at `GRID`; NaN where there are none."""
     finite = np.sort(values[np.isfinite(values)])
     if not len(finite):
-        return np.full(len(AT), np.nan)
-    return np.searchsorted(finite, AT, side="right") / len(finite) - AT
+        return np.full(len(GRID), np.nan)
+    return np.searchsorted(finite, GRID, side="right") / len(finite) - GRID
 
 
 def _lines(ax: Axes, values: np.ndarray, summary: pd.DataFrame, scale: float = 1.0) -> None:
@@ -81,21 +81,21 @@ def _lines(ax: Axes, values: np.ndarray, summary: pd.DataFrame, scale: float = 1
     deviations = list(deviating(summary).index)
     labelled: set[str] = set()
     for name, column in zip(summary.index, values.T, strict=False):
-        if name in deviations[:HIGHLIGHTED]:
+        if name in deviations[:MAX_HIGHLIGHTED]:
             continue
         deviates = name in deviations
         label = "other deviating dimensions" if deviates else "no significant deviation"
         ax.plot(
-            AT,
+            GRID,
             scale * _difference(column),
             color=DEVIATING if deviates else FAINT,
             lw=0.8,
             label=None if label in labelled else label,
         )
         labelled.add(label)
-    for name, line, shade in zip(deviations[:HIGHLIGHTED], LINES, SHADES, strict=False):
+    for name, line, shade in zip(deviations[:MAX_HIGHLIGHTED], LINES, SHADES, strict=False):
         column = values[:, summary.index.get_loc(name)]
-        ax.plot(AT, scale * _difference(column), color=shade, ls=line, lw=1.5, label=_label(str(name), summary))
+        ax.plot(GRID, scale * _difference(column), color=shade, ls=line, lw=1.5, label=_label(str(name), summary))
 
 
 def _label(name: str, summary: pd.DataFrame) -> str:

@@ -14,7 +14,7 @@ from pyrogaps.plots.source import SHADES, new_figure
 SHARES = (0.99, 0.95, 0.8, 0.6, 0.4, 0.2)
 OUTLINED = (0.95, 0.4)
 # The share of every posterior of a column that its panels show.
-SHOWN = 0.998
+SHOWN_SHARE = 0.998
 TINTS = LinearSegmentedColormap.from_list("posterior", ["#e6edf5", SHADES[0], "#12263d"])
 GREYS = LinearSegmentedColormap.from_list("true posterior", ["#ececec", "#8a8a8a", "#1c1c1c"])
 OUTLINE = "#c8641e"
@@ -92,13 +92,13 @@ def _levels(density: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
 
 
 def _window(across: np.ndarray, up: np.ndarray, densities: np.ndarray) -> tuple[tuple[float, float], ...]:
-    """A square that holds a share `SHOWN` of all `densities`, with a margin."""
+    """A square that holds a share `SHOWN_SHARE` of all `densities`, with a margin."""
     ends = []
     for axis, others in ((across, 2), (up, 1)):
         lows, highs = [], []
         for marginal in densities.sum(others):
             held = np.cumsum(marginal) / max(marginal.sum(), np.finfo(float).tiny)
-            first, last = np.searchsorted(held, [(1 - SHOWN) / 2, (1 + SHOWN) / 2])
+            first, last = np.searchsorted(held, [(1 - SHOWN_SHARE) / 2, (1 + SHOWN_SHARE) / 2])
             lows.append(float(axis[min(first, len(axis) - 1)]))
             highs.append(float(axis[min(last, len(axis) - 1)]))
         ends.append((min(lows), max(highs)))

@@ -75,8 +75,8 @@ def _check_tree(tree: xr.DataTree) -> None:
             else "Sum or integrate it out in the model, or leave out whole groups"
         )
         raise InputError(
-            f"tree: loo needs global latents, but each observation has a latent of its own "
-            f"({tree.attrs['local_latents']}), so the importance weights have infinite variance. {remedy}"
+            f"tree: each observation has a latent of its own "
+            f"({tree.attrs['local_latents']}), so the importance weights of loo have infinite variance. {remedy}"
         )
     for group, variables in NEEDED.items():
         missing = [group] if group not in tree.children else [n for n in variables if n not in tree[group]]

@@ -17,7 +17,7 @@ DEPTH, BODY = 25.0, 14.0
 # The first search is fine, because a narrow mode that it misses is lost.
 SEARCH_POINTS, MAX_SEARCHES = (193, 65), 40
 FIRST_POINTS, MAX_POINTS = 129, 1025
-TOLERANCE, REFUSED = 1e-4, 0.05
+TOLERANCE, MAX_ERROR = 1e-4, 0.05
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def integrate(log_joint: LogDensity, start: Window, name: str) -> Quadrature:
         if error < TOLERANCE or num_points >= MAX_POINTS:
             break
         num_points = 2 * num_points - 1
-    if error > REFUSED:
+    if error > MAX_ERROR:
         raise InputError(
             f"{name}: quadrature of p(x, z) over {_described(window)} is uncertain by {error:.2g} nats; the "
             "posterior is too narrow or too rough for a grid"

@@ -14,7 +14,7 @@ from pyrogaps.density.local import LocalGuide
 from pyrogaps.errors import InputError
 from pyrogaps.posterior_grid.quadrature import Array, Window
 
-ROWS = 4096
+MAX_ROWS = 4096
 NUM_DRAWS = 20_000
 
 
@@ -47,7 +47,7 @@ class Scorer:
 
 def _draws(joint: JointDensity, posterior: Posterior, local: LocalGuide, number: int) -> Tensor:
     """Draws of the model's own latents `(number, 1, 2)`."""
-    z = torch.cat([local.sample(ROWS)[0] for _ in range(-(-number // ROWS))])[:number]
+    z = torch.cat([local.sample(MAX_ROWS)[0] for _ in range(-(-number // MAX_ROWS))])[:number]
     guide_joint: JointDensity = posterior.joint  # type: ignore[attr-defined]
     return guide_joint.columns_of(z, joint) if z.shape[-1] != joint.dim else z
 
@@ -68,9 +68,9 @@ def _kernel_density(draws: Array, window: Window, num_points: int) -> Array:
 
 
 def in_rows(log_density: Any, points: Array, joint: JointDensity) -> Array:
-    """`log_density` of z `(S, 1, 2)` at `points` `(G, 2)`, `ROWS` at a time; `(G,)` in double precision."""
+    """`log_density` of z `(S, 1, 2)` at `points` `(G, 2)`, `MAX_ROWS` at a time; `(G,)` in double precision."""
     z = torch.as_tensor(points, dtype=joint.dtype, device=joint.device)[:, None]
-    return np.concatenate([array(log_density(part)[:, 0]) for part in z.split(ROWS)])
+    return np.concatenate([array(log_density(part)[:, 0]) for part in z.split(MAX_ROWS)])
 
 
 def array(values: Tensor) -> NDArray[np.float64]:
