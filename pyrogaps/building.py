@@ -170,7 +170,7 @@ def _import_module(path: str) -> Any:
 
 @contextmanager
 def failures_named(what: str) -> Iterator[None]:
-    """Turn any exception other than `InputError` into one: in one line, what failed and where."""
+    """Turn any other exception into an `InputError` of one line: what failed, and where."""
     try:
         yield
     except InputError:

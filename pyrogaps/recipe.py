@@ -160,7 +160,7 @@ def _recipes() -> Traversable:
 
 
 def read_document(recipe: str) -> Document:
-    """The YAML document of a shipped recipe, by name, or of a recipe file, by path, with what it `extends` filled in.
+    """The YAML document of a recipe, shipped (by name) or a file (by path), with `extends` resolved.
 
     `extends` names another recipe, shipped or a file beside this one, which provides the fields that this one omits:
     mappings are merged field by field, everything else is replaced. The file's folder and the current one become
@@ -305,7 +305,7 @@ def component(key: str, entry: Any) -> Component:
 
 
 def check_names(given: Mapping[str, Any], known: list[str], where: str) -> None:
-    """Refuse a name in `given` that is not in `known`, with the nearest one that is."""
+    """Refuse a name in `given` that is not in `known`; suggest the nearest one."""
     for name in given:
         if name not in known:
             near = get_close_matches(str(name), known, n=1)

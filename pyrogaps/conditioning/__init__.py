@@ -1,4 +1,4 @@
-"""The conditioning gap: what a guide loses because it is shown only a part of x."""
+"""The conditioning gap of guides that are shown only a part of x."""
 
 from pyrogaps.conditioning.conditions import Lookahead, Shown, checked_lookahead, declared
 from pyrogaps.conditioning.leaks import check_no_leak

@@ -1,4 +1,4 @@
-"""Completions: draws of the withheld data given the shown data, under the model."""
+"""Completions: draws of the withheld data given the shown data."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -56,7 +56,7 @@ def as_indexed(data: Data) -> IndexedData:
 
 
 def rows_of(args: tuple[Any, ...], number: int) -> IndexedData:
-    """The `number` datapoints with arguments `args`; an argument that is not a tensor belongs to all of them."""
+    """The `number` datapoints with arguments `args`; non-tensor arguments belong to all of them."""
 
     def fetch(indices: Tensor) -> tuple[Any, ...]:
         return tuple(arg[indices.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args)

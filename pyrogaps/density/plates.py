@@ -1,4 +1,4 @@
-"""The rows that plates hold while a program runs on some of the datapoints."""
+"""Plates while a program runs on some of the datapoints."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

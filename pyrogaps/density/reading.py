@@ -1,4 +1,4 @@
-"""`read_model`: the structure of a model, read once and checked for every datapoint."""
+"""`read_model`: the structure of a model, checked for every datapoint."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,7 +67,7 @@ class ModelStructure:
 def read_model(
     model: Program, data: Data, plate: str | Literal[False] | None, *, make_whole: bool = False
 ) -> ModelStructure:
-    """Check the sites of every datapoint, batch by batch; all batches must share one layout.
+    """Read a model's structure; all batches of datapoints must share it.
 
     Raises `InputError` naming the site, plate or argument; see `JointDensity`.
     """

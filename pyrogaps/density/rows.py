@@ -1,4 +1,4 @@
-"""Check that a row's density does not depend on its position or on other rows."""
+"""Check that rows of a batch are independent."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Effect handlers that draw and score a program's sites one row at a time."""
+"""Effect handlers that score a program's sites per row."""
 
 from collections.abc import Mapping
 from typing import Any

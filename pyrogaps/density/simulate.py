@@ -1,4 +1,4 @@
-"""Draw latents and data from a model, the data in the shape of the model's arguments."""
+"""Draw latents and data from a model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -169,7 +169,7 @@ def feed_back(
 
 
 def _write(observed: Tensor, drawn: Tensor, old: Any, new: Any) -> bool:
-    """Put `drawn` into `new` where `observed` was found in `old`: as a view of it, or as a copy of the same values."""
+    """Write `drawn` to `new` where `observed` is a view or a copy of `old`; False where it is neither."""
     if not isinstance(old, Tensor):
         return False
     if observed.untyped_storage().data_ptr() == old.untyped_storage().data_ptr():

@@ -1,4 +1,4 @@
-"""Read a program's structure from a trace; refuse what the estimators do not support."""
+"""Read a program's structure from a trace; refuse unsupported programs."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ Message = Any
 
 def sample_sites(program: Program, args: tuple[Any, ...]) -> dict[str, Message]:
     """The random variables of one run of `program(*args)`, in program order."""
-    with poutine.trace() as tracer:  # as a context: the function would rewrite the program's own errors
+    with poutine.trace() as tracer:  # poutine.trace(program) would rewrite the program's own errors
         program(*args)
     return _random_variables(tracer)
 
@@ -84,7 +84,7 @@ def dtypes_named() -> Iterator[None]:
 
 
 def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
-    """Refuse latent sites that are discrete or outside the data plate, and models without latent or observed sites."""
+    """Refuse models without latent or observed sites, discrete latents, and sites outside the data plate."""
     latent = {name: site for name, site in sites.items() if not site["is_observed"]}
     if not latent:
         raise InputError("model: there is no latent sample site, so there is nothing to infer")
@@ -194,7 +194,7 @@ def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> 
 
 
 def check_parameters(*programs: Program) -> None:
-    """Refuse NaN and infinities in the parameters of the programs' modules and of Pyro's param store."""
+    """Refuse NaN and infinities in parameters of `programs` and Pyro's param store."""
     store = pyro.get_param_store()
     remedy = "training diverged. Lower the learning rate, or load an earlier checkpoint"
     check_finite(((f"parameter '{name}'", store._params[name]) for name in store), "param store", remedy)

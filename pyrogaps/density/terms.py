@@ -1,4 +1,4 @@
-"""Match a guide's sites with the model's; refuse those that do not fit."""
+"""Match a guide's sites with the model's."""
 
 from dataclasses import replace
 from typing import Any

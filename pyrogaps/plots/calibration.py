@@ -1,4 +1,4 @@
-"""Simulation-based calibration: the ECDF of each latent dimension's ranks, and the coverage of its intervals."""
+"""Plot of a calibration: ECDF of the ranks and coverage of intervals."""
 
 import numpy as np
 import pandas as pd
@@ -69,7 +69,7 @@ def plot_calibration(calibration: Calibration | xr.DataTree, figure: FigureBase 
 
 
 def _difference(values: np.ndarray) -> np.ndarray:
-    """The ECDF of `values`, NaN left out, less that of U(0, 1), at `GRID`; NaN where there are none."""
+    """The ECDF of `values`, without NaN, minus that of U(0, 1), at `GRID`; NaN where there are none."""
     finite = np.sort(values[np.isfinite(values)])
     if not len(finite):
         return np.full(len(GRID), np.nan)

@@ -1,4 +1,4 @@
-"""The data of the plots: named arrays of a ledger, or of an `InferenceData` or `DataTree` with the same groups."""
+"""The data of the plots: named arrays of a ledger or its saved groups."""
 
 from typing import Any, TypeAlias
 
@@ -111,6 +111,6 @@ def note(ax: Axes, text: str) -> None:
 
 
 def tidy(ax: Axes) -> None:
-    """Remove the box, and draw ticks and grid behind the data."""
+    """Remove the box, and draw ticks and grid lines behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""Export of a trained guide to ArviZ: a DataTree of draws, and leave-one-out cross-validation."""
+"""Export to ArviZ: a DataTree of draws, and leave-one-out cross-validation."""
 
 from pyrogaps.posterior_export.loo import loo
 from pyrogaps.posterior_export.tree import to_datatree

@@ -14,7 +14,7 @@ LogDensity = Callable[[Array], Array]  # of points (G, 2), giving (G,) in nats
 # The integral is taken over the points whose density is within a factor exp(-DEPTH) of the highest; what is
 # shown is within exp(-BODY).
 DEPTH, BODY = 25.0, 14.0
-# The first search is fine, because a narrow mode that it misses is lost.
+# The first search uses the finer grid, because a narrow mode that it misses is lost.
 SEARCH_POINTS, MAX_SEARCHES = (193, 65), 40
 FIRST_POINTS, MAX_POINTS = 129, 1025
 TOLERANCE, MAX_ERROR = 1e-4, 0.05

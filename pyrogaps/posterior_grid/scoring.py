@@ -1,4 +1,4 @@
-"""A guide at one datapoint with two latent dimensions: its density at points, or that of its draws."""
+"""Densities of a guide at one datapoint with two latent dimensions."""
 
 from typing import Any
 
