@@ -115,10 +115,10 @@ def _named(guides: Any) -> Mapping[str, Program | Posterior]:
 
 def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Posterior:
     posterior, number = problem.with_guide(guide).guided(), problem.num_datapoints
-    refined = posterior.joint.num_datapoints  # type: ignore[attr-defined]
-    if refined != number:
+    size = posterior.joint.num_datapoints  # type: ignore[attr-defined]
+    if size != number:
         raise InputError(
-            f"guides: '{name}' is a posterior of {refined} datapoints, but the data have {number}; build it for these "
+            f"guides: '{name}' is a posterior of {size} datapoints, but the data have {number}; build it for these "
             "data"
         )
     return posterior
