@@ -31,7 +31,7 @@ from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from pyrogaps.guides.local import AutoLocalMultivariateNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.models.sequences import sequence_mask
-from pyrogaps.plots.calibration import HIGHLIGHTED, plot_calibration
+from pyrogaps.plots.calibration import MAX_HIGHLIGHTED, plot_calibration
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 from tests.references import STANDARD_ERRORS, NearPosterior, RaggedWalk, WrongEncoder, anisotropic
@@ -482,14 +482,14 @@ def test_the_picture_shows_the_worst_in_colour() -> None:
     figure = drawn(plot_calibration(fabricate(50, wrong=20), Figure(figsize=(10, 4), layout="constrained")))  # type: ignore[arg-type]
     left, right = figure.axes
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [text for text in legend if text.startswith("z[")] == [f"z[{k}]: too narrow" for k in range(HIGHLIGHTED)]
+    assert [text for text in legend if text.startswith("z[")] == [f"z[{k}]: too narrow" for k in range(MAX_HIGHLIGHTED)]
     assert {"99% band", "other deviating dimensions", "no significant deviation", LOG_JOINT + " of the draws"} <= {
         *legend
     }
     assert len(right.lines) == 51 and len(left.lines) == 52
     coloured = [line for line in right.lines if len(set(to_rgba(line.get_color())[:3])) > 1]
-    assert len(coloured) == HIGHLIGHTED
-    assert len({str(line.get_linestyle()) for line in coloured}) == HIGHLIGHTED
+    assert len(coloured) == MAX_HIGHLIGHTED
+    assert len({str(line.get_linestyle()) for line in coloured}) == MAX_HIGHLIGHTED
     worst = coloured[0]
     at = int(np.argmin(np.abs(np.asarray(worst.get_xdata()) - 0.95)))
     share = float(fabricate(50, wrong=20).coverage(0.95)["coverage"][0, 0])

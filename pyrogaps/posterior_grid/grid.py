@@ -118,8 +118,7 @@ def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Poste
     size = posterior.joint.num_datapoints  # type: ignore[attr-defined]
     if size != number:
         raise InputError(
-            f"guides: '{name}' is a posterior of {size} datapoints, but the data have {number}; build it for these "
-            "data"
+            f"guides: '{name}' is a posterior of {size} datapoints, but the data have {number}; build it for these data"
         )
     return posterior
 
