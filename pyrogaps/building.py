@@ -1,4 +1,4 @@
-"""Building what a recipe names: importing dotted paths, checking their arguments, calling them."""
+"""Build the objects of a recipe: import dotted paths, check their arguments, call them."""
 
 import functools
 import importlib
@@ -38,12 +38,12 @@ def build_programs(recipe: Recipe) -> tuple[Program, Program]:
 
 
 def build_encoder(recipe: Recipe) -> Program | None:
-    """The encoder that MAPA trains the model of `recipe` with; None where it names none."""
+    """The encoder with which MAPA trains the model of `recipe`; None where the recipe has none."""
     return None if recipe.encoder is None else _program("encoder", recipe.encoder)
 
 
 def build_evidence(recipe: Recipe) -> Evidence:
-    """How `recipe` measures log p(x)."""
+    """The estimator of log p(x) that `recipe` names."""
     if isinstance(recipe.evidence, AIS):
         return recipe.evidence
     evidence = construct("evidence", recipe.evidence)
@@ -61,7 +61,7 @@ def _program(key: str, component: Component, model: Program | None = None) -> Pr
     target = import_object(key, component.class_path)
     if not inspect.isclass(target):
         if component.init_args:
-            raise InputError(f"{key}: {component.class_path} is used as it is; only a class takes init_args")
+            raise InputError(f"{key}: {component.class_path} is not a class, so it takes no init_args; remove them")
         return _callable(key, component, target)
     takes_model = model is not None and (issubclass(target, AutoGuide) or _first_parameter(target) == "model")
     leading = (model,) if takes_model and "model" not in component.init_args else ()
@@ -72,8 +72,10 @@ def _callable(key: str, component: Component, built: Any) -> Program:
     """`built`, checked to be something Pyro can run."""
     runs = callable(built) and not (isinstance(built, nn.Module) and type(built).forward is nn.Module.forward)
     if not runs:
-        hint = "; an object with both .model and .guide goes under pair" if hasattr(built, "guide") else ""
-        raise InputError(f"{key}: {component.class_path} gives a {type(built).__name__}, which cannot be called{hint}")
+        hint = "; name an object with both .model and .guide under pair" if hasattr(built, "guide") else ""
+        raise InputError(
+            f"{key}: {component.class_path} gives a {type(built).__name__} object, which cannot be called{hint}"
+        )
     program: Program = built
     return program
 
@@ -86,15 +88,15 @@ def _family(key: str, component: Component) -> Callable[[Program], Program]:
     family: Callable[[Program], Program] = functools.partial(target, **arguments) if arguments else target
     if not arguments:
         return family
-    # The ledger records a family by its name; a partial's own would hold an address that changes from run to run.
+    # The ledger records a family by its name; a partial has none, and its repr changes from run to run.
     family.__name__ = f"{component.class_path}({', '.join(f'{k}={v!r}' for k, v in component.init_args.items())})"
     return family
 
 
 def construct(key: str, component: Component, *leading: Any) -> Any:
-    """Call what `component` names with `leading` and its `init_args`.
+    """Call the class or function that `component` names with `leading` and its `init_args`.
 
-    Raises `InputError` where it cannot be imported, its arguments do not fit, or it fails.
+    Raises `InputError` where it cannot be imported, its arguments do not fit, or the call fails.
     """
     target = import_object(key, component.class_path)
     if not callable(target):
@@ -127,7 +129,7 @@ def _convert(key: str, target: Callable[..., Any], given: dict[str, Any]) -> dic
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
         for name in given:
             arguments.add_argument(f"--arguments.{name}", type=hints.get(name, Any))
-    except Exception:  # not every annotation that a user may write can be read; the values then pass as they are
+    except Exception:  # an annotation that cannot be read: leave the values as they are
         return given
     try:
         return dict(vars(parse_typed(arguments, {"arguments": given})["arguments"]))
@@ -141,18 +143,18 @@ def import_object(key: str, path: str) -> Any:
     if not module:
         raise InputError(f"{key}: '{path}' is not a dotted path such as package.module.Name")
     try:
-        found = _import_module(module)
+        imported = _import_module(module)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             raise InputError(
                 f"{key}: cannot import '{path}': no module named '{error.name}' "
-                "(looked among the installed packages, beside the recipe and in the current folder)"
+                "(searched: installed packages, the recipe's folder, the current folder)"
             ) from error
         raise InputError(f"{key}: importing '{module}' failed: {described(error)}") from error
-    if not hasattr(found, name):
-        near = get_close_matches(name, dir(found), n=1)
+    if not hasattr(imported, name):
+        near = get_close_matches(name, dir(imported), n=1)
         raise InputError(f"{key}: '{module}' has no '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-    return getattr(found, name)
+    return getattr(imported, name)
 
 
 def _import_module(path: str) -> Any:
@@ -168,7 +170,7 @@ def _import_module(path: str) -> Any:
 
 @contextmanager
 def failures_named(what: str) -> Iterator[None]:
-    """Turn any exception into an `InputError` that says in one line what failed and where; our own pass as they are."""
+    """Turn any other exception into an `InputError` of one line: what failed, and where."""
     try:
         yield
     except InputError:
@@ -178,7 +180,7 @@ def failures_named(what: str) -> Iterator[None]:
 
 
 def described(error: BaseException) -> str:
-    """An exception in one line, with the place it came from."""
+    """An exception in one line, with its file and line number."""
     message = " ".join(str(error).split())
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {message}"
@@ -189,7 +191,7 @@ def described(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the command takes from a data set: data to train on, to stop training by, and to evaluate."""
+    """The data that the command uses: for training, for early stopping, and for evaluation."""
 
     train: Data | None
     validation: Data | None
@@ -197,34 +199,34 @@ class DataSet:
 
 
 def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool = False) -> tuple[DataSet, list[str]]:
-    """The data of `recipe`, and remarks on the options that its data set has no use for.
+    """The data of `recipe`, and notes on the options that have no effect on its data set.
 
-    `data_root` and `download` reach the data set as its arguments `data_root` (or `root`) and `download`, if it has
-    those. They say where the data lie, not which data they are, so they are no part of a recipe.
+    `data_root` and `download` become the data set's arguments `data_root` (or `root`) and `download`, if it has them.
+    They locate the data but do not determine them, so they are not part of a recipe.
     """
-    component, remarks = recipe.data, []
+    component, notes = recipe.data, []
     accepted = _parameters(import_object("data", component.class_path))
     for option, value in (("data_root", data_root), ("download", download)):
         name = next((name for name in (option, option.removeprefix("data_")) if name in accepted), None)
         if value and name:
             component = Component(component.class_path, {**component.init_args, name: value})
         elif value:
-            remarks.append(f"--{option} has no effect: {component.class_path} takes no such argument")
+            notes.append(f"--{option} has no effect: {component.class_path} has no such argument")
     data = construct("data", component)
     evaluated = _part(recipe, data, recipe.evaluate.part, required=True)
     trains = recipe.training is not None or recipe.mapa is not None
     trains = (trains and recipe.checkpoint is None) or recipe.retraining is not None
     train = _part(recipe, data, "train", required=trains)
     validation = _part(recipe, data, "validation", required=False)
-    return DataSet(train, validation, _first(recipe, evaluated)), remarks
+    return DataSet(train, validation, _first(recipe, evaluated)), notes
 
 
 def _part(recipe: Recipe, data: Any, part: str, *, required: bool) -> Any:
     with failures_named(f"data: reading '{part}' of {recipe.data.class_path}"):
-        found = getattr(data, part, None)
-    if found is None and required:
+        selected = getattr(data, part, None)
+    if selected is None and required:
         raise InputError(f"data: {recipe.data.class_path} has no '{part}'")
-    return on_device(found, torch.device(recipe.device))
+    return on_device(selected, torch.device(recipe.device))
 
 
 def _first(recipe: Recipe, data: Any) -> Any:
@@ -234,11 +236,12 @@ def _first(recipe: Recipe, data: Any) -> Any:
         return data
     tensors = data if isinstance(data, tuple) else (data,)
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise InputError("evaluate.num_datapoints: only data that are tensors can be cut; leave it null")
-    held = len(tensors[0])
-    if not 1 <= count <= held:
+        raise InputError("evaluate.num_datapoints: only tensors can be cut to fewer datapoints; leave it null")
+    available = len(tensors[0])
+    if not 1 <= count <= available:
         raise InputError(
-            f"evaluate.num_datapoints: asked for {count} of the {held} datapoints in '{recipe.evaluate.part}'"
+            f"evaluate.num_datapoints: must be from 1 to {available}, the datapoints in '{recipe.evaluate.part}', got "
+            f"{count}"
         )
     return tuple(t[:count] for t in data) if isinstance(data, tuple) else data[:count]
 
@@ -253,7 +256,7 @@ def on_device(item: Any, device: torch.device) -> Any:
 
 
 def check_device(name: str) -> torch.device:
-    """The device called `name`; `InputError` where there is no such device here."""
+    """The device called `name`; `InputError` where it is not available."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

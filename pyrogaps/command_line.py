@@ -25,30 +25,30 @@ from pyrogaps.recipe import (
 USAGE = "usage: python -m pyrogaps.eval [RECIPE] [options]"
 
 HELP = """
-Train a Pyro model and guide (or load their weights), take their inference gap apart, print the table in nats.
+Train a Pyro model and guide (or load their weights) and print a decomposition of their inference gap, in nats.
 
 RECIPE            a shipped recipe ({shipped}; default digits) or a path to a recipe file
 
 run options:
-  --out DIR         where results go (default runs/<recipe>/); a run that was stopped continues from there
-  --overwrite       replace what DIR holds
+  --out DIR         folder of the results (default runs/<recipe>/); an interrupted run continues from it
+  --overwrite       replace the run in DIR
   --checkpoint FILE load weights from an earlier run's checkpoint.pt and train nothing
-  --data_root DIR   folder of the data, for data sets that take one
-  --download        fetch missing data, for data sets that can
-  --quiet           no progress bars
-  --print_config    print the recipe as resolved and stop
-  --help            this text
+  --data_root DIR   folder of the data, for data sets with this option
+  --download        download missing data, for data sets with this option
+  --quiet           show no progress bars
+  --print_config    print the resolved recipe and exit
+  --help            print this text and exit
 
-Every field of the recipe can be set as well, later ones over earlier ones and over the recipe's:
+Every field of the recipe is an option too. Options override the recipe; later ones override earlier ones:
   --training.num_epochs 3   --training null   --evidence.num_chains=4   --data.init_args.num_test 100
   --guide pyro.infer.autoguide.AutoNormal     --families.flow mymodels.AutoFlow     --families {{}}
-A field given whole, as --guide, is replaced; --guide.class_path alone keeps the recipe's init_args.
+--guide replaces the whole field; --guide.class_path keeps the recipe's init_args.
 
 {fields}
-Several processes, on one machine or more, share the work:
+Several processes, on one or more machines, can share the work:
   torchrun --nproc-per-node 8 -m pyrogaps.eval RECIPE --out a/folder/that/all/see
 
-Exit codes: 0 done, 2 input that cannot be used (one line on stderr says why), 130 interrupted, 1 a process died."""
+Exit codes: 0 success, 2 invalid input (explained in one line on stderr), 130 interrupted, 1 a process died."""
 
 FLAGS = ("overwrite", "download", "quiet", "print_config", "help")
 VALUES = ("out", "data_root")
@@ -56,7 +56,7 @@ VALUES = ("out", "data_root")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command was asked to do with a recipe."""
+    """Run options of the command."""
 
     out: Path = Path("runs")
     data_root: str | None = None
@@ -69,11 +69,11 @@ class Options:
 def parse(arguments: list[str]) -> tuple[Recipe, Options] | None:
     """The recipe and the options on a command line; None where it asks for help.
 
-    Raises `InputError` for anything that cannot be used.
+    Raises `InputError` for invalid options.
     """
-    named = bool(arguments) and not arguments[0].startswith("-")
-    name = arguments[0] if named else "digits"
-    given, overrides = _split(arguments[named:])
+    has_recipe = bool(arguments) and not arguments[0].startswith("-")
+    name = arguments[0] if has_recipe else "digits"
+    given, overrides = _split(arguments[has_recipe:])
     if given.pop("help", False):
         return None
     document = read_document(name)
@@ -84,17 +84,17 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options] | None:
 
 
 def _class_first(overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The class of the evidence before its fields, whatever their order, because a class clears another one's fields."""
+    """Overrides with the class of the evidence before its fields, because a class clears those of another."""
     whole = [place for place, (key, _) in enumerate(overrides) if key == "evidence"]
     start = whole[-1] + 1 if whole else 0
     return overrides[:start] + sorted(overrides[start:], key=lambda pair: pair[0] != "evidence.class_path")
 
 
 def help_text() -> str:
-    """What `--help` prints."""
+    """The text that `--help` prints."""
     built = "".join(f"  --{name:<15} {FIELDS[name]}\n" for name in (*COMPONENTS, "families"))
     listed = parser().format_help().partition("options:\n")[2]
-    # Sections are given field by field or as YAML here, not as the files that jsonargparse would take.
+    # Sections are options by field or as YAML, not the configuration files that jsonargparse would read.
     fields = re.sub(r"  --[\w.]+ CONFIG\s+Path to a configuration file.\n", "", listed)
     return USAGE + "\n" + HELP.format(shipped=", ".join(shipped()), fields=f"fields:\n{built}{fields}")
 
@@ -109,7 +109,7 @@ def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
             token = "--help"
         key, equals, text = token.removeprefix("--").partition("=")
         if not token.startswith("--") or not key:
-            raise InputError(f"unexpected argument '{token}'; {USAGE}, the recipe first")
+            raise InputError(f"unexpected argument '{token}'; the recipe comes first ({USAGE})")
         _check_option(key)
         if key in FLAGS:
             if equals:
@@ -136,13 +136,13 @@ def _check_option(key: str) -> None:
     sections = [f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section)]
     components = [f"{name}.{part}" for name in COMPONENTS for part in ("class_path", "init_args")]
     near = get_close_matches(key, [*known, *sections, *components], n=1)
-    # A field of a section is often given without the section's name.
+    # Users often omit the section of a field.
     bare = [section for section in sections if section.split(".")[1] == key]
     hint = f"; did you mean --{(bare or near)[0]}?" if bare or near else "; --help lists the options"
     raise InputError(f"unknown option --{key}{hint}")
 
 
 def _run_name(recipe: str) -> str:
-    """Name of a recipe's run folder; that of an earlier run's `recipe.yaml` is the run's own."""
+    """Name of a recipe's run folder; for the `recipe.yaml` of an earlier run, that run's folder."""
     path = Path(recipe)
     return path.resolve().parent.name if path.name == "recipe.yaml" else path.stem

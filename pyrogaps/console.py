@@ -1,4 +1,4 @@
-"""What the command tells its user on the error stream, line by line."""
+"""Messages of the command on stderr, one line each."""
 
 import logging
 import sys
@@ -10,26 +10,26 @@ from typing import Any
 from pyrogaps import ranks
 
 
-class _Said(logging.Handler):
-    """Says what the library logs."""
+class _StderrHandler(logging.Handler):
+    """Prints log records on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(f"pyrogaps: {record.getMessage()}")
 
 
 @contextmanager
-def told_in_a_line() -> Iterator[None]:
-    """Say what the library warns of and logs as everything else is said, without the line of code it comes from."""
-    show, log, handler = warnings.showwarning, logging.getLogger("pyrogaps"), _Said()
+def one_line_warnings() -> Iterator[None]:
+    """Print warnings and log records in one line, without the line of code that they come from."""
+    show, log, handler = warnings.showwarning, logging.getLogger("pyrogaps"), _StderrHandler()
 
-    def said(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if category is UserWarning:  # of whichever process: others may not have met it
+    def show_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is UserWarning:  # from any process: the first may not have raised it
             print(f"pyrogaps: {message}", file=sys.stderr, flush=True)
         else:
             show(message, category, *where, **more)
 
     with warnings.catch_warnings():
-        warnings.showwarning = said
+        warnings.showwarning = show_line
         log.setLevel(logging.INFO)
         log.addHandler(handler)
         try:
@@ -39,6 +39,6 @@ def told_in_a_line() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Tell the user, on the error stream; of several processes the first one speaks."""
+    """Print a line on stderr, from the first process only."""
     if ranks.is_reporting():
         print(line, file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from pyrogaps.building import (
 )
 from pyrogaps.command_line import Options, help_text, parse
 from pyrogaps.conditioning import Lookahead, declared, reference_guide
-from pyrogaps.console import say, told_in_a_line
+from pyrogaps.console import one_line_warnings, say
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import Evidence
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     processes that shared the work are gone.
     """
     try:
-        with ranks.joined(), told_in_a_line():
+        with ranks.joined(), one_line_warnings():
             return _main(sys.argv[1:] if arguments is None else arguments)
     except ranks.LostRankError as error:
         print(f"pyrogaps: {error}; run the same command again to continue", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A recipe: what to train, on what, and how to take its inference gap apart, as a typed value and as YAML."""
+"""Recipes: model, guide, data and settings of a run, as a typed value and as YAML."""
 
 import dataclasses
 import inspect
@@ -28,7 +28,7 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Component:
-    """Something to build: the dotted path of a class or function, and the arguments to call it with."""
+    """A class or function, by its dotted path, and the arguments to call it with."""
 
     class_path: str
     init_args: dict[str, Any] = field(default_factory=dict)
@@ -39,8 +39,8 @@ class Evaluate:
     """Which datapoints are evaluated.
 
     Args:
-        part: the attribute of the data set that holds them, such as `test` or `train`.
-        num_datapoints: how many, from the first on; null for all.
+        part: the attribute of the data set to evaluate, such as `test` or `train`.
+        num_datapoints: how many of its datapoints, from the first; null: all.
     """
 
     part: str = "test"
@@ -54,27 +54,27 @@ class Recipe:
     Args:
         model: the Pyro model: a class to build or a plain function.
         guide: its guide: a class to build or a plain function; an autoguide is given the model.
-        pair: in place of `model` and `guide`, one object that has both as `.model` and `.guide`.
-        data: the data set: an object with tensors `.train` and `.test`, and `.validation` if it likes.
+        pair: instead of `model` and `guide`, one object with the attributes `.model` and `.guide`.
+        data: the data set: an object with tensors `.train`, `.test` and, optionally, `.validation`.
         evaluate: which datapoints are evaluated.
-        mapa: settings of MAPA, which trains the model before `training`; null: none.
-        encoder: the encoder h that MAPA trains the model with; null: the guide, and MAPA's bound is one of log p(x).
-        training: settings of `pyrogaps.train`; null trains nothing.
+        mapa: settings of MAPA, which trains the model before `training`; null: no MAPA.
+        encoder: the encoder h that MAPA trains the model with; null: the guide; MAPA's bound is then one of log p(x).
+        training: settings of `pyrogaps.train`; null: no training.
         families: further variational families to compare, by name; each is called with the model.
-        evidence: how log p(x) is measured: fields of AIS, or class_path (such as pyrogaps.Ladder) and init_args.
+        evidence: the estimator of log p(x): fields of AIS, or class_path (such as pyrogaps.Ladder) and init_args.
         refinement: settings of the per-datapoint refinement.
         conditioning: settings of the shared posterior, for a guide that is not shown all of x.
-        reference: settings of the training of the guide that a lookahead's conditioning gap is measured by; null: none.
-        retraining: settings of phi-hat, the guide trained on, which splits the amortization gap in three; null: whole.
-        certificate: what to spend on finding out how wrong the bounds can be; null: nothing.
-        num_particles: draws for each bound.
-        batch_size: datapoints worked on at once; null: what suits the model.
-        max_memory: what a process may use, as in 4GiB; null: four fifths of what the machine has left.
-        compile: whether to give the model's density to torch.compile, which pays in long runs.
-        plate: name of the data plate; null finds it, false takes the whole data set as one datapoint.
-        seed: of everything random.
-        device: where to run, such as cpu, cuda or cuda:1.
-        checkpoint: weights to load in place of training, as an earlier run's checkpoint.pt.
+        reference: training settings of the reference guide for the conditioning gap of a lookahead; null: none.
+        retraining: settings of further training (phi-hat) that splits the amortization gap in three; null: no split.
+        certificate: settings of the check of how wrong the bounds can be; null: no check.
+        num_particles: number of draws for each bound.
+        batch_size: datapoints processed at once; null: chosen to suit the model.
+        max_memory: memory that a process may use, such as 4GiB; null: four fifths of the free memory.
+        compile: whether to compile the model's density with torch.compile; worthwhile in long runs.
+        plate: name of the data plate; null finds it, false treats the whole data set as one datapoint.
+        seed: seed of all random numbers.
+        device: the device to run on, such as cpu, cuda or cuda:1.
+        checkpoint: weights to load instead of training, such as an earlier run's checkpoint.pt.
         model_checkpoint: weights of the model alone, from an earlier run's checkpoint.pt, to start training from.
     """
 
@@ -105,16 +105,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.pair is not None and (self.model is not None or self.guide is not None):
-            raise InputError("recipe: pair stands in place of model and guide; set those to null")
+            raise InputError("recipe: pair replaces model and guide; set these to null")
         if self.pair is None and (self.model is None or self.guide is None):
-            raise InputError("recipe: name a model and a guide, or a pair in place of both")
+            raise InputError("recipe: name a model and a guide, or a pair instead of both")
         if self.checkpoint is not None and self.model_checkpoint is not None:
-            raise InputError("recipe: checkpoint holds the model's weights too; give it or model_checkpoint, not both")
+            raise InputError(
+                "recipe: checkpoint includes the model's weights; set only one of checkpoint and model_checkpoint"
+            )
         if self.encoder is not None and self.mapa is None:
-            raise InputError("recipe: encoder is what mapa trains the model with; set mapa too, or leave encoder out")
+            raise InputError("recipe: only mapa uses an encoder; set mapa too, or leave encoder out")
 
     def to_yaml(self) -> str:
-        """The recipe with every field written out; `read_recipe` of it gives the recipe back."""
+        """The recipe as YAML, with every field written out."""
         document = _plain(self)
         return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100))
 
@@ -158,11 +160,11 @@ def _recipes() -> Traversable:
 
 
 def read_document(recipe: str) -> Document:
-    """The YAML document of a shipped recipe, by name, or of a recipe file, by path, with what it `extends` filled in.
+    """The YAML document of a recipe, shipped (by name) or a file (by path), with `extends` resolved.
 
-    `extends` names another recipe, shipped or a file beside this one, whose fields hold where this one is silent:
-    mappings are merged field by field, everything else is replaced. A file's folder, and the current one, become
-    importable, so that it can name classes that lie beside it.
+    `extends` names another recipe, shipped or a file beside this one, which provides the fields that this one omits:
+    mappings are merged field by field, everything else is replaced. The file's folder and the current one become
+    importable, so that recipes can name classes in files beside them.
 
     Raises `InputError` where there is no such recipe, it is not a YAML mapping, or it extends itself.
     """
@@ -179,8 +181,8 @@ def _extended(recipe: str, above: tuple[str, ...]) -> Document:
     if not isinstance(base, str):
         raise InputError(f"{recipe}: extends: expected the name or path of a recipe, got {base!r}")
     beside = Path(recipe).parent / base
-    found = str(beside) if recipe not in shipped() and beside.is_file() else base
-    return _merged(_extended(found, (*above, recipe)), document)
+    source = str(beside) if recipe not in shipped() and beside.is_file() else base
+    return _merged(_extended(source, (*above, recipe)), document)
 
 
 def _merged(base: Document, document: Document) -> Document:
@@ -190,7 +192,7 @@ def _merged(base: Document, document: Document) -> Document:
 
 
 def _are_mappings(base: Document, name: str, value: Any) -> bool:
-    """Whether to merge; fields of a mapping that names no class are not those of a class that `value` names."""
+    """Whether to merge two mappings; not if `value` names a class and the base has fields of no named class."""
     below = base.get(name)
     return isinstance(value, dict) and isinstance(below, dict) and ("class_path" in below or "class_path" not in value)
 
@@ -202,7 +204,9 @@ def _own_document(recipe: str) -> Document:
     elif path.is_file():
         text = _read(path)
     else:
-        raise InputError(f"no recipe '{recipe}': it is neither a file nor a shipped recipe ({', '.join(shipped())})")
+        raise InputError(
+            f"no recipe '{recipe}': neither a file nor a shipped recipe ({', '.join(shipped())}) has this name"
+        )
     for folder in (str(Path.cwd()), str(path.resolve().parent)):
         if folder not in sys.path and recipe not in shipped():
             sys.path.insert(0, folder)
@@ -227,7 +231,7 @@ def load_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise InputError(f"{source}{line}: not YAML: {problem}") from error
+        raise InputError(f"{source}{line}: not valid YAML: {problem}") from error
 
 
 def override(document: Document, key: str, value: Any) -> None:
@@ -258,12 +262,14 @@ def resolve(document: Document) -> Recipe:
     """
     check_names(document, [f.name for f in dataclasses.fields(Recipe)], "recipe")
     if document.get("data") is None:
-        raise InputError("recipe: data is missing: name a data set, as data: {class_path: pyrogaps.datasets.Digits}")
+        raise InputError(
+            "recipe: data is missing; name a data set, such as data: {class_path: pyrogaps.datasets.Digits}"
+        )
     families = document.get("families") or {}
     if not isinstance(families, dict):
         raise InputError("families: expected a mapping of names to dotted paths")
     fields: Document = {name: component(name, document[name]) for name in COMPONENTS if document.get(name) is not None}
-    # Null takes a family away that an extended recipe named.
+    # Null removes a family that an extended recipe named.
     named = {str(name): entry for name, entry in families.items() if entry is not None}
     if (evidence := _evidence(document.get("evidence"))) is not None:
         fields["evidence"] = evidence
@@ -273,7 +279,7 @@ def resolve(document: Document) -> Recipe:
 
 
 def _evidence(entry: Any) -> Component | None:
-    """An evidence that names its class; settings beside `class_path` are those of the class. None for AIS's fields."""
+    """An evidence that names its class, with the settings beside `class_path`; None for fields of AIS."""
     if isinstance(entry, str):
         return Component(entry)
     if not isinstance(entry, dict) or "class_path" not in entry:
@@ -299,7 +305,7 @@ def component(key: str, entry: Any) -> Component:
 
 
 def check_names(given: Mapping[str, Any], known: list[str], where: str) -> None:
-    """Refuse a name in `given` that is not in `known`, with the nearest one that is."""
+    """Refuse a name in `given` that is not in `known`; suggest the nearest one."""
     for name in given:
         if name not in known:
             near = get_close_matches(str(name), known, n=1)
@@ -338,7 +344,7 @@ def parser() -> ArgumentParser:
 
 
 def parse_typed(typed: ArgumentParser, document: Document) -> dict[str, Any]:
-    """Type-check `document` with `typed` and build the objects it describes; `InputError` for what does not fit."""
+    """Type-check `document` with `typed` and build its objects; `InputError` for values that do not fit."""
     try:
         return dict(vars(typed.instantiate(typed.parse_object(document))))
     except (ArgumentError, TypeError, ValueError) as error:
@@ -349,20 +355,20 @@ _FRAME = ("Parser key", "Does not validate", "Subtypes", "Errors", "Given")
 
 
 def _one_line(message: str) -> str:
-    """jsonargparse's report of a value of the wrong type, in one line: the field, what is wrong, what was given."""
+    """jsonargparse's report of a value of the wrong type, in one line: field, problem, given value."""
     option = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if option:
         return f"{option[1]}: unknown field '{option[2]}'"
-    bare = re.sub(r"<class '([^']+)'>", r"\1", message).replace("typing.", "")
-    key = re.search(r'Parser key ["\']([\w.]+)["\']:', bare)
-    given = re.search(r"(?:Got value|Given value): (.*)", bare)
-    reasons = [r.strip(" .") for r in re.findall(r"(?:^|- )((?:(?!- ).)*?)(?:\.? Got value.*)?$", bare, re.MULTILINE)]
+    plain = re.sub(r"<class '([^']+)'>", r"\1", message).replace("typing.", "")
+    key = re.search(r'Parser key ["\']([\w.]+)["\']:', plain)
+    given = re.search(r"(?:Got value|Given value): (.*)", plain)
+    reasons = [r.strip(" .") for r in re.findall(r"(?:^|- )((?:(?!- ).)*?)(?:\.? Got value.*)?$", plain, re.MULTILINE)]
     reasons = [r for r in reasons if r and not r.startswith(_FRAME)]
-    said = [r for r in reasons if not r.startswith("Expected a ")]
-    if not said:
+    problems = [r for r in reasons if not r.startswith("Expected a ")]
+    if not problems:
         kinds = [r.removeprefix("Expected a ").replace("NoneType", "null") for r in reasons]
-        said = [f"expected {' or '.join(kinds)}" + (f", got {given[1]}" if given else "")]
-    return " ".join((f"{key[1]}: " if key else "").split() + "; ".join(said).split())
+        problems = [f"expected {' or '.join(kinds)}" + (f", got {given[1]}" if given else "")]
+    return " ".join((f"{key[1]}: " if key else "").split() + "; ".join(problems).split())
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The folder of one run: whose it is, what of it is done, and files that appear in it whole or not at all."""
+"""The folder of one run: its recipe, its results, and the files to continue from."""
 
 import os
 import shutil
@@ -20,9 +20,9 @@ CHECKPOINTS = (TRAINING, REFERENCE, MAPA)
 
 
 class RunFolder:
-    """Results of one recipe, with what an unfinished run of it needs to continue.
+    """Results of one recipe, and the files from which an unfinished run continues.
 
-    Of processes that share a run the first one writes; what it meets is raised on all.
+    Of processes that share a run, the first one writes; its errors are raised on all.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,11 +37,11 @@ class RunFolder:
         return ranks.first((self / name).exists)
 
     def claim(self, recipe: str, *, overwrite: bool) -> None:
-        """Make the folder that of `recipe` (as YAML), creating it where it is missing.
+        """Reserve the folder for `recipe` (as YAML); creates it where it is missing.
 
-        From then on it is this process's own, until it is released or this object is gone. Raises `InputError` where
-        another process is writing there, where it holds another recipe's run and `overwrite` is false, cannot be
-        written, or is not seen by all processes.
+        Other processes cannot write to it until it is released or this object is deleted. Raises `InputError` where
+        another process is writing there, where the folder holds another recipe's run and `overwrite` is false, where
+        it cannot be written, or where some process does not see it.
         """
         ranks.first(lambda: self._claim(recipe, overwrite=overwrite))
         ranks.together(self._check_visible)
@@ -75,9 +75,9 @@ class RunFolder:
             self._held = None
 
     def write(self, name: str, save: Callable[[Path], Any]) -> None:
-        """Let `save` write a file, then give it its `name` in one step.
+        """Write a file `name` with `save`, in one step.
 
-        Raises `InputError` where it cannot be written; a file of that name is then as it was.
+        Raises `InputError` where it cannot be written; an existing file of that name is then unchanged.
         """
         ranks.first(lambda: self._write(name, save))
 
@@ -89,12 +89,12 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(
-                f"{target}: cannot be written: {reason}; mend that and run the same command again, which goes on from "
+                f"{target}: cannot be written: {reason}. Fix this and run the same command again; it continues from "
                 "there"
             ) from error
 
     def finish(self) -> None:
-        """Remove what only an unfinished run needs."""
+        """Remove the files that only an unfinished run needs."""
         ranks.first(self._finish)
 
     def _finish(self) -> None:
@@ -110,36 +110,36 @@ class RunFolder:
         self._finish()
 
     def _refuse_other(self, recipe: dict[str, Any]) -> None:
-        remedy = "use --out for another folder or --overwrite to replace it"
-        held = self / "recipe.yaml"
-        done = [
+        remedy = "choose another folder with --out, or replace it with --overwrite"
+        recipe_file = self / "recipe.yaml"
+        results = [
             name
             for name in (*RESULTS, TRAINING, REFERENCE, MAPA, PARTS)
             if name != "recipe.yaml" and (self / name).exists()
         ]
-        if not done:  # nothing was computed yet, so nothing is lost
-            held.unlink(missing_ok=True)
+        if not results:  # nothing was computed yet, so nothing is lost
+            recipe_file.unlink(missing_ok=True)
             return
-        if not held.exists():
-            raise InputError(f"{self.path} holds {', '.join(done)} without the recipe they belong to; {remedy}")
+        if not recipe_file.exists():
+            raise InputError(f"{self.path} holds {', '.join(results)} but no recipe.yaml; {remedy}")
         try:
-            other = yaml.safe_load(held.read_text("utf-8"))
+            other = yaml.safe_load(recipe_file.read_text("utf-8"))
             if isinstance(other, dict):
                 other = yaml.safe_load(resolve(other).to_yaml())  # with the defaults of fields that came later
         except (yaml.YAMLError, UnicodeDecodeError):
             other = None
         except InputError:
-            pass  # no recipe of this version: it differs
+            pass  # not a recipe of this version, so it differs
         if other != recipe:
             differing = ", ".join(_differing(other, recipe)) if isinstance(other, dict) else "it cannot be read"
             raise InputError(f"{self.path} holds the run of a different recipe ({differing}); {remedy}")
 
 
-def _differing(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
+def _differing(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the fields in which two documents differ."""
     names = []
-    for key in dict.fromkeys([*one, *other]):
-        left, right = one.get(key), other.get(key)
+    for key in dict.fromkeys([*first, *second]):
+        left, right = first.get(key), second.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
             names += _differing(left, right, f"{prefix}{key}.")
         elif left != right:

@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[list[str], list[str], str]] = {
     "a joint distribution of all datapoints has no density per datapoint": (
         JOINT,
         [feature for feature in DENSITY if feature != "calibrate amortized"],
-        "one distribution over all datapoints at once",
+        "one joint distribution over all datapoints",
     ),
     "the importance weights of a datapoint need its own density": (JOINT, IWAE, "latent outside the data plate"),
     "parameters for each datapoint are no answer to simulated ones": (

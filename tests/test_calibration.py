@@ -31,7 +31,7 @@ from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from pyrogaps.guides.local import AutoLocalMultivariateNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.models.sequences import sequence_mask
-from pyrogaps.plots.calibration import HIGHLIGHTED, plot_calibration
+from pyrogaps.plots.calibration import MAX_HIGHLIGHTED, plot_calibration
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 from tests.references import STANDARD_ERRORS, NearPosterior, RaggedWalk, WrongEncoder, anisotropic
@@ -82,7 +82,7 @@ def test_the_exact_posterior_is_calibrated() -> None:
     overall = found.coverage(PROBABILITIES)
     off = (overall["overall"] - overall["probability"]) / overall["overall_error"]
     assert float(np.abs(off).max()) < STANDARD_ERRORS
-    assert "no deviation of the 3 latent dimensions beyond chance" in str(found)
+    assert "3 latent dimensions: no significant deviation" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_the_report_is_short() -> None:
     report = str(fabricate(50, wrong=20))
     lines = report.splitlines()
     assert len(lines) <= 20 and max(map(len, lines)) <= 130
-    assert "20 of 50 latent dimensions deviate beyond chance (1% for any claim below)" in report
+    assert "20 of 50 latent dimensions deviate significantly (family-wise error rate 1%)" in report
     assert lines[7].startswith("z[0] ") and "and 15 more too narrow" in report
     assert repr(fabricate(50, wrong=20)) == report
 
@@ -482,14 +482,14 @@ def test_the_picture_shows_the_worst_in_colour() -> None:
     figure = drawn(plot_calibration(fabricate(50, wrong=20), Figure(figsize=(10, 4), layout="constrained")))  # type: ignore[arg-type]
     left, right = figure.axes
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [text for text in legend if text.startswith("z[")] == [f"z[{k}]: too narrow" for k in range(HIGHLIGHTED)]
-    assert {"99% band", "further ones that deviate", "no deviation beyond chance", LOG_JOINT + " of the draws"} <= {
+    assert [text for text in legend if text.startswith("z[")] == [f"z[{k}]: too narrow" for k in range(MAX_HIGHLIGHTED)]
+    assert {"99% band", "other deviating dimensions", "no significant deviation", LOG_JOINT + " of the draws"} <= {
         *legend
     }
     assert len(right.lines) == 51 and len(left.lines) == 52
     coloured = [line for line in right.lines if len(set(to_rgba(line.get_color())[:3])) > 1]
-    assert len(coloured) == HIGHLIGHTED
-    assert len({str(line.get_linestyle()) for line in coloured}) == HIGHLIGHTED
+    assert len(coloured) == MAX_HIGHLIGHTED
+    assert len({str(line.get_linestyle()) for line in coloured}) == MAX_HIGHLIGHTED
     worst = coloured[0]
     at = int(np.argmin(np.abs(np.asarray(worst.get_xdata()) - 0.95)))
     share = float(fabricate(50, wrong=20).coverage(0.95)["coverage"][0, 0])
@@ -529,7 +529,7 @@ def test_masks_draw_a_second_band(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_draws": 99}, "num_draws: must be a whole number of at least 100, got 99"),
         ({"num_draws": 200.0}, "num_draws: must be a whole number"),
         ({"refinement": Refinement()}, "refinement: the amortized posterior is not refined"),
-        ({"plate": False}, "plate: calibrate simulates datapoints of a data plate"),
+        ({"plate": False}, "plate: calibrate needs a data plate"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, object], message: str) -> None:
@@ -553,9 +553,9 @@ def test_guides_that_have_no_answer_to_new_data() -> None:
     for guide, posterior, message in (
         (trained, "amortized", "AutoNormal holds parameters for each datapoint.*posterior='refined'"),
         (AutoNormal, "amortized", "AutoNormal is a family.*posterior='refined'"),
-        (refined, "amortized", "what refine returned belongs to the data"),
-        (bound, "amortized", "its plate 'data' has the data set's full size"),
-        (bound, "refined", "its plate 'data' has the data set's full size"),
+        (refined, "amortized", "the result of refine holds only for the data"),
+        (bound, "amortized", "the plate 'data' has the data set's full size"),
+        (bound, "refined", "the plate 'data' has the data set's full size"),
     ):
         with pytest.raises(InputError, match="guide: .*" + message) as caught:
             calibrate(model, guide, SHAPE, posterior=posterior)  # type: ignore[arg-type]

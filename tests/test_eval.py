@@ -139,7 +139,7 @@ def test_help_lists_recipes_options_and_fields(capsys):
         (["--seed", "[1"], "--seed"),
         (["--overwrite=yes"], "takes no value"),
         (["--model", "null"], "name a model and a guide"),
-        (["--pair", "mine.Pair"], "set those to null"),
+        (["--pair", "mine.Pair"], "set these to null"),
         (["--model", "VAE"], "not a dotted path"),
         (["--model", "nowhere.VAE"], "no module named 'nowhere'"),
         (["--model", "pyrogaps.models.vae.VEA"], "did you mean 'VAE'?"),
@@ -148,11 +148,11 @@ def test_help_lists_recipes_options_and_fields(capsys):
         (["--families.x", "[1]"], "families.x: expected a dotted path"),
         (["--data", "null"], "data is missing"),
         (["--evaluate.part", "exam"], "has no 'exam'"),
-        (["--evaluate.num_datapoints", "99999"], "asked for 99999"),
+        (["--evaluate.num_datapoints", "99999"], "got 99999"),
         (["--device", "toaster"], "'toaster' is not a device"),
         (["--checkpoint", "missing.pt"], "checkpoint: no file missing.pt"),
         (["--model_checkpoint", "missing.pt"], "model_checkpoint: no file missing.pt"),
-        (["--model_checkpoint", "a.pt", "--checkpoint", "b.pt"], "give it or model_checkpoint, not both"),
+        (["--model_checkpoint", "a.pt", "--checkpoint", "b.pt"], "set only one of checkpoint and model_checkpoint"),
         (["--training.freeze_model", "perhaps"], "training.freeze_model: expected bool, got perhaps"),
     ],
 )
@@ -170,7 +170,7 @@ def test_missing_cuda(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("model: [", "not YAML"), ("- a\n- b", "mapping"), ("modle: x", "did you mean 'model'?"), ("", "mapping")],
+    [("model: [", "not valid YAML"), ("- a\n- b", "mapping"), ("modle: x", "did you mean 'model'?"), ("", "mapping")],
 )
 def test_bad_recipe_files(text, said, tmp_path, capsys):
     path = tmp_path / "bad.yaml"
@@ -183,8 +183,8 @@ def test_bad_recipe_files(text, said, tmp_path, capsys):
     [
         (["--model", "mine.Broken"], "RuntimeError: out of cheese (mine.py, line"),
         (["--model", "mine.Silent"], "cannot be called"),
-        (["--model", "mine.Pair"], "goes under pair"),
-        (["--model", "{class_path: mine.model, init_args: {a: 1}}"], "only a class takes init_args"),
+        (["--model", "mine.Pair"], "name an object with both .model and .guide under pair"),
+        (["--model", "{class_path: mine.model, init_args: {a: 1}}"], "it takes no init_args"),
         (["--guide", "mine.Gide"], "did you mean 'Guide'?"),
         (["--families.x", "{class_path: mine.autonormal, init_args: {init_scael: 1}}"], "did you mean 'init_scale'?"),
         (["--data.init_args.scale", "big"], "data.init_args.scale: expected float, got big"),

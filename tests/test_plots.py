@@ -194,7 +194,7 @@ def test_traces_show_every_family_and_the_levels():
         (("traces",), "no refinement was traced"),
         (("refined_elbo",), "no refinement was traced"),
         (("acceptance_by_temperature", "ess_by_temperature"), "no annealing was traced"),
-        (("amortization_gap",), "approximation and amortization gaps\nwere not both measured"),
+        (("amortization_gap",), "needs both the approximation\nand the amortization gap"),
     ],
 )
 def test_missing_variables_leave_a_note(without, remark):

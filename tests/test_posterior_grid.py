@@ -228,7 +228,7 @@ def test_bad_arguments(options, said):
 def test_other_dimensions_are_refused():
     model = anisotropic(5, 3)
     x, _ = draws_of(model, 4)
-    with pytest.raises(pg.InputError, match=r"two latent dimensions, this model has 3 \(sites: 'z' 3\)"):
+    with pytest.raises(pg.InputError, match=r"two latent dimensions, but this model has 3 \(sites: 'z' 3\)"):
         grid_of(model, {}, x)
 
 
@@ -236,7 +236,7 @@ def test_posterior_of_other_data_is_refused():
     model = anisotropic(5, 2)
     x, _ = draws_of(model, 4)
     density = pg.GuideDensity(WrongEncoder(model), x[:3], model)
-    with pytest.raises(pg.InputError, match="'q' is a posterior of 3 datapoints, the data are 4"):
+    with pytest.raises(pg.InputError, match="'q' is a posterior of 3 datapoints, but the data have 4"):
         grid_of(model, {"q": density}, x)
 
 
@@ -246,7 +246,7 @@ def test_density_without_an_end_is_refused():
             z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
             pyro.factor("x", 0.5 * (z**2).sum(-1) + 0 * x)
 
-    with pytest.raises(pg.InputError, match=r"datapoint 0: .*does not die away"):
+    with pytest.raises(pg.InputError, match=r"datapoint 0: .*does not decay"):
         grid_of(model, {}, torch.zeros(2))
 
 

@@ -228,7 +228,7 @@ def test_without_an_encoder_mapa_trains_the_guide_too(few_points: list[str], tmp
 
 def test_mapa_that_does_not_fit(few_points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (
-        (["--mapa", "null"], "encoder is what mapa trains the model with; set mapa too"),
+        (["--mapa", "null"], "only mapa uses an encoder; set mapa too"),
         (["--mapa.bandwidth", "0"], "bandwidth"),
         (["--mapa.num_top", "61"], "num_top=61, but there are only 60 datapoints"),
         (["--encoder.class_path", "pyrogaps.guides.amortized.AmortizedNormal"], "a Normal in the encoder"),

@@ -1,4 +1,4 @@
-"""Are the intervals of a posterior what they say? Simulation-based calibration of amortized and refined guides."""
+"""Simulation-based calibration of amortized and refined guides."""
 
 from pyrogaps.calibration.calibrate import calibrate
 from pyrogaps.calibration.calibration import Calibration

@@ -1,4 +1,4 @@
-"""`calibrate`: simulation-based calibration of a guide, or of what refinement makes of it."""
+"""`calibrate`: simulation-based calibration of a guide or of its refined posterior."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +22,7 @@ from pyrogaps.refine.families import Family
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
-LEAST_DRAWS = 100
+MIN_DRAWS = 100
 
 
 def calibrate(
@@ -39,35 +39,35 @@ def calibrate(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Calibration:
-    r"""Simulation-based calibration: are the posterior's intervals right on data drawn from the model?
+    r"""Check a posterior's intervals on data drawn from the model: simulation-based calibration.
 
     $$z_n \sim p(z), \quad x_n \sim p(x \mid z_n), \quad z_{n1}, \dots, z_{nL} \sim q(z \mid x_n), \qquad
       r_{nd} = \#\{l : z_{nld} < z_{nd}\}$$
 
     The latent $z_n$ behind a simulated datapoint is an exact draw from its posterior. If q is that posterior, the rank
     of $z_n$ among L draws from q is uniform on 0 .. L, in every coordinate d of the unconstrained space, and central
-    intervals of q hold the truth as often as they say. Ranks that pile up at both ends say that q is too narrow, in
-    the middle that it is too wide, at one end that it is shifted. Coordinates under a False mask are left out.
+    intervals of q contain the truth at their nominal rate. Ranks pile up at both ends where q is too narrow, in the
+    middle where it is too wide, and at one end where it is shifted. Coordinates under a False mask are left out.
 
-    That is necessary for q to be right, not sufficient: the prior passes it in every coordinate. Hence
-    $\log p(x_n, z)$ is ranked too, among 128 of the draws at most, which tells a posterior that overlooks the data
-    (Modrák et al. 2023, arXiv:2211.02383). And it is a statement on the *model's* data: of others it says nothing.
+    Uniform ranks are necessary for q to be exact, but not sufficient: the prior has them in every coordinate. Hence
+    $\log p(x_n, z)$ is ranked too, among at most 128 of the draws, which detects a posterior that ignores the data
+    (Modrák et al. 2023, arXiv:2211.02383). The check holds for data from the *model* only.
 
     Args:
         model, plate: as for `JointDensity`, or a `Problem` in place of model, guide and data; the model needs a data
             plate.
-        guide: what answers to simulated data: a module or function, as for `GuideDensity`. For "refined" also an
-            autoguide, of which a fresh one is fitted, or a family as for `refine`.
-        data: what to simulate in the shape of. What the model does not draw is theirs: of evenly spaced datapoints, or
-            of all of them in turn where `num_simulated` is more.
-        posterior: which one to judge, the guide's output ("amortized") or its own family fitted to each simulated
+        guide: a module or function, as for `GuideDensity`. For "refined" also an autoguide, of which a fresh one is
+            fitted, or a family as for `refine`.
+        data: gives the shape of the simulated data, and all quantities that the model does not draw: those of evenly
+            spaced datapoints, or of all datapoints in turn where `num_simulated` is larger.
+        posterior: the posterior to check, the guide's output ("amortized") or its own family fitted to each simulated
             datapoint, as `refine` does ("refined").
-        refinement: settings of that.
-        num_simulated: N, datapoints to simulate: coverage of 95% is measured to 1% with 512 in one dimension.
-        num_draws: L, at least 100; an interval is that between draws, so its ends are uncertain by one part in L.
-        to_data: from drawn values by observed site to the model's arguments, where that is not plain.
-        batch_size: datapoints held at once; it does not change the result.
-        seed: of all the randomness.
+        refinement: settings of the refinement.
+        num_simulated: N, number of datapoints to simulate: coverage of 95% is measured to 1% with 512 in one dimension.
+        num_draws: L, at least 100; intervals end at draws, so their probabilities are resolved to 1 / L.
+        to_data: a function from drawn values by observed site to the model's arguments, where these do not follow.
+        batch_size: datapoints in memory at once; it does not change the result.
+        seed: seed of all random numbers.
 
     Returns:
         A `Calibration`: print it, or take `.summary()`, `.coverage()`, `.ranks`, `.to_datatree()`; `plot_calibration`
@@ -87,7 +87,7 @@ def calibrate(
     joint = plain.joint
     if joint.plate is None:
         raise InputError(
-            "plate: calibrate simulates datapoints of a data plate, and here the whole data set is one datapoint; "
+            "plate: calibrate needs a data plate, but here the whole data set is one datapoint; "
             "simulate data sets with JointDensity(...).simulate() and fit each"
         )
     problem, family = subject_of(guide, plain, refined=posterior == "refined")
@@ -95,11 +95,11 @@ def calibrate(
     simulated, truth = simulated_data(joint, num_simulated, run.stream("simulate"), to_data)
     problem, drawn = problem.over(simulated), joint.over(simulated)
     settings = (refinement or Refinement()) if posterior == "refined" else None
-    answer = _answer(problem, family, settings, run)
+    posterior_of = _posterior_of(problem, family, settings, run)
 
     def measure(chunk: Chunk) -> Evaluated:
-        judged, converged = answer(chunk)
-        return rank_chunk(drawn, judged, chunk, truth, num_draws, run), converged
+        fitted, converged = posterior_of(chunk)
+        return rank_chunk(drawn, fitted, chunk, truth, num_draws, run), converged
 
     parts = run.map(measure, drawn)
     provenance = {
@@ -113,13 +113,13 @@ def calibrate(
     return Calibration(per_simulated(joint, parts, truth), provenance)
 
 
-Answer = tuple[Posterior, Tensor | None]
+Fitted = tuple[Posterior, Tensor | None]
 
 
-def _answer(
+def _posterior_of(
     problem: Problem, family: OwnFamily | Family | None, refinement: Refinement | None, run: Run
-) -> Callable[[Chunk], Answer]:
-    """The posterior to judge at a chunk and, where refined, whether it converged."""
+) -> Callable[[Chunk], Fitted]:
+    """A function from a chunk to its posterior and, where refined, whether that converged."""
     if refinement is None:
         guide = problem.guided()
         return lambda chunk: (guide, None)
@@ -127,7 +127,7 @@ def _answer(
     assert fitted is not None
     refiner = Refiner(fitted, refinement)
 
-    def refined(chunk: Chunk) -> Answer:
+    def refined(chunk: Chunk) -> Fitted:
         posterior, progress = refiner(problem.evaluator, chunk, run)
         return posterior, progress.converged
 
@@ -139,6 +139,6 @@ def _check(posterior: str, refinement: Refinement | None, num_simulated: int, nu
         raise InputError(f"posterior: must be 'amortized' or 'refined', got {posterior!r}")
     if refinement is not None and posterior == "amortized":
         raise InputError("refinement: the amortized posterior is not refined; pass posterior='refined' too")
-    for name, value, least in (("num_simulated", num_simulated, 2), ("num_draws", num_draws, LEAST_DRAWS)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name}: must be a whole number of at least {least}, got {value}")
+    for name, value, minimum in (("num_simulated", num_simulated, 2), ("num_draws", num_draws, MIN_DRAWS)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise InputError(f"{name}: must be a whole number of at least {minimum}, got {value}")

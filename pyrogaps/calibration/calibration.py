@@ -1,4 +1,4 @@
-"""`Calibration`: the ranks of simulation-based calibration, and what they say."""
+"""`Calibration`: the ranks of simulation-based calibration and their summary."""
 
 import json
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ class Calibration:
 
     Attributes:
         per_simulated: over ("simulated", "latent"): `rank`, 0 to L, ties broken at random; `pit`, the rank normalised
-            to [0, 1], by a uniform draw from the part of it that the rank leaves open, exactly uniform under
-            calibration; both NaN where a mask hides the coordinate; `truth`, unconstrained. Over "simulated":
-            `log_joint_pit`, the normalised rank of log p(x, z), and of a refined posterior `converged`.
+            to [0, 1], with a uniform draw within the interval of the rank: exactly uniform under calibration; both NaN
+            where a mask hides the coordinate; `truth`, unconstrained. Over "simulated": `log_joint_pit`, the normalised
+            rank of log p(x, z), and of a refined posterior `converged`.
         provenance: which posterior, of which guide; number of draws, seed and settings.
     """
 
@@ -49,11 +49,12 @@ class Calibration:
         return int(self.provenance["num_draws"])
 
     def coverage(self, probabilities: float | Sequence[float] = (0.5, 0.8, 0.95)) -> xr.Dataset:
-        """How often central intervals of the posterior hold the truth, with standard errors.
+        """How often central intervals of the posterior contain the truth, with standard errors.
 
         `coverage` and `coverage_error` are over ("probability", "latent"), the errors binomial; `overall` and
-        `overall_error` over ("probability",) are of all latent dimensions together. These are not independent within a
-        datapoint, so that error is one over datapoints. Raises `InputError` for a probability outside (0, 1).
+        `overall_error` over ("probability",) are for all latent dimensions together. These are not independent within a
+        datapoint, so their standard error is that over datapoints. Raises `InputError` for a probability outside (0,
+        1).
         """
         levels = np.atleast_1d(np.asarray(probabilities, dtype=float))
         if not ((levels > 0) & (levels < 1)).all():
@@ -69,22 +70,22 @@ class Calibration:
         return xr.Dataset(variables, {"probability": levels, LATENT: self.per_simulated[LATENT].values})
 
     def summary(self) -> pd.DataFrame:
-        r"""One row a latent dimension, and a last one for log p(x, z).
+        r"""One row per latent dimension, and a last row for log p(x, z).
 
-        - `count`: datapoints in which it is active.
+        - `count`: number of datapoints where the dimension is not masked.
         - `mean_rank`: of the normalised ranks, 1/2 under calibration.
-        - `shift`: how far the truth lies above the posterior, in standard deviations of it; 0 under calibration.
-        - `spread`: of the truth about the posterior, over the posterior's own standard deviation: above 1 (ranks in a
-          U) it is too narrow, below 1 too wide. Shift and spread are mean and standard deviation of
-          $\Phi^{-1}(\text{pit})$, in which L draws resolve no more than about $\Phi^{-1}(1 - 1/L)$: far off, both
-          understate.
-        - `coverage_50`, `coverage_95`: how often central intervals hold the truth.
+        - `shift`: how far the truth lies above the posterior, in posterior standard deviations; 0 under calibration.
+        - `spread`: standard deviation of the truth around the posterior, relative to the posterior's own. Above 1
+          (ranks in a U) the posterior is too narrow, below 1 too wide. Shift and spread are mean and standard deviation
+          of $\Phi^{-1}(\text{pit})$. L draws resolve it up to about $\Phi^{-1}(1 - 1/L)$, so both understate large
+          deviations.
+        - `coverage_50`, `coverage_95`: how often central intervals contain the truth.
         - each with its standard error `<name>_error`, over datapoints.
         - `p_uniform` (the ECDF of the ranks against its simultaneous band, exact), `p_shift` and `p_spread`: p-values
           under calibration, adjusted by Holm's method for all that are in the table.
-        - `finding`: "too low", "too high", "too narrow", "too wide" or "misshapen", of the posterior beside the truth,
-          where an adjusted p-value is below 0.01: in a hundred calibrated posteriors one has any finding. Empty
-          elsewhere. In the row of log p(x, z) it says where its draws' density lies beside the truth's.
+        - `finding`: "too low", "too high", "too narrow", "too wide" or "misshapen", of the posterior relative to the
+          truth, where an adjusted p-value is below 0.01: one in a hundred calibrated posteriors has any finding. Empty
+          otherwise. The row of log p(x, z) compares the density of the draws with that of the truth.
         """
         labels = [str(label) for label in self.per_simulated[LATENT].values]
         return summarise(labels, self.per_simulated["pit"].values, self.per_simulated["log_joint_pit"].values)
@@ -92,8 +93,8 @@ class Calibration:
     def to_datatree(self) -> xr.DataTree:
         """The calibration as an ArviZ DataTree, saved with `.to_netcdf(path, engine="h5netcdf")`.
 
-        Group `prior_sbc` holds the normalised ranks by site, over (chain, draw, *site), chain = 1 and one draw a
-        simulated datapoint: what `arviz_plots.plot_ecdf_pit(tree)` draws. Group `calibration` is `per_simulated`,
+        Group `prior_sbc` holds the normalised ranks by site, over (chain, draw, *site), chain = 1 and one draw
+        per simulated datapoint: what `arviz_plots.plot_ecdf_pit(tree)` draws. Group `calibration` is `per_simulated`,
         and the attribute "pyrogaps" the provenance as JSON. Raises `InputError` for a site called "chain" or "draw".
         """
         values, variables, start = self.per_simulated["pit"].values, {}, 0

@@ -15,7 +15,7 @@ from pyrogaps.streams import PARTICLE_BLOCK, Chunk, particle_blocks
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks of the truth among L draws, and the same made uniform on [0, 1] by where it lies between its neighbours.
+    """Ranks of the truth among L draws, and the same normalised to [0, 1].
 
     `rank` and `pit` are `(B, dim)`, NaN at coordinates under a False mask; `log_joint` `(B,)` is the normalised rank of
     log p(x, z).
@@ -44,19 +44,19 @@ def rank_chunk(
     guide, exact = BlockedGuide(posterior, chunk), truth[chunk.start : chunk.stop]
     noise = run.stream("calibration ties").noise(chunk, dtype=torch.float64, device=torch.device("cpu"))
     below, equal = (torch.zeros(exact.shape, dtype=torch.float64, device=exact.device) for _ in range(2))
-    few = min(num_draws, PARTICLE_BLOCK)
+    num_ranked = min(num_draws, PARTICLE_BLOCK)
     with torch.no_grad():
         for first, size in enumerate(particle_blocks(num_draws)):
             z, _ = guide.sample(size, run.stream("calibration"), first)
-            # A guide with auxiliary variables lives in a larger space than the model.
+            # A guide with auxiliary variables has more latents than the model.
             z = _finite(guide.blocks[0][1].joint.columns_of(z, joint), chunk)
             below, equal = below + (z < exact).sum(0), equal + (z == exact).sum(0)
-            if first == 0:  # enough for one number, and the only draws that the model is run on
+            if first == 0:  # the first block is enough for one number per datapoint
                 log_p, true_log_p = (refuse_nan(joint(at, chunk.indices), chunk.indices) for at in (z, exact[None]))
                 better, same = (log_p < true_log_p).sum(0), (log_p == true_log_p).sum(0)
     uniform = noise.uniform(1, exact.shape[1] + 1)[0]
     position = below.cpu() + uniform[:, :-1] * (1 + equal.cpu())
-    log_joint = (better.cpu() + uniform[:, -1] * (1 + same.cpu())) / (few + 1)
+    log_joint = (better.cpu() + uniform[:, -1] * (1 + same.cpu())) / (num_ranked + 1)
     rank, pit = position.floor(), position / (num_draws + 1)
     active = joint.active(chunk.indices)
     if active is not None:
@@ -68,7 +68,7 @@ def _finite(z: Tensor, chunk: Chunk) -> Tensor:
     bad = ~torch.isfinite(z).all(-1).all(0)
     if bool(bad.any()):
         raise InputError(
-            f"guide: its draws are NaN or infinite at simulated datapoints {first_few(bad, chunk.indices)}; look at "
-            "its parameters, and at whether the model simulates data like those that it was trained on"
+            f"guide: its draws are NaN or infinite at simulated datapoints {first_few(bad, chunk.indices)}; check "
+            "its parameters, and that the model simulates data like its training data"
         )
     return z

@@ -1,4 +1,4 @@
-"""What a calibration keeps of every simulated datapoint, its coordinates named by site and element."""
+"""Results of a calibration per datapoint, with coordinates named by site and element."""
 
 from typing import Any, TypeAlias
 
@@ -16,16 +16,16 @@ Evaluated: TypeAlias = tuple[Ranks, Tensor | None]  # of a chunk: ranks, and whe
 
 
 def per_simulated(joint: JointDensity, parts: list[Evaluated], truth: Tensor) -> xr.Dataset:
-    """`Calibration.per_simulated` from what the chunks gave."""
+    """`Calibration.per_simulated` from the results of the chunks."""
     variables: dict[str, tuple[Any, np.ndarray]] = {
         name: ((SIMULATED, LATENT), torch.cat([getattr(ranks, name) for ranks, _ in parts]).numpy())
         for name in ("rank", "pit")
     }
     variables["truth"] = ((SIMULATED, LATENT), truth.detach().cpu().numpy())
     variables["log_joint_pit"] = (SIMULATED, torch.cat([ranks.log_joint for ranks, _ in parts]).numpy())
-    settled = [converged for _, converged in parts if converged is not None]
-    if settled:
-        variables["converged"] = (SIMULATED, torch.cat(settled).cpu().numpy())
+    convergence = [converged for _, converged in parts if converged is not None]
+    if convergence:
+        variables["converged"] = (SIMULATED, torch.cat(convergence).cpu().numpy())
     labels: list[str] = []
     sites: list[str] = []
     for name, shape in shapes_of(joint).items():
@@ -40,6 +40,6 @@ def shapes_of(joint: JointDensity) -> dict[str, list[int]]:
 
 
 def _own_shape(site: Site) -> list[int]:
-    """Without the batch axes of size one, which are there to set rows apart."""
+    """The shape without batch axes of size one, which only separate rows."""
     batch = len(site.shape) - site.unconstrained_event_dim
     return [size for size in site.shape[:batch] if size != 1] + list(site.shape[batch:])

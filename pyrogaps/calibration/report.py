@@ -1,4 +1,4 @@
-"""The printed calibration: coverage, how many latent dimensions deviate, the worst of them, and what that means."""
+"""The printed calibration: coverage, and the latent dimensions that deviate most."""
 
 from collections import Counter
 from typing import Any, cast
@@ -8,11 +8,11 @@ import xarray as xr
 
 from pyrogaps.calibration.summary import FAMILY_WISE, HIGH, LOG_JOINT, LOW, deviating
 
-SHOWN = 5
+MAX_DIMENSIONS = 5
 
 
 def render(summary: pd.DataFrame, coverage: xr.Dataset, per_simulated: xr.Dataset, provenance: dict[str, Any]) -> str:
-    """The report of a `Calibration`, some twenty lines at most."""
+    """The report of a `Calibration`, at most about twenty lines."""
     number, dim = per_simulated.sizes["simulated"], per_simulated.sizes["latent"]
     lines = [
         f"Calibration of the {provenance['posterior']} posterior ({provenance['guide']}): {number:,} datapoints "
@@ -37,47 +37,47 @@ def _coverage(coverage: xr.Dataset, dim: int) -> list[str]:
     ]
     return [
         f"{'central interval':24}" + "".join(f"{level:>15}" for level in levels),
-        f"{'holds the truth':24}"
+        f"{'contains the truth':24}"
         + "".join(f"{share:>15}" for share in shares)
         + f"   ± standard error; {_dimensions(dim)}",
     ]
 
 
 def _latents(summary: pd.DataFrame, dim: int) -> list[str]:
-    found = deviating(summary)
-    chance = f"beyond chance ({FAMILY_WISE:.0%} for any claim below)"
-    if found.empty:
-        return [f"no deviation of the {_dimensions(dim)} {chance}"]
-    width = max(len(str(name)) for name in found.index[:SHOWN]) + 2
+    deviations = deviating(summary)
+    level = f"(family-wise error rate {FAMILY_WISE:.0%})"
+    if deviations.empty:
+        return [f"{_dimensions(dim)}: no significant deviation {level}"]
+    width = max(len(str(name)) for name in deviations.index[:MAX_DIMENSIONS]) + 2
     lines = [
-        f"{len(found)} of {_dimensions(dim)} deviate{'s' if len(found) == 1 else ''} {chance}:",
-        f"{'':{width}}{'shift':>15}{'spread':>15}{'95% hold':>17}   the posterior is",
+        f"{len(deviations)} of {_dimensions(dim)} deviate{'s' if len(deviations) == 1 else ''} significantly {level}:",
+        f"{'':{width}}{'shift':>15}{'spread':>15}{'95% coverage':>17}   the posterior is",
     ]
-    for name, row in found.head(SHOWN).iterrows():
-        figures = [f"{row[which]:.2f} ± {row[f'{which}_error']:.2f}" for which in ("shift", "spread")]
+    for dimension, row in deviations.head(MAX_DIMENSIONS).iterrows():
+        figures = [f"{row[name]:.2f} ± {row[f'{name}_error']:.2f}" for name in ("shift", "spread")]
         held = f"{100 * row['coverage_95']:.1f} ± {100 * row['coverage_95_error']:.1f}%"
-        lines.append(f"{name:{width}}{figures[0]:>15}{figures[1]:>15}{held:>17}   {row['finding']}")
-    if len(found) > SHOWN:
-        rest = Counter(found["finding"].iloc[SHOWN:])
-        lines.append(f"and {', '.join(f'{many} more {finding}' for finding, many in rest.most_common(3))}")
+        lines.append(f"{dimension:{width}}{figures[0]:>15}{figures[1]:>15}{held:>17}   {row['finding']}")
+    if len(deviations) > MAX_DIMENSIONS:
+        rest = Counter(deviations["finding"].iloc[MAX_DIMENSIONS:])
+        lines.append(f"and {', '.join(f'{count} more {finding}' for finding, count in rest.most_common(3))}")
     return [
         *lines,
-        "shift: how far the truth lies above the posterior, in standard deviations of it (calibrated: 0)",
-        "spread: of the truth about the posterior, over the posterior's own (calibrated: 1; above it too narrow)",
+        "shift: how far the truth lies above the posterior, in posterior standard deviations (calibrated: 0)",
+        "spread: of the truth around the posterior, relative to the posterior's own (calibrated: 1; above: too narrow)",
     ]
 
 
 def _log_joint(row: "pd.Series[Any]") -> list[str]:
     if row["finding"] == "":
-        return ["log p(x, z) of the draws: no deviation from the truth's beyond chance"]
+        return ["log p(x, z) of the draws: no significant deviation from that of the truth"]
     figures = f"shift {row['shift']:.2f} ± {row['shift_error']:.2f}"
     if row["finding"] == LOW:
-        meaning = "below the truth's: the posterior puts mass where the model has little"
+        meaning = "lies below that of the truth: the posterior puts mass where the model has little"
     elif row["finding"] == HIGH:
-        meaning = "above the truth's: the posterior keeps to where the model is densest"
+        meaning = "lies above that of the truth: the posterior concentrates where the model's density is highest"
     else:
-        meaning = "distributed otherwise than the truth's"
-    return [f"log p(x, z) of the draws lies {meaning} ({figures})"]
+        meaning = "has a different distribution than that of the truth"
+    return [f"log p(x, z) of the draws {meaning} ({figures})"]
 
 
 def _dimensions(dim: int) -> str:

@@ -1,4 +1,4 @@
-"""Data drawn from the model, as many as are asked for, in the shape of the data at hand."""
+"""Data drawn from the model, in the shape of the data at hand."""
 
 import torch
 from torch import Tensor
@@ -14,13 +14,13 @@ def simulated_data(
 ) -> tuple[IndexedData, Tensor]:
     """`number` datapoints from the model, and the latents `(number, dim)` behind them: an exact posterior draw each.
 
-    What is not drawn, such as the lengths of sequences, is that of evenly spaced datapoints of `joint`, or of all of
-    them in turn where more are asked for than there are.
+    Quantities that are not drawn, such as the lengths of sequences, are those of evenly spaced datapoints of `joint`,
+    or of all datapoints in turn where `number` is larger.
 
     Raises `InputError` where the model cannot be simulated.
     """
-    there = joint.num_datapoints
-    chosen = evenly_spaced(there, number) if number <= there else torch.arange(number) % there
+    available = joint.num_datapoints
+    chosen = evenly_spaced(available, number) if number <= available else torch.arange(number) % available
     shape = joint.over(IndexedData(number, lambda indices: joint.data.fetch(chosen[indices])))
     with stream.seeded(device=joint.device):
         drawn, z = simulate(shape, to_data)

@@ -1,19 +1,20 @@
-"""What ranks say: coverage, shift and spread with their errors, and p-values that allow for how many there are."""
+"""Statistics of ranks: coverage, shift and spread with their errors, and adjusted p-values."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import special, stats  # type: ignore[import-untyped]
 
-from pyrogaps.calibration.uniformity import SMALLEST, uniformity_test
+from pyrogaps.calibration.uniformity import MIN_PROBABILITY, uniformity_test
 
 
 def proportion(hits: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     r"""The share $\sum_n h_n / \sum_n m_n$ of `hits` `(N, *)` in `trials` `(N, *)` and its standard error, each `(*)`.
 
-    The N datapoints are independent, the trials of one datapoint need not be: the error is that of a ratio of means
-    over datapoints, the binomial one where each has one trial. One datapoint of hits and one of misses are added for
-    the error alone, so that it is not zero where all hit. NaN where there are no trials.
+    The N datapoints are independent, but the trials of one datapoint need not be: the error is that of a ratio of means
+    over datapoints, the binomial one where each has one trial. For the error
+    only, one datapoint of hits and one of misses are added, so that it is not zero where all trials hit. NaN where
+    there are no trials.
     """
     taking_part = trials > 0
     number, total = taking_part.sum(0), trials.sum(0)
@@ -32,13 +33,13 @@ def covered(pit: np.ndarray, probability: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Marginal:
-    r"""What the ranks of one latent dimension say.
+    r"""Statistics of the ranks of one latent dimension.
 
     With $u_n$ the normalised ranks, uniform under calibration, the normal scores $\Phi^{-1}(u_n)$ are N(0, 1). `shift`
-    is their mean: how far the truth lies above the posterior, in standard deviations of it. `spread` is their
-    standard deviation: that of the truth about the posterior over the posterior's own. The three p-values are exact
-    under calibration, whatever the posterior: of `uniformity_test`, of the mean of the scores (Student's t, so that a
-    spread is not taken for a shift) and of their variance (chi-squared).
+    is their mean: how far the truth lies above the posterior, in posterior standard deviations. `spread` is their
+    standard deviation: that of the truth around the posterior, relative to the posterior's own. The three p-values are
+    exact under calibration, whatever the posterior: of `uniformity_test`, of the mean of the scores (Student's t, so
+    that a spread is not taken for a shift) and of their variance (chi-squared).
     """
 
     count: int
@@ -54,12 +55,12 @@ class Marginal:
 
 
 def marginal(pit: np.ndarray) -> Marginal:
-    """What normalised ranks `(N,)` say, those that are NaN left out; all NaN for fewer than two."""
+    """Statistics of normalised ranks `(N,)`, without those that are NaN; all NaN for fewer than two."""
     u = pit[np.isfinite(pit)]
     number = len(u)
     if number < 2:
         return Marginal(number)
-    scores = special.ndtri(np.clip(u, SMALLEST, 1 - SMALLEST))
+    scores = special.ndtri(np.clip(u, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
     deviations = scores - scores.mean()
     variance = float(np.square(deviations).mean())
     spread = np.sqrt(variance * number / (number - 1))
@@ -75,15 +76,15 @@ def marginal(pit: np.ndarray) -> Marginal:
         float(spread),
         float(np.sqrt(max(fourth - variance**2, 0.0) / number) / (2 * spread)),
         uniformity_test(number).p_value(u),
-        max(2 * float(stats.t.sf(abs(scores.mean()) / spread * np.sqrt(number), number - 1)), SMALLEST),
-        float(np.clip(2 * min(tails), SMALLEST, 1)),
+        max(2 * float(stats.t.sf(abs(scores.mean()) / spread * np.sqrt(number), number - 1)), MIN_PROBABILITY),
+        float(np.clip(2 * min(tails), MIN_PROBABILITY, 1)),
     )
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """Holm's adjustment: claiming all below a level errs in any claim with no more than that probability.
+    """Holm's adjusted p-values: the family-wise error rate of rejecting all below a level is at most that level.
 
-    Whatever the dependence between the tests. NaN stays NaN and does not count.
+    The tests may be dependent. NaN stays NaN and does not count as a test.
     """
     flat = p_values.ravel()
     order = np.argsort(flat)[: int(np.isfinite(flat).sum())]

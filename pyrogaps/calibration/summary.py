@@ -1,4 +1,4 @@
-"""The table of a calibration: one row a latent dimension, with what deviates beyond chance in words."""
+"""The table of a calibration: one row per latent dimension, with significant deviations in words."""
 
 from dataclasses import asdict
 
@@ -20,7 +20,7 @@ def summarise(labels: list[str], pit: np.ndarray, log_joint: np.ndarray) -> pd.D
     for percent in (50, 95):
         share, error = proportion(covered(pit, percent / 100), active)
         table[f"coverage_{percent}"], table[f"coverage_{percent}_error"] = [*share, np.nan], [*error, np.nan]
-    # How the densities of draws spread is their own affair: where they lie says whether draws are as good as the truth.
+    # The draws' densities may spread in any way; only their location shows whether draws are as good as the truth.
     table.loc[LOG_JOINT, ["spread", "spread_error", "p_spread"]] = np.nan
     table[TESTS] = holm(table[TESTS].to_numpy())
     table["finding"] = [_finding(row) for _, row in table.iterrows()]
@@ -32,16 +32,16 @@ def summarise(labels: list[str], pit: np.ndarray, log_joint: np.ndarray) -> pd.D
 def deviating(summary: pd.DataFrame) -> pd.DataFrame:
     """The latent dimensions with a finding, the worst first.
 
-    By the divergence of a Normal with their shift and spread from the standard one, so that a shift by one standard
-    deviation ranks about as high as a spread of two.
+    They are ordered by the divergence of a Normal with their shift and spread from the standard Normal: a shift by one
+    standard deviation ranks about as high as a spread of two.
     """
-    found = summary[(summary["finding"] != "") & (summary.index != LOG_JOINT)]
-    divergence = (found["spread"] ** 2 + found["shift"] ** 2 - 1) / 2 - np.log(found["spread"])
-    return found.iloc[np.argsort(-divergence.to_numpy(), kind="stable")]
+    rows = summary[(summary["finding"] != "") & (summary.index != LOG_JOINT)]
+    divergence = (rows["spread"] ** 2 + rows["shift"] ** 2 - 1) / 2 - np.log(rows["spread"])
+    return rows.iloc[np.argsort(-divergence.to_numpy(), kind="stable")]
 
 
 def _finding(row: pd.Series) -> str:
-    """How the posterior lies to the truth, as far as that is beyond chance."""
+    """Significant deviations of the posterior from the truth, in words."""
     words = []
     if row["p_shift"] < FAMILY_WISE:
         words.append(LOW if row["shift"] > 0 else HIGH)

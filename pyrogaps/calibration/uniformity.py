@@ -1,25 +1,26 @@
-"""Are these numbers uniform on [0, 1]? An exact test by their ECDF, and the simultaneous band that it amounts to."""
+"""An exact test of uniformity on [0, 1] by the ECDF, and its simultaneous band."""
 
 from functools import lru_cache
 
 import numpy as np
 from scipy import optimize, stats  # type: ignore[import-untyped]
 
-POINTS = np.arange(1, 100) / 100  # where the ECDF is looked at
-SMALLEST = 1e-12  # below it a probability computed as 1 - (1 - p) is rounding
+POINTS = np.arange(1, 100) / 100  # where the ECDF is evaluated
+MIN_PROBABILITY = 1e-12  # a smaller probability, computed as 1 - (1 - p), is rounding error
 
 
 class UniformityTest:
-    r"""Whether `number` independent values are uniform on [0, 1], judged by how many lie below each of `POINTS`.
+    r"""Whether `number` independent values are uniform on [0, 1], tested by the number below each of `POINTS`.
 
     With $c_i$ of n values below $x_i$, the statistic is the least likely of all these counts,
 
     $$t = \min_i \min \{P(C_i \le c_i), P(C_i \ge c_i)\}, \quad C_i \sim \mathrm{Binomial}(n, x_i)$$
 
-    and the band holds the counts with both tails above one t. That is the simultaneous band of Säilynoja, Bürkner and
-    Vehtari (2022), arXiv:2103.10522, but the probability of an ECDF inside it is computed, not simulated (as ArviZ does
-    to draw it): p-values that are adjusted for many latent dimensions are too small to simulate. Given n, the
-    counts are those of a Poisson process, whose steps are convolutions (Moscovich and Nadler 2017, arXiv:1503.04363).
+    and the band holds the counts whose tails are both above a common t. This is the simultaneous band of Säilynoja,
+    Bürkner and Vehtari (2022), arXiv:2103.10522, but the probability of an ECDF inside it is computed, not simulated
+    (as ArviZ does to draw it): p-values that are adjusted for many latent dimensions are too small to simulate. Given
+    n, the counts are those of a Poisson process, whose steps are convolutions (Moscovich and Nadler 2017,
+    arXiv:1503.04363).
     """
 
     def __init__(self, number: int) -> None:
@@ -33,7 +34,7 @@ class UniformityTest:
         counts = np.searchsorted(np.sort(values), POINTS, side="right")
         rows = np.arange(len(POINTS))
         tail = min(self.at_most[rows, counts].min(), self.at_least[rows, counts].min())
-        return float(np.clip(1 - self.inside(tail), SMALLEST, 1))
+        return float(np.clip(1 - self.inside(tail), MIN_PROBABILITY, 1))
 
     def band(self, probability: float) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends at `POINTS` of the band that holds all of an ECDF with at least `probability`."""
@@ -41,7 +42,7 @@ class UniformityTest:
         def excess(log_tail: float) -> float:
             return self.inside(np.exp(log_tail)) - probability
 
-        # An ECDF leaves the band no more often than the sum of its tails over the points.
+        # Union bound: an ECDF leaves the band at most as often as the sum of the tails over the points.
         narrow, wide = np.log(0.5), np.log((1 - probability) / (4 * len(POINTS)))
         tail = np.exp(optimize.bisect(excess, wide, narrow, xtol=1e-6) - 1e-5)
         low, high = self._limits(tail)
@@ -68,5 +69,5 @@ class UniformityTest:
 
 @lru_cache(maxsize=8)
 def uniformity_test(number: int) -> UniformityTest:
-    """The test for `number` values, whose tables are kept."""
+    """The test for `number` values, cached with its tables."""
     return UniformityTest(number)

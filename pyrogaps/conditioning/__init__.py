@@ -1,4 +1,4 @@
-"""What a guide loses by not being shown all of x."""
+"""The conditioning gap of guides that are shown only a part of x."""
 
 from pyrogaps.conditioning.conditions import Lookahead, Shown, checked_lookahead, declared
 from pyrogaps.conditioning.leaks import check_no_leak

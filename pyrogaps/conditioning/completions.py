@@ -1,4 +1,4 @@
-"""Completions: draws of what is withheld, given what is shown, under the model."""
+"""Completions: draws of the withheld data given the shown data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,10 @@ from pyrogaps.streams import BLOCK, Chunk, Stream
 
 @dataclass(frozen=True)
 class Completions:
-    """K draws of (C_n, Cbar_k) for every datapoint of a block: what is shown stays, what is withheld is drawn.
+    """K draws of (C_n, Cbar_k) for every datapoint of a block: the shown part is kept, the withheld part drawn.
 
-    `args` are the model's arguments for K B rows, completion by completion; `z` `(K, B, dim)` the latents that they
-    were drawn with, from p(z | C_n); `ess` `(B,)` the effective number of independent latents among them.
+    `args` are the model's arguments for K B rows, completion by completion; `z` `(K, B, dim)` are the latents
+    that they were drawn with, from p(z | C_n); `ess` `(B,)` is the effective sample size of these latents.
     """
 
     args: tuple[Any, ...]
@@ -45,12 +45,12 @@ class Completions:
 
 
 def has_rows(argument: Any, number: int) -> bool:
-    """Whether a model's argument has an entry for each of `number` rows, rather than one for all of them."""
+    """Whether a model's argument has one entry per row, `number` in all, rather than one for all rows."""
     return isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == number
 
 
 class CompleteData(ScoreModel):
-    """Draws what is withheld of every observed site, keeps what is shown, and scores both."""
+    """Draws the withheld part of every observed site, keeps the shown part, and scores both."""
 
     def __init__(self, joint: JointDensity, flat: Tensor, shown: ShownElements) -> None:
         super().__init__(joint.sites, joint.plate, flat)
@@ -68,8 +68,8 @@ class CompleteData(ScoreModel):
         sample = fn.sample()
         if sample.shape != value.shape:
             raise InputError(
-                f"site '{name}': its observed value {tuple(value.shape)} stands for several draws "
-                f"{tuple(sample.shape)}; expand the data, so that each can be drawn"
+                f"site '{name}': its observed value has shape {tuple(value.shape)}, but a draw has shape "
+                f"{tuple(sample.shape)}; expand the data to that shape"
             )
         drawn = torch.where(self.shown[name], value, sample.to(value.dtype))
         self.drawn[name], self.observed[name] = drawn, value
@@ -77,9 +77,9 @@ class CompleteData(ScoreModel):
 
 
 def completed(joint: JointDensity, partial: JointDensity, block: Chunk, z: Tensor, stream: Stream) -> tuple[Any, ...]:
-    """The model's arguments with what is withheld drawn given latents `z` `(K, B, dim)` of a block: K B rows.
+    """The model's arguments, K B rows, with withheld data drawn given latents `z` `(K, B, dim)` of a block.
 
-    Raises `InputError` where the score of what was drawn is not that with which it was drawn.
+    Raises `InputError` where re-scoring the drawn data gives a different score than drawing them.
     """
     flat, rows = z.flatten(0, 1), block.indices.repeat(len(z))
     stream.reseed(block.start // BLOCK)
@@ -93,15 +93,15 @@ def completed(joint: JointDensity, partial: JointDensity, block: Chunk, z: Tenso
             fresh = feed_back(handler.drawn, handler.observed, args)
         except InputError as error:
             raise InputError(
-                f"{str(error).split(':')[0]}: its observed value is made from the data in a way that cannot be undone, "
-                "so that completions cannot be put back; convert the data before they are passed (x.float(), say)"
+                f"{str(error).split(':')[0]}: its observed value is computed from the data, so completions cannot "
+                "be turned back into data; pass data that are converted already, such as x.float()"
             ) from error
         _, again = joint.score(flat, fresh, rows)
     tolerance = 1e-7 if again.dtype == torch.float64 else 1e-3
     if not torch.allclose(handler.log_likelihood, again, rtol=tolerance, atol=tolerance):
         raise InputError(
-            f"conditions: the withheld part of site '{next(iter(handler.drawn))}' depends on other withheld data, so "
-            "that it cannot be drawn at once, or the data's type cannot hold it; condition on parts that are "
-            "independent given the latents, and convert integers by x.float() where the likelihood is continuous"
+            f"conditions: the withheld part of site '{next(iter(handler.drawn))}' depends on other withheld data, or "
+            "the data's dtype cannot hold it. Condition on parts that are independent given the latents; for a "
+            "continuous likelihood, convert integer data with x.float()"
         )
     return fresh

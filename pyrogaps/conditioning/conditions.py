@@ -1,4 +1,4 @@
-"""What a guide is shown of the data, as it declares it."""
+"""The part of the data that a guide declares to be shown."""
 
 import math
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ Masks = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class Shown:
-    """One part of the data is shown, to every factor of the guide alike.
+    """The same part of the data is shown to every factor of the guide.
 
-    `part` is a boolean mask over the model's first argument, True where it is shown, or a function from the model's
-    arguments to such a mask or to a tuple of them, one for each argument, None for those that are shown whole. A mask
-    leaves out the axis of datapoints, or has one entry for each of the rows that the function was given.
+    `part` is a boolean mask over the model's first argument, True where it is shown; or a function from the model's
+    arguments to such a mask, or to a tuple with one mask per argument (None: shown whole). A mask omits the axis of
+    datapoints, or has one entry per row of the function's arguments.
     """
 
     part: Any
@@ -28,11 +28,11 @@ class Shown:
         return "a part of x"
 
     def masks(self, args: tuple[Any, ...]) -> Masks:
-        """The masks over `args`, each of the argument's own shape; raises `InputError` for those that do not fit."""
+        """The masks over `args`, each of its argument's shape; raises `InputError` where one does not fit."""
         given = self.part(*args) if callable(self.part) else self.part
         given = given if isinstance(given, tuple) else (given,)
         if len(given) > len(args):
-            raise InputError(f"conditions: {len(given)} masks for the model's {len(args)} argument(s)")
+            raise InputError(f"conditions: there are {len(given)} masks, but the model has {len(args)} argument(s)")
         padded = [*given, *[None] * (len(args) - len(given))]
         return tuple(
             _checked(position, mask, arg) for position, (mask, arg) in enumerate(zip(padded, args, strict=True))
@@ -49,7 +49,7 @@ class Lookahead:
         return f"lookahead {self.steps}"
 
     def masks(self, args: tuple[Any, ...], steps: Tensor, temporal: list[bool]) -> Masks:
-        """What the factor of step `steps` (from 0), one a row, is shown of the arguments that are `temporal`."""
+        """Masks over the `temporal` arguments: what the factor of step `steps` `(rows,)`, from 0, is shown."""
         stop = steps + self.steps + 1
         return tuple(_until(arg, stop) if timed else None for arg, timed in zip(args, temporal, strict=True))
 
@@ -58,14 +58,14 @@ Conditions: TypeAlias = Shown | Lookahead
 
 
 def declared(guide: Any) -> Conditions | None:
-    """What `guide` says that it is shown: its `conditions` or its `lookahead`; None where that is all of x.
+    """The conditions or the lookahead that `guide` declares; None where it is shown all of x.
 
-    Raises `InputError` for a lookahead that is not a whole number from 0 on (or infinity), and for both at once.
+    Raises `InputError` where the lookahead is not 0, 1, 2, ... or infinity, and where both are declared.
     """
     parts = AmortizedGuide.of(guide)
     part, lookahead = parts.conditions, parts.lookahead
     if part is not None and lookahead is not None:
-        raise InputError("guide: it declares both conditions and a lookahead; leave one of them out")
+        raise InputError("guide: it declares both conditions and a lookahead; remove one of them")
     if part is not None:
         return Shown(part)
     if lookahead is None:
@@ -75,9 +75,9 @@ def declared(guide: Any) -> Conditions | None:
 
 
 def checked_lookahead(program: str, lookahead: int | float | str) -> int | float:
-    """`lookahead` as a whole number from 0 on, or infinity ("inf" in recipes).
+    """`lookahead` as a whole number, 0 or more, or infinity ("inf" in recipes).
 
-    Raises `InputError`, on behalf of `program`, for anything else.
+    Raises `InputError`, which begins with `program`, for anything else.
     """
     try:
         number = math.nan if isinstance(lookahead, bool) else float(lookahead)
@@ -89,9 +89,9 @@ def checked_lookahead(program: str, lookahead: int | float | str) -> int | float
 
 
 def hidden(args: tuple[Any, ...], masks: Masks, *, at_random: bool = False) -> tuple[Any, ...]:
-    """`args` with other values in the places that `masks` do not show, within the range of those that are there.
+    """`args` with other values of the same range where `masks` are False.
 
-    They are reflected in the middle of the range, so that each differs from what was there, or drawn `at_random`.
+    The values are reflected at the middle of the range, so that all of them change, or drawn `at_random`.
     """
     other = _random if at_random else _reflected
     return tuple(
@@ -106,15 +106,17 @@ def _checked(position: int, mask: Any, arg: Any) -> Tensor | None:
     if mask.dtype != torch.bool:
         raise InputError(f"conditions: the mask of argument {position} must be boolean, True where shown")
     if not isinstance(arg, Tensor):
-        raise InputError(f"conditions: argument {position} is a {type(arg).__name__}, which cannot be shown in part")
+        raise InputError(
+            f"conditions: argument {position} is a {type(arg).__name__}, which has no mask; use None for it"
+        )
     try:
         whole: Tensor = mask.to(arg.device).expand(arg.shape)
         return whole
     except RuntimeError:
         raise InputError(
             f"conditions: the mask of argument {position} has shape {tuple(mask.shape)}, which does not fit the "
-            f"argument's {tuple(arg.shape)}; leave out the axis of datapoints, or, for masks of their own, make them "
-            "one of the data's tensors and return that from a function"
+            f"argument's {tuple(arg.shape)}. Omit the axis of datapoints; for one mask per datapoint, pass the masks "
+            "as one of the data's tensors and return it from a function"
         ) from None
 
 
@@ -125,9 +127,9 @@ def _until(arg: Tensor, stop: Tensor) -> Tensor:
 
 
 def _reflected(arg: Tensor) -> Tensor:
-    """Values of the same range that differ everywhere: reflected, or the least where that changes nothing.
+    """Values of the same range that differ everywhere: reflected, or the minimum where that changes nothing.
 
-    Where all values are one, zero, or one for zero: what most supports hold.
+    A constant tensor becomes zero, or one if it is zero: most supports contain both.
     """
     if arg.dtype == torch.bool:
         return ~arg
@@ -139,7 +141,7 @@ def _reflected(arg: Tensor) -> Tensor:
 
 
 def _random(arg: Tensor) -> Tensor:
-    """Random values of the same range, whole numbers where all are."""
+    """Random values of the same range; whole numbers where all values are."""
     if arg.dtype == torch.bool:
         return torch.rand(arg.shape, device=arg.device) < 0.5
     low, high = arg.min().double(), arg.max().double()

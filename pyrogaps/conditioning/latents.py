@@ -1,4 +1,4 @@
-"""Draws of the latents given what is shown, p(z | C)."""
+"""Draws from p(z | C), the posterior given the shown data."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,19 +18,19 @@ from pyrogaps.refine.families import Start
 from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk
 
-# The share of the chains that have to count.
+# The least effective sample size of the run from the prior, as a share of its chains.
 MIN_EFFECTIVE_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
 class LatentsGiven:
-    """AIS with resampling, in the density of what is shown.
+    """AIS with resampling, for the density of the shown data.
 
-    Two runs are made, one from the prior and one anchored at a refined mean-field Normal. The second is far better
-    where much is shown. Where little is shown, p(z | C) may have several modes: an anchor in one of them may never
-    visit the others, and its estimate of log p(C) then misses their mass without a sign of it. So the run from the
-    prior is taken for every datapoint, unless too few of its draws count or its estimate, a lower bound in expectation
-    like the other's, is significantly lower. `AIS(initial="prior")` makes that run alone.
+    There are two runs, one from the prior and one anchored at a refined mean-field Normal. The anchored run is far
+    better where much is shown. Where little is shown, p(z | C) may have several modes: chains anchored in one of them
+    may never visit the others, and the estimate of log p(C) then misses their mass without any sign of it. A datapoint
+    therefore uses the run from the prior, unless its effective sample size is too small or its estimate significantly
+    lower than the anchored one (both are lower bounds in expectation). `AIS(initial="prior")` omits the anchored run.
     """
 
     partial: JointDensity
@@ -39,7 +39,7 @@ class LatentsGiven:
     mode: Mode
 
     def draw(self, block: Chunk, start: Start, number: int, run: Run) -> tuple[Tensor, Tensor]:
-        """`z` `(number, B, dim)`, and how many independent draws they amount to, `(B,)`; `start` is the anchor's."""
+        """Draws `z` `(number, B, dim)` and their effective sample size `(B,)`; the anchor is refined from `start`."""
         settings = replace(self.settings, num_chains=number)
         runs = [self._from_prior(block, settings, run.derived("prior run"))]
         if settings.initial != "prior":
@@ -47,8 +47,8 @@ class LatentsGiven:
         best = _anchored_is_better(*runs) if len(runs) > 1 else torch.zeros(len(block), dtype=torch.long)
         best = best.to(runs[0].log_weights.device)
         columns = torch.arange(len(block), device=best.device)
-        log_weights = torch.stack([ran.log_weights for ran in runs])[best, :, columns].T
-        position = torch.stack([ran.position for ran in runs], 2)[:, columns, best]
+        log_weights = torch.stack([result.log_weights for result in runs])[best, :, columns].T
+        position = torch.stack([result.position for result in runs], 2)[:, columns, best]
         run.stream("resample").reseed(block.start // BLOCK)
         which = systematic(log_weights, number).to(position.device)
         return position[which, columns.to(position.device)], effective_sample_size(log_weights)
@@ -57,10 +57,10 @@ class LatentsGiven:
         evaluator = self._evaluator
         refined, _ = Refiner(AutoNormal, self.refinement)(evaluator, block, run, "shown part", start)
         fitted = gaussian_of(self.partial, refined, block, run.stream("anchor"))
-        return _ran(anchored_path(evaluator, fitted.widened(settings.widen), block), block, settings, run)
+        return _run_ais(anchored_path(evaluator, fitted.widened(settings.widen), block), block, settings, run)
 
     def _from_prior(self, block: Chunk, settings: AIS, run: Run) -> AISRun:
-        return _ran(prior_path(self._split_evaluator, block, run.stream("scale prior")), block, settings, run)
+        return _run_ais(prior_path(self._split_evaluator, block, run.stream("scale prior")), block, settings, run)
 
     @cached_property
     def _evaluator(self) -> GradientEvaluator:
@@ -71,18 +71,18 @@ class LatentsGiven:
         return GradientEvaluator(self.partial, self.mode, split=True)
 
 
-def _ran(path: Path, block: Chunk, settings: AIS, run: Run) -> AISRun:
-    """All chains at once, because their final positions are needed."""
+def _run_ais(path: Path, block: Chunk, settings: AIS, run: Run) -> AISRun:
+    """Run all chains at once, because their final positions are needed."""
     tuning = run_pilot(path, block, settings, run)
     return run_path(path, tuning, block, settings, run, max_chains=settings.num_chains)
 
 
 def _anchored_is_better(prior: AISRun, anchored: AISRun) -> Tensor:
-    """1 where too few draws from the prior count or they miss what the anchored ones have, else 0: `(B,)`."""
-    few = effective_sample_size(prior.log_weights) < MIN_EFFECTIVE_SHARE * len(prior.log_weights)
+    """1 where the prior's effective sample size is too small or its estimate too low, else 0: `(B,)`."""
+    too_few = effective_sample_size(prior.log_weights) < MIN_EFFECTIVE_SHARE * len(prior.log_weights)
     gain = log_mean_exp(anchored.log_weights) - log_mean_exp(prior.log_weights)
     error = torch.hypot(mcse_of_log_mean_exp(anchored.log_weights), mcse_of_log_mean_exp(prior.log_weights))
-    worse: Tensor = few | (gain > 2 * error)
+    worse: Tensor = too_few | (gain > 2 * error)
     return worse.long()
 
 
@@ -92,6 +92,6 @@ def systematic(log_weights: Tensor, number: int) -> Tensor:
     cumulative = (weights / weights.sum(0)).cumsum(0)
     count = log_weights.shape[1]
     points = (torch.arange(number, dtype=torch.float64)[:, None] + torch.rand(1, count, dtype=torch.float64)) / number
-    found = torch.searchsorted(cumulative.T.contiguous().cpu(), points.T.contiguous()).clamp(max=len(log_weights) - 1)
+    indices = torch.searchsorted(cumulative.T.contiguous().cpu(), points.T.contiguous()).clamp(max=len(log_weights) - 1)
     order = torch.rand(count, number).argsort(1)
-    return found.gather(1, order).T
+    return indices.gather(1, order).T

@@ -1,4 +1,4 @@
-"""The check that a guide looks at nothing but what it declares to be shown."""
+"""Check that a guide uses only the data that it declares to be shown."""
 
 from typing import Any
 
@@ -19,17 +19,18 @@ NUM_CHECKED_ROWS = 8
 
 
 def check_no_leak(density: GuideDensity, conditions: Conditions) -> None:
-    """Raise `InputError` where a guide looks at what its conditions withhold: its factors change when that is changed.
+    """Raise `InputError`, naming the site, where a guide uses data that its conditions withhold.
 
-    What is withheld is replaced by other values of its range, reflected ones and random ones, at some datapoints and
-    for every step of a lookahead, so that integer data are checked as well. The message names the site.
+    At a few datapoints, and for every step of a lookahead, withheld data are replaced by other values of
+    their range: reflected ones, then random ones, so that integer data are checked as well. No factor of the guide may
+    change.
     """
     if density.joint.plate is None:
         raise InputError("conditions: they need a data plate; the model has none")
     if density.bound:
         raise InputError(
-            "guide: it holds parameters for each datapoint, fitted to all of x, so it cannot be shown a part; take an "
-            "encoder of what is shown"
+            "guide: it has parameters for each datapoint, which are fitted to all of x; use a guide with an encoder of "
+            "what is shown"
         )
     with seeded(0, "leak"), evaluating(density.guide, density.joint.model), torch.no_grad():
         rows = _Rows(density, conditions)
@@ -39,30 +40,30 @@ def check_no_leak(density: GuideDensity, conditions: Conditions) -> None:
 
 
 class _Rows:
-    """Some datapoints, once for each of what is withheld: the steps of a lookahead, or one part for all factors."""
+    """A few datapoints, repeated for every step of a lookahead, or once where all factors are shown the same."""
 
     def __init__(self, density: GuideDensity, conditions: Conditions) -> None:
         self.density, self.conditions = density, conditions
         self.names = [term.name for term in density.terms]
-        self.few = torch.arange(min(NUM_CHECKED_ROWS, density.num_datapoints))
-        args = as_tuple(density.joint.data.fetch(self.few))
+        self.checked = torch.arange(min(NUM_CHECKED_ROWS, density.num_datapoints))
+        args = as_tuple(density.joint.data.fetch(self.checked))
         self.steps = torch.zeros(1, dtype=torch.long)
         self.temporal = [False] * len(args)
         if isinstance(conditions, Lookahead):
             if self.names != list(density.joint.sites):
-                raise InputError("guide: a lookahead needs a site of the guide's own for every step")
+                raise InputError("guide: a lookahead needs one guide site per step, named like the model's sites")
             self.steps = torch.arange(len(self.names))
-            self.temporal = _temporal(density.joint, args, self.few, len(self.names))
-        local = density.at(self.few)
+            self.temporal = _temporal(density.joint, args, self.checked, len(self.names))
+        local = density.at(self.checked)
         z, _ = local.sample_extended(1) if isinstance(local, FactorisedGuide) else local.sample(1)
         self.z = z[0].repeat(len(self.steps), 1)
 
     def factors(self, at_random: bool | None) -> dict[str, Tensor]:
         """Elements of the log-density of every site at fixed z, `(rows, *)`; `at_random` None withholds nothing."""
-        fetch, each = self.density.joint.data.fetch, len(self.few)
+        fetch, each = self.density.joint.data.fetch, len(self.checked)
 
         def other(indices: Tensor) -> tuple[Any, ...]:
-            args = as_tuple(fetch(self.few[indices % each]))
+            args = as_tuple(fetch(self.checked[indices % each]))
             if at_random is None:
                 return args
             if isinstance(self.conditions, Shown):
@@ -73,16 +74,16 @@ class _Rows:
 
         indices = torch.arange(len(self.z))
         blind = self.density.restrict(
-            self.density.joint.over(IndexedData(len(indices), other)), self.few.repeat(len(self.steps))
+            self.density.joint.over(IndexedData(len(indices), other)), self.checked.repeat(len(self.steps))
         )
         messages = blind.messages(indices, 1, PlaceValues(self.density.terms, self.z, in_plate=True))
         return {term.name: _elements(term, messages[term.name]) for term in self.density.terms}
 
     def compare(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
         """Raise `InputError` for a site that changed where it should not have."""
-        each = len(self.few)
+        each = len(self.checked)
         for position, name in enumerate(self.names):
-            # The rows of step t withhold what the factors up to t are not shown.
+            # The rows of step t withhold all data that the factors up to t are not shown.
             first = position * each if isinstance(self.conditions, Lookahead) else 0
             left, right = before[name][first:], after[name][first:]
             tolerance = 1e-8 if left.dtype == torch.float64 else 1e-4
@@ -90,18 +91,18 @@ class _Rows:
                 torch.isclose(left, right, rtol=tolerance, atol=tolerance, equal_nan=True).reshape(len(left), -1).all(1)
             )
             if not bool(same.all()):
-                told = "a part of the data outside its conditions"
+                leak = "a part of the data outside its conditions"
                 if isinstance(self.conditions, Lookahead):
                     step = position + int((~same).nonzero()[0]) // each
-                    told = f"data after step {step + 1 + self.conditions.steps}"
+                    leak = f"data after step {step + 1 + self.conditions.steps}"
                 raise InputError(
-                    f"guide: site '{name}' changes with {told}, which the guide declares not to be shown; do not look "
-                    "at it there, or declare what is shown"
+                    f"guide: site '{name}' changes with {leak}, which the guide declares as not shown; mask it in the "
+                    "guide, or declare it as shown"
                 )
 
 
 def _elements(term: GuideSite, message: Any) -> Tensor:
-    """The log-density of a site, its elements apart where they are independent, rows first."""
+    """The log-density of a site, one value per independent element, rows first."""
     fn = message["fn"]
     inner = leaf(fn)
     elements: Tensor = inner.log_prob(message["value"])
@@ -110,15 +111,15 @@ def _elements(term: GuideSite, message: Any) -> Tensor:
 
 
 def _temporal(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, num_steps: int) -> list[bool]:
-    """Which arguments are sequences of observations: as many steps as there are latents, and observed by the model."""
+    """Which arguments are sequences of observations: observed by the model, with one step per latent site."""
     sized = [isinstance(arg, Tensor) and arg.dim() > 1 and arg.shape[1] == num_steps for arg in args]
-    found = [sized[k] and _is_observed(joint, args, indices, k) for k in range(len(args))]
-    if not any(found):
+    temporal = [sized[k] and _is_observed(joint, args, indices, k) for k in range(len(args))]
+    if not any(temporal):
         raise InputError(
-            f"lookahead: the model has {num_steps} latent sites, which should be one a step, but no argument that it "
-            f"observes has {num_steps} steps along its second axis"
+            f"lookahead: the model has {num_steps} latent sites, but no observed argument has {num_steps} "
+            "steps along its second axis. Pass sequences as (datapoints, steps, ...), with one latent site per step"
         )
-    return found
+    return temporal
 
 
 def _is_observed(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, position: int) -> bool:

@@ -26,7 +26,7 @@ Quantities = dict[str, tuple[str, str]]
 
 
 class ConditioningMeasure(Protocol):
-    """How L[q*_C] is measured: `elbo_shared` among `arrays`, and what else is known; `quantities` say what they are."""
+    """A measurement of L[q*_C]: `arrays` include `elbo_shared`, and `quantities` describe them."""
 
     @property
     def stage(self) -> str: ...
@@ -42,19 +42,22 @@ class ConditioningMeasure(Protocol):
         ...
 
     def probe(self, chunk: Chunk) -> Tensor:
-        """Numbers that change with what the measure rests on beside the model and the guide, in double precision."""
+        """Numbers, in double precision, that change with the inputs other than model and guide."""
         ...
 
 
 @dataclass(frozen=True)
 class SharedMeasure:
-    """By the shared posterior, block by block, so that the size of a chunk changes nothing."""
+    """L[q*_C] of the shared posterior, fitted by block, so that results do not depend on the chunk size."""
 
     sharing: Sharing
     stage: ClassVar[str] = "completing the data and refining the shared posterior"
     quantities: ClassVar[Quantities] = {
         "elbo_shared": ("Monte Carlo ELBO of the shared posterior", "lower bound of L[q*_C], on average"),
-        "elbo_on_completions": ("the same on data completed by the model", "lower bound of L[q*_C], on average"),
+        "elbo_on_completions": (
+            "Monte Carlo ELBO of the shared posterior on completed data",
+            "lower bound of L[q*_C], on average",
+        ),
     }
 
     @property
@@ -87,7 +90,7 @@ class SharedMeasure:
 
 @dataclass(frozen=True)
 class ReferenceMeasure:
-    """By another guide of the same conditions, the best that could be trained."""
+    """L[q*_C] of a reference guide with the same conditions, as good as training could make it."""
 
     density: GuideDensity
     joint: Density
@@ -120,10 +123,10 @@ def conditioning_measure(
     run: Run,
     reference: Program | None,
 ) -> ConditioningMeasure | None:
-    """How a guide's conditioning gap is measured; None where it is shown all of x, or a lookahead has no reference.
+    """The measurement of a conditioning gap; None where all of x is shown, or a lookahead has no reference.
 
-    Raises `InputError` where the guide or the reference look at what they declare not to be shown, and for a reference
-    that declares something else than the guide.
+    Raises `InputError` where the guide or the reference uses data that it declares as not shown, and for a reference
+    whose declaration differs from the guide's.
     """
     density = problem.guide_density()
     declaration = declared(density.guide)
@@ -131,7 +134,9 @@ def conditioning_measure(
         check_no_leak(density, declaration)
     if isinstance(declaration, Shown):
         if reference is not None:
-            raise InputError("reference: a guide with conditions has a shared posterior; leave reference out")
+            raise InputError(
+                "reference: unused, since a guide with conditions has a shared posterior; leave reference out"
+            )
         return SharedMeasure(sharing_of(problem, declaration, evidence, refiner, settings, num_particles, run))
     if reference is None:
         return None

@@ -21,7 +21,7 @@ ShownElements = dict[str, Tensor]
 
 
 class ShowOnly(Messenger):
-    """Leaves what is not shown out of the likelihood: `shown` has masks over the observed sites' values."""
+    """Masks withheld data in the likelihood; `shown` has masks over the observed sites' values."""
 
     def __init__(self, shown: ShownElements) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class ShowOnly(Messenger):
 
 
 def partially_observed(joint: JointDensity, conditions: Shown) -> JointDensity:
-    r"""The density of what is shown, $\log p(C_n, z)$, in the latent space of `joint`, in nats.
+    r"""The density of the shown data, $\log p(C_n, z)$, in the latent space of `joint`, in nats.
 
     Observed sites must factorise over shown and withheld elements given the latents: a likelihood whose shown elements
     depend on withheld ones (autoregressive) has no such marginal.
@@ -69,9 +69,9 @@ def partially_observed(joint: JointDensity, conditions: Shown) -> JointDensity:
 
 
 def shown_elements(joint: JointDensity, conditions: Shown, args: tuple[Any, ...], indices: Tensor) -> ShownElements:
-    """Masks over the values of the observed sites that see a part of what is withheld, True where they do not.
+    """Masks over the observed sites' values that depend on withheld data, True at elements that do not.
 
-    Found by running the model on data that differ in everything that is withheld.
+    They are found by running the model on data in which every withheld element is changed.
     """
     masks = conditions.masks(args)
     with seeded(0, "shown"), evaluating(joint.model), joint.plates(indices), torch.no_grad():
@@ -86,15 +86,15 @@ def shown_elements(joint: JointDensity, conditions: Shown, args: tuple[Any, ...]
             events = same.flatten(-inner.event_dim)
             if not torch.equal(events.all(-1), events.any(-1)):
                 raise InputError(
-                    f"site '{name}': a {type(inner).__name__} cannot be observed in part; show or withhold its events "
-                    "whole, or write the likelihood with independent elements"
+                    f"site '{name}': a {type(inner).__name__} cannot be observed in part; show or withhold whole "
+                    "events, or use a likelihood with independent elements"
                 )
         result[name] = same
     return result
 
 
 def _check_independence(joint: JointDensity, partial: JointDensity, conditions: Shown) -> None:
-    """What is withheld must not move the density of what is shown."""
+    """Check that the density of the shown data does not depend on withheld data."""
     indices = torch.arange(min(NUM_CHECKED_ROWS, joint.num_datapoints))
     args = partial.fetch(indices)
     other = *hidden(args[:-1], conditions.masks(args[:-1])), args[-1]
@@ -106,6 +106,6 @@ def _check_independence(joint: JointDensity, partial: JointDensity, conditions: 
     assert isinstance(after, Tensor)
     if not same_density(before, after):
         raise InputError(
-            "conditions: the model's density of what is shown depends on what is withheld (an autoregressive "
-            "likelihood, or inputs that are not modelled); condition on parts that are independent given the latents"
+            "conditions: the density of the shown data depends on withheld data (an autoregressive likelihood, or "
+            "inputs that are not modelled). Condition on parts that are independent given the latents"
         )

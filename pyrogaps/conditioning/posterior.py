@@ -1,4 +1,4 @@
-"""`shared_posterior`: the best guide that is shown only a part of x, for every datapoint, without training one."""
+"""`shared_posterior`: the best guide that is shown only a part of x, per datapoint and without training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +29,11 @@ class SharedPosterior:
     r"""q*_C of every datapoint, fitted to two halves of the completions of what is shown.
 
     Attributes:
-        elbo: L[q*_C](x_n) of the datapoints themselves, nats, the mean of the halves; its error counts the completions.
+        elbo: L[q*_C](x_n) of the datapoints themselves, nats, the mean of the halves; `mcse` covers the completions.
         on_completions: the mean ELBO of either half's guide on the other half's completions.
-        overfitting: by how much each half's guide does better than the other on its own completions, `(N,)`, nats.
+        overfitting: ELBO of a half's guide on its own completions less that of the other guide, `(N,)`, nats.
         guides: the refined guides of the two halves.
-        num_completions: how many were drawn, `(N,)`.
+        num_completions: number of completions, `(N,)`.
     """
 
     joint: JointDensity
@@ -53,7 +53,7 @@ class SharedPosterior:
         return args, drawn.z[:, position]
 
     def log_density(self, z: Tensor, datapoint: int) -> Tensor:
-        r"""ln q_C(z) but for a constant, the mean of $\log p(C_n, \bar C_k, z)$ over completions: `(S, dim)` to `(S,)`.
+        r"""log q_C(z) up to a constant, the mean of $\log p(C_n, \bar C_k, z)$ over completions: `(S, dim)` to `(S,)`.
 
         q_C is the renormalised product of the completions' posteriors, the optimum of all densities.
         """
@@ -73,7 +73,7 @@ class SharedPosterior:
         for block, shared in self.blocks:
             if block.start <= datapoint < block.stop:
                 return block, shared
-        raise InputError(f"datapoint: there are {self.joint.num_datapoints}, so no number {datapoint}")
+        raise InputError(f"datapoint: must be from 0 to {self.joint.num_datapoints - 1}, got {datapoint}")
 
 
 def shared_posterior(
@@ -100,21 +100,21 @@ def shared_posterior(
             attribute `conditions`: a boolean mask over the model's first argument, True where that is shown, or a
             function from its arguments to masks. The family is the guide's own.
         settings: number of completions, see `Conditioning`.
-        evidence: settings of the AIS that draws latents given C; its chains are as many as completions.
+        evidence: settings of the AIS that draws latents given C, with one chain per completion.
         refinement: settings of the refinements.
         num_particles: draws for each ELBO.
-        seed: of all the randomness.
+        seed: seed of all random numbers.
 
     Raises:
-        InputError: where the guide looks at what it declares not to be shown, where it declares a lookahead (its
-            conditions differ from step to step, so that there is no one shared posterior), or where the model's
-            likelihood does not factorise over what is shown and what is not.
+        InputError: where the guide uses data that it declares as not shown, where it declares a lookahead (its
+            conditions differ between steps, so there is no single shared posterior), or where the model's likelihood
+            does not factorise over shown and withheld data.
     """
     declaration = declared(model.guide if isinstance(model, Problem) else guide)
     if not isinstance(declaration, Shown):
         raise InputError(
-            "guide: it declares no conditions, or a lookahead, whose conditions differ from step to step; give it an "
-            "attribute conditions, a boolean mask over the data, True where they are shown"
+            "guide: it declares no conditions, or a lookahead, which has no single shared posterior. Give it an "
+            "attribute conditions: a boolean mask over the data, True where they are shown"
         )
     problem = Problem.of(model, guide, data, plate)
     joint, density = problem.joint, problem.guide_density()

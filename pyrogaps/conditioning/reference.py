@@ -1,4 +1,4 @@
-"""`reference_guide`: a guide as good as training can make it for a frozen model, to measure a lookahead's gap by."""
+"""`reference_guide`: a reference for the conditioning gap of a lookahead, trained on simulated data."""
 
 import copy
 from pathlib import Path
@@ -24,20 +24,20 @@ def reference_guide(
     checkpoint: str | Path | None = None,
     **settings: Any,
 ) -> Program:
-    r"""Train a copy of a guide on data drawn from the frozen model without end: the `reference` of `decompose`.
+    r"""Train a copy of a guide on unlimited data from the frozen model: the `reference` of `decompose`.
 
-    Data that never come twice leave nothing to overfit, so that with enough capacity and steps it approaches the best
-    guide of its conditions, for every factor of the guide its own C_t, on average over the model's data:
+    Data that never repeat cannot be overfitted, so with enough capacity and steps the copy approaches the best guide
+    with its conditions (each factor of the guide has its own C_t), on average over the model's data:
 
     $$q^*_C = \arg\max_{q \in Q} \mathbb E_{p(x)}[\mathcal L[q](x)]$$
 
-    from below: what it falls short by is counted to the conditioning gap. Neither model nor guide are changed.
+    from below: what it falls short of that is counted as conditioning gap. Model and guide are not changed.
 
     Args:
         model, guide, data, plate: as for `decompose`; data are drawn in the shape of `data`, and sequences have its
-            lengths. The guide is a module, of which the copy starts at the weights.
-        num_datapoints: how many drawn datapoints make an epoch; by default as many as there are in `data`.
-        checkpoint, settings: of `train`, all but `freeze_model`.
+            lengths. The guide is a module; the copy starts from its weights.
+        num_datapoints: number of datapoints drawn per epoch; by default the number in `data`.
+        checkpoint, settings: as for `train`, except `freeze_model`.
 
     Raises:
         InputError: for a guide that is not a module, a model that cannot be simulated, and settings that `train`
@@ -45,8 +45,8 @@ def reference_guide(
     """
     if not isinstance(guide, nn.Module):
         raise InputError(
-            "guide: only a module can be copied, and this one is not; train another guide like it on "
-            "SimulatedData(model, data), with freeze_model=True"
+            f"guide: only a module can be copied, got a {type(guide).__name__}; train another guide of this kind on "
+            "SimulatedData(model, data) with freeze_model=True"
         )
     reference = copy.deepcopy(guide)
     drawn = SimulatedData(model, data, num_datapoints, plate)

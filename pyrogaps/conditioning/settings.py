@@ -1,4 +1,4 @@
-"""What the measurement of a conditioning gap is told."""
+"""Settings of the measurement of a conditioning gap."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,12 @@ class Conditioning:
     """Settings of the shared posterior of a guide that is not shown all of x.
 
     Attributes:
-        num_completions: K, how many times the withheld part is drawn for every datapoint, an even number. Two shared
-            posteriors are refined, each on one half of the completions, and each is judged on the other half too.
-        max_completions: K is doubled, block of datapoints by block, while overfitting exceeds `tolerance`, up to this.
-        tolerance: by how much, nats, a shared posterior may do better on its own half of the completions than the one
-            of the other half does, on average over a block. A gap g is overestimated by half of that, about 2 g / K.
+        num_completions: K, the number of draws of the withheld part per datapoint, even. Two shared posteriors are
+            refined, each on one half of the completions, and evaluated on both halves.
+        max_completions: the largest K; K is doubled, per block of datapoints, while overfitting exceeds `tolerance`.
+        tolerance: the largest overfitting, nats: how much higher the ELBO of a shared posterior may be on its own half
+            of the completions than that of the other half's posterior, on average over a block. A gap g is
+            overestimated by half of that, about 2 g / K.
     """
 
     num_completions: int = 128

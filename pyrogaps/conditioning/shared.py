@@ -34,9 +34,9 @@ from pyrogaps.streams import Chunk, Stream, particle_blocks
 
 
 class OnCompletions:
-    """Binds the mean of log p(x_nk, z) over completions k in the place of log p(x_n, z); see `refine.Evaluator`.
+    """Evaluates the mean of log p(x_nk, z) over completions k instead of log p(x_n, z); see `refine.Evaluator`.
 
-    At every step each particle is scored with one completion; the steps go through all of them in turn.
+    At every step each particle is scored with one completion; the steps cycle through all of them.
     """
 
     def __init__(self, evaluator: GradientEvaluator, completions: Completions, which: Tensor) -> None:
@@ -64,11 +64,11 @@ class MeanOverCompletions:
 
 @dataclass(frozen=True)
 class SharedBlock:
-    """The shared posterior of the datapoints of a block, in two halves, and what it is worth.
+    """The shared posteriors of a block, one for each half of the completions, and their ELBOs.
 
-    `elbo` is L[q_C](x) of the datapoints themselves, the mean of the halves, its error that of the completions and of
-    the draws; `on_completions` the mean ELBO on completions of the half that was not fitted to them; `overfitting` by
-    how much the halves are better on their own. Shapes `(B,)`, nats.
+    `elbo` is L[q_C](x) of the datapoints themselves, the mean of the halves; its error includes that of the
+    completions and of the draws. `on_completions` is the mean ELBO of each half on the other's completions,
+    `overfitting` how much higher the ELBO of a half is on its own completions. Shapes `(B,)`, nats.
     """
 
     elbo: Estimate
@@ -82,15 +82,15 @@ class SharedBlock:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the shared posterior of a block is found.
+    """Fits the shared posterior of a block.
 
     Attributes:
         problem: model, guide and data.
         refiner: fits the guide's own family.
         latents: draws given what is shown.
-        settings: number of completions.
+        settings: number of completions and tolerance.
         num_particles: draws for each ELBO.
-        run: its seed is that of all the randomness.
+        run: source of all random streams.
     """
 
     problem: Problem
@@ -101,11 +101,11 @@ class Sharing:
     run: Run
 
     def fit(self, block: Chunk) -> SharedBlock:
-        """Draw completions, refine, judge; with twice as many completions while the halves overfit them."""
+        """Draw completions, refine and evaluate; double the completions while the halves overfit."""
         number = self.settings.num_completions
         while True:
             run = self.run.derived("completions", number)
-            shared = self._judge(block, self._draw(block, number, run), run)
+            shared = self._evaluate(block, self._draw(block, number, run), run)
             overfits = float(shared.overfitting.mean()) > self.settings.tolerance
             if not overfits or 2 * number > self.settings.max_completions:
                 return shared
@@ -117,25 +117,25 @@ class Sharing:
         args = completed(self.problem.joint, self.latents.partial, block, z, run.stream("complete"))
         return Completions(args, z, ess)
 
-    def _judge(self, block: Chunk, completions: Completions, run: Run) -> SharedBlock:
+    def _evaluate(self, block: Chunk, completions: Completions, run: Run) -> SharedBlock:
         names, evaluator = ("first half", "second half"), self.problem.evaluator
         both = dict(zip(names, torch.arange(len(completions)).chunk(2), strict=True))
         halves, progress, at_data = [], [], []
         for name, which in both.items():
-            guide, its_progress = self.refiner(
+            guide, half_progress = self.refiner(
                 OnCompletions(evaluator, completions, which), block, run, f"shared {name}"
             )
             weights = chunk_log_weights(evaluator, guide, block, self.num_particles, run.stream(name))
             halves.append(guide)
-            progress.append(its_progress)
+            progress.append(half_progress)
             at_data.append(mean_estimate(weights))
 
-        # The same noise for both guides on a half, so that their difference has the smallest error.
-        def judged(guide: Refinable, name: str) -> Estimate:
+        # Both guides use the same noise on a half, which reduces the error of their difference.
+        def elbo_on(guide: Refinable, name: str) -> Estimate:
             on, stream = OnCompletions(evaluator, completions, both[name]), run.stream(f"completions, {name}")
             return mean_estimate(_on_completions(on, guide, block, self.num_particles, stream))
 
-        (own_1, other_1), (other_2, own_2) = [[judged(guide, name) for guide in halves] for name in names]
+        (own_1, other_1), (other_2, own_2) = [[elbo_on(guide, name) for guide in halves] for name in names]
         return SharedBlock(
             _of_halves(*at_data),
             _of_halves(other_1, other_2),
@@ -156,25 +156,25 @@ def sharing_of(
     num_particles: int,
     run: Run,
 ) -> Sharing:
-    """How shared posteriors of the guide's own family are found under `conditions`."""
+    """The `Sharing` that fits the guide's own family under `conditions`."""
     partial = partially_observed(problem.joint, conditions)
     latents = LatentsGiven(partial, evidence, refiner.settings, problem.mode)
     return Sharing(problem, refiner, latents, settings, num_particles, run)
 
 
 def _of_halves(first: Estimate, second: Estimate) -> Estimate:
-    """The mean of two independent estimates; their difference is its error, that of the completions included."""
+    """The mean of two independent estimates; half their difference is its error, completions included."""
     value = (first.value + second.value) / 2
     mcse = (first.value - second.value).abs() / 2
-    # One difference may be small by chance: the error of the draws is known better.
-    least = torch.hypot(first.mcse, second.mcse) / 2
-    return Estimate(value, torch.maximum(mcse, least), "lower bound")
+    # One difference may be small by chance: the error is at least that of the draws.
+    draws_error = torch.hypot(first.mcse, second.mcse) / 2
+    return Estimate(value, torch.maximum(mcse, draws_error), "lower bound")
 
 
 def _on_completions(
     on: OnCompletions, posterior: Posterior, block: Chunk, num_particles: int, stream: Stream
 ) -> Tensor:
-    """log p(x_nk, z) - log q(z) `(S, B)`, each draw of z with one completion, all of them in turn."""
+    """log p(x_nk, z) - log q(z) `(S, B)`, each draw of z with one completion, cycling through all."""
     guide, parts, first_completion = BlockedGuide(posterior, block), [], 0
     with torch.no_grad():
         for first, size in enumerate(particle_blocks(num_particles)):

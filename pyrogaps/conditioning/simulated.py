@@ -13,15 +13,15 @@ from pyrogaps.problem import Plate
 
 
 class SimulatedData(IndexedData):
-    """Datapoints drawn from the model anew every time they are fetched, in the shape of `data`.
+    """Datapoints drawn from the model anew at every fetch, in the shape of `data`.
 
-    `train(model, guide, SimulatedData(model, data), freeze_model=True)` fits a guide to the model's own data without
-    end: with enough capacity it approaches the best guide of its conditions, q*_C, from below. What is not drawn, such
-    as the lengths of sequences, is that of `data`.
+    `train(model, guide, SimulatedData(model, data), freeze_model=True)` fits a guide to unlimited data from the
+    model: with enough capacity it approaches the best guide with its conditions, q*_C, from below. Quantities that the
+    model does not draw, such as the lengths of sequences, are those of `data`.
 
     Args:
         model, data, plate: as for `JointDensity`.
-        num_datapoints: how many make an epoch; by default as many as there are in `data`.
+        num_datapoints: number of datapoints per epoch; by default the number in `data`.
         to_data: as for `JointDensity.simulate`.
 
     Raises:
@@ -38,7 +38,7 @@ class SimulatedData(IndexedData):
     ) -> None:
         joint = JointDensity(model, data, plate)
         if joint.plate is None:
-            raise InputError("SimulatedData: the model has no data plate; simulate the one datapoint with JointDensity")
+            raise InputError("SimulatedData: the model has no data plate; use JointDensity(model, data).simulate()")
         number = joint.num_datapoints
 
         def fetch(indices: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Pyro's autoguides: which of them have a density per datapoint."""
+"""Check that an autoguide has a density per datapoint."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,29 +13,32 @@ REMEDY = "use AutoNormal or pyrogaps.guides.local.AutoLocalMultivariateNormal"
 
 
 def check_autoguide(guide: Any, joint: JointDensity) -> None:
-    """Refuse an autoguide that was never run, belongs to other data, or is one distribution over all datapoints."""
+    """Refuse an autoguide without a density per datapoint.
+
+    Raises `InputError` where it was never run, belongs to other data, or is one distribution over all datapoints.
+    """
     if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
         raise InputError(f"guide: this {_name(guide)} has never been run; train it on these data first")
     plate, first = joint.plate, next(iter(joint.sites))
     for part in _parts(guide):
         if isinstance(part, AutoLaplaceApproximation) and plate is None:
             raise InputError(
-                "guide: AutoLaplaceApproximation is a Delta, which has no density; pass what its "
-                "laplace_approximation(*args) returns"
+                "guide: AutoLaplaceApproximation is a Delta, which has no density; pass the result "
+                "of its laplace_approximation(*args)"
             )
         if isinstance(part, AutoContinuous | AutoStructured) and plate is not None:
             raise InputError(
-                f"site '{first}': {_name(part)} is a flat joint autoguide, one distribution over all datapoints at "
-                f"once, so it has no density per datapoint of the plate '{plate}'; {REMEDY}"
+                f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density "
+                f"per datapoint of the plate '{plate}'; {REMEDY}"
             )
         if isinstance(part, AutoStructured):
             raise InputError(f"guide: AutoStructured cannot be read as a density; {REMEDY}, or AutoMultivariateNormal")
         frame = part._prototype_frames.get(plate)
         if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
             raise InputError(
-                f"guide: the plate '{plate}' of this {_name(part)} has size {size}, the data set has "
-                f"{joint.num_datapoints} datapoints; an autoguide holds parameters for each datapoint, so train it on "
-                "these data"
+                f"guide: the plate '{plate}' of this {_name(part)} has size {size}, but the data set has "
+                f"{joint.num_datapoints} datapoints. An autoguide has parameters for each datapoint; train it on these "
+                "data"
             )
 
 

@@ -1,4 +1,4 @@
-"""Posteriors over the latents and an auxiliary variable beside them."""
+"""Posteriors over the latents and an auxiliary variable."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,8 +14,8 @@ class AuxiliaryPosterior(dist.TorchDistribution):
     $$\log \tilde q(z, v) = \log q(z, v) - \log r(v|z), \quad
       \mathbb E_q [\log p(x, z) - \log \tilde q(z, v)] \le \mathcal L[q(z)] \le \log p(x)$$
 
-    A value is z and v in one vector `(*batch, dim + auxiliary)`, z its first `dim` elements. `exp(log_prob)` is no
-    density; it takes the place of q(z) in a lower bound (Ranganath et al., arXiv:1511.02386; Maaloe et al.,
+    A value is z and v in one vector `(*batch, dim + auxiliary)`, z its first `dim` elements. `exp(log_prob)` is not
+    a density; it takes the place of q(z) in a lower bound (Ranganath et al., arXiv:1511.02386; Maaloe et al.,
     arXiv:1602.05473). `reverse(z)` gives r(v|z).
     """
 
@@ -32,7 +32,7 @@ class AuxiliaryPosterior(dist.TorchDistribution):
 
     @property
     def num_auxiliary(self) -> int:
-        """How many elements of a value belong to v."""
+        """Number of elements of a value that belong to v."""
         return int(self.event_shape[0]) - self.dim
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008

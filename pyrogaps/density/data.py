@@ -1,4 +1,4 @@
-"""Data sets as the estimators see them: a number of datapoints and a way to fetch some by index."""
+"""Data sets: a number of datapoints, fetched by index."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from pyrogaps.errors import InputError
 
 @dataclass(frozen=True)
 class IndexedData:
-    """A data set that is fetched by index, for models whose arguments are not plain tensors.
+    """A data set fetched by index, for models whose arguments are not plain tensors.
 
-    `fetch(indices)` takes a one-dimensional integer tensor, in which an index may repeat, and returns the
-    model's positional arguments for those datapoints, in the order of `indices`. Ragged data is padded to
-    one length for the whole set, so that every datapoint has latents of the same size.
+    `fetch(indices)` takes a one-dimensional integer tensor, which may repeat an index, and returns the
+    model's positional arguments for those datapoints, in the order of `indices`. Pad ragged data to one
+    length for the whole set, so that every datapoint has latents of the same size.
     """
 
     num_datapoints: int
@@ -45,8 +45,8 @@ def as_indexed(data: Data) -> IndexedData:
     lengths = [len(tensor) for tensor in tensors]
     if len(set(lengths)) > 1:
         raise InputError(
-            f"data: the tensors have different lengths along their first axis, the data plate: {lengths}; cut them to "
-            "one, or pass plate=False where they are one datapoint all together"
+            f"data: the tensors have different lengths along their first axis, the data plate: {lengths}. Cut them to "
+            "one length, or pass plate=False to treat the whole data set as one datapoint"
         )
 
     def fetch(indices: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +56,7 @@ def as_indexed(data: Data) -> IndexedData:
 
 
 def rows_of(args: tuple[Any, ...], number: int) -> IndexedData:
-    """The `number` datapoints whose arguments `args` are, all at once; what is no tensor belongs to each of them."""
+    """The `number` datapoints with arguments `args`; non-tensor arguments belong to all of them."""
 
     def fetch(indices: Tensor) -> tuple[Any, ...]:
         return tuple(arg[indices.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args)
@@ -73,17 +73,17 @@ def whole(data: Data) -> IndexedData:
 
 
 def as_tuple(args: Any) -> tuple[Any, ...]:
-    """What `fetch` returned, as the model's positional arguments."""
+    """The result of `fetch` as the model's positional arguments."""
     return args if isinstance(args, tuple) else (args,)
 
 
 def evenly_spaced(num_datapoints: int, number: int) -> Tensor:
-    """Indices of `number` datapoints of a data set, from the first to the last; all where there are no more."""
+    """Indices of `number` evenly spaced datapoints, first and last included; all if there are no more."""
     return torch.linspace(0, num_datapoints - 1, min(number, num_datapoints)).round().long()
 
 
 def part_of(data: IndexedData, number: int) -> tuple[IndexedData, Tensor]:
-    """`number` datapoints of `data`, evenly spaced, as a data set of their own, and their indices in `data`."""
+    """`number` datapoints of `data`, evenly spaced, as a data set, and their indices in `data`."""
     chosen = evenly_spaced(len(data), number)
     return IndexedData(len(chosen), lambda indices: data.fetch(chosen[indices])), chosen
 

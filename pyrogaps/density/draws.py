@@ -13,13 +13,13 @@ from pyrogaps.streams import BLOCK, Chunk, Stream, particle_blocks, seeded
 
 @runtime_checkable
 class Posterior(Protocol):
-    """Anything that gives a guide at some datapoints: a `GuideDensity`, or what refinement returns."""
+    """A guide that can be taken at some datapoints: a `GuideDensity`, or the result of a refinement."""
 
     def at(self, indices: Tensor) -> LocalGuide: ...
 
 
 class BlockedGuide:
-    """A guide at the datapoints of a chunk, drawn from with a stream in which each block has its own numbers.
+    """A guide at the datapoints of a chunk; each block has its own random numbers.
 
     Draws use torch's global generators: call it inside `streams.seeded`, which restores them.
     """
@@ -33,7 +33,7 @@ class BlockedGuide:
         return z[..., : self.blocks[0][1].joint.dim], log_q
 
     def sample_extended(self, num_particles: int, stream: Stream, first: int = 0, *, antithetic: bool = False) -> Draws:
-        """As `sample`, the elements of auxiliary variables behind those of the latents."""
+        """As `sample`, with the auxiliary variables after the latents."""
         pairs = []
         for block, local in self.blocks:
             stream.reseed(block.start // BLOCK, first)
@@ -47,21 +47,21 @@ class BlockedGuide:
         return torch.cat([z for z, _ in parts]), torch.cat([log_q for _, log_q in parts])
 
     def in_blocks(self, num_particles: int, stream: Stream) -> Iterator[Draws]:
-        """The same draws, a particle block after the other."""
+        """The same draws, one particle block at a time."""
         for first, size in enumerate(particle_blocks(num_particles)):
             with torch.no_grad():
                 draws = self.sample(size, stream, first)
             yield draws
 
     def moments(self, num_particles: int, stream: Stream) -> Draws:
-        """Mean and standard deviation `(B, dim)`: exact where the guide knows them, else of `num_particles` draws."""
+        """Mean and standard deviation `(B, dim)`: exact where known, else from `num_particles` draws."""
         if (known := self.exact_moments()) is not None:
             return known
         draws, _ = self.sample_all(num_particles, stream)
         return draws.mean(0), draws.std(0)
 
     def exact_moments(self) -> Draws | None:
-        """Mean and standard deviation `(B, dim)` where the guide knows them."""
+        """Exact mean and standard deviation `(B, dim)`; None where they are not known."""
         exact = [local.moments() if isinstance(local, FactorisedGuide) else None for _, local in self.blocks]
         known = [pair for pair in exact if pair is not None]
         if len(known) < len(exact):
@@ -95,8 +95,8 @@ class BlockedGuide:
 def probe(posterior: Posterior, joint: JointDensity, chunk: Chunk) -> Tensor:
     """A draw for every datapoint of `chunk`, its log q and its density under `joint`, flat, in double precision.
 
-    It is the same in every process and changes with the data and with the parameters of guide and model. A draw, and
-    not a fixed point, because a guide with auxiliary variables gives a density to its own draws alone.
+    The result is the same in every process and changes with the data and with the parameters of guide and model. It
+    uses a draw, not a fixed point, because a guide with auxiliary variables can score only its own draws.
     """
     with seeded(0, "probe", device=joint.device), torch.no_grad():
         z, log_q = BlockedGuide(posterior, chunk).sample_extended(1, Stream(0, "probe"))

@@ -22,22 +22,22 @@ from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 
-SELECT = (
-    "parameters held for each datapoint must be selected: loc[rows] with rows = torch.arange(N) as one of the data's "
-    "tensors, or pyro.param(..., event_dim=0) in a plate of the whole data set's size"
+INDEX_REMEDY = (
+    "index parameters that have a row per datapoint: loc[rows], with rows = torch.arange(N) among the data's tensors, "
+    "or pyro.param(..., event_dim=0) in a plate of the whole data set's size"
 )
 
 
 @dataclass(frozen=True)
 class GuideStructure:
-    """What is read of a guide once.
+    """Structure of a guide, read once.
 
     Attributes:
-        size: datapoints in the data set that the guide was made for.
-        bound: whether it holds parameters for each of these; None while that is not known.
+        size: number of datapoints in the data set that the guide was made for.
+        bound: whether it has parameters for each of these datapoints; None while not known.
         terms: its sites that carry density.
         factorised: whether its site distributions are known before any draw.
-        origin: where a part of the data is at hand, the datapoints that it holds.
+        origin: for a part of the data, the indices of its datapoints in the guide's data set; else None.
     """
 
     size: int
@@ -53,10 +53,10 @@ class GuideDensity:
     $$\log q(z \mid x_n) = \sum_{\text{sites}} \log q(\cdot) + \log |\partial \text{sites} / \partial z|$$
 
     Args:
-        guide: a Pyro guide, called with the model's arguments; a set-up autoguide or any guide whose data plate has the
-            data set's full size holds parameters for each datapoint and is read at those of the datapoints asked for.
+        guide: a Pyro guide, called with the model's arguments. An initialised autoguide, or a guide whose data plate
+            has the data set's full size, has parameters for each datapoint; those of the requested ones are used.
         data: as for `JointDensity`; not needed where `model` is one.
-        model: the Pyro model, or its `JointDensity`, which says how latent sites lie in `z`.
+        model: the Pyro model, or its `JointDensity`, which defines the layout of `z`.
         plate: as for `JointDensity`.
 
     Raises:
@@ -81,11 +81,11 @@ class GuideDensity:
         if isinstance(model, JointDensity):
             self.joint = model
         elif data is None:
-            raise InputError("data: needed to read the model")
+            raise InputError("data: missing; pass the data that the model is called with")
         else:
             self.joint = JointDensity(model, data, plate)
         check_autoguide(guide, self.joint)
-        # An autoguide holds parameters for each datapoint, whatever its plates say.
+        # An autoguide has parameters for each datapoint, whatever the size of its plates.
         bound = True if is_autoguide(guide) and self.joint.plate is not None else None
         self.structure = GuideStructure(self.joint.num_datapoints, bound)
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
@@ -95,7 +95,7 @@ class GuideDensity:
 
     @property
     def bound(self) -> bool:
-        """Whether the guide holds parameters for each datapoint of its data set."""
+        """Whether the guide has parameters for each datapoint of its data set."""
         return bool(self.structure.bound)
 
     @property
@@ -114,7 +114,7 @@ class GuideDensity:
         return self.joint.num_datapoints
 
     def at(self, indices: Tensor) -> LocalGuide:
-        """The guide at some datapoints, run once where its site distributions do not depend on earlier draws."""
+        """The guide at `indices`; run only once where no site distribution depends on earlier draws."""
         active = self.joint.active(indices)
         if not self.factorised:
             return SequentialGuide(self, indices, active)
@@ -128,7 +128,7 @@ class GuideDensity:
         return self.at(self._indices(indices)).sample(num_particles)
 
     def log_prob(self, z: Tensor, indices: Tensor | None = None) -> Tensor:
-        """log q(z_sn | x_n) in nats `(S, N)` of points `z` `(S, N, dim)` that the guide need not have drawn."""
+        """log q(z_sn | x_n) in nats `(S, N)` of any points `z` `(S, N, dim)`."""
         return self.at(self._indices(indices)).log_prob(z)
 
     def _indices(self, indices: Tensor | None) -> Tensor:
@@ -151,39 +151,39 @@ class GuideDensity:
         return whole_plates(plate, rows, num_datapoints=size, bound=bound)
 
     def restrict(self, joint: JointDensity, origin: Tensor) -> "GuideDensity":
-        """The same guide over `joint`, which holds the datapoints `origin` alone and counts them from 0."""
+        """The same guide over `joint`, which holds only the datapoints `origin`, numbered from 0."""
         return GuideDensity(self.guide, None, joint, structure=replace(self.structure, origin=origin))
 
     def over(self, joint: JointDensity) -> "GuideDensity":
-        """The same guide over `joint`, which holds other data of the same form; no checks are run again.
+        """The same guide over `joint`, which holds other data of the same form; checks are not repeated.
 
-        Raises `InputError` for a guide that holds parameters for each datapoint, where there is another number of them.
+        Raises `InputError` where the guide has parameters for each datapoint, and `joint` another number of them.
         """
         size = self.structure.size
         if self.bound and joint.num_datapoints != size:
             raise InputError(
-                f"guide: it holds parameters for each of {size} datapoints, and has none for "
-                f"{joint.num_datapoints} others"
+                f"guide: it has parameters for {size} datapoints, but the data have {joint.num_datapoints}; use an "
+                "amortized guide"
             )
         structure = replace(self.structure, origin=None, size=joint.num_datapoints)
         return GuideDensity(self.guide, None, joint, structure=structure)
 
     def _read_structure(self) -> GuideStructure:
-        """Run on a number of rows that is not the data set's, so that a plate of its full size shows."""
+        """Run on a number of rows other than the data set's, which reveals a plate of its full size."""
         number = self.num_datapoints
         count = 1 if self.joint.plate is None else 2 if number != 2 else 3
         indices = torch.arange(count) % number
         bound = self.bound
         try:
-            messages = self._few(indices)
+            messages = self._run_subset(indices)
         except BoundPlate:
             bound = True
             self.structure = replace(self.structure, bound=True)
-            messages = self._few(indices)
+            messages = self._run_subset(indices)
         return replace(self.structure, bound=bound, terms=tuple(read_terms(messages, self.joint, indices)))
 
-    def _few(self, indices: Tensor) -> dict[str, Any]:
-        """The guide's sites on a few rows; a guide that runs on all of them alone is refused, with a remedy."""
+    def _run_subset(self, indices: Tensor) -> dict[str, Any]:
+        """The guide's sites on a few rows; refuses a guide that runs only on the whole data set."""
         try:
             return self.messages(indices)
         except (BoundPlate, InputError):
@@ -194,12 +194,12 @@ class GuideDensity:
             except Exception:
                 raise error from None
             raise InputError(
-                "guide: it runs on the whole data set but not on some of the datapoints alone "
-                f"({str(error).splitlines()[0]}); {SELECT}"
+                "guide: it runs on the whole data set but not on a subset of the datapoints "
+                f"({str(error).splitlines()[0]}); {INDEX_REMEDY}"
             ) from error
 
     def _check_rows(self) -> None:
-        """A row's log q must be its own, as in `JointDensity`."""
+        """Check that a row's log q does not depend on its position or on other rows."""
         if self.joint.plate is None:
             return
         indices = probe_rows(self.num_datapoints)
@@ -207,13 +207,13 @@ class GuideDensity:
         z, _ = local.sample_extended(1) if isinstance(local, FactorisedGuide) else local.sample(1)
         if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], local.log_prob(z)[0]):
             raise InputError(
-                "guide: a datapoint's log q changes with its place in the batch or with the rows beside it; the guide "
-                f"must treat rows independently (no batch statistics), and {SELECT}"
+                "guide: log q of a datapoint changes with its position in the batch or with other rows. Treat rows "
+                f"independently (no batch statistics), and {INDEX_REMEDY}"
             )
 
     def _is_factorised(self) -> bool:
-        """Whether site distributions stay the same when the draws before them change: checked on two runs."""
-        indices = probe_rows(self.num_datapoints)  # of all lengths, where later sites may be masked
+        """Whether site distributions are independent of earlier draws, checked on two runs."""
+        indices = probe_rows(self.num_datapoints)  # of all lengths, because later sites may be masked
         first, second = self.messages(indices), self.messages(indices)
         values = {term.name: first[term.name]["value"] for term in self.terms}
         return all(

@@ -12,7 +12,7 @@ from torch.distributions import biject_to
 from pyrogaps.density.data import Data, IndexedData, as_indexed, whole
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import whole_plates
-from pyrogaps.density.reading import ANY_PLATE, PAD, ModelStructure, finite_arguments, read_model
+from pyrogaps.density.reading import ANY_PLATE, PAD_REMEDY, ModelStructure, finite_arguments, read_model
 from pyrogaps.density.rows import probe_rows, rows_are_independent, same_density
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.score import ScoreModel, stack_runs
@@ -37,8 +37,8 @@ class JointDensity:
         data: a tensor or a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
         plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
             without any plate, makes the whole data set one datapoint (N = 1).
-        make_whole: with `plate=False`, make subsampled plates whole; else they are refused.
-        structure: of another density of the same model on data of the same form; the model is then not read again.
+        make_whole: with `plate=False`, use the full size of subsampled plates, which are refused otherwise.
+        structure: that of a density of the same model on data of the same form; the model is not read again.
 
     Raises:
         InputError: naming the site, plate or argument, where the density per datapoint is not defined or not
@@ -74,7 +74,7 @@ class JointDensity:
 
     @property
     def sites(self) -> dict[str, Site]:
-        """The latent sites and how they lie in `z`."""
+        """The latent sites with their layout in `z`."""
         return self.structure.sites
 
     @property
@@ -121,7 +121,7 @@ class JointDensity:
         return parts[0].reshape(z.shape[:2]), parts[1].reshape(z.shape[:2])
 
     def fetch(self, indices: Tensor, num_particles: int = 1) -> tuple[Any, ...]:
-        """The model's arguments for `indices`, the whole run of them repeated `num_particles` times."""
+        """The model's arguments for `indices`, which are repeated as a whole `num_particles` times."""
         return finite_arguments(self.data.fetch(indices.repeat(num_particles) if self.plate is not None else indices))
 
     def score(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,9 @@ class JointDensity:
             self.model(*args)
         missing = [name for name in self.sites if name not in handler.values]
         if missing:
-            raise InputError(f"site '{missing[0]}': the model leaves out this latent site for some inputs; {PAD}")
+            raise InputError(
+                f"site '{missing[0]}': the model leaves out this latent site for some inputs; {PAD_REMEDY}"
+            )
         return handler
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
@@ -166,7 +168,7 @@ class JointDensity:
         return result
 
     def active(self, indices: Tensor) -> Tensor | None:
-        """Which coordinates are under no False mask, `(B, dim)`; None where all of them are."""
+        """Which coordinates are not masked out, `(B, dim)`; None if the model masks no latent."""
         if not self.structure.masked:
             return None
         flat = self.zeros(len(indices))
@@ -194,9 +196,9 @@ class JointDensity:
         return flat.reshape(num_particles, len(indices), self.dim)
 
     def simulate(self, to_data: "ToData | None" = None) -> tuple[Any, Tensor]:
-        """Draw latents and data from the model: the data, in the form they were given, and `z` `(N, dim)`.
+        """Draw latents and data from the model; returns data in the given form, and `z` `(N, dim)`.
 
-        See `pyrogaps.density.simulate.simulate` for `to_data` and for what is refused.
+        See `pyrogaps.density.simulate.simulate` for `to_data` and for the models it refuses.
         """
         from pyrogaps.density.simulate import simulate
 
@@ -220,22 +222,22 @@ class JointDensity:
         return torch.cat(columns, -1)
 
     def columns_of(self, z: Tensor, other: "JointDensity") -> Tensor:
-        """The columns of `z` `(*, dim)` that belong to the sites of `other`, as they lie there."""
+        """The columns of `z` `(*, dim)` that belong to the sites of `other`, in its order."""
         return torch.cat([z[..., self.sites[name].columns] for name in other.sites], -1)
 
     def over(self, data: IndexedData) -> "JointDensity":
-        """The same density over other data of the same form; no program is run, and nothing is checked again."""
+        """The same density over other data of the same form; runs no program and repeats no check."""
         return JointDensity(self.model, data, structure=self.structure)
 
     def one_by_one(self) -> "JointDensity":
-        """The same density, many particles of a data set without a plate evaluated one after the other."""
+        """The same density; without a plate, particles are evaluated one after the other."""
         return JointDensity(self.model, self.caller_data, structure=replace(self.structure, vectorized=False))
 
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.num_datapoints) if indices is None else indices
 
     def _check_rows(self) -> None:
-        """A row's density must be its own: not that of its neighbours, of its position, or of the batch."""
+        """Check that a row's density does not depend on its position or on other rows."""
         if self.plate is None:
             self._choose_vectorized()
             return
@@ -249,16 +251,16 @@ class JointDensity:
                     "is random. Draw the data once (SimulatedData(...).fetch(indices)) and pass the tensors"
                 )
             raise InputError(
-                "data: a datapoint's density changes with the order of the indices it is fetched with, or with the "
-                "rows beside it; fetch(indices) must keep their order, and the model must treat rows independently "
-                "(no batch statistics)"
+                "data: the density of a datapoint changes with the order of the indices or with other rows of the "
+                "batch; fetch(indices) must keep their order, and the model must treat rows independently (no batch "
+                "statistics)"
             )
 
     def _total(self, z: Tensor, indices: Tensor) -> Tensor:
         return torch.stack(self.score(z, self.fetch(indices), indices)).sum(0)
 
     def _choose_vectorized(self) -> None:
-        """Without a data plate, many particles run at once only where that gives what one at a time gives."""
+        """Without a data plate, run particles at once only if the result equals one run per particle."""
         indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
         z, args = z.to(self.device), self.fetch(indices[:1])
         alone = replace(self.structure, vectorized=False)

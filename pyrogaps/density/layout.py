@@ -1,4 +1,4 @@
-"""How the latent sites of one datapoint lie in a flat unconstrained vector."""
+"""Layout of one datapoint's latent sites in a flat unconstrained vector."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def plate_dim(message: Any, plate: str) -> int | None:
-    """The (negative) batch dimension of the vectorised `plate` at a site, or None where it does not enclose it."""
+    """The (negative) batch dimension of the vectorised `plate` at a site, None where it does not enclose it."""
     for frame in message["cond_indep_stack"]:
         if frame.name == plate and frame.vectorized:
             return int(frame.dim)
@@ -20,7 +20,7 @@ def plate_dim(message: Any, plate: str) -> int | None:
 def rows_first(tensor: Tensor, axis: int, rows: int) -> Tensor:
     """Sum `tensor` over all but its row axis (negative `axis`): shape `(rows,)`.
 
-    A tensor without that axis, or of size one along it, holds the same for every row.
+    A tensor without that axis, or of size one along it, is the same for every row.
     """
     if tensor.dim() < -axis:
         return tensor.sum().expand(rows)
@@ -30,10 +30,10 @@ def rows_first(tensor: Tensor, axis: int, rows: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Site:
-    """A latent site: where it lies in the flat vector, and how a value of it is shaped.
+    """A latent site: its columns in the flat vector and the shape of its value.
 
-    `shape` is that of one datapoint's unconstrained value with the row axis taken out, `axis` (negative) says where
-    the rows go in a batch of them. `event_dim` and `batch_dims` are the model distribution's.
+    `shape` is that of one datapoint's unconstrained value, without the row axis; `axis` (negative) is the position
+    of the row axis in a batch. `event_dim` and `batch_dims` are the model distribution's.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Site:
 
     @property
     def num_padded(self) -> int:
-        """How many leading axes of `shape`, of size one, are there only to set rows apart from the site's own axes."""
+        """Number of leading axes of size one in `shape` that only separate rows from the site's own axes."""
         return len(self.shape) - self.batch_dims - self.unconstrained_event_dim
 
     @property
@@ -108,7 +108,7 @@ def leaf(fn: Any) -> Any:
 
 
 def unmasked(fn: Any) -> Any:
-    """`fn` without the masks it carries, so that the caller can apply one mask once."""
+    """`fn` without the masks it carries, so that the caller can apply each mask only once."""
     if isinstance(fn, MaskedDistribution):
         return unmasked(fn.base_dist)
     if type(fn).__name__ == "Independent" and isinstance(getattr(fn, "base_dist", None), MaskedDistribution):

@@ -1,4 +1,4 @@
-"""A guide at some datapoints: drawing from it and scoring points under it."""
+"""A guide at some datapoints: sampling and scoring."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,9 +18,9 @@ Draws = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class GuideSite:
-    """A guide site that carries density: its name, its columns and shape, and whether it lives unconstrained.
+    """A guide site that carries density: its name, its layout, and whether its values are unconstrained.
 
-    Autoguides draw an auxiliary site in unconstrained space and hand its image to a Delta at the model's site; the
+    Autoguides draw an auxiliary site in unconstrained space and pass its image to a Delta at the model's site; the
     auxiliary site is then the term.
     """
 
@@ -65,7 +65,7 @@ class FactorisedGuide:
 
     @property
     def num_auxiliary(self) -> int:
-        """How many auxiliary elements a draw has behind its latents, see `AuxiliaryPosterior`."""
+        """Number of auxiliary elements after the latents in a draw, see `AuxiliaryPosterior`."""
         return sum(getattr(fn, "num_auxiliary", 0) for fn in self.distributions.values())
 
     def moments(self) -> Draws | None:
@@ -94,7 +94,9 @@ class FactorisedGuide:
     def log_prob(self, z: Tensor) -> Tensor:
         """log q `(S, B)` of `z` `(S, B, dim + num_auxiliary)`; for an auxiliary posterior, log q(z, v) - log r(v|z)."""
         if z.shape[-1] != self.joint.dim + self.num_auxiliary:
-            raise NotImplementedError("a guide with auxiliary variables scores no latents alone, only its own draws")
+            raise NotImplementedError(
+                "a guide with auxiliary variables can score only its own draws, not latents alone"
+            )
         parts = [(t, fn, place(t, fn, z)) for t in self.terms for fn in [self.distributions[t.name]]]
         return self._assemble(len(z), parts)[1]
 
@@ -126,7 +128,7 @@ SYMMETRIC = ("Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Lapla
 
 
 def _draw(fn: Any, num_particles: int, antithetic: bool) -> Tensor:
-    """Draws `(S, *)`; `antithetic` mirrors half of them, or the noise from which a flow makes them."""
+    """Draws `(S, *)`; `antithetic` mirrors half of them, or, for a flow, half of its noise."""
     inner = leaf(getattr(fn, "joint", fn))
     if antithetic and isinstance(inner, TransformedDistribution):
         value = _draw(inner.base_dist, num_particles, antithetic)
@@ -184,6 +186,6 @@ def _mask_like(site: Site, active: Tensor, value_shape: tuple[int, ...]) -> Tens
     mask = site.unflatten(active)
     if mask.shape == value_shape:
         return mask
-    # The constrained event is shaped otherwise (a simplex, say): such events are masked whole.
+    # A constrained event may have another shape (a simplex, say); such an event is masked as a whole.
     events = mask.flatten(-site.unconstrained_event_dim).all(-1)
     return events.reshape(events.shape + (1,) * site.event_dim).expand(value_shape)

@@ -1,4 +1,4 @@
-"""Which rows a program's plates hold while it is run on some of the datapoints."""
+"""Plates while a program runs on some of the datapoints."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,9 +14,9 @@ Choice = tuple[int, int, Any]
 
 
 class BoundPlate(Exception):
-    """A program's data plate has the data set's full size, so that it can hold parameters for each datapoint.
+    """A program's data plate has the data set's full size, so it may hold parameters for each datapoint.
 
-    `subsampled` says whether it is told to hold as many rows as there are (Pyro's idiom for minibatches).
+    `subsampled`: whether its subsample size is the number of rows at hand (Pyro's idiom for minibatches).
     """
 
     def __init__(self, subsampled: bool) -> None:
@@ -27,12 +27,11 @@ class BoundPlate(Exception):
 def whole_plates(
     plate: str | None, indices: Tensor, *, num_datapoints: int | None = None, bound: bool | None = False
 ) -> AbstractContextManager[None]:
-    """Make every plate cover all of its range: the data plate the rows at hand, others their full size.
+    """Make the data plate hold the rows at hand, and every other plate its full size.
 
-    `indices` `(R,)` are the datapoints behind the rows, of `num_datapoints` in the data set. A data plate of `R` rows,
-    subsampled or not, becomes `arange(R)`, one with an explicit subsample of `R` rows keeps it. `bound=True` marks a
-    program whose data plate has the data set's full size: it is given `indices`. `bound=None` raises `BoundPlate` for
-    one.
+    `indices` `(R,)` are the datapoints of the rows, out of `num_datapoints` in the data set. A data plate of `R` rows,
+    subsampled or not, becomes `arange(R)`; an explicit subsample of `R` rows is kept. With `bound=True`, the program's
+    data plate has the data set's full size and is given `indices`. With `bound=None`, such a plate raises `BoundPlate`.
     """
     rows = len(indices)
 
@@ -42,7 +41,7 @@ def whole_plates(
         if bound:
             if size <= rows == num_datapoints and not explicit(subsample) and _in_order(indices):
                 return rows, rows, indices
-            # Pyro picks the rows of parameters only where it sees fewer of them than the plate's size.
+            # Pyro selects rows of a parameter only where the plate holds fewer rows than its size.
             return max(size, num_datapoints or 0, rows + 1), rows, subsample if explicit(subsample) else indices
         if bound is None and size == num_datapoints != rows:
             raise BoundPlate(requested == rows)
@@ -68,20 +67,20 @@ def whole_plates(
 
 
 def _in_order(indices: Tensor) -> bool:
-    """Whether they are all of 0, 1, ..., so that nothing has to be picked."""
+    """Whether `indices` are 0, 1, ..., so that no rows need to be selected."""
     return torch.equal(indices, torch.arange(len(indices), device=indices.device))
 
 
 def wrong_size(name: str, size: int, rows: int) -> InputError:
-    """The refusal of a plate whose size does not follow the data."""
+    """The error for a plate whose size does not follow the data."""
     return InputError(
-        f"plate '{name}' has the hard-coded size {size} where the data hold {rows} rows: size it by the data, as in "
-        f"pyro.plate('{name}', len(x)); fetch(indices), if any, must return a row for each index"
+        f"plate '{name}' has the hard-coded size {size}, but the data have {rows} rows; size it by the data, as in "
+        f"pyro.plate('{name}', len(x)). If the data have a fetch(indices), it must return one row per index"
     )
 
 
 def steady_plates() -> AbstractContextManager[None]:
-    """Subsample every plate as its program asks, but by its first rows and never by more than it has."""
+    """Subsample every plate to its first rows: as many as requested, at most its size."""
 
     def choose(name: str, size: int, requested: int | None, subsample: Any) -> Choice:
         length = min(size, requested or size)
@@ -93,11 +92,11 @@ def steady_plates() -> AbstractContextManager[None]:
 def _whole(
     name: str, size: int, requested: int | None, subsample: Any, plate: str | None, device: torch.device
 ) -> Choice:
-    """All of a plate that is not the data plate, or what an explicit subsample takes of it."""
+    """The rows of a plate other than the data plate: all of them, or an explicit subsample."""
     if plate is None and requested not in (None, size):
         raise InputError(
-            f"plate '{name}' is subsampled: with plate=False the whole data set is one datapoint, "
-            "so remove the subsampling or name the data plate with plate="
+            f"plate '{name}' is subsampled, but with plate=False the whole data set is one datapoint. Remove the "
+            "subsampling, or name the data plate with plate="
         )
     if subsample is not None:
         return size, len(subsample), subsample
@@ -108,7 +107,7 @@ def _whole(
 def _plates(
     choose: Callable[[str, int, int | None, Any], Choice], check: Callable[[SubsampleMessenger], None]
 ) -> Iterator[None]:
-    """Have `choose` say which rows a new plate holds, and `check` look at every plate that a site is in."""
+    """Let `choose` pick the rows of every new plate, and `check` inspect every plate around a site."""
     subsample, process = SubsampleMessenger.__dict__["_subsample"], SubsampleMessenger._process_message
 
     def chosen(name, size=None, subsample_size=None, subsample=None, use_cuda=None, device=None):  # type: ignore[no-untyped-def]

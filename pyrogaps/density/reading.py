@@ -1,4 +1,4 @@
-"""`read_model`: what a model's sites are, read once and checked for every datapoint."""
+"""`read_model`: the structure of a model, checked for every datapoint."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,25 +26,25 @@ from pyrogaps.density.structure import (
 )
 from pyrogaps.errors import InputError
 
-# Stands for the data plate where there is none, and every plate is made whole.
+# The plate name where there is no data plate and every plate has its full size.
 ANY_PLATE = ""
-PAD = "pad ragged data to one length for the whole data set and mask the padding"
+PAD_REMEDY = "pad ragged data to one length for the whole data set and mask the padding"
 
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """What is read of a model once; it holds for other data of the same form.
+    """Structure of a model, read once; it holds for other data of the same form.
 
     Attributes:
         plate: the data plate's name; None where the whole data set is one datapoint.
-        sites: the latent sites and how they lie in a flat vector.
+        sites: the latent sites with their layout in a flat vector.
         observed: names of the observed sites.
         unnormalised: observed sites with values outside their support, which the model does not validate.
         bound: whether the data plate has the data set's full size.
-        masked: whether some latents are under a False mask.
+        masked: whether some latents are masked.
         dtype, device: of the latents.
         vectorized: without a data plate, whether many particles can be evaluated in one run.
-        make_whole: without a data plate, whether subsampled plates are made whole rather than refused.
+        make_whole: without a data plate, whether subsampled plates get their full size rather than being refused.
     """
 
     plate: str | None
@@ -67,7 +67,7 @@ class ModelStructure:
 def read_model(
     model: Program, data: Data, plate: str | Literal[False] | None, *, make_whole: bool = False
 ) -> ModelStructure:
-    """Check the sites of every datapoint, batch by batch; all batches must share one layout.
+    """Read a model's structure; all batches of datapoints must share it.
 
     Raises `InputError` naming the site, plate or argument; see `JointDensity`.
     """
@@ -92,10 +92,10 @@ def read_model(
         unnormalised |= {site for site, message in observed.items() if not check_observed(site, message)}
         masked |= any(is_masked(message) for message in latent.values())
         nesting = max((-f.dim for m in sites.values() for f in m["cond_indep_stack"] if f.vectorized), default=0)
-        its_layout = lay_out(sites, name, -1 - max(nesting, batch_dims(sites)))
-        if layout is not None and its_layout != layout:
-            raise InputError(f"model: its latent sites change shape from datapoint to datapoint; {PAD}")
-        layout = its_layout
+        batch_layout = lay_out(sites, name, -1 - max(nesting, batch_dims(sites)))
+        if layout is not None and batch_layout != layout:
+            raise InputError(f"model: the shapes of its latent sites differ between datapoints; {PAD_REMEDY}")
+        layout = batch_layout
     assert layout is not None
     value = next(iter(latent.values()))["value"]
     return ModelStructure(
@@ -114,8 +114,8 @@ def read_model(
 def finite_arguments(args: Any) -> tuple[Any, ...]:
     """The model's arguments as a tuple; raises `InputError` where they hold NaN."""
     arguments: tuple[Any, ...] = as_tuple(args)
-    leaves = ((place, leaf) for place, value in enumerate(arguments) for leaf in tree_leaves(value))
-    check_finite(((f"argument {place}", leaf) for place, leaf in leaves), "data", "clean or impute them first")
+    leaves = ((position, leaf) for position, value in enumerate(arguments) for leaf in tree_leaves(value))
+    check_finite(((f"argument {position}", leaf) for position, leaf in leaves), "data", "clean or impute them first")
     return arguments
 
 
@@ -123,7 +123,7 @@ def _plate_of(model: Program, data: IndexedData, plate: str | None) -> str | Non
     if isinstance(plate, str):
         return plate
     number = data.num_datapoints
-    # A hard-coded size breaks off a run on a few rows, but shows the plate; it is refused afterwards.
+    # With a hard-coded plate size a run on a few rows fails, but reveals the plate; it is refused later.
     for rows in (min(3, number), number):
         with steady_plates():
             sites, error = first_sites(model, as_tuple(data.fetch(torch.arange(rows))))
@@ -137,7 +137,7 @@ def _plate_of(model: Program, data: IndexedData, plate: str | None) -> str | Non
 def _sites(
     model: Program, args: tuple[Any, ...], batch: Tensor, plate: str | None, number: int, bound: bool | None
 ) -> tuple[dict[str, Any], bool]:
-    """The model's sites on a batch, and whether its data plate has the data set's full size, None where not known."""
+    """The model's sites on a batch, and whether its data plate has the data set's full size (None: not known)."""
     try:
         with whole_plates(plate, batch, num_datapoints=number, bound=bound):
             return sample_sites(model, args), bool(bound)

@@ -1,4 +1,4 @@
-"""Running a caller's Pyro program without leaving a trace of it: global state is put back."""
+"""Run a caller's Pyro program and restore global state afterwards."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def modules_of(program: Program) -> list[nn.Module]:
 
 @contextmanager
 def evaluating(*programs: Program) -> Iterator[None]:
-    """Evaluation mode for `programs`; puts back the caller's train/eval modes, default dtype and validation setting.
+    """Evaluation mode for `programs`; restores train/eval modes, default dtype and validation setting.
 
     Parameters are read from the caller's own param store; entries that a program adds meanwhile are removed.
     """

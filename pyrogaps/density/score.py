@@ -1,4 +1,4 @@
-"""Effect handlers that draw and score a program's sites one row at a time."""
+"""Effect handlers that score a program's sites per row."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from pyrogaps.errors import InputError
 
 
 def is_bookkeeping(message: Any) -> bool:
-    """Sites that are no random variables: plate subsamples and `pyro.deterministic`."""
+    """Whether a site is not a random variable: plate subsamples and `pyro.deterministic`."""
     return site_is_subsample(message) or bool(message["infer"] and message["infer"].get("_deterministic"))
 
 
@@ -34,9 +34,9 @@ def log_jacobian(transform: Any, unconstrained: Tensor, value: Tensor, mask: Ten
 
 
 def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> Tensor:
-    """log-probability of `value` under `fn` with the masked elements left out, of `fn`'s batch shape.
+    """log-probability of `value` under `fn` without the masked elements, of `fn`'s batch shape.
 
-    A mask that splits an event needs a distribution that factorises over it (`Independent`), or that brings
+    A mask that splits an event needs a distribution that factorises over it (`Independent`), or that has
     `masked_log_prob(value, mask)` for its marginals. Raises `InputError` otherwise.
     """
     if mask is None:
@@ -55,8 +55,8 @@ def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> T
         events = mask.flatten(-fn.event_dim)
         if not torch.equal(events.all(-1), events.any(-1)):
             raise InputError(
-                f"site '{name}': the model masks part of an event on which the guide's {type(fn).__name__} does not "
-                "factorise; use a factorised distribution there, or mask whole events"
+                f"site '{name}': the model masks part of an event, but the guide's {type(fn).__name__} does not "
+                "factorise over it; use a factorised distribution there, or mask whole events"
             )
         whole = events.all(-1)
         result = torch.where(whole, fn.log_prob(value), torch.zeros((), dtype=value.dtype, device=value.device))
@@ -65,12 +65,12 @@ def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> T
 
 
 class ScoreModel(Messenger):
-    """Puts a flat unconstrained `(R, dim)` into the model's latent sites and sums log-probabilities per row.
+    """Sets the model's latent sites to unconstrained rows `(R, dim)` and sums log-probabilities per row.
 
-    Scales (plate subsampling, `poutine.scale`) are left out, masks are kept. After the run `log_prior` holds the
-    latent sites' terms with their log-Jacobians (`log_jacobian` alone too), `log_likelihood` the observed sites', all
-    `(R,)`; `values`, `masks` and `frames` (of plates) are the latent sites'. Without a plate and not `vectorized`, the
-    model sees the one row's values in exactly the shapes that it draws.
+    Scales (plate subsampling, `poutine.scale`) are ignored, masks are applied. After the run `log_prior` holds the
+    latent sites' terms with their log-Jacobians (also alone in `log_jacobian`), `log_likelihood` the observed
+    sites', all `(R,)`; `values`, `masks` and `frames` (of plates) are the latent sites'. Without a plate and not
+    `vectorized`, the model gets the one row's values in exactly the shapes that it draws.
     """
 
     def __init__(self, sites: Mapping[str, Site], plate: str | None, flat: Tensor, *, vectorized: bool = True) -> None:
@@ -90,7 +90,7 @@ class ScoreModel(Messenger):
             return
         name, fn = message["name"], message["fn"]
         if name not in self.sites:
-            raise InputError(f"site '{name}': the model has this latent site for some inputs only; mask it instead")
+            raise InputError(f"site '{name}': the model has this latent site only for some inputs; mask it instead")
         site = self.sites[name]
         mask = distribution_mask(fn, message["mask"])
         unconstrained = site.unflatten(self.flat)
@@ -140,6 +140,6 @@ class ScoreModel(Messenger):
 
 
 def stack_runs(runs: list[ScoreModel]) -> ScoreModel:
-    """One handler that holds the rows of several."""
+    """One handler with the rows of several runs."""
     runs[0].append_rows(runs[1:])
     return runs[0]

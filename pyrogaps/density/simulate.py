@@ -1,4 +1,4 @@
-"""Drawing latents and data from a model, and handing the data back in the shape of the model's arguments."""
+"""Draw latents and data from a model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +20,7 @@ CHUNK = 256
 
 
 class DrawModel(ScoreModel):
-    """Draws every site that `fixed` does not hold, observed ones too, and scores what it drew as `ScoreModel` does."""
+    """Draws every site that `fixed` does not hold, observed ones too, and scores the draws as `ScoreModel` does."""
 
     def __init__(self, sites: Mapping[str, Site], plate: str | None, flat: Tensor, fixed: dict[str, Tensor]) -> None:
         super().__init__(sites, plate, flat)
@@ -34,7 +34,9 @@ class DrawModel(ScoreModel):
             return
         name, fn = message["name"], message["fn"]
         if is_factor(fn):
-            raise InputError(f"site '{name}': a pyro.factor cannot be simulated; the model must draw its data")
+            raise InputError(
+                f"site '{name}': a pyro.factor cannot be simulated; draw the data with pyro.sample(..., obs=)"
+            )
         value = self.fixed[name] if name in self.fixed else fn.sample()
         if message["is_observed"]:
             self.observed[name] = message["value"]
@@ -68,14 +70,14 @@ class DrawModel(ScoreModel):
 def simulate(joint: JointDensity, to_data: ToData | None = None) -> tuple[Any, Tensor]:
     """Draw latents and data from the model, N datapoints in the shape of its data.
 
-    Observed sites are drawn in program order and fed back into the model's arguments, so that a likelihood that looks
-    at earlier observations is simulated right. A drawn value goes to the argument that the observed value was (a view
-    of); `to_data(values)` says otherwise: from drawn values by site to the model's arguments.
+    Observed sites are drawn in program order and fed back into the model's arguments, so that a likelihood that depends
+    on earlier observations is simulated correctly. A drawn value replaces the argument that its observed value is, or
+    is a view of; `to_data(values)`, a function from drawn values by site to the model's arguments, overrides this.
 
     Returns the data, in the form that `joint` was given (fetched data: the model's arguments), and `z` `(N, dim)`, an
     exact posterior draw for each datapoint.
 
-    Raises `InputError` where re-scoring the simulated data does not give the score with which it was drawn.
+    Raises `InputError` where re-scoring the simulated data gives a different score than drawing them.
     """
     if joint.plate is None:
         args, z = _simulate_rows(joint, torch.zeros(1, dtype=torch.long), to_data)
@@ -92,8 +94,8 @@ def _join(position: int, column: tuple[Any, ...]) -> Any:
         return torch.cat(column)
     if len(column) > 1 and not isinstance(column[0], bool | int | float | str | None):
         raise InputError(
-            f"data: argument {position} is a {type(column[0]).__name__}, which cannot be put together for more than "
-            f"{CHUNK} datapoints; simulate fewer, or give the model tensors"
+            f"data: argument {position} is a {type(column[0]).__name__}, which cannot be joined for more than "
+            f"{CHUNK} datapoints; simulate fewer datapoints, or pass tensors to the model"
         )
     return column[0]
 
@@ -110,13 +112,13 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
             args = feed_back(draw.drawn, draw.observed, args, to_data)
             if causal and _scores_agree(joint, draw, args, indices):
                 return args, draw.flat
-            # A later site looked at data that had not been drawn yet: keep one more observed site and what precedes it.
+            # A later site used data that had not been drawn yet: keep one more observed site and all sites before it.
             pending = [name for name in draw.drawn if name in draw.observed and name not in fixed]
             if not pending or not causal:
                 raise InputError(
-                    "model: re-scoring simulated data does not give the score they were drawn with (observed site "
-                    f"'{next(iter(draw.observed))}'); its likelihood depends on its own value, or arguments do not "
-                    "follow from the drawn sites: pass to_data="
+                    "model: re-scoring simulated data gives a different score than drawing them (observed site "
+                    f"'{next(iter(draw.observed))}'). If arguments are computed from the data, pass to_data=. A "
+                    "likelihood that depends on its own value cannot be simulated"
                 )
             for name, value in draw.drawn.items():
                 fixed[name], scores[name] = value, draw.terms[name]
@@ -137,7 +139,7 @@ def _scores_agree(joint: JointDensity, draw: DrawModel, args: tuple[Any, ...], i
 
 
 def _close(draw: DrawModel, left: Tensor, right: Tensor) -> bool:
-    """Whether two scores agree in the coarsest precision that takes part."""
+    """Whether two scores agree up to the rounding of the coarsest dtype drawn."""
     precise = all(value.dtype == torch.float64 for value in draw.drawn.values() if value.is_floating_point())
     tolerance = 1e-7 if precise else 1e-3
     return torch.allclose(left.double(), right.double(), rtol=tolerance, atol=tolerance)
@@ -154,20 +156,20 @@ def feed_back(
     if to_data is not None:
         result = as_tuple(to_data(values))
         if len(result) != len(args):
-            raise InputError(f"to_data: it returned {len(result)} argument(s) where the model takes {len(args)}")
+            raise InputError(f"to_data: it returned {len(result)} argument(s), but the model takes {len(args)}")
         return result
     fresh = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
     for name, value in observed.items():
         if not any(_write(value, values[name], old, new) for old, new in zip(args, fresh, strict=True)):
             raise InputError(
-                f"site '{name}': cannot tell which argument its observed value comes from; pass to_data=, which turns "
-                "drawn values by site into the model's arguments"
+                f"site '{name}': its observed value is not one of the model's arguments; pass to_data=, a function "
+                "from drawn values by site to the model's arguments"
             )
     return fresh
 
 
 def _write(observed: Tensor, drawn: Tensor, old: Any, new: Any) -> bool:
-    """Put `drawn` into `new` where `observed` was found in `old`: as a view of it, or as a copy of the same values."""
+    """Write `drawn` to `new` where `observed` is a view or a copy of `old`; False where it is neither."""
     if not isinstance(old, Tensor):
         return False
     if observed.untyped_storage().data_ptr() == old.untyped_storage().data_ptr():

@@ -1,4 +1,4 @@
-"""Reading a program's structure off a trace, and refusing what the estimators cannot answer for."""
+"""Read a program's structure from a trace; refuse unsupported programs."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,13 +20,13 @@ Message = Any
 
 def sample_sites(program: Program, args: tuple[Any, ...]) -> dict[str, Message]:
     """The random variables of one run of `program(*args)`, in program order."""
-    with poutine.trace() as tracer:  # as a context: called as a function it would rewrite the program's own errors
+    with poutine.trace() as tracer:  # poutine.trace(program) would rewrite the program's own errors
         program(*args)
     return _random_variables(tracer)
 
 
 def first_sites(program: Program, args: tuple[Any, ...]) -> tuple[dict[str, Message], Exception | None]:
-    """The random variables of a run that may break off, and what broke it."""
+    """The random variables of a run that may fail, and its exception."""
     with poutine.trace() as tracer:
         try:
             program(*args)
@@ -44,7 +44,7 @@ def _random_variables(tracer: Any) -> dict[str, Message]:
 def find_plate(sites: dict[str, Message]) -> str | None:
     """The one plate around every site; None where the model has no plate at all.
 
-    Raises `InputError` where several plates enclose every site, or plates stand beside sites outside them.
+    Raises `InputError` where several plates enclose every site, or the model has plates but none does.
     """
     frames = [{frame.name for frame in site["cond_indep_stack"]} for site in sites.values()]
     every = set.union(*frames) if frames else set()
@@ -54,22 +54,24 @@ def find_plate(sites: dict[str, Message]) -> str | None:
     if len(common) == 1:
         return str(common[0])
     if common:
-        raise InputError(f"several plates enclose every site ({', '.join(common)}): name the data plate with plate=")
+        raise InputError(
+            f"plate: several plates enclose every site ({', '.join(common)}); name the data plate with plate="
+        )
     outside = [name for name, site in sites.items() if not site["cond_indep_stack"]]
     where = f"; outside any plate: {', '.join(outside)}" if outside else ""
-    if len(every) == 1 and outside:
-        where += (
-            ", which belong inside it, or into parameters (pyro.param), if datapoints are to have gaps of their own"
-        )
+    only = len(every) == 1 and outside
+    move = (
+        "Move these sites into it, or make them parameters (pyro.param)" if only else "Move every site into one plate"
+    )
     raise InputError(
-        f"no plate encloses every site (plates: {', '.join(sorted(every))}{where}): name the data plate with plate=, "
-        "or pass plate=False to treat the whole data set as one datapoint"
+        f"plate: no plate encloses every site (plates: {', '.join(sorted(every))}{where}). {move}; or pass plate=False "
+        "to treat the whole data set as one datapoint"
     )
 
 
 @contextmanager
 def dtypes_named() -> Iterator[None]:
-    """Turn torch's complaint about mixed dtypes, in a first run of a program, into the usual remedy."""
+    """Turn torch's error about mixed dtypes into an `InputError` with a remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -82,7 +84,7 @@ def dtypes_named() -> Iterator[None]:
 
 
 def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
-    """Refuse latent sites that are discrete or outside the data plate, and models without latent or observed sites."""
+    """Refuse models without latent or observed sites, discrete latents, and sites outside the data plate."""
     latent = {name: site for name, site in sites.items() if not site["is_observed"]}
     if not latent:
         raise InputError("model: there is no latent sample site, so there is nothing to infer")
@@ -100,7 +102,7 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
             )
         if site["fn"].has_enumerate_support or site["fn"].support.is_discrete:
             raise InputError(
-                f"site '{name}': discrete latents are not supported, enumerated ones included; sum it out in the model"
+                f"site '{name}': discrete latents are not supported, not even enumerated ones; sum it out in the model"
             )
 
 
@@ -119,7 +121,7 @@ def check_in_plate(name: str, site: Message, plate: str | None, program: str) ->
 def lay_out(sites: dict[str, Message], plate: str | None, lead: int) -> dict[str, Site]:
     """Give each latent site its columns of the flat vector.
 
-    Without a plate, rows go to a batch dimension of their own, `lead` (negative), left of every plate.
+    Without a plate, rows have their own batch dimension `lead` (negative), left of every plate.
     """
     layout: dict[str, Site] = {}
     start = 0
@@ -145,7 +147,7 @@ def lay_out(sites: dict[str, Message], plate: str | None, lead: int) -> dict[str
 
 
 def opted_out_of_validation(fn: Any) -> bool:
-    """Whether the user wrote `validate_args=False` on this distribution, at any depth of it."""
+    """Whether the user set `validate_args=False` on this distribution or one inside it."""
     while fn is not None:
         if fn.__dict__.get("_validate_args") is False:
             return True
@@ -154,9 +156,9 @@ def opted_out_of_validation(fn: Any) -> bool:
 
 
 def check_observed(name: str, site: Message) -> bool:
-    """Whether the observed value is one the likelihood normalises over; False where the user opted out of checking.
+    """Whether the observed value lies in the likelihood's support; False if not, and validation is off.
 
-    Raises `InputError` for a value outside the support.
+    Raises `InputError` for a value outside the support of a likelihood that is validated.
     """
     value, fn = site["value"], site["fn"]
     if is_factor(fn):
@@ -192,9 +194,9 @@ def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> 
 
 
 def check_parameters(*programs: Program) -> None:
-    """Refuse NaN and infinities in the parameters of the programs' modules and of Pyro's param store."""
+    """Refuse NaN and infinities in parameters of `programs` and Pyro's param store."""
     store = pyro.get_param_store()
-    remedy = "training went astray: lower the learning rate, or load an earlier checkpoint"
+    remedy = "training diverged. Lower the learning rate, or load an earlier checkpoint"
     check_finite(((f"parameter '{name}'", store._params[name]) for name in store), "param store", remedy)
     for program in programs:
         for module in modules_of(program):
@@ -208,7 +210,7 @@ def is_masked(site: Any) -> bool:
 
 
 def batch_dims(sites: dict[str, Any]) -> int:
-    """The most batch dimensions that any of `sites` has."""
+    """The largest number of batch dimensions of any of `sites`."""
     return max(len(site["fn"].batch_shape) for site in sites.values())
 
 

@@ -1,4 +1,4 @@
-"""Where a guide's distribution lives, also where torch does not know."""
+"""The support of a guide's distribution, also where torch does not know it."""
 
 from itertools import takewhile
 from typing import Any
@@ -12,7 +12,7 @@ from pyrogaps.density.layout import leaf
 
 _MIXTURE = getattr(constraints, "MixtureSameFamilyConstraint", None)
 if _MIXTURE is not None:
-    # A mixture lives where its components do. Recent torch says so in a constraint of its own, and has no way there.
+    # A mixture has the support of its components. Recent torch has a constraint for it, but no bijection to it.
     for registry in (biject_to, transform_to):
         registry.register(_MIXTURE, lambda support, registry=registry: registry(support.base_constraint))
 
@@ -20,7 +20,7 @@ if _MIXTURE is not None:
 def guide_support(fn: Any) -> Any:
     """`fn.support`, but for a transformed distribution that ends in an affine map.
 
-    torch takes the image of every affine map for the real line, and `biject_to(constraints.positive)` ends in one.
+    torch takes the real line for the image of every affine map, but `biject_to(constraints.positive)` ends in one.
     """
     inner = leaf(fn)
     declared = getattr(type(inner), "support", None) is not TransformedDistribution.support
@@ -43,14 +43,14 @@ def _is_affine(step: Transform) -> bool:
 
 
 def _steps(transforms: list[Transform]) -> list[Transform]:
-    """Single transforms, compositions taken apart."""
+    """Single transforms, without compositions."""
     parts = [t.parts if isinstance(t, ComposeTransform) else [t] for t in transforms]
     flat = [step for part in parts for step in part]
     return _steps(flat) if any(isinstance(step, ComposeTransform) for step in flat) else flat
 
 
 def _image(support: Any, step: AffineTransform) -> Any:
-    """The image of a half line or an interval, by an affine map of one direction; None where that is not known."""
+    """The image of a half line or an interval under a monotone affine map; None where it is not known."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     scale = torch.as_tensor(step.scale)

@@ -1,4 +1,4 @@
-"""Matching a guide's sites with the model's, and refusing where they do not fit."""
+"""Match a guide's sites with the model's."""
 
 from dataclasses import replace
 from typing import Any
@@ -37,8 +37,8 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -
         terms.append(_flat_term(deltas, messages, auxiliary, joint))
     if auxiliary:
         raise InputError(
-            f"site '{next(iter(auxiliary))}': an auxiliary variable of the guide; its class must bring augment(model), "
-            "the model with a reverse model for it"
+            f"site '{next(iter(auxiliary))}': an auxiliary variable of the guide without a reverse model; define "
+            "augment(model) on the guide's class, which adds one to the model"
         )
     return terms
 
@@ -46,11 +46,11 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -
 def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
     if is_factor(message["fn"]):
         raise InputError(
-            f"site '{name}': a pyro.factor in the guide, so log q need not be normalised; give the site whose density "
-            "it corrects a distribution with the right density"
+            f"site '{name}': with a pyro.factor in the guide, log q may not be normalised. Remove it, and draw the "
+            "site that it corrects from a distribution with the right density"
         )
     if message["is_observed"]:
-        raise InputError(f"site '{name}': observed in the guide; leave out obs=, a guide must draw it")
+        raise InputError(f"site '{name}': observed in the guide; remove obs=, because a guide must draw it")
     if name in joint.observed:
         raise InputError(f"site '{name}': observed in the model; remove it from the guide")
     if name not in joint.sites and not message["infer"].get("is_auxiliary"):
@@ -69,17 +69,19 @@ def _probe(joint: JointDensity, indices: Tensor) -> tuple[Tensor, dict[str, Tens
     return flat, joint.run(flat, joint.fetch(indices), indices).values
 
 
-def _own_term(name: str, message: Any, site: Site, joint: JointDensity, flat: Tensor, theirs: Tensor) -> GuideSite:
-    """The term of a site that the guide draws itself; `theirs` are the model's values at the points `flat`."""
+def _own_term(
+    name: str, message: Any, site: Site, joint: JointDensity, flat: Tensor, model_values: Tensor
+) -> GuideSite:
+    """The term of a site that the guide draws; `model_values` are the model's at the points `flat`."""
     fn = message["fn"]
     if fn.support.is_discrete:
         raise InputError(f"site '{name}': discrete in the guide; discrete latents are not supported")
     term = _term(name, message, site, joint, unconstrained=False)
-    ours = place(term, fn, flat[None])[0] if joint.plate is not None else place(term, fn, flat[None]).flatten()
-    theirs = theirs if joint.plate is not None else theirs.flatten()
-    if ours.shape != theirs.shape:
+    guide_values = place(term, fn, flat[None])[0] if joint.plate is not None else place(term, fn, flat[None]).flatten()
+    model_values = model_values if joint.plate is not None else model_values.flatten()
+    if guide_values.shape != model_values.shape:
         raise _does_not_fit(name, message, site)
-    if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+    if not torch.allclose(guide_values, model_values, rtol=1e-4, atol=1e-5):
         raise InputError(
             f"site '{name}': the guide's support {guide_support(fn)} differs from the model's; use a distribution with "
             "the model's support, or transform one to it"
@@ -88,7 +90,7 @@ def _own_term(name: str, message: Any, site: Site, joint: JointDensity, flat: Te
 
 
 def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> GuideSite:
-    """A term with the guide's own row axis; its values must fill the model site's columns."""
+    """A term with the guide's own row axis; its values must fit the model site's columns."""
     fn, value = message["fn"], message["value"]
     flat = value if unconstrained else biject_to(guide_support(fn)).inv(value)
     event_dim = fn.event_dim + flat.dim() - value.dim()
@@ -125,7 +127,7 @@ def _does_not_fit(name: str, message: Any, site: Site) -> InputError:
 def _flat_term(
     deltas: list[str], messages: dict[str, Any], auxiliary: dict[str, Any], joint: JointDensity
 ) -> GuideSite:
-    """The one auxiliary vector of which the Deltas `deltas` are the parts, as in joint autoguides."""
+    """The auxiliary vector that the sites `deltas` are parts of, as in joint autoguides."""
     size = sum(joint.sites[name].size for name in deltas)
     for name in list(auxiliary):
         helper = auxiliary[name]
@@ -138,10 +140,10 @@ def _flat_term(
             return _term(name, helper, flat_site, joint, unconstrained=True)
     if auxiliary and joint.plate is None:
         raise InputError(
-            f"site '{next(iter(auxiliary))}': the guide draws a vector for every datapoint of a plate, and here the "
-            "whole data set is one datapoint; use AutoNormal or AutoMultivariateNormal, or name the data plate"
+            f"site '{next(iter(auxiliary))}': the guide draws one vector per datapoint, but here the "
+            "whole data set is one datapoint. Use AutoNormal or AutoMultivariateNormal, or name the data plate"
         )
     raise InputError(
-        f"site '{deltas[0]}': a Delta in the guide has no density, so no gap is defined; use a guide with one, "
+        f"site '{deltas[0]}': a Delta in the guide has no density, so no gap is defined; use a guide with a density, "
         "such as AutoNormal instead of AutoDelta"
     )

@@ -218,7 +218,8 @@ def run_path(
 ) -> AISRun:
     """The run that counts: forward, or in reverse from `exact` posterior draws `(B, dim)`, which all chains share.
 
-    No more than `max_chains` chains, by default `MAX_CHAINS`, run at a time. The final positions are known only where all run at once.
+    No more than `max_chains` chains, by default `MAX_CHAINS`, run at a time. The final positions are known only where
+    all run at once.
     """
     joint, reverse, runs, most = path.joint, exact is not None, [], max_chains or MAX_CHAINS
     for group, first in enumerate(range(0, settings.num_chains, most)):

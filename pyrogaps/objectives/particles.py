@@ -79,12 +79,13 @@ def _random(trace: Any) -> Sites:
 def _read(model: Sites, guide: Sites, plate: str | Literal[False] | None) -> Particles:
     _check_pair(model, guide)
     name = find_plate({key: _unvectorised(site) for key, site in model.items()}) if plate is None else plate or None
+    rows = _Rows(name)
     for sites, program in ((model, "model"), (guide, "guide")):
         for key, site in sites.items():
             check_in_plate(key, site, name, program)
-            _refuse_subsamples(key, site, name)
-    scale = _plate_scale(next(iter(model.values())), name)
-    return Particles(_total(model, name), _total(guide, name), _score(guide, name), scale, [guide])
+            rows.refuse_subsamples(key, site)
+    scale = rows.scale(next(iter(model.values())))
+    return Particles(rows.total(model), rows.total(guide), rows.score(guide), scale, [guide])
 
 
 def _check_pair(model: Sites, guide: Sites) -> None:
@@ -110,45 +111,47 @@ def _unvectorised(site: Any) -> dict[str, Any]:
     return {"cond_indep_stack": [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]}
 
 
-def _refuse_subsamples(name: str, site: Any, plate: str | None) -> None:
-    for frame in site["cond_indep_stack"]:
-        if frame.name != plate and frame.full_size not in (None, frame.size):
-            raise InputError(
-                f"site '{name}': the plate '{frame.name}' is subsampled within a datapoint, so the bound would be "
-                "biased. Use the whole plate, or set plate= if it is the data plate."
-            )
+@dataclass(frozen=True)
+class _Rows:
+    """Reads sites by datapoints of the data plate; `plate` is its name, None where all data are one datapoint."""
 
+    plate: str | None
 
-def _plate_scale(site: Any, plate: str | None) -> float:
-    """Number of datapoints of the data set that each row stands for."""
-    if plate is None:
-        return 1.0
-    frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
-    return 1.0 if frame.full_size is None else float(frame.full_size) / float(frame.size)
+    def refuse_subsamples(self, name: str, site: Any) -> None:
+        for frame in site["cond_indep_stack"]:
+            if frame.name != self.plate and frame.full_size not in (None, frame.size):
+                raise InputError(
+                    f"site '{name}': the plate '{frame.name}' is subsampled within a datapoint, so the bound would be "
+                    "biased. Use the whole plate, or set plate= if it is the data plate."
+                )
 
+    def scale(self, site: Any) -> float:
+        """Number of datapoints of the data set that each row stands for."""
+        if self.plate is None:
+            return 1.0
+        frame = next(frame for frame in site["cond_indep_stack"] if frame.name == self.plate)
+        return 1.0 if frame.full_size is None else float(frame.full_size) / float(frame.size)
 
-def _total(sites: Sites, plate: str | None) -> Tensor:
-    """Sum of the sites' masked log-probabilities, per particle and datapoint, `(K, n)`."""
-    parts = [_per_row(site, site["scale"] / _plate_scale(site, plate), plate) for site in sites.values()]
-    return sum(parts[1:], start=parts[0])
+    def total(self, sites: Sites) -> Tensor:
+        """Sum of the sites' masked log-probabilities, per particle and datapoint, `(K, n)`."""
+        parts = [self._per_row(site, site["scale"] / self.scale(site)) for site in sites.values()]
+        return sum(parts[1:], start=parts[0])
 
+    def score(self, guide: Sites) -> Tensor | None:
+        """log q of the draws without reparametrisation, `(K, n)` and without scale; None if there are none."""
+        drawn = [site for site in guide.values() if not is_identically_zero(site["score_parts"].score_function)]
+        parts = [self._per_row(site, 1.0) for site in drawn]
+        return sum(parts[1:], start=parts[0]) if parts else None
 
-def _score(guide: Sites, plate: str | None) -> Tensor | None:
-    """log q of the draws without reparametrisation, `(K, n)` and without scale; None if there are none."""
-    drawn = [site for site in guide.values() if not is_identically_zero(site["score_parts"].score_function)]
-    parts = [_per_row(site, 1.0, plate) for site in drawn]
-    return sum(parts[1:], start=parts[0]) if parts else None
+    def _per_row(self, site: Any, scale: float) -> Tensor:
+        """A site's log-probability `(K, n)`, summed over all dimensions except particles and datapoints.
 
-
-def _per_row(site: Any, scale: float, plate: str | None) -> Tensor:
-    """A site's log-probability `(K, n)`, summed over all dimensions except particles and datapoints.
-
-    K or n is 1 if the site is not in the corresponding plate.
-    """
-    term: Tensor = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
-    particle_dim = plate_dim(site, PARTICLES) or 0
-    data_dim = (plate_dim(site, plate) or 0) if plate is not None else 0
-    depth = max(term.dim(), -particle_dim, -data_dim)
-    padded = term.reshape((1,) * (depth + 2 - term.dim()) + tuple(term.shape))
-    moved = padded.movedim((particle_dim or -depth - 1, data_dim or -depth - 2), (0, 1))
-    return moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:])).sum(-1)
+        K or n is 1 if the site is not in the corresponding plate.
+        """
+        term: Tensor = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
+        particle_dim = plate_dim(site, PARTICLES) or 0
+        data_dim = (plate_dim(site, self.plate) or 0) if self.plate is not None else 0
+        depth = max(term.dim(), -particle_dim, -data_dim)
+        padded = term.reshape((1,) * (depth + 2 - term.dim()) + tuple(term.shape))
+        moved = padded.movedim((particle_dim or -depth - 1, data_dim or -depth - 2), (0, 1))
+        return moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:])).sum(-1)

@@ -1,4 +1,4 @@
-"""Pictures of a gap ledger, drawn from a ledger or from the `DataTree` it was saved as, and of posteriors on a grid."""
+"""Plots of a gap ledger, or of its saved `DataTree`, of a calibration, and of posteriors on a grid."""
 
 from pyrogaps.plots.calibration import plot_calibration
 from pyrogaps.plots.datapoints import plot_datapoints

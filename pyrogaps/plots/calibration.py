@@ -1,4 +1,4 @@
-"""Simulation-based calibration: the ECDF of each latent dimension's ranks, and the coverage of its intervals."""
+"""Plot of a calibration: ECDF of the ranks and coverage of intervals."""
 
 import numpy as np
 import pandas as pd
@@ -11,24 +11,24 @@ from pyrogaps.calibration.summary import FAMILY_WISE, LOG_JOINT, deviating
 from pyrogaps.calibration.uniformity import POINTS, uniformity_test
 from pyrogaps.plots.source import LINES, SHADES, new_figure, tidy
 
-AT = np.linspace(0, 1, 401)
+GRID = np.linspace(0, 1, 401)
 FAINT, DEVIATING = "0.6", "0.3"
-HIGHLIGHTED = 4
+MAX_HIGHLIGHTED = 4
 
 
 def plot_calibration(calibration: Calibration | xr.DataTree, figure: FigureBase | None = None) -> FigureBase:
-    """Draw how far the ranks of a calibration are from uniform, one line a latent dimension.
+    """Draw how far the ranks of a calibration are from uniform, one line per latent dimension.
 
-    Left, the ECDF of the normalised ranks less its expectation, as `arviz_plots.plot_ecdf_pit` has it: a hump says that
-    the truth lies too often below the posterior, a trough above it, trough after hump that the posterior is too
-    narrow, hump after trough too wide. Right, how much more often than they say central intervals hold the truth, in
-    percentage points, below zero where the posterior is too narrow (or misplaced). Up to four latent dimensions that
-    deviate beyond chance (see `Calibration.summary`) are drawn in colour, the worst first, further ones in dark grey,
-    all others in light grey; the dotted line at the left is log p(x, z).
+    Left, the ECDF of the normalised ranks minus its expectation, as in `arviz_plots.plot_ecdf_pit`. A hump means that
+    the truth lies below the posterior too often, a trough above it too often. A hump followed by a trough means that
+    the posterior is too narrow, a trough followed by a hump too wide. Right, the coverage of central intervals minus
+    their nominal probability, in percentage points: below zero where the posterior is too narrow (or misplaced). Up to
+    four latent dimensions that deviate significantly (see `Calibration.summary`) are drawn in colour, the worst first,
+    other deviating ones in dark grey, all others in light grey. The dotted line on the left is log p(x, z).
 
-    The band is exact, simultaneous over each line and allows for the number of lines: of a calibrated posterior, all
-    stay within it in 99 cases of 100. Where masks leave some dimensions fewer datapoints than others, the lighter band
-    is that of the fewest.
+    The band is exact, simultaneous over each line, and adjusted for the number of lines: all lines of a calibrated
+    posterior stay within it in 99 of 100 cases. Where masks leave some dimensions fewer datapoints than others, the
+    lighter band is that for the smallest number.
 
     Args:
         calibration: a `Calibration`, or the `DataTree` that it was saved as.
@@ -46,7 +46,7 @@ def plot_calibration(calibration: Calibration | xr.DataTree, figure: FigureBase 
     _band(left, summary)
     _lines(left, pit, summary)
     log_joint = calibration.per_simulated["log_joint_pit"].values
-    left.plot(AT, _difference(log_joint), color="black", lw=1.2, ls=(0, (1, 1.5)), label=_told(LOG_JOINT, summary))
+    left.plot(GRID, _difference(log_joint), color="black", lw=1.2, ls=(0, (1, 1.5)), label=_label(LOG_JOINT, summary))
     left.set_xlabel("normalised rank of the truth")
     left.set_ylabel("ECDF − uniform")
     left.set_title("Ranks among the posterior's draws", loc="left", fontsize="medium")
@@ -69,43 +69,43 @@ def plot_calibration(calibration: Calibration | xr.DataTree, figure: FigureBase 
 
 
 def _difference(values: np.ndarray) -> np.ndarray:
-    """The ECDF of `values`, NaN left out, less that of U(0, 1), at `AT`; NaN where there are none."""
+    """The ECDF of `values`, without NaN, minus that of U(0, 1), at `GRID`; NaN where there are none."""
     finite = np.sort(values[np.isfinite(values)])
     if not len(finite):
-        return np.full(len(AT), np.nan)
-    return np.searchsorted(finite, AT, side="right") / len(finite) - AT
+        return np.full(len(GRID), np.nan)
+    return np.searchsorted(finite, GRID, side="right") / len(finite) - GRID
 
 
 def _lines(ax: Axes, values: np.ndarray, summary: pd.DataFrame, scale: float = 1.0) -> None:
     """A line for each column of `values` `(N, dim)`."""
-    found = list(deviating(summary).index)
+    deviations = list(deviating(summary).index)
     labelled: set[str] = set()
     for name, column in zip(summary.index, values.T, strict=False):
-        if name in found[:HIGHLIGHTED]:
+        if name in deviations[:MAX_HIGHLIGHTED]:
             continue
-        deviates = name in found
-        label = "further ones that deviate" if deviates else "no deviation beyond chance"
+        deviates = name in deviations
+        label = "other deviating dimensions" if deviates else "no significant deviation"
         ax.plot(
-            AT,
+            GRID,
             scale * _difference(column),
             color=DEVIATING if deviates else FAINT,
             lw=0.8,
             label=None if label in labelled else label,
         )
         labelled.add(label)
-    for name, line, shade in zip(found[:HIGHLIGHTED], LINES, SHADES, strict=False):
+    for name, line, shade in zip(deviations[:MAX_HIGHLIGHTED], LINES, SHADES, strict=False):
         column = values[:, summary.index.get_loc(name)]
-        ax.plot(AT, scale * _difference(column), color=shade, ls=line, lw=1.5, label=_told(str(name), summary))
+        ax.plot(GRID, scale * _difference(column), color=shade, ls=line, lw=1.5, label=_label(str(name), summary))
 
 
-def _told(name: str, summary: pd.DataFrame) -> str:
+def _label(name: str, summary: pd.DataFrame) -> str:
     finding = summary["finding"][name]
     shown = f"{name} of the draws" if name == LOG_JOINT else name
     return f"{shown}: {finding}" if finding else shown
 
 
 def _band(ax: Axes, summary: pd.DataFrame, scale: float = 1.0) -> None:
-    """Where all lines stay, as a rule: for those of most datapoints and, lighter, of fewest."""
+    """The band for the largest number of datapoints of a line and, lighter, for the smallest."""
     counts = summary["count"][summary["count"] > 0]
     level = 1 - FAMILY_WISE / len(summary)
     at = np.concatenate([[0], POINTS, [1]])

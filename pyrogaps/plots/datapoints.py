@@ -1,4 +1,4 @@
-"""Datapoint by datapoint: amortization against approximation gap, and the inputs that fare worst."""
+"""Amortization against approximation gap per datapoint, and the inputs with the largest gaps."""
 
 import math
 
@@ -28,13 +28,13 @@ def plot_datapoints(source: Source, figure: FigureBase | None = None, *, num_ima
     Where nothing is amortized, the optimization gap takes the place of the amortization gap.
 
     Light bars are Monte Carlo standard errors. Dashed diagonals join equal inference gaps; crosses are datapoints
-    whose refinement had not converged. Where the ledger holds inputs that look like images, the `num_images` with
+    whose refinement has not converged. Where the ledger holds inputs that look like images, the `num_images` with
     the largest inference gap are shown beside the scatter, numbered in it from the largest down.
 
     Args:
         source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
         figure: a figure or subfigure to draw in; by default a new figure.
-        num_images: at most how many inputs to show.
+        num_images: largest number of inputs to show.
 
     Returns:
         The figure drawn in.
@@ -68,7 +68,7 @@ def _scatter(ax: Axes, dataset: xr.Dataset, numbered: np.ndarray) -> None:
     other = AMORTIZATION if AMORTIZATION in dataset else OPTIMIZATION
     across, up = values(dataset, APPROXIMATION), values(dataset, other)
     if across is None or up is None:
-        note(ax, "approximation and amortization gaps\nwere not both measured")
+        note(ax, "needs both the approximation\nand the amortization gap")
         return
     if len(across) <= POINTS_WITH_ERROR_BARS:
         ax.errorbar(
@@ -95,27 +95,27 @@ def _scatter(ax: Axes, dataset: xr.Dataset, numbered: np.ndarray) -> None:
 
 
 def _points(ax: Axes, across: np.ndarray, up: np.ndarray, converged: np.ndarray | None) -> None:
-    settled = np.ones(len(across), dtype=bool) if converged is None else converged > 0
+    has_converged = np.ones(len(across), dtype=bool) if converged is None else converged > 0
     opacity = float(np.clip(40 / math.sqrt(len(across)), 0.15, 0.8))
-    many = len(across) > POINTS_WITH_ERROR_BARS
+    rasterized = len(across) > POINTS_WITH_ERROR_BARS
     ax.scatter(
-        across[settled],
-        up[settled],
+        across[has_converged],
+        up[has_converged],
         s=14,
         color="#2f5d8c",
         alpha=opacity,
         linewidths=0,
-        rasterized=many,
+        rasterized=rasterized,
         label="converged",
     )
-    if not settled.all():
-        label = f"refinement not converged ({int((~settled).sum())})"
-        ax.scatter(across[~settled], up[~settled], s=18, marker="x", color="#c8641e", lw=1.0, label=label)
+    if not has_converged.all():
+        label = f"refinement not converged ({int((~has_converged).sum())})"
+        ax.scatter(across[~has_converged], up[~has_converged], s=18, marker="x", color="#c8641e", lw=1.0, label=label)
         ax.legend(frameon=False, fontsize="small", loc="best")
 
 
 def _diagonals(ax: Axes) -> None:
-    """Lines of equal inference gap behind the points, in the limits that the points have set."""
+    """Lines of equal inference gap behind the points, within the limits set by the points."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     step = max(right - left, top - bottom) / 3
     levels = np.arange(math.floor((left + bottom) / step), math.ceil((right + top) / step) + 1) * step
@@ -141,7 +141,7 @@ def _gallery(figure: FigureBase, grid, images: list[np.ndarray], worst: np.ndarr
 
 
 def images_of(observed: xr.Dataset, positions: np.ndarray) -> list[np.ndarray] | None:
-    """The inputs at `positions` as images `(height, width)` or `(height, width, 3)`; None where they are not such."""
+    """The inputs at `positions` as images `(height, width)` or `(height, width, 3)`; None where they are not images."""
     if "x" not in observed or not len(positions):
         return None
     x = np.asarray(observed["x"].values)
@@ -153,7 +153,7 @@ def images_of(observed: xr.Dataset, positions: np.ndarray) -> list[np.ndarray] |
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """How to see one input of `shape` as an image: `(height, width)`, `(3, height, width)` or `(height, width, 3)`.
+    """The image shape of one input of `shape`: `(height, width)`, `(3, height, width)` or `(height, width, 3)`.
 
     Flat inputs are images where their length is a square, or three squares (channels first), of side 4 or more.
     """

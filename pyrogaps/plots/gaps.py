@@ -1,4 +1,4 @@
-"""The gap bars: where the nats between the guide's bound and log p(x) go."""
+"""The gap bars: the parts of the difference between log p(x) and the guide's bound."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ class Bar:
 def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
     """Draw mean gaps in nats as bars on one axis, "nats below log p(x)", with one standard error over datapoints.
 
-    The first row is the guide's inference gap, log p(x) - L[q], stacked of its parts. Below it the parts follow one
-    another along the axis: the approximation gap ends at the refined bound L[q*] of the guide's own family, the
-    conditioning gap (where measured) starts there, and the amortization gap ends at L[q]. A gap's own parts follow one
-    another below it. A part below zero runs backwards, and then the first row shows the total only. The last rows are
-    the refined bounds of the other families.
+    The first row is the guide's inference gap, log p(x) - L[q], stacked from its parts. Below it each part starts
+    where the previous one ends: the approximation gap ends at the refined bound L[q*] of the guide's own family, the
+    conditioning gap (where measured) starts there, and the amortization gap ends at L[q]. The parts of a
+    gap are drawn in the rows below it. A negative part runs backwards, and then the first row shows only the total.
+    The last rows are the refined bounds of the other families.
 
     Args:
         source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
@@ -57,7 +57,7 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
         The axes.
     """
     dataset, gaps = per_datapoint(source), gap_tree(source)
-    # Where the whole was not measured, its parts stand alone.
+    # Without a measured inference gap, its parts are drawn alone.
     own = [*(_bars(gaps, "", 0, 0.0) if INFERENCE in ids(gaps) else _bars(gaps, INFERENCE, 1, 0.0))]
     bars = [*own, *_other_families(dataset)]
     if ax is None:
@@ -78,7 +78,7 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
 
 
 def _bars(gaps: xr.Dataset, parent: str, depth: int, start: float) -> Iterator[Bar]:
-    """The gaps that are parts of `parent`, one behind the other from `start` on, each above its own parts."""
+    """Bars of the parts of `parent`, end to end from `start`, each followed by its own parts."""
     for name in ids(gaps):
         if parent_of(gaps, name) != parent:
             continue
@@ -92,7 +92,7 @@ def _bars(gaps: xr.Dataset, parent: str, depth: int, start: float) -> Iterator[B
 
 
 def _other_families(dataset: xr.Dataset) -> Iterator[Bar]:
-    """How far the other families' refined bounds stay below log p(x), in the colour of the approximation gap."""
+    """Bars of the other families' refined bounds below log p(x), in the colour of the approximation gap."""
     (colour,) = (term.colour for term in TERMS if term.id == "approximation_gap")
     for family in families(dataset):
         gap = values(dataset, "family_approximation_gap", family) if family != own_family(dataset) else None
@@ -121,7 +121,7 @@ def _draw(ax: Axes, row: int, bar: Bar) -> None:
 
 
 def _connect(ax: Axes, bars: list[Bar]) -> None:
-    """Thin lines from where one part ends to where the next starts."""
+    """Draw thin lines from the end of one part to the start of the next."""
     rows = [(row, bar) for row, bar in enumerate(bars) if bar.depth == 1]
     for (row, bar), (below, _) in pairwise(rows):
         end = bar.start + bar.length

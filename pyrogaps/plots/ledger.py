@@ -1,4 +1,4 @@
-"""Everything about one decomposition on one page."""
+"""All plots of one decomposition on one page."""
 
 from matplotlib.figure import FigureBase
 
@@ -30,5 +30,5 @@ def plot_ledger(source: Source, figure: FigureBase | None = None) -> FigureBase:
 
 
 def page_size(source: Source) -> tuple[float, float]:
-    """Width and height in inches that the page of this ledger wants: a row for every family."""
+    """Width and height in inches of the page for this ledger: one row per family."""
     return 10.0, 8.0 + 1.0 + 0.36 * (3 + len(families(per_datapoint(source))))

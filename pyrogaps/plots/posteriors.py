@@ -1,4 +1,4 @@
-"""Posteriors over two latent dimensions: the true one, and what each guide makes of it."""
+"""Posteriors over two latent dimensions: the true one and each guide's."""
 
 import numpy as np
 import xarray as xr
@@ -13,21 +13,21 @@ from pyrogaps.plots.source import SHADES, new_figure
 # Shares of a posterior's mass that its contours enclose, the widest first.
 SHARES = (0.99, 0.95, 0.8, 0.6, 0.4, 0.2)
 OUTLINED = (0.95, 0.4)
-# A panel shows what holds this share of every posterior in its column.
-SHOWN = 0.998
+# The share of every posterior of a column that its panels show.
+SHOWN_SHARE = 0.998
 TINTS = LinearSegmentedColormap.from_list("posterior", ["#e6edf5", SHADES[0], "#12263d"])
 GREYS = LinearSegmentedColormap.from_list("true posterior", ["#ececec", "#8a8a8a", "#1c1c1c"])
 OUTLINE = "#c8641e"
 
 
 def plot_posteriors(source: xr.Dataset, figure: FigureBase | None = None) -> FigureBase:
-    """Draw p(z|x) and every q(z|x) over the two latent dimensions: a row for each posterior, a column a datapoint.
+    """Draw p(z|x) and every q(z|x) over the two latent dimensions: one row per posterior, one column per datapoint.
 
     Filled contours enclose 99, 95, 80, 60, 40 and 20 percent of a posterior's mass; lines in the guides' panels are the
-    95 and 40 percent contours of the true posterior. Panels of a column share one window, both axes to one scale.
-    Above a guide's panel stands its gap, log p(x) - L[q] in nats, where `source` has it, with an error where it has
-    `gap_mcse`. Inputs that look like images are shown above their columns, under the coordinate "label" if there is
-    one.
+    95 and 40 percent contours of the true posterior. Panels of a column share one window with equal
+    scales on both axes. The title of a guide's panel is its gap, log p(x) - L[q] in nats, where `source` has it, with
+    its error where `source` has `gap_mcse`. Inputs that look like images are shown above their columns, below the
+    coordinate "label" if there is one.
 
     Args:
         source: what `posterior_grid` returns.
@@ -92,13 +92,13 @@ def _levels(density: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
 
 
 def _window(across: np.ndarray, up: np.ndarray, densities: np.ndarray) -> tuple[tuple[float, float], ...]:
-    """A square that holds what is to be seen of all `densities`, with a margin."""
+    """A square that holds a share `SHOWN_SHARE` of all `densities`, with a margin."""
     ends = []
     for axis, others in ((across, 2), (up, 1)):
         lows, highs = [], []
         for marginal in densities.sum(others):
             held = np.cumsum(marginal) / max(marginal.sum(), np.finfo(float).tiny)
-            first, last = np.searchsorted(held, [(1 - SHOWN) / 2, (1 + SHOWN) / 2])
+            first, last = np.searchsorted(held, [(1 - SHOWN_SHARE) / 2, (1 + SHOWN_SHARE) / 2])
             lows.append(float(axis[min(first, len(axis) - 1)]))
             highs.append(float(axis[min(last, len(axis) - 1)]))
         ends.append((min(lows), max(highs)))
@@ -135,7 +135,7 @@ def _row_label(ax: Axes, name: str) -> None:
 
 
 def _dress(ax: Axes, *, last: bool) -> None:
-    """Thin frames; ticks everywhere, numbers and names of the axes in the last row, which the column shares."""
+    """Set thin frames and ticks; only the last row of a column has tick labels and axis names."""
     ax.spines[:].set_color("0.6")
     ax.spines[:].set_linewidth(0.6)
     for axis in (ax.xaxis, ax.yaxis):

@@ -1,4 +1,4 @@
-"""What the plots read: named arrays of a ledger, or of an `InferenceData` or `DataTree` with the same groups."""
+"""The data of the plots: named arrays of a ledger or its saved groups."""
 
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ SHADES = ["#2f5d8c", "#c8641e", "#4b7a2b", "#8b5a9f", "#444444"]
 
 
 def group(source: Source, *names: str) -> xr.Dataset:
-    """The first of the groups `names` that `source` has, as a Dataset; an empty one where it has none of them."""
+    """The first of the groups `names` that `source` has, as a Dataset; empty where it has none of them."""
     for name in names:
         node = getattr(source, name, None)
         if isinstance(node, xr.DataTree):
@@ -55,26 +55,26 @@ def families(dataset: xr.Dataset) -> list[str]:
 
 
 def own_family(dataset: xr.Dataset) -> str | None:
-    """The family of the guide itself: the one called "own", else the first."""
+    """The family of the guide itself: "own" if present, else the first."""
     names = families(dataset)
     return OWN if OWN in names else names[0] if names else None
 
 
 def gap_tree(source: Source) -> xr.Dataset:
-    """The tree of gaps, a row for each over "gap", as a ledger holds it.
+    """The tree of gaps, one row per gap along "gap", as in a ledger.
 
-    Of a source without it: the gaps that have values per datapoint, with their means over the finite ones.
+    For a source without it: the gaps that have values per datapoint, with means over the finite values.
     """
     stored = group(source, "gaps")
     if stored.data_vars:
         return stored.isel(gap=np.isfinite(stored["mean"].values))
     dataset = per_datapoint(source)
-    found = [(term, array) for term in TERMS if (array := values(dataset, term.id)) is not None]
-    means = [Mean(*mean_and_error(array), float("nan")) for _, array in found]
+    measured = [(term, array) for term in TERMS if (array := values(dataset, term.id)) is not None]
+    means = [Mean(*mean_and_error(array), float("nan")) for _, array in measured]
     variables = {name: ("gap", [getattr(mean, name) for mean in means]) for name in Mean._fields}
-    words = ("label", "parent", "colour", "hatch")
-    variables |= {name: ("gap", [getattr(term, name) or "" for term, _ in found]) for name in words}
-    return xr.Dataset(variables, {"gap": [term.id for term, _ in found]})
+    columns = ("label", "parent", "colour", "hatch")
+    variables |= {name: ("gap", [getattr(term, name) or "" for term, _ in measured]) for name in columns}
+    return xr.Dataset(variables, {"gap": [term.id for term, _ in measured]})
 
 
 def mean_and_error(array: np.ndarray) -> tuple[float, float]:
@@ -91,7 +91,7 @@ def with_error(mean: float, error: float) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of pyplot's, so that notebooks and `plt.show()` display it as they do the caller's own."""
+    """A pyplot figure, so that notebooks and `plt.show()` display it."""
     from matplotlib import pyplot
 
     return pyplot.figure(figsize=(width, height), layout="constrained")
@@ -105,12 +105,12 @@ def figure_of(ax: Axes) -> FigureBase:
 
 
 def note(ax: Axes, text: str) -> None:
-    """Leave the panel empty but for `text`."""
+    """Show only `text` in the panel."""
     ax.set_axis_off()
     ax.text(0.5, 0.5, text, ha="center", va="center", color="0.45", transform=ax.transAxes, wrap=True)
 
 
 def tidy(ax: Axes) -> None:
-    """No box, and a faint grid behind the data."""
+    """Remove the box, and draw ticks and grid lines behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""How the estimators ran: the refinement of each family, and the annealing."""
+"""Traces of the estimators: the refinement of each family, and the annealing."""
 
 import numpy as np
 import xarray as xr
@@ -9,12 +9,12 @@ from pyrogaps.plots.source import LINES, SHADES, Source, families, group, new_fi
 
 
 def plot_traces(source: Source, figure: FigureBase | None = None) -> FigureBase:
-    """Draw the traces of a decomposition: has refinement levelled off, did annealing keep its chains?
+    """Draw the traces of a decomposition: ELBO during refinement, and acceptance and ESS during annealing.
 
     Left, each family's bound during refinement, in nats, averaged over datapoints, between the guide's bound L[q] and
-    log p(x): a curve that still rises at its end asks for more steps. Right, against the inverse temperature of
+    log p(x): a curve that still rises at its end needs more steps. Right, against the inverse temperature of
     AIS, the mean acceptance probability of HMC (good between 0.5 and 0.9) and the effective sample size of the running
-    weights as a share of the chains: where it collapses, ask for more temperatures.
+    weights as a share of the chains: where it collapses, increase the number of temperatures.
 
     Args:
         source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
@@ -76,7 +76,7 @@ def _annealing(ax: Axes, traces: xr.Dataset) -> None:
 
 
 def _legend_above(ax: Axes) -> None:
-    """Beside the title, where it covers no curve."""
+    """Place the legend beside the title, where it covers no curve."""
     ax.legend(
         frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=3, columnspacing=1.2
     )
@@ -98,7 +98,7 @@ def _level(ax: Axes, height: float, label: str, *, above: bool) -> None:
 
 
 def _readable_limits(ax: Axes, curves: list[np.ndarray], levels: list[float]) -> None:
-    """Cut off the plunge of the first steps, which would flatten all that matters: where the curves end."""
+    """Cut off the low values of the first steps, which would flatten the ends of the curves."""
     bottom, _ = ax.get_ylim()
     ends = [*levels, *(float(curve[np.isfinite(curve)][-1]) for curve in curves)]
     low, high = min(ends), max(ends)

@@ -1,4 +1,4 @@
-"""A trained guide as ArviZ knows posteriors: a DataTree of draws, and leave-one-out cross-validation where it holds."""
+"""Export to ArviZ: a DataTree of draws, and leave-one-out cross-validation."""
 
 from pyrogaps.posterior_export.loo import loo
 from pyrogaps.posterior_export.tree import to_datatree

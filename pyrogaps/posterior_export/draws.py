@@ -1,4 +1,4 @@
-"""Draws from a guide and what the model makes of them: site values and pointwise log-likelihoods."""
+"""Draws from a guide, with the model's site values and pointwise log-likelihoods."""
 
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
@@ -16,7 +16,7 @@ from pyrogaps.streams import Chunk, particle_blocks
 
 Sites: TypeAlias = dict[str, Tensor]
 Records: TypeAlias = dict[str, Record]
-FEW = 3
+NUM_COMPARED = 3
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Drawn:
         return cls(values, log_likelihood, log_p, log_q)
 
     def same_as(self, other: "Drawn") -> bool:
-        """Whether two computations agree but for rounding."""
+        """Whether two computations agree up to rounding."""
         pairs = [(self.log_p, other.log_p)]
         for mine, theirs in ((self.values, other.values), (self.log_likelihood, other.log_likelihood)):
             pairs += [(mine[name], theirs[name]) for name in mine]
@@ -49,9 +49,9 @@ class Drawn:
 
 
 def draw_all(joint: JointDensity, posterior: Posterior, num_draws: int, run: Run) -> tuple[Drawn, Records]:
-    """`num_draws` draws for every datapoint, and the sites as they are in one run of the model over all of the data."""
+    """`num_draws` draws for every datapoint, and the sites of one run of the model over all data."""
 
-    def work(chunk: Chunk) -> tuple[Drawn, Records]:
+    def draw_chunk(chunk: Chunk) -> tuple[Drawn, Records]:
         guide, parts = BlockedGuide(posterior, chunk), []
         with torch.no_grad(), evaluating(joint.model):
             for first, size in enumerate(particle_blocks(num_draws)):
@@ -61,7 +61,7 @@ def draw_all(joint: JointDensity, posterior: Posterior, num_draws: int, run: Run
                 parts.append(read(z, log_q.double()))
         return Drawn.join(parts, 0), read.records
 
-    chunks = run.map_alone(work, joint)
+    chunks = run.map_alone(draw_chunk, joint)
     if joint.plate is None:
         drawn, records = chunks[0]
         return drawn, records
@@ -69,31 +69,31 @@ def draw_all(joint: JointDensity, posterior: Posterior, num_draws: int, run: Run
 
 
 def _reader(joint: JointDensity, z: Tensor, indices: Tensor) -> "ReadLocal | ReadTogether | ReadOneByOne":
-    """How draws like `z` `(S, B, dim)` are read: all at once where that gives what one at a time gives."""
+    """A reader of draws like `z` `(S, B, dim)`: all at once where this agrees with one run per draw."""
     if joint.plate is not None:
         return ReadLocal(joint, z, indices)
     alone = ReadOneByOne(joint, z, indices)
     if not joint.structure.vectorized:
         return alone
-    few, log_q = z[:FEW], torch.zeros(min(FEW, len(z)), 1)
+    subset, log_q = z[:NUM_COMPARED], torch.zeros(min(NUM_COMPARED, len(z)), 1)
     try:
         together = ReadTogether(joint, alone.records, indices)
-        safe = together(few, log_q).same_as(alone(few, log_q))
+        safe = together(subset, log_q).same_as(alone(subset, log_q))
     except Exception:
         safe = False
     return together if safe else alone
 
 
 class ReadLocal:
-    """Reads latents that every datapoint has for itself: draws of a batch of datapoints are rows of one run.
+    """Reads latents per datapoint: all draws of a batch of datapoints are rows of one run.
 
-    `records` are of the first draw.
+    `records` are those of the first draw.
     """
 
     def __init__(self, joint: JointDensity, z: Tensor, indices: Tensor) -> None:
         self.joint, self.indices, self.plate = joint, indices, str(joint.plate)
         sites, _ = sites_of(joint, z[0], joint.fetch(indices), indices)
-        # With other numbers of rows what only happens to be as long as there are rows is told apart.
+        # A second number of rows excludes axes that only happen to have as many entries as there are rows.
         more, _ = sites_of(joint, z[:2].flatten(0, 1), joint.fetch(indices, 2), indices.repeat(2))
         axes = {name: site.axis_of(self.plate) for name, site in sites.items()}
         self.axes = {n: axis for n, axis in axes.items() if axis is not None and more[n].axis_of(self.plate) == axis}
@@ -114,7 +114,7 @@ class ReadLocal:
 
 
 class ReadOneByOne:
-    """Reads latents of the whole data set, the model run once a draw; `records` are of the first."""
+    """Reads latents of the whole data set, one model run per draw; `records` are those of the first draw."""
 
     def __init__(self, joint: JointDensity, z: Tensor, indices: Tensor) -> None:
         self.joint, self.indices, self.args = joint.one_by_one(), indices, joint.fetch(indices)
@@ -133,7 +133,7 @@ class ReadOneByOne:
 
 
 class ReadTogether:
-    """Reads latents of the whole data set, draws along a batch dimension of their own left of every plate."""
+    """Reads latents of the whole data set; draws have their own batch dimension, left of every plate."""
 
     def __init__(self, joint: JointDensity, records: Records, indices: Tensor) -> None:
         self.joint, self.indices, self.args, self.records = joint, indices, joint.fetch(indices), records
@@ -161,7 +161,7 @@ def _join_records(parts: list[Records], plate: str) -> Records:
 
 
 def _draws_first(tensor: Tensor, number: int, shape: torch.Size) -> Tensor:
-    """To `(S, *shape)`, a tensor that no draw changes repeated for each."""
+    """To `(S, *shape)`; a tensor that does not depend on the draw is repeated."""
     if tensor.numel() == shape.numel():
         return tensor.reshape(shape).expand(number, *shape)
     return tensor.reshape(number, *shape)

@@ -11,7 +11,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.posterior_export.record import DATAPOINT
 from pyrogaps.posterior_export.tree import GLOBAL, LOCAL, SAMPLE_DIMS
 
-MIN_DRAWS = 25  # for the five largest ratios, a fifth of them, that a Pareto tail is fitted to
+MIN_DRAWS = 25  # a Pareto tail is fitted to the largest fifth of the ratios, at least five
 NEEDED = {"log_likelihood": (), "sample_stats": ("log_p", "log_q")}
 
 
@@ -26,10 +26,10 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None, pointwise: bool | Non
     for any guide that covers it; Pareto k-hat, one for every observation, says when the guide does not.
 
     Args:
-        tree: with global latents. With local ones the posterior without x_n says nothing of z_n, so that $1/p(x_n|z_n)$
-            has infinite variance and the estimate is refused; log p(x_n) is the predictive there.
+        tree: the result of `to_datatree` with global latents. Local latents are refused: the posterior without x_n does
+            not constrain z_n, so $1/p(x_n|z_n)$ has infinite variance. Their predictive density is log p(x_n).
         var_name: the observed site, needed where there are several.
-        pointwise: whether to keep `elpd_i` and `pareto_k` of every observation; None asks ArviZ's settings.
+        pointwise: whether to keep `elpd_i` and `pareto_k` of every observation; None: as in ArviZ's settings.
 
     Returns:
         ArviZ's `ELPDData`, in nats: `elpd`, its standard error `se` over observations, and `p`, the effective number
@@ -47,8 +47,8 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None, pointwise: bool | Non
     observations = [dim for dim in pointwise_density.dims if dim not in SAMPLE_DIMS]
     if not observations:
         raise InputError(
-            f"site '{name}': it is a single observation to the model, so there is none to leave out; put it in a plate "
-            "and take the plate's dimension out of to_event"
+            f"site '{name}': it is a single observation, so there is none to leave out; put it in a plate, and remove "
+            "the plate's dimension from to_event"
         )
     hidden = pointwise_density.isnull().all(SAMPLE_DIMS)
     if bool(hidden.any()):
@@ -57,7 +57,9 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None, pointwise: bool | Non
     log_p, log_q = (tree["sample_stats"].to_dataset()[density] for density in NEEDED["sample_stats"])
     for what, density in (("log_likelihood", pointwise_density), ("log_p", log_p), ("log_q", log_q)):
         if not bool(np.isfinite(density).all()):
-            raise InputError(f"tree: {what} is infinite at some draws, so the guide draws what the model excludes")
+            raise InputError(
+                f"tree: {what} is infinite at some draws, which the model excludes; restrict the guide's support"
+            )
     one_site = xr.DataTree.from_dict({"log_likelihood": xr.Dataset({name: pointwise_density})})
     result = loo_approximate_posterior(one_site, log_p, log_q, pointwise, name)  # type: ignore[no-untyped-call]
     return cast(ELPDData, result)
@@ -65,30 +67,31 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None, pointwise: bool | Non
 
 def _check_tree(tree: xr.DataTree) -> None:
     if not isinstance(tree, xr.DataTree) or "latents" not in tree.attrs:
-        raise InputError("tree: not one that pyrogaps.to_datatree wrote")
+        raise InputError("tree: it is not a result of pyrogaps.to_datatree")
     if tree.attrs["latents"] != GLOBAL:
         remedy = (
-            f"the predictive of a {DATAPOINT} is log p(x) there: take log_evidence of decompose, or ais"
+            f"The predictive density of a {DATAPOINT} is log p(x): use log_evidence of decompose, or ais"
             if tree.attrs["latents"] == LOCAL
-            else "sum or integrate it out in the model, or leave out whole groups"
+            else "Sum or integrate it out in the model, or leave out whole groups"
         )
         raise InputError(
-            f"tree: loo is refused, for each observation has a latent of its own ({tree.attrs['local_latents']}): "
-            "leaving one out by the harmonic mean of p(x|z) has infinite variance (on an exact case it gave -508, the "
-            f"truth being -384); {remedy}"
+            f"tree: each observation has a latent of its own "
+            f"({tree.attrs['local_latents']}), so the importance weights of loo have infinite variance. {remedy}"
         )
     for group, variables in NEEDED.items():
         missing = [group] if group not in tree.children else [n for n in variables if n not in tree[group]]
         if missing:
-            raise InputError(f"tree: it has no {missing[0]}, which loo needs")
+            raise InputError(f"tree: it has no {missing[0]}, but loo needs one")
     if (draws := tree["sample_stats"].sizes["draw"]) < MIN_DRAWS:
-        raise InputError(f"tree: loo needs at least {MIN_DRAWS} draws, it has {draws}; raise num_draws of to_datatree")
+        raise InputError(
+            f"tree: loo needs at least {MIN_DRAWS} draws, but it has {draws}; raise num_draws of to_datatree"
+        )
 
 
 def _site(tree: xr.DataTree, var_name: str | None) -> str:
     sites = [str(name) for name in tree["log_likelihood"].data_vars]
     if var_name is None and len(sites) > 1:
-        raise InputError(f"var_name: the tree has several observed sites ({', '.join(sites)}): name one")
+        raise InputError(f"var_name: the tree has several observed sites; name one of {', '.join(sites)}")
     if var_name is not None and var_name not in sites:
         raise InputError(f"var_name: no observed site '{var_name}' in the tree; it has {', '.join(sites)}")
     return sites[0] if var_name is None else var_name

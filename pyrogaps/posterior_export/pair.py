@@ -1,4 +1,4 @@
-"""Model and guide as the densities that are exported: per datapoint, or of the whole data set at once."""
+"""Model and guide as the densities to export: per datapoint, or of the whole data set."""
 
 from typing import Any
 
@@ -18,8 +18,9 @@ from pyrogaps.streams import seeded
 
 
 def pair_of(model: Program, guide: Any, data: Data, plate: Plate) -> tuple[JointDensity, Posterior]:
-    """The densities of model and guide: per datapoint where the data plate encloses every latent, else of the whole
-    data set at once.
+    """The densities of model and guide.
+
+    They are per datapoint where the data plate encloses every latent, else of the whole data set at once.
     """
     if plate is not False:
         try:
@@ -33,7 +34,7 @@ def pair_of(model: Program, guide: Any, data: Data, plate: Plate) -> tuple[Joint
 
 
 def _latents_outside(model: Program, data: Data, plate: Plate) -> bool:
-    """Whether the model has plates that its observed sites are in, and latents outside them."""
+    """Whether some latents lie outside the plates of the observed sites."""
     tensors = data if isinstance(data, list | tuple) else (data,)
     if not isinstance(data, IndexedData) and not all(isinstance(tensor, Tensor) for tensor in tensors):
         return False
@@ -42,5 +43,5 @@ def _latents_outside(model: Program, data: Data, plate: Plate) -> bool:
     names = {name: {frame.name for frame in site["cond_indep_stack"]} for name, site in sites.items()}
     latent = [names[name] for name, site in sites.items() if not site["is_observed"]]
     if isinstance(plate, str):
-        return any(plate in found for found in names.values()) and any(plate not in found for found in latent)
+        return any(plate in plates for plates in names.values()) and any(plate not in plates for plates in latent)
     return bool(latent) and not set.intersection(*names.values())

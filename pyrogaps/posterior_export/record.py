@@ -1,4 +1,4 @@
-"""What one run of a model holds at each site: values, pointwise log-likelihoods, and the names of their axes."""
+"""Sites of one model run: values, pointwise log-likelihoods, and the names of their axes."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Names:
-    """Names of dimensions: the data plate's is "datapoint", another plate's its own unless a variable has it."""
+    """Names of dimensions: the data plate's is "datapoint", another plate's its own, unless it is taken."""
 
     data_plate: str | None
     variables: Collection[str]
@@ -102,9 +102,10 @@ def _record(message: Any) -> Record:
 
 
 def _deterministic(value: Tensor, event_dim: int, frames: Any) -> Record:
-    """A deterministic site. Pyro takes it for one event unless told: less the axes of the plates it fits into.
+    """The record of a deterministic site.
 
-    It need not vary along every plate that it is in; those along which it does not are left out.
+    Pyro takes its value for one event by default. Axes that fit all plates around the site count as batch axes
+    instead. Plates along which the value does not vary are left out.
     """
     vectorised = {int(frame.dim): frame for frame in frames if frame.vectorized}
     nesting = -min(vectorised, default=0)
@@ -130,7 +131,7 @@ def _log_likelihood(message: Any) -> Tensor:
         log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, seen.shape))
     if bool((torch.isnan(log_prob) & seen).any()):
         raise InputError(
-            f"site '{message['name']}': its log-likelihood is NaN at some of the guide's draws; look at the model's "
-            "parameters and at the guide's scales"
+            f"site '{message['name']}': its log-likelihood is NaN at some draws of the guide; check the model's "
+            "parameters and the guide's scales"
         )
     return torch.where(seen, log_prob, torch.nan)

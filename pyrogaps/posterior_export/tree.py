@@ -34,7 +34,7 @@ def to_datatree(
     plate: Plate = None,
     seed: int = 0,
 ) -> xr.DataTree:
-    r"""Draws from a trained guide, with what the model makes of them, as an ArviZ DataTree.
+    r"""Export draws from a trained guide, with the model's densities, as an ArviZ DataTree.
 
     Groups, with chain = 1 and S = `num_draws`:
 
@@ -52,15 +52,16 @@ def to_datatree(
     versions, `num_draws` and the seed. Save the tree with `.to_netcdf(path, engine="h5netcdf")`.
 
     Args:
-        model, guide: as for `JointDensity` and `GuideDensity`: modules, functions, autoguides; or what `refine` gives.
+        model, guide: as for `JointDensity` and `GuideDensity`: modules, functions, autoguides; or the result of
+            `refine`.
         data: as for `JointDensity`; all of it, also for a guide that was trained on minibatches.
         num_draws: S, at least 2.
-        plate: the data plate's name. None finds it; False has the whole data set as one datapoint.
-        seed: of all the randomness.
+        plate: the data plate's name. None finds it; False treats the whole data set as one datapoint.
+        seed: seed of all random numbers.
 
     Raises:
         InputError: for `num_draws` below 2, a site whose name is that of a dimension, a log-likelihood that is NaN at
-            some draws, and all that `JointDensity` and `GuideDensity` refuse, naming the site or the argument.
+            some draws, and whatever `JointDensity` and `GuideDensity` refuse, naming the site or the argument.
     """
     if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 2:
         raise InputError(f"num_draws: must be a whole number of at least 2, got {num_draws}")
@@ -75,7 +76,7 @@ def to_datatree(
     tree.attrs = {
         **attributes,
         "pyrogaps_version": _version(),
-        **_whose(records, joint),
+        **_latent_kinds(records, joint),
         "data_plate": data_plate or "none",
         "model": _name(model),
         "guide": _name(guide),
@@ -87,7 +88,7 @@ def to_datatree(
 
 
 def _draws(drawn: Drawn, records: Records, joint: JointDensity, names: Names) -> dict[str, Variables]:
-    """The groups that hold something of every draw."""
+    """The groups with values for every draw."""
     lead = SAMPLE_DIMS + [DATAPOINT] * (joint.plate is not None)
     posterior: Variables = {}
     log_likelihood: Variables = {}
@@ -106,7 +107,7 @@ def _draws(drawn: Drawn, records: Records, joint: JointDensity, names: Names) ->
 
 
 def _data(records: Records, joint: JointDensity, names: Names, arguments: dict[str, Tensor]) -> dict[str, Variables]:
-    """The groups that hold the data: observed sites, and arguments that are none of their values."""
+    """The groups that hold the data: observed sites, and arguments that are not observed values."""
     observed: Variables = {}
     for name, record in records.items():
         if record.log_likelihood is not None:
@@ -138,24 +139,24 @@ def _dataset(group: str, variables: Variables, attributes: dict[str, str]) -> xr
         dims={name: dims for name, (dims, _) in variables.items()},
         sample_dims=[] if group.endswith("data") else SAMPLE_DIMS,
         attrs=attributes,
-        check_conventions=False,  # they ask for more draws than chains, and nothing that could be amiss here
+        check_conventions=False,  # they only require more draws than chains
     )
     return dataset
 
 
 def _plate_of_observations(records: Records) -> str | None:
     """The one plate around every observed site; None where there are none or several."""
-    found = [set(record.plates.values()) for record in records.values() if record.log_likelihood is not None]
-    common = set.intersection(*found) if found else set()
+    plates = [set(record.plates.values()) for record in records.values() if record.log_likelihood is not None]
+    common = set.intersection(*plates) if plates else set()
     return str(next(iter(common))) if len(common) == 1 else None
 
 
-def _whose(records: Records, joint: JointDensity) -> dict[str, str]:
-    """Whether latents are global or local, and which are local."""
+def _latent_kinds(records: Records, joint: JointDensity) -> dict[str, str]:
+    """Attributes: whether latents are global or local, and which are local."""
     latent = {name: record.enclosing for name, record in records.items() if record.latent}
     observed = [record.enclosing for record in records.values() if record.log_likelihood is not None]
     own = [name for name, plates in latent.items() if any(around and around <= plates for around in observed)]
-    if joint.plate is not None:  # also where no site has data, but a pyro.factor their likelihood
+    if joint.plate is not None:  # also where a pyro.factor is the only likelihood
         own = list(latent)
     kind = GLOBAL if not own else LOCAL if len(own) == len(latent) else BOTH
     return {"latents": kind, "local_latents": ", ".join(own)}

@@ -20,7 +20,7 @@ from pyrogaps.problem import Plate, Problem
 from pyrogaps.streams import seeded
 
 TRUE = "true posterior"
-# A guide's gap is an integral over the grid: it is given where the grid holds the guide's mass to within this.
+# A guide's gap, an integral over the grid, is NaN where the grid misses more than this share of the guide's mass.
 MASS_TOLERANCE = 0.01
 
 
@@ -40,30 +40,30 @@ def posterior_grid(
     $$p(z \mid x_n) = p(x_n, z) / p(x_n), \quad p(x_n) = \int p(x_n, z) \, dz \text{ by quadrature}$$
 
     so that log p(x_n) is exact up to `log_evidence_error`: a reference for AIS and every bound. Each datapoint has a
-    window of its own that holds its posterior and its guides. A guide that gives draws but no density at a point (one
-    with auxiliary variables) is shown by a kernel density of 20,000 draws.
+    window that holds its posterior and its guides. A guide with draws but no density at a point (one with auxiliary
+    variables) is shown by a kernel density of 20,000 draws.
 
     Args:
         model, data, plate: as for `JointDensity`; two latent dimensions in all.
         guides: by name, Pyro guides, `GuideDensity`s, or what `refine` returned for these `data`.
-        datapoints: indices of those to evaluate; default all.
-        num_points: points along each dimension.
-        seed: of the draws that windows and kernel densities are made from.
+        datapoints: indices of the datapoints to evaluate; default all.
+        num_points: number of points along each dimension.
+        seed: seed of the draws behind windows and kernel densities.
         progress: whether to show a progress bar.
 
     Returns:
         A Dataset over "datapoint", "posterior" (the first is "true posterior"), "z_1", "z_2", with
 
         - `density`: per unit of area, and its coordinates `grid_1` (datapoint, z_1), `grid_2` (datapoint, z_2);
-        - `log_evidence` and `log_evidence_error` (datapoint): log p(x_n) by quadrature, nats, and how far half the
-          resolution is from it;
+        - `log_evidence` and `log_evidence_error` (datapoint): log p(x_n) by quadrature, nats, and its difference
+          from half the resolution;
         - `gap` (datapoint, posterior): log p(x_n) - L[q] = KL(q || p(z|x_n)), nats, by quadrature on this grid; NaN
           where q cannot be scored or the grid misses a hundredth of its mass;
-        - `mass`: the share of each posterior on the grid; `num_modes`: how many modes it has there;
+        - `mass`: the share of each posterior on the grid; `num_modes`: its number of modes there;
         - `x`: the datapoints, where `data` is one tensor.
 
     Raises:
-        InputError: where the latent space has not two dimensions, or p(x_n, z) cannot be integrated.
+        InputError: where the latent space does not have two dimensions, or p(x_n, z) cannot be integrated.
     """
     problem = Problem.of(model, None, data, plate)
     joint = problem.joint
@@ -102,22 +102,24 @@ DIMS: dict[str, tuple[str, ...]] = {
 def _refuse_other_dimensions(joint: JointDensity) -> None:
     if joint.dim != 2:
         sites = ", ".join(f"'{name}' {site.size}" for name, site in joint.sites.items())
-        raise InputError(f"model: a grid needs two latent dimensions, this model has {joint.dim} (sites: {sites})")
+        raise InputError(f"model: a grid needs two latent dimensions, but this model has {joint.dim} (sites: {sites})")
 
 
 def _named(guides: Any) -> Mapping[str, Program | Posterior]:
     if not isinstance(guides, Mapping):
         raise InputError(f"guides: expected a mapping of names to guides, got {type(guides).__name__}")
     if TRUE in guides:
-        raise InputError(f"guides: '{TRUE}' is the name of the exact one; choose another")
+        raise InputError(f"guides: '{TRUE}' is reserved for the exact posterior; choose another name")
     return guides
 
 
 def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Posterior:
     posterior, number = problem.with_guide(guide).guided(), problem.num_datapoints
-    held = posterior.joint.num_datapoints  # type: ignore[attr-defined]
-    if held != number:
-        raise InputError(f"guides: '{name}' is a posterior of {held} datapoints, the data are {number}")
+    size = posterior.joint.num_datapoints  # type: ignore[attr-defined]
+    if size != number:
+        raise InputError(
+            f"guides: '{name}' is a posterior of {size} datapoints, but the data have {number}; build it for these data"
+        )
     return posterior
 
 
@@ -166,7 +168,7 @@ class _Panel:
 
 
 def _divergence(density: Array, log_q: Array | None, log_p: Array, cell: float) -> float:
-    """KL(q || p) as a sum over the grid; NaN where that is not the integral."""
+    """KL(q || p) as a sum over the grid; NaN where the grid does not hold q."""
     if log_q is None or abs(density.sum() * cell - 1) > MASS_TOLERANCE:
         return np.nan
     held = density > 0

@@ -1,4 +1,4 @@
-"""How many modes a density on a grid has."""
+"""Number of modes of a density on a grid."""
 
 import numpy as np
 from numpy.typing import NDArray

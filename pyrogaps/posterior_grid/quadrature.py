@@ -1,4 +1,4 @@
-"""log p(x) of one datapoint with two latent dimensions, by quadrature over a window that is made to fit."""
+"""log p(x) of one datapoint with two latent dimensions, by quadrature over an adapted window."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from pyrogaps.errors import InputError
 Array = NDArray[np.float64]
 LogDensity = Callable[[Array], Array]  # of points (G, 2), giving (G,) in nats
 
-# The integral is taken over the points whose density is within a factor exp(-DEPTH) of the highest; what is worth
-# looking at is within exp(-BODY).
+# The integral is taken over the points whose density is within a factor exp(-DEPTH) of the highest; what is
+# shown is within exp(-BODY).
 DEPTH, BODY = 25.0, 14.0
-# The first search is a fine one: a narrow mode that it misses is lost.
+# The first search uses the finer grid, because a narrow mode that it misses is lost.
 SEARCH_POINTS, MAX_SEARCHES = (193, 65), 40
 FIRST_POINTS, MAX_POINTS = 129, 1025
-TOLERANCE, REFUSED = 1e-4, 0.05
+TOLERANCE, MAX_ERROR = 1e-4, 0.05
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def around(*parts: Window) -> Window:
 
 @dataclass(frozen=True)
 class Quadrature:
-    """log of the integral, in nats, its error as far as halving the resolution shows, and where the mass is."""
+    """log of the integral, in nats, its difference from half the resolution, and the window of the mass."""
 
     log_evidence: float
     error: float
@@ -60,12 +60,12 @@ class Quadrature:
 
 
 def integrate(log_joint: LogDensity, start: Window, name: str) -> Quadrature:
-    r"""$\log \int \exp \ell(z) \, dz$ by the trapezoidal rule, over a window grown or shrunk from `start` to fit.
+    r"""$\log \int \exp \ell(z) \, dz$ by the trapezoidal rule, over a window adapted from `start`.
 
-    For smooth integrands that have died away at the window's edge the rule converges faster than any power of the
+    For smooth integrands that vanish at the window's edge the rule converges faster than any power of the
     spacing; the error given is the difference from the rule on every other point, an upper estimate.
 
-    Raises `InputError`, which begins with `name`, where the integrand is NaN or infinite, does not die away, or is
+    Raises `InputError`, which begins with `name`, where the integrand is NaN or infinite, does not decay, or is
     too rough for a grid of 1,025 points along each dimension.
     """
     window = _fitted(log_joint, start, name)
@@ -78,10 +78,10 @@ def integrate(log_joint: LogDensity, start: Window, name: str) -> Quadrature:
         if error < TOLERANCE or num_points >= MAX_POINTS:
             break
         num_points = 2 * num_points - 1
-    if error > REFUSED:
+    if error > MAX_ERROR:
         raise InputError(
             f"{name}: quadrature of p(x, z) over {_described(window)} is uncertain by {error:.2g} nats; the "
-            "posterior is too narrow, or too rough, for a grid there"
+            "posterior is too narrow or too rough for a grid"
         )
     body, _ = _bounds(values > values.max() - BODY, window)
     return Quadrature(fine, error, body)
@@ -91,13 +91,14 @@ def _fitted(log_joint: LogDensity, window: Window, name: str) -> Window:
     """The window in which the integrand is within exp(-DEPTH) of its peak."""
     for search in range(MAX_SEARCHES):
         values = _values(log_joint, window, SEARCH_POINTS[search > 0], name)
-        found, at_edge = _bounds(values > values.max() - DEPTH, window)
-        if at_edge or bool((found.sides < 0.7 * window.sides).any()):
-            window = found
+        fitted, at_edge = _bounds(values > values.max() - DEPTH, window)
+        if at_edge or bool((fitted.sides < 0.7 * window.sides).any()):
+            window = fitted
             continue
-        return found
+        return fitted
     raise InputError(
-        f"{name}: p(x, z) does not die away from its peak (looked at {_described(window)}); is the prior proper?"
+        f"{name}: p(x, z) does not decay away from its peak, within {_described(window)}; check that the prior is "
+        "proper"
     )
 
 
@@ -106,9 +107,9 @@ def _bounds(inside: NDArray[np.bool_], window: Window) -> tuple[Window, bool]:
     low, high, at_edge = window.low.copy(), window.high.copy(), False
     steps = len(inside) - 1
     for dimension, side in enumerate(window.sides):
-        held = np.flatnonzero(inside.any(1 - dimension))
+        occupied = np.flatnonzero(inside.any(1 - dimension))
         spacing = side / steps
-        first, last = held[0], steps - held[-1]
+        first, last = occupied[0], steps - occupied[-1]
         # Between the last point inside and the next one the density may still be high.
         low[dimension] += spacing * (first - 2) if first else -0.5 * side
         high[dimension] -= spacing * (last - 2) if last else -0.5 * side
@@ -119,7 +120,9 @@ def _bounds(inside: NDArray[np.bool_], window: Window) -> tuple[Window, bool]:
 def _values(log_joint: LogDensity, window: Window, num_points: int, name: str) -> Array:
     values = log_joint(window.points(num_points)).reshape(num_points, num_points)
     if np.isnan(values).any() or not np.isfinite(values.max()):
-        raise InputError(f"{name}: log p(x, z) is NaN or infinite over {_described(window)}")
+        raise InputError(
+            f"{name}: log p(x, z) is NaN or infinite over {_described(window)}; check the model's parameters"
+        )
     return values
 
 

@@ -1,4 +1,4 @@
-"""A guide at one datapoint with two latent dimensions: its density at any point, or that of its draws."""
+"""Densities of a guide at one datapoint with two latent dimensions."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from pyrogaps.density.local import LocalGuide
 from pyrogaps.errors import InputError
 from pyrogaps.posterior_grid.quadrature import Array, Window
 
-ROWS = 4096
+MAX_ROWS = 4096
 NUM_DRAWS = 20_000
 
 
 class Scorer:
-    """A guide at one datapoint: its density at points, or, where it gives none, that of its draws."""
+    """A guide at one datapoint: its density at points, or, where it has none, a kernel density of its draws."""
 
     def __init__(self, joint: JointDensity, posterior: Posterior, index: Tensor) -> None:
         self.joint, self.local = joint, posterior.at(index)
@@ -38,7 +38,7 @@ class Scorer:
         return True
 
     def on(self, window: Window, num_points: int) -> tuple[Array, Array | None]:
-        """The density and, if the guide gives it, its logarithm, at the grid's points `(num_points ** 2,)`."""
+        """The density and, if the guide can be scored, its logarithm, at the grid's points `(num_points ** 2,)`."""
         if not self.scores:
             return _kernel_density(self.draws, window, num_points).ravel(), None
         log_q = in_rows(self.local.log_prob, window.points(num_points), self.joint)
@@ -47,9 +47,9 @@ class Scorer:
 
 def _draws(joint: JointDensity, posterior: Posterior, local: LocalGuide, number: int) -> Tensor:
     """Draws of the model's own latents `(number, 1, 2)`."""
-    z = torch.cat([local.sample(ROWS)[0] for _ in range(-(-number // ROWS))])[:number]
-    beside: JointDensity = posterior.joint  # type: ignore[attr-defined]
-    return beside.columns_of(z, joint) if z.shape[-1] != joint.dim else z
+    z = torch.cat([local.sample(MAX_ROWS)[0] for _ in range(-(-number // MAX_ROWS))])[:number]
+    guide_joint: JointDensity = posterior.joint  # type: ignore[attr-defined]
+    return guide_joint.columns_of(z, joint) if z.shape[-1] != joint.dim else z
 
 
 def _kernel_density(draws: Array, window: Window, num_points: int) -> Array:
@@ -59,7 +59,7 @@ def _kernel_density(draws: Array, window: Window, num_points: int) -> Array:
         for axis, spacing in zip(window.axes(num_points), window.sides / (num_points - 1), strict=True)
     ]
     counts, _ = np.histogramdd(draws, bins=edges)
-    # The quartiles' distance of a Normal is 1.349 standard deviations; far tails widen the latter alone.
+    # A Normal's interquartile range is 1.349 standard deviations, and far tails do not widen it.
     quartiles = np.subtract(*np.quantile(draws, [0.75, 0.25], axis=0))
     spread = np.minimum(draws.std(0), quartiles / 1.349)
     width = spread * len(draws) ** (-1 / 6) / (window.sides / (num_points - 1))
@@ -68,9 +68,9 @@ def _kernel_density(draws: Array, window: Window, num_points: int) -> Array:
 
 
 def in_rows(log_density: Any, points: Array, joint: JointDensity) -> Array:
-    """`log_density` of z `(S, 1, 2)` at `points` `(G, 2)`, so many at a time; `(G,)` in double precision."""
+    """`log_density` of z `(S, 1, 2)` at `points` `(G, 2)`, `MAX_ROWS` at a time; `(G,)` in double precision."""
     z = torch.as_tensor(points, dtype=joint.dtype, device=joint.device)[:, None]
-    return np.concatenate([array(log_density(part)[:, 0]) for part in z.split(ROWS)])
+    return np.concatenate([array(log_density(part)[:, 0]) for part in z.split(MAX_ROWS)])
 
 
 def array(values: Tensor) -> NDArray[np.float64]:
@@ -78,9 +78,9 @@ def array(values: Tensor) -> NDArray[np.float64]:
 
 
 def extent(points: Array, name: str) -> Window:
-    """The window of draws, all but the most extreme few, grown to hold the tails."""
+    """The window of all but the most extreme draws, widened to hold the tails."""
     if not np.isfinite(points).all():
-        raise InputError(f"{name}: some draws of z are NaN or infinite; look at the parameters there")
+        raise InputError(f"{name}: some draws of z are NaN or infinite; check the parameters of model and guide")
     low, high = np.quantile(points, [0.002, 0.998], axis=0)
     centre, side = (low + high) / 2, np.maximum(high - low, 1e-12)
     return Window(centre - 0.9 * side, centre + 0.9 * side)

@@ -61,7 +61,7 @@ class Adam:
         # 1 where slopes are steady, else 0: arithmetic is faster than booleans.
         steady = direction.abs().sub_(STEADY).mul_(1e30).clamp_(0.0, 1.0)
         pace.mul_(steady.mul_(FASTER - SLOWER).add_(SLOWER)).clamp_(1.0, FASTEST)
-        stretch.parameter += direction.mul_(pace).mul_(stretch.unit).mul_(rate)
+        stretch.parameter.add_(direction.mul_(pace).mul_(stretch.unit).mul_(rate))
 
 
 def _stretches(parameter: Tensor, unit: Tensor | float) -> list[tuple[Tensor, Tensor | float]]:

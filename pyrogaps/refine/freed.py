@@ -59,8 +59,8 @@ class FreedGuide:
     which, so that the family does not depend on the chunk); a constant scale stays constant.
     """
 
-    def __init__(self, guide: FactorisedGuide, first: int, varies: dict[str, set[str]]) -> None:
-        self.joint: JointDensity = guide.joint
+    def __init__(self, guide: FactorisedGuide, joint: JointDensity, first: int, varies: dict[str, set[str]]) -> None:
+        self.joint = joint
         self._first = first  # datapoint of the chunk
         self.active, self.count = guide.active, len(guide.indices)
         self.parameters: list[Tensor] = []

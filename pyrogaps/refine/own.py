@@ -88,8 +88,7 @@ class OwnFamily:
             with torch.no_grad():
                 local = self.density.at(chunk.indices)
             assert isinstance(local, FactorisedGuide)
-            local.joint = joint
-            return FreedGuide(local, chunk.start, self.varies)
+            return FreedGuide(local, joint, chunk.start, self.varies)
         return FinetunedGuide(self.density, joint, chunk.indices)
 
     def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, run: Run) -> Refinable:

@@ -37,6 +37,12 @@ class State:
     best_score: float = float("-inf")
     history: dict[str, list[float]] = field(default_factory=dict)
 
+    def finish_epoch(self, best: Weights | None, score: float) -> None:
+        """Count an epoch; `best` are its weights where they are the best so far, with their score."""
+        self.epoch += 1
+        if best is not None:
+            self.best, self.best_epoch, self.best_score = best, self.epoch, score
+
 
 class Checkpoint:
     """The checkpoint of one run at `path`; does nothing if `path` is None.

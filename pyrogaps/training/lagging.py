@@ -49,9 +49,9 @@ class GuideAhead:
 
         Afterwards `optimizer` moves only the model's parameters.
         """
-        optimizer.moves = self.names.__contains__
+        optimizer.move_only(self.names.__contains__)
         self._descend(step, first, batches)
-        optimizer.moves = lambda name: name not in self.names
+        optimizer.move_only(lambda name: name not in self.names)
 
     def _descend(self, step: Callable[[Tensor], float], first: Tensor, batches: list[Tensor]) -> None:
         previous, total, indices = math.inf, 0.0, first

@@ -37,8 +37,8 @@ class Objective:
 
     def anneal(self, beta: float, entropy_weight: float) -> None:
         """Set beta and lambda, each in [0, 1]."""
-        self._model_weight.weight = beta
-        self._guide_weight.weight = beta * entropy_weight
+        self._model_weight.set_weight(beta)
+        self._guide_weight.set_weight(beta * entropy_weight)
 
     @property
     def kind(self) -> str:
@@ -58,15 +58,16 @@ class Objective:
         partial = [weight for weight in (self._model_weight, self._guide_weight) if weight.is_partial]
         try:
             for weight, factor in zip(partial, inputs, strict=True):
-                weight.factor = factor
+                weight.take_factor(factor)
             yield
         finally:
             for weight in partial:
-                weight.factor = None
+                weight.take_factor(None)
 
     def begin(self, rows: int) -> None:
         self._count.reset(rows)
-        self._model_weight.withheld = self._guide_weight.withheld = 0.0
+        self._model_weight.reset()
+        self._guide_weight.reset()
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> float:
         """Negative objective of one minibatch; adds its gradient to the parameters' `.grad`.

@@ -140,6 +140,10 @@ class JointOptimizer(PyroOptim):
         except (TypeError, ValueError) as error:
             raise InputError(f"training: optimizer {kind.__name__}: {error}") from error
 
+    def move_only(self, moves: Callable[[str], bool] | None) -> None:
+        """Let steps move only the parameters whose names `moves` accepts; None: all."""
+        self.moves = moves
+
     @staticmethod
     def _fused(kind: type[Optimizer], options: dict[str, Any], values: Iterable[Tensor]) -> dict[str, Any]:
         """`options` plus `fused=True` if the optimizer supports it here and no implementation was chosen."""

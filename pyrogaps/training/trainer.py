@@ -164,7 +164,8 @@ class Trainer:
         epoch, chosen = state.epoch, self.settings
         self.optimizer.set_rate(chosen.rate(epoch))
         self.objective.anneal(chosen.beta(epoch), chosen.entropy_weight(epoch))
-        elbo, self.optimizer.moves = 0.0, None
+        elbo = 0.0
+        self.optimizer.move_only(None)
         ahead = self.ahead if self.ahead is not None and self.ahead.is_active(state.history) else None
         with self._training(epoch):
             self.steps.begin_epoch()
@@ -201,10 +202,8 @@ class Trainer:
             state.history.setdefault(name, []).append(value)
         # Scores are comparable only once the ELBO itself is trained; before that the newest weights are kept.
         comparable = self.validation is not None and self.settings.annealed(state.epoch)
-        state.epoch += 1
-        if not comparable or score > state.best_score:
-            state.best, state.best_epoch = copy_weights(self.model, self.guide), state.epoch
-            state.best_score = score if comparable else -math.inf
+        better = not comparable or score > state.best_score
+        state.finish_epoch(copy_weights(self.model, self.guide) if better else None, score if comparable else -math.inf)
 
     def _is_exhausted(self, state: State) -> bool:
         patience = self.settings.patience

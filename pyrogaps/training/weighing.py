@@ -25,6 +25,18 @@ class WeightLatents(Messenger):
         self.withheld: Tensor | float = 0.0
         self._unweighted: dict[str, tuple[Any, Any]] = {}
 
+    def set_weight(self, weight: float) -> None:
+        """Multiply by `weight` from now on."""
+        self.weight = weight
+
+    def take_factor(self, factor: Tensor | None) -> None:
+        """Replace a weight between 0 and 1 by a tensor; None: use the weight itself."""
+        self.factor = factor
+
+    def reset(self) -> None:
+        """Begin a new sum of what is withheld."""
+        self.withheld = 0.0
+
     def _pyro_sample(self, message: Any) -> None:
         if self.weight == 1 or message["is_observed"] or site_is_subsample(message):
             return

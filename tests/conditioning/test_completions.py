@@ -159,7 +159,7 @@ def correlated(x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("model", "shown", "message"),
     [
-        (autoregressive, [False, True, True], "depends on what is withheld"),
+        (autoregressive, [False, True, True], "depends on withheld data"),
         (correlated, [True, False, False], "MultivariateNormal cannot be observed in part"),
     ],
 )
@@ -218,7 +218,7 @@ def test_observations_that_cannot_be_put_back() -> None:
                 pyro.sample("y", dist.Normal(z.expand(3, -1), 1.0), obs=x[:, 1])
 
     x = torch.randn(5, 2)
-    for model, message in ((cast, "convert the data before they are passed"), (several, "stands for several draws")):
+    for model, message in ((cast, "pass data that are converted already"), (several, "but a draw has shape")):
         joint = pg.JointDensity(model, x, plate="data")
         partial = partially_observed(joint, Shown(torch.tensor([True, False])))
         with seeded(0, "cast"), pytest.raises(pg.InputError, match=message):

@@ -124,7 +124,7 @@ def test_lookahead_without_steps_in_the_data() -> None:
     def flat(x: Tensor) -> None:
         guide(x.flatten(1))
 
-    with pytest.raises(pg.InputError, match="no argument that it observes has 6 steps"):
+    with pytest.raises(pg.InputError, match="no observed argument has 6 steps"):
         check_no_leak(density(flat, torch.randn(8, 2, 3), model), Lookahead(0))
 
 
@@ -140,7 +140,7 @@ def test_both_declarations_are_refused() -> None:
     [
         (torch.ones(6), "must be boolean"),
         (torch.ones(5, dtype=torch.bool), "does not fit the argument's"),
-        ((None, torch.ones(6, dtype=torch.bool)), r"2 masks for the model's 1 argument\(s\)"),
+        ((None, torch.ones(6, dtype=torch.bool)), r"2 masks, but the model has 1 argument\(s\)"),
     ],
 )
 def test_masks_that_do_not_fit(mask: Any, message: str) -> None:

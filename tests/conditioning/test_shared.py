@@ -142,7 +142,7 @@ def test_completions_of_a_datapoint() -> None:
         assert completed.shape == (8, 2)
         assert z.shape == (8, 1)
         assert torch.equal(completed[:, 0], x[n, 0].expand(8))
-    with pytest.raises(pg.InputError, match="no number 70"):
+    with pytest.raises(pg.InputError, match="must be from 0 to 69, got 70"):
         found.completions(70)
 
 

@@ -183,18 +183,18 @@ def test_joint_autoguides_under_a_data_plate() -> None:
     for kind in flat:
         pyro.clear_param_store()
         guide = trained(kind(model))
-        refused(guide, f"{kind.__name__} is a flat joint autoguide", "AutoNormal", "AutoLocalMultivariateNormal")
+        refused(guide, f"{kind.__name__} is one joint distribution", "AutoNormal", "AutoLocalMultivariateNormal")
     pyro.clear_param_store()
     laplace = trained(AutoLaplaceApproximation(model))
     refused(laplace, "AutoLaplaceApproximation", "AutoNormal", "AutoLocalMultivariateNormal")
-    refused(laplace.laplace_approximation(X), "AutoMultivariateNormal is a flat joint autoguide", "AutoNormal")
+    refused(laplace.laplace_approximation(X), "AutoMultivariateNormal is one joint distribution", "AutoNormal")
 
 
 def test_auto_guide_list_with_a_flat_part() -> None:
     guide = AutoGuideList(model)
     guide.append(AutoNormal(pyro.poutine.block(model, expose=["z"])))
     guide.append(AutoDiagonalNormal(pyro.poutine.block(model, expose=["rate"])))
-    refused(trained(guide), "AutoDiagonalNormal is a flat joint autoguide", "AutoNormal")
+    refused(trained(guide), "AutoDiagonalNormal is one joint distribution", "AutoNormal")
 
 
 def test_auto_structured() -> None:
@@ -287,7 +287,7 @@ def test_per_datapoint_parameters_that_are_not_selected() -> None:
             pyro.sample("rate", dist.Gamma(2.0, 1.0))
             pyro.sample("z", dist.Normal(loc, 0.5))
 
-    refused(guide, "guide", "some of the datapoints", "loc[rows]", "event_dim")
+    refused(guide, "guide", "subset of the datapoints", "loc[rows]", "event_dim")
 
 
 def test_per_datapoint_parameters_selected_by_position() -> None:
@@ -297,7 +297,7 @@ def test_per_datapoint_parameters_selected_by_position() -> None:
             pyro.sample("rate", dist.Gamma(2.0, 1.0))
             pyro.sample("z", dist.Normal(loc[rows], 0.5))
 
-    refused(guide, "guide", "place", "rows", "torch.arange(N)")
+    refused(guide, "guide", "position", "rows", "torch.arange(N)")
 
 
 def test_guide_with_dependence_between_rows() -> None:
@@ -348,4 +348,4 @@ def test_guide_parameter_of_the_store_not_finite() -> None:
 
 
 def test_data_are_needed_to_read_a_model() -> None:
-    refused(sites, "data:", "needed", data=None)
+    refused(sites, "data: missing", data=None)

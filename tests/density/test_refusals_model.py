@@ -143,7 +143,7 @@ def test_latent_for_some_inputs_only() -> None:
                 z = z + pyro.sample("w", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    refused(model, X, "latent sites change", "mask")
+    refused(model, X, "shapes of its latent sites differ", "mask")
 
 
 # Plates.

@@ -189,7 +189,7 @@ def test_transformed_observations_need_the_hook() -> None:
             pyro.sample("log x", dist.Normal(z, 1.0), obs=x.log())
 
     joint = JointDensity(model, torch.rand(N) + 0.5)
-    with pytest.raises(InputError, match=r"site 'log x': cannot tell which argument .*to_data="):
+    with pytest.raises(InputError, match=r"site 'log x': its observed value is not one of .*to_data="):
         joint.simulate()
     x, z = joint.simulate(lambda values: values["log x"].exp())
     within(x.log() - z[:, 0], 0.0)
