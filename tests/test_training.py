@@ -317,7 +317,8 @@ def test_steps_ahead_stop_where_the_loss_no_longer_falls() -> None:
     rows: list[Tensor] = []
 
     class Stub:
-        moves: Any = None
+        def move_only(self, moves: Any) -> None:
+            pass
 
     def losses(falling: int) -> Callable[[Tensor], float]:
         rows.clear()
