@@ -116,7 +116,7 @@ class StructuredNormal(AmortizedGuide, nn.Module):
         if not min_scale > 0:
             raise InputError(f"StructuredNormal: min_scale must be positive, got {min_scale}")
         if innovations and around is None:
-            raise InputError("StructuredNormal: innovations need the sequence model. Pass it as around.")
+            raise InputError("StructuredNormal: innovations need the sequence model. Pass it as the argument around.")
         self.data_dim, self.latent_dim, self.rnn_dim = data_dim, latent_dim, rnn_dim
         self.lookahead = checked_lookahead("StructuredNormal", lookahead)
         self.rnn = nn.GRU(data_dim + 1, rnn_dim, batch_first=True)

@@ -224,7 +224,7 @@ def _reference(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bo
     if recipe.reference is None:
         return None
     if not isinstance(declared(built.guide), Lookahead):
-        say("pyrogaps: reference has no effect: the guide declares no lookahead short of all the future")
+        say("pyrogaps: reference has no effect, because the guide declares no finite lookahead")
         return None
     say("training the reference guide on data simulated from the model")
     settings = {name: value for name, value in vars(recipe.reference).items() if name != "freeze_model"}

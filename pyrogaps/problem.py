@@ -166,7 +166,7 @@ class Problem:
             same = posterior.joint is self.joint
             posterior = posterior.over(joint if same else posterior.joint.over(data))
         elif posterior is not None:
-            raise InputError("guide: what refine returned belongs to the data it was refined for; pass the guide")
+            raise InputError("guide: a refined guide fits only the data it was refined on. Pass the original guide")
         return replace(self, joint=joint, posterior=posterior, _evaluators={})
 
     def simulated(self, seed: int, to_data: ToData | None = None) -> "Simulated":

@@ -345,7 +345,7 @@ def test_ladder_is_found_wrong_where_a_mode_is_missed() -> None:
     check = ledger.provenance["evidence"]["check"]
     assert check["lowest"] == 3
     assert check["width"] > 0.1
-    assert any("on simulated data log p(x) may be" in warning for warning in ledger.diagnose().warnings)
+    assert any("log p(x) of simulated data may be" in warning for warning in ledger.diagnose().warnings)
     assert "the lowest 3 rungs left out" in str(ledger)
 
 

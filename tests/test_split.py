@@ -197,7 +197,7 @@ def test_what_cannot_be_drawn_anew_starts_from_the_guide() -> None:
     ledger = pg.decompose(model, guide, test, split=pg.Split(train, QUICK), **TINY)
     starts = {start["start"]: start["kept"] for start in ledger.provenance["split"]["starts"]}
     assert starts == {"warm": [], "fresh 1": ["scale"]}
-    assert "fresh starts keep the guide's scale: no reset_parameters() draws them anew" in str(ledger)
+    assert "fresh starts reuse the guide's scale, because no reset_parameters() draws new initial values" in str(ledger)
     guide.net.requires_grad_(False)
     assert [candidate.name for candidate in _candidates(guide, 2, Run(0))] == ["warm"]
 

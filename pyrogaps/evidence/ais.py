@@ -169,7 +169,7 @@ class AISMeasurement(Measurement):
             return []
         return [
             f"the effective sample size of AIS is {share:.0%} of its chains, so log p(x), and every gap to it, may be "
-            "too small; give AIS more temperatures"
+            "too small; raise num_temperatures of AIS"
         ]
 
     def estimate(self, parts: Sequence[Measured]) -> Estimate:

@@ -160,8 +160,9 @@ class LadderMeasurement(Measurement):
             )
         if isinstance(check, LadderCheck) and check.width > tolerance:
             cautions.append(
-                f"on simulated data log p(x) may be {check.width:.3f} nats higher than measured, on the last rung too: "
-                "the refined guide may miss parts of the posterior; try a richer family or AIS(initial='prior')"
+                f"log p(x) of simulated data may be {check.width:.3f} nats higher than measured, even with the last "
+                "rung alone. The refined guide may miss parts of the posterior; try a richer family or "
+                "AIS(initial='prior')"
             )
         return cautions
 

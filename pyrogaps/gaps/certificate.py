@@ -44,15 +44,15 @@ def lines_of(certificate: xr.Dataset) -> Iterator[str]:
     middle, most = np.quantile(width, [0.5, 0.9])
     certain = width.mean() + math.log(1 / (1 - CERTAIN)) / len(width)
     yield (
-        f"BDMC on {len(width)} datapoints simulated from the model: log p(x) is at most {_mean(width)} nats above its "
-        f"bound on average (median {middle:.3f}, nine in ten below {most:.3f}, largest {width.max():.3f}), and "
-        f"the mean at most {certain:.3f} with {CERTAIN:.0%} certainty"
+        f"BDMC on {len(width)} datapoints simulated from the model: log p(x) exceeds its bound by at most "
+        f"{_mean(width)} nats on average ({certain:.3f} with {CERTAIN:.0%} confidence). Per datapoint: median "
+        f"{middle:.3f}, 90th percentile {most:.3f}, maximum {width.max():.3f}"
     )
     gain = certificate["gain"].values
     share = float((gain > IMPROVING + 2 * certificate["gain_mcse"].values).mean())
     yield (
-        f"refined {certificate.attrs['longer']} times as long, {len(gain)} datapoints gain {_mean(gain)} nats; "
-        f"{share:.0%} of them gain more than {IMPROVING} nats and their error"
+        f"refined {certificate.attrs['longer']} times as long, {len(gain)} datapoints gain {_mean(gain)} nats on "
+        f"average. For {share:.0%} of them the gain exceeds {IMPROVING} nats and its own error"
     )
 
 
@@ -64,11 +64,11 @@ def cautions(certificate: xr.Dataset, inference_gap: float, last_gap: str) -> It
     width = float((certificate["upper"] - certificate["lower"]).mean())
     gain = float(certificate["gain"].mean())
     if width > abs(inference_gap) / 10:
-        yield f"log p(x) may be {width:.3f} nats higher than measured (BDMC); give AIS more temperatures"
+        yield f"log p(x) may be {width:.3f} nats higher than measured (BDMC); raise num_temperatures of AIS"
     if gain > abs(inference_gap) / 10:
         yield (
-            f"a longer refinement gains {gain:.3f} nats, which belong to the {last_gap}, not to the "
-            "approximation gap; give Refinement more num_steps"
+            f"a longer refinement gains {gain:.3f} nats: the approximation gap is too large by them, and the "
+            f"{last_gap} too small. Raise num_steps of Refinement"
         )
 
 

@@ -57,7 +57,9 @@ class Retraining:
             raise InputError(f"retraining: tolerance must be positive, got {self.tolerance}")
         for name in ("objective", "patience"):
             if getattr(self.training, name) is not None:
-                raise InputError(f"retraining.training: phi-hat climbs the ELBO for whole rounds; leave {name} out")
+                raise InputError(
+                    f"retraining.training: leave {name} out. Retraining maximises the ELBO in rounds of fixed length"
+                )
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,10 @@ def retrain(
     Raises `InputError` for a guide that is no module, and where training diverges.
     """
     if not isinstance(guide, nn.Module):
-        raise InputError("split: only a guide that is a module can be copied and trained on, and this one is not")
+        raise InputError(
+            "split: the guide must be an nn.Module, so that copies of it can be trained. Pass such a guide, or leave "
+            "split out"
+        )
     candidates = _candidates(guide, split.retraining.num_restarts, run)
     starts = [_trained_on(model, candidate, split, bound, run, folder) for candidate in candidates]
     return sorted(starts, key=lambda start: -max(start.bounds))

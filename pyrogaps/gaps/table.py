@@ -90,8 +90,8 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     if provenance["unnormalised_likelihood"]:
         sites = ", ".join(provenance["unnormalised_likelihood"])
         notes.append(
-            f"unnormalised likelihood ({sites}): values outside the support were scored because the model says "
-            "validate_args=False, so log p(x) is not a log-probability; gaps are still gaps"
+            f"unnormalised likelihood ({sites}): with validate_args=False, values outside the support were scored, so "
+            "log p(x) is not a log-probability; the gaps remain valid"
         )
     return notes
 
@@ -123,14 +123,14 @@ def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]
     if moving > 0.1:
         reasons.append(
             f"the refinement of {moving:.0%} of the datapoints had not converged, which makes the approximation gap "
-            f"too large and the {last_gap(provenance)} too small; give Refinement more num_steps"
+            f"too large and the {last_gap(provenance)} too small; raise num_steps of Refinement"
         )
     reasons += provenance.get("cautions", [])
     starts = provenance.get("split", {}).get("starts", [])
     if starts and not all(start["converged"] for start in starts):
         reasons.append(
-            "phi-hat had not converged, so the capacity gap may be too large and the optimization gap too small; give "
-            "Retraining more max_rounds"
+            "phi-hat had not converged, so the capacity gap may be too large and the optimization gap too small; raise "
+            "max_rounds of Retraining"
         )
     return reasons
 
@@ -142,21 +142,23 @@ def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> lis
         return []
     if "elbo_shared" not in per_datapoint:
         return [
-            f"the guide is shown {shown}; without a reference guide its amortization gap holds the conditioning gap"
+            f"shown to the guide: {shown}. Without a reference guide, its amortization gap includes the "
+            "conditioning gap"
         ]
     if "overfitting" not in per_datapoint:
         return [
-            f"the guide is shown {shown}; the conditioning gap is too large where the reference guide is not the best"
+            f"shown to the guide: {shown}. The conditioning gap is overestimated where the reference guide is not "
+            "the best"
         ]
     number = int(per_datapoint["num_completions"].max())
     excess = float(per_datapoint["overfitting"].mean()) / 2
     misfit = (per_datapoint["elbo_on_completions"] - per_datapoint["elbo_shared"]).values
     error = f" ± {standard_error(misfit):.2f}" if len(misfit) > 1 else ""
     return [
-        f"the guide is shown {shown}; the conditioning gap is about {excess:.3f} nats too large, because q*_C is "
-        f"fitted to halves of up to {number} completions",
-        f"L[q*_C] is {misfit.mean():.2f}{error} nats higher on the model's completions than on the data; if that is "
-        "far from 0, the data do not follow the model",
+        f"shown to the guide: {shown}. The conditioning gap is overestimated by about {excess:.3f} nats, because "
+        f"q*_C is fitted to only half of at most {number} completions",
+        f"the ELBO of q*_C is {misfit.mean():.2f}{error} nats higher on the model's completions than on the data; a "
+        "value far from 0 means that the data do not follow the model",
     ]
 
 
@@ -172,5 +174,7 @@ def _on_split(provenance: dict[str, Any]) -> list[str]:
     )
     lines = [summary + (f"; not converged: {', '.join(left)}" if left else ", all converged")]
     if kept := sorted({name for start in starts for name in start.get("kept", [])}):
-        lines.append(f"fresh starts keep the guide's {', '.join(kept)}: no reset_parameters() draws them anew")
+        lines.append(
+            f"fresh starts reuse the guide's {', '.join(kept)}, because no reset_parameters() draws new initial values"
+        )
     return lines
