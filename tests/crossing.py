@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[list[str], list[str], str]] = {
     "a doubly reparametrised gradient leaves out what scores a draw, here the reverse model": (
         ["AutoLocalAuxiliaryFlow"],
         ["train, IWAE doubly reparametrised"],
-        "its reverse model would not be trained",
+        "would not train its reverse model",
     ),
 }
 

@@ -366,7 +366,7 @@ def test_model_weights_that_do_not_fit(recipe, weigh):
     larger = [f"--{part}.init_args.latent_dim=3" for part in ("model", "guide")]
     said = weigh(recipe, *FROM_FIRST, *larger, out="larger")[0].splitlines()[-1]
     assert "model weights first/checkpoint.pt: the file does not fit Model" in said
-    assert "'decoder.weight' has shape (4, 2) in the checkpoint, (4, 3) here" in said
+    assert "'decoder.weight' has shape (4, 2) in the file, but (4, 3) here" in said
 
     document = {name: value for name, value in RECIPE.items() if name not in ("model", "guide")}
     Path("pair.yaml").write_text(yaml.safe_dump({**document, "pair": "mine.make_pair"}))

@@ -99,10 +99,10 @@ def test_a_guide_with_parameters_for_each_datapoint_stays_with_its_data() -> Non
     guide, x = pyro.infer.autoguide.AutoNormal(model), torch.randn(5)
     guide(x)
     problem = pg.Problem.of(model, guide, x)
-    with pytest.raises(pg.InputError, match="each of 5 datapoints"):
+    with pytest.raises(pg.InputError, match="parameters for 5 datapoints, but the data have 3"):
         problem.over(IndexedData(3, lambda indices: (x[indices],)))
     refined = pg.refine(problem, settings=pg.Refinement(num_steps=20))
-    with pytest.raises(pg.InputError, match="belongs to the data"):
+    with pytest.raises(pg.InputError, match="fits only the data it was refined on"):
         problem.with_guide(refined).over(problem.joint.data)
 
 

@@ -164,7 +164,7 @@ def test_a_smoother_has_no_use_for_a_reference(
     few_chorales: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*few_chorales, "--guide.init_args.lookahead", "inf"]) == 0
-    assert "reference has no effect: the guide declares no lookahead" in capsys.readouterr().err
+    assert "reference has no effect, because the guide declares no finite lookahead" in capsys.readouterr().err
     assert "conditioning_gap" not in (tmp_path / "run" / "summary.csv").read_text()
 
 

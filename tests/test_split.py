@@ -247,7 +247,7 @@ def test_what_cannot_be_split_is_refused() -> None:
         with pytest.raises(pg.InputError, match=said):
             pg.decompose(model, guide, test, split=pg.Split(train, retraining), **TINY)
 
-    refuse("only a guide that is a module", lambda x: guide(x))
+    refuse("the guide must be an nn.Module", lambda x: guide(x))
     refuse("the warm start diverged", guide, replace(QUICK, training=Training(num_epochs=9, learning_rate=1e200)))
     with pytest.raises(pg.InputError, match="leave split out"):
         pg.decompose(model, guide, test, split=pg.Split(train, QUICK), plate=False, **TINY)
