@@ -1,6 +1,6 @@
 """The one exception for input that cannot be used as it is, and the checks that settings share."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -16,6 +16,13 @@ def at_least(section: str, settings: Any, least: Mapping[str, float]) -> None:
     for name, bound in least.items():
         if getattr(settings, name) < bound:
             raise InputError(f"{section}.{name}: must be at least {bound}, got {getattr(settings, name)}")
+
+
+def positive(section: str, settings: Any, names: Iterable[str]) -> None:
+    """Raise `InputError` for the first of the fields in `names` that is not above 0."""
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise InputError(f"{section}.{name}: must be positive, got {getattr(settings, name)}")
 
 
 def between_0_and_1(name: str, value: float) -> None:

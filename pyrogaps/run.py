@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -72,7 +73,7 @@ class Run:
     seed: int = 0
     batch_size: int = BLOCK
     progress: bool = False
-    cache: Any = None
+    cache: Path | None = None
     bar: Bar = field(default_factory=Bar, repr=False, compare=False)
 
     def stream(self, purpose: str) -> Stream:
@@ -108,6 +109,7 @@ class Run:
         settings: Mapping[str, Any],
         fingerprint: Callable[[Chunk], Tensor],
         num_stages: int,
+        reached: Callable[[Arrays], Mapping[str, Any]],
     ) -> list[tuple[Chunk, Arrays]]:
         """As `map`, with a progress bar; finished chunks are kept in the cache.
 
@@ -116,6 +118,7 @@ class Run:
             joint: the density whose datapoints are measured.
             settings: a chunk in the cache holds only for the same settings,
             fingerprint: and for the same numbers here, which change with data and parameters.
+            reached: what the bar shows the mean of, by name, from the arrays of a chunk.
         """
         cache = ChunkCache(self.cache, dict(settings))
         pieces = chunks(joint.num_datapoints, self.batch_size)
@@ -131,9 +134,7 @@ class Run:
 
             def kept(chunk: Chunk) -> tuple[Chunk, Arrays]:
                 arrays = cache.get(chunk, fingerprint, lambda: measure(chunk, shown_in))
-                # On training data there is no evidence: the refined bound stands in its place.
-                reached = arrays.get("log_evidence", arrays["elbo_refined"][:, 0])
-                shown_in.bar.finish_chunk({"L[q]": arrays["elbo"], "log p(x)": reached})
+                shown_in.bar.finish_chunk(reached(arrays))
                 memory.give_back()
                 return chunk, arrays
 

@@ -87,7 +87,7 @@ def test_variables_have_their_dimensions_and_units(ledger: GapLedger) -> None:
     for name in data.data_vars:
         family = str(name).removesuffix("_mcse") in by_family
         assert data[name].dims == (("datapoint", "family") if family else ("datapoint",)), name
-    for name in QUANTITIES:
+    for name in (*QUANTITIES, "log_evidence"):
         assert data[name].attrs["units"] == data[f"{name}_mcse"].attrs["units"] == "nats"
         assert np.isfinite(data[name]).all() and (data[f"{name}_mcse"] >= 0).all()
     assert ledger.families == ["own", "mean-field", "full"]

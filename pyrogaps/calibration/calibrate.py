@@ -123,9 +123,8 @@ def _posterior_of(
     if refinement is None:
         guide = problem.guided()
         return lambda chunk: (guide, None)
-    fitted = family.over(problem) if isinstance(family, OwnFamily) else family
-    assert fitted is not None
-    refiner = Refiner(fitted, refinement)
+    assert family is not None
+    refiner = Refiner(family, refinement).over(problem)
 
     def refined(chunk: Chunk) -> Fitted:
         posterior, progress = refiner(problem.evaluator, chunk, run)

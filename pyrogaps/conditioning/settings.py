@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, positive
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,4 @@ class Conditioning:
                 f"conditioning.max_completions: must be at least num_completions ({self.num_completions}), got "
                 f"{self.max_completions}"
             )
-        if not self.tolerance > 0:
-            raise InputError(f"conditioning.tolerance: must be positive, got {self.tolerance}")
+        positive("conditioning", self, ["tolerance"])

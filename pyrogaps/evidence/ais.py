@@ -22,7 +22,7 @@ from pyrogaps.evidence.annealing import (
     tune,
 )
 from pyrogaps.evidence.paths import Path, anchored_path, prior_path
-from pyrogaps.evidence.protocol import MAX_CHAINS, Columns, Evidence, Measured, Measurement
+from pyrogaps.evidence.protocol import MAX_CHAINS, Columns, Evidence, Measured, Measurement, joined
 from pyrogaps.gaussians import gaussian_of
 from pyrogaps.hmc import HMCState
 from pyrogaps.log_weights import (
@@ -173,11 +173,8 @@ class AISMeasurement(Measurement):
         ]
 
     def estimate(self, parts: Sequence[Measured]) -> Estimate:
-        pairs = [(torch.as_tensor(part.log_weights), part.columns["acceptance"]) for part in parts]
-        log_weights, acceptance = (
-            torch.cat([tensor.cpu() for tensor in tensors], -1) for tensors in zip(*pairs, strict=True)
-        )
-        return log_mean_exp_estimate(log_weights, acceptance=acceptance)
+        log_weights = torch.cat([torch.as_tensor(part.log_weights).cpu() for part in parts], -1)
+        return log_mean_exp_estimate(log_weights, acceptance=joined(parts)["acceptance"])
 
 
 class AISRun(NamedTuple):

@@ -78,15 +78,15 @@ def bdmc(
     elif isinstance(problem.posterior, GuideDensity):
         refiner = Refiner(own_family(problem.posterior), refinement or Refinement())
     run = Run(seed, batch_size)
-    _, lower, upper = two_sided(simulated, settings.prepare(problem, run, refiner), settings, refiner, run)
+    lower, upper = two_sided(simulated, settings.prepare(problem, run, refiner), settings, refiner, run)
     return Sandwich(lower.value, upper.value, lower, upper, simulated.data, simulated.z)
 
 
 def two_sided(
     simulated: Simulated, measurement: Measurement, reverse: AIS, refiner: Refiner | None, run: Run
-) -> tuple[list[Measured], Estimate, Estimate]:
-    """log p(x) of simulated data by a measurement, chunk by chunk and as one estimate, and its upper bound by the
-    `reverse` of AIS from the latents behind them.
+) -> tuple[Estimate, Estimate]:
+    """log p(x) of simulated data by a measurement, and its upper bound by the `reverse` of AIS from the latents behind
+    them.
     """
     problem, z = simulated.problem, simulated.z
     below, above = measurement.over(problem, run), reverse.prepare(problem, run)
@@ -104,5 +104,4 @@ def two_sided(
     inverse = log_mean_exp_estimate(torch.cat([part for _, part in parts], -1))
     unknown = torch.full_like(inverse.mcse, torch.nan)
     upper = replace(inverse, value=-inverse.value, mcse=unknown, direction="upper bound", log_weights=None)
-    measured = [part for part, _ in parts]
-    return measured, measurement.estimate(measured), upper
+    return measurement.estimate([measured for measured, _ in parts]), upper

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pyrogaps.errors import InputError, at_least, between_0_and_1
+from pyrogaps.errors import InputError, at_least, between_0_and_1, positive
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,7 @@ class LadderSettings:
     def __post_init__(self) -> None:
         # A recipe gives a list.
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
-        for name in ("tolerance", "max_log_variance", "min_ess"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"evidence.{name}: must be positive, got {getattr(self, name)}")
+        positive("evidence", self, ["tolerance", "max_log_variance", "min_ess"])
         least = {"max_evaluations": 1, "num_pilot_draws": 100, "num_leapfrog": 1, "num_simulated": 0, "widen": 1}
         at_least("evidence", self, least)
         rising = all(low < high for low, high in pairwise((0, *self.temperatures)))

@@ -1,7 +1,6 @@
 """The bounds on the training data that split the amortization gap, and the guide that was trained on for them."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +10,7 @@ from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.chunk_cache import Arrays
 from pyrogaps.density.runs import Program
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.measure import Measure, as_arrays, columns_of
+from pyrogaps.gaps.measure import Measure, as_arrays, columns_of, reached
 from pyrogaps.gaps.retrain import Split, retrain
 from pyrogaps.log_weights import mean_estimate
 from pyrogaps.refine import own_family
@@ -25,7 +24,7 @@ NUM_COMPARING = 200
 def with_split(ledger: GapLedger, split: Split, measure: Measure, run: Run) -> GapLedger:
     """`ledger` with the amortization gap split in three; `measure` is of the training data."""
     problem = measure.problem
-    folder = None if run.cache is None else Path(run.cache) / "training"
+    folder = None if run.cache is None else run.cache / "training"
 
     def bound(candidate: Program) -> float:
         there = problem.with_guide(candidate)
@@ -50,7 +49,7 @@ def with_split(ledger: GapLedger, split: Split, measure: Measure, run: Run) -> G
     described = [start.described() for start in starts]
     settings = {"training": described, "seed": run.seed}
     cached = replace(run, cache=folder)
-    results = cached.map_kept(measure_chunk, problem.joint, settings, measure.fingerprint, measure.num_stages)
+    results = cached.map_kept(measure_chunk, problem.joint, settings, measure.fingerprint, measure.num_stages, reached)
     retraining = {name: value for name, value in vars(split.retraining).items() if name != "training"}
     training = {name: _plain(value) for name, value in asdict(split.retraining.training).items()}
     provenance = {

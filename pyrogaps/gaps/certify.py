@@ -39,14 +39,13 @@ def certify(measure: Measure, per_datapoint: xr.Dataset, settings: Certificate, 
     own = run.derived("certificate")
     simulated, there = refiner.simulated(problem, settings.num_simulated, own)
     reverse = evidence.evidence.reverse or AIS()
-    _, lower, upper = two_sided(simulated, evidence, reverse, there, own)
+    lower, upper = two_sided(simulated, evidence, reverse, there, own)
     bounds = {"lower": lower.value, "upper": upper.value, "lower_mcse": lower.mcse}
 
     part, chosen = part_of(problem.joint.data, settings.num_refined_again)
-    family = refiner.family
-    again = (family.for_other_data(problem) if isinstance(family, OwnFamily) else problem).over(part)
+    again = refiner.for_other_data(problem).over(part)
     longer = replace(refiner.settings, num_steps=settings.longer * refiner.settings.num_steps)
-    fitter = replace(there, family=family.over(again) if isinstance(family, OwnFamily) else family, settings=longer)
+    fitter = replace(refiner.over(again), settings=longer)
     # The bounds on simulated data refine too, from streams of their own.
     stream = own.derived("refined again")
     refined = refine_all(again, fitter, stream)

@@ -20,7 +20,7 @@ from pyrogaps.gaps.assemble import assemble, with_gaps
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.certify import certify, check_certifiable
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.measure import OWN, Measure
+from pyrogaps.gaps.measure import OWN, Measure, reached
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.sizes import sizes_of
 from pyrogaps.gaps.terms import TERMS, Term
@@ -32,7 +32,6 @@ from pyrogaps.run import Run
 QUANTITIES = {
     "elbo": ("Monte Carlo ELBO of the guide", "unbiased"),
     "iwae": ("importance weights of the guide", "lower bound of log p(x)"),
-    "log_evidence": ("AIS", "lower bound of log p(x)"),
     "elbo_refined": ("Monte Carlo ELBO of the refined guide", "lower bound of L[q*]"),
     "family_approximation_gap": ("log p(x) - L[q*]", "estimate (either way)"),
 }
@@ -151,7 +150,7 @@ def decompose(
             training = bounds_of(there, on_training)
         measure = replace(bounds, families=further, evidence=evidence.prepare(problem, run, bounds.refiner))
         provenance = _provenance(measure, run)
-        results = run.map_kept(measure, problem.joint, provenance, measure.fingerprint, measure.num_stages)
+        results = run.map_kept(measure, problem.joint, provenance, measure.fingerprint, measure.num_stages, reached)
         ledger = assemble(results, measure, provenance, terms)
         if split is not None and training is not None:
             ledger = with_gaps(with_split(ledger, split, training, on_training), terms)

@@ -106,6 +106,12 @@ class Measure:
         return own if self.conditioned is None else torch.cat([own, self.conditioned.probe(chunk)])
 
 
+def reached(arrays: Arrays) -> dict[str, Any]:
+    """What the progress bar shows of a chunk."""
+    # On training data there is no evidence: the refined bound stands in its place.
+    return {"L[q]": arrays["elbo"], "log p(x)": arrays.get("log_evidence", arrays["elbo_refined"][:, 0])}
+
+
 def columns_of(name: str, estimate: Estimate) -> dict[str, Tensor]:
     """An estimate and its Monte Carlo error, as columns of the ledger."""
     return {name: estimate.value, f"{name}_mcse": estimate.mcse}

@@ -61,7 +61,8 @@ class Term:
         id: the name of its column and of its row in `summary()`; no two terms have the same one.
         label: what tables and plots call it.
         parent: the id of the term that it is a part of; None for the root. Children sum to their parent.
-        estimator, direction: the difference that it is, and whether that is a bound of the gap.
+        estimator, direction: the difference that it is, as text or as a function from the columns to text, and
+            whether that is a bound of the gap.
         value: from the columns, per datapoint or, for what is a difference between data sets, as means.
         applies: whether there is such a gap, from the columns.
         cause, remedy: what a large gap says, and what usually helps.
@@ -71,7 +72,7 @@ class Term:
     id: str
     label: str
     parent: str | None
-    estimator: str
+    estimator: str | Callable[[Columns], str]
     direction: str
     value: Callable[[Columns], Values | Mean]
     applies: Callable[[Columns], bool] = lambda columns: True
@@ -79,6 +80,10 @@ class Term:
     remedy: str = ""
     colour: str = "#8c8c8c"
     hatch: str = ""
+
+    def estimator_of(self, columns: Columns) -> str:
+        """What stands beside the gap of these columns in a table."""
+        return self.estimator if isinstance(self.estimator, str) else self.estimator(columns)
 
 
 def values_of(dataset: xr.Dataset, name: str) -> Values:
@@ -90,8 +95,11 @@ def values_of(dataset: xr.Dataset, name: str) -> Values:
 
 def _target(columns: Columns) -> Values:
     """The best bound that the network can reach: of guides that are shown no more than it."""
-    shared = "elbo_shared" in columns.per_datapoint
-    return values_of(columns.per_datapoint, "elbo_shared" if shared else "elbo_refined")
+    return values_of(columns.per_datapoint, "elbo_shared" if _has_shared(columns) else "elbo_refined")
+
+
+def _has_shared(columns: Columns) -> bool:
+    return "elbo_shared" in columns.per_datapoint
 
 
 def _inference(columns: Columns) -> Values:
@@ -150,7 +158,7 @@ TERMS: tuple[Term, ...] = (
         "L[q*] - L[q*_C]",
         ESTIMATE,
         _conditioning,
-        lambda columns: "elbo_shared" in columns.per_datapoint,
+        _has_shared,
         cause="the guide is not shown all that the posterior depends on",
         remedy="show it more: a longer lookahead, a smoother, the withheld inputs",
         colour="#7fa650",
@@ -160,7 +168,7 @@ TERMS: tuple[Term, ...] = (
         "amortization_gap",
         "amortization gap",
         INFERENCE,
-        "L[q*] - L[q]",
+        lambda columns: "L[q*_C] - L[q]" if _has_shared(columns) else "L[q*] - L[q]",
         LOWER_BOUND,
         _amortization,
         lambda columns: columns.amortized,
@@ -227,7 +235,7 @@ TERMS: tuple[Term, ...] = (
         hatch="xxxx",
     ),
 )
-DESCRIPTION = ("label", "parent", "estimator", "direction", "cause", "remedy", "colour", "hatch")
+DESCRIPTION = ("label", "parent", "direction", "cause", "remedy", "colour", "hatch")
 
 
 def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.Dataset, dict[str, Values]]:
@@ -242,9 +250,8 @@ def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.D
     means = [value.mean if isinstance(value, Values) else value for value in values]
     variables: dict[str, Any] = {name: ("gap", [getattr(mean, name) for mean in means]) for name in Mean._fields}
     variables |= {name: ("gap", [getattr(term, name) or "" for term in ordered]) for name in DESCRIPTION}
+    variables["estimator"] = ("gap", [term.estimator_of(columns) for term in ordered])
     gaps = xr.Dataset(variables, {"gap": [term.id for term in ordered]})
-    if "elbo_shared" in columns.per_datapoint and "amortization_gap" in gaps["gap"]:
-        gaps["estimator"] = gaps["estimator"].where(gaps["gap"] != "amortization_gap", "L[q*_C] - L[q]")
     per_datapoint = {term.id: value for term, value in zip(ordered, values, strict=True) if isinstance(value, Values)}
     return gaps, per_datapoint
 

@@ -80,6 +80,14 @@ class Refiner:
             parameter.requires_grad_(False)
         return refinable, progress
 
+    def for_other_data(self, problem: Problem) -> Problem:
+        """`problem` as it can be taken to other data: without a guide that has parameters for its own alone."""
+        return self.family.for_other_data(problem) if isinstance(self.family, OwnFamily) else problem
+
+    def over(self, problem: Problem) -> "Refiner":
+        """This refiner for the guide of `problem`, the same on other data."""
+        return replace(self, family=self.family.over(problem)) if isinstance(self.family, OwnFamily) else self
+
     def simulated(
         self, problem: Problem, number: int, run: Run, to_data: ToData | None = None
     ) -> tuple[Simulated, "Refiner"]:
@@ -90,10 +98,8 @@ class Refiner:
         Raises `InputError` where the model cannot be simulated.
         """
         part, _ = part_of(problem.joint.data, number)
-        if not isinstance(self.family, OwnFamily):
-            return problem.over(part).simulated(run.seed, to_data), self
-        simulated = self.family.for_other_data(problem).over(part).simulated(run.seed, to_data)
-        return simulated, replace(self, family=self.family.over(simulated.problem))
+        simulated = self.for_other_data(problem).over(part).simulated(run.seed, to_data)
+        return simulated, self.over(simulated.problem)
 
     def _started(self, start: Start, evaluator: Evaluator, chunk: Chunk, run: Run) -> Refinable:
         if isinstance(self.family, OwnFamily):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pyrogaps.errors import InputError, at_least
+from pyrogaps.errors import at_least, positive
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,4 @@ class Refinement:
     def __post_init__(self) -> None:
         counts = ("num_steps", "num_particles", "num_starts", "num_selection")
         at_least("refinement", self, dict.fromkeys(counts, 1))
-        if not self.learning_rate > 0:
-            raise InputError(f"refinement.learning_rate: must be positive, got {self.learning_rate}")
+        positive("refinement", self, ["learning_rate"])
