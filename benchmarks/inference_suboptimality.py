@@ -25,10 +25,10 @@ import pyrogaps as pg
 from benchmarks.reporting import RESULTS, keep_noted, keep_trained, kept_ledger, machine
 from benchmarks.suboptimality_page import page
 from pyrogaps import GapLedger
-from pyrogaps.building import DataSet, build_data, build_families, build_programs
+from pyrogaps.cli.building import DataSet, build_data, build_families, build_programs
+from pyrogaps.cli.recipe import Recipe, override, read_document, resolve
+from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.density.runs import Program
-from pyrogaps.recipe import Recipe, override, read_document, resolve
-from pyrogaps.run_folder import RunFolder
 from pyrogaps.training import load_model_weights
 
 # By name of the flow: how columns with it are called, and the files of its table.

@@ -47,9 +47,9 @@ from benchmarks.suboptimality_page import (
     several,
     verdict,
 )
+from pyrogaps.cli.recipe import Recipe
+from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.plots.source import SHADES, tidy
-from pyrogaps.recipe import Recipe
-from pyrogaps.run_folder import RunFolder
 from pyrogaps.training import Staircase, load_weights, save_weights
 
 NAME = "inference_suboptimality_length"

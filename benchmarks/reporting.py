@@ -11,9 +11,9 @@ import torch
 import xarray as xr
 
 from pyrogaps import GapLedger
+from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
-from pyrogaps.run_folder import RunFolder
 from pyrogaps.training import load_weights, save_weights
 
 RESULTS = Path(__file__).parent / "results"

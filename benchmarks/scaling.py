@@ -24,7 +24,7 @@ import torch
 from reporting import machine, report
 
 import pyrogaps as pg
-from pyrogaps import memory, ranks
+from pyrogaps import memory, processes
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.vae import VAE
 
@@ -55,9 +55,10 @@ def measured(setting: dict[str, int], *, steps: int) -> dict[str, float]:
     return {"seconds": seconds, "cpu": cpu, "peak": memory.peak() / (1 << 20)}
 
 
-def elsewhere(setting: dict[str, int], options: argparse.Namespace, processes: int = 1) -> dict[str, float]:
+def elsewhere(setting: dict[str, int], options: argparse.Namespace, num_processes: int = 1) -> dict[str, float]:
     """`measured` in one or several processes of its own."""
-    by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    by = several if num_processes > 1 else []
     threads = 1 if options.sweep == "processes" else options.threads
     told = subprocess.run(
         [sys.executable, *by, __file__, "--one", json.dumps(setting), "--threads", str(threads)]
@@ -92,9 +93,9 @@ def main() -> None:
     options.sweep = ""
     torch.set_num_threads(options.threads)
     if options.one:
-        with ranks.joined():
+        with processes.joined():
             found = measured(json.loads(options.one), steps=5 if options.quick else 300)
-            if ranks.rank() == 0:
+            if processes.rank() == 0:
                 print(json.dumps(found))
         return
 
@@ -103,12 +104,12 @@ def main() -> None:
     wanted = {**sweeps, "processes": PROCESSES}
     for options.sweep, values in {n: v for n, v in wanted.items() if options.only in (None, n)}.items():
         for value in values:
-            setting, processes = {**MIDDLE, "datapoints": 64 if options.quick else MIDDLE["datapoints"]}, 1
+            setting, num_processes = {**MIDDLE, "datapoints": 64 if options.quick else MIDDLE["datapoints"]}, 1
             if options.sweep == "processes":
-                setting["datapoints"], processes = sweeps["datapoints"][-1] // 4, value
+                setting["datapoints"], num_processes = sweeps["datapoints"][-1] // 4, value
             else:
                 setting[options.sweep] = value
-            runs = [elsewhere(setting, options, processes) for _ in range(options.rounds)]
+            runs = [elsewhere(setting, options, num_processes) for _ in range(options.rounds)]
             seconds, cpu, peak = (median(run[name] for run in runs) for name in ("seconds", "cpu", "peak"))
             rows.append([options.sweep, value, seconds, cpu, peak, None, None])
             print(f"{options.sweep} {value}: {seconds:.1f} s, {peak:.0f} MiB", file=sys.stderr, flush=True)

@@ -33,8 +33,8 @@ from benchmarks.inference_suboptimality import (
 from benchmarks.reporting import RESULTS, keep_noted, machine
 from benchmarks.suboptimality_page import AMORTIZATION, APPROXIMATION, LABELS, Margin, Table, several, verdict
 from pyrogaps import GapLedger
-from pyrogaps.recipe import Recipe, read_document, resolve
-from pyrogaps.run_folder import RunFolder
+from pyrogaps.cli.recipe import Recipe, read_document, resolve
+from pyrogaps.cli.run_folder import RunFolder
 
 NAME = "suboptimality_studies"
 QUANTITIES = ("log_evidence", "elbo_refined", "elbo", APPROXIMATION, AMORTIZATION, "inference_gap")

@@ -22,9 +22,9 @@ from torch import Tensor
 import pyrogaps as pg
 from benchmarks.inference_suboptimality import column_recipe, decomposed, untrained
 from benchmarks.reporting import RESULTS, kept_ledger, machine, report
+from pyrogaps.cli.recipe import Component, Recipe
+from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.plots.source import SHADES, tidy
-from pyrogaps.recipe import Component, Recipe
-from pyrogaps.run_folder import RunFolder
 
 # Another pair is another line: its name in the picture, and its recipe.
 PAIRS = {

@@ -20,10 +20,10 @@ from torch import Tensor
 import pyrogaps as pg
 from benchmarks.inference_suboptimality import column_recipe, decomposed, trained
 from benchmarks.reporting import RESULTS, kept_ledger, machine, report
-from pyrogaps.building import build_families
+from pyrogaps.cli.building import build_families
+from pyrogaps.cli.recipe import Recipe
 from pyrogaps.density.runs import Program
 from pyrogaps.problem import Problem
-from pyrogaps.recipe import Recipe
 from pyrogaps.refine import RefinedGuide, Refiner, own_family
 from pyrogaps.refine.own import start_of
 from pyrogaps.run import Run

@@ -6,8 +6,10 @@ from pyrogaps.conditioning import Conditioning, SimulatedData, reference_guide, 
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence, Ladder, Measured, Measurement, ais, bdmc, log_evidence
+from pyrogaps.export import loo, to_datatree
 from pyrogaps.family import AmortizedGuide, LocalFamily
 from pyrogaps.gaps import TERMS, Certificate, GapLedger, Retraining, Split, Term, decompose
+from pyrogaps.grid import posterior_grid
 from pyrogaps.mapa import (
     MAPA_ELBO,
     MAPA_IWAE_ELBO,
@@ -19,8 +21,6 @@ from pyrogaps.mapa import (
 )
 from pyrogaps.objectives import IWAE_ELBO
 from pyrogaps.plots import plot_calibration, plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
-from pyrogaps.posterior_export import loo, to_datatree
-from pyrogaps.posterior_grid import posterior_grid
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement, refine
 from pyrogaps.training import train

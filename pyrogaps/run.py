@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrogaps import memory, ranks
+from pyrogaps import memory, processes
 from pyrogaps.chunk_cache import Arrays, ChunkCache
 from pyrogaps.density import JointDensity
 from pyrogaps.streams import BLOCK, Chunk, Stream, chunks, derive_seed, seeded
@@ -95,7 +95,7 @@ class Run:
         caller's random state is restored afterwards.
         """
         with self._seeded(joint):
-            return ranks.divided(measure, chunks(joint.num_datapoints, self.batch_size))
+            return processes.divided(measure, chunks(joint.num_datapoints, self.batch_size))
 
     def map_alone(self, measure: Callable[[Chunk], Result], joint: JointDensity) -> list[Result]:
         """As `map`, every process by itself, for results that belong to their process, such as guides."""
@@ -123,9 +123,9 @@ class Run:
         cache = ChunkCache(self.cache, dict(settings))
         pieces = chunks(joint.num_datapoints, self.batch_size)
         # Processes share what is left to do evenly, whoever did the rest.
-        done = ranks.first(lambda: cache.present(pieces))
+        done = processes.first(lambda: cache.present(pieces))
         order = sorted(pieces, key=lambda chunk: chunk in done)
-        own, shown = len(order[ranks.rank() :: ranks.world_size()]), self.progress and ranks.rank() == 0
+        own, shown = len(order[processes.rank() :: processes.world_size()]), self.progress and processes.rank() == 0
         with (
             self._seeded(joint),
             tqdm(total=own * num_stages, disable=not shown, dynamic_ncols=True, bar_format=FORMAT) as bar,
@@ -138,7 +138,7 @@ class Run:
                 memory.give_back()
                 return chunk, arrays
 
-            return sorted(ranks.divided(kept, order), key=lambda result: result[0].start)
+            return sorted(processes.divided(kept, order), key=lambda result: result[0].start)
 
     @contextmanager
     def _seeded(self, joint: JointDensity) -> Iterator[None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xarray as xr
 
-import pyrogaps.eval
+import pyrogaps
 
 RESULTS = ["checkpoint.pt", "gaps.png", "ledger.nc", "recipe.yaml", "summary.csv"]
 
@@ -118,7 +118,7 @@ def command(*arguments, ranks=1, restarts=0, **environment):
     """Run the command as a process of its own, or as several by torchrun, in the current folder."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     by = [] if ranks == 1 else [*torchrun, f"--max-restarts={restarts}"]
-    root = str(Path(pyrogaps.eval.__file__).parents[1])
+    root = str(Path(pyrogaps.__file__).parents[1])
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
     return subprocess.run(
         [sys.executable, *by, "-m", "pyrogaps.eval", *arguments],

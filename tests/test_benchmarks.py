@@ -21,7 +21,7 @@ from benchmarks import (
 )
 from benchmarks.conditioning import __main__ as conditioning
 from benchmarks.conditioning import chain, chorales, ledgers
-from pyrogaps.recipe import Recipe
+from pyrogaps.cli.recipe import Recipe
 
 
 @pytest.fixture

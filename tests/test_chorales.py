@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pyrogaps import JointDensity
-from pyrogaps.building import build_data
+from pyrogaps.cli.building import build_data
+from pyrogaps.cli.recipe import Component, Evaluate, Recipe
 from pyrogaps.datasets import Chorales
 from pyrogaps.errors import InputError
 from pyrogaps.models.dmm import DeepMarkovModel
-from pyrogaps.recipe import Component, Evaluate, Recipe
 
 CONTENT: dict[str, Any] = {
     "train": [[[60, 64], [], [21]], [[108]]],

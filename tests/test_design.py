@@ -17,15 +17,15 @@ MAX_PARAMETERS = 7
 # Attributes of other objects that are set, by file, and why.
 SET_ATTRIBUTES = {
     # Objects of torch, Pyro, matplotlib, xarray and Python.
-    "building.py": {"family.__name__"},
+    "cli/building.py": {"family.__name__"},
     "capture/graphs.py": {"output.args", "node.target", "node.args"},
     "capture/products.py": {"product.meta", "call.meta"},
-    "console.py": {"warnings.showwarning"},
+    "cli/console.py": {"warnings.showwarning"},
     "density/plates.py": {"SubsampleMessenger._subsample", "SubsampleMessenger._process_message"},
     "datasets/chorales.py": {"setattr(self)"},  # in __post_init__, by the names of the parts
     "density/runs.py": {"module.training"},
-    "posterior_export/tree.py": {"tree.attrs"},
-    "ranks.py": {"share.known"},  # on an exception on its way up: all processes have it
+    "export/tree.py": {"tree.attrs"},
+    "processes.py": {"share.known"},  # on an exception on its way up: all processes have it
     "training/parameters.py": {"value.grad"},
     "training/placing.py": {"module.training"},
     "training/steps.py": {"value.grad"},

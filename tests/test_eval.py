@@ -10,13 +10,13 @@ import torch
 import xarray as xr
 import yaml
 
-import pyrogaps.eval
-from pyrogaps.building import build_families, build_programs, import_object
-from pyrogaps.command_line import parse
+from pyrogaps.cli import stages
+from pyrogaps.cli.building import build_families, build_programs, import_object
+from pyrogaps.cli.options import parse
+from pyrogaps.cli.recipe import Component, read_document, resolve, shipped
+from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.errors import InputError
 from pyrogaps.eval import main
-from pyrogaps.recipe import Component, read_document, resolve, shipped
-from pyrogaps.run_folder import RunFolder
 from pyrogaps.training.weights import read_file
 from tests.commands import MODULE, RECIPE, RESULTS, command, ledger
 
@@ -213,7 +213,7 @@ def test_errors_of_our_own_keep_their_traceback(recipe, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(pyrogaps.eval, "decompose", fail)
+    monkeypatch.setattr(stages, "decompose", fail)
     with pytest.raises(AssertionError, match="a bug"):
         main([recipe, "--quiet", "--training", "null"])
 
@@ -309,7 +309,7 @@ def weigh(monkeypatch, capsys):
         said = capsys.readouterr().err
         return said, read_file(Path(out) / "checkpoint.pt")["weights"] if said.endswith("weighed\n") else None
 
-    monkeypatch.setattr(pyrogaps.eval, "decompose", stop)
+    monkeypatch.setattr(stages, "decompose", stop)
     return run
 
 

@@ -13,8 +13,8 @@ import pytest
 import xarray as xr
 import yaml
 
+from pyrogaps.cli.run_folder import PARTS
 from pyrogaps.eval import main
-from pyrogaps.run_folder import PARTS
 from tests.commands import MODULE, RECIPE, RESULTS, command, ledger
 
 # A limit on the size of files fails writes as a full disk does, at a size that the test chooses.

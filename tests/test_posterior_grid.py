@@ -11,9 +11,9 @@ from scipy.stats import multivariate_normal
 from torch import nn
 
 import pyrogaps as pg
+from pyrogaps.grid import count_modes
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow, AutoLocalAuxiliaryFlow
 from pyrogaps.models.linear_gaussian import LinearGaussian
-from pyrogaps.posterior_grid import count_modes
 from tests.references import (
     CONCENTRATION,
     RATE,

@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 
-from pyrogaps.building import build_families, build_programs
+from pyrogaps.cli.building import build_families, build_programs
+from pyrogaps.cli.recipe import read_document, resolve
+from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.errors import InputError
 from pyrogaps.eval import main
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow, AutoLocalAuxiliaryFlow
 from pyrogaps.guides.flows import AmortizedFlow
-from pyrogaps.recipe import read_document, resolve
-from pyrogaps.run_folder import RunFolder
 
 DATA = "--data.init_args.num_train 60 --data.init_args.num_validation 10 --data.init_args.num_test 4"
 SMALL = f"{DATA} --evaluate.num_datapoints 4 --quiet"

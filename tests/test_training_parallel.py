@@ -18,7 +18,7 @@ from torch.distributions import constraints
 import pyrogaps as pg
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
-from pyrogaps.ranks import leave, rank, world_size
+from pyrogaps.processes import leave, rank, world_size
 from pyrogaps.training import Cosine, train
 
 WORLDS = (2, 3)

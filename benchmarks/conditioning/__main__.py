@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.conditioning import chain, chorales, images, ledgers, pendulum, picture
 from benchmarks.conditioning.rows import Options, Row
 from benchmarks.reporting import RESULTS, machine, report
-from pyrogaps.run_folder import RunFolder
+from pyrogaps.cli.run_folder import RunFolder
 
 # Another experiment is another file, and a line here.
 EXPERIMENTS: dict[str, Callable[[Options], Iterator[Row]]] = {

@@ -12,10 +12,10 @@ import pyrogaps as pg
 from benchmarks.conditioning.rows import Options, Row, mean_row
 from benchmarks.inference_suboptimality import RUNS, column_recipe, trained
 from benchmarks.reporting import keep_trained, kept_ledger
-from pyrogaps.building import DataSet
+from pyrogaps.cli.building import DataSet
+from pyrogaps.cli.recipe import Recipe
 from pyrogaps.density.runs import Program
 from pyrogaps.guides.partial import PartialNormal
-from pyrogaps.recipe import Recipe
 from pyrogaps.training import Cosine
 
 MODEL = "mnist-ffg"

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import pyrogaps as pg
 from benchmarks.mapa.runs import Job, Options, drawn, train, write_json
 from benchmarks.mapa.training import VAE
+from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.guides.mixture import AmortizedMixture
 from pyrogaps.mapa import MonotoneTransport
 from pyrogaps.models.synthetic import SyntheticData, SyntheticModel
 from pyrogaps.plots.source import mean_and_error
-from pyrogaps.run_folder import RunFolder
 from pyrogaps.streams import seeded
 
 NUM_SAMPLES = 10

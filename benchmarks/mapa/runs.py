@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.mapa.training import IWAE, MAPA, MAPA_GT, MAPA_NAIVE, VAE, Trained, trained
+from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.errors import InputError
 from pyrogaps.models.curves import CURVES
 from pyrogaps.models.synthetic import SyntheticData, divergence
-from pyrogaps.run_folder import RunFolder
 
 # "absolute-value-monotone" is a second decoder of the same data.
 DATA_SETS = tuple(name for name in CURVES if name != "absolute-value-monotone")

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pyrogaps import memory, ranks
+from pyrogaps import memory, processes
 from pyrogaps.chunk_cache import chunk_size
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
 from pyrogaps.density import Data
@@ -126,7 +126,7 @@ def decompose(
     problem = Problem.of(model, guide, data, plate)
     problem = problem.compiled() if compile else problem
     folder = None if cache is None else Path(cache)
-    kept = ranks.first(lambda: chunk_size(folder, problem.num_datapoints))
+    kept = processes.first(lambda: chunk_size(folder, problem.num_datapoints))
     sizes = sizes_of(problem.joint, evidence, num_particles, batch_size, max_memory, kept)
     run = Run(seed, sizes.batch_size, progress, folder)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pyrogaps import memory, ranks
+from pyrogaps import memory, processes
 from pyrogaps.density import JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import Evidence
@@ -60,7 +60,7 @@ def sizes_of(
         fitting = max(1, working_set // (BLOCK * each)) * BLOCK
         return Sizes(batch_size or min(MOST, fitting), working_set)
 
-    sizes = ranks.everywhere(own)
+    sizes = processes.everywhere(own)
     fitting = min(its.batch_size for its in sizes)
     if batch_size is None and kept is not None and kept <= fitting:
         fitting = kept

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrogaps.density.data import IndexedData, evenly_spaced
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.ranks import first
+from pyrogaps.processes import first
 from pyrogaps.training.parameters import JointOptimizer
 from pyrogaps.training.settings import Training
 from pyrogaps.training.steps import EagerSteps

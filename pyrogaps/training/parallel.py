@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.ranks import as_lost_rank_error, rank, world_size
+from pyrogaps.processes import as_lost_rank_error, rank, world_size
 from pyrogaps.training.objective import Objective
 from pyrogaps.training.parameters import JointOptimizer
 from pyrogaps.training.settings import Training

@@ -17,7 +17,7 @@ from pyrogaps.density.data import Data, IndexedData, as_indexed
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.family import augmented
-from pyrogaps.ranks import rank, world_size
+from pyrogaps.processes import rank, world_size
 from pyrogaps.streams import reseed, seeded
 from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
 from pyrogaps.training.lagging import MUTUAL_INFORMATION, GuideAhead

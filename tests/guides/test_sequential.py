@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Refinement, decompose, elbo, iwae, refine, train
-from pyrogaps.building import build_programs
+from pyrogaps.cli.building import build_programs
+from pyrogaps.cli.recipe import Component, Recipe
 from pyrogaps.guides.sequential import LocalStructuredNormal, StructuredNormal
 from pyrogaps.models.dmm import DeepMarkovModel
 from pyrogaps.models.pendulum import Pendulum
 from pyrogaps.models.sequences import SequenceModel
 from pyrogaps.problem import Problem
-from pyrogaps.recipe import Component, Recipe
 from pyrogaps.refine import own_family
 from pyrogaps.run import Run
 from pyrogaps.streams import chunks

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal
 
 from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Refinement, decompose, train
-from pyrogaps.building import build_data, build_programs
-from pyrogaps.command_line import parse
+from pyrogaps.cli.building import build_data, build_programs
+from pyrogaps.cli.options import parse
 from pyrogaps.guides.amortized import AmortizedMultivariateNormal, AmortizedNormal
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from pyrogaps.guides.flows import AmortizedFlow

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pyrogaps import ranks
+from pyrogaps import processes
 
 
 class _StderrHandler(logging.Handler):
@@ -40,5 +40,5 @@ def one_line_warnings() -> Iterator[None]:
 
 def say(line: str) -> None:
     """Print a line on stderr, from the first process only."""
-    if ranks.is_reporting():
+    if processes.is_reporting():
         print(line, file=sys.stderr, flush=True)

@@ -8,8 +8,8 @@ from arviz_stats.loo import loo_approximate_posterior
 from arviz_stats.utils import ELPDData
 
 from pyrogaps.errors import InputError
-from pyrogaps.posterior_export.record import DATAPOINT
-from pyrogaps.posterior_export.tree import GLOBAL, LOCAL, SAMPLE_DIMS
+from pyrogaps.export.record import DATAPOINT
+from pyrogaps.export.tree import GLOBAL, LOCAL, SAMPLE_DIMS
 
 MIN_DRAWS = 25  # a Pareto tail is fitted to the largest fifth of the ratios, at least five
 NEEDED = {"log_likelihood": (), "sample_stats": ("log_p", "log_q")}

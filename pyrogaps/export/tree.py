@@ -14,9 +14,9 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.posterior_export.draws import Drawn, Records, draw_all
-from pyrogaps.posterior_export.pair import pair_of
-from pyrogaps.posterior_export.record import DATAPOINT, Names
+from pyrogaps.export.draws import Drawn, Records, draw_all
+from pyrogaps.export.pair import pair_of
+from pyrogaps.export.record import DATAPOINT, Names
 from pyrogaps.problem import Plate
 from pyrogaps.run import Run
 

@@ -13,9 +13,9 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.posterior_grid.modes import count_modes
-from pyrogaps.posterior_grid.quadrature import Array, around, integrate
-from pyrogaps.posterior_grid.scoring import Scorer, array, extent, in_rows
+from pyrogaps.grid.modes import count_modes
+from pyrogaps.grid.quadrature import Array, around, integrate
+from pyrogaps.grid.scoring import Scorer, array, extent, in_rows
 from pyrogaps.problem import Plate, Problem
 from pyrogaps.streams import seeded
 

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 import xarray as xr
 import yaml
 
-from pyrogaps import AIS, JointDensity, memory, ranks, train
+from pyrogaps import AIS, JointDensity, memory, processes, train
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.sizes import sizes_of
 from pyrogaps.guides.amortized import AmortizedNormal
@@ -27,7 +27,7 @@ def start(number: int, place: int, file: str, body) -> None:  # type: ignore[no-
     try:
         body()
     finally:
-        ranks.leave()
+        processes.leave()
     # A thread that outlives its group aborts the process now and then, as the interpreter ends.
     assert not [name for name in threads() if "gloo" in name]
 
@@ -39,13 +39,15 @@ def threads() -> list[str]:
 
 def share() -> None:
     """The checks of a process; an assertion that fails there fails the test."""
-    assert ranks.divided(lambda item: (item, dist.get_rank()), range(7)) == [(n, n % 3) for n in range(7)]
-    assert ranks.divided(lambda item: item, []) == []
+    assert processes.divided(lambda item: (item, dist.get_rank()), range(7)) == [(n, n % 3) for n in range(7)]
+    assert processes.divided(lambda item: item, []) == []
     # Within a share everyone works alone: what is divided there is done whole.
-    nested = ranks.divided(lambda item: ranks.divided(lambda inner: (inner, dist.get_rank()), range(2)), range(3))
+    nested = processes.divided(
+        lambda item: processes.divided(lambda inner: (inner, dist.get_rank()), range(2)), range(3)
+    )
     assert nested == [[(0, n), (1, n)] for n in range(3)]
-    assert ranks.first(lambda: ranks.rank() * 10 + 5) == 5
-    assert ranks.together(ranks.rank) == ranks.rank()
+    assert processes.first(lambda: processes.rank() * 10 + 5) == 5
+    assert processes.together(processes.rank) == processes.rank()
 
 
 def fail() -> None:
@@ -55,32 +57,32 @@ def fail() -> None:
         return item
 
     for compute in (
-        lambda: ranks.divided(picky, range(4)),
-        lambda: ranks.together(lambda: picky(ranks.rank())),
+        lambda: processes.divided(picky, range(4)),
+        lambda: processes.together(lambda: picky(processes.rank())),
     ):
         with pytest.raises(InputError, match="datapoint 1: bad"):
             compute()
     with pytest.raises(InputError, match="datapoint 1: bad"):
-        ranks.first(lambda: picky(1))
-    assert ranks.divided(lambda item: item, range(4)) == [0, 1, 2, 3]  # they are still in step
+        processes.first(lambda: picky(1))
+    assert processes.divided(lambda item: item, range(4)) == [0, 1, 2, 3]  # they are still in step
 
 
 def disagree() -> None:
     with pytest.raises(RuntimeError, match="different numbers of items"):
-        ranks.divided(lambda item: item, range(4 + ranks.rank()))
+        processes.divided(lambda item: item, range(4 + processes.rank()))
 
 
 def fail_within() -> None:
     """What one process meets within what all do together is known to all, in the same words."""
 
     def stage() -> int:
-        if ranks.rank() == 0:
+        if processes.rank() == 0:
             raise InputError("the disk is full")
-        return ranks.first(lambda: 1)
+        return processes.first(lambda: 1)
 
     with pytest.raises(InputError, match="the disk is full"):
-        ranks.together(stage)
-    assert ranks.everywhere(ranks.rank) == [0, 1, 2]
+        processes.together(stage)
+    assert processes.everywhere(processes.rank) == [0, 1, 2]
 
 
 def train_and_leave() -> None:
@@ -95,27 +97,27 @@ def keep_nothing() -> None:
     model = LinearGaussian.random(6, 2, seed=0)
     guide, x = AmortizedNormal(6, 2, (4,)), torch.randn(40, 6)
     with pytest.raises(InputError, match="cannot be written"):
-        ranks.together(
+        processes.together(
             lambda: train(model, guide, x, num_epochs=2, freeze_model=True, checkpoint="/dev/null/x", progress=False)
         )
-    assert ranks.everywhere(ranks.rank) == [0, 1, 2]
+    assert processes.everywhere(processes.rank) == [0, 1, 2]
 
 
 def agree_on_sizes() -> None:
     """The process with the least memory decides for all."""
     joint = JointDensity(VAE(64, 600, ()), torch.zeros(300, 64))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(memory, "available", lambda: (1 + ranks.rank()) << 29)
-        found = ranks.everywhere(lambda: None) and sizes_of(joint, AIS(), 1000, None, None)
-    assert ranks.everywhere(lambda: found) == [found] * 3
+        monkeypatch.setattr(memory, "available", lambda: (1 + processes.rank()) << 29)
+        found = processes.everywhere(lambda: None) and sizes_of(joint, AIS(), 1000, None, None)
+    assert processes.everywhere(lambda: found) == [found] * 3
     assert found.batch_size == 64
 
 
 def lose() -> None:
     """The last: it ends the processes."""
-    if ranks.rank() != 1:
-        with pytest.raises(ranks.LostRankError, match="lost the connection to the other processes"):
-            ranks.divided(lambda item: item, range(4))
+    if processes.rank() != 1:
+        with pytest.raises(processes.LostRankError, match="lost the connection to the other processes"):
+            processes.divided(lambda item: item, range(4))
 
 
 BODIES = [share, fail, fail_within, disagree, train_and_leave, keep_nothing, agree_on_sizes, lose]
@@ -153,9 +155,9 @@ def test_processes_agree(body, passed) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_one_process_needs_no_others() -> None:
-    assert (ranks.rank(), ranks.world_size()) == (0, 1)
-    assert ranks.divided(lambda item: item + 1, range(3)) == [1, 2, 3]
-    assert (ranks.first(lambda: 4), ranks.together(lambda: 5)) == (4, 5)
+    assert (processes.rank(), processes.world_size()) == (0, 1)
+    assert processes.divided(lambda item: item + 1, range(3)) == [1, 2, 3]
+    assert (processes.first(lambda: 4), processes.together(lambda: 5)) == (4, 5)
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from jsonargparse import ArgumentParser
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from pyrogaps.cli.recipe import Component, Recipe, check_names, parse_typed
 from pyrogaps.density.data import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence
-from pyrogaps.recipe import Component, Recipe, check_names, parse_typed
 
 
 def build_programs(recipe: Recipe) -> tuple[Program, Program]:

@@ -7,8 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pyrogaps.errors import InputError
-from pyrogaps.recipe import (
+from pyrogaps.cli.recipe import (
     COMPONENTS,
     FIELDS,
     SCALARS,
@@ -21,6 +20,7 @@ from pyrogaps.recipe import (
     resolve,
     shipped,
 )
+from pyrogaps.errors import InputError
 
 USAGE = "usage: python -m pyrogaps.eval [RECIPE] [options]"
 

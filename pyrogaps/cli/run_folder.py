@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from pyrogaps import ranks
+from pyrogaps import processes
+from pyrogaps.cli.recipe import resolve
 from pyrogaps.errors import InputError
 from pyrogaps.files import hold, in_place_of
-from pyrogaps.recipe import resolve
 
 RESULTS = ("recipe.yaml", "checkpoint.pt", "ledger.nc", "summary.csv", "gaps.png")
 TRAINING, REFERENCE, MAPA, PARTS = "training.pt", "reference-training.pt", "mapa-training.pt", "parts"
@@ -34,7 +34,7 @@ class RunFolder:
 
     def holds(self, name: str) -> bool:
         """Whether the folder has a file of that name, as the first process sees it."""
-        return ranks.first((self / name).exists)
+        return processes.first((self / name).exists)
 
     def claim(self, recipe: str, *, overwrite: bool) -> None:
         """Reserve the folder for `recipe` (as YAML); creates it where it is missing.
@@ -43,14 +43,14 @@ class RunFolder:
         another process is writing there, where the folder holds another recipe's run and `overwrite` is false, where
         it cannot be written, or where some process does not see it.
         """
-        ranks.first(lambda: self._claim(recipe, overwrite=overwrite))
-        ranks.together(self._check_visible)
+        processes.first(lambda: self._claim(recipe, overwrite=overwrite))
+        processes.together(self._check_visible)
 
     def _check_visible(self) -> None:
         """Processes on several machines go on from each other's files."""
         if not (self / "recipe.yaml").exists():
             raise InputError(
-                f"{self.path}: rank {ranks.rank()} does not see what rank 0 wrote there; choose an --out on a file "
+                f"{self.path}: rank {processes.rank()} does not see what rank 0 wrote there; choose an --out on a file "
                 "system that all machines share"
             )
 
@@ -79,7 +79,7 @@ class RunFolder:
 
         Raises `InputError` where it cannot be written; an existing file of that name is then unchanged.
         """
-        ranks.first(lambda: self._write(name, save))
+        processes.first(lambda: self._write(name, save))
 
     def _write(self, name: str, save: Callable[[Path], Any]) -> None:
         target = self / name
@@ -95,7 +95,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Remove the files that only an unfinished run needs."""
-        ranks.first(self._finish)
+        processes.first(self._finish)
 
     def _finish(self) -> None:
         for name in CHECKPOINTS:

@@ -10,7 +10,7 @@ from pyrogaps.density import JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import evaluating
-from pyrogaps.posterior_export.record import Record, RecordSites
+from pyrogaps.export.record import Record, RecordSites
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, particle_blocks
 

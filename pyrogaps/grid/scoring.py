@@ -12,7 +12,7 @@ from pyrogaps.density import JointDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.errors import InputError
-from pyrogaps.posterior_grid.quadrature import Array, Window
+from pyrogaps.grid.quadrature import Array, Window
 
 MAX_ROWS = 4096
 NUM_DRAWS = 20_000

@@ -1,0 +1,243 @@
+"""The stages of one run of the command: build, train, measure, report."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pyro
+import xarray as xr
+from matplotlib.figure import Figure
+
+from pyrogaps import processes
+from pyrogaps.cli.building import (
+    DataSet,
+    build_data,
+    build_encoder,
+    build_evidence,
+    build_families,
+    build_programs,
+    check_device,
+    failures_named,
+)
+from pyrogaps.cli.console import say
+from pyrogaps.cli.options import Options
+from pyrogaps.cli.recipe import Recipe
+from pyrogaps.cli.run_folder import MAPA, PARTS, REFERENCE, RESULTS, TRAINING, RunFolder
+from pyrogaps.conditioning import Lookahead, declared, reference_guide
+from pyrogaps.density.runs import Program, modules_of
+from pyrogaps.errors import InputError
+from pyrogaps.evidence import Evidence
+from pyrogaps.gaps import GapLedger, Split, decompose
+from pyrogaps.mapa import Mapa, train_by_mapa
+from pyrogaps.plots import plot_ledger
+from pyrogaps.plots.ledger import page_size
+from pyrogaps.refine.families import Family
+from pyrogaps.training import load_model_weights, load_weights, save_weights, train
+
+
+class _Built(NamedTuple):
+    """What a recipe names, built."""
+
+    model: Program
+    guide: Program
+    data: DataSet
+    families: dict[str, Family]
+    evidence: Evidence
+
+
+def run(recipe: Recipe, options: Options) -> None:
+    """Take `recipe` from wherever its folder stands to a finished ledger, and print it.
+
+    Processes that share the work all come this way; the folder lets the first one write, and the others read.
+    """
+    folder = RunFolder(options.out)
+    # Processes that torchrun starts again have the same arguments, and go on.
+    overwrite = options.overwrite and not processes.restarted()
+    try:
+        if overwrite or not folder.holds("ledger.nc"):
+            # What cannot be built, on whichever process, leaves no folder behind.
+            built = processes.together(lambda: _build(recipe, options))
+            folder.claim(recipe.to_yaml(), overwrite=overwrite)
+            ledger = _measured(recipe, built, folder, progress=not options.quiet)
+        else:  # what is finished needs no building
+            ledger = _kept(recipe, folder)
+        _report(ledger, folder)
+    finally:
+        folder.release()
+
+
+def _build(recipe: Recipe, options: Options) -> _Built:
+    """What `recipe` names, on the device where the run takes place."""
+    if recipe.device == "cuda":
+        processes.take_gpu()
+    device = check_device(recipe.device)
+    for name in ("checkpoint", "model_checkpoint"):
+        path = getattr(recipe, name)
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{name}: no file {path}")
+    data, remarks = build_data(recipe, data_root=options.data_root, download=options.download)
+    for remark in remarks:
+        say(f"pyrogaps: {remark}")
+    families, evidence = build_families(recipe), build_evidence(recipe)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(recipe.seed)
+    model, guide = build_programs(recipe)
+    for module in (*modules_of(model), *modules_of(guide)):
+        module.to(device)
+    return _Built(model, guide, data, families, evidence)
+
+
+def _measured(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bool) -> GapLedger:
+    """The ledger of a recipe's pair, trained first where it has to be."""
+    _weigh(recipe, built, folder, progress=progress)
+    reference = _reference(recipe, built, folder, progress=progress)
+    say("decomposing the inference gap")
+    ledger = decompose(
+        built.model,
+        built.guide,
+        built.data.evaluated,
+        families=built.families,
+        evidence=built.evidence,
+        refinement=recipe.refinement,
+        conditioning=recipe.conditioning,
+        reference=reference,
+        split=_split(recipe, built.data),
+        certificate=recipe.certificate,
+        num_particles=recipe.num_particles,
+        plate=recipe.plate,
+        batch_size=recipe.batch_size,
+        max_memory=recipe.max_memory,
+        compile=recipe.compile,
+        seed=recipe.seed,
+        progress=progress,
+        cache=folder / PARTS,
+    )
+    # In memory first: a disk that is full would bring the library down in the midst of its writing.
+    content = ledger.to_datatree().to_netcdf(engine="h5netcdf") if processes.rank() == 0 else b""
+    folder.write("ledger.nc", lambda path: path.write_bytes(content))
+    return ledger
+
+
+def _kept(recipe: Recipe, folder: RunFolder) -> GapLedger:
+    """The ledger of a run that is finished."""
+    folder.claim(recipe.to_yaml(), overwrite=False)
+    ledger = processes.first(lambda: _read_ledger(folder / "ledger.nc"))
+    say(f"{folder.path} holds the finished run of this recipe (--overwrite computes it anew)")
+    return ledger
+
+
+def _weigh(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bool) -> None:
+    """Give the model and guide their weights: those already in the folder, a checkpoint's, or freshly trained ones."""
+    model, guide, data = built.model, built.guide, built.data
+    weights = folder / "checkpoint.pt"
+    source = weights if folder.holds("checkpoint.pt") else Path(recipe.checkpoint) if recipe.checkpoint else None
+    example = data.evaluated if data.train is None else data.train
+    if source is not None:
+        say(f"loading weights from {source}")
+        load_weights(source, model, guide, example)
+    elif recipe.model_checkpoint is not None:
+        say(f"loading the model's weights from {recipe.model_checkpoint}")
+        load_model_weights(recipe.model_checkpoint, model, guide, example)
+    if source is None and recipe.mapa is not None:
+        _train_by_mapa(recipe, recipe.mapa, built, folder, progress=progress)
+    if source is None and recipe.training is not None:
+        say("training")
+        assert data.train is not None
+        with _divergence_named("training"):
+            train(
+                model,
+                guide,
+                data.train,
+                **vars(recipe.training),
+                validation=data.validation,
+                checkpoint=folder / TRAINING,
+                seed=recipe.seed,
+                progress=progress,
+            )
+    if source != weights:
+        folder.write("checkpoint.pt", lambda path: save_weights(path, model, guide))
+
+
+def _train_by_mapa(recipe: Recipe, mapa: Mapa, built: _Built, folder: RunFolder, *, progress: bool) -> None:
+    """Train the model by MAPA, with the recipe's encoder or else with the guide."""
+    say("training the model by MAPA")
+    assert built.data.train is not None
+    encoder = build_encoder(recipe)
+    for module in modules_of(encoder) if encoder is not None else ():
+        module.to(recipe.device)
+    with _divergence_named("mapa.training"):
+        train_by_mapa(
+            built.model,
+            encoder,
+            built.guide,
+            built.data.train,
+            mapa,
+            plate=recipe.plate,
+            checkpoint=folder / MAPA,
+            seed=recipe.seed,
+            progress=progress,
+        )
+
+
+def _reference(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bool) -> Program | None:
+    """The guide by which the conditioning gap of a lookahead is measured; None where none was asked for or is of use.
+
+    It learns from simulated data of the shape of the training data: from data of the shape of the evaluated ones it
+    would learn their lengths alone.
+    """
+    if recipe.reference is None:
+        return None
+    if not isinstance(declared(built.guide), Lookahead):
+        say("pyrogaps: reference has no effect, because the guide declares no finite lookahead")
+        return None
+    say("training the reference guide on data simulated from the model")
+    settings = {name: value for name, value in vars(recipe.reference).items() if name != "freeze_model"}
+    with _divergence_named("reference"):
+        return reference_guide(
+            built.model,
+            built.guide,
+            built.data.evaluated if built.data.train is None else built.data.train,
+            plate=recipe.plate,
+            checkpoint=folder / REFERENCE,
+            **settings,
+            seed=recipe.seed,
+            progress=progress,
+        )
+
+
+def _split(recipe: Recipe, data: DataSet) -> Split | None:
+    """What splits the amortization gap; None where nothing does."""
+    if recipe.retraining is None:
+        return None
+    assert data.train is not None
+    return Split(data.train, recipe.retraining)
+
+
+@contextmanager
+def _divergence_named(section: str) -> Iterator[None]:
+    """Say in one line that a training failed, and what to try."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise InputError(f"{section} diverged: {error}; try a smaller {section}.learning_rate") from error
+
+
+def _read_ledger(path: Path) -> GapLedger:
+    broken = f"{path}: reading the ledger (--overwrite computes it anew)"
+    with failures_named(broken), xr.open_datatree(path, engine="h5netcdf") as tree:
+        return GapLedger.from_datatree(tree.load())
+
+
+def _report(ledger: GapLedger, folder: RunFolder) -> None:
+    """Print the table; write what is made from the ledger where it is missing."""
+    if not folder.holds("summary.csv"):
+        folder.write("summary.csv", lambda path: ledger.summary().to_csv(path))
+    if not folder.holds("gaps.png"):
+        figure = Figure(figsize=page_size(ledger), layout="constrained")
+        plot_ledger(ledger, figure)
+        folder.write("gaps.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+    folder.finish()
+    if processes.rank() == 0:
+        print(ledger)
+        print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")
