@@ -115,7 +115,7 @@ BOUNDS = {"elbo", "refined own", "unused", *REFINING}
 ANNEALING = {"pilot", "pilot start", "ais", "ais start"}
 LADDER = {f"escalation {rung}".strip() for rung in ("pilot", "", "scout", "run")}
 REVERSE = {"simulate", "pilot", "pilot start", "reverse ais", "unused", *REFINING}
-STRUCTURE = {"structure", "guide structure", "own family"}
+STRUCTURE = {"structure", "probe", "guide structure", "own family"}
 
 
 PARTS = ("shown part", "shared first half", "shared second half")

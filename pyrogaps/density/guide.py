@@ -15,7 +15,7 @@ from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import Draws, FactorisedGuide, GuideSite, LocalGuide, PlaceValues, join_terms, score_term
 from pyrogaps.density.plates import BoundPlate, whole_plates
 from pyrogaps.density.reading import ANY_PLATE
-from pyrogaps.density.rows import probe_rows, rows_are_independent
+from pyrogaps.density.rows import rows_are_independent
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
@@ -89,9 +89,10 @@ class GuideDensity:
         bound = True if is_autoguide(guide) and self.joint.plate is not None else None
         self.structure = GuideStructure(self.joint.num_datapoints, bound)
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
-            self.structure = self._read_structure()
-            self.structure = replace(self.structure, factorised=self._is_factorised())
-            self._check_rows()
+            # On a number of rows other than the data set's, which reveals a plate of its full size.
+            messages = self._first_run(self.joint.probe.indices)
+            self.structure = replace(self.structure, terms=tuple(read_terms(messages, self.joint)))
+            self._check_draws(messages)
 
     @property
     def bound(self) -> bool:
@@ -119,7 +120,9 @@ class GuideDensity:
         if not self.factorised:
             return SequentialGuide(self, indices, active)
         with evaluating(self.guide):
-            messages = self.messages(indices)
+            return self._factorised(self.messages(indices), indices, active)
+
+    def _factorised(self, messages: dict[str, Any], indices: Tensor, active: Tensor | None) -> FactorisedGuide:
         distributions = {term.name: messages[term.name]["fn"] for term in self.terms}
         return FactorisedGuide(self.joint, indices, self.terms, distributions, active)
 
@@ -168,19 +171,15 @@ class GuideDensity:
         structure = replace(self.structure, origin=None, size=joint.num_datapoints)
         return GuideDensity(self.guide, None, joint, structure=structure)
 
-    def _read_structure(self) -> GuideStructure:
-        """Run on a number of rows other than the data set's, which reveals a plate of its full size."""
-        number = self.num_datapoints
-        count = 1 if self.joint.plate is None else 2 if number != 2 else 3
-        indices = torch.arange(count) % number
-        bound = self.bound
+    def _first_run(self, indices: Tensor) -> dict[str, Any]:
+        """The guide's sites, after which it is known whether its plate has the data set's full size."""
         try:
             messages = self._run_subset(indices)
         except BoundPlate:
-            bound = True
             self.structure = replace(self.structure, bound=True)
             messages = self._run_subset(indices)
-        return replace(self.structure, bound=bound, terms=tuple(read_terms(messages, self.joint, indices)))
+        self.structure = replace(self.structure, bound=self.bound)
+        return messages
 
     def _run_subset(self, indices: Tensor) -> dict[str, Any]:
         """The guide's sites on a few rows; refuses a guide that runs only on the whole data set."""
@@ -194,32 +193,36 @@ class GuideDensity:
             except Exception:
                 raise error from None
             raise InputError(
-                "guide: it runs on the whole data set but not on a subset of the datapoints "
+                "guide: it runs on the whole data set but not on other numbers of its rows "
                 f"({str(error).splitlines()[0]}); {INDEX_REMEDY}"
             ) from error
 
-    def _check_rows(self) -> None:
-        """Check that a row's log q does not depend on its position or on other rows."""
+    def _check_draws(self, first: dict[str, Any]) -> None:
+        """Find out whether site distributions depend on earlier draws, by a second run; check that rows do not depend
+        on their position or on other rows.
+        """
+        indices = self.joint.probe.indices  # of all lengths, because later sites may be masked
+        second = self.messages(indices)
+        factorised = all(
+            torch.equal(first[term.name]["fn"].log_prob(value), second[term.name]["fn"].log_prob(value))
+            for term in self.terms
+            for value in [first[term.name]["value"]]
+        )
+        self.structure = replace(self.structure, factorised=factorised)
         if self.joint.plate is None:
             return
-        indices = probe_rows(self.num_datapoints)
-        local = self.at(indices)
-        z, _ = local.sample_extended(1) if isinstance(local, FactorisedGuide) else local.sample(1)
-        if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], local.log_prob(z)[0]):
+        if factorised:
+            local = self._factorised(second, indices, self.joint.active(indices))
+            z = local.sample_extended(1)[0]
+            together = local.log_prob(z)[0]
+        else:
+            z = self.at(indices).sample(1)[0]
+            together = self.log_prob(z, indices)[0]
+        if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], together):
             raise InputError(
                 "guide: log q of a datapoint changes with its position in the batch or with other rows. Treat rows "
                 f"independently (no batch statistics), and {INDEX_REMEDY}"
             )
-
-    def _is_factorised(self) -> bool:
-        """Whether site distributions are independent of earlier draws, checked on two runs."""
-        indices = probe_rows(self.num_datapoints)  # of all lengths, because later sites may be masked
-        first, second = self.messages(indices), self.messages(indices)
-        values = {term.name: first[term.name]["value"] for term in self.terms}
-        return all(
-            torch.equal(first[name]["fn"].log_prob(value), second[name]["fn"].log_prob(value))
-            for name, value in values.items()
-        )
 
 
 class SequentialGuide:

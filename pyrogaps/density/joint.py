@@ -2,7 +2,8 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyro
 import torch
@@ -22,6 +23,15 @@ from pyrogaps.streams import seeded
 
 if TYPE_CHECKING:
     from pyrogaps.density.simulate import ToData
+
+
+class Probe(NamedTuple):
+    """Points `z` `(R, dim)` at datapoints `indices` `(R,)`, the latent sites' values and log p(x, z) `(R,)` there."""
+
+    indices: Tensor
+    z: Tensor
+    values: dict[str, Tensor]
+    log_density: Tensor
 
 
 class JointDensity:
@@ -236,14 +246,24 @@ class JointDensity:
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.num_datapoints) if indices is None else indices
 
+    @cached_property
+    def probe(self) -> "Probe":
+        """Points at some datapoints, for checks of the model and of guides; masked coordinates are zero."""
+        with seeded(0, "probe"), evaluating(self.model), torch.no_grad():
+            indices = torch.zeros(1, dtype=torch.long) if self.plate is None else probe_rows(self.num_datapoints)
+            z = 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
+            active = self.active(indices)
+            z = z if active is None else torch.where(active, z, torch.zeros_like(z))
+            handler = self.run(z, self.fetch(indices), indices)
+        return Probe(indices, z, handler.values, handler.log_prior + handler.log_likelihood)
+
     def _check_rows(self) -> None:
         """Check that a row's density does not depend on its position or on other rows."""
         if self.plate is None:
             self._choose_vectorized()
             return
-        indices = probe_rows(self.num_datapoints)
-        z = 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
-        together = self._total(z, indices)
+        probe = self.probe
+        indices, z, together = probe.indices, probe.z, probe.log_density
         if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), together):
             if not torch.equal(self._total(z, indices), together):
                 raise InputError(

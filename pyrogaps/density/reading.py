@@ -71,18 +71,22 @@ def read_model(
 
     Raises `InputError` naming the site, plate or argument; see `JointDensity`.
     """
-    name = None if plate is False else _plate_of(model, as_indexed(data), plate)
+    name, read = (plate or None, None) if plate is not None else _find_plate(model, as_indexed(data))
     indexed = whole(data) if name is None else as_indexed(data)
     number = indexed.num_datapoints
-    first = torch.tensor([0] if name is None else [number - 1, 0, 0] + [0] * (number == 3))
-    batches = [first] if name is None else [first, *torch.arange(number).split(CHECK_ROWS)]
+    batches = [torch.tensor([0])]
+    if name is not None:
+        batches = [_first_rows(number), *torch.arange(number).split(CHECK_ROWS)]
     bound: bool | None = None
     layout: dict[str, Site] | None = None
     unnormalised: set[str] = set()
     masked = False
     for batch in batches:
         args = finite_arguments(indexed.fetch(batch))
-        sites, bound = _sites(model, args, batch, ANY_PLATE if make_whole else name, number, bound)
+        if read is None:
+            sites, bound = _sites(model, args, batch, ANY_PLATE if make_whole else name, number, bound)
+        else:
+            sites, bound, read = read, False, None
         if name is not None and name not in (names := frames_of(sites)):
             known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
             raise InputError(f"plate: the model has no plate named '{name}' ({known})")
@@ -119,19 +123,30 @@ def finite_arguments(args: Any) -> tuple[Any, ...]:
     return arguments
 
 
-def _plate_of(model: Program, data: IndexedData, plate: str | None) -> str | None:
-    if isinstance(plate, str):
-        return plate
+def _first_rows(number: int) -> Tensor:
+    """A few rows, first and last datapoints among them; never as many as there are datapoints, so that a hard-coded
+    plate size shows.
+    """
+    return torch.tensor([number - 1, 0, 0] + [0] * (number == 3))
+
+
+def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str, Any] | None]:
+    """The data plate's name, and the model's sites at the first rows where they need not be read again."""
     number = data.num_datapoints
     # With a hard-coded plate size a run on a few rows fails, but reveals the plate; it is refused later.
-    for rows in (min(3, number), number):
+    for rows in (_first_rows(number), torch.arange(number)):
         with steady_plates():
-            sites, error = first_sites(model, as_tuple(data.fetch(torch.arange(rows))))
+            sites, error = first_sites(model, finite_arguments(data.fetch(rows)))
         if error is None or frames_of(sites):
             break
     else:
         raise error or AssertionError
-    return find_plate(sites)
+    name = find_plate(sites)
+    frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
+    # Any other plate than one of these rows is made the data plate's by a run of its own.
+    as_they_are = error is None and all(frame.size == frame.full_size for frame in frames)
+    of_rows = all(frame.size == len(rows) != number for frame in frames if frame.name == name)
+    return name, sites if as_they_are and of_rows and name is not None else None
 
 
 def _sites(

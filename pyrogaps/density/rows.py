@@ -10,8 +10,12 @@ NUM_ALONE = 3
 
 
 def probe_rows(num_datapoints: int) -> Tensor:
-    """Evenly spaced datapoints in random order."""
-    spread = torch.linspace(0, num_datapoints - 1, max(4, min(num_datapoints, CHECK_ROWS))).round().long()
+    """Evenly spaced datapoints in random order.
+
+    Their number is never that of all datapoints, so that a plate of the data set's full size shows.
+    """
+    number = max(4, min(num_datapoints, CHECK_ROWS))
+    spread = torch.linspace(0, num_datapoints - 1, number + (number == num_datapoints)).round().long()
     return spread[torch.randperm(len(spread))]
 
 

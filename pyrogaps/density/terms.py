@@ -4,10 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributions import biject_to
 
-from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.joint import JointDensity, Probe
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
 from pyrogaps.density.structure import is_factor
@@ -15,19 +14,19 @@ from pyrogaps.density.supports import guide_support
 from pyrogaps.errors import InputError
 
 
-def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -> list[GuideSite]:
-    """Match a guide's sites with the model's; raises `InputError` where they do not fit."""
+def read_terms(messages: dict[str, Any], joint: JointDensity) -> list[GuideSite]:
+    """Match a guide's sites, at the rows of `joint.probe`, with the model's; `InputError` where they do not fit."""
     auxiliary = {name: m for name, m in messages.items() if m["infer"].get("is_auxiliary") and name not in joint.sites}
     for name, message in messages.items():
         _check_guide_site(name, message, joint)
     terms, deltas = [], []
-    probe, values = _probe(joint, indices)
+    probe = joint.probe
     for name, site in joint.sites.items():
         message = messages.get(name)
         if message is None:
             raise InputError(f"site '{name}': latent in the model but missing from the guide; add a pyro.sample for it")
         if type(leaf(message["fn"])).__name__ != "Delta":
-            terms.append(_own_term(name, message, site, joint, probe, values[name]))
+            terms.append(_own_term(name, message, site, joint, probe))
         elif f"{name}_unconstrained" in auxiliary:
             helper = auxiliary.pop(f"{name}_unconstrained")
             terms.append(_term(f"{name}_unconstrained", helper, site, joint, unconstrained=True))
@@ -59,26 +58,15 @@ def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
         )
 
 
-def _probe(joint: JointDensity, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Points `(R, dim)` and the values of the model's latent sites there."""
-    probe = torch.linspace(-1.5, 1.5, len(indices) * joint.dim, dtype=joint.dtype, device=joint.device)
-    flat = probe.reshape(len(indices), joint.dim)
-    active = joint.active(indices)
-    if active is not None:
-        flat = torch.where(active, flat, torch.zeros_like(flat))
-    return flat, joint.run(flat, joint.fetch(indices), indices).values
-
-
-def _own_term(
-    name: str, message: Any, site: Site, joint: JointDensity, flat: Tensor, model_values: Tensor
-) -> GuideSite:
-    """The term of a site that the guide draws; `model_values` are the model's at the points `flat`."""
+def _own_term(name: str, message: Any, site: Site, joint: JointDensity, probe: Probe) -> GuideSite:
+    """The term of a site that the guide draws; it must take the model's values at the points of `probe`."""
     fn = message["fn"]
     if fn.support.is_discrete:
         raise InputError(f"site '{name}': discrete in the guide; discrete latents are not supported")
     term = _term(name, message, site, joint, unconstrained=False)
-    guide_values = place(term, fn, flat[None])[0] if joint.plate is not None else place(term, fn, flat[None]).flatten()
-    model_values = model_values if joint.plate is not None else model_values.flatten()
+    model_values, guide_values = probe.values[name], place(term, fn, probe.z[None])[0]
+    if joint.plate is None:
+        model_values, guide_values = model_values.flatten(), guide_values.flatten()
     if guide_values.shape != model_values.shape:
         raise _does_not_fit(name, message, site)
     if not torch.allclose(guide_values, model_values, rtol=1e-4, atol=1e-5):

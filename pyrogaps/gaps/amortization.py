@@ -9,6 +9,7 @@ import xarray as xr
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.chunk_cache import Arrays
 from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import Measure, as_arrays, columns_of, reached
 from pyrogaps.gaps.retrain import Split, retrain
@@ -26,17 +27,18 @@ def with_split(ledger: GapLedger, split: Split, measure: Measure, run: Run) -> G
     problem = measure.problem
     folder = None if run.cache is None else run.cache / "training"
 
-    def bound(candidate: Program) -> float:
+    def bounds(candidate: Program) -> Any:
         there = problem.with_guide(candidate)
 
         def mean_log_weights(chunk: Chunk) -> Any:
             stream = run.stream("retraining")
             return chunk_log_weights(there.scorer, there.guided(), chunk, NUM_COMPARING, stream).mean(0)
 
-        means = run.map(mean_log_weights, problem.joint)
-        return float(np.concatenate([mean.cpu().numpy() for mean in means]).mean())
+        return np.concatenate([mean.cpu().numpy() for mean in run.map(mean_log_weights, problem.joint)])
 
-    starts = retrain(problem.model, cast(Program, problem.guide), split, bound, run, folder)
+    guide = cast(Program, problem.guide)
+    _refuse_infinite(bounds(guide))
+    starts = retrain(problem.model, guide, split, lambda candidate: float(bounds(candidate).mean()), run, folder)
     best = problem.with_guide(starts[0].guide)
     # The optimum is the same, but a refinement that starts at a broken guide may not reach it.
     from_best = replace(measure, refiner=replace(measure.refiner, family=own_family(best.guide_density())))
@@ -58,6 +60,16 @@ def with_split(ledger: GapLedger, split: Split, measure: Measure, run: Run) -> G
         "split": {**retraining, "training": training, "starts": described},
     }
     return replace(ledger, training=_dataset(results, split), provenance=provenance)
+
+
+def _refuse_infinite(bounds: Any) -> None:
+    """No guide can be trained on data that the model, or the guide's draws, give density 0."""
+    infinite = np.flatnonzero(~np.isfinite(bounds))
+    if len(infinite):
+        raise InputError(
+            f"split: the ELBO of training datapoint {infinite[0]} is {bounds[infinite[0]]}, so the guide cannot be "
+            "trained on; leave such datapoints out of the training data"
+        )
 
 
 def _dataset(results: list[tuple[Chunk, Arrays]], split: Split) -> xr.Dataset:

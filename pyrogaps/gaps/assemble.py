@@ -10,16 +10,18 @@ from torch import Tensor
 
 from pyrogaps.chunk_cache import Arrays
 from pyrogaps.density import Data
+from pyrogaps.gaps.finite import described, is_finite
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import OWN, TRACE, Measure
 from pyrogaps.gaps.terms import Columns, Term, measured_gaps
+from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
 MAX_OBSERVED = 20_000_000
 
 
 def assemble(
-    results: list[tuple[Chunk, Arrays]], measure: Measure, provenance: dict[str, Any], terms: Sequence[Term]
+    results: list[tuple[Chunk, Arrays]], measure: Measure, provenance: dict[str, Any], terms: Sequence[Term], run: Run
 ) -> GapLedger:
     """The ledger of the chunks' results."""
     arrays, families = [result for _, result in results], [OWN, *measure.families]
@@ -30,11 +32,9 @@ def assemble(
         for name in arrays[0]
         if name.startswith(TRACE)
     }
-    if measure.evidence is not None:  # a ledger that is saved and loaded has its words alone
-        notes, cautions = measure.evidence.notes(columns), measure.evidence.cautions(columns)
-        provenance = {**provenance, "notes": notes, "cautions": cautions}
     evidence, mcse = columns["log_evidence"][:, None], columns["log_evidence_mcse"][:, None]
-    columns["family_approximation_gap"] = evidence - columns["elbo_refined"]
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        columns["family_approximation_gap"] = evidence - columns["elbo_refined"]
     columns["family_approximation_gap_mcse"] = np.hypot(mcse, columns["elbo_refined_mcse"])
     per_datapoint = xr.Dataset(
         {name: (("datapoint", "family")[: value.ndim], value) for name, value in columns.items()},
@@ -43,6 +43,14 @@ def assemble(
     for variable in per_datapoint.data_vars:
         if str(variable).removesuffix("_mcse") in provenance["quantities"]:
             per_datapoint[variable].attrs["units"] = "nats"
+    finite = is_finite(per_datapoint)
+    if measure.evidence is not None and finite.any():  # a ledger that is saved and loaded has its words alone
+        chosen = {name: value[finite] for name, value in columns.items()}
+        notes, cautions = measure.evidence.notes(chosen), measure.evidence.cautions(chosen)
+        provenance = {**provenance, "notes": notes, "cautions": cautions}
+    if not finite.all():
+        infinite = described(per_datapoint, measure.problem, run, measure.num_particles)
+        provenance = {**provenance, "infinite": infinite}
     observed = _observed(measure.problem.joint.caller_data)
     ledger = GapLedger(per_datapoint, _traces(traces, families, provenance), observed, provenance, xr.Dataset())
     return with_gaps(ledger, terms)

@@ -151,7 +151,7 @@ def decompose(
         measure = replace(bounds, families=further, evidence=evidence.prepare(problem, run, bounds.refiner))
         provenance = _provenance(measure, run)
         results = run.map_kept(measure, problem.joint, provenance, measure.fingerprint, measure.num_stages, reached)
-        ledger = assemble(results, measure, provenance, terms)
+        ledger = assemble(results, measure, provenance, terms, run)
         if split is not None and training is not None:
             ledger = with_gaps(with_split(ledger, split, training, on_training), terms)
         if certificate is not None:

@@ -32,6 +32,8 @@ class Finding:
         return self.nats > CERTAIN * self.error
 
     def __str__(self) -> str:
+        if np.isnan(self.nats):
+            return f"{self.name}: not measured"
         size = f"{self.name} {self.nats:.3f} ± {self.error:.3f} nats ({self.share:.0%})"
         if not self.certain:
             return f"{size}: not larger than its error"
@@ -47,11 +49,13 @@ class Diagnosis:
         findings: ranked by nats.
         dominant: the name of the largest gap, where it exceeds zero and the next by two standard errors; else None.
         warnings: reasons not to trust the numbers.
+        finite: whether all datapoints have finite bounds; the gaps are means over those that have.
     """
 
     findings: tuple[Finding, ...]
     dominant: str | None
     warnings: tuple[str, ...]
+    finite: bool = True
 
     def __str__(self) -> str:
         head = self._head(self.findings[0])
@@ -59,6 +63,8 @@ class Diagnosis:
         return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
 
     def _head(self, first: Finding) -> str:
+        if not self.finite:
+            return "Not all datapoints have finite bounds: see the warning below before any gap of the others."
         if self.dominant is not None:
             return f"Mostly the {first.name}."
         if not first.certain:
@@ -72,12 +78,12 @@ class Diagnosis:
     __repr__ = __str__
 
 
-def diagnosis(gaps: xr.Dataset, warnings: tuple[str, ...]) -> Diagnosis:
-    """The leaves of a ledger's tree of gaps, ranked."""
+def diagnosis(gaps: xr.Dataset, warnings: tuple[str, ...], *, finite: bool = True) -> Diagnosis:
+    """The leaves of a ledger's tree of gaps, ranked; see `Diagnosis`."""
     findings = sorted((_finding(gaps.sel(gap=name), gaps) for name in leaves(gaps)), key=lambda f: -f.nats)
     first, others = findings[0], findings[1:]
     dominant = first.certain and all(_exceeds(first, other) for other in others)
-    return Diagnosis(tuple(findings), first.gap if dominant else None, warnings)
+    return Diagnosis(tuple(findings), first.gap if dominant else None, warnings, finite)
 
 
 def _finding(row: xr.Dataset, gaps: xr.Dataset) -> Finding:

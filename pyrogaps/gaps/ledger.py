@@ -10,6 +10,7 @@ import xarray as xr
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import certificate as certificates
 from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
+from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.table import cautions, last_gap, render
 from pyrogaps.gaps.terms import INFERENCE, Values, ids
 
@@ -68,13 +69,16 @@ class GapLedger:
 
     def summary(self) -> pd.DataFrame:
         """One row a quantity: mean over datapoints, its standard error over datapoints, its Monte Carlo standard error
-        (both of the mean, in nats), the estimator and the direction of the bound.
+        (both of the mean, in nats), the estimator and the direction of the bound. Where datapoints have no finite
+        bounds, also `finite_mean`, over the others, which all gaps are means of.
         """
         rows = {label: self._row(name, family) for label, name, family in self._bounds()}
         for name in ids(self.gaps):
             row = self.gaps.sel(gap=name)
             numbers = {column: float(row[column]) for column in ("mean", "standard_error", "mcse")}
             rows[name] = numbers | {column: str(row[column].item()) for column in ("estimator", "direction")}
+            if "infinite" in self.provenance:
+                rows[name]["finite_mean"] = numbers["mean"]
         for family in self.families[1:]:
             rows[f"approximation_gap[{family}]"] = self._row("family_approximation_gap", family)
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("quantity")
@@ -84,11 +88,12 @@ class GapLedger:
 
         Nothing is advised on a difference within two standard errors. Take `.dominant` and `.findings`, or print it.
         """
-        warnings = [*cautions(self.per_datapoint, self.provenance)]
+        infinite = [*infinite_lines(self.per_datapoint, self.provenance)]
+        warnings = [*infinite, *cautions(finite_part(self.per_datapoint), self.provenance)]
         if self.certificate is not None:
             inference_gap = float(self.gaps["mean"].sel(gap=INFERENCE))
             warnings += certificates.cautions(self.certificate, inference_gap, last_gap(self.provenance))
-        return diagnosis(self.gaps, tuple(warnings))
+        return diagnosis(self.gaps, tuple(warnings), finite=not infinite)
 
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`
@@ -128,8 +133,10 @@ class GapLedger:
     def _row(self, name: str, family: str | None = None) -> dict[str, Any]:
         """A row of the summary, from a column."""
         data = self.per_datapoint if family is None else self.per_datapoint.sel(family=family)
-        mean = Values(data[name].values, data[f"{name}_mcse"].values).mean
-        return {**mean._asdict(), **self.provenance["quantities"][name]}
+        row = {**_mean(data, name), **self.provenance["quantities"][name]}
+        if "infinite" in self.provenance:
+            row["finite_mean"] = _mean(finite_part(data), name)["mean"]
+        return row
 
     def __str__(self) -> str:
         table = render(self.summary(), self.gaps, self.per_datapoint, self.provenance)
@@ -138,3 +145,7 @@ class GapLedger:
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def _mean(dataset: xr.Dataset, name: str) -> dict[str, float]:
+    return Values(dataset[name].values, dataset[f"{name}_mcse"].values).mean._asdict()

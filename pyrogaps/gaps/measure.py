@@ -12,6 +12,7 @@ from pyrogaps.chunk_cache import Arrays
 from pyrogaps.conditioning import ConditioningMeasure
 from pyrogaps.density.draws import Posterior, probe
 from pyrogaps.evidence import Measurement
+from pyrogaps.gaps.finite import refuse_nan
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.problem import Problem
 from pyrogaps.refine import OwnFamily, Refiner
@@ -53,12 +54,13 @@ class Measure:
     def __call__(self, chunk: Chunk, run: Run) -> Arrays:
         """All columns of the ledger, and traces, for a chunk."""
         arrays, own = self.bounds(chunk, run)
-        if self.evidence is None:
-            return arrays
-        run.bar.stage("log p(x)")
-        measured = self.evidence.measure(chunk, own)
-        traces = {TRACE + name: trace for name, trace in measured.traces.items()}
-        return {**arrays, **as_arrays(measured.columns | traces)}
+        if self.evidence is not None:
+            run.bar.stage("log p(x)")
+            measured = self.evidence.measure(chunk, own)
+            traces = {TRACE + name: trace for name, trace in measured.traces.items()}
+            arrays = {**arrays, **as_arrays(measured.columns | traces)}
+        refuse_nan(arrays, chunk)
+        return arrays
 
     def bounds(self, chunk: Chunk, run: Run) -> tuple[Arrays, Posterior]:
         """The columns of a chunk without log p(x), and the refined guide of its own family."""

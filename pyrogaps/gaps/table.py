@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.terms import INFERENCE, ids, standard_error, summary_mcse, tree_labels
 
 BOUNDS = {
@@ -26,7 +27,9 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
     width = max(len(label) for label in labels.values())
     number = provenance["num_datapoints"]
     what = "1 datapoint" if number == 1 else f"{number:,} datapoints"
-    decimals = 3 if float(summary["mean"].abs().max()) < 100 else 2
+    means = summary["mean"][np.isfinite(summary["mean"])]
+    decimals = 3 if means.empty or float(means.abs().max()) < 100 else 2
+    finite = finite_part(per_datapoint)
     lines = [
         f"Gap ledger: {what}, latent dimension {provenance['dim']}; means over datapoints in nats",
         "",
@@ -42,18 +45,24 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
             _number(row[column], size, decimals) for column, size in (("mean", 9), ("standard_error", 7), ("mcse", 7))
         )
         doubt = _doubt(row) if is_further or name in ids(gaps) else ""
-        lines.append(f"{labels[name]:{width}}  {figures}  {row['direction']}: {row['estimator']}{doubt}")
-    return "\n".join([*lines, "", *_notes(per_datapoint, provenance)])
+        rest = ""
+        if np.isinf(row["mean"]) and len(finite["datapoint"]):
+            rest = f"{row['finite_mean']:.{decimals}f} over the {len(finite['datapoint'])} with finite bounds; "
+        lines.append(f"{labels[name]:{width}}  {figures}  {rest}{row['direction']}: {row['estimator']}{doubt}")
+    warnings = [f"Warning: {line}" for line in infinite_lines(per_datapoint, provenance)]
+    return "\n".join([*lines, "", *warnings, *_notes(finite, provenance)])
 
 
 def _doubt(row: Any) -> str:
     """A remark on a gap that is smaller than two of its errors, over datapoints or Monte Carlo."""
+    if not np.isfinite(row["mean"]):
+        return ""
     error = np.nanmax([row["standard_error"], row["mcse"]])
     return "; within its error" if abs(row["mean"]) <= 2 * error else ""
 
 
 def _number(value: float, width: int, decimals: int) -> str:
-    return f"{value:{width}.{decimals}f}" if np.isfinite(value) else f"{'-':>{width}}"
+    return f"{'-':>{width}}" if np.isnan(value) else f"{value:{width}.{decimals}f}"
 
 
 def _label(name: str, provenance: dict[str, Any]) -> str:
@@ -68,6 +77,8 @@ def _label(name: str, provenance: dict[str, Any]) -> str:
 
 
 def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    if not len(per_datapoint["datapoint"]):
+        return []
     converged = per_datapoint["converged"].mean("datapoint")
     shares = zip(converged["family"].values, converged.values, strict=True)
     notes = ["refinement converged: " + ", ".join(f"{name} {float(share):.0%}" for name, share in shares)]
@@ -118,6 +129,8 @@ def last_gap(provenance: dict[str, Any]) -> str:
 
 def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     """Reasons not to trust these numbers."""
+    if not len(per_datapoint["datapoint"]):
+        return []
     reasons = []
     moving = 1 - float(per_datapoint["converged"].sel(family="own").mean())
     if moving > 0.1:

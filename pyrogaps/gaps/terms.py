@@ -1,12 +1,14 @@
 """`Term`: a gap, and `TERMS`, the tree of them. Table, summary, diagnosis, plots and the saved tree all read it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+
+from pyrogaps.gaps.finite import finite_part
 
 Array = NDArray[np.float64]
 INFERENCE = "inference_gap"
@@ -28,6 +30,11 @@ class Columns:
     training: xr.Dataset = field(default_factory=xr.Dataset)
     amortized: bool = True
 
+    @property
+    def finite(self) -> "Columns":
+        """Of the datapoints whose bounds are all finite."""
+        return replace(self, per_datapoint=finite_part(self.per_datapoint), training=finite_part(self.training))
+
 
 class Values(NamedTuple):
     """Values and their Monte Carlo standard errors, `(N,)` each, in nats."""
@@ -41,7 +48,11 @@ class Values(NamedTuple):
 
     @property
     def mean(self) -> "Mean":
-        """Over datapoints."""
+        """Over datapoints; NaN where there are none."""
+        if not len(self.value):
+            return Mean(np.nan, np.nan, np.nan)
+        if not np.isfinite(self.value).all():
+            return Mean(float(self.value.mean()), np.nan, np.nan)
         return Mean(float(self.value.mean()), standard_error(self.value), summary_mcse(self.mcse))
 
 
@@ -241,13 +252,16 @@ DESCRIPTION = ("label", "parent", "direction", "cause", "remedy", "colour", "hat
 def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.Dataset, dict[str, Values]]:
     """The gaps there are, and the values of those that have any per datapoint.
 
+    Means are over the datapoints whose bounds are all finite, the same for every gap, so that children sum to parents.
     The first has a row a gap, over "gap", in the order of the tree, with `mean`, `standard_error` and `mcse` in nats
     and the description of its term.
     """
     applying = [term for term in terms if term.applies(columns)]
     ordered = [*_in_tree_order(applying, None)]
-    values = [term.value(columns) for term in ordered]
-    means = [value.mean if isinstance(value, Values) else value for value in values]
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        values = [term.value(columns) for term in ordered]
+    finite = columns.finite
+    means = [value.mean if isinstance(value, Values) else value for value in (t.value(finite) for t in ordered)]
     variables: dict[str, Any] = {name: ("gap", [getattr(mean, name) for mean in means]) for name in Mean._fields}
     variables |= {name: ("gap", [getattr(term, name) or "" for term in ordered]) for name in DESCRIPTION}
     variables["estimator"] = ("gap", [term.estimator_of(columns) for term in ordered])

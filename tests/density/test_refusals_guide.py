@@ -244,7 +244,7 @@ def test_shapes_that_differ() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    refused(guide, "site 'z'", "shape (2, 2)", "(3,) per datapoint", model=vector_model)
+    refused(guide, "site 'z'", "shape (6, 2)", "(3,) per datapoint", model=vector_model)
 
 
 def test_scalar_for_a_vector() -> None:
@@ -287,7 +287,7 @@ def test_per_datapoint_parameters_that_are_not_selected() -> None:
             pyro.sample("rate", dist.Gamma(2.0, 1.0))
             pyro.sample("z", dist.Normal(loc, 0.5))
 
-    refused(guide, "guide", "subset of the datapoints", "loc[rows]", "event_dim")
+    refused(guide, "guide", "other numbers of its rows", "loc[rows]", "event_dim")
 
 
 def test_per_datapoint_parameters_selected_by_position() -> None:
@@ -297,7 +297,7 @@ def test_per_datapoint_parameters_selected_by_position() -> None:
             pyro.sample("rate", dist.Gamma(2.0, 1.0))
             pyro.sample("z", dist.Normal(loc[rows], 0.5))
 
-    refused(guide, "guide", "position", "rows", "torch.arange(N)")
+    refused(guide, "guide", "rows", "index 5", "torch.arange(N)")
 
 
 def test_guide_with_dependence_between_rows() -> None:
