@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import pyrogaps as pg
 from benchmarks.reporting import machine, report
+from pyrogaps.density.simulate import simulate
 from pyrogaps.gaps import amortization
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
@@ -73,7 +74,7 @@ def _started(data_dim: int, hidden: tuple[int, ...], number: int, retraining: pg
     model = LinearGaussian.random(data_dim, 2, noise_scale=1.0, seed=seed).double()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        x = pg.JointDensity(model, torch.zeros(number + NUM_TEST, data_dim).double()).simulate()[0]
+        x = simulate(pg.JointDensity(model, torch.zeros(number + NUM_TEST, data_dim).double()))[0]
         guide = AmortizedNormal(data_dim, 2, hidden, "Identity" if hidden == (1,) else "Tanh").double()
     return Broken(model, guide, x[:number], x[number:], retraining)
 

@@ -16,6 +16,7 @@ from torch.distributions import transform_to
 from pyrogaps.density import Data, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple
 from pyrogaps.density.runs import Program
+from pyrogaps.density.simulate import simulate
 from pyrogaps.errors import InputError
 from pyrogaps.guides.amortized import Amortized
 from pyrogaps.guides.local import AutoLocal
@@ -164,7 +165,7 @@ class AmortizedMixture(Amortized):
             )
         with seeded(seed, "fit", device=joint.device), pyro.validation_enabled(False):
             repeated = IndexedData(num_draws, lambda indices: joint.fetch(indices % joint.num_datapoints))
-            drawn, z = joint.over(repeated).simulate()
+            drawn, z = simulate(joint.over(repeated))
             return self._descend(as_tuple(drawn)[0], z, num_steps, batch_size, learning_rate)
 
     def _descend(self, x: Tensor, z: Tensor, num_steps: int, batch_size: int, learning_rate: float) -> list[float]:

@@ -174,7 +174,7 @@ class Problem:
 
         With a guide that has auxiliary variables and no `local_family`, these are drawn too, from its reverse model.
 
-        Raises `InputError` where the model cannot be simulated (see `JointDensity.simulate`).
+        Raises `InputError` where the model cannot be simulated.
         """
         with seeded(seed, "simulate", device=self.joint.device):
             data, z = simulate(self.joint, to_data)

@@ -75,7 +75,7 @@ def calibrate(
 
     Raises:
         InputError: for an argument out of range, a model without a data plate or that cannot be simulated (see
-            `JointDensity.simulate`), and a guide that holds parameters for each datapoint, naming the argument or site.
+            `Problem.simulated`), and a guide that holds parameters for each datapoint, naming the argument or site.
 
     Source: Talts et al. (2018), arXiv:1804.06788.
     """
@@ -88,7 +88,7 @@ def calibrate(
     if joint.plate is None:
         raise InputError(
             "plate: calibrate needs a data plate, but here the whole data set is one datapoint; "
-            "simulate data sets with JointDensity(...).simulate() and fit each"
+            "simulate data sets with Problem.of(model, None, data).simulated(seed) and fit each"
         )
     problem, family = subject_of(guide, plain, refined=posterior == "refined")
     run = Run(seed, batch_size)

@@ -22,7 +22,7 @@ class SimulatedData(IndexedData):
     Args:
         model, data, plate: as for `JointDensity`.
         num_datapoints: number of datapoints per epoch; by default the number in `data`.
-        to_data: as for `JointDensity.simulate`.
+        to_data: from the sites' values, by name, to the model's arguments; see `density.simulate.simulate`.
 
     Raises:
         InputError: where the model cannot be simulated.
@@ -38,7 +38,9 @@ class SimulatedData(IndexedData):
     ) -> None:
         joint = JointDensity(model, data, plate)
         if joint.plate is None:
-            raise InputError("SimulatedData: the model has no data plate; use JointDensity(model, data).simulate()")
+            raise InputError(
+                "SimulatedData: the model has no data plate; use Problem.of(model, None, data).simulated(seed).data"
+            )
         number = joint.num_datapoints
 
         def fetch(indices: Tensor) -> tuple[Any, ...]:

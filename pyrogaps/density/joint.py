@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
@@ -20,9 +20,6 @@ from pyrogaps.density.score import ScoreModel, stack_runs
 from pyrogaps.density.structure import check_parameters, dtypes_named, sample_sites
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
-
-if TYPE_CHECKING:
-    from pyrogaps.density.simulate import ToData
 
 
 class Probe(NamedTuple):
@@ -204,15 +201,6 @@ class JointDensity:
                 return torch.stack([self._draw(args, indices) for _ in range(num_particles)])
             flat = self._draw(self.fetch(indices, num_particles), indices.repeat(num_particles))
         return flat.reshape(num_particles, len(indices), self.dim)
-
-    def simulate(self, to_data: "ToData | None" = None) -> tuple[Any, Tensor]:
-        """Draw latents and data from the model; returns data in the given form, and `z` `(N, dim)`.
-
-        See `pyrogaps.density.simulate.simulate` for `to_data` and for the models it refuses.
-        """
-        from pyrogaps.density.simulate import simulate
-
-        return simulate(self, to_data)
 
     def _draw(self, args: tuple[Any, ...], indices: Tensor) -> Tensor:
         with self.plates(indices):

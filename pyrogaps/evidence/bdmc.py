@@ -63,7 +63,7 @@ def bdmc(
         to_data: from drawn values by observed site to the model's arguments, where that is not plain.
 
     Raises:
-        InputError: where the model cannot be simulated (see `JointDensity.simulate`).
+        InputError: where the model cannot be simulated (see `Problem.simulated`).
 
     Source: Grosse, Ghahramani and Adams (2015), arXiv:1511.02543.
     """

@@ -1,4 +1,4 @@
-"""`JointDensity.simulate` draws data and their latents from the model, in the shape of the model's arguments."""
+"""`simulate` draws data and their latents from the model, in the shape of the model's arguments."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrogaps import IndexedData, InputError, JointDensity
+from pyrogaps.density.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -38,7 +39,7 @@ def normal(x: Tensor) -> None:
 
 def test_one_site() -> None:
     joint = JointDensity(normal, torch.zeros(N))
-    x, z = joint.simulate()
+    x, z = simulate(joint)
     assert isinstance(x, Tensor) and x.shape == (N,) and z.shape == (N, 1)
     latent = z[:, 0].exp()
     within(latent, 2.0)
@@ -52,10 +53,10 @@ def test_one_site() -> None:
 def test_seeds() -> None:
     joint = JointDensity(normal, torch.zeros(20))
     torch.manual_seed(1)
-    first = joint.simulate()
-    second = joint.simulate()
+    first = simulate(joint)
+    second = simulate(joint)
     torch.manual_seed(1)
-    third = joint.simulate()
+    third = simulate(joint)
     assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
     assert not torch.equal(first[0], second[0])
 
@@ -63,7 +64,7 @@ def test_seeds() -> None:
 def test_the_caller_s_data_are_not_written_to() -> None:
     x = torch.arange(20.0)
     joint = JointDensity(normal, x)
-    joint.simulate()
+    simulate(joint)
     assert torch.equal(x, torch.arange(20.0))
 
 
@@ -76,7 +77,7 @@ def test_several_arguments_and_sites() -> None:
 
     offset = torch.linspace(-3, 3, N * 2).reshape(N, 2)
     joint = JointDensity(model, (torch.zeros(N, 2), torch.ones(N), offset))
-    data, z = joint.simulate()
+    data, z = simulate(joint)
     assert isinstance(data, tuple) and [value.shape for value in data] == [(N, 2), (N,), (N, 2)]
     assert torch.equal(data[2], offset)
     within(data[0] - z - offset, 0.0)
@@ -110,7 +111,7 @@ def transposed(x: Tensor) -> None:
 @pytest.mark.parametrize("model", [views, reshaped, transposed], ids=lambda model: model.__name__)
 def test_views_of_an_argument(model: Callable[[Tensor], None]) -> None:
     joint = JointDensity(model, torch.zeros(N, 3))
-    x, z = joint.simulate()
+    x, z = simulate(joint)
     assert x.shape == (N, 3)
     residual = x - z
     within(residual, 0.0)
@@ -130,7 +131,7 @@ def autoregressive(x: Tensor) -> None:
 
 def test_autoregressive_likelihood() -> None:
     joint = JointDensity(autoregressive, torch.randn(N, 4) + 50.0)
-    x, z = joint.simulate()
+    x, z = simulate(joint)
     before = torch.cat([torch.zeros(N, 1), x[:, :-1]], 1)
     noise = x - 0.5 * before - z
     within(noise, 0.0)
@@ -149,7 +150,7 @@ def test_latents_that_depend_on_observations() -> None:
             pyro.sample("x1", dist.Normal(b, 1.0), obs=x[:, 1])
 
     joint = JointDensity(model, torch.full((N, 2), 9.0))
-    x, z = joint.simulate()
+    x, z = simulate(joint)
     within(z[:, 1] - x[:, 0], 0.0)
     within((z[:, 1] - x[:, 0]) ** 2, 0.09)
     within(x[:, 0] ** 2, 2.0)
@@ -164,7 +165,7 @@ def test_a_pixel_by_pixel_likelihood_in_one_site_is_refused() -> None:
             pyro.sample("x", dist.Normal(z[:, None] + left, 1.0).to_event(1), obs=x)
 
     with pytest.raises(InputError, match=r"re-scoring simulated data .*'x'.*to_data="):
-        JointDensity(model, torch.randn(20, 3)).simulate()
+        simulate(JointDensity(model, torch.randn(20, 3)))
 
 
 def test_arguments_that_follow_from_the_data() -> None:
@@ -177,7 +178,7 @@ def test_arguments_that_follow_from_the_data() -> None:
 
     x = torch.randn(20, 2) + 1.0
     joint = JointDensity(model, (x, x.sum(-1)))
-    (drawn, total), z = joint.simulate(lambda values: (values["x"], values["x"].sum(-1)))
+    (drawn, total), z = simulate(joint, lambda values: (values["x"], values["x"].sum(-1)))
     torch.testing.assert_close(total, drawn.sum(-1))
     assert z.shape == (20, 1)
 
@@ -190,8 +191,8 @@ def test_transformed_observations_need_the_hook() -> None:
 
     joint = JointDensity(model, torch.rand(N) + 0.5)
     with pytest.raises(InputError, match=r"site 'log x': its observed value is not one of .*to_data="):
-        joint.simulate()
-    x, z = joint.simulate(lambda values: values["log x"].exp())
+        simulate(joint)
+    x, z = simulate(joint, lambda values: values["log x"].exp())
     within(x.log() - z[:, 0], 0.0)
     scores_as_drawn(model, joint, x, z)
 
@@ -205,9 +206,9 @@ def test_a_hook_that_forgets_an_argument_is_refused() -> None:
 
     joint = JointDensity(model, (torch.randn(20), torch.randn(20)))
     with pytest.raises(InputError, match=r"to_data.*takes 2"):
-        joint.simulate(lambda values: values["x"])
+        simulate(joint, lambda values: values["x"])
     with pytest.raises(InputError, match="re-scoring"):
-        joint.simulate(lambda values: (values["x"], torch.zeros(20)))
+        simulate(joint, lambda values: (values["x"], torch.zeros(20)))
 
 
 def test_two_arguments_with_the_same_values() -> None:
@@ -220,7 +221,7 @@ def test_two_arguments_with_the_same_values() -> None:
             pyro.sample("y", dist.Normal(z, 2.0), obs=y)
 
     joint = JointDensity(model, (torch.zeros(N), torch.zeros(N)))
-    (y, x), z = joint.simulate()
+    (y, x), z = simulate(joint)
     within((x - z[:, 0]) ** 2, 0.01)
     within((y - z[:, 0]) ** 2, 4.0)
 
@@ -232,7 +233,7 @@ def test_integer_data() -> None:
             pyro.sample("x", dist.Categorical(logits=z), obs=x)
 
     joint = JointDensity(model, torch.zeros(N, dtype=torch.long))
-    x, z = joint.simulate()
+    x, z = simulate(joint)
     assert x.dtype == torch.long
     within((x == 0).double() - z.softmax(-1)[:, 0], 0.0)
     scores_as_drawn(model, joint, x, z)
@@ -248,7 +249,7 @@ def test_bytes_as_pixels() -> None:
     template = torch.zeros(N, 2, 2, dtype=torch.uint8)
     template[:, 0] = 1
     joint = JointDensity(model, template)
-    x, z = joint.simulate()
+    x, z = simulate(joint)
     assert x.dtype == torch.uint8 and x.shape == (N, 2, 2)
     within(x.flatten(1).double() - z.sigmoid(), 0.0)
 
@@ -265,7 +266,7 @@ def test_masked_sequences() -> None:
                     pyro.sample(f"x{t}", dist.Normal(z, 0.5), obs=x[:, t])
 
     joint = JointDensity(model, (torch.randn(N, 3), keep))
-    (x, _), z = joint.simulate()
+    (x, _), z = simulate(joint)
     assert (z[~keep] == 0).all() and (z[keep] != 0).all()
     within(((x - z) ** 2)[keep], 0.25)
 
@@ -273,7 +274,7 @@ def test_masked_sequences() -> None:
 def test_indexed_data_come_back_as_arguments() -> None:
     x = torch.randn(600)
     joint = JointDensity(normal, IndexedData(600, lambda indices: (x[indices],)))
-    data, z = joint.simulate()
+    data, z = simulate(joint)
     assert isinstance(data, tuple) and data[0].shape == (600,) and z.shape == (600, 1)
 
 
@@ -283,7 +284,7 @@ def test_one_datapoint() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(m, 0.5), obs=x)
 
-    x, z = JointDensity(model, torch.zeros(N), plate=False).simulate()
+    x, z = simulate(JointDensity(model, torch.zeros(N), plate=False))
     assert x.shape == (N,) and z.shape == (1, 1)
     within(x - z[0, 0], 0.0)
 
@@ -295,7 +296,7 @@ def test_factors_cannot_be_simulated() -> None:
             pyro.factor("tilt", x)
 
     with pytest.raises(InputError, match=r"site 'tilt': a pyro.factor cannot be simulated"):
-        JointDensity(model, torch.zeros(5), plate="data").simulate()
+        simulate(JointDensity(model, torch.zeros(5), plate="data"))
 
 
 def test_imputed_observations() -> None:
@@ -306,7 +307,7 @@ def test_imputed_observations() -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 0.5), obs=x, obs_mask=seen)
 
-    (x, _), z = JointDensity(model, (torch.zeros(N), seen)).simulate()
+    (x, _), z = simulate(JointDensity(model, (torch.zeros(N), seen)))
     within((x[seen] - z[seen, 0]) ** 2, 0.25)
     within((z[~seen, 1] - z[~seen, 0]) ** 2, 0.25)
 
@@ -320,6 +321,6 @@ def test_mixed_precision(latent: torch.dtype, observed: torch.dtype) -> None:
             pyro.sample("x", dist.Poisson(z), obs=x)
 
     joint = JointDensity(model, torch.ones(N, dtype=observed))
-    x, z = joint.simulate()
+    x, z = simulate(joint)
     assert (x.dtype, z.dtype) == (observed, latent)
     within(x.double() - z[:, 0].double().exp(), 0.0)

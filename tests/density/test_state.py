@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Problem, Refinement, decompose, elbo, refine
+from pyrogaps.density.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("brief_check")
 
@@ -69,7 +70,7 @@ WORK: dict[str, Callable[[Any, Any], Any]] = {
     "refine": lambda model, guide: refine(model, guide, X, settings=QUICK["refinement"]),
     "family": lambda model, guide: refine(model, AutoNormal, X, settings=QUICK["refinement"]),
     "decompose": lambda model, guide: decompose(model, guide, X, families={"normal": AutoNormal}, **QUICK),
-    "simulate": lambda model, guide: JointDensity(model, X).simulate(),
+    "simulate": lambda model, guide: simulate(JointDensity(model, X)),
 }
 DRAWS = ("JointDensity", "GuideDensity", "simulate")  # drawn from the caller's generator on purpose
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrogaps import InputError, JointDensity
+from pyrogaps.density.simulate import simulate
 from pyrogaps.models.discretised_logistic import DiscretisedLogistic
 
 DTYPES = (torch.float32, torch.float64)
@@ -124,7 +125,7 @@ def test_the_library_takes_grey_values_alone_and_simulates_them() -> None:
     x = torch.tensor([[0.0, 12.0, 255.0], [128.0, 7.0, 99.0]]) / 255
     joint = JointDensity(Grey(), x)
     assert joint(torch.zeros(1, 2, 1)).isfinite().all()
-    drawn, _ = joint.simulate()
+    drawn, _ = simulate(joint)
     assert DiscretisedLogistic.support.check(drawn).all()
     with pytest.raises(InputError, match=r"site 'x': some observed values lie outside .* DiscretisedLogistic"):
         JointDensity(Grey(), 255 * x)

@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 
 from pyrogaps import InputError, JointDensity, elbo, train
 from pyrogaps.capture import GradientEvaluator
+from pyrogaps.density.simulate import simulate
 from pyrogaps.guides.sequential import StructuredNormal
 from pyrogaps.models.dmm import MIN_SCALE, DeepMarkovModel
 from pyrogaps.models.pendulum import Pendulum
@@ -113,7 +114,7 @@ def test_captured_gradients_are_those_of_eager_runs() -> None:
 def test_simulates_data_of_the_same_lengths() -> None:
     """`simulate` itself checks that what it drew scores as it was drawn."""
     model = small()
-    (x, lengths), z = JointDensity(model, (notes(200).double(), LENGTHS.repeat(50))).simulate()
+    (x, lengths), z = simulate(JointDensity(model, (notes(200).double(), LENGTHS.repeat(50))))
     assert torch.equal(lengths, LENGTHS.repeat(50)) and z.shape == (200, 10)
     assert set(x.unique().tolist()) == {0.0, 1.0}
     kept = (torch.arange(5) < lengths[:, None]).repeat_interleave(2, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyrogaps import InputError, JointDensity
+from pyrogaps.density.simulate import simulate
 from pyrogaps.models.pendulum import GRAVITY, Pendulum
 
 
@@ -98,7 +99,7 @@ def test_ragged_sequences_and_simulation_by_the_joint() -> None:
         JointDensity(model, x[n : n + 1, :length])(z[:, n : n + 1, : 2 * length]) for n, length in enumerate(lengths)
     ]
     torch.testing.assert_close(joint(z), torch.cat(cut, 1))
-    (drawn, _), _ = joint.simulate()
+    (drawn, _), _ = simulate(joint)
     assert drawn.shape == x.shape and not torch.equal(drawn, x)
 
 

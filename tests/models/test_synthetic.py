@@ -10,6 +10,7 @@ from scipy import integrate, special
 from torch import Tensor
 
 from pyrogaps import AIS, JointDensity, Refinement, decompose, elbo, train
+from pyrogaps.density.simulate import simulate
 from pyrogaps.errors import InputError
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.curves import CURVES
@@ -114,7 +115,7 @@ def test_model_and_density_agree(curve: str) -> None:
     prior = torch.distributions.Normal(0.0, 1.0).log_prob(z)[:, 0]
     likelihood = torch.distributions.Normal(model.decoder(z), model.variance.sqrt()).log_prob(x).sum(-1)
     torch.testing.assert_close(joint(z[None])[0], prior + likelihood)
-    simulated, _ = joint.simulate()
+    simulated, _ = simulate(joint)
     assert simulated.shape == x.shape
 
 
