@@ -98,7 +98,7 @@ def test_advice_minds_it() -> None:
         evidence=pg.AIS(num_chains=2, num_temperatures=2, num_leapfrog=1, initial="prior"),
     )
     warnings = " ".join(poor.diagnose().warnings)
-    assert "nats higher than measured (BDMC); raise num_temperatures of AIS" in warnings
+    assert "nats higher than measured (BDMC). Raise num_temperatures of AIS" in warnings
     assert "a longer refinement gains" in warnings
     assert not [warning for warning in ledger_of(300).diagnose().warnings if "BDMC" in warning or "longer" in warning]
 

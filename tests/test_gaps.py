@@ -292,7 +292,7 @@ def test_a_torn_part_is_done_again(chunked: Any, tmp_path: Path) -> None:
     whole = eagerly(*chunked, cache=tmp_path)
     part = sorted(tmp_path.glob("*.npz"))[1]
     part.write_bytes(part.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match=f"{part.name} is damaged; its datapoints are measured anew"):
+    with pytest.warns(UserWarning, match=f"{part.name} is damaged, so its datapoints are measured again"):
         again = eagerly(*chunked, cache=tmp_path)
     xr.testing.assert_identical(again.per_datapoint, whole.per_datapoint)
     assert not list(tmp_path.glob("*.tmp"))

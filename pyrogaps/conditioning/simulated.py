@@ -38,7 +38,7 @@ class SimulatedData(IndexedData):
     ) -> None:
         joint = JointDensity(model, data, plate)
         if joint.plate is None:
-            raise InputError("SimulatedData: the model has no data plate; use JointDensity(model, data).simulate()")
+            raise InputError("SimulatedData: the model has no data plate. Use JointDensity(model, data).simulate()")
         number = joint.num_datapoints
 
         def fetch(indices: Tensor) -> tuple[Any, ...]:

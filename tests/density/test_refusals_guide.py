@@ -106,7 +106,7 @@ def test_guide_samples_an_observed_site() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(0.0, 1.0))
 
-    refused(guide, "site 'x'", "observed in the model", "remove it")
+    refused(guide, "site 'x'", "observed in the model", "Remove it")
 
 
 def test_factor_in_the_guide() -> None:

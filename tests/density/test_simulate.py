@@ -163,7 +163,7 @@ def test_a_pixel_by_pixel_likelihood_in_one_site_is_refused() -> None:
             left = torch.cat([torch.zeros(len(x), 1), x[:, :-1]], 1)
             pyro.sample("x", dist.Normal(z[:, None] + left, 1.0).to_event(1), obs=x)
 
-    with pytest.raises(InputError, match=r"re-scoring simulated data .*'x'.*to_data="):
+    with pytest.raises(InputError, match=r"simulated data of site 'x' .*scored again.*to_data="):
         JointDensity(model, torch.randn(20, 3)).simulate()
 
 
