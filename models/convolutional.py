@@ -166,8 +166,9 @@ def _sizes(
         height, width = ((size + 2 * padding - kernel_size) // stride + 1 for size in sizes[-1])
         if min(height, width) < 1:
             raise InputError(
-                f"{name}: {len(channels)} layers are too many, because the input of layer {number + 1} has only "
-                f"{sizes[-1][0]} x {sizes[-1][1]} pixels and kernel_size is {kernel_size}. Use fewer layers."
+                f"{name}: {len(channels)} layers are too many for {image_shape[1]} x {image_shape[2]} pixels; the "
+                f"input of layer {number + 1} is only {sizes[-1][0]} x {sizes[-1][1]}, but kernel_size is "
+                f"{kernel_size}. Use fewer layers."
             )
         sizes.append((height, width))
     return sizes

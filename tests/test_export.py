@@ -442,7 +442,7 @@ def test_bad_input_is_named_in_one_line() -> None:
         assert "\n" not in str(caught.value)
 
     refused("num_draws: .* 2, got 1", normal_mean, guide, x, num_draws=1)
-    refused("argument 0 holds NaN", normal_mean, guide, torch.full((4,), torch.nan))
+    refused("argument 0 contains NaN", normal_mean, guide, torch.full((4,), torch.nan))
     refused("site 'mean'.*missing from the guide", normal_mean, lambda x: None, x)
     refused("data: expected a tensor", normal_mean, guide, x.numpy())
     refused("no plate named 'rows'", normal_mean, guide, x, plate="rows")

@@ -346,7 +346,7 @@ def test_ladder_is_found_wrong_where_a_mode_is_missed() -> None:
     assert check["lowest"] == 3
     assert check["width"] > 0.1
     assert any("log p(x) of simulated data may be" in warning for warning in ledger.diagnose().warnings)
-    assert "the lowest 3 rungs left out" in str(ledger)
+    assert "The lowest 3 rungs are left out" in str(ledger)
 
 
 def test_ledger_tells_how_it_was_measured(

@@ -198,7 +198,7 @@ def test_arguments_that_are_not_tensors() -> None:
     z = torch.randn(2, 6, 1)
     expected = dist.Normal(0.0, 2.0).log_prob(z[..., 0]) + dist.Normal(z[..., 0], 1.0).log_prob(x)
     torch.testing.assert_close(joint(z), expected)
-    with pytest.raises(InputError, match="data: argument 0 holds NaN or infinite"):
+    with pytest.raises(InputError, match="data: argument 0 contains NaN or infinite"):
         JointDensity(model, IndexedData(6, lambda indices: ({"x": x[indices] / 0}, 2.0, "rows")))
 
 

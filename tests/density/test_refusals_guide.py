@@ -203,7 +203,7 @@ def test_auto_structured() -> None:
 
 
 def test_autoguide_that_was_never_run() -> None:
-    refused(AutoNormal(model), "AutoNormal", "never been run", "train it")
+    refused(AutoNormal(model), "AutoNormal", "never been run", "Train it")
 
 
 def test_autoguide_list_that_was_never_run() -> None:

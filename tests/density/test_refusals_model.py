@@ -204,7 +204,7 @@ def test_sequential_plate(plate: str | None) -> None:
             z = pyro.sample(f"z{n}", dist.Normal(0.0, 1.0))
             pyro.sample(f"x{n}", dist.Normal(z, 1.0), obs=x[n])
 
-    refused(model, X, "data plate 'data'", "sequential", "`with`", plate=plate)
+    refused(model, X, "data plate 'data'", "loops over", "with pyro.plate", plate=plate)
 
 
 def test_subsampled_plate_as_one_datapoint() -> None:
@@ -231,7 +231,7 @@ def test_counts_below_zero() -> None:
         "site 'x'",
         "outside the support",
         "Poisson",
-        "transform",
+        "Transform",
         "validate_args=False",
     )
 

@@ -206,7 +206,7 @@ def test_a_hook_that_forgets_an_argument_is_refused() -> None:
     joint = JointDensity(model, (torch.randn(20), torch.randn(20)))
     with pytest.raises(InputError, match=r"to_data.*takes 2"):
         joint.simulate(lambda values: values["x"])
-    with pytest.raises(InputError, match="re-scoring"):
+    with pytest.raises(InputError, match="when scored again"):
         joint.simulate(lambda values: (values["x"], torch.zeros(20)))
 
 

@@ -172,7 +172,7 @@ def test_autoguides_and_latents() -> None:
     model = Model()
     posterior = pg.mapa_posterior(X, "gaussian", bandwidth=1.0)
     refused(lambda: pg.MAPA_ELBO(posterior).bounds(model, AutoDelta(model), ALL), "AutoDelta", "function of x")
-    refused(lambda: empiricalized_posterior(model, torch.zeros(5, LATENT), X), "latents 'z'", "5 of them for 7")
+    refused(lambda: empiricalized_posterior(model, torch.zeros(5, LATENT), X), "latents 'z'", "7 datapoints, got 5")
     refused(lambda: empiricalized_posterior(model, {"h": torch.zeros(N, LATENT)}, X), "'h'")
 
 
