@@ -77,7 +77,7 @@ def test_the_ledger_keeps_and_prints_it(tmp_path: Path) -> None:
         back = pg.GapLedger.from_datatree(tree.load())
     assert str(back) == str(ledger)
     assert "certificate: BDMC on 24 datapoints simulated from the model" in str(ledger)
-    assert "certificate: refining 4 times as long raises the ELBO of 16 datapoints by" in str(ledger)
+    assert "certificate: refining 4 times as long changes the ELBO of 16 datapoints by" in str(ledger)
 
 
 @pytest.mark.usefixtures("brief_check")

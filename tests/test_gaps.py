@@ -151,7 +151,7 @@ def test_the_table(ledger: GapLedger) -> None:
         assert any(line.startswith(label) for line in table.splitlines()), label
     row = next(line for line in table.splitlines() if line.startswith("└─ amortization gap"))
     assert f"{float(ledger.per_datapoint['amortization_gap'].mean()):.2f}" in row
-    assert "IWAE-6000[q]" in table and "refinement converged: own 100%" in table
+    assert "IWAE-6000[q]" in table and "refinement converged: own family 100%" in table
 
 
 def test_round_trip_through_a_file(ledger: GapLedger, tmp_path: Path) -> None:

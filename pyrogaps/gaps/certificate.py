@@ -51,7 +51,7 @@ def lines_of(certificate: xr.Dataset) -> Iterator[str]:
     gain = certificate["gain"].values
     share = float((gain > IMPROVING + 2 * certificate["gain_mcse"].values).mean())
     yield (
-        f"refining {certificate.attrs['longer']} times as long raises the ELBO of {len(gain)} datapoints by "
+        f"refining {certificate.attrs['longer']} times as long changes the ELBO of {len(gain)} datapoints by "
         f"{_mean(gain)} nats on average. For {share:.0%} of them the gain exceeds {IMPROVING} nats by more than twice "
         "its error"
     )

@@ -60,17 +60,20 @@ def _label(name: str, provenance: dict[str, Any]) -> str:
     if name == "iwae":
         return f"IWAE-{provenance['num_particles']}[q]"
     if name.startswith("elbo_refined["):
-        family = name[len("elbo_refined[") : -1]
-        return "L[q*] own family" if family == "own" else f"L[q*] {family}"
+        return f"L[q*] {_family(name[len('elbo_refined[') : -1])}"
     if name.startswith("approximation_gap["):
         return f"approximation gap, {name[len('approximation_gap[') : -1]}"
     return BOUNDS.get(name, name)
 
 
+def _family(name: str) -> str:
+    return "own family" if name == "own" else name
+
+
 def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     converged = per_datapoint["converged"].mean("datapoint")
     shares = zip(converged["family"].values, converged.values, strict=True)
-    notes = ["refinement converged: " + ", ".join(f"{name} {float(share):.0%}" for name, share in shares)]
+    notes = ["refinement converged: " + ", ".join(f"{_family(name)} {float(share):.0%}" for name, share in shares)]
     notes += provenance.get("notes", [])
     low = float((per_datapoint["log_evidence_mcse"] ** 2).mean()) / 2
     if low > summary_mcse(per_datapoint["log_evidence_mcse"].values):
@@ -103,7 +106,7 @@ def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[st
     pairs = {"amortized guide": (per_datapoint["khat"], per_datapoint["ess"])}
     for family in per_datapoint["family"].values:
         refined = per_datapoint.sel(family=family)
-        pairs[f"refined {family}"] = refined["khat_refined"], refined["ess_refined"]
+        pairs[f"refined {_family(family)}"] = refined["khat_refined"], refined["ess_refined"]
     number = provenance["num_particles"]
     values = [
         f"{name} {float(khat.median()):.2f} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()
@@ -169,11 +172,10 @@ def _on_split(provenance: dict[str, Any]) -> list[str]:
         return []
     rounds = [len(start["elbo"]) - 1 for start in starts]
     left = [start["start"] for start in starts if not start["converged"]]
-    summary = (
-        f"retraining (phi-hat): the best of {len(starts)} starts is {starts[0]['start']}, {min(rounds)} to "
-        f"{max(rounds)} rounds each"
-    )
-    lines = [summary + (f"; not converged: {', '.join(left)}" if left else ", all converged")]
+    lines = [
+        f"retraining (phi-hat): {len(starts)} starts, {min(rounds)} to {max(rounds)} rounds each; best start: "
+        f"{starts[0]['start']}; not converged: {', '.join(left) or 'none'}"
+    ]
     if kept := sorted({name for start in starts for name in start.get("kept", [])}):
         lines.append(
             f"fresh starts reuse the guide's values of {', '.join(kept)}, because no reset_parameters() sets them. "

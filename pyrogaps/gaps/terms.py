@@ -213,8 +213,7 @@ TERMS: tuple[Term, ...] = (
         _is_split,
         cause="the network has not been trained to convergence for this model",
         remedy=(
-            "longer training with a falling learning rate, or extra steps of the guide before each of the model "
-            "(guide_steps)"
+            "longer training with a falling learning rate, or extra guide steps before each model step (guide_steps)"
         ),
         colour="#e39a5c",
         hatch="\\\\\\\\",
