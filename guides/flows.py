@@ -110,7 +110,8 @@ def check_sizes(guide: Any, dim: int, num_steps: int, hidden: int) -> None:
         raise InputError(f"{name}: a flow needs at least one step and one hidden unit, got {num_steps} and {hidden}")
     if dim < 2:
         raise InputError(
-            f"{name}: one latent dimension has no halves to couple. Use the flow with an auxiliary variable."
+            f"{name}: a coupling flow needs at least two latent dimensions, but there is only one. Use the flow with "
+            "an auxiliary variable."
         )
 
 

@@ -160,8 +160,8 @@ class AmortizedMixture(Amortized):
         joint = JointDensity(model, data)
         if list(joint.sites) != ["z"] or joint.dim != self.latent_dim:
             raise InputError(
-                f"AmortizedMixture: the model has latents {', '.join(joint.sites)} ({joint.dim} dimensions in all), "
-                f"but this guide has only 'z' with latent_dim={self.latent_dim}"
+                f"AmortizedMixture: the model has latents {', '.join(joint.sites)} ({joint.dim} dimensions in all). "
+                f"This guide needs a single site 'z' with latent_dim={self.latent_dim} dimensions."
             )
         with seeded(seed, "fit", device=joint.device), pyro.validation_enabled(False):
             repeated = IndexedData(num_draws, lambda indices: joint.fetch(indices % joint.num_datapoints))

@@ -116,7 +116,7 @@ class StructuredNormal(AmortizedGuide, nn.Module):
         if not min_scale > 0:
             raise InputError(f"StructuredNormal: min_scale must be positive, got {min_scale}")
         if innovations and around is None:
-            raise InputError("StructuredNormal: innovations need the sequence model. Pass it as the argument around.")
+            raise InputError("StructuredNormal: innovations need the sequence model. Pass it with around=.")
         self.data_dim, self.latent_dim, self.rnn_dim = data_dim, latent_dim, rnn_dim
         self.lookahead = checked_lookahead("StructuredNormal", lookahead)
         self.rnn = nn.GRU(data_dim + 1, rnn_dim, batch_first=True)
@@ -187,8 +187,8 @@ class LocalStructuredNormal(LocalFamily, nn.Module):
             assert rows is not None
             if len(rows) != len(x) or x.shape[1] != steps:
                 raise InputError(
-                    f"LocalStructuredNormal: has parameters for {number} sequences of {steps} steps, but the data are "
-                    f"{len(x)} of {x.shape[1]}. Create a new guide for other data."
+                    f"LocalStructuredNormal: has parameters for {number} sequences of {steps} steps, but the data have "
+                    f"{len(x)} sequences of {x.shape[1]} steps. Create a new guide for other data."
                 )
             return self.combiner.draw(self.h[rows], x, keep)
 

@@ -155,7 +155,7 @@ def _sizes(
             f"{name}: image_shape must be (channels, height, width), each at least 1, got {list(image_shape)}"
         )
     if not channels or min(channels) < 1:
-        raise InputError(f"{name}: channels must be at least one positive integer, got {list(channels)}")
+        raise InputError(f"{name}: channels must be a non-empty list of positive integers, got {list(channels)}")
     if min(kernel_size, stride) < 1 or padding < 0:
         raise InputError(
             f"{name}: kernel_size and stride must be at least 1 and padding at least 0, "
@@ -166,8 +166,9 @@ def _sizes(
         height, width = ((size + 2 * padding - kernel_size) // stride + 1 for size in sizes[-1])
         if min(height, width) < 1:
             raise InputError(
-                f"{name}: {len(channels)} layers are too many for {image_shape[1]} x {image_shape[2]} pixels. "
-                f"The input of layer {number + 1} is {sizes[-1][0]} x {sizes[-1][1]}, its kernel_size {kernel_size}."
+                f"{name}: {len(channels)} layers are too many for {image_shape[1]} x {image_shape[2]} pixels; the "
+                f"input of layer {number + 1} is only {sizes[-1][0]} x {sizes[-1][1]}, but kernel_size is "
+                f"{kernel_size}. Use fewer layers."
             )
         sizes.append((height, width))
     return sizes

@@ -170,8 +170,8 @@ class KalmanRecursions(nn.Module):
         """`x` in the model's dtype; raises `InputError` unless its shape is `(N, T, data_dim)` with T at least 1."""
         if x.dim() != 3 or x.shape[-1] != self.data_dim or not x.shape[1]:
             raise InputError(
-                f"{NAME}: x must have shape (N, T, {self.data_dim}) with T at least 1, got {tuple(x.shape)}. The first "
-                "axis is that of sequences, the second that of time."
+                f"{NAME}: x must have shape (N, T, {self.data_dim}) with T at least 1, got {tuple(x.shape)}. N is the "
+                "number of sequences, T the number of time steps."
             )
         return x.to(self.transition.dtype)
 

@@ -19,7 +19,7 @@ def mlp(sizes: Sequence[int], activation: str = "ELU") -> nn.Sequential:
     """
     kind = activation_kind(activation)
     if len(sizes) < 2 or min(sizes) < 1:
-        raise InputError(f"network: layer sizes must be at least two positive integers, got {list(sizes)}")
+        raise InputError(f"network: layer sizes must be a list of two or more positive integers, got {list(sizes)}")
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), kind()]

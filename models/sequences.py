@@ -34,7 +34,7 @@ def sequence_mask(program: str, x: Tensor, lengths: Tensor | None, data_dim: int
         return None
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise InputError(f"{program}: lengths must be a tensor of integers, got {kind}. Convert them by .long().")
+        raise InputError(f"{program}: lengths must be a tensor of integers, got {kind}. Convert them with .long().")
     if lengths.shape != (number,):
         raise InputError(
             f"{program}: lengths must have shape ({number},), one length per sequence, got {tuple(lengths.shape)}"
@@ -44,7 +44,8 @@ def sequence_mask(program: str, x: Tensor, lengths: Tensor | None, data_dim: int
         if low < 1 or high > steps:
             remedy = "Leave out empty sequences." if low < 1 else "Pad x to the longest sequence."
             raise InputError(
-                f"{program}: lengths must be from 1 to {steps}, the steps of x, got {low} to {high}. {remedy}"
+                f"{program}: lengths must be from 1 to {steps}, the number of time steps of x, got {low} to {high}. "
+                f"{remedy}"
             )
     return torch.arange(steps, device=x.device) < lengths[:, None]
 

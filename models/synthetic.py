@@ -193,7 +193,10 @@ def _nodes(decoder: nn.Module, noise_scale: float, refinement: int) -> tuple[Ten
     steps = _decoded(decoder, z).diff(dim=0).norm(dim=-1) / noise_scale + 2 * z.diff()
     length = np.concatenate([[0.0], np.cumsum(steps.numpy())])
     if not length[-1] * refinement < _MAX_PANELS:
-        raise InputError(f"SyntheticModel: f moves by {length[-1]:.2g} standard deviations of the noise. {_ROUGH}")
+        raise InputError(
+            f"SyntheticModel: the curve f(z) is {length[-1]:.2g} standard deviations of the noise long, too long to "
+            f"integrate over. {_ROUGH}"
+        )
     panels = refinement * math.ceil(length[-1])
     edges = np.interp(np.linspace(0, length[-1], panels + 1), length, z.numpy())
     points, weights = np.polynomial.legendre.leggauss(_ORDER)

@@ -42,8 +42,8 @@ def refuse_nan(log_weights: Tensor, indices: Tensor) -> Tensor:
     bad = (torch.isnan(log_weights) | (log_weights == torch.inf)).any(0)
     if bool(bad.any()):
         raise InputError(
-            f"datapoints {first_few(bad, indices)}: log p(x, z) - log q(z) is NaN or infinite for some draws; look at "
-            "the model's and the guide's parameters there (scales near zero, overflow)"
+            f"datapoints {first_few(bad, indices)}: log p(x, z) - log q(z) is NaN or infinite for some draws. Check "
+            "the parameters of model and guide for overflow or scales near zero"
         )
     return log_weights
 

@@ -72,5 +72,5 @@ def _read(path: Path) -> Arrays | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile):
-        warnings.warn(f"{path} is damaged; its datapoints are measured anew", stacklevel=3)
+        warnings.warn(f"{path} is damaged, so its datapoints are measured again", stacklevel=3)
         return None

@@ -29,3 +29,8 @@ def between_0_and_1(name: str, value: float) -> None:
     """Raise `InputError` for a probability that is 0, 1, or none."""
     if not 0 < value < 1:
         raise InputError(f"{name}: must lie between 0 and 1, got {value}")
+
+
+def reason_of(diverged: FloatingPointError) -> str:
+    """Why training diverged: the first sentence of its error. The remedy is the caller's, who knows the setting."""
+    return str(diverged).removeprefix("training: ").split(". ")[0]

@@ -64,7 +64,7 @@ def hold(folder: Path, remedy: str) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise InputError(f"{folder}: another run is writing there; {remedy}") from None
+        raise InputError(f"{folder}: another run is writing there. {remedy}") from None
     except OSError:
         os.close(descriptor)
         return None

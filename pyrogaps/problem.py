@@ -78,10 +78,10 @@ class Problem:
         """
         if isinstance(model, Problem):
             if guide is not None or data is not None or plate is not None:
-                raise InputError("model: a Problem has its guide, data and plate already; pass it alone")
+                raise InputError("model: a Problem already contains guide, data and plate. Do not pass them separately")
             return model
         if data is None:
-            raise InputError("data: missing; pass the model, the guide and the data, or a Problem")
+            raise InputError("data: missing. Pass the model, the guide and the data, or a Problem")
         if not _extends_model(guide):
             return cls(model, None, JointDensity(model, data, plate), None, mode).with_guide(guide)
         extended = JointDensity(augmented(model, guide), data, plate)
@@ -130,14 +130,14 @@ class Problem:
     def guided(self) -> Posterior:
         """`posterior`; raises `InputError` where there is none."""
         if self.posterior is None:
-            raise InputError("guide: missing; this needs a guide")
+            raise InputError("guide: missing. This function needs a guide")
         return self.posterior
 
     def guide_density(self) -> GuideDensity:
         """`posterior` of a guide that is a Pyro program; raises `InputError` where there is none."""
         posterior = self.guided()
         if not isinstance(posterior, GuideDensity):
-            raise InputError("guide: it has been refined already; pass the guide or family that it was refined from")
+            raise InputError("guide: it has been refined already. Pass the original guide or family")
         return posterior
 
     def with_guide(self, guide: Program | Posterior | None) -> "Problem":

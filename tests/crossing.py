@@ -242,7 +242,7 @@ REFUSED: dict[str, tuple[list[str], list[str], str]] = {
     "parameters for each datapoint are no answer to simulated ones": (
         [*HELD, *JOINT],
         ["calibrate amortized"],
-        "holds parameters for each datapoint",
+        "has no parameters for simulated datapoints",
     ),
     "one data set has one posterior: there are no simulated datapoints to rank": (
         ONE,
@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[list[str], list[str], str]] = {
     "a free state for each datapoint says nothing of simulated ones, and the class alone makes no new combiner": (
         ["LocalStructuredNormal"],
         ["calibrate refined", "certificate"],
-        "holds parameters for each datapoint",
+        "has no parameters for simulated datapoints",
     ),
     "a doubly reparametrised gradient leaves out what scores a draw, here the reverse model": (
         ["AutoLocalAuxiliaryFlow"],

@@ -528,7 +528,7 @@ def test_masks_draw_a_second_band(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_simulated": 1}, "num_simulated: must be a whole number of at least 2, got 1"),
         ({"num_draws": 99}, "num_draws: must be a whole number of at least 100, got 99"),
         ({"num_draws": 200.0}, "num_draws: must be a whole number"),
-        ({"refinement": Refinement()}, "refinement: the amortized posterior is not refined"),
+        ({"refinement": Refinement()}, "refinement: has no effect with posterior='amortized'"),
         ({"plate": False}, "plate: calibrate needs a data plate"),
     ],
 )
@@ -551,11 +551,11 @@ def test_guides_that_have_no_answer_to_new_data() -> None:
             pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
 
     for guide, posterior, message in (
-        (trained, "amortized", "AutoNormal holds parameters for each datapoint.*posterior='refined'"),
+        (trained, "amortized", "AutoNormal has no parameters for simulated datapoints.*posterior='refined'"),
         (AutoNormal, "amortized", "AutoNormal is a family.*posterior='refined'"),
-        (refined, "amortized", "the result of refine holds only for the data"),
-        (bound, "amortized", "the plate 'data' has the data set's full size"),
-        (bound, "refined", "the plate 'data' has the data set's full size"),
+        (refined, "amortized", "a refined guide fits only the data"),
+        (bound, "amortized", "its plate 'data' has the size of the data set"),
+        (bound, "refined", "its plate 'data' has the size of the data set"),
     ):
         with pytest.raises(InputError, match="guide: .*" + message) as caught:
             calibrate(model, guide, SHAPE, posterior=posterior)  # type: ignore[arg-type]

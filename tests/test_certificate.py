@@ -77,7 +77,7 @@ def test_the_ledger_keeps_and_prints_it(tmp_path: Path) -> None:
         back = pg.GapLedger.from_datatree(tree.load())
     assert str(back) == str(ledger)
     assert "certificate: BDMC on 24 datapoints simulated from the model" in str(ledger)
-    assert "certificate: refined 4 times as long, 16 datapoints gain" in str(ledger)
+    assert "certificate: refining 4 times as long changes the ELBO of 16 datapoints by" in str(ledger)
 
 
 @pytest.mark.usefixtures("brief_check")
@@ -98,7 +98,7 @@ def test_advice_minds_it() -> None:
         evidence=pg.AIS(num_chains=2, num_temperatures=2, num_leapfrog=1, initial="prior"),
     )
     warnings = " ".join(poor.diagnose().warnings)
-    assert "nats higher than measured (BDMC); raise num_temperatures of AIS" in warnings
+    assert "nats higher than measured (BDMC). Raise num_temperatures of AIS" in warnings
     assert "a longer refinement gains" in warnings
     assert not [warning for warning in ledger_of(300).diagnose().warnings if "BDMC" in warning or "longer" in warning]
 

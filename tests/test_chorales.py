@@ -74,8 +74,8 @@ def test_a_recipe_takes_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"valid": []}, r"no chorales 'valid'\. The file needs non-empty lists train, valid, test"),
-        ({"test": None}, "no chorales 'test'"),
+        ({"valid": []}, r"the list 'valid' is missing or empty\. The file needs non-empty lists train, valid, test"),
+        ({"test": None}, "the list 'test' is missing"),
         ({"train": [[[60]], []]}, r"train chorale 1 has no time steps\. Leave it out"),
         ({"train": [[[60], [20]]]}, r"train chorale 0, step 1: .*MIDI notes from 21 to 108, got \[20\]"),
         ({"test": [[[109]]]}, r"test chorale 0, step 0: .*got \[109\]"),
@@ -92,7 +92,8 @@ def test_other_content_is_refused(tmp_path: Path, change: dict[str, Any], said: 
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [('{"train": [[[60', "cannot read .*complete and JSON"), ("[1, 2]", "no chorales 'train'")]
+    ("text", "said"),
+    [('{"train": [[[60', "cannot read .*complete and JSON"), ("[1, 2]", "the list 'train' is missing")],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
     write(tmp_path, text)
@@ -103,7 +104,7 @@ def test_other_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"there is no file {FILE}\. .*--data_root .*PYROGAPS_DATA"):
         Chorales()
-    with pytest.raises(InputError, match=rf"there is no file {FILE} or {tmp_path / FILE}\. Give its full path"):
+    with pytest.raises(InputError, match=rf"there is no file {FILE} or {tmp_path / FILE}\. Pass its full path"):
         Chorales(data_root=str(tmp_path))
 
 

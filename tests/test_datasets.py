@@ -334,7 +334,7 @@ def test_npz_keys_channels_and_validation(tmp_path: Path) -> None:
         (
             {"train": random_bytes(2, 3), "test": random_bytes(2, 4)},
             {},
-            "'test' have shape (4,), but those in 'train' have (3,)",
+            "'test' have shape (4,), but those in 'train' have shape (3,)",
         ),
         ({"train": np.array([[None]], dtype=object)}, {}, "cannot read {path}"),
     ],

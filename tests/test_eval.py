@@ -128,9 +128,9 @@ def test_help_lists_recipes_options_and_fields(capsys):
     [
         (["nosuch"], "digits"),
         (["digits", "mnist"], "unexpected argument 'mnist'"),
-        (["--outt", "x"], "did you mean --out?"),
-        (["--num_epochs", "3"], "did you mean --training.num_epochs?"),
-        (["--training.num_epoch", "3"], "did you mean 'num_epochs'?"),
+        (["--outt", "x"], "Did you mean --out?"),
+        (["--num_epochs", "3"], "Did you mean --training.num_epochs?"),
+        (["--training.num_epoch", "3"], "Did you mean 'num_epochs'?"),
         (["--training.num_epochs", "many"], "training.num_epochs: expected int, got many"),
         (["--training.num_epochs", "0"], "num_epochs must be at least 1"),
         (["--training", "3"], "training: expected a mapping"),
@@ -138,21 +138,21 @@ def test_help_lists_recipes_options_and_fields(capsys):
         (["--seed", "null"], "seed: expected a value"),
         (["--seed", "[1"], "--seed"),
         (["--overwrite=yes"], "takes no value"),
-        (["--model", "null"], "name a model and a guide"),
-        (["--pair", "mine.Pair"], "set these to null"),
+        (["--model", "null"], "a model and a guide are missing"),
+        (["--pair", "mine.Pair"], "Set these to null"),
         (["--model", "VAE"], "not a dotted path"),
         (["--model", "nowhere.VAE"], "no module named 'nowhere'"),
-        (["--model", "pyrogaps.models.vae.VEA"], "did you mean 'VAE'?"),
-        (["--model.init_args.hiden", "3"], "did you mean 'hidden'?"),
+        (["--model", "pyrogaps.models.vae.VEA"], "Did you mean 'VAE'?"),
+        (["--model.init_args.hiden", "3"], "Did you mean 'hidden'?"),
         (["--model.init_args.latent_dim", "few"], "model.init_args.latent_dim: expected int, got few"),
         (["--families.x", "[1]"], "families.x: expected a dotted path"),
         (["--data", "null"], "data is missing"),
-        (["--evaluate.part", "exam"], "has no 'exam'"),
+        (["--evaluate.part", "exam"], "has no part 'exam'"),
         (["--evaluate.num_datapoints", "99999"], "got 99999"),
         (["--device", "toaster"], "'toaster' is not a device"),
         (["--checkpoint", "missing.pt"], "checkpoint: no file missing.pt"),
         (["--model_checkpoint", "missing.pt"], "model_checkpoint: no file missing.pt"),
-        (["--model_checkpoint", "a.pt", "--checkpoint", "b.pt"], "set only one of checkpoint and model_checkpoint"),
+        (["--model_checkpoint", "a.pt", "--checkpoint", "b.pt"], "Set only one of checkpoint and model_checkpoint"),
         (["--training.freeze_model", "perhaps"], "training.freeze_model: expected bool, got perhaps"),
     ],
 )
@@ -165,12 +165,12 @@ def test_mistakes_are_answered_in_one_line(arguments, said, tmp_path, monkeypatc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_missing_cuda(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "use --device cpu" in refused(capsys, "--device", "cuda")
+    assert "Use --device cpu" in refused(capsys, "--device", "cuda")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("model: [", "not valid YAML"), ("- a\n- b", "mapping"), ("modle: x", "did you mean 'model'?"), ("", "mapping")],
+    [("model: [", "not valid YAML"), ("- a\n- b", "mapping"), ("modle: x", "Did you mean 'model'?"), ("", "mapping")],
 )
 def test_bad_recipe_files(text, said, tmp_path, capsys):
     path = tmp_path / "bad.yaml"
@@ -183,10 +183,10 @@ def test_bad_recipe_files(text, said, tmp_path, capsys):
     [
         (["--model", "mine.Broken"], "RuntimeError: out of cheese (mine.py, line"),
         (["--model", "mine.Silent"], "cannot be called"),
-        (["--model", "mine.Pair"], "name an object with both .model and .guide under pair"),
+        (["--model", "mine.Pair"], "Name an object with both .model and .guide under pair"),
         (["--model", "{class_path: mine.model, init_args: {a: 1}}"], "it takes no init_args"),
-        (["--guide", "mine.Gide"], "did you mean 'Guide'?"),
-        (["--families.x", "{class_path: mine.autonormal, init_args: {init_scael: 1}}"], "did you mean 'init_scale'?"),
+        (["--guide", "mine.Gide"], "Did you mean 'Guide'?"),
+        (["--families.x", "{class_path: mine.autonormal, init_args: {init_scael: 1}}"], "Did you mean 'init_scale'?"),
         (["--data.init_args.scale", "big"], "data.init_args.scale: expected float, got big"),
     ],
 )
@@ -279,7 +279,7 @@ def test_what_follows_a_finished_run(recipe, capsys):
     Path("runs/linear/gaps.png").unlink()
     assert main([recipe, "--quiet"]) == 0
     again = capsys.readouterr()
-    assert again.out == table and "finished run" in again.err
+    assert again.out == table and "already contains the results" in again.err
     assert sorted(os.listdir("runs/linear")) == RESULTS
 
     assert main(["runs/linear/recipe.yaml"]) == 0
@@ -396,7 +396,7 @@ def test_data_options_reach_the_data_set_and_are_no_part_of_the_recipe(recipe, c
     assert main([*chosen, "--data_root", "there", "--download"]) == 0
     assert ledger("runs/linear").sizes["datapoint"] == 32
     assert main(chosen) == 0
-    assert "finished run" in capsys.readouterr().err
+    assert "already contains the results" in capsys.readouterr().err
 
 
 @pytest.mark.slow

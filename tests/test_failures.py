@@ -91,7 +91,7 @@ def test_a_damaged_part_is_measured_anew(recipe: str) -> None:
     part.write_bytes(part.read_bytes()[:-100] + b"x" * 100)
     told = command(recipe, "--quiet", "--out", "torn")
     assert told.returncode == 0
-    assert said(told.stderr) == [f"pyrogaps: {part} is damaged; its datapoints are measured anew"]
+    assert said(told.stderr) == [f"pyrogaps: {part} is damaged, so its datapoints are measured again"]
     xr.testing.assert_identical(ledger("torn"), ledger("whole"))
 
 

@@ -151,7 +151,7 @@ def test_the_table(ledger: GapLedger) -> None:
         assert any(line.startswith(label) for line in table.splitlines()), label
     row = next(line for line in table.splitlines() if line.startswith("└─ amortization gap"))
     assert f"{float(ledger.per_datapoint['amortization_gap'].mean()):.2f}" in row
-    assert "IWAE-6000[q]" in table and "refinement converged: own 100%" in table
+    assert "IWAE-6000[q]" in table and "refinement converged: own family 100%" in table
 
 
 def test_round_trip_through_a_file(ledger: GapLedger, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_torn_part_is_done_again(chunked: Any, tmp_path: Path) -> None:
     whole = eagerly(*chunked, cache=tmp_path)
     part = sorted(tmp_path.glob("*.npz"))[1]
     part.write_bytes(part.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match=f"{part.name} is damaged; its datapoints are measured anew"):
+    with pytest.warns(UserWarning, match=f"{part.name} is damaged, so its datapoints are measured again"):
         again = eagerly(*chunked, cache=tmp_path)
     xr.testing.assert_identical(again.per_datapoint, whole.per_datapoint)
     assert not list(tmp_path.glob("*.tmp"))

@@ -110,7 +110,7 @@ def test_many_chains_and_dimensions_make_small_chunks() -> None:
     assert sizes_of(joint, AIS(), 1000, 128, "40GiB").batch_size == 128  # as asked for
     assert sizes_of(joint, AIS(), 1000, None, "40GiB", kept=128).batch_size == 64
     assert sizes_of(joint, AIS(), 1000, 128, "40GiB", kept=64).batch_size == 128
-    with pytest.raises(InputError, match="and 1024 datapoints take"):
+    with pytest.raises(InputError, match="and 1024 datapoints need"):
         sizes_of(joint, AIS(), 1000, 1024, memory.resident() + (1 << 28))
     # Chains take their turns, so that more of them need no more.
     many, few = (sizes_of(joint, AIS(num_chains=number), 1000, None, "40GiB") for number in (10_000, 64))
@@ -120,7 +120,7 @@ def test_many_chains_and_dimensions_make_small_chunks() -> None:
 def test_too_little_is_said_with_what_would_do() -> None:
     model = anisotropic(8, 3)
     x, _ = draws_of(model, 5)
-    with pytest.raises(InputError, match=r"max_memory: 1 MiB is too little: .* are in use already, and 64 datapoints"):
+    with pytest.raises(InputError, match=r"max_memory: 1 MiB is too little; .* is in use already, and 64 datapoints"):
         decompose(model, WrongEncoder(model), x, max_memory="1MiB", progress=False)
 
 

@@ -414,7 +414,7 @@ def sequential_guide(x: Tensor) -> None:
         ((model_of_two, guide), "site 'y': latent in the model but missing from the guide"),
         ((model, more), "site 'noise': in the guide but not in the model"),
         ((pixels, pixel_guide), "site 'x': the plate 'pixels' is subsampled within a datapoint"),
-        ((sequential, sequential_guide), "the data plate 'data' is sequential"),
+        ((sequential, sequential_guide), "loops over the data plate 'data'"),
         ((model, AutoMultivariateNormal), "site '_AutoMultivariateNormal_latent': latent outside the data plate"),
         ((model, AutoDelta), "site 'z': a Delta in the guide has no density"),
     ],

@@ -211,7 +211,7 @@ def test_modes_are_peaks_apart():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"guides": {"true posterior": WrongEncoder(anisotropic(5, 2))}}, "choose another"),
+        ({"guides": {"true posterior": WrongEncoder(anisotropic(5, 2))}}, "Choose another name"),
         ({"guides": [1]}, "expected a mapping of names to guides, got list"),
         ({"datapoints": [0, 9]}, r"expected indices from 0 to 3, got \[9\]"),
         ({"datapoints": []}, "got none"),

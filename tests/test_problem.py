@@ -66,7 +66,7 @@ def test_a_problem_takes_the_place_of_its_parts(pair: tuple[Counted, Counted]) -
 
 def test_a_problem_is_passed_alone(pair: tuple[Counted, Counted]) -> None:
     problem = pg.Problem.of(*pair, X)
-    with pytest.raises(pg.InputError, match="pass it alone"):
+    with pytest.raises(pg.InputError, match="Do not pass them separately"):
         pg.elbo(problem, pair[1])
     with pytest.raises(pg.InputError, match="data: missing"):
         pg.elbo(*pair)

@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert train(*pair, x, num_epochs=4, checkpoint=path, validation=x, **settings) == first
     assert_same(everything(*pair), expected)
     assert path.read_bytes() == content
-    with pytest.raises(InputError, match="has run 4 epochs"):
+    with pytest.raises(InputError, match="was saved after 4 epochs"):
         train(*modules(), x, num_epochs=3, checkpoint=path, validation=x, **settings)
 
 

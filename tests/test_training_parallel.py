@@ -317,7 +317,7 @@ def test_what_cannot_be_divided_is_refused_in_one_line(
         "single": "one datapoint cannot be divided",
         "tied": "has parameters for each of",
         "global": "site 'mean': lies outside the data plate",
-        "late": "a parameter first appeared after the first run",
+        "late": "a parameter was first registered after training had started",
     }
     for outcome in outcomes[size]:
         for name, message in expected.items():

@@ -87,8 +87,8 @@ def calibrate(
     joint = plain.joint
     if joint.plate is None:
         raise InputError(
-            "plate: calibrate needs a data plate, but here the whole data set is one datapoint; "
-            "simulate data sets with Problem.of(model, None, data).simulated(seed) and fit each"
+            "plate: calibrate needs a data plate, but here the whole data set is one datapoint. "
+            "Simulate data sets with Problem.of(model, None, data).simulated(seed), and fit the guide to each"
         )
     problem, family = subject_of(guide, plain, refined=posterior == "refined")
     run = Run(seed, batch_size)
@@ -137,7 +137,9 @@ def _check(posterior: str, refinement: Refinement | None, num_simulated: int, nu
     if posterior not in ("amortized", "refined"):
         raise InputError(f"posterior: must be 'amortized' or 'refined', got {posterior!r}")
     if refinement is not None and posterior == "amortized":
-        raise InputError("refinement: the amortized posterior is not refined; pass posterior='refined' too")
+        raise InputError(
+            "refinement: has no effect with posterior='amortized'. Pass posterior='refined', or leave refinement out"
+        )
     for name, value, minimum in (("num_simulated", num_simulated, 2), ("num_draws", num_draws, MIN_DRAWS)):
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise InputError(f"{name}: must be a whole number of at least {minimum}, got {value}")

@@ -100,7 +100,7 @@ class Calibration:
         values, variables, start = self.per_simulated["pit"].values, {}, 0
         for name, shape in self.provenance["shapes"].items():
             if name in SAMPLE_DIMS:
-                raise InputError(f"site '{name}': a dimension of the tree has this name; rename the site")
+                raise InputError(f"site '{name}': a dimension of the tree has this name. Rename the site")
             size = int(np.prod(shape))
             variables[name] = values[None, :, start : start + size].reshape(1, len(values), *shape)
             start += size

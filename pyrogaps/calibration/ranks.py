@@ -68,7 +68,7 @@ def _finite(z: Tensor, chunk: Chunk) -> Tensor:
     bad = ~torch.isfinite(z).all(-1).all(0)
     if bool(bad.any()):
         raise InputError(
-            f"guide: its draws are NaN or infinite at simulated datapoints {first_few(bad, chunk.indices)}; check "
-            "its parameters, and that the model simulates data like its training data"
+            f"guide: its draws are NaN or infinite at simulated datapoints {first_few(bad, chunk.indices)}. Check the "
+            "guide's parameters, and that simulated data resemble the training data"
         )
     return z

@@ -62,22 +62,25 @@ def _latents(summary: pd.DataFrame, dim: int) -> list[str]:
         lines.append(f"and {', '.join(f'{count} more {finding}' for finding, count in rest.most_common(3))}")
     return [
         *lines,
-        "shift: how far the truth lies above the posterior, in posterior standard deviations (calibrated: 0)",
-        "spread: of the truth around the posterior, relative to the posterior's own (calibrated: 1; above: too narrow)",
+        "shift: mean distance of the truth above the posterior median, in posterior standard deviations "
+        "(calibrated: 0)",
+        "spread: standard deviation of that distance (calibrated: 1; above 1, the posterior is too narrow)",
     ]
 
 
 def _log_joint(row: "pd.Series[Any]") -> list[str]:
     if row["finding"] == "":
-        return ["log p(x, z) of the draws: no significant deviation from that of the truth"]
+        return ["log p(x, z): no significant difference between the draws and the truth"]
     figures = f"shift {row['shift']:.2f} ± {row['shift_error']:.2f}"
     if row["finding"] == LOW:
-        meaning = "lies below that of the truth: the posterior puts mass where the model has little"
+        meaning = "is lower at the draws than at the truth: the posterior puts mass where the model has little"
     elif row["finding"] == HIGH:
-        meaning = "lies above that of the truth: the posterior concentrates where the model's density is highest"
+        meaning = (
+            "is higher at the draws than at the truth: the posterior concentrates where the model's density is highest"
+        )
     else:
-        meaning = "has a different distribution than that of the truth"
-    return [f"log p(x, z) of the draws {meaning} ({figures})"]
+        meaning = "has a different distribution at the draws than at the truth"
+    return [f"log p(x, z) {meaning} ({figures})"]
 
 
 def _dimensions(dim: int) -> str:

@@ -8,7 +8,7 @@ from pyrogaps.problem import Problem, is_posterior
 from pyrogaps.refine import OwnFamily, is_family, own_family
 from pyrogaps.refine.families import Family
 
-REFINE_REMEDY = "pass posterior='refined', which fits"
+REFINE_REMEDY = "Pass posterior='refined', which fits"
 
 
 def subject_of(guide: Any, plain: Problem, *, refined: bool) -> tuple[Problem, OwnFamily | Family | None]:
@@ -19,19 +19,19 @@ def subject_of(guide: Any, plain: Problem, *, refined: bool) -> tuple[Problem, O
     """
     if is_posterior(guide):
         raise InputError(
-            "guide: the result of refine holds only for the data it was refined on; pass the guide or family that was "
-            "refined, and posterior='refined'"
+            "guide: a refined guide fits only the data it was refined on. Pass the original guide or family, with "
+            "posterior='refined'"
         )
     if is_family(guide):
         if not refined:
             raise InputError(
-                f"guide: {guide_name(guide)} is a family, not a guide; {REFINE_REMEDY} one to each datapoint"
+                f"guide: {guide_name(guide)} is a family, not a guide. {REFINE_REMEDY} a guide to each datapoint"
             )
         return plain, guide
     if not refined and is_autoguide(guide):
         raise InputError(
-            f"guide: {guide_name(guide)} holds parameters for each datapoint of its training data, but none for "
-            f"simulated ones; {REFINE_REMEDY} a fresh one to each"
+            f"guide: {guide_name(guide)} has no parameters for simulated datapoints. {REFINE_REMEDY} a new guide to "
+            "each of them"
         )
     problem = plain.with_guide(guide)
     density = problem.guide_density()
@@ -40,9 +40,8 @@ def subject_of(guide: Any, plain: Problem, *, refined: bool) -> tuple[Problem, O
         return plain, own
     if density.bound:
         raise InputError(
-            f"guide: it holds parameters for each datapoint (the plate '{problem.plate}' has the data set's full "
-            "size), but none for simulated ones. Pass its family, a function family(model) -> guide, and "
-            "posterior='refined'"
+            f"guide: its plate '{problem.plate}' has the size of the data set, so it has no parameters for simulated "
+            "datapoints. Pass the guide's family, a function family(model) -> guide, and posterior='refined'"
         )
     return problem, own
 

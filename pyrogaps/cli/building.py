@@ -61,7 +61,7 @@ def _program(key: str, component: Component, model: Program | None = None) -> Pr
     target = import_object(key, component.class_path)
     if not inspect.isclass(target):
         if component.init_args:
-            raise InputError(f"{key}: {component.class_path} is not a class, so it takes no init_args; remove them")
+            raise InputError(f"{key}: {component.class_path} is not a class, so it takes no init_args. Remove them")
         return _callable(key, component, target)
     takes_model = model is not None and (issubclass(target, AutoGuide) or _first_parameter(target) == "model")
     leading = (model,) if takes_model and "model" not in component.init_args else ()
@@ -72,10 +72,8 @@ def _callable(key: str, component: Component, built: Any) -> Program:
     """`built`, checked to be something Pyro can run."""
     runs = callable(built) and not (isinstance(built, nn.Module) and type(built).forward is nn.Module.forward)
     if not runs:
-        hint = "; name an object with both .model and .guide under pair" if hasattr(built, "guide") else ""
-        raise InputError(
-            f"{key}: {component.class_path} gives a {type(built).__name__} object, which cannot be called{hint}"
-        )
+        hint = ". Name an object with both .model and .guide under pair" if hasattr(built, "guide") else ""
+        raise InputError(f"{key}: {component.class_path} is a {type(built).__name__}, which cannot be called{hint}")
     program: Program = built
     return program
 
@@ -83,7 +81,10 @@ def _callable(key: str, component: Component, built: Any) -> Program:
 def _family(key: str, component: Component) -> Callable[[Program], Program]:
     target = import_object(key, component.class_path)
     if not callable(target):
-        raise InputError(f"{key}: {component.class_path} cannot be called with the model")
+        raise InputError(
+            f"{key}: {component.class_path} cannot be called. A family is a class or function that takes the model and "
+            "returns a guide"
+        )
     arguments = typed_arguments(key, target, component.init_args, leading=1)
     family: Callable[[Program], Program] = functools.partial(target, **arguments) if arguments else target
     if not arguments:
@@ -153,7 +154,7 @@ def import_object(key: str, path: str) -> Any:
         raise InputError(f"{key}: importing '{module}' failed: {described(error)}") from error
     if not hasattr(imported, name):
         near = get_close_matches(name, dir(imported), n=1)
-        raise InputError(f"{key}: '{module}' has no '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        raise InputError(f"{key}: '{module}' has no '{name}'" + (f". Did you mean '{near[0]}'?" if near else ""))
     return getattr(imported, name)
 
 
@@ -225,7 +226,8 @@ def _part(recipe: Recipe, data: Any, part: str, *, required: bool) -> Any:
     with failures_named(f"data: reading '{part}' of {recipe.data.class_path}"):
         selected = getattr(data, part, None)
     if selected is None and required:
-        raise InputError(f"data: {recipe.data.class_path} has no '{part}'")
+        remedy = "Set evaluate.part to another" if part == recipe.evaluate.part else "Use a data set that has it"
+        raise InputError(f"data: {recipe.data.class_path} has no part '{part}'. {remedy}")
     return on_device(selected, torch.device(recipe.device))
 
 
@@ -236,12 +238,12 @@ def _first(recipe: Recipe, data: Any) -> Any:
         return data
     tensors = data if isinstance(data, tuple) else (data,)
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise InputError("evaluate.num_datapoints: only tensors can be cut to fewer datapoints; leave it null")
+        raise InputError("evaluate.num_datapoints: works only for data that are tensors. Set it to null for these data")
     available = len(tensors[0])
     if not 1 <= count <= available:
         raise InputError(
-            f"evaluate.num_datapoints: must be from 1 to {available}, the datapoints in '{recipe.evaluate.part}', got "
-            f"{count}"
+            f"evaluate.num_datapoints: must be from 1 to {available}, the number of datapoints in "
+            f"'{recipe.evaluate.part}', got {count}"
         )
     return tuple(t[:count] for t in data) if isinstance(data, tuple) else data[:count]
 
@@ -264,7 +266,7 @@ def check_device(name: str) -> torch.device:
         reason = " ".join(str(error).split()).split(". ")[0]
         if "device string" in reason:
             raise InputError(f"device: '{name}' is not a device such as cpu, cuda or cuda:1") from error
-        raise InputError(f"device: '{name}' cannot be used here ({reason}); use --device cpu") from error
+        raise InputError(f"device: '{name}' cannot be used here ({reason}). Use --device cpu") from error
     return device
 
 

@@ -109,7 +109,7 @@ def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
             token = "--help"
         key, equals, text = token.removeprefix("--").partition("=")
         if not token.startswith("--") or not key:
-            raise InputError(f"unexpected argument '{token}'; the recipe comes first ({USAGE})")
+            raise InputError(f"unexpected argument '{token}'. The recipe comes first ({USAGE})")
         _check_option(key)
         if key in FLAGS:
             if equals:
@@ -138,7 +138,7 @@ def _check_option(key: str) -> None:
     near = get_close_matches(key, [*known, *sections, *components], n=1)
     # Users often omit the section of a field.
     bare = [section for section in sections if section.split(".")[1] == key]
-    hint = f"; did you mean --{(bare or near)[0]}?" if bare or near else "; --help lists the options"
+    hint = f". Did you mean --{(bare or near)[0]}?" if bare or near else ". Use --help to list the options"
     raise InputError(f"unknown option --{key}{hint}")
 
 

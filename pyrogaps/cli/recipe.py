@@ -105,15 +105,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.pair is not None and (self.model is not None or self.guide is not None):
-            raise InputError("recipe: pair replaces model and guide; set these to null")
+            raise InputError("recipe: pair replaces model and guide. Set these to null")
         if self.pair is None and (self.model is None or self.guide is None):
-            raise InputError("recipe: name a model and a guide, or a pair instead of both")
+            raise InputError("recipe: a model and a guide are missing. Set both, or pair in place of both")
         if self.checkpoint is not None and self.model_checkpoint is not None:
             raise InputError(
-                "recipe: checkpoint includes the model's weights; set only one of checkpoint and model_checkpoint"
+                "recipe: checkpoint includes the model's weights. Set only one of checkpoint and model_checkpoint"
             )
         if self.encoder is not None and self.mapa is None:
-            raise InputError("recipe: only mapa uses an encoder; set mapa too, or leave encoder out")
+            raise InputError("recipe: only mapa uses an encoder. Set mapa too, or leave encoder out")
 
     def to_yaml(self) -> str:
         """The recipe as YAML, with every field written out."""
@@ -263,7 +263,7 @@ def resolve(document: Document) -> Recipe:
     check_names(document, [f.name for f in dataclasses.fields(Recipe)], "recipe")
     if document.get("data") is None:
         raise InputError(
-            "recipe: data is missing; name a data set, such as data: {class_path: pyrogaps.datasets.Digits}"
+            "recipe: data is missing. Name a data set, such as data: {class_path: pyrogaps.datasets.Digits}"
         )
     families = document.get("families") or {}
     if not isinstance(families, dict):
@@ -309,8 +309,8 @@ def check_names(given: Mapping[str, Any], known: list[str], where: str) -> None:
     for name in given:
         if name not in known:
             near = get_close_matches(str(name), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-            raise InputError(f"{where}: unknown field '{name}'; {hint}")
+            hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known)}"
+            raise InputError(f"{where}: unknown field '{name}'. {hint}")
 
 
 def _typed(document: Document) -> Document:

@@ -50,15 +50,15 @@ class RunFolder:
         """Processes on several machines go on from each other's files."""
         if not (self / "recipe.yaml").exists():
             raise InputError(
-                f"{self.path}: rank {processes.rank()} does not see what rank 0 wrote there; choose an --out on a file "
-                "system that all machines share"
+                f"{self.path}: rank {processes.rank()} cannot find the files that rank 0 wrote there. Choose an --out "
+                "on a file system that all machines share"
             )
 
     def _claim(self, recipe: str, *, overwrite: bool) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._held is None:
-                held = hold(self.path, "wait for it, or choose another --out")
+                held = hold(self.path, "Wait for it, or choose another --out")
                 self._held = None if held is None else weakref.finalize(self, os.close, held)
             if overwrite:
                 self._clear()
@@ -66,7 +66,7 @@ class RunFolder:
             if not (self / "recipe.yaml").exists():
                 self._write("recipe.yaml", lambda path: path.write_text(recipe, "utf-8"))
         except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror or error}; choose another --out") from error
+            raise InputError(f"cannot write to {self.path}: {error.strerror or error}. Choose another --out") from error
 
     def release(self) -> None:
         """Let other processes write to the folder."""
@@ -89,8 +89,7 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(
-                f"{target}: cannot be written: {reason}. Fix this and run the same command again; it continues from "
-                "there"
+                f"{target}: cannot be written: {reason}. Fix this and run the same command again to continue from there"
             ) from error
 
     def finish(self) -> None:
@@ -110,7 +109,7 @@ class RunFolder:
         self._finish()
 
     def _refuse_other(self, recipe: dict[str, Any]) -> None:
-        remedy = "choose another folder with --out, or replace it with --overwrite"
+        remedy = "Choose another folder with --out, or replace the run with --overwrite"
         recipe_file = self / "recipe.yaml"
         results = [
             name
@@ -121,7 +120,7 @@ class RunFolder:
             recipe_file.unlink(missing_ok=True)
             return
         if not recipe_file.exists():
-            raise InputError(f"{self.path} holds {', '.join(results)} but no recipe.yaml; {remedy}")
+            raise InputError(f"{self.path} contains {', '.join(results)} but no recipe.yaml. {remedy}")
         try:
             other = yaml.safe_load(recipe_file.read_text("utf-8"))
             if isinstance(other, dict):
@@ -132,7 +131,7 @@ class RunFolder:
             pass  # not a recipe of this version, so it differs
         if other != recipe:
             differing = ", ".join(_differing(other, recipe)) if isinstance(other, dict) else "it cannot be read"
-            raise InputError(f"{self.path} holds the run of a different recipe ({differing}); {remedy}")
+            raise InputError(f"{self.path} contains the run of a different recipe ({differing}). {remedy}")
 
 
 def _differing(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:

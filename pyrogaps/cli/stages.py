@@ -26,7 +26,7 @@ from pyrogaps.cli.recipe import Recipe
 from pyrogaps.cli.run_folder import MAPA, PARTS, REFERENCE, RESULTS, TRAINING, RunFolder
 from pyrogaps.conditioning import Lookahead, declared, reference_guide
 from pyrogaps.density.runs import Program, modules_of
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, reason_of
 from pyrogaps.evidence import Evidence
 from pyrogaps.gaps import GapLedger, Split, decompose
 from pyrogaps.mapa import Mapa, train_by_mapa
@@ -123,7 +123,7 @@ def _kept(recipe: Recipe, folder: RunFolder) -> GapLedger:
     """The ledger of a run that is finished."""
     folder.claim(recipe.to_yaml(), overwrite=False)
     ledger = processes.first(lambda: _read_ledger(folder / "ledger.nc"))
-    say(f"{folder.path} holds the finished run of this recipe (--overwrite computes it anew)")
+    say(f"{folder.path} already contains the results of this recipe. Use --overwrite to compute them again")
     return ledger
 
 
@@ -220,11 +220,11 @@ def _divergence_named(section: str) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        raise InputError(f"{section} diverged: {error}; try a smaller {section}.learning_rate") from error
+        raise InputError(f"{section} diverged ({reason_of(error)}). Lower {section}.learning_rate") from error
 
 
 def _read_ledger(path: Path) -> GapLedger:
-    broken = f"{path}: reading the ledger (--overwrite computes it anew)"
+    broken = f"{path}: reading the ledger (use --overwrite to compute it again)"
     with failures_named(broken), xr.open_datatree(path, engine="h5netcdf") as tree:
         return GapLedger.from_datatree(tree.load())
 

@@ -69,7 +69,7 @@ class CompleteData(ScoreModel):
         if sample.shape != value.shape:
             raise InputError(
                 f"site '{name}': its observed value has shape {tuple(value.shape)}, but a draw has shape "
-                f"{tuple(sample.shape)}; expand the data to that shape"
+                f"{tuple(sample.shape)}. Expand the data to the shape of a draw"
             )
         drawn = torch.where(self.shown[name], value, sample.to(value.dtype))
         self.drawn[name], self.observed[name] = drawn, value
@@ -93,15 +93,15 @@ def completed(joint: JointDensity, partial: JointDensity, block: Chunk, z: Tenso
             fresh = feed_back(handler.drawn, handler.observed, args)
         except InputError as error:
             raise InputError(
-                f"{str(error).split(':')[0]}: its observed value is computed from the data, so completions cannot "
-                "be turned back into data; pass data that are converted already, such as x.float()"
+                f"{str(error).split(':')[0]}: its observed value is computed from the data, so completions cannot be "
+                "mapped back to data. Convert the data before passing them, for example with x.float()"
             ) from error
         _, again = joint.score(flat, fresh, rows)
     tolerance = 1e-7 if again.dtype == torch.float64 else 1e-3
     if not torch.allclose(handler.log_likelihood, again, rtol=tolerance, atol=tolerance):
         raise InputError(
             f"conditions: the withheld part of site '{next(iter(handler.drawn))}' depends on other withheld data, or "
-            "the data's dtype cannot hold it. Condition on parts that are independent given the latents; for a "
-            "continuous likelihood, convert integer data with x.float()"
+            "does not fit the data's dtype. Withhold only parts that are independent given the latents, or convert "
+            "integer data with x.float()"
         )
     return fresh

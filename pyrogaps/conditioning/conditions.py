@@ -65,7 +65,7 @@ def declared(guide: Any) -> Conditions | None:
     parts = AmortizedGuide.of(guide)
     part, lookahead = parts.conditions, parts.lookahead
     if part is not None and lookahead is not None:
-        raise InputError("guide: it declares both conditions and a lookahead; remove one of them")
+        raise InputError("guide: it declares both conditions and a lookahead. Remove one of them")
     if part is not None:
         return Shown(part)
     if lookahead is None:
@@ -107,16 +107,16 @@ def _checked(position: int, mask: Any, arg: Any) -> Tensor | None:
         raise InputError(f"conditions: the mask of argument {position} must be boolean, True where shown")
     if not isinstance(arg, Tensor):
         raise InputError(
-            f"conditions: argument {position} is a {type(arg).__name__}, which has no mask; use None for it"
+            f"conditions: argument {position} is a {type(arg).__name__}, which cannot be masked. Pass None as its mask"
         )
     try:
         whole: Tensor = mask.to(arg.device).expand(arg.shape)
         return whole
     except RuntimeError:
         raise InputError(
-            f"conditions: the mask of argument {position} has shape {tuple(mask.shape)}, which does not fit the "
-            f"argument's {tuple(arg.shape)}. Omit the axis of datapoints; for one mask per datapoint, pass the masks "
-            "as one of the data's tensors and return it from a function"
+            f"conditions: the mask of argument {position} has shape {tuple(mask.shape)}, but the argument has shape "
+            f"{tuple(arg.shape)}. Omit the axis of datapoints; for one mask per datapoint, make conditions a function "
+            "of the data that returns the masks"
         ) from None
 
 

@@ -26,11 +26,11 @@ def check_no_leak(density: GuideDensity, conditions: Conditions) -> None:
     change.
     """
     if density.joint.plate is None:
-        raise InputError("conditions: they need a data plate; the model has none")
+        raise InputError("conditions: they need a data plate, but the model has none")
     if density.bound:
         raise InputError(
-            "guide: it has parameters for each datapoint, which are fitted to all of x; use a guide with an encoder of "
-            "what is shown"
+            "guide: it has parameters for each datapoint, which are fitted to all of x, also its withheld part. Use an "
+            "amortized guide whose encoder takes only the shown part"
         )
     with seeded(0, "leak"), evaluating(density.guide, density.joint.model), torch.no_grad():
         rows = _Rows(density, conditions)
@@ -96,8 +96,8 @@ class _Rows:
                     step = position + int((~same).nonzero()[0]) // each
                     leak = f"data after step {step + 1 + self.conditions.steps}"
                 raise InputError(
-                    f"guide: site '{name}' changes with {leak}, which the guide declares as not shown; mask it in the "
-                    "guide, or declare it as shown"
+                    f"guide: site '{name}' changes with {leak}, which the guide declares as not shown. Mask this part "
+                    "of the data in the guide, or declare it as shown"
                 )
 
 

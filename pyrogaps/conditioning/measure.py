@@ -135,15 +135,16 @@ def conditioning_measure(
     if isinstance(declaration, Shown):
         if reference is not None:
             raise InputError(
-                "reference: unused, since a guide with conditions has a shared posterior; leave reference out"
+                "reference: has no effect, because a guide with conditions needs no reference guide. Leave reference "
+                "out"
             )
         return SharedMeasure(sharing_of(problem, declaration, evidence, refiner, settings, num_particles, run))
     if reference is None:
         return None
     if not isinstance(declaration, Lookahead) or declared(reference) != declaration:
         raise InputError(
-            f"reference: it must declare the guide's own lookahead; the guide declares {declaration}, the reference "
-            f"{declared(reference)}"
+            f"reference: it must declare the same lookahead as the guide. The guide declares {declaration}, but the "
+            f"reference declares {declared(reference)}"
         )
     best = GuideDensity(reference, None, density.joint)
     check_no_leak(best, declaration)

@@ -86,7 +86,7 @@ def shown_elements(joint: JointDensity, conditions: Shown, args: tuple[Any, ...]
             events = same.flatten(-inner.event_dim)
             if not torch.equal(events.all(-1), events.any(-1)):
                 raise InputError(
-                    f"site '{name}': a {type(inner).__name__} cannot be observed in part; show or withhold whole "
+                    f"site '{name}': a {type(inner).__name__} cannot be observed in part. Show or withhold whole "
                     "events, or use a likelihood with independent elements"
                 )
         result[name] = same
@@ -107,5 +107,5 @@ def _check_independence(joint: JointDensity, partial: JointDensity, conditions: 
     if not same_density(before, after):
         raise InputError(
             "conditions: the density of the shown data depends on withheld data (an autoregressive likelihood, or "
-            "inputs that are not modelled). Condition on parts that are independent given the latents"
+            "withheld inputs of the model). Choose conditions under which both parts are independent given the latents"
         )

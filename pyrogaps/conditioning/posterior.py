@@ -113,8 +113,8 @@ def shared_posterior(
     declaration = declared(model.guide if isinstance(model, Problem) else guide)
     if not isinstance(declaration, Shown):
         raise InputError(
-            "guide: it declares no conditions, or a lookahead, which has no single shared posterior. Give it an "
-            "attribute conditions: a boolean mask over the data, True where they are shown"
+            "guide: it must declare conditions, because without them, or with a lookahead, there is no single shared "
+            "posterior. Set its attribute conditions to a boolean mask over the data, True where they are shown"
         )
     problem = Problem.of(model, guide, data, plate)
     joint, density = problem.joint, problem.guide_density()

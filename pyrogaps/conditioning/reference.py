@@ -45,8 +45,8 @@ def reference_guide(
     """
     if not isinstance(guide, nn.Module):
         raise InputError(
-            f"guide: only a module can be copied, got a {type(guide).__name__}; train another guide of this kind on "
-            "SimulatedData(model, data) with freeze_model=True"
+            f"guide: it must be an nn.Module, because the reference is a copy of it, got a {type(guide).__name__}. "
+            "Otherwise, train a second guide on SimulatedData(model, data) with freeze_model=True"
         )
     reference = copy.deepcopy(guide)
     drawn = SimulatedData(model, data, num_datapoints, plate)

@@ -39,7 +39,7 @@ class SimulatedData(IndexedData):
         joint = JointDensity(model, data, plate)
         if joint.plate is None:
             raise InputError(
-                "SimulatedData: the model has no data plate; use Problem.of(model, None, data).simulated(seed).data"
+                "SimulatedData: the model has no data plate. Use Problem.of(model, None, data).simulated(seed).data"
             )
         number = joint.num_datapoints
 

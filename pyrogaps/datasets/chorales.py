@@ -57,7 +57,8 @@ def _chorales(path: Path, content: Any, part: str) -> list[list[list[int]]]:
     chorales = content.get(part) if isinstance(content, dict) else None
     if not isinstance(chorales, list) or not chorales:
         raise InputError(
-            f"Chorales: {path}: has no chorales '{part}'. The file needs non-empty lists {', '.join(PARTS)}."
+            f"Chorales: {path}: the list '{part}' is missing or empty. The file needs non-empty lists "
+            f"{', '.join(PARTS)}."
         )
     for number, chorale in enumerate(chorales):
         if not isinstance(chorale, list) or not chorale:
@@ -66,7 +67,7 @@ def _chorales(path: Path, content: Any, part: str) -> list[list[list[int]]]:
             if not isinstance(notes, list) or not all(type(n) is int and LOWEST <= n <= HIGHEST for n in notes):
                 raise InputError(
                     f"Chorales: {path}: {part} chorale {number}, step {step}: expected a list of MIDI notes from "
-                    f"{LOWEST} to {HIGHEST}, got {notes}. Transpose or remove the other notes."
+                    f"{LOWEST} to {HIGHEST}, got {notes}. Transpose or remove notes outside this range."
                 )
     return chorales
 

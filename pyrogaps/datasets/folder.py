@@ -24,7 +24,7 @@ def locate(name: str, path: str, data_root: str | None) -> Path:
         if candidate.is_file():
             return candidate
     searched = " or ".join(dict.fromkeys(str(candidate) for candidate in candidates))
-    raise InputError(f"{name}: there is no file {searched}. Give its full path, or set the folder by {FOLDER}.")
+    raise InputError(f"{name}: there is no file {searched}. Pass its full path, or set the folder with {FOLDER}.")
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class NPZ(ImageData):
             if images is not None and images.shape[1:] != train.shape[1:]:
                 raise InputError(
                     f"{self.name}: {path}: images in '{key}' have shape {images.shape[1:]}, but those in "
-                    f"'{self.train_key}' have {train.shape[1:]}. Use one shape."
+                    f"'{self.train_key}' have shape {train.shape[1:]}. All images must have the same shape."
                 )
         return GreyImages(train, test, validation)
 

@@ -31,7 +31,7 @@ class VisionData(ImageData):
         root = data_folder(self.data_root)
         if root is None:
             hint = "" if self.download else "; --download (download=True) downloads the files there"
-            raise InputError(f"{self.name}: no data folder is set for {files[0]}. Set it by {FOLDER}{hint}.")
+            raise InputError(f"{self.name}: no data folder is set for {files[0]}. Set one with {FOLDER}{hint}.")
         paths = [root / file for file in files]
         if self.download and not all(path.is_file() for path in paths):
             self._fetch(root)

@@ -9,7 +9,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.errors import InputError
 
-REMEDY = "use AutoNormal or pyrogaps.guides.local.AutoLocalMultivariateNormal"
+REMEDY = "Use AutoNormal or pyrogaps.guides.local.AutoLocalMultivariateNormal"
 
 
 def check_autoguide(guide: Any, joint: JointDensity) -> None:
@@ -18,27 +18,29 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
     Raises `InputError` where it was never run, belongs to other data, or is one distribution over all datapoints.
     """
     if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-        raise InputError(f"guide: this {_name(guide)} has never been run; train it on these data first")
+        raise InputError(f"guide: this {_name(guide)} has never been run. Train it on these data first")
     plate, first = joint.plate, next(iter(joint.sites))
     for part in _parts(guide):
         if isinstance(part, AutoLaplaceApproximation) and plate is None:
             raise InputError(
-                "guide: AutoLaplaceApproximation is a Delta, which has no density; pass the result "
-                "of its laplace_approximation(*args)"
+                "guide: AutoLaplaceApproximation is a Delta, which has no density. Pass the result of its "
+                "laplace_approximation(*args)"
             )
         if isinstance(part, AutoContinuous | AutoStructured) and plate is not None:
             raise InputError(
-                f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density "
-                f"per datapoint of the plate '{plate}'; {REMEDY}"
+                f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density per "
+                f"datapoint of the plate '{plate}'. {REMEDY}"
             )
         if isinstance(part, AutoStructured):
-            raise InputError(f"guide: AutoStructured cannot be read as a density; {REMEDY}, or AutoMultivariateNormal")
+            raise InputError(
+                f"guide: the density of AutoStructured cannot be evaluated. {REMEDY}, or AutoMultivariateNormal"
+            )
         frame = part._prototype_frames.get(plate)
         if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
             raise InputError(
                 f"guide: the plate '{plate}' of this {_name(part)} has size {size}, but the data set has "
-                f"{joint.num_datapoints} datapoints. An autoguide has parameters for each datapoint; train it on these "
-                "data"
+                f"{joint.num_datapoints} datapoints. Train it on these data, because an autoguide has parameters for "
+                "each datapoint"
             )
 
 

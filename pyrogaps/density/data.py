@@ -40,7 +40,7 @@ def as_indexed(data: Data) -> IndexedData:
     if not tensors or not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in tensors):
         raise InputError(
             "data: expected a tensor or a tuple of tensors whose first axis is the data plate, got "
-            f"{type(data).__name__}; wrap anything else in IndexedData(num_datapoints, fetch)"
+            f"{type(data).__name__}. Wrap anything else in IndexedData(num_datapoints, fetch)"
         )
     lengths = [len(tensor) for tensor in tensors]
     if len(set(lengths)) > 1:

@@ -23,8 +23,8 @@ from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
 
 INDEX_REMEDY = (
-    "index parameters that have a row per datapoint: loc[rows], with rows = torch.arange(N) among the data's tensors, "
-    "or pyro.param(..., event_dim=0) in a plate of the whole data set's size"
+    "Index parameters that have a row per datapoint: loc[rows], with rows = torch.arange(N) among the data's tensors, "
+    "or pyro.param(..., event_dim=0) in a plate with the size of the data set"
 )
 
 
@@ -81,7 +81,7 @@ class GuideDensity:
         if isinstance(model, JointDensity):
             self.joint = model
         elif data is None:
-            raise InputError("data: missing; pass the data that the model is called with")
+            raise InputError("data: missing. Pass the data that the model is called with")
         else:
             self.joint = JointDensity(model, data, plate)
         check_autoguide(guide, self.joint)
@@ -165,7 +165,7 @@ class GuideDensity:
         size = self.structure.size
         if self.bound and joint.num_datapoints != size:
             raise InputError(
-                f"guide: it has parameters for {size} datapoints, but the data have {joint.num_datapoints}; use an "
+                f"guide: it has parameters for {size} datapoints, but the data have {joint.num_datapoints}. Use an "
                 "amortized guide"
             )
         structure = replace(self.structure, origin=None, size=joint.num_datapoints)
@@ -194,7 +194,7 @@ class GuideDensity:
                 raise error from None
             raise InputError(
                 "guide: it runs on the whole data set but not on other numbers of its rows "
-                f"({str(error).splitlines()[0]}); {INDEX_REMEDY}"
+                f"({str(error).splitlines()[0]}). {INDEX_REMEDY}"
             ) from error
 
     def _check_draws(self, first: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ class GuideDensity:
         if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], together):
             raise InputError(
                 "guide: log q of a datapoint changes with its position in the batch or with other rows. Treat rows "
-                f"independently (no batch statistics), and {INDEX_REMEDY}"
+                f"independently (no batch statistics). {INDEX_REMEDY}"
             )
 
 

@@ -152,7 +152,7 @@ class JointDensity:
         missing = [name for name in self.sites if name not in handler.values]
         if missing:
             raise InputError(
-                f"site '{missing[0]}': the model leaves out this latent site for some inputs; {PAD_REMEDY}"
+                f"site '{missing[0]}': the model leaves out this latent site for some inputs. {PAD_REMEDY}"
             )
         return handler
 
@@ -259,9 +259,8 @@ class JointDensity:
                     "is random. Draw the data once (SimulatedData(...).fetch(indices)) and pass the tensors"
                 )
             raise InputError(
-                "data: the density of a datapoint changes with the order of the indices or with other rows of the "
-                "batch; fetch(indices) must keep their order, and the model must treat rows independently (no batch "
-                "statistics)"
+                "data: the density of a datapoint changes with its position or with other rows of the batch. "
+                "fetch(indices) must keep the order, and the model must treat rows independently (no batch statistics)"
             )
 
     def _total(self, z: Tensor, indices: Tensor) -> Tensor:

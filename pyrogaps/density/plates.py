@@ -59,8 +59,8 @@ def whole_plates(
     def check(messenger: SubsampleMessenger) -> None:
         if messenger.name == plate and messenger.subsample_size not in (rows, -1):
             raise InputError(
-                f"plate '{plate}' was made outside the program with size {messenger.subsample_size}; make it inside "
-                f"the program, sized by the data, as in pyro.plate('{plate}', len(x))"
+                f"plate '{plate}' was made outside the model or guide, with size {messenger.subsample_size}. Make it "
+                f"inside, sized by the data, as in pyro.plate('{plate}', len(x))"
             )
 
     return _plates(choose, check)
@@ -74,8 +74,8 @@ def _in_order(indices: Tensor) -> bool:
 def wrong_size(name: str, size: int, rows: int) -> InputError:
     """The error for a plate whose size does not follow the data."""
     return InputError(
-        f"plate '{name}' has the hard-coded size {size}, but the data have {rows} rows; size it by the data, as in "
-        f"pyro.plate('{name}', len(x)). If the data have a fetch(indices), it must return one row per index"
+        f"plate '{name}' has the hard-coded size {size}, but the data have {rows} rows. Size it by the data, as in "
+        f"pyro.plate('{name}', len(x)); a fetch(indices) must return one row per index"
     )
 
 

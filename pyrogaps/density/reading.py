@@ -28,7 +28,7 @@ from pyrogaps.errors import InputError
 
 # The plate name where there is no data plate and every plate has its full size.
 ANY_PLATE = ""
-PAD_REMEDY = "pad ragged data to one length for the whole data set and mask the padding"
+PAD_REMEDY = "Pad ragged data to one length for the whole data set and mask the padding"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def read_model(
         nesting = max((-f.dim for m in sites.values() for f in m["cond_indep_stack"] if f.vectorized), default=0)
         batch_layout = lay_out(sites, name, -1 - max(nesting, batch_dims(sites)))
         if layout is not None and batch_layout != layout:
-            raise InputError(f"model: the shapes of its latent sites differ between datapoints; {PAD_REMEDY}")
+            raise InputError(f"model: the shapes of its latent sites differ between datapoints. {PAD_REMEDY}")
         layout = batch_layout
     assert layout is not None
     value = next(iter(latent.values()))["value"]
@@ -119,7 +119,7 @@ def finite_arguments(args: Any) -> tuple[Any, ...]:
     """The model's arguments as a tuple; raises `InputError` where they hold NaN."""
     arguments: tuple[Any, ...] = as_tuple(args)
     leaves = ((position, leaf) for position, value in enumerate(arguments) for leaf in tree_leaves(value))
-    check_finite(((f"argument {position}", leaf) for position, leaf in leaves), "data", "clean or impute them first")
+    check_finite(((f"argument {position}", leaf) for position, leaf in leaves), "data", "Clean or impute them first")
     return arguments
 
 

@@ -55,8 +55,8 @@ def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> T
         events = mask.flatten(-fn.event_dim)
         if not torch.equal(events.all(-1), events.any(-1)):
             raise InputError(
-                f"site '{name}': the model masks part of an event, but the guide's {type(fn).__name__} does not "
-                "factorise over it; use a factorised distribution there, or mask whole events"
+                f"site '{name}': the model masks part of an event, but the guide's {type(fn).__name__} is not "
+                "factorised. Use a factorised distribution in the guide, or mask whole events"
             )
         whole = events.all(-1)
         result = torch.where(whole, fn.log_prob(value), torch.zeros((), dtype=value.dtype, device=value.device))
@@ -90,7 +90,10 @@ class ScoreModel(Messenger):
             return
         name, fn = message["name"], message["fn"]
         if name not in self.sites:
-            raise InputError(f"site '{name}': the model has this latent site only for some inputs; mask it instead")
+            raise InputError(
+                f"site '{name}': the model has this latent site only for some inputs. Keep it for all inputs, and mask "
+                "it where it is not used"
+            )
         site = self.sites[name]
         mask = distribution_mask(fn, message["mask"])
         unconstrained = site.unflatten(self.flat)

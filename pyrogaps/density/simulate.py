@@ -35,7 +35,7 @@ class DrawModel(ScoreModel):
         name, fn = message["name"], message["fn"]
         if is_factor(fn):
             raise InputError(
-                f"site '{name}': a pyro.factor cannot be simulated; draw the data with pyro.sample(..., obs=)"
+                f"site '{name}': a pyro.factor cannot be simulated. Draw the data with pyro.sample(..., obs=)"
             )
         value = self.fixed[name] if name in self.fixed else fn.sample()
         if message["is_observed"]:
@@ -94,8 +94,8 @@ def _join(position: int, column: tuple[Any, ...]) -> Any:
         return torch.cat(column)
     if len(column) > 1 and not isinstance(column[0], bool | int | float | str | None):
         raise InputError(
-            f"data: argument {position} is a {type(column[0]).__name__}, which cannot be joined for more than "
-            f"{CHUNK} datapoints; simulate fewer datapoints, or pass tensors to the model"
+            f"data: argument {position} is a {type(column[0]).__name__}, of which several chunks cannot be "
+            f"concatenated. Simulate at most {CHUNK} datapoints, or pass tensors to the model"
         )
     return column[0]
 
@@ -116,9 +116,9 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
             pending = [name for name in draw.drawn if name in draw.observed and name not in fixed]
             if not pending or not causal:
                 raise InputError(
-                    "model: re-scoring simulated data gives a different score than drawing them (observed site "
-                    f"'{next(iter(draw.observed))}'). If arguments are computed from the data, pass to_data=. A "
-                    "likelihood that depends on its own value cannot be simulated"
+                    f"model: simulated data of site '{next(iter(draw.observed))}' have one density when drawn and "
+                    "another when scored again. Pass to_data= for arguments computed from the data; a likelihood must "
+                    "not depend on its own value"
                 )
             for name, value in draw.drawn.items():
                 fixed[name], scores[name] = value, draw.terms[name]
@@ -162,8 +162,8 @@ def feed_back(
     for name, value in observed.items():
         if not any(_write(value, values[name], old, new) for old, new in zip(args, fresh, strict=True)):
             raise InputError(
-                f"site '{name}': its observed value is not one of the model's arguments; pass to_data=, a function "
-                "from drawn values by site to the model's arguments"
+                f"site '{name}': its observed value is not one of the model's arguments. Pass to_data=, a function "
+                "that converts a dictionary of drawn values by site into the model's arguments"
             )
     return fresh
 

@@ -55,7 +55,7 @@ def find_plate(sites: dict[str, Message]) -> str | None:
         return str(common[0])
     if common:
         raise InputError(
-            f"plate: several plates enclose every site ({', '.join(common)}); name the data plate with plate="
+            f"plate: several plates enclose every site ({', '.join(common)}). Name the data plate with plate="
         )
     outside = [name for name, site in sites.items() if not site["cond_indep_stack"]]
     where = f"; outside any plate: {', '.join(outside)}" if outside else ""
@@ -64,7 +64,7 @@ def find_plate(sites: dict[str, Message]) -> str | None:
         "Move these sites into it, or make them parameters (pyro.param)" if only else "Move every site into one plate"
     )
     raise InputError(
-        f"plate: no plate encloses every site (plates: {', '.join(sorted(every))}{where}). {move}; or pass plate=False "
+        f"plate: no plate encloses every site (plates: {', '.join(sorted(every))}{where}). {move}, or pass plate=False "
         "to treat the whole data set as one datapoint"
     )
 
@@ -79,7 +79,7 @@ def dtypes_named() -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"data: its dtype does not fit the model's ({reason}); convert the data, as in x.float()"
+            f"data: its dtype does not fit the model's ({reason}). Convert the data, as in x.float()"
         ) from error
 
 
@@ -90,19 +90,20 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
         raise InputError("model: there is no latent sample site, so there is nothing to infer")
     if len(latent) == len(sites):
         raise InputError(
-            "model: there is no observed sample site; pass the data so that obs= is set (were model and guide swapped?)"
+            "model: there is no observed sample site. Pass the data so that obs= is set (were model and guide swapped?)"
         )
     for name, site in sites.items():
         check_in_plate(name, site, plate, "model")
     for name, site in latent.items():
         if type(leaf(site["fn"])).__name__ == "Delta":
             raise InputError(
-                f"site '{name}': a Delta latent in the model has no density; use pyro.deterministic, or pyro.factor "
+                f"site '{name}': a Delta latent in the model has no density. Use pyro.deterministic, or pyro.factor "
                 "for its log_density"
             )
         if site["fn"].has_enumerate_support or site["fn"].support.is_discrete:
             raise InputError(
-                f"site '{name}': discrete latents are not supported, not even enumerated ones; sum it out in the model"
+                f"site '{name}': discrete latents are not supported, even when enumerated. Sum the site out in the "
+                "model"
             )
 
 
@@ -110,10 +111,13 @@ def check_in_plate(name: str, site: Message, plate: str | None, program: str) ->
     if plate is None or plate_dim(site, plate) is not None:
         return
     if any(frame.name == plate for frame in site["cond_indep_stack"]):
-        raise InputError(f"site '{name}': the data plate '{plate}' is sequential in the {program}; use it with `with`")
+        raise InputError(
+            f"site '{name}': the {program} loops over the data plate '{plate}'. Use the plate as a context: with "
+            f"pyro.plate('{plate}', len(x))"
+        )
     kind = "observed" if site["is_observed"] else "latent"
     raise InputError(
-        f"site '{name}': {kind} outside the data plate '{plate}' in the {program}; move it inside the plate"
+        f"site '{name}': {kind} outside the data plate '{plate}' in the {program}. Move it inside the plate"
         + ("" if kind == "observed" else ", or make it a parameter (pyro.param)")
     )
 
@@ -177,8 +181,8 @@ def check_observed(name: str, site: Message) -> bool:
     if opted_out_of_validation(fn):
         return False
     raise InputError(
-        f"site '{name}': some observed values lie outside the support of its {type(element).__name__} likelihood; "
-        "transform the data, or write validate_args=False to score them as they are (an unnormalised likelihood)"
+        f"site '{name}': some observed values lie outside the support of its {type(element).__name__} likelihood. "
+        "Transform the data, or set validate_args=False on the likelihood to score them all the same"
     )
 
 
@@ -190,13 +194,13 @@ def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> 
     """Refuse NaN and infinities, naming the tensor that holds them."""
     for name, tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{what}: {name} holds NaN or infinite values; {remedy}")
+            raise InputError(f"{what}: {name} contains NaN or infinite values. {remedy}")
 
 
 def check_parameters(*programs: Program) -> None:
     """Refuse NaN and infinities in parameters of `programs` and Pyro's param store."""
     store = pyro.get_param_store()
-    remedy = "training diverged. Lower the learning rate, or load an earlier checkpoint"
+    remedy = "Training diverged; lower the learning rate, or load an earlier checkpoint"
     check_finite(((f"parameter '{name}'", store._params[name]) for name in store), "param store", remedy)
     for program in programs:
         for module in modules_of(program):

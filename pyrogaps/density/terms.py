@@ -24,7 +24,7 @@ def read_terms(messages: dict[str, Any], joint: JointDensity) -> list[GuideSite]
     for name, site in joint.sites.items():
         message = messages.get(name)
         if message is None:
-            raise InputError(f"site '{name}': latent in the model but missing from the guide; add a pyro.sample for it")
+            raise InputError(f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it")
         if type(leaf(message["fn"])).__name__ != "Delta":
             terms.append(_own_term(name, message, site, joint, probe))
         elif f"{name}_unconstrained" in auxiliary:
@@ -36,8 +36,8 @@ def read_terms(messages: dict[str, Any], joint: JointDensity) -> list[GuideSite]
         terms.append(_flat_term(deltas, messages, auxiliary, joint))
     if auxiliary:
         raise InputError(
-            f"site '{next(iter(auxiliary))}': an auxiliary variable of the guide without a reverse model; define "
-            "augment(model) on the guide's class, which adds one to the model"
+            f"site '{next(iter(auxiliary))}': this auxiliary variable of the guide has no reverse model. Define "
+            "augment(model) on the guide's class to add a reverse model"
         )
     return terms
 
@@ -45,16 +45,17 @@ def read_terms(messages: dict[str, Any], joint: JointDensity) -> list[GuideSite]
 def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
     if is_factor(message["fn"]):
         raise InputError(
-            f"site '{name}': with a pyro.factor in the guide, log q may not be normalised. Remove it, and draw the "
-            "site that it corrects from a distribution with the right density"
+            f"site '{name}': a pyro.factor in the guide can leave log q unnormalised. Remove it, and draw the latent "
+            "from a distribution that already has the intended density"
         )
     if message["is_observed"]:
-        raise InputError(f"site '{name}': observed in the guide; remove obs=, because a guide must draw it")
+        raise InputError(f"site '{name}': observed in the guide. Remove obs=, because a guide must draw it")
     if name in joint.observed:
-        raise InputError(f"site '{name}': observed in the model; remove it from the guide")
+        raise InputError(f"site '{name}': observed in the model. Remove it from the guide")
     if name not in joint.sites and not message["infer"].get("is_auxiliary"):
         raise InputError(
-            f"site '{name}': in the guide but not in the model; remove it, or mark it infer={{'is_auxiliary': True}}"
+            f"site '{name}': in the guide but not in the model. Remove it, or mark it with "
+            f"infer={{'is_auxiliary': True}}"
         )
 
 
@@ -62,7 +63,7 @@ def _own_term(name: str, message: Any, site: Site, joint: JointDensity, probe: P
     """The term of a site that the guide draws; it must take the model's values at the points of `probe`."""
     fn = message["fn"]
     if fn.support.is_discrete:
-        raise InputError(f"site '{name}': discrete in the guide; discrete latents are not supported")
+        raise InputError(f"site '{name}': discrete in the guide. Discrete latents are not supported")
     term = _term(name, message, site, joint, unconstrained=False)
     model_values, guide_values = probe.values[name], place(term, fn, probe.z[None])[0]
     if joint.plate is None:
@@ -71,8 +72,8 @@ def _own_term(name: str, message: Any, site: Site, joint: JointDensity, probe: P
         raise _does_not_fit(name, message, site)
     if not torch.allclose(guide_values, model_values, rtol=1e-4, atol=1e-5):
         raise InputError(
-            f"site '{name}': the guide's support {guide_support(fn)} differs from the model's; use a distribution with "
-            "the model's support, or transform one to it"
+            f"site '{name}': the guide's support {guide_support(fn)} differs from the model's. Use a distribution with "
+            "the model's support, or transform the guide's distribution to it"
         )
     return term
 
@@ -89,8 +90,8 @@ def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstra
         dim = plate_dim(message, joint.plate)
         if dim is None:
             raise InputError(
-                f"site '{site.name}': outside the data plate '{joint.plate}' in the guide; put it inside "
-                f"`with pyro.plate('{joint.plate}', ...)`"
+                f"site '{site.name}': outside the data plate '{joint.plate}' in the guide. Put it inside `with "
+                f"pyro.plate('{joint.plate}', ...)`"
             )
         axis = dim - event_dim
         rest = list(flat.shape)
@@ -108,7 +109,8 @@ def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstra
 def _does_not_fit(name: str, message: Any, site: Site) -> InputError:
     shape = tuple(message["value"].shape)
     return InputError(
-        f"site '{name}': the guide's value has shape {shape}, which does not fit the model's {site.shape} per datapoint"
+        f"site '{name}': the guide's value has shape {shape}, but the model's value has shape {site.shape} per "
+        "datapoint"
     )
 
 
@@ -132,6 +134,6 @@ def _flat_term(
             "whole data set is one datapoint. Use AutoNormal or AutoMultivariateNormal, or name the data plate"
         )
     raise InputError(
-        f"site '{deltas[0]}': a Delta in the guide has no density, so no gap is defined; use a guide with a density, "
+        f"site '{deltas[0]}': a Delta in the guide has no density, so no gap is defined. Use a guide with a density, "
         "such as AutoNormal instead of AutoDelta"
     )

@@ -155,21 +155,24 @@ class AISMeasurement(Measurement):
             return prior_path(evaluator, chunk, run.stream("scale prior"))
         posterior = refined if settings.initial == "refined" else problem.guided()
         if posterior is None:
-            raise InputError("evidence.initial: 'refined' needs a guide or a family to refine; pass one, or 'prior'")
+            raise InputError(
+                "evidence.initial: 'refined' needs a guide or a family to refine. Pass one, or use 'prior'"
+            )
         start = gaussian_of(problem.joint, posterior, chunk, run.stream("anchor"))
         return anchored_path(problem.evaluator, start.widened(settings.widen), chunk)
 
     def notes(self, columns: Columns) -> list[str]:
         share = columns["log_evidence_ess"].mean() / self.evidence.num_chains
-        return [f"AIS: acceptance {columns['acceptance'].mean():.2f}, effective share of the chains {share:.0%}"]
+        rate = columns["acceptance"].mean()
+        return [f"AIS: mean acceptance rate {rate:.2f}, effective sample size {share:.0%} of the chains"]
 
     def cautions(self, columns: Columns) -> list[str]:
         share = columns["log_evidence_ess"].mean() / self.evidence.num_chains
         if share >= MIN_EFFECTIVE_SHARE:
             return []
         return [
-            f"the effective sample size of AIS is {share:.0%} of its chains, so log p(x), and every gap to it, may be "
-            "too small; raise num_temperatures of AIS"
+            f"the effective sample size of AIS is {share:.0%} of its chains, so log p(x) and the gaps measured from it "
+            "may be too small. Raise num_temperatures of AIS"
         ]
 
     def estimate(self, parts: Sequence[Measured]) -> Estimate:

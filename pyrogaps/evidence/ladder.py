@@ -98,7 +98,9 @@ class LadderMeasurement(Measurement):
 
     def measure(self, chunk: Chunk, refined: Posterior | None = None) -> Measured:
         if refined is None:
-            raise InputError("evidence: a Ladder starts at a refined guide; pass a guide, or AIS(initial='prior')")
+            raise InputError(
+                "evidence: a Ladder starts from a refined guide. Pass a guide, or use evidence=AIS(initial='prior')"
+            )
         blocks = climb(self.problem.evaluator, refined, chunk, self.evidence, self.run, self.lowest)
         draws = [column for block in blocks for column in block.log_weights]
         value, mcse, ess = torch.empty(3, len(draws), dtype=torch.float64)
@@ -134,18 +136,18 @@ class LadderMeasurement(Measurement):
         ways = ", ".join(f"{name} {share:.0%}" for name, share in shares if share)
         errors, costs = columns["log_evidence_mcse"], columns["log_evidence_evaluations"]
         lines = [
-            f"log p(x) by {ways}; {costs.mean():,.0f} evaluations a datapoint, most {costs.max():,.0f}",
-            f"its standard error: asked for {self.evidence.tolerance:g}, median {np.median(errors):.3f}, nine in ten "
-            f"below {np.quantile(errors, 0.9):.3f}",
+            f"log p(x) by {ways}; {costs.mean():,.0f} evaluations per datapoint on average, {costs.max():,.0f} at most",
+            f"standard error of log p(x): median {np.median(errors):.3f}, 90th percentile "
+            f"{np.quantile(errors, 0.9):.3f}, tolerance {self.evidence.tolerance:g}",
         ]
         check = self.check
         if isinstance(check, str):
             lines.append(f"no check on simulated data ({check})")
         elif check is not None:
-            kept = "all rungs kept" if check.lowest == GUIDE else f"the lowest {check.lowest} rungs left out"
+            kept = "All rungs are kept" if check.lowest == GUIDE else f"The lowest {check.lowest} rungs are left out"
             lines.append(
                 f"checked on {len(check.upper)} datapoints simulated from the model: log p(x) is at most "
-                f"{check.width:.3f} ± {check.width_mcse:.3f} nats above its bound; {kept}"
+                f"{check.width:.3f} ± {check.width_mcse:.3f} nats above its lower bound. {kept}"
             )
         return lines
 
@@ -155,13 +157,13 @@ class LadderMeasurement(Measurement):
         above = float((columns["log_evidence_mcse"] > 2 * tolerance).mean())
         if above > MAX_SHARE_ABOVE:
             cautions.append(
-                f"log p(x) of {above:.0%} of the datapoints has more than twice the standard error asked for; raise "
-                "Ladder's max_evaluations"
+                f"the standard error of log p(x) exceeds twice the tolerance for {above:.0%} of the datapoints. Raise "
+                "max_evaluations of Ladder"
             )
         if isinstance(check, LadderCheck) and check.width > tolerance:
             cautions.append(
-                f"log p(x) of simulated data may be {check.width:.3f} nats higher than measured, even with the last "
-                "rung alone. The refined guide may miss parts of the posterior; try a richer family or "
+                f"log p(x) of simulated data may be {check.width:.3f} nats higher than measured, even with only the "
+                "last rung of the Ladder. The refined guide may miss parts of the posterior; try a richer family or "
                 "AIS(initial='prior')"
             )
         return cautions

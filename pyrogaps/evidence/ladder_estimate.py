@@ -9,7 +9,7 @@ from torch import Tensor
 from pyrogaps.evidence.ladder_check import LadderCheck
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
 
-METHODS = ("importance sampling from the refined guide", "importance sampling from its curvature", "AIS")
+METHODS = ("importance sampling from the refined guide", "importance sampling from a fitted Gaussian", "AIS")
 
 
 def _none() -> Tensor:

@@ -47,8 +47,8 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None, pointwise: bool | Non
     observations = [dim for dim in pointwise_density.dims if dim not in SAMPLE_DIMS]
     if not observations:
         raise InputError(
-            f"site '{name}': it is a single observation, so there is none to leave out; put it in a plate, and remove "
-            "the plate's dimension from to_event"
+            f"site '{name}': leave-one-out needs several observations, but this site has one. Put it in a plate, and "
+            "remove the plate's dimension from to_event"
         )
     hidden = pointwise_density.isnull().all(SAMPLE_DIMS)
     if bool(hidden.any()):
@@ -58,7 +58,8 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None, pointwise: bool | Non
     for what, density in (("log_likelihood", pointwise_density), ("log_p", log_p), ("log_q", log_q)):
         if not bool(np.isfinite(density).all()):
             raise InputError(
-                f"tree: {what} is infinite at some draws, which the model excludes; restrict the guide's support"
+                f"tree: {what} is infinite at some draws, which lie outside the model's support. Restrict the guide's "
+                "support to the model's"
             )
     one_site = xr.DataTree.from_dict({"log_likelihood": xr.Dataset({name: pointwise_density})})
     result = loo_approximate_posterior(one_site, log_p, log_q, pointwise, name)  # type: ignore[no-untyped-call]
@@ -81,17 +82,19 @@ def _check_tree(tree: xr.DataTree) -> None:
     for group, variables in NEEDED.items():
         missing = [group] if group not in tree.children else [n for n in variables if n not in tree[group]]
         if missing:
-            raise InputError(f"tree: it has no {missing[0]}, but loo needs one")
+            raise InputError(
+                f"tree: it has no {missing[0]}, which loo needs. Create the tree with pyrogaps.to_datatree"
+            )
     if (draws := tree["sample_stats"].sizes["draw"]) < MIN_DRAWS:
         raise InputError(
-            f"tree: loo needs at least {MIN_DRAWS} draws, but it has {draws}; raise num_draws of to_datatree"
+            f"tree: loo needs at least {MIN_DRAWS} draws, but it has {draws}. Raise num_draws of to_datatree"
         )
 
 
 def _site(tree: xr.DataTree, var_name: str | None) -> str:
     sites = [str(name) for name in tree["log_likelihood"].data_vars]
     if var_name is None and len(sites) > 1:
-        raise InputError(f"var_name: the tree has several observed sites; name one of {', '.join(sites)}")
+        raise InputError(f"var_name: the tree has several observed sites. Name one of {', '.join(sites)}")
     if var_name is not None and var_name not in sites:
-        raise InputError(f"var_name: no observed site '{var_name}' in the tree; it has {', '.join(sites)}")
+        raise InputError(f"var_name: no observed site '{var_name}' in the tree. It has {', '.join(sites)}")
     return sites[0] if var_name is None else var_name

@@ -85,7 +85,7 @@ class RecordSites(Messenger):
             return
         name = message["name"]
         if name in RESERVED:
-            raise InputError(f"site '{name}': a dimension of the tree has this name; rename the site")
+            raise InputError(f"site '{name}': a dimension of the tree has this name. Rename the site")
         self.sites[name] = _record(message)
 
 
@@ -131,7 +131,7 @@ def _log_likelihood(message: Any) -> Tensor:
         log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, seen.shape))
     if bool((torch.isnan(log_prob) & seen).any()):
         raise InputError(
-            f"site '{message['name']}': its log-likelihood is NaN at some draws of the guide; check the model's "
+            f"site '{message['name']}': its log-likelihood is NaN at some draws of the guide. Check the model's "
             "parameters and the guide's scales"
         )
     return torch.where(seen, log_prob, torch.nan)

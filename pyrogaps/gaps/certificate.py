@@ -44,15 +44,16 @@ def lines_of(certificate: xr.Dataset) -> Iterator[str]:
     middle, most = np.quantile(width, [0.5, 0.9])
     certain = width.mean() + math.log(1 / (1 - CERTAIN)) / len(width)
     yield (
-        f"BDMC on {len(width)} datapoints simulated from the model: log p(x) exceeds its bound by at most "
+        f"BDMC on {len(width)} datapoints simulated from the model: log p(x) exceeds its lower bound by at most "
         f"{_mean(width)} nats on average ({certain:.3f} with {CERTAIN:.0%} confidence). Per datapoint: median "
         f"{middle:.3f}, 90th percentile {most:.3f}, maximum {width.max():.3f}"
     )
     gain = certificate["gain"].values
     share = float((gain > IMPROVING + 2 * certificate["gain_mcse"].values).mean())
     yield (
-        f"refined {certificate.attrs['longer']} times as long, {len(gain)} datapoints gain {_mean(gain)} nats on "
-        f"average. For {share:.0%} of them the gain exceeds {IMPROVING} nats and its own error"
+        f"refining {certificate.attrs['longer']} times as long changes the ELBO of {len(gain)} datapoints by "
+        f"{_mean(gain)} nats on average. For {share:.0%} of them the gain exceeds {IMPROVING} nats by more than twice "
+        "its error"
     )
 
 
@@ -64,11 +65,11 @@ def cautions(certificate: xr.Dataset, inference_gap: float, last_gap: str) -> It
     width = float((certificate["upper"] - certificate["lower"]).mean())
     gain = float(certificate["gain"].mean())
     if width > abs(inference_gap) / 10:
-        yield f"log p(x) may be {width:.3f} nats higher than measured (BDMC); raise num_temperatures of AIS"
+        yield f"log p(x) may be {width:.3f} nats higher than measured (BDMC). Raise num_temperatures of AIS"
     if gain > abs(inference_gap) / 10:
         yield (
-            f"a longer refinement gains {gain:.3f} nats: the approximation gap is too large by them, and the "
-            f"{last_gap} too small. Raise num_steps of Refinement"
+            f"a longer refinement gains {gain:.3f} nats; the approximation gap is too large and the {last_gap} too "
+            "small by this amount. Raise num_steps of Refinement"
         )
 
 

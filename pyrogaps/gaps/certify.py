@@ -22,9 +22,9 @@ def check_certifiable(measure: Measure) -> None:
     family = measure.refiner.family
     if isinstance(family, OwnFamily) and not family.on_other_data:
         raise InputError(
-            f"certificate: the guide's plate '{measure.problem.plate}' has the data set's full size, so it holds "
-            "parameters for each datapoint and has none for simulated ones; give it a method local_family(model) that "
-            "makes a new one, or leave certificate out"
+            f"certificate: the guide's plate '{measure.problem.plate}' has the size of the data set, so the guide has "
+            "no parameters for simulated datapoints. Define a method local_family(model) that returns a new guide, or "
+            "leave certificate out"
         )
 
 

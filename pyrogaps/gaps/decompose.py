@@ -141,7 +141,7 @@ def decompose(
     with memory.limited(sizes.working_set):
         # What cannot be split or certified is refused before hours of work.
         if split is not None and problem.plate is None:
-            raise InputError("split: the model has no data plate, so its guide is not amortized; leave split out")
+            raise InputError("split: the model has no data plate, so its guide is not amortized. Leave split out")
         bounds, on_training, training = bounds_of(problem, run), run.derived("training data"), None
         if certificate is not None:
             check_certifiable(bounds)
@@ -163,7 +163,7 @@ def _checked(families: Mapping[str, Family] | None) -> dict[str, Family]:
     families = dict(families or {})
     for name, family in families.items():
         if name == OWN:
-            raise InputError(f"families: '{OWN}' is the name of the guide's own family; choose another")
+            raise InputError(f"families: '{OWN}' is the name of the guide's own family. Choose another name")
         if not callable(family):
             raise InputError(
                 f"families: '{name}' must be a callable family(model) -> guide, got {type(family).__name__}"

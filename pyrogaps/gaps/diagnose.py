@@ -68,12 +68,12 @@ class Diagnosis:
         if self.dominant is not None:
             return f"Mostly the {first.name}."
         if not first.certain:
-            return "No gap exceeds its error: inference is as good as these data can tell."
+            return "No gap exceeds its error: these data show no loss from inference."
         rivals = [finding for finding in self.findings[1:] if not _exceeds(first, finding)]
         names = " and ".join(finding.name for finding in rivals)
         if all(finding.certain for finding in rivals):
-            return f"No single cause: the {first.name} is within the errors of the {names}."
-        return f"The {first.name} is the largest that exceeds its error; the {names} may be as large."
+            return f"No single cause: the {first.name} and the {names} do not differ by more than their errors."
+        return f"The {first.name} is the largest gap that exceeds its error, but the {names} may be as large."
 
     __repr__ = __str__
 

@@ -13,7 +13,7 @@ from pyrogaps.conditioning import SimulatedData
 from pyrogaps.density import Data, IndexedData
 from pyrogaps.density.data import as_indexed, part_of, rows_of
 from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, reason_of
 from pyrogaps.run import Run
 from pyrogaps.streams import seeded
 from pyrogaps.training import Cosine, Training, train
@@ -184,7 +184,8 @@ def _trained_on(
             train(model, guide, split.train_data, **options, checkpoint=file, seed=seed)
         except FloatingPointError as error:
             raise InputError(
-                f"split: the {name} start diverged: {error}; lower retraining.training.learning_rate"
+                f"split: training from the {name} start diverged ({reason_of(error)}). Lower "
+                "retraining.training.learning_rate"
             ) from error
         bounds.append(bound(guide))
         if bounds[-1] == max(bounds):

@@ -52,9 +52,9 @@ def sizes_of(
         room = limit - held
         if room < least:
             raise InputError(
-                f"max_memory: {format_bytes(limit)} is too little: {format_bytes(held)} are in use already, and "
-                f"{number} datapoints take {format_bytes(least)}; allow {format_bytes(held + least)} or more, or use a "
-                "smaller batch_size, fewer draws or chains"
+                f"max_memory: {format_bytes(limit)} is too little; {format_bytes(held)} is in use already, and "
+                f"{number} datapoints need {format_bytes(least)}. Allow at least {format_bytes(held + least)}, or use "
+                "a smaller batch_size, fewer draws or fewer chains"
             )
         working_set = min(memory.WORKING_SET, room // SHARES)
         fitting = max(1, working_set // (BLOCK * each)) * BLOCK

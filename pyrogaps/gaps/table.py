@@ -69,11 +69,14 @@ def _label(name: str, provenance: dict[str, Any]) -> str:
     if name == "iwae":
         return f"IWAE-{provenance['num_particles']}[q]"
     if name.startswith("elbo_refined["):
-        family = name[len("elbo_refined[") : -1]
-        return "L[q*] own family" if family == "own" else f"L[q*] {family}"
+        return f"L[q*] {_family(name[len('elbo_refined[') : -1])}"
     if name.startswith("approximation_gap["):
         return f"approximation gap, {name[len('approximation_gap[') : -1]}"
     return BOUNDS.get(name, name)
+
+
+def _family(name: str) -> str:
+    return "own family" if name == "own" else name
 
 
 def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
@@ -81,20 +84,20 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
         return []
     converged = per_datapoint["converged"].mean("datapoint")
     shares = zip(converged["family"].values, converged.values, strict=True)
-    notes = ["refinement converged: " + ", ".join(f"{name} {float(share):.0%}" for name, share in shares)]
+    notes = ["refinement converged: " + ", ".join(f"{_family(name)} {float(share):.0%}" for name, share in shares)]
     notes += provenance.get("notes", [])
     low = float((per_datapoint["log_evidence_mcse"] ** 2).mean()) / 2
     if low > summary_mcse(per_datapoint["log_evidence_mcse"].values):
         notes.append(
-            f"log p(x) is about {low:.3f} nats too low: half its squared Monte Carlo error, a bias that averaging over "
-            "datapoints does not remove"
+            f"log p(x) is biased downwards by about {low:.3f} nats, half its squared Monte Carlo error. Averaging over "
+            "datapoints does not remove this bias"
         )
     notes += _proposals(per_datapoint, provenance)
     khat = per_datapoint["khat"].values
     unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
     if unreliable > 0:
         notes.append(
-            f"IWAE is unreliable for {unreliable:.0%} of the datapoints (k-hat > 0.7); it is shown for comparison, and "
+            f"IWAE is unreliable for {unreliable:.0%} of the datapoints (k-hat > 0.7). It is shown for comparison, and "
             "no gap uses it"
         )
     notes += [*_on_conditions(per_datapoint, provenance), *_on_split(provenance)]
@@ -102,7 +105,7 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
         sites = ", ".join(provenance["unnormalised_likelihood"])
         notes.append(
             f"unnormalised likelihood ({sites}): with validate_args=False, values outside the support were scored, so "
-            "log p(x) is not a log-probability; the gaps remain valid"
+            "log p(x) is not a log-probability. The gaps remain valid"
         )
     return notes
 
@@ -114,12 +117,12 @@ def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[st
     pairs = {"amortized guide": (per_datapoint["khat"], per_datapoint["ess"])}
     for family in per_datapoint["family"].values:
         refined = per_datapoint.sel(family=family)
-        pairs[f"refined {family}"] = refined["khat_refined"], refined["ess_refined"]
+        pairs[f"refined {_family(family)}"] = refined["khat_refined"], refined["ess_refined"]
     number = provenance["num_particles"]
     values = [
         f"{name} {float(khat.median()):.2f} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()
     ]
-    return [f"importance weights, median k-hat (effective sample size): {', '.join(values)}; below 0.7 is good"]
+    return [f"importance weights, median k-hat (effective sample size): {', '.join(values)}. A k-hat below 0.7 is good"]
 
 
 def last_gap(provenance: dict[str, Any]) -> str:
@@ -135,15 +138,15 @@ def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]
     moving = 1 - float(per_datapoint["converged"].sel(family="own").mean())
     if moving > 0.1:
         reasons.append(
-            f"the refinement of {moving:.0%} of the datapoints had not converged, which makes the approximation gap "
-            f"too large and the {last_gap(provenance)} too small; raise num_steps of Refinement"
+            f"refinement had not converged for {moving:.0%} of the datapoints, so the approximation gap is too large "
+            f"and the {last_gap(provenance)} too small. Raise num_steps of Refinement"
         )
     reasons += provenance.get("cautions", [])
     starts = provenance.get("split", {}).get("starts", [])
     if starts and not all(start["converged"] for start in starts):
         reasons.append(
-            "phi-hat had not converged, so the capacity gap may be too large and the optimization gap too small; raise "
-            "max_rounds of Retraining"
+            "retraining (phi-hat) had not converged, so the capacity gap may be too large and the optimization gap too "
+            "small. Raise max_rounds of Retraining"
         )
     return reasons
 
@@ -155,22 +158,22 @@ def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> lis
         return []
     if "elbo_shared" not in per_datapoint:
         return [
-            f"shown to the guide: {shown}. Without a reference guide, its amortization gap includes the "
+            f"conditions of the guide: {shown}. Without a reference guide, its amortization gap includes the "
             "conditioning gap"
         ]
     if "overfitting" not in per_datapoint:
         return [
-            f"shown to the guide: {shown}. The conditioning gap is overestimated where the reference guide is not "
-            "the best"
+            f"conditions of the guide: {shown}. The conditioning gap is overestimated wherever the reference guide is "
+            "not optimal"
         ]
     number = int(per_datapoint["num_completions"].max())
     excess = float(per_datapoint["overfitting"].mean()) / 2
     misfit = (per_datapoint["elbo_on_completions"] - per_datapoint["elbo_shared"]).values
     error = f" ± {standard_error(misfit):.2f}" if len(misfit) > 1 else ""
     return [
-        f"shown to the guide: {shown}. The conditioning gap is overestimated by about {excess:.3f} nats, because "
+        f"conditions of the guide: {shown}. The conditioning gap is overestimated by about {excess:.3f} nats, because "
         f"q*_C is fitted to only half of at most {number} completions",
-        f"the ELBO of q*_C is {misfit.mean():.2f}{error} nats higher on the model's completions than on the data; a "
+        f"the ELBO of q*_C is {misfit.mean():.2f}{error} nats higher on the model's completions than on the data. A "
         "value far from 0 means that the data do not follow the model",
     ]
 
@@ -182,12 +185,13 @@ def _on_split(provenance: dict[str, Any]) -> list[str]:
         return []
     rounds = [len(start["elbo"]) - 1 for start in starts]
     left = [start["start"] for start in starts if not start["converged"]]
-    summary = (
-        f"phi-hat: best of {len(starts)} starts ({starts[0]['start']}), {min(rounds)} to {max(rounds)} rounds each"
-    )
-    lines = [summary + (f"; not converged: {', '.join(left)}" if left else ", all converged")]
+    lines = [
+        f"retraining (phi-hat): {len(starts)} starts, {min(rounds)} to {max(rounds)} rounds each; best start: "
+        f"{starts[0]['start']}; not converged: {', '.join(left) or 'none'}"
+    ]
     if kept := sorted({name for start in starts for name in start.get("kept", [])}):
         lines.append(
-            f"fresh starts reuse the guide's {', '.join(kept)}, because no reset_parameters() draws new initial values"
+            f"fresh starts reuse the guide's values of {', '.join(kept)}, because no reset_parameters() sets them. "
+            "Define that method to draw new values"
         )
     return lines

@@ -157,8 +157,8 @@ TERMS: tuple[Term, ...] = (
         _approximation,
         cause="the variational family cannot hold the posterior",
         remedy=(
-            "try a richer family (full covariance, a flow, a mixture); give it to decompose(families=...) first: its "
-            "refined bound says what it would gain"
+            "a richer family (full covariance, a flow, a mixture); decompose(families=...) measures how much it would "
+            "gain"
         ),
         colour="#2f5d8c",
     ),
@@ -170,8 +170,8 @@ TERMS: tuple[Term, ...] = (
         ESTIMATE,
         _conditioning,
         _has_shared,
-        cause="the guide is not shown all that the posterior depends on",
-        remedy="show it more: a longer lookahead, a smoother, the withheld inputs",
+        cause="the guide is not shown all data that the posterior depends on",
+        remedy="showing the guide more data: a longer lookahead, smoothing, or the withheld inputs",
         colour="#7fa650",
         hatch="....",
     ),
@@ -183,8 +183,8 @@ TERMS: tuple[Term, ...] = (
         LOWER_BOUND,
         _amortization,
         lambda columns: columns.amortized,
-        cause="one network for all datapoints falls short of the best guide for each",
-        remedy="decompose(split=Split(train_data)) says whether capacity, training or data are to blame",
+        cause="the network, shared by all datapoints, does not find the family's best for each",
+        remedy="decompose(split=Split(train_data)), which shows whether capacity, training or data limit the network",
         colour="#f2b27a",
         hatch="////",
     ),
@@ -198,9 +198,7 @@ TERMS: tuple[Term, ...] = (
         _amortization,
         lambda columns: not columns.amortized,
         cause="the guide has not been trained to the best of its family",
-        remedy=(
-            "train it longer, with a learning rate that falls, or take the refined guide: refine(model, guide, data)"
-        ),
+        remedy="longer training with a falling learning rate, or the refined guide: refine(model, guide, data)",
         colour="#e39a5c",
         hatch="\\\\\\\\",
     ),
@@ -224,8 +222,10 @@ TERMS: tuple[Term, ...] = (
         LOWER_BOUND,
         _on_training("elbo_retrained", "elbo"),
         _is_split,
-        cause="the network has not been trained to its end for this model",
-        remedy="train it longer, with a learning rate that falls, or steps of its own before the model's (guide_steps)",
+        cause="the network has not been trained to convergence for this model",
+        remedy=(
+            "longer training with a falling learning rate, or extra guide steps before each model step (guide_steps)"
+        ),
         colour="#e39a5c",
         hatch="\\\\\\\\",
     ),
@@ -239,8 +239,7 @@ TERMS: tuple[Term, ...] = (
         _is_split,
         cause="the network does worse on these data than on those it was trained on",
         remedy=(
-            "more training data, or a regularised encoder: early stopping on the ELBO, dropout, data simulated from "
-            "the model"
+            "more training data, data simulated from the model, or regularisation (early stopping on the ELBO, dropout)"
         ),
         colour="#fdeedd",
         hatch="xxxx",

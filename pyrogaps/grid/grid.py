@@ -109,7 +109,7 @@ def _named(guides: Any) -> Mapping[str, Program | Posterior]:
     if not isinstance(guides, Mapping):
         raise InputError(f"guides: expected a mapping of names to guides, got {type(guides).__name__}")
     if TRUE in guides:
-        raise InputError(f"guides: '{TRUE}' is reserved for the exact posterior; choose another name")
+        raise InputError(f"guides: '{TRUE}' is reserved for the exact posterior. Choose another name")
     return guides
 
 
@@ -118,7 +118,7 @@ def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Poste
     size = posterior.joint.num_datapoints  # type: ignore[attr-defined]
     if size != number:
         raise InputError(
-            f"guides: '{name}' is a posterior of {size} datapoints, but the data have {number}; build it for these data"
+            f"guides: '{name}' is a posterior of {size} datapoints, but the data have {number}. Build it for these data"
         )
     return posterior
 

@@ -80,8 +80,8 @@ def integrate(log_joint: LogDensity, start: Window, name: str) -> Quadrature:
         num_points = 2 * num_points - 1
     if error > MAX_ERROR:
         raise InputError(
-            f"{name}: quadrature of p(x, z) over {_described(window)} is uncertain by {error:.2g} nats; the "
-            "posterior is too narrow or too rough for a grid"
+            f"{name}: the quadrature of p(x, z) over {_described(window)} has an error of {error:.2g} nats. The "
+            "posterior is too narrow or too irregular for a grid"
         )
     body, _ = _bounds(values > values.max() - BODY, window)
     return Quadrature(fine, error, body)
@@ -97,8 +97,7 @@ def _fitted(log_joint: LogDensity, window: Window, name: str) -> Window:
             continue
         return fitted
     raise InputError(
-        f"{name}: p(x, z) does not decay away from its peak, within {_described(window)}; check that the prior is "
-        "proper"
+        f"{name}: p(x, z) does not decay towards the edges of {_described(window)}. Check that the prior is proper"
     )
 
 
@@ -121,7 +120,7 @@ def _values(log_joint: LogDensity, window: Window, num_points: int, name: str) -
     values = log_joint(window.points(num_points)).reshape(num_points, num_points)
     if np.isnan(values).any() or not np.isfinite(values.max()):
         raise InputError(
-            f"{name}: log p(x, z) is NaN or infinite over {_described(window)}; check the model's parameters"
+            f"{name}: log p(x, z) is NaN or infinite over {_described(window)}. Check the model's parameters"
         )
     return values
 

@@ -80,7 +80,7 @@ def array(values: Tensor) -> NDArray[np.float64]:
 def extent(points: Array, name: str) -> Window:
     """The window of all but the most extreme draws, widened to hold the tails."""
     if not np.isfinite(points).all():
-        raise InputError(f"{name}: some draws of z are NaN or infinite; check the parameters of model and guide")
+        raise InputError(f"{name}: some draws of z are NaN or infinite. Check the parameters of model and guide")
     low, high = np.quantile(points, [0.002, 0.998], axis=0)
     centre, side = (low + high) / 2, np.maximum(high - low, 1e-12)
     return Window(centre - 0.9 * side, centre + 0.9 * side)

@@ -139,11 +139,13 @@ class CustomDistances:
             got = tuple(log_kappa.shape) if isinstance(log_kappa, Tensor) else type(log_kappa).__name__
             raise InputError(f"likelihood: the kernel must return log kappa of shape (n, m) = {shape}, got {got}")
         if bool((log_kappa.isnan() | (log_kappa == torch.inf)).any()):
-            raise InputError("likelihood: the kernel returned NaN or +infinity; log kappa must be below infinity")
+            raise InputError(
+                "likelihood: the kernel returned NaN or +infinity. Each log kappa must be finite or -infinity"
+            )
         if bool((log_kappa == -torch.inf).all(1).any()):
             raise InputError(
-                "likelihood: the kernel returned -infinity for all pairs of one datapoint. At least one datapoint, "
-                "such as itself, must explain it"
+                "likelihood: the kernel returned -infinity for all pairs of one datapoint. At least one of its pairs, "
+                "such as that with itself, needs a finite log kappa"
             )
         return log_kappa.detach()
 

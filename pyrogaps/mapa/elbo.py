@@ -74,7 +74,8 @@ class IndexedELBO(ELBO):
         """-L of one batch of indices, the only argument."""
         if len(args) != 1 or not isinstance(args[0], Tensor):
             raise InputError(
-                f"{self.name}: a step takes a batch of indices alone, such as torch.arange(100); it fetches the data"
+                f"{self.name}: pass only a batch of indices to each step, such as torch.arange(100). The objective "
+                "fetches the data itself"
             )
         return -self.bounds(model, guide, args[0]).mean()
 
@@ -88,7 +89,9 @@ class IndexedELBO(ELBO):
         loss = self.differentiable_loss(model, guide, *args)
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the bound is {-value}; lower the learning rate, or bound the scales")
+            raise FloatingPointError(
+                f"the bound is {-value}. Lower the learning rate, or limit the scales of the distributions"
+            )
         if loss.requires_grad:
             loss.backward()
         return value
@@ -111,18 +114,19 @@ class IndexedELBO(ELBO):
             )
         number, kept = self.posterior.num_neighbours, self._kept()
         if self.num_top > number:
-            raise InputError(f"{self.name}: num_top={self.num_top}, but there are only {number} {kept}; lower it")
+            raise InputError(f"{self.name}: num_top={self.num_top}, but there are only {number} {kept}. Lower num_top")
         if self.num_samples and self.num_top == number:
             raise InputError(
-                f"{self.name}: num_top={self.num_top} leaves none of the {number} {kept} to draw; set num_samples=0"
+                f"{self.name}: num_top={self.num_top} already includes all {number} {kept}, so none remain to draw. "
+                "Set num_samples=0"
             )
 
     def _check_without_replacement(self) -> None:
         number = self.posterior.num_neighbours
         if self.num_samples > number - self.num_top:
             raise InputError(
-                f"{self.name}: num_samples={self.num_samples} without replacement, but num_top={self.num_top} leaves "
-                f"{number - self.num_top} of the {number} {self._kept()} to draw; lower num_samples"
+                f"{self.name}: num_samples={self.num_samples} is too large to draw without replacement. Lower it to "
+                f"{number - self.num_top}, because num_top={self.num_top} leaves no more of the {number} {self._kept()}"
             )
 
     def _kept(self) -> str:

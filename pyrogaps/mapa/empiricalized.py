@@ -54,7 +54,7 @@ class EmpiricalizedModel(Paired):
             kind = type(leaf(site["fn"])).__name__
             if kind != "Delta":
                 raise InputError(
-                    f"site '{name}': it is a {kind} in the encoder, which must map x to one z. Use "
+                    f"site '{name}': it is a {kind} in the encoder, which must be deterministic. Use "
                     f"pyro.sample('{name}', dist.Delta(value, event_dim=...)), or MAPA_IWAE_ELBO"
                 )
 

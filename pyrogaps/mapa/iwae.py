@@ -75,7 +75,7 @@ class SharedDraws(Paired):
         for name, site in sites.items():
             kind = type(leaf(site["fn"])).__name__
             if kind == "Delta":
-                raise InputError(f"site '{name}': it is a Delta in the encoder and has no density; use MAPA_ELBO")
+                raise InputError(f"site '{name}': it is a Delta in the encoder and has no density. Use MAPA_ELBO")
             if is_factor(site["fn"]) or is_masked(site):
                 raise InputError(
                     f"site '{name}': it is masked or a pyro.factor in the encoder, so a draw has no known density. "
@@ -83,11 +83,11 @@ class SharedDraws(Paired):
                 )
             if not site["fn"].has_rsample:
                 raise InputError(
-                    f"site '{name}': {kind} in the encoder cannot be reparametrised; use a distribution with rsample"
+                    f"site '{name}': {kind} in the encoder cannot be reparametrised. Use a distribution with rsample"
                 )
             if not same_density(*(part["fn"].log_prob(site["value"]) for part in (site, sites_of_moved[name]))):
                 raise InputError(
-                    f"site '{name}': its density in the encoder depends on other draws, which come from other "
+                    f"site '{name}': its density in the encoder depends on other latents, which may belong to other "
                     "datapoints. Make it a function of x alone"
                 )
 

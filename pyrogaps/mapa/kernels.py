@@ -124,7 +124,7 @@ class BernoulliKernel:
         if not bool(((x == 0) | (x == 1)).all()):
             raise InputError(
                 "data: outside the support of a Bernoulli likelihood, which is 0 and 1. Binarise them, or use "
-                "ContinuousBernoulliKernel for values between"
+                "ContinuousBernoulliKernel for values between 0 and 1"
             )
 
     def compare(self, x: Tensor) -> Comparison:
@@ -158,7 +158,7 @@ class CustomKernel:
         return -distances
 
     def with_bandwidth(self, bandwidth: float) -> "CustomKernel":
-        raise InputError("bandwidth: a kernel of your own has none; build another posterior with another kernel")
+        raise InputError("bandwidth: a custom kernel has no bandwidth. Build a new posterior with a different kernel")
 
 
 def flat(x: Tensor) -> Tensor:

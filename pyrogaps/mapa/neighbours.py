@@ -90,7 +90,7 @@ def cached(path: str | Path, x: Tensor, kernel: Kernel, number: int) -> Neighbou
     written, and for a user's own kernel.
     """
     if not kernel.distance:
-        raise InputError("cache: distances by a kernel of your own cannot be kept in a file; leave cache out")
+        raise InputError("cache: distances of a custom kernel cannot be cached. Leave cache out")
     path, header = Path(path), {"format": FORMAT, "distance": kernel.distance, "data": digest(x)}
     if path.exists():
         kept = _read(path, header)
@@ -110,15 +110,15 @@ def _read(path: Path, header: dict[str, str]) -> Neighbours:
             written = {name: str(file[name]) for name in header}
             indices, distances = torch.from_numpy(file["indices"]), torch.from_numpy(file["distances"])
     except Exception as error:  # NumPy and zipfile raise half a dozen kinds for a damaged file
-        raise InputError(f"cache {path}: cannot be read; it is damaged or holds no distances. Delete it") from error
+        raise InputError(f"cache {path}: cannot be read. It is damaged or contains no distances; delete it") from error
     reasons = {
         "format": "was made by another version",
-        "distance": f"holds distances of another kind ({written['distance']}, not {header['distance']})",
+        "distance": f"contains distances of another kind ({written['distance']}, not {header['distance']})",
         "data": "belongs to other data",
     }
     for name, reason in reasons.items():
         if written[name] != header[name]:
-            raise InputError(f"cache {path}: {reason}; delete it or name another file")
+            raise InputError(f"cache {path}: {reason}. Delete it or name another file")
     return Neighbours(indices, distances)
 
 

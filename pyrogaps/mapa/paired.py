@@ -69,26 +69,31 @@ class Paired:
 
     def _plate(self) -> str:
         if self.joint.plate is None:
-            raise InputError("model: it has no data plate; put its sites inside `with pyro.plate('data', len(x))`")
+            raise InputError("model: it has no data plate. Put its sites inside `with pyro.plate('data', len(x))`")
         return self.joint.plate
 
     def _named(self, encoder: Program | Latents) -> Program | dict[str, Tensor]:
         """The encoder as a program, or given latents by the name of their site."""
         if isinstance(encoder, AutoGuide):
             raise InputError(
-                f"encoder: {type(encoder).__name__} holds latents for the datapoints that it was set up with. Pass a "
-                "guide that is a function of x"
+                f"encoder: {type(encoder).__name__} has separate parameters for each datapoint. Pass a guide that is a "
+                "function of x"
             )
         names = list(self.joint.sites)
         if isinstance(encoder, Tensor):
             if len(names) > 1:
-                raise InputError(f"latents: there are several sites ({', '.join(names)}); pass a dictionary of them")
+                raise InputError(
+                    f"latents: there are several sites ({', '.join(names)}). Pass a dictionary with the latents of each"
+                )
             encoder = {names[0]: encoder}
         if not isinstance(encoder, Mapping):
             return encoder
         for name, value in encoder.items():
             if len(value) != self.joint.num_datapoints:
-                raise InputError(f"latents '{name}': {len(value)} of them for {self.joint.num_datapoints} datapoints")
+                raise InputError(
+                    f"latents '{name}': expected one for each of {self.joint.num_datapoints} datapoints, got "
+                    f"{len(value)}"
+                )
         return dict(encoder)
 
     def _check(self) -> None:
@@ -98,7 +103,7 @@ class Paired:
         encoded = self.encode(indices, args)
         if unmatched := sorted(encoded.keys() ^ self.joint.sites.keys()):
             side = "the encoder lacks it" if unmatched[0] in self.joint.sites else "only the encoder has it"
-            raise InputError(f"site '{unmatched[0]}': {side}; model and encoder must have the same latent sites")
+            raise InputError(f"site '{unmatched[0]}': {side}. Model and encoder must have the same latent sites")
         if callable(self.encoder):
             self.check_encoded(encoded, indices, args)
         with self.joint.plates(indices):
@@ -125,8 +130,8 @@ class Paired:
                 )
             if not same_density(*(part["fn"].log_prob(site["value"]) for part in (site, other))):
                 raise InputError(
-                    f"site '{name}': its likelihood depends on the data other than through z, for example on earlier "
-                    "observations. MAPA needs a likelihood of z alone"
+                    f"site '{name}': its likelihood has parameters that depend on data as well as on z, for example on "
+                    "earlier observations. MAPA needs parameters that depend on z alone"
                 )
 
 

@@ -60,7 +60,7 @@ class MapaPosterior:
         Raises `InputError` where the kernel refuses the bandwidth or has none, and for a posterior without a kernel.
         """
         if self.kernel is None or self.distances is None:
-            raise InputError("bandwidth: this posterior comes from no kernel, so it has none")
+            raise InputError("bandwidth: this posterior was not built with a kernel, so it has no bandwidth")
         kernel = self.kernel.with_bandwidth(bandwidth)
         return replace(self, log_q=_normalised(kernel, self.distances), kernel=kernel)
 
@@ -129,7 +129,9 @@ def _kernel(likelihood: str | Kernel | LogKernel, bandwidth: float | None) -> Ke
             f"{type(likelihood).__name__}"
         )
     if bandwidth is not None:
-        raise InputError("bandwidth: only a likelihood given by its name takes one; pass it to the kernel instead")
+        raise InputError(
+            "bandwidth: has an effect only with a likelihood given by name. Set the bandwidth in the kernel instead"
+        )
     return cast(Kernel, likelihood) if hasattr(likelihood, "of_distances") else CustomKernel(likelihood)
 
 
@@ -152,7 +154,7 @@ def first_argument(data: IndexedData) -> Tensor:
         raise InputError(
             f"data: the first argument must be a tensor of {data.num_datapoints} datapoints for the kernel to compare"
         )
-    check_finite([("the first argument", x)], "data", "clean or impute them first")
+    check_finite([("the first argument", x)], "data", "Clean or impute them first")
     return x.detach()
 
 

@@ -69,7 +69,9 @@ def recovered_transport(latents: Tensor, *, num_pieces: int | None = None) -> Mo
     if latents.dim() == 2 and latents.shape[1] == 1:
         latents = latents[:, 0]
     if latents.dim() != 1:
-        raise InputError(f"latents: a transport takes one dimension, (N,) or (N, 1), got {tuple(latents.shape)}")
+        raise InputError(
+            f"latents: a transport needs one-dimensional latents of shape (N,) or (N, 1), got {tuple(latents.shape)}"
+        )
     z = _checked(latents[:, None])[:, 0]
     pieces = max(1, round(2 * len(z) ** (1 / 3))) if num_pieces is None else num_pieces
     if pieces < 1:

@@ -104,7 +104,7 @@ class _ReplacePrior(Messenger):
             return
         if message["fn"].event_shape != self.prior.event_shape:
             raise InputError(
-                f"RecoveredPrior: site '{self.name}' has event shape {tuple(message['fn'].event_shape)}, not "
-                f"{tuple(self.prior.event_shape)}; set latent_dim"
+                f"RecoveredPrior: site '{self.name}' has event shape {tuple(message['fn'].event_shape)}, but the prior "
+                f"has {tuple(self.prior.event_shape)}. Set latent_dim to the size of the site"
             )
         message["fn"] = self.prior.expand(message["fn"].batch_shape)

@@ -39,9 +39,9 @@ class Mapa:
 
     def __post_init__(self) -> None:
         if self.training.objective is not None:
-            raise InputError("mapa.training: the objective is always MAPA's bound; leave objective out")
+            raise InputError("mapa.training: the objective is always MAPA's bound. Leave objective out")
         if self.training.freeze_model:
-            raise InputError("mapa.training: MAPA trains the model; leave freeze_model false")
+            raise InputError("mapa.training: MAPA trains the model. Leave freeze_model false")
         if self.training.patience is not None:
             raise InputError(
                 "mapa.training: patience needs validation data, but MAPA's bound is defined for training data alone. "
@@ -76,7 +76,7 @@ def train_by_mapa(
         InputError, FloatingPointError: as `mapa_posterior`, the bound, `train` and `recover`.
     """
     if plate is False:
-        raise InputError("mapa: plate is false, but MAPA needs the datapoints of a data plate; leave plate null")
+        raise InputError("mapa: plate is false, but MAPA needs the datapoints of a data plate. Leave plate null")
     posterior = mapa_posterior(
         data, settings.likelihood, bandwidth=settings.bandwidth, num_neighbours=settings.num_neighbours
     )

@@ -97,8 +97,8 @@ class IWAE_ELBO(ELBO):
         if self.doubly_reparametrised and torch.is_grad_enabled():
             if isinstance(unwrap(guide), GuideMessenger):
                 raise InputError(
-                    f"guide: {type(unwrap(guide)).__name__} draws inside the model, so its gradients cannot be doubly "
-                    "reparametrised. Set doubly_reparametrised=False."
+                    f"guide: {type(unwrap(guide)).__name__} draws its latents while the model runs, so its gradients "
+                    "cannot be doubly reparametrised. Set doubly_reparametrised=False."
                 )
             guide = CutDraws()(guide)
         traces: tuple[Any, Any] = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)

@@ -92,12 +92,14 @@ def _check_pair(model: Sites, guide: Sites) -> None:
     """Raise `InputError` for latents that only one program has, and for guides without a density."""
     for name, site in model.items():
         if not site["is_observed"] and name not in guide:
-            raise InputError(f"site '{name}': latent in the model but missing from the guide. Add it by pyro.sample.")
+            raise InputError(
+                f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it."
+            )
     auxiliary = [name for name, site in guide.items() if site["infer"].get("is_auxiliary")]
     for name, site in guide.items():
         if name not in model and name not in auxiliary:
             raise InputError(
-                f"site '{name}': in the guide but not in the model. Remove it, or mark it by "
+                f"site '{name}': in the guide but not in the model. Remove it, or mark it with "
                 "infer={'is_auxiliary': True}."
             )
         if type(leaf(site["fn"])).__name__ == "Delta" and not auxiliary:

@@ -86,7 +86,7 @@ def data_axes(family: Family, joint: JointDensity, run: Run) -> dict[str, int]:
         if value.dim() != other.dim() or len(differing) != 1:
             raise InputError(
                 f"family {_name(family)}: parameter '{name}' is shared by datapoints, so the family is not local under "
-                f"the data plate '{joint.plate}'; use AutoNormal or AutoLocalMultivariateNormal"
+                f"the data plate '{joint.plate}'. Use AutoNormal or AutoLocalMultivariateNormal"
             )
         axes[name] = differing[0]
     return axes

@@ -43,7 +43,9 @@ def learned_weights(density: GuideDensity) -> list[Weight]:
                 weight(parameter).attributes.append((module, name))
     used = _used(density, list(weights.values()))
     if not used:
-        raise InputError("guide: it has no learned parameters, so it has no family of its own to refine")
+        raise InputError(
+            "guide: it has no learned parameters, so there is nothing to refine. Use a guide with parameters"
+        )
     return used
 
 

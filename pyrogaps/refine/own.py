@@ -100,8 +100,8 @@ class OwnFamily:
         freed = self.start(joint, chunk, run)
         if not (isinstance(freed, FreedGuide) and freed.start_at(start)):
             raise InputError(
-                "refinement.num_starts: several starts need a guide whose family consists of Normals with free "
-                "parameters, which this one does not. Leave num_starts at 1"
+                "refinement.num_starts: several starts need a guide that consists of Normals with free parameters, and "
+                "this guide does not. Leave num_starts at 1"
             )
         return freed
 

@@ -49,7 +49,10 @@ class RefinedGuide:
         for chunk, part in zip(self.chunks, self.parts, strict=True):
             if chunk.start <= int(indices.min()) and int(indices.max()) < chunk.stop:
                 return part.at(indices)
-        raise InputError("indices: they span several chunks of the refinement; ask for fewer at a time")
+        raise InputError(
+            "indices: they span several chunks of the refinement, but must lie in one. Request the indices of each "
+            "chunk separately"
+        )
 
     def sample(self, num_particles: int) -> tuple[Tensor, Tensor]:
         """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, in the model's unconstrained space."""

@@ -106,7 +106,8 @@ class Checkpoint:
         if differing:
             pairs = ", ".join(f"{name} {stored.get(name)} (now {self.fingerprint.get(name)})" for name in differing)
             raise InputError(
-                f"checkpoint {self.path}: was made with different settings: {pairs}. Restore them or use another file."
+                f"checkpoint {self.path}: was made with different settings: {pairs}. Use the checkpoint's settings, or "
+                "another file."
             )
 
 

@@ -50,8 +50,8 @@ class SharedSteps(EagerSteps):
         value, plain, appeared = (all_sum(torch.cat([own, own.new_tensor([appeared])])) / world_size()).tolist()
         if appeared > 0:
             raise InputError(
-                "training: a parameter first appeared after the first run, which several processes do not support. "
-                "Register it in every run, or train in one process."
+                "training: a parameter was first registered after training had started, which several processes do not "
+                "support. Register it in every call of the model and the guide, or train in one process."
             )
         self._bound.accept(value, plain)
         with as_lost_rank_error():

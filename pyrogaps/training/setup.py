@@ -60,8 +60,8 @@ def refuse_global_latents(model: Program, data: IndexedData, rows: int) -> None:
     for name in shapes:
         if name not in local:
             raise InputError(
-                f"site '{name}': lies outside the data plate, so every process would count it in full. Declare the "
-                "plate's full size, pyro.plate('data', N, subsample_size=len(x)), or use one process."
+                f"site '{name}': lies outside the data plate, so its density would be counted once per process. "
+                "Declare the plate's full size, pyro.plate('data', N, subsample_size=len(x)), or use one process."
             )
 
 
@@ -73,7 +73,7 @@ def _model_shapes(model: Program, minibatch: Any, larger: Any, rows: int) -> tup
     except (ValueError, RuntimeError, IndexError, AssertionError) as error:
         raise InputError(
             f"model: runs on {rows} datapoints but not on {rows + 1}. Size its plates by the data, as in "
-            "pyro.plate('data', len(x))"
+            "pyro.plate('data', len(x))."
         ) from error
     return after, {name for name, shape in after.items() if before.get(name) != shape}
 
@@ -98,6 +98,7 @@ def _is_unamortized(guide: Any) -> bool:
 def _tied(guide: Program, rows: int) -> InputError:
     name = getattr(guide, "__qualname__", type(guide).__name__)
     return InputError(
-        f"training: guide {name} has parameters for each of {rows} datapoints, which minibatches and validation data "
-        "do not support. Use an amortized guide, or set batch_size to the size of the data set in one process."
+        f"training: guide {name} has parameters for each of {rows} datapoints, so minibatches and validation data are "
+        "not supported. Use an amortized guide, or train in one process with batch_size set to the size of the data "
+        "set."
     )

@@ -127,8 +127,8 @@ class Trainer:
         state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer, self.steps)
         if state.epoch > self.settings.num_epochs:
             raise InputError(
-                f"checkpoint {path}: has run {state.epoch} epochs, more than num_epochs={self.settings.num_epochs}. "
-                "Raise num_epochs or use another file."
+                f"checkpoint {path}: was saved after {state.epoch} epochs, more than "
+                f"num_epochs={self.settings.num_epochs}. Raise num_epochs or use another file."
             )
         self._clear_gradients()
         try:

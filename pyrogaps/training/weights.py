@@ -141,7 +141,10 @@ def put_weights(weights: Weights, model: Program, guide: Program, *, unknown_mod
     _check_fit({name: weights["store"][name] for name in present}, present, "the param store")
     absent = [name for name in weights["store"] if name not in present]
     if unknown_modules == "refuse" and any("$$$" in name for name in absent):
-        raise InputError("the file contains modules that pyro.module has not registered yet in this run; pass data=")
+        raise InputError(
+            "the file contains modules that pyro.module has not registered yet. Pass data=, so that model and guide "
+            "run once to register them."
+        )
     for module, state in zip(modules, weights["modules"], strict=True):
         module.load_state_dict(state)
     with torch.no_grad():
@@ -167,7 +170,7 @@ def _copy(value: Any) -> Any:
 def _check_fit(stored: Mapping[str, Any], present: Mapping[str, Any], where: str) -> None:
     if odd := sorted(set(stored) ^ set(present)):
         difference = f"'{odd[0]}' is in the file only" if odd[0] in stored else f"it lacks '{odd[0]}'"
-        hint = "" if present else "; an autoguide has no parameters before its first run, so pass data="
+        hint = "" if present else ". An autoguide has no parameters before its first run, so pass data=."
         raise InputError(f"the file does not fit {where}: {difference}{hint}")
     for name, value in stored.items():
         if isinstance(value, Tensor) and value.shape != present[name].shape:

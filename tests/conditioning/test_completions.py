@@ -178,7 +178,7 @@ def test_withheld_data_that_depend_on_each_other() -> None:
 
 
 def test_guides_without_conditions_are_told() -> None:
-    with pytest.raises(pg.InputError, match="declares no conditions"):
+    with pytest.raises(pg.InputError, match="it must declare conditions"):
         pg.shared_posterior(LinearGaussian.random(), AutoNormal(LinearGaussian.random()), torch.randn(4, 8))
 
 
@@ -218,7 +218,7 @@ def test_observations_that_cannot_be_put_back() -> None:
                 pyro.sample("y", dist.Normal(z.expand(3, -1), 1.0), obs=x[:, 1])
 
     x = torch.randn(5, 2)
-    for model, message in ((cast, "pass data that are converted already"), (several, "but a draw has shape")):
+    for model, message in ((cast, "Convert the data before passing them"), (several, "but a draw has shape")):
         joint = pg.JointDensity(model, x, plate="data")
         partial = partially_observed(joint, Shown(torch.tensor([True, False])))
         with seeded(0, "cast"), pytest.raises(pg.InputError, match=message):

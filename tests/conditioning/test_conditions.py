@@ -139,7 +139,7 @@ def test_both_declarations_are_refused() -> None:
     ("mask", "message"),
     [
         (torch.ones(6), "must be boolean"),
-        (torch.ones(5, dtype=torch.bool), "does not fit the argument's"),
+        (torch.ones(5, dtype=torch.bool), r"has shape \(5,\), but the argument has shape"),
         ((None, torch.ones(6, dtype=torch.bool)), r"2 masks, but the model has 1 argument\(s\)"),
     ],
 )
@@ -183,7 +183,7 @@ def test_parameters_for_each_datapoint_have_seen_all_of_it() -> None:
     x = torch.randn(6, 6)
     local = AutoLocalMultivariateNormal(MODEL)
     local(x)
-    with pytest.raises(pg.InputError, match="encoder of what is shown"):
+    with pytest.raises(pg.InputError, match="encoder takes only the shown part"):
         check_no_leak(density(local, x), Shown(torch.arange(6) < 3))
 
 

@@ -171,7 +171,7 @@ def test_a_fetch_that_sorts_by_length_is_refused() -> None:
     def fetch(indices: Tensor) -> tuple[Any, ...]:
         return data.fetch(indices[LENGTHS[indices].argsort(descending=True)])
 
-    with pytest.raises(InputError, match=r"fetch\(indices\) must keep their order"):
+    with pytest.raises(InputError, match=r"fetch\(indices\) must keep the order"):
         JointDensity(DMM().model, IndexedData(6, fetch))
 
 
@@ -182,7 +182,7 @@ def test_a_fetch_that_pads_each_batch_to_its_own_length_is_refused() -> None:
         x, packed, lengths = data.fetch(indices)
         return x[:, : int(lengths.max())], packed, lengths
 
-    with pytest.raises(InputError, match="pad ragged data to one length"):
+    with pytest.raises(InputError, match="Pad ragged data to one length"):
         JointDensity(DMM().model, IndexedData(6, fetch))
 
 
@@ -198,7 +198,7 @@ def test_arguments_that_are_not_tensors() -> None:
     z = torch.randn(2, 6, 1)
     expected = dist.Normal(0.0, 2.0).log_prob(z[..., 0]) + dist.Normal(z[..., 0], 1.0).log_prob(x)
     torch.testing.assert_close(joint(z), expected)
-    with pytest.raises(InputError, match="data: argument 0 holds NaN or infinite"):
+    with pytest.raises(InputError, match="data: argument 0 contains NaN or infinite"):
         JointDensity(model, IndexedData(6, lambda indices: ({"x": x[indices] / 0}, 2.0, "rows")))
 
 

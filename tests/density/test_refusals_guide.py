@@ -106,7 +106,7 @@ def test_guide_samples_an_observed_site() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(0.0, 1.0))
 
-    refused(guide, "site 'x'", "observed in the model", "remove it")
+    refused(guide, "site 'x'", "observed in the model", "Remove it")
 
 
 def test_factor_in_the_guide() -> None:
@@ -203,7 +203,7 @@ def test_auto_structured() -> None:
 
 
 def test_autoguide_that_was_never_run() -> None:
-    refused(AutoNormal(model), "AutoNormal", "never been run", "train it")
+    refused(AutoNormal(model), "AutoNormal", "never been run", "Train it")
 
 
 def test_autoguide_list_that_was_never_run() -> None:

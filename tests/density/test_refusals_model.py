@@ -47,7 +47,7 @@ def test_latent_outside_the_data_plate() -> None:
         X,
         "site 'm'",
         "latent outside the data plate 'data'",
-        "move it inside",
+        "Move it inside",
         "pyro.param",
         plate="data",
     )
@@ -84,7 +84,7 @@ def test_discrete_latent(annotate: Callable[..., Any]) -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
 
-    refused(model, X, "site 'k'", "discrete", "enumerated", "sum it out")
+    refused(model, X, "site 'k'", "discrete", "enumerated", "Sum the site out")
 
 
 def test_discrete_latent_without_enumeration() -> None:
@@ -204,7 +204,7 @@ def test_sequential_plate(plate: str | None) -> None:
             z = pyro.sample(f"z{n}", dist.Normal(0.0, 1.0))
             pyro.sample(f"x{n}", dist.Normal(z, 1.0), obs=x[n])
 
-    refused(model, X, "data plate 'data'", "sequential", "`with`", plate=plate)
+    refused(model, X, "data plate 'data'", "loops over", "with pyro.plate", plate=plate)
 
 
 def test_subsampled_plate_as_one_datapoint() -> None:
@@ -231,7 +231,7 @@ def test_counts_below_zero() -> None:
         "site 'x'",
         "outside the support",
         "Poisson",
-        "transform",
+        "Transform",
         "validate_args=False",
     )
 
@@ -290,7 +290,7 @@ def test_fetch_that_forgets_the_order() -> None:
     def fetch(indices: Tensor) -> tuple[Tensor]:
         return (X[indices[lengths[indices].argsort(descending=True)]],)
 
-    refused(normal, IndexedData(5, fetch), "fetch(indices)", "keep their order")
+    refused(normal, IndexedData(5, fetch), "fetch(indices)", "keep the order")
 
 
 def test_fetch_that_sorts_when_few_lengths_differ() -> None:
@@ -301,7 +301,7 @@ def test_fetch_that_sorts_when_few_lengths_differ() -> None:
     def fetch(indices: Tensor) -> tuple[Tensor]:
         return (x[indices[lengths[indices].argsort(descending=True, stable=True)]],)
 
-    refused(normal, IndexedData(200, fetch), "fetch(indices)", "keep their order")
+    refused(normal, IndexedData(200, fetch), "fetch(indices)", "keep the order")
 
 
 def test_fetch_that_returns_too_few_rows() -> None:

@@ -191,5 +191,5 @@ def test_bad_input_is_named() -> None:
         AmortizedMixture(defensive=1.0)
     with pytest.raises(InputError, match="data_dim is 2, but a datapoint has 4"):
         AmortizedMixture()(torch.zeros(3, 4))
-    with pytest.raises(InputError, match=r"latents z \(2 dimensions in all\), but this guide has only 'z'"):
+    with pytest.raises(InputError, match=r"latents z \(2 dimensions in all\)\. This guide needs a single site 'z'"):
         AmortizedMixture(4, 1).fit(LinearGaussian.random(4, 2), torch.zeros(3, 4))

@@ -233,14 +233,14 @@ def test_encoders_without_a_density_of_their_own_are_refused(message: str) -> No
 def test_several_sites_serve_where_each_depends_on_x_alone() -> None:
     loss = pg.MAPA_IWAE_ELBO(POSTERIOR, num_top=3)
     assert bool(torch.isfinite(loss.bounds(two_sites, Sites(independent), ALL)).all())
-    with pytest.raises(pg.InputError, match="site 'b': its density in the encoder depends on other draws"):
+    with pytest.raises(pg.InputError, match="site 'b': its density in the encoder depends on other latents"):
         pg.MAPA_IWAE_ELBO(POSTERIOR).bounds(two_sites, Sites(leaning), ALL)
 
 
 def test_sizes_are_refused() -> None:
     with pytest.raises(pg.InputError, match="MAPA_IWAE_ELBO: num_draws must be at least 1, got 0"):
         pg.MAPA_IWAE_ELBO(POSTERIOR, num_draws=0)
-    with pytest.raises(pg.InputError, match=r"MAPA_IWAE_ELBO: num_samples=12 without replacement"):
+    with pytest.raises(pg.InputError, match=r"MAPA_IWAE_ELBO: num_samples=12 is too large to draw without replacement"):
         pg.MAPA_IWAE_ELBO(POSTERIOR, num_samples=N)
 
 

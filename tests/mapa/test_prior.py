@@ -131,7 +131,7 @@ def test_refusals(recovered: Callable[[Tensor], object], latents: Tensor, messag
 
 def test_sizes_out_of_range_are_refused() -> None:
     latents = torch.randn(10, 2)
-    with pytest.raises(InputError, match="one dimension"):
+    with pytest.raises(InputError, match="one-dimensional latents"):
         recovered_transport(latents)
     with pytest.raises(InputError, match="num_pieces"):
         recovered_transport(latents[:, 0], num_pieces=0)

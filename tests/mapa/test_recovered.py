@@ -133,14 +133,16 @@ def test_a_resumed_run_ends_with_the_same_prior(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(pg.InputError, match="RecoveredPrior: latent_dim must be at least 1, got 0"):
         RecoveredPrior(linear(), 0)
-    with pytest.raises(pg.InputError, match=r"site 'z' has event shape \(2,\), not \(1,\); set latent_dim"):
+    with pytest.raises(
+        pg.InputError, match=r"site 'z' has event shape \(2,\), but the prior has \(1,\)\. Set latent_dim"
+    ):
         RecoveredPrior(linear())(data(3))
     with pytest.raises(pg.InputError, match="mapa: plate is false"):
         train_by_mapa(linear(), None, linear(), data(5), Mapa(bandwidth=1.0), plate=False)
     for training, message in (
-        (Training(objective=pg.IWAE_ELBO(3)), "leave objective out"),
+        (Training(objective=pg.IWAE_ELBO(3)), "Leave objective out"),
         (Training(patience=3), "patience needs validation data"),
-        (Training(freeze_model=True), "leave freeze_model false"),
+        (Training(freeze_model=True), "Leave freeze_model false"),
     ):
         with pytest.raises(pg.InputError, match=message):
             Mapa(training=training)

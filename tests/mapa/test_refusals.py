@@ -57,14 +57,14 @@ def with_bad(value: float) -> Tensor:
         (lambda: pg.mapa_posterior(X, "gaussian"), ("bandwidth", "noise variance")),
         (lambda: pg.mapa_posterior(X, "poisson", bandwidth=1.0), ("likelihood", "gaussian, bernoulli", "'poisson'")),
         (lambda: pg.mapa_posterior(X, 0.3), ("likelihood", "float")),
-        (lambda: pg.mapa_posterior(X, pg.GaussianKernel(1.0), bandwidth=2.0), ("bandwidth", "by its name")),
+        (lambda: pg.mapa_posterior(X, pg.GaussianKernel(1.0), bandwidth=2.0), ("bandwidth", "by name")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=1.0, num_neighbours=0), ("num_neighbours", "N = 7")),
         (lambda: pg.mapa_posterior(X, "gaussian", bandwidth=1.0, num_neighbours=8), ("num_neighbours", "got 8")),
         (lambda: pg.mapa_posterior(X, lambda x, y: x @ y.T * math.nan), ("kernel", "NaN")),
         (lambda: pg.mapa_posterior(X, lambda x, y: x.sum(1)), ("kernel", "(7, 7)", "(7,)")),
         (lambda: pg.mapa_posterior(X, lambda x, y: None), ("kernel", "(7, 7)", "NoneType")),
         (lambda: pg.mapa_posterior(X, lambda x, y: x @ y.T - math.inf), ("kernel", "-infinity")),
-        (lambda: pg.mapa_posterior(X, lambda x, y: x @ y.T).with_bandwidth(1.0), ("bandwidth", "your own")),
+        (lambda: pg.mapa_posterior(X, lambda x, y: x @ y.T).with_bandwidth(1.0), ("bandwidth", "custom kernel")),
         (lambda: pg.mapa_posterior(pg.IndexedData(7, lambda i: ("x",)), "gaussian", bandwidth=1.0), ("data", "tensor")),
     ],
 )
@@ -78,8 +78,8 @@ def test_posterior(run: Callable[[], Any], words: tuple[str, ...]) -> None:
         ({"num_top": 8}, ("num_top=8", "only 7 datapoints")),
         ({"num_top": 0}, ("num_top and num_samples", "positive")),
         ({"num_top": -1, "num_samples": 3}, ("must not be negative",)),
-        ({"num_top": 7, "num_samples": 1}, ("leaves none", "num_samples=0")),
-        ({"num_top": 3, "num_samples": 5, "replacement": False}, ("without replacement", "leaves 4")),
+        ({"num_top": 7, "num_samples": 1}, ("none remain to draw", "num_samples=0")),
+        ({"num_top": 3, "num_samples": 5, "replacement": False}, ("without replacement", "Lower it to 4")),
     ],
 )
 def test_sizes(options: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -90,7 +90,7 @@ def test_sizes(options: dict[str, Any], words: tuple[str, ...]) -> None:
 def test_sizes_of_a_sparse_posterior() -> None:
     posterior = pg.mapa_posterior(X, "gaussian", bandwidth=1.0, num_neighbours=4)
     refused(lambda: pg.MAPA_ELBO(posterior, num_top=5), "num_top=5", "4 neighbours")
-    refused(lambda: pg.MAPA_ELBO(posterior, num_top=1, num_samples=4, replacement=False), "leaves 3 of the 4 neigh")
+    refused(lambda: pg.MAPA_ELBO(posterior, num_top=1, num_samples=4, replacement=False), "Lower it to 3,")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def masked(x: Tensor) -> None:
         (positive, encoder_of(fixed), ("'z'", "support")),
         (None, encoder_of(lambda x: dist.Delta(x[:, :2] * math.nan, event_dim=1)), ("'z'", "NaN")),
         (no_plate, encoder_of(fixed), ("model", "no data plate")),
-        (autoregressive, encoder_of(fixed), ("'x'", "other than through z")),
+        (autoregressive, encoder_of(fixed), ("'x'", "as well as on z")),
         (masked, encoder_of(fixed), ("'x'", "masked")),
     ],
 )
@@ -172,7 +172,7 @@ def test_autoguides_and_latents() -> None:
     model = Model()
     posterior = pg.mapa_posterior(X, "gaussian", bandwidth=1.0)
     refused(lambda: pg.MAPA_ELBO(posterior).bounds(model, AutoDelta(model), ALL), "AutoDelta", "function of x")
-    refused(lambda: empiricalized_posterior(model, torch.zeros(5, LATENT), X), "latents 'z'", "5 of them for 7")
+    refused(lambda: empiricalized_posterior(model, torch.zeros(5, LATENT), X), "latents 'z'", "7 datapoints, got 5")
     refused(lambda: empiricalized_posterior(model, {"h": torch.zeros(N, LATENT)}, X), "'h'")
 
 

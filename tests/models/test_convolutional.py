@@ -167,7 +167,7 @@ def test_arguments_by_position_mean_what_they_did() -> None:
         ({"channels": (4, 0)}, "channels must be"),
         (
             {"channels": (4, 4, 4, 4)},
-            r"4 layers are too many for 32 x 32 pixels\. The input of layer 4 is 2 x 2, its kernel_size 4",
+            r"4 layers are too many for 32 x 32 pixels; the input of layer 4 is only 2 x 2, but kernel_size is 4",
         ),
         ({"stride": 0}, "stride must be"),
         ({"padding": -1}, "padding"),

@@ -182,7 +182,7 @@ def test_families_that_share_parameters_are_refused() -> None:
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(self.loc, 1.0).to_event(1).expand([len(x)]))
 
-    with pytest.raises(InputError, match=r"family Shared: parameter 'loc' is shared by datapoints.*use AutoNormal"):
+    with pytest.raises(InputError, match=r"family Shared: parameter 'loc' is shared by datapoints.*Use AutoNormal"):
         refine(LINEAR, Shared, x)
 
 

@@ -71,5 +71,5 @@ def test_a_family_without_another_start_says_so() -> None:
             with pyro.plate("data", len(x)):
                 pyro.sample("intensity", dist.Gamma(x.sum(-1) + 1, self.rate))
 
-    with pytest.raises(InputError, match="num_starts: several starts need a guide whose family consists of Normals"):
+    with pytest.raises(InputError, match="num_starts: several starts need a guide that consists of Normals"):
         refine(gamma_poisson, Encoder(), counts(), settings=TWICE)
