@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import TransformedDistribution, biject_to, constraints, transform_to
-from torch.distributions.transforms import AffineTransform, ComposeTransform, Transform
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from pyrogaps.density.layout import leaf
 
@@ -43,10 +43,13 @@ def _is_affine(step: Transform) -> bool:
 
 
 def _steps(transforms: list[Transform]) -> list[Transform]:
-    """Single transforms, without compositions."""
-    parts = [t.parts if isinstance(t, ComposeTransform) else [t] for t in transforms]
-    flat = [step for part in parts for step in part]
-    return _steps(flat) if any(isinstance(step, ComposeTransform) for step in flat) else flat
+    """Single transforms of elements, without compositions."""
+    flat: list[Transform] = []
+    for step in transforms:
+        while isinstance(step, IndependentTransform):
+            step = step.base_transform
+        flat += _steps(step.parts) if isinstance(step, ComposeTransform) else [step]
+    return flat
 
 
 def _image(support: Any, step: AffineTransform) -> Any:
