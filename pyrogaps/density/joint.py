@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -18,6 +18,7 @@ from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.score import ScoreModel, stack_runs
 from pyrogaps.density.structure import check_parameters, dtypes_named, sample_sites
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
 
 if TYPE_CHECKING:
@@ -46,11 +47,12 @@ class JointDensity:
             likelihood's support, NaN in data or parameters, ...).
     """
 
+    @checked()
     def __init__(
         self,
         model: Program,
         data: Data,
-        plate: str | Literal[False] | None = None,
+        plate: Plate = None,
         *,
         make_whole: bool = False,
         structure: ModelStructure | None = None,

@@ -8,6 +8,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from pyrogaps.settings import Name, checked
+
 Array = NDArray[np.float64]
 INFERENCE = "inference_gap"
 ESTIMATE, LOWER_BOUND = "estimate (either way)", "lower bound of the gap"
@@ -53,6 +55,7 @@ class Mean(NamedTuple):
     mcse: float
 
 
+@checked("Term")
 @dataclass(frozen=True)
 class Term:
     """A gap of the tree.
@@ -69,9 +72,9 @@ class Term:
         colour, hatch: in plots.
     """
 
-    id: str
-    label: str
-    parent: str | None
+    id: Name
+    label: Name
+    parent: Name | None
     estimator: str | Callable[[Columns], str]
     direction: str
     value: Callable[[Columns], Values | Mean]
