@@ -7,15 +7,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
+
 from pyrogaps.cli.recipe import (
     COMPONENTS,
     FIELDS,
+    KINDS,
     SCALARS,
     SECTIONS,
     Recipe,
     load_yaml,
     override,
-    parser,
     read_document,
     resolve,
     shipped,
@@ -93,10 +95,22 @@ def _class_first(overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def help_text() -> str:
     """The text that `--help` prints."""
     built = "".join(f"  --{name:<15} {FIELDS[name]}\n" for name in (*COMPONENTS, "families"))
-    listed = parser().format_help().partition("options:\n")[2]
+    listed = _parser().format_help().partition("options:\n")[2]
     # Sections are options by field or as YAML, not the configuration files that jsonargparse would read.
     fields = re.sub(r"  --[\w.]+ CONFIG\s+Path to a configuration file.\n", "", listed)
+    fields = re.sub(r"Annotated\[([^,\]]+),(\s+)([^\]]+)\]", r"\1\2(\3)", fields)
+    fields = re.sub(r"Optional\[([^\[\]]*)\]", r"\1 | null", fields)
     return USAGE + "\n" + HELP.format(shipped=", ".join(shipped()), fields=f"fields:\n{built}{fields}")
+
+
+def _parser() -> ArgumentParser:
+    """A parser of the recipe's sections and scalars, which is there for its help."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    for name in SCALARS:
+        parser.add_argument(f"--{name}", type=KINDS[name], default=getattr(Recipe, name), help=FIELDS[name])
+    return parser
 
 
 def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
