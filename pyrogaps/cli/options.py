@@ -119,8 +119,7 @@ def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     overrides: list[tuple[str, str]] = []
     rest = iter(tokens)
     for token in rest:
-        if token == "-h":
-            token = "--help"
+        token = "--help" if token == "-h" else token
         key, equals, text = token.removeprefix("--").partition("=")
         if not token.startswith("--") or not key:
             raise InputError(f"unexpected argument '{token}'; the recipe comes first ({USAGE})")
@@ -143,8 +142,7 @@ def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 def _check_option(key: str) -> None:
     """Refuse an option that is neither a run option nor a field of the recipe."""
     first, *inner = key.split(".")
-    fields = [f.name for f in dataclasses.fields(Recipe)]
-    known = [*FLAGS, *VALUES, *fields]
+    known = [*FLAGS, *VALUES, *KINDS]
     if first in known and not (inner and first in (*FLAGS, *VALUES, *SCALARS)):
         return
     sections = [f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section)]

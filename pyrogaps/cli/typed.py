@@ -40,7 +40,7 @@ def typed(key: str, kind: Any, value: Any) -> Any:
         return None
     if Component in sections and (named or sections == [Component]):
         return _component(key, value)
-    if is_plain(kind):
+    if is_plain(kind) or not (sections or isinstance(value, str | dict | list)):
         return _plain(key, kind, value)
     if not sections or named:
         return _parsed(key, kind, value)
