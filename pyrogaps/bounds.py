@@ -11,8 +11,9 @@ from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
-from pyrogaps.problem import Plate, Problem
+from pyrogaps.problem import Problem
 from pyrogaps.run import Run
+from pyrogaps.settings import Count, Plate, Seed, checked
 from pyrogaps.streams import Chunk, Stream, particle_blocks
 
 Density = Callable[[Tensor, Tensor], Tensor]
@@ -53,15 +54,16 @@ def first_few(bad: Tensor, indices: Tensor) -> str:
     return ", ".join(str(n) for n in list(dict.fromkeys(indices[bad.cpu()].tolist()))[:5])
 
 
+@checked()
 def elbo(
     model: Program | Problem,
     guide: Program | Posterior | None = None,
     data: Data | None = None,
     *,
-    num_particles: int = 1000,
+    num_particles: Count = 1000,
     plate: Plate = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    batch_size: Count = 64,
+    seed: Seed = 0,
 ) -> Estimate:
     r"""The evidence lower bound of every datapoint.
 
@@ -80,15 +82,16 @@ def elbo(
     return mean_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size)))
 
 
+@checked()
 def iwae(
     model: Program | Problem,
     guide: Program | Posterior | None = None,
     data: Data | None = None,
     *,
-    num_particles: int = 1000,
+    num_particles: Count = 1000,
     plate: Plate = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    batch_size: Count = 64,
+    seed: Seed = 0,
 ) -> Estimate:
     r"""The importance-weighted bound with K = `num_particles`, of every datapoint.
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from pyrogaps.errors import InputError
+from pyrogaps.settings import Limit
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 # Control groups, versions 2 and 1: controller, root, and the names of limit, usage and reclaimable usage.
@@ -42,14 +42,14 @@ def limited(number: int) -> Iterator[None]:
 
 
 def parse_bytes(text: str | int) -> int:
-    """Parse a number of bytes, such as 1000000, "4GiB" or "500MB".
-
-    Raises `InputError` for anything else.
-    """
+    """Parse a number of bytes, such as 1000000, "4GiB" or "500MB"; raises `ValueError` for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", str(text).lower())
     if match is None or match[2] not in UNITS:
-        raise InputError(f"max_memory: expected a number of bytes, such as 4GiB or 500MB, got {text!r}")
+        raise ValueError(text)
     return int(float(match[1]) * UNITS[match[2]])
+
+
+Bytes = Annotated[int | str, Limit("a number of bytes such as 4GiB or 500MB", parse_bytes)]
 
 
 def format_bytes(number: int) -> str:

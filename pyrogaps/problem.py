@@ -1,7 +1,7 @@
 """`Problem`: a model, a guide and data, whose structure is read once."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Union, cast
+from typing import Any, NamedTuple, Union, cast
 
 from torch import Tensor
 
@@ -13,9 +13,8 @@ from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError
 from pyrogaps.family import AmortizedGuide, augmented
+from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
-
-Plate = str | Literal[False] | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Problem:
     )
 
     @classmethod
+    @checked()
     def of(
         cls,
         model: Union[Program, "Problem"],

@@ -288,7 +288,7 @@ class Guide(nn.Module):
                 biject_to(own.support)(torch.zeros_like(biject_to(own.support).inv(own.sample()))), event_dim=event_dim
             )
         if first and fault == "another support":
-            real = own.support in (constraints.real, constraints.real_vector) or event_dim and "norm" in latent.kind
+            real = own.support in (constraints.real, constraints.real_vector) or (event_dim and "norm" in latent.kind)
             other = dist.Gamma(2.0 + 0 * location, 1.0) if real else dist.Normal(location, 1.0)
             return other.to_event(event_dim) if event_dim else other
         if self.spec.guide == "same family" and latent.kind not in ("uniform", "pareto"):
@@ -321,10 +321,7 @@ def check(spec: Spec) -> str:
         ledger = pg.decompose(program.model, guide, program.x, plate=plate, seed=spec.seed, **SETTINGS)
     except pg.InputError as error:
         _check_state(state)
-        assert "\n" not in str(error)
-        assert spec.fault is not None, f"valid by construction, but refused: {error}"
-        missing = [word for word in FAULTS[spec.fault] if word not in str(error)]
-        assert not missing, f"{spec.fault}: the message does not say {missing}: {error}"
+        _check_refusal(spec, str(error))
         return "refused"
     _check_state(state)
     assert spec.fault is None, f"{spec.fault}: accepted"
@@ -335,6 +332,13 @@ def check(spec: Spec) -> str:
     if spec.one_dimensional:
         _check_evidence(program, guide)
     return "measured"
+
+
+def _check_refusal(spec: Spec, message: str) -> None:
+    assert "\n" not in message
+    assert spec.fault is not None, f"valid by construction, but refused: {message}"
+    missing = [word for word in FAULTS[spec.fault] if word not in message]
+    assert not missing, f"{spec.fault}: the message does not say {missing}: {message}"
 
 
 def _state() -> tuple[Any, ...]:

@@ -380,11 +380,11 @@ def test_moments_start_gives_padding_unit_scales() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_chains": 0}, "evidence.num_chains: must be at least 1"),
+        ({"num_chains": 0}, "evidence.num_chains: must be a whole number of at least 1"),
         ({"num_temperatures": 0}, "evidence.num_temperatures"),
-        ({"num_pilot_chains": 1}, "evidence.num_pilot_chains: must be at least 2"),
-        ({"widen": 0.9}, "evidence.widen: must be at least 1"),
-        ({"target_acceptance": 1.0}, "evidence.target_acceptance: must lie between 0 and 1"),
+        ({"num_pilot_chains": 1}, "evidence.num_pilot_chains: must be a whole number of at least 2"),
+        ({"widen": 0.9}, "evidence.widen: must be a number of at least 1"),
+        ({"target_acceptance": 1.0}, "evidence.target_acceptance: must be a number above 0 and below 1"),
         ({"schedule": "cosine"}, "evidence.schedule: must be one of linear, sigmoid, thermodynamic"),
         ({"initial": "posterior"}, "evidence.initial: must be one of refined, guide, prior"),
     ],

@@ -524,7 +524,7 @@ def test_masks_draw_a_second_band(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"posterior": "exact"}, "posterior: must be 'amortized' or 'refined', got 'exact'"),
+        ({"posterior": "exact"}, "posterior: must be one of amortized, refined, got 'exact'"),
         ({"num_simulated": 1}, "num_simulated: must be a whole number of at least 2, got 1"),
         ({"num_draws": 99}, "num_draws: must be a whole number of at least 100, got 99"),
         ({"num_draws": 200.0}, "num_draws: must be a whole number"),
@@ -577,7 +577,7 @@ def test_models_that_cannot_be_simulated() -> None:
 
 
 def test_probabilities_out_of_range() -> None:
-    with pytest.raises(InputError, match="probabilities: must lie between 0 and 1"):
+    with pytest.raises(InputError, match=r"probabilities\[1\]: must be a number above 0 and below 1"):
         fabricate(2).coverage([0.5, 1.0])
 
 

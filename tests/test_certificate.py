@@ -115,7 +115,7 @@ def test_an_autoguide_of_these_datapoints_is_certified_by_its_class() -> None:
 
 @pytest.mark.parametrize("name", ["num_simulated", "num_refined_again", "longer"])
 def test_settings_are_checked(name: str) -> None:
-    with pytest.raises(pg.InputError, match=f"certificate: {name} must be at least 2, got 1"):
+    with pytest.raises(pg.InputError, match=f"certificate.{name}: must be a whole number of at least 2, got 1"):
         pg.Certificate(**{name: 1})
 
 

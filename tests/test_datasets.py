@@ -167,13 +167,16 @@ def test_pixels_have_the_default_dtype(dtype: torch.dtype) -> None:
     ("settings", "said"),
     [
         ({"num_train": 1401}, "Digits: num_train must be from 1 to 1400, got 1401"),
-        ({"num_train": 0}, "num_train must be from 1 to"),
-        ({"num_test": -1}, "num_test must be from 1 to 397"),
+        ({"num_train": 0}, "Digits.num_train: must be a whole number of at least 1"),
+        ({"num_test": -1}, "Digits.num_test: must be a whole number of at least 1"),
         ({"num_validation": 1400}, "num_validation must be from 0 to 1399"),
         ({"num_validation": -5}, "got -5"),
         ({"num_validation": 1000, "num_train": 401}, "num_train must be from 1 to 400"),
-        ({"binarisation": "dynamic"}, "binarisation must be one of static, stochastic, continuous, got 'dynamic'"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        (
+            {"binarisation": "dynamic"},
+            "Digits.binarisation: must be one of static, stochastic, continuous, got 'dynamic'",
+        ),
+        ({"seed": -1}, "Digits.seed: must be a whole number of at least 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:

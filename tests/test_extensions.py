@@ -117,7 +117,7 @@ def test_a_recipe_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert main(["recipe.yml", "--out", "run", "--quiet"]) == 0
     assert "log p(x) by quadrature at 2001 points" in capsys.readouterr().out
     assert main(["recipe.yml", "--out", "other", "--quiet", "--evidence.num_points", "1.5"]) == 2
-    assert "evidence.init_args.num_points: expected int, got 1.5" in capsys.readouterr().err
+    assert "evidence.init_args.num_points: must be a whole number, got 1.5" in capsys.readouterr().err
     assert not Path("other").exists()
 
 

@@ -65,15 +65,16 @@ PUBLIC = {
 }
 
 # A floor is a file or a package of the library. Ground floor first: each may import some of those above it here.
-GROUND = {"errors", "files", "streams", "processes", "memory", "family"}
+GROUND = {"errors", "settings", "files", "streams", "processes", "memory", "family"}
 SEAM = GROUND | {"density", "capture", "problem", "run", "log_weights"}
 ESTIMATORS = SEAM | {"gaussians", "bounds", "refine", "evidence"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "settings": {"errors"},
     "files": {"errors"},
     "streams": {"errors"},
     "processes": {"errors"},
-    "memory": {"errors"},
+    "memory": {"settings"},
     "family": set(),
     "chunk_cache": {"files", "streams"},
     "log_weights": {"errors"},
@@ -93,9 +94,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conditioning": ESTIMATORS | {"training"},
     "mapa": ESTIMATORS | {"training"},
     "gaps": ESTIMATORS | {"chunk_cache", "training", "conditioning", "mapa"},
-    "datasets": {"errors"},
+    "datasets": {"errors", "settings"},
     "calibration": SEAM | {"bounds", "refine"},
-    "plots": {"errors", "gaps", "calibration"},
+    "plots": {"errors", "settings", "gaps", "calibration"},
 }
 # The command is the top floor. Nothing below it imports it, and it finds models and guides by dotted path alone.
 MAY_IMPORT["cli"] = {*MAY_IMPORT}

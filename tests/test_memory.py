@@ -17,6 +17,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.gaps.sizes import MOST, sizes_of
 from pyrogaps.gaussians import gaussian_by_moments
 from pyrogaps.models.vae import VAE
+from pyrogaps.settings import conform
 from tests.references import WrongEncoder, anisotropic, draws_of
 
 MIB = 1 << 20
@@ -32,8 +33,8 @@ def test_bytes_are_read(text: str | int, number: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "many", "-1", "4 GiB or so", "iB", "1e9"])
 def test_what_is_no_number_of_bytes(text: str) -> None:
-    with pytest.raises(InputError, match="max_memory: expected a number of bytes, such as 4GiB or 500MB"):
-        memory.parse_bytes(text)
+    with pytest.raises(InputError, match="max_memory: must be a number of bytes such as 4GiB or 500MB"):
+        conform("max_memory", memory.Bytes, text)
 
 
 def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,8 +211,8 @@ def test_modes_are_peaks_apart():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"guides": {"true posterior": WrongEncoder(anisotropic(5, 2))}}, "Choose another name"),
-        ({"guides": [1]}, "expected a mapping of names to guides, got list"),
+        ({"guides": {"true posterior": WrongEncoder(anisotropic(5, 2))}}, "Choose another"),
+        ({"guides": [1]}, "guides: must be a mapping, got"),
         ({"datapoints": [0, 9]}, r"expected indices from 0 to 3, got \[9\]"),
         ({"datapoints": []}, "got none"),
         ({"num_points": 3}, "at least 10"),

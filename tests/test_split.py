@@ -259,10 +259,10 @@ def test_what_cannot_be_split_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_restarts": -1}, "num_restarts must be at least 0"),
-        ({"max_rounds": 0}, "max_rounds must be at least 1"),
-        ({"num_datapoints": 1}, "num_datapoints must be at least 2"),
-        ({"tolerance": 0.0}, "tolerance must be positive"),
+        ({"num_restarts": -1}, "retraining.num_restarts: must be a whole number of at least 0"),
+        ({"max_rounds": 0}, "retraining.max_rounds: must be a whole number of at least 1"),
+        ({"num_datapoints": 1}, "retraining.num_datapoints: must be a whole number of at least 2"),
+        ({"tolerance": 0.0}, "retraining.tolerance: must be a number above 0"),
         ({"training": Training(patience=3)}, "leave patience out"),
         ({"training": Training(objective=pg.IWAE_ELBO(3))}, "leave objective out"),
     ],

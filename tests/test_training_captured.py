@@ -359,7 +359,7 @@ def test_the_mode_may_change_in_between(tmp_path: Path) -> None:
     expected, _ = trained(modules, "eager")
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="mode must be eager or captured"):
+    with pytest.raises(InputError, match="mode: must be one of eager, captured"):
         Training(mode="compiled")  # type: ignore[arg-type]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
@@ -16,15 +16,17 @@ from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError
-from pyrogaps.problem import Plate, Problem
+from pyrogaps.problem import Problem
 from pyrogaps.refine import OwnFamily, Refinement, Refiner
 from pyrogaps.refine.families import Family
 from pyrogaps.run import Run
+from pyrogaps.settings import Count, Plate, Seed, Several, checked, within
 from pyrogaps.streams import Chunk
 
 MIN_DRAWS = 100
 
 
+@checked()
 def calibrate(
     model: Program | Problem,
     guide: Any = None,
@@ -32,12 +34,12 @@ def calibrate(
     *,
     posterior: Literal["amortized", "refined"] = "amortized",
     refinement: Refinement | None = None,
-    num_simulated: int = 512,
-    num_draws: int = 1000,
+    num_simulated: Several = 512,
+    num_draws: Annotated[int, within(f"of at least {MIN_DRAWS}")] = 1000,
     to_data: ToData | None = None,
     plate: Plate = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    batch_size: Count = 64,
+    seed: Seed = 0,
 ) -> Calibration:
     r"""Check a posterior's intervals on data drawn from the model: simulation-based calibration.
 
@@ -79,7 +81,8 @@ def calibrate(
 
     Source: Talts et al. (2018), arXiv:1804.06788.
     """
-    _check(posterior, refinement, num_simulated, num_draws)
+    if refinement is not None and posterior == "amortized":
+        raise InputError("refinement: the amortized posterior is not refined; pass posterior='refined' too")
     if isinstance(model, Problem):
         guide, plain = model.guide, Problem.of(model, guide, data, plate).with_guide(None)
     else:
@@ -131,15 +134,3 @@ def _posterior_of(
         return posterior, progress.converged
 
     return refined
-
-
-def _check(posterior: str, refinement: Refinement | None, num_simulated: int, num_draws: int) -> None:
-    if posterior not in ("amortized", "refined"):
-        raise InputError(f"posterior: must be 'amortized' or 'refined', got {posterior!r}")
-    if refinement is not None and posterior == "amortized":
-        raise InputError(
-            "refinement: has no effect with posterior='amortized'. Pass posterior='refined', or leave refinement out"
-        )
-    for name, value, minimum in (("num_simulated", num_simulated, 2), ("num_draws", num_draws, MIN_DRAWS)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise InputError(f"{name}: must be a whole number of at least {minimum}, got {value}")

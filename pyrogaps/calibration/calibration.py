@@ -14,6 +14,7 @@ from pyrogaps.calibration.report import render
 from pyrogaps.calibration.statistics import covered, proportion
 from pyrogaps.calibration.summary import summarise
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Probability, checked
 
 SIMULATED, LATENT = "simulated", "latent"
 GROUP, PIT_GROUP = "calibration", "prior_sbc"
@@ -48,7 +49,8 @@ class Calibration:
         """L, the draws from the posterior of a datapoint."""
         return int(self.provenance["num_draws"])
 
-    def coverage(self, probabilities: float | Sequence[float] = (0.5, 0.8, 0.95)) -> xr.Dataset:
+    @checked()
+    def coverage(self, probabilities: Probability | Sequence[Probability] = (0.5, 0.8, 0.95)) -> xr.Dataset:
         """How often central intervals of the posterior contain the truth, with standard errors.
 
         `coverage` and `coverage_error` are over ("probability", "latent"), the errors binomial; `overall` and
@@ -57,8 +59,6 @@ class Calibration:
         1).
         """
         levels = np.atleast_1d(np.asarray(probabilities, dtype=float))
-        if not ((levels > 0) & (levels < 1)).all():
-            raise InputError(f"probabilities: must lie between 0 and 1, got {probabilities}")
         pit = self.per_simulated["pit"].values
         active = np.isfinite(pit)
         each = [proportion(covered(pit, level), active) for level in levels]

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pyrogaps.cli.recipe import Component, Recipe, check_names, parse_typed
+from pyrogaps.cli.recipe import Recipe
+from pyrogaps.cli.typed import Component, typed_arguments
 from pyrogaps.density.data import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
@@ -85,7 +85,7 @@ def _family(key: str, component: Component) -> Callable[[Program], Program]:
             f"{key}: {component.class_path} cannot be called. A family is a class or function that takes the model and "
             "returns a guide"
         )
-    arguments = typed_arguments(key, target, component.init_args, leading=1)
+    arguments = typed_arguments(f"{key}.init_args", target, component.init_args, leading=1)
     family: Callable[[Program], Program] = functools.partial(target, **arguments) if arguments else target
     if not arguments:
         return family
@@ -102,40 +102,9 @@ def construct(key: str, component: Component, *leading: Any) -> Any:
     target = import_object(key, component.class_path)
     if not callable(target):
         raise InputError(f"{key}: {component.class_path} is not a class or function")
-    arguments = typed_arguments(key, target, component.init_args, leading=len(leading))
+    arguments = typed_arguments(f"{key}.init_args", target, component.init_args, leading=len(leading))
     with failures_named(f"{key}: {component.class_path}"):
         return target(*leading, **arguments)
-
-
-def typed_arguments(key: str, target: Callable[..., Any], given: dict[str, Any], *, leading: int) -> dict[str, Any]:
-    """`given` checked against the signature of `target` and converted to the types it annotates."""
-    try:
-        parameters = list(inspect.signature(target).parameters.values())[leading:]
-    except (TypeError, ValueError):
-        return given
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        check_names(given, [p.name for p in named], f"{key}.init_args")
-    missing = [p.name for p in named if p.default is p.empty and p.name not in given]
-    if missing:
-        raise InputError(f"{key}.init_args: {', '.join(missing)} missing")
-    annotated = {p.name: given[p.name] for p in named if p.annotation is not p.empty and p.name in given}
-    return {**given, **_convert(f"{key}.init_args", target, annotated)} if annotated else given
-
-
-def _convert(key: str, target: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given` in the types that `target` annotates; objects described by class_path and init_args are built."""
-    arguments = ArgumentParser(exit_on_error=False, add_help=False)
-    try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-        for name in given:
-            arguments.add_argument(f"--arguments.{name}", type=hints.get(name, Any))
-    except Exception:  # an annotation that cannot be read: leave the values as they are
-        return given
-    try:
-        return dict(vars(parse_typed(arguments, {"arguments": given})["arguments"]))
-    except InputError as error:
-        raise InputError(str(error).replace("arguments.", f"{key}.", 1)) from error
 
 
 def import_object(key: str, path: str) -> Any:
@@ -264,8 +233,6 @@ def check_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
-        if "device string" in reason:
-            raise InputError(f"device: '{name}' is not a device such as cpu, cuda or cuda:1") from error
         raise InputError(f"device: '{name}' cannot be used here ({reason}). Use --device cpu") from error
     return device
 

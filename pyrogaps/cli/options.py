@@ -7,15 +7,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
+
 from pyrogaps.cli.recipe import (
     COMPONENTS,
     FIELDS,
+    KINDS,
     SCALARS,
     SECTIONS,
     Recipe,
     load_yaml,
     override,
-    parser,
     read_document,
     resolve,
     shipped,
@@ -93,10 +95,22 @@ def _class_first(overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def help_text() -> str:
     """The text that `--help` prints."""
     built = "".join(f"  --{name:<15} {FIELDS[name]}\n" for name in (*COMPONENTS, "families"))
-    listed = parser().format_help().partition("options:\n")[2]
+    listed = _parser().format_help().partition("options:\n")[2]
     # Sections are options by field or as YAML, not the configuration files that jsonargparse would read.
     fields = re.sub(r"  --[\w.]+ CONFIG\s+Path to a configuration file.\n", "", listed)
+    fields = re.sub(r"Annotated\[([^,\]]+),(\s+)([^\]]+)\]", r"\1\2(\3)", fields)
+    fields = re.sub(r"Optional\[([^\[\]]*)\]", r"\1 | null", fields)
     return USAGE + "\n" + HELP.format(shipped=", ".join(shipped()), fields=f"fields:\n{built}{fields}")
+
+
+def _parser() -> ArgumentParser:
+    """A parser of the recipe's sections and scalars, which is there for its help."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    for name in SCALARS:
+        parser.add_argument(f"--{name}", type=KINDS[name], default=getattr(Recipe, name), help=FIELDS[name])
+    return parser
 
 
 def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -105,8 +119,7 @@ def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     overrides: list[tuple[str, str]] = []
     rest = iter(tokens)
     for token in rest:
-        if token == "-h":
-            token = "--help"
+        token = "--help" if token == "-h" else token
         key, equals, text = token.removeprefix("--").partition("=")
         if not token.startswith("--") or not key:
             raise InputError(f"unexpected argument '{token}'. The recipe comes first ({USAGE})")
@@ -129,8 +142,7 @@ def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 def _check_option(key: str) -> None:
     """Refuse an option that is neither a run option nor a field of the recipe."""
     first, *inner = key.split(".")
-    fields = [f.name for f in dataclasses.fields(Recipe)]
-    known = [*FLAGS, *VALUES, *fields]
+    known = [*FLAGS, *VALUES, *KINDS]
     if first in known and not (inner and first in (*FLAGS, *VALUES, *SCALARS)):
         return
     sections = [f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section)]

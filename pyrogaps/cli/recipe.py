@@ -6,32 +6,26 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, get_loader
+from jsonargparse import get_loader
 
+from pyrogaps.cli.typed import Component, typed_arguments
 from pyrogaps.conditioning import Conditioning
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS
 from pyrogaps.gaps import Certificate, Retraining
 from pyrogaps.mapa import Mapa
+from pyrogaps.memory import Bytes
 from pyrogaps.refine import Refinement
+from pyrogaps.settings import Count, DeviceName, Name, Plate, Seed, Several
 from pyrogaps.training import Training
 
 Document = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Component:
-    """A class or function, by its dotted path, and the arguments to call it with."""
-
-    class_path: str
-    init_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,8 @@ class Evaluate:
         num_datapoints: how many of its datapoints, from the first; null: all.
     """
 
-    part: str = "test"
-    num_datapoints: int | None = None
+    part: Name = "test"
+    num_datapoints: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -93,15 +87,15 @@ class Recipe:
     reference: Training | None = None
     retraining: Retraining | None = None
     certificate: Certificate | None = None
-    num_particles: int = 1000
-    batch_size: int | None = None
-    max_memory: int | str | None = None
+    num_particles: Several = 1000
+    batch_size: Count | None = None
+    max_memory: Bytes | None = None
     compile: bool = False
-    plate: str | Literal[False] | None = None
-    seed: int = 0
-    device: str = "cpu"
-    checkpoint: str | None = None
-    model_checkpoint: str | None = None
+    plate: Plate = None
+    seed: Seed = 0
+    device: DeviceName = "cpu"
+    checkpoint: Name | None = None
+    model_checkpoint: Name | None = None
 
     def __post_init__(self) -> None:
         if self.pair is not None and (self.model is not None or self.guide is not None):
@@ -122,31 +116,15 @@ class Recipe:
 
 
 COMPONENTS = ("model", "guide", "pair", "data", "encoder")
-SECTIONS: dict[str, type] = {
-    "evaluate": Evaluate,
-    "mapa": Mapa,
-    "training": Training,
-    "evidence": AIS,
-    "refinement": Refinement,
-    "conditioning": Conditioning,
-    "reference": Training,
-    "retraining": Retraining,
-    "certificate": Certificate,
-}
 FIELDS = dict(re.findall(r"^ {8}(\w+): (.+)$", Recipe.__doc__ or "", re.MULTILINE))
-NULLABLE = (
-    "mapa",
-    "training",
-    "reference",
-    "retraining",
-    "certificate",
-    "batch_size",
-    "max_memory",
-    "plate",
-    "checkpoint",
-    "model_checkpoint",
-)
-SCALARS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name not in {*COMPONENTS, *SECTIONS, "families"}}
+KINDS = get_type_hints(Recipe, include_extras=True)
+SECTIONS: dict[str, type] = {
+    name: part
+    for name, kind in KINDS.items()
+    for part in (kind, *get_args(kind))
+    if dataclasses.is_dataclass(part) and isinstance(part, type) and part is not Component
+}
+SCALARS = [name for name in KINDS if name not in {*COMPONENTS, *SECTIONS, "families"}]
 
 
 def shipped() -> list[str]:
@@ -260,115 +238,12 @@ def resolve(document: Document) -> Recipe:
 
     Raises `InputError` naming the field for an unknown one (with the nearest known), or a value of the wrong type.
     """
-    check_names(document, [f.name for f in dataclasses.fields(Recipe)], "recipe")
-    if document.get("data") is None:
+    if document.get("data") is None and document.keys() <= KINDS.keys():
         raise InputError(
             "recipe: data is missing. Name a data set, such as data: {class_path: pyrogaps.datasets.Digits}"
         )
-    families = document.get("families") or {}
-    if not isinstance(families, dict):
-        raise InputError("families: expected a mapping of names to dotted paths")
-    fields: Document = {name: component(name, document[name]) for name in COMPONENTS if document.get(name) is not None}
-    # Null removes a family that an extended recipe named.
-    named = {str(name): entry for name, entry in families.items() if entry is not None}
-    if (evidence := _evidence(document.get("evidence"))) is not None:
-        fields["evidence"] = evidence
-        document = {name: entry for name, entry in document.items() if name != "evidence"}
-    fields["families"] = {name: component(f"families.{name}", entry) for name, entry in named.items()}
-    return Recipe(**{**_typed(document), **fields})
-
-
-def _evidence(entry: Any) -> Component | None:
-    """An evidence that names its class, with the settings beside `class_path`; None for fields of AIS."""
-    if isinstance(entry, str):
-        return Component(entry)
-    if not isinstance(entry, dict) or "class_path" not in entry:
-        return None
-    beside = {name: value for name, value in entry.items() if name not in ("class_path", "init_args")}
-    named = component("evidence", {name: value for name, value in entry.items() if name not in beside})
-    return Component(named.class_path, {**named.init_args, **beside})
-
-
-def component(key: str, entry: Any) -> Component:
-    """A component from its YAML: a dotted path, or `class_path` and `init_args`."""
-    if isinstance(entry, str):
-        return Component(entry)
-    if not isinstance(entry, dict):
-        raise InputError(f"{key}: expected a dotted path, or class_path and init_args, got {entry!r}")
-    check_names(entry, ["class_path", "init_args"], key)
-    path, arguments = entry.get("class_path"), entry.get("init_args") or {}
-    if not isinstance(path, str):
-        raise InputError(f"{key}.class_path: expected a dotted path, got {path!r}")
-    if not isinstance(arguments, dict):
-        raise InputError(f"{key}.init_args: expected a mapping of argument names to values, got {arguments!r}")
-    return Component(path, arguments)
-
-
-def check_names(given: Mapping[str, Any], known: list[str], where: str) -> None:
-    """Refuse a name in `given` that is not in `known`; suggest the nearest one."""
-    for name in given:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known)}"
-            raise InputError(f"{where}: unknown field '{name}'. {hint}")
-
-
-def _typed(document: Document) -> Document:
-    """The sections and scalars of `document`, type-checked, as `Recipe` takes them."""
-    given = {name: document[name] for name in (*SECTIONS, *SCALARS) if name in document}
-    absent = [name for name, value in given.items() if value is None and name in NULLABLE]
-    absent += [
-        f.name for f in dataclasses.fields(Recipe) if f.name in SECTIONS and f.default is None and f.name not in given
-    ]
-    for name, value in given.items():
-        if name in SECTIONS and name not in absent:
-            if not isinstance(value, dict):
-                raise InputError(f"{name}: expected a mapping of its fields, got {value!r}")
-            check_names(value, [f.name for f in dataclasses.fields(SECTIONS[name])], name)
-        elif value is None and name not in absent:
-            raise InputError(f"{name}: expected a value, got null")
-    present = {name: value for name, value in given.items() if name not in absent}
-    values = parse_typed(parser(), present)
-    return {name: None if name in absent else values[name] for name in (*SECTIONS, *SCALARS)}
-
-
-def parser() -> ArgumentParser:
-    """The jsonargparse parser of the recipe's sections and scalars."""
-    sections = ArgumentParser(exit_on_error=False, add_help=False)
-    for name, section in SECTIONS.items():
-        sections.add_class_arguments(section, name)
-    for f in dataclasses.fields(Recipe):
-        if f.name in SCALARS:
-            sections.add_argument(f"--{f.name}", type=f.type, default=f.default, help=FIELDS[f.name])
-    return sections
-
-
-def parse_typed(typed: ArgumentParser, document: Document) -> dict[str, Any]:
-    """Type-check `document` with `typed` and build its objects; `InputError` for values that do not fit."""
-    try:
-        return dict(vars(typed.instantiate(typed.parse_object(document))))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise InputError(_one_line(str(error))) from error
-
-
-_FRAME = ("Parser key", "Does not validate", "Subtypes", "Errors", "Given")
-
-
-def _one_line(message: str) -> str:
-    """jsonargparse's report of a value of the wrong type, in one line: field, problem, given value."""
-    option = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    if option:
-        return f"{option[1]}: unknown field '{option[2]}'"
-    plain = re.sub(r"<class '([^']+)'>", r"\1", message).replace("typing.", "")
-    key = re.search(r'Parser key ["\']([\w.]+)["\']:', plain)
-    given = re.search(r"(?:Got value|Given value): (.*)", plain)
-    reasons = [r.strip(" .") for r in re.findall(r"(?:^|- )((?:(?!- ).)*?)(?:\.? Got value.*)?$", plain, re.MULTILINE)]
-    reasons = [r for r in reasons if r and not r.startswith(_FRAME)]
-    problems = [r for r in reasons if not r.startswith("Expected a ")]
-    if not problems:
-        kinds = [r.removeprefix("Expected a ").replace("NoneType", "null") for r in reasons]
-        problems = [f"expected {' or '.join(kinds)}" + (f", got {given[1]}" if given else "")]
-    return " ".join((f"{key[1]}: " if key else "").split() + "; ".join(problems).split())
+    document = {name: value for name, value in document.items() if name != "families" or value is not None}
+    return Recipe(**typed_arguments("", Recipe, document))
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,8 @@ class Shown:
     def masks(self, args: tuple[Any, ...]) -> Masks:
         """The masks over `args`, each of its argument's shape; raises `InputError` where one does not fit."""
         given = self.part(*args) if callable(self.part) else self.part
+        if given is None:
+            raise InputError("conditions: the function returned None; return a boolean mask, True where shown")
         given = given if isinstance(given, tuple) else (given,)
         if len(given) > len(args):
             raise InputError(f"conditions: there are {len(given)} masks, but the model has {len(args)} argument(s)")
@@ -102,15 +105,15 @@ def hidden(args: tuple[Any, ...], masks: Masks, *, at_random: bool = False) -> t
 def _checked(position: int, mask: Any, arg: Any) -> Tensor | None:
     if mask is None:
         return None
-    mask = mask if isinstance(mask, Tensor) else torch.as_tensor(mask)
-    if mask.dtype != torch.bool:
+    mask = mask if isinstance(mask, Tensor) else np.asarray(mask)
+    if str(mask.dtype).removeprefix("torch.") != "bool":
         raise InputError(f"conditions: the mask of argument {position} must be boolean, True where shown")
     if not isinstance(arg, Tensor):
         raise InputError(
             f"conditions: argument {position} is a {type(arg).__name__}, which cannot be masked. Pass None as its mask"
         )
     try:
-        whole: Tensor = mask.to(arg.device).expand(arg.shape)
+        whole: Tensor = torch.as_tensor(mask).to(arg.device).expand(arg.shape)
         return whole
     except RuntimeError:
         raise InputError(

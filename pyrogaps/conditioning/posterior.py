@@ -16,9 +16,10 @@ from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS
 from pyrogaps.log_weights import Estimate
-from pyrogaps.problem import Plate, Problem
+from pyrogaps.problem import Problem
 from pyrogaps.refine import RefinedGuide, Refinement, Refiner, own_family
 from pyrogaps.run import Run
+from pyrogaps.settings import Count, Plate, Seed, checked
 from pyrogaps.streams import BLOCK, Chunk
 
 MAX_ROWS = 8192
@@ -76,6 +77,7 @@ class SharedPosterior:
         raise InputError(f"datapoint: must be from 0 to {self.joint.num_datapoints - 1}, got {datapoint}")
 
 
+@checked()
 def shared_posterior(
     model: Program | Problem,
     guide: Program | None = None,
@@ -84,9 +86,9 @@ def shared_posterior(
     settings: Conditioning | None = None,
     evidence: AIS | None = None,
     refinement: Refinement | None = None,
-    num_particles: int = 1000,
+    num_particles: Count = 1000,
     plate: Plate = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> SharedPosterior:
     r"""Fit the best guide of a family that is shown only a part C of every datapoint, $x = (C, \bar C)$:
 

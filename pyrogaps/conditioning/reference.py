@@ -1,7 +1,6 @@
 """`reference_guide`: a reference for the conditioning gap of a lookahead, trained on simulated data."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,18 +9,19 @@ from pyrogaps.conditioning.simulated import SimulatedData
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.problem import Plate
+from pyrogaps.settings import Count, File, Plate, checked, checked_arguments
 from pyrogaps.training import train
 
 
+@checked()
 def reference_guide(
     model: Program,
     guide: Program,
     data: Data,
     *,
-    num_datapoints: int | None = None,
+    num_datapoints: Count | None = None,
     plate: Plate = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: File | None = None,
     **settings: Any,
 ) -> Program:
     r"""Train a copy of a guide on unlimited data from the frozen model: the `reference` of `decompose`.
@@ -48,6 +48,7 @@ def reference_guide(
             f"guide: it must be an nn.Module, because the reference is a copy of it, got a {type(guide).__name__}. "
             "Otherwise, train a second guide on SimulatedData(model, data) with freeze_model=True"
         )
+    settings = checked_arguments(train, settings)
     reference = copy.deepcopy(guide)
     drawn = SimulatedData(model, data, num_datapoints, plate)
     train(model, reference, drawn, freeze_model=True, checkpoint=checkpoint, **settings)

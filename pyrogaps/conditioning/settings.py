@@ -1,10 +1,13 @@
 """Settings of the measurement of a conditioning gap."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from pyrogaps.errors import InputError, positive
+from pyrogaps.errors import InputError
+from pyrogaps.settings import Count, Positive, checked, within
 
 
+@checked("conditioning")
 @dataclass(frozen=True)
 class Conditioning:
     """Settings of the shared posterior of a guide that is not shown all of x.
@@ -18,16 +21,15 @@ class Conditioning:
             overestimated by half of that, about 2 g / K.
     """
 
-    num_completions: int = 128
-    max_completions: int = 512
-    tolerance: float = 0.05
+    num_completions: Annotated[int, within("of at least 4")] = 128
+    max_completions: Count = 512
+    tolerance: Positive = 0.05
 
     def __post_init__(self) -> None:
-        if self.num_completions < 4 or self.num_completions % 2:
-            raise InputError(f"conditioning.num_completions: must be even and at least 4, got {self.num_completions}")
+        if self.num_completions % 2:
+            raise InputError(f"conditioning.num_completions: must be even, got {self.num_completions}")
         if self.max_completions < self.num_completions:
             raise InputError(
                 f"conditioning.max_completions: must be at least num_completions ({self.num_completions}), got "
                 f"{self.max_completions}"
             )
-        positive("conditioning", self, ["tolerance"])

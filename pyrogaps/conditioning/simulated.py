@@ -9,9 +9,10 @@ from pyrogaps.density.data import as_tuple, rows_of
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError
-from pyrogaps.problem import Plate
+from pyrogaps.settings import Count, Plate, checked
 
 
+@checked("SimulatedData")
 class SimulatedData(IndexedData):
     """Datapoints drawn from the model anew at every fetch, in the shape of `data`.
 
@@ -32,7 +33,7 @@ class SimulatedData(IndexedData):
         self,
         model: Program,
         data: Data,
-        num_datapoints: int | None = None,
+        num_datapoints: Count | None = None,
         plate: Plate = None,
         to_data: ToData | None = None,
     ) -> None:

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Count, Whole, checked_arguments, within
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Binarisation: TypeAlias = Literal["static", "stochastic", "continuous"]
@@ -44,20 +45,16 @@ class ImageData(ABC):
     """
 
     binarisation: Binarisation = "static"
-    seed: int = 0
-    num_train: int | None = None
-    num_validation: int | None = None
-    num_test: int | None = None
+    seed: Annotated[int, within("of at least 0 and below 4294967296")] = 0
+    num_train: Count | None = None
+    num_validation: Whole | None = None
+    num_test: Count | None = None
     train: Tensor = field(init=False, repr=False)
     validation: Tensor | None = field(init=False, repr=False)
     test: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.binarisation not in get_args(Binarisation):
-            choices = ", ".join(get_args(Binarisation))
-            raise InputError(f"{self.name}: binarisation must be one of {choices}, got '{self.binarisation}'")
-        if self.seed < 0:
-            raise InputError(f"{self.name}: seed must be 0 or more, got {self.seed}")
+        vars(self).update(checked_arguments(type(self).__init__, vars(self), f"{self.name}."))
         grey = self._cut(self.read())
         self.train, self.test = self._pixels(grey.train, "train"), self._pixels(grey.test, "test")
         self.validation = None if grey.validation is None else self._pixels(grey.validation, "validation")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Count, checked
 
 
+@checked("IndexedData")
 @dataclass(frozen=True)
 class IndexedData:
     """A data set fetched by index, for models whose arguments are not plain tensors.
@@ -19,7 +21,7 @@ class IndexedData:
     length for the whole set, so that every datapoint has latents of the same size.
     """
 
-    num_datapoints: int
+    num_datapoints: Count
     fetch: Callable[[Tensor], tuple[Any, ...]]
 
     def __len__(self) -> int:
@@ -35,7 +37,7 @@ def as_indexed(data: Data) -> IndexedData:
     Raises `InputError` when `data` is something else, is empty, or its tensors differ in length.
     """
     if isinstance(data, IndexedData):
-        return _not_empty(data)
+        return data
     tensors = (data,) if isinstance(data, Tensor) else tuple(data) if isinstance(data, list | tuple) else ()
     if not tensors or not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in tensors):
         raise InputError(
@@ -49,10 +51,13 @@ def as_indexed(data: Data) -> IndexedData:
             "one length, or pass plate=False to treat the whole data set as one datapoint"
         )
 
+    if not lengths[0]:
+        raise InputError("data: there are no datapoints")
+
     def fetch(indices: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.index_select(0, indices.to(tensor.device)) for tensor in tensors)
 
-    return _not_empty(IndexedData(lengths[0], fetch))
+    return IndexedData(lengths[0], fetch)
 
 
 def rows_of(args: tuple[Any, ...], number: int) -> IndexedData:
@@ -73,7 +78,9 @@ def whole(data: Data) -> IndexedData:
 
 
 def as_tuple(args: Any) -> tuple[Any, ...]:
-    """The result of `fetch` as the model's positional arguments."""
+    """The result of `fetch` as the model's positional arguments; raises `InputError` where it gave none."""
+    if args is None:
+        raise InputError("data: fetch, or to_data, returned None; return the model's arguments, as a tuple")
     return args if isinstance(args, tuple) else (args,)
 
 
@@ -86,12 +93,6 @@ def part_of(data: IndexedData, number: int) -> tuple[IndexedData, Tensor]:
     """`number` datapoints of `data`, evenly spaced, as a data set, and their indices in `data`."""
     chosen = evenly_spaced(len(data), number)
     return IndexedData(len(chosen), lambda indices: data.fetch(chosen[indices])), chosen
-
-
-def _not_empty(data: IndexedData) -> IndexedData:
-    if data.num_datapoints < 1:
-        raise InputError("data: there are no datapoints")
-    return data
 
 
 def all_indices(data: IndexedData, device: torch.device | str | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro.poutine.guide import GuideMessenger
@@ -20,6 +20,7 @@ from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
 
 INDEX_REMEDY = (
@@ -64,12 +65,13 @@ class GuideDensity:
             supports that differ, latents outside the data plate, NaN in parameters.
     """
 
+    @checked()
     def __init__(
         self,
         guide: Program,
         data: Data | None,
         model: Program | JointDensity,
-        plate: str | Literal[False] | None = None,
+        plate: Plate = None,
         *,
         structure: GuideStructure | None = None,
     ) -> None:

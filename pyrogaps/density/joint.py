@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -19,6 +19,7 @@ from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.score import ScoreModel, stack_runs
 from pyrogaps.density.structure import check_parameters, dtypes_named, sample_sites
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
 
 
@@ -53,11 +54,12 @@ class JointDensity:
             likelihood's support, NaN in data or parameters, ...).
     """
 
+    @checked()
     def __init__(
         self,
         model: Program,
         data: Data,
-        plate: str | Literal[False] | None = None,
+        plate: Plate = None,
         *,
         make_whole: bool = False,
         structure: ModelStructure | None = None,

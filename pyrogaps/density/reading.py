@@ -1,7 +1,7 @@
 """`read_model`: the structure of a model, checked for every datapoint."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from pyrogaps.density.structure import (
     sample_sites,
 )
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Plate
 
 # The plate name where there is no data plate and every plate has its full size.
 ANY_PLATE = ""
@@ -64,9 +65,7 @@ class ModelStructure:
         return sum(site.size for site in self.sites.values())
 
 
-def read_model(
-    model: Program, data: Data, plate: str | Literal[False] | None, *, make_whole: bool = False
-) -> ModelStructure:
+def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = False) -> ModelStructure:
     """Read a model's structure; all batches of datapoints must share it.
 
     Raises `InputError` naming the site, plate or argument; see `JointDensity`.

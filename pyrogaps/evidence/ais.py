@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrogaps.bounds import refuse_nan
 from pyrogaps.density.draws import Posterior
-from pyrogaps.errors import InputError, at_least, between_0_and_1
+from pyrogaps.errors import InputError
 from pyrogaps.evidence.annealing import (
     AdaptedStepSizes,
     Annealed,
@@ -35,12 +35,14 @@ from pyrogaps.log_weights import (
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refiner
 from pyrogaps.run import Run
+from pyrogaps.settings import Count, Probability, Several, checked, within
 from pyrogaps.streams import Chunk
 
 Initial = Literal["refined", "guide", "prior"]
 MIN_EFFECTIVE_SHARE = 0.2
 
 
+@checked("evidence")
 @dataclass(frozen=True)
 class AIS(Evidence):
     """Settings of annealed importance sampling.
@@ -60,22 +62,15 @@ class AIS(Evidence):
     Raises `InputError` for a setting out of range.
     """
 
-    num_chains: int = 16
-    num_temperatures: int = 50
-    num_leapfrog: int = 3
+    num_chains: Count = 16
+    num_temperatures: Count = 50
+    num_leapfrog: Count = 3
     schedule: Schedule = "linear"
     initial: Initial = "refined"
-    widen: float = 1.2
-    target_acceptance: float = 0.9
-    num_pilot_chains: int = 4
-    num_pilot_temperatures: int = 20
-
-    def __post_init__(self) -> None:
-        positive = ("num_chains", "num_temperatures", "num_leapfrog", "num_pilot_temperatures", "widen")
-        at_least("evidence", self, dict.fromkeys(positive, 1) | {"num_pilot_chains": 2})
-        between_0_and_1("evidence.target_acceptance", self.target_acceptance)
-        _one_of("schedule", self.schedule, ("linear", "sigmoid", "thermodynamic"))
-        _one_of("initial", self.initial, ("refined", "guide", "prior"))
+    widen: Annotated[float, within("of at least 1")] = 1.2
+    target_acceptance: Probability = 0.9
+    num_pilot_chains: Several = 4
+    num_pilot_temperatures: Count = 20
 
     @property
     def num_chains_at_once(self) -> int:
@@ -95,11 +90,6 @@ class AIS(Evidence):
     @property
     def reverse(self) -> "AIS":
         return self
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"evidence.{name}: must be one of {', '.join(allowed)}, got '{value}'")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from pyrogaps.evidence.ais import AIS, Initial
 from pyrogaps.evidence.protocol import Measured, Measurement
 from pyrogaps.evidence.simulated_bounds import SimulatedBounds
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
-from pyrogaps.problem import Plate, Problem, Simulated
+from pyrogaps.problem import Problem, Simulated
 from pyrogaps.refine import Refinement, Refiner, is_family, own_family
 from pyrogaps.run import Run
+from pyrogaps.settings import Count, Plate, Seed, checked
 from pyrogaps.streams import Chunk
 
 
@@ -35,6 +36,7 @@ class Sandwich(SimulatedBounds):
     z: Tensor
 
 
+@checked()
 def bdmc(
     model: Program | Problem,
     data: Data | None = None,
@@ -45,8 +47,8 @@ def bdmc(
     refinement: Refinement | None = None,
     to_data: ToData | None = None,
     plate: Plate = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    batch_size: Count = 64,
+    seed: Seed = 0,
 ) -> Sandwich:
     """Bidirectional Monte Carlo: bound log p(x) from both sides on data simulated from the model.
 

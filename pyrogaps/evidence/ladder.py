@@ -20,6 +20,7 @@ from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement,
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refiner
 from pyrogaps.run import Run
+from pyrogaps.settings import checked
 from pyrogaps.streams import Chunk
 
 # The AIS whose reverse is the upper bound has 50 temperatures for a tolerance of 0.1, and more for less.
@@ -28,6 +29,7 @@ REVERSE_TEMPERATURES, REVERSE_TOLERANCE = 50, 0.1
 MAX_SHARE_ABOVE = 0.2
 
 
+@checked("evidence")
 @dataclass(frozen=True)
 class Ladder(LadderSettings, Evidence):
     r"""log p(x) by a ladder of estimators, each datapoint as far up as it needs.

@@ -9,12 +9,14 @@ from pyrogaps.evidence.ais import AIS, Initial
 from pyrogaps.evidence.ladder import Ladder
 from pyrogaps.evidence.protocol import Evidence, Measured
 from pyrogaps.log_weights import Estimate
-from pyrogaps.problem import Plate, Problem
+from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement, Refiner, own_family
 from pyrogaps.run import Run
+from pyrogaps.settings import Count, Plate, Seed, checked
 from pyrogaps.streams import Chunk
 
 
+@checked()
 def log_evidence(
     model: Program | Problem,
     guide: Program | Posterior | None = None,
@@ -23,8 +25,8 @@ def log_evidence(
     evidence: Evidence | None = None,
     refinement: Refinement | None = None,
     plate: Plate = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    batch_size: Count = 64,
+    seed: Seed = 0,
 ) -> Estimate:
     r"""log p(x_n) of every datapoint.
 
@@ -58,6 +60,7 @@ def log_evidence(
     return measured(Problem.of(model, guide, data, plate), evidence or Ladder(), refinement, Run(seed, batch_size))
 
 
+@checked()
 def ais(
     model: Program | Problem,
     guide: Program | Posterior | None = None,
@@ -67,8 +70,8 @@ def ais(
     initial: Initial | None = None,
     refinement: Refinement | None = None,
     plate: Plate = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    batch_size: Count = 64,
+    seed: Seed = 0,
 ) -> Estimate:
     r"""log p(x_n) of every datapoint by annealed importance sampling along
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyrogaps.errors import between_0_and_1
+from pyrogaps.settings import Probability, checked
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class SimulatedBounds:
         gaps = self.upper - self.lower
         return float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else float("nan")
 
-    def interval(self, probability: float = 0.95) -> tuple[Tensor, Tensor]:
+    @checked()
+    def interval(self, probability: Probability = 0.95) -> tuple[Tensor, Tensor]:
         r"""Ends `(N,)` between which log p(x_n) lies with at least this probability, whatever the settings of AIS.
 
         $\mathbb E[e^{\text{lower} - \log p(x)}] = \mathbb E[e^{\log p(x) - \text{upper}}] = 1$, so by Markov's
@@ -36,7 +37,8 @@ class SimulatedBounds:
         slack = _slack(probability)
         return self.lower - slack, self.upper + slack
 
-    def mean_interval(self, probability: float = 0.95) -> tuple[float, float]:
+    @checked()
+    def mean_interval(self, probability: Probability = 0.95) -> tuple[float, float]:
         r"""As `interval`, of the mean of log p(x_n) over the N simulated datapoints: their runs are independent, so
         that the product of those ratios has mean 1 too, and the mean needs only $\frac1N \log \frac{2}{1 - P}$.
         """
@@ -45,5 +47,4 @@ class SimulatedBounds:
 
 
 def _slack(probability: float) -> float:
-    between_0_and_1("probability", probability)
     return math.log(2 / (1 - probability))

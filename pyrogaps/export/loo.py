@@ -10,12 +10,14 @@ from arviz_stats.utils import ELPDData
 from pyrogaps.errors import InputError
 from pyrogaps.export.record import DATAPOINT
 from pyrogaps.export.tree import GLOBAL, LOCAL, SAMPLE_DIMS
+from pyrogaps.settings import Name, checked
 
 MIN_DRAWS = 25  # a Pareto tail is fitted to the largest fifth of the ratios, at least five
 NEEDED = {"log_likelihood": (), "sample_stats": ("log_p", "log_q")}
 
 
-def loo(tree: xr.DataTree, *, var_name: str | None = None, pointwise: bool | None = None) -> ELPDData:
+@checked()
+def loo(tree: xr.DataTree, *, var_name: Name | None = None, pointwise: bool | None = None) -> ELPDData:
     r"""PSIS-LOO of a tree from `to_datatree`, corrected by the guide's own importance ratios.
 
     $$\widehat{\mathrm{elpd}} = \sum_n \log \frac{\sum_s r_{ns}\, p(x_n \mid z_s)}{\sum_s r_{ns}}, \quad

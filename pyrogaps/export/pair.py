@@ -13,7 +13,8 @@ from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import first_sites
 from pyrogaps.errors import InputError
 from pyrogaps.family import augmented
-from pyrogaps.problem import Plate, Problem, is_posterior
+from pyrogaps.problem import Problem, is_posterior
+from pyrogaps.settings import Plate
 from pyrogaps.streams import seeded
 
 

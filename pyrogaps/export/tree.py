@@ -13,26 +13,26 @@ from torch import Tensor, nn
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError
 from pyrogaps.export.draws import Drawn, Records, draw_all
 from pyrogaps.export.pair import pair_of
 from pyrogaps.export.record import DATAPOINT, Names
-from pyrogaps.problem import Plate
 from pyrogaps.run import Run
+from pyrogaps.settings import Plate, Seed, Several, checked
 
 Variables: TypeAlias = dict[str, tuple[list[str], Tensor]]
 SAMPLE_DIMS = ["chain", "draw"]
 GLOBAL, LOCAL, BOTH = "global", "local", "global and local"
 
 
+@checked()
 def to_datatree(
     model: Program,
     guide: Program | Posterior,
     data: Data,
     *,
-    num_draws: int = 1000,
+    num_draws: Several = 1000,
     plate: Plate = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> xr.DataTree:
     r"""Export draws from a trained guide, with the model's densities, as an ArviZ DataTree.
 
@@ -63,8 +63,6 @@ def to_datatree(
         InputError: for `num_draws` below 2, a site whose name is that of a dimension, a log-likelihood that is NaN at
             some draws, and whatever `JointDensity` and `GuideDensity` refuse, naming the site or the argument.
     """
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 2:
-        raise InputError(f"num_draws: must be a whole number of at least 2, got {num_draws}")
     joint, posterior = pair_of(model, guide, data, plate)
     drawn, records = draw_all(joint, posterior, num_draws, Run(seed, batch_size=1))
     data_plate = joint.plate or plate or _plate_of_observations(records)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from pyrogaps.errors import InputError
 from pyrogaps.gaps.terms import standard_error
+from pyrogaps.settings import Several, checked
 
 # A refinement that gains more than this, nats, had not ended.
 IMPROVING = 0.01
@@ -16,6 +16,7 @@ IMPROVING = 0.01
 CERTAIN = 0.95
 
 
+@checked("certificate")
 @dataclass(frozen=True)
 class Certificate:
     """What is spent on finding out how wrong the bounds of a ledger can be.
@@ -28,14 +29,9 @@ class Certificate:
     Raises `InputError` for a setting out of range.
     """
 
-    num_simulated: int = 64
-    num_refined_again: int = 32
-    longer: int = 4
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_simulated", 2), ("num_refined_again", 2), ("longer", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"certificate: {name} must be at least {least}, got {getattr(self, name)}")
+    num_simulated: Several = 64
+    num_refined_again: Several = 32
+    longer: Several = 4
 
 
 def lines_of(certificate: xr.Dataset) -> Iterator[str]:

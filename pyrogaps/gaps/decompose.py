@@ -1,6 +1,5 @@
 """`decompose`: the inference gap of a model and a guide on some data, and its parts."""
 
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,10 +23,11 @@ from pyrogaps.gaps.measure import OWN, Measure, reached
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.sizes import sizes_of
 from pyrogaps.gaps.terms import TERMS, Term
-from pyrogaps.problem import Plate, Problem
+from pyrogaps.problem import Problem
 from pyrogaps.refine import OwnFamily, Refinement, Refiner, own_family
 from pyrogaps.refine.families import Family
 from pyrogaps.run import Run
+from pyrogaps.settings import Count, File, Plate, Seed, Several, checked
 
 QUANTITIES = {
     "elbo": ("Monte Carlo ELBO of the guide", "unbiased"),
@@ -37,6 +37,7 @@ QUANTITIES = {
 }
 
 
+@checked()
 def decompose(
     model: Program | Problem,
     guide: Program | None = None,
@@ -50,14 +51,14 @@ def decompose(
     split: Split | None = None,
     certificate: Certificate | None = None,
     terms: Sequence[Term] = TERMS,
-    num_particles: int = 1000,
+    num_particles: Several = 1000,
     plate: Plate = None,
-    batch_size: int | None = None,
-    max_memory: int | str | None = None,
+    batch_size: Count | None = None,
+    max_memory: memory.Bytes | None = None,
     compile: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
-    cache: str | os.PathLike[str] | None = None,
+    cache: File | None = None,
 ) -> GapLedger:
     r"""Measure how far a guide is from the truth on every datapoint, and whose fault that is.
 
@@ -117,12 +118,9 @@ def decompose(
     Raises:
         InputError: in one line that names the site, argument or family, for anything that has no gap per datapoint.
     """
-    further, evidence = _checked(families), AIS() if evidence is None else evidence
-    if not isinstance(evidence, Evidence):
-        raise InputError(f"evidence: must be AIS(...), Ladder(...) or another Evidence, got {evidence!r}")
-    if num_particles < 2:
-        raise InputError(f"num_particles: must be at least 2, got {num_particles}")
-
+    if OWN in (further := dict(families or {})):
+        raise InputError(f"families: '{OWN}' is the name of the guide's own family. Choose another")
+    evidence = AIS() if evidence is None else evidence
     problem = Problem.of(model, guide, data, plate)
     problem = problem.compiled() if compile else problem
     folder = None if cache is None else Path(cache)
@@ -157,18 +155,6 @@ def decompose(
         if certificate is not None:
             ledger = replace(ledger, certificate=certify(measure, ledger.per_datapoint, certificate, run))
     return ledger
-
-
-def _checked(families: Mapping[str, Family] | None) -> dict[str, Family]:
-    families = dict(families or {})
-    for name, family in families.items():
-        if name == OWN:
-            raise InputError(f"families: '{OWN}' is the name of the guide's own family. Choose another name")
-        if not callable(family):
-            raise InputError(
-                f"families: '{name}' must be a callable family(model) -> guide, got {type(family).__name__}"
-            )
-    return families
 
 
 def _provenance(measure: Measure, run: Run) -> dict[str, Any]:

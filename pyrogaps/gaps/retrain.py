@@ -15,6 +15,7 @@ from pyrogaps.density.data import as_indexed, part_of, rows_of
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError, reason_of
 from pyrogaps.run import Run
+from pyrogaps.settings import Count, Positive, Several, Whole, checked
 from pyrogaps.streams import seeded
 from pyrogaps.training import Cosine, Training, train
 
@@ -25,6 +26,7 @@ def _round() -> Training:
     return Training(num_epochs=50, schedule=Cosine(50, final=0.01))
 
 
+@checked("retraining")
 @dataclass(frozen=True)
 class Retraining:
     """How phi-hat is found, for the `split` of the amortization gap.
@@ -42,19 +44,12 @@ class Retraining:
     """
 
     training: Training = field(default_factory=_round)
-    num_restarts: int = 1
-    max_rounds: int = 10
-    tolerance: float = 0.01
-    num_datapoints: int | None = 512
+    num_restarts: Whole = 1
+    max_rounds: Count = 10
+    tolerance: Positive = 0.01
+    num_datapoints: Several | None = 512
 
     def __post_init__(self) -> None:
-        limits = {"num_restarts": 0, "max_rounds": 1, "num_datapoints": 2}
-        for name, least in limits.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"retraining: {name} must be at least {least}, got {value}")
-        if not self.tolerance > 0:
-            raise InputError(f"retraining: tolerance must be positive, got {self.tolerance}")
         for name in ("objective", "patience"):
             if getattr(self.training, name) is not None:
                 raise InputError(
@@ -62,6 +57,7 @@ class Retraining:
                 )
 
 
+@checked("split")
 @dataclass(frozen=True)
 class Split:
     """The data that the guide was trained on, and how to train it on: what splits the amortization gap.

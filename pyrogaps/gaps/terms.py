@@ -9,6 +9,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pyrogaps.gaps.finite import finite_part
+from pyrogaps.settings import Name, checked
 
 Array = NDArray[np.float64]
 INFERENCE = "inference_gap"
@@ -64,6 +65,7 @@ class Mean(NamedTuple):
     mcse: float
 
 
+@checked("Term")
 @dataclass(frozen=True)
 class Term:
     """A gap of the tree.
@@ -80,9 +82,9 @@ class Term:
         colour, hatch: in plots.
     """
 
-    id: str
-    label: str
-    parent: str | None
+    id: Name
+    label: Name
+    parent: Name | None
     estimator: str | Callable[[Columns], str]
     direction: str
     value: Callable[[Columns], Values | Mean]

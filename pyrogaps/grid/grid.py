@@ -1,7 +1,7 @@
 """`posterior_grid`: the true posterior and every guide, as densities on one grid per datapoint."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from pyrogaps.errors import InputError
 from pyrogaps.grid.modes import count_modes
 from pyrogaps.grid.quadrature import Array, around, integrate
 from pyrogaps.grid.scoring import Scorer, array, extent, in_rows
-from pyrogaps.problem import Plate, Problem
+from pyrogaps.problem import Problem
+from pyrogaps.settings import Plate, Seed, checked, within
 from pyrogaps.streams import seeded
 
 TRUE = "true posterior"
@@ -24,15 +25,16 @@ TRUE = "true posterior"
 MASS_TOLERANCE = 0.01
 
 
+@checked()
 def posterior_grid(
     model: Program,
     guides: Mapping[str, Program | Posterior],
     data: Data,
     *,
     datapoints: Sequence[int] | None = None,
-    num_points: int = 200,
+    num_points: Annotated[int, within("of at least 10")] = 200,
     plate: Plate = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> xr.Dataset:
     r"""Evaluate p(z|x_n) and each q(z|x_n) on a grid of the two latent dimensions, in unconstrained space.
@@ -65,13 +67,13 @@ def posterior_grid(
     Raises:
         InputError: where the latent space does not have two dimensions, or p(x_n, z) cannot be integrated.
     """
+    if TRUE in guides:
+        raise InputError(f"guides: '{TRUE}' is reserved for the exact posterior. Choose another name")
     problem = Problem.of(model, None, data, plate)
     joint = problem.joint
     _refuse_other_dimensions(joint)
-    if num_points < 10:
-        raise InputError(f"num_points: a grid needs at least 10 points along each dimension, got {num_points}")
     number = joint.num_datapoints
-    posteriors = {name: _posterior(name, problem, guide) for name, guide in _named(guides).items()}
+    posteriors = {name: _posterior(name, problem, guide) for name, guide in guides.items()}
     indices = _indices(datapoints, number)
     panels = []
     for index in tqdm(indices, desc="posteriors on a grid", disable=not progress, dynamic_ncols=True):
@@ -105,14 +107,6 @@ def _refuse_other_dimensions(joint: JointDensity) -> None:
         raise InputError(f"model: a grid needs two latent dimensions, but this model has {joint.dim} (sites: {sites})")
 
 
-def _named(guides: Any) -> Mapping[str, Program | Posterior]:
-    if not isinstance(guides, Mapping):
-        raise InputError(f"guides: expected a mapping of names to guides, got {type(guides).__name__}")
-    if TRUE in guides:
-        raise InputError(f"guides: '{TRUE}' is reserved for the exact posterior. Choose another name")
-    return guides
-
-
 def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Posterior:
     posterior, number = problem.with_guide(guide).guided(), problem.num_datapoints
     size = posterior.joint.num_datapoints  # type: ignore[attr-defined]
@@ -124,7 +118,7 @@ def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Poste
 
 
 def _indices(datapoints: Sequence[int] | None, number: int) -> list[int]:
-    indices = list(range(number)) if datapoints is None else [int(index) for index in datapoints]
+    indices = list(range(number)) if datapoints is None else [*datapoints]
     outside = [index for index in indices if not 0 <= index < number]
     if outside or not indices:
         raise InputError(f"datapoints: expected indices from 0 to {number - 1}, got {outside[:5] or 'none'}")

@@ -1,6 +1,5 @@
 """The continuous Bernoulli distribution in its natural parameter, and the kernel of its likelihood."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +7,8 @@ from torch import Tensor
 
 from pyrogaps.errors import InputError
 from pyrogaps.mapa.distances import Comparison, Divergences
-from pyrogaps.mapa.kernels import check_alpha, flat
+from pyrogaps.mapa.kernels import Alpha, flat
+from pyrogaps.settings import Positive, checked
 
 _SMALL = 0.1  # below it the closed forms lose digits; four terms of their series are exact in double precision
 _NEWTON_STEPS = 4  # the start has two correct digits, and each step doubles their number
@@ -53,6 +53,7 @@ def _langevin(u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(near, value, far[0]), torch.where(near, slope, far[1])
 
 
+@checked("ContinuousBernoulliKernel")
 @dataclass(frozen=True)
 class ContinuousBernoulliKernel:
     r"""The tempered likelihood of one datapoint with the other as its mean, for data between 0 and 1:
@@ -71,16 +72,8 @@ class ContinuousBernoulliKernel:
         InputError: where `temperature` is not positive and finite, or `alpha` not inside (0.5, 1).
     """
 
-    temperature: float = 1.0
-    alpha: float = 0.99
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise InputError(
-                "ContinuousBernoulliKernel: the bandwidth, a temperature, must be positive and finite, got "
-                f"{self.temperature}"
-            )
-        check_alpha("ContinuousBernoulliKernel", self.alpha)
+    temperature: Positive = 1.0
+    alpha: Alpha = 0.99
 
     @property
     def bandwidth(self) -> float:

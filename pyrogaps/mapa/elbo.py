@@ -13,6 +13,7 @@ from pyrogaps.mapa.empiricalized import EmpiricalizedModel
 from pyrogaps.mapa.explainers import explainers
 from pyrogaps.mapa.paired import Paired
 from pyrogaps.mapa.posterior import MapaPosterior
+from pyrogaps.settings import Name, Whole, checked
 
 
 class IndexedELBO(ELBO):
@@ -107,11 +108,8 @@ class IndexedELBO(ELBO):
         return self._joint
 
     def _check_sizes(self) -> None:
-        if self.num_top < 0 or self.num_samples < 0 or self.num_top + self.num_samples < 1:
-            raise InputError(
-                f"{self.name}: num_top and num_samples must not be negative, and one of them must be positive, got "
-                f"{self.num_top} and {self.num_samples}"
-            )
+        if self.num_top + self.num_samples < 1:
+            raise InputError(f"{self.name}: num_top and num_samples are both 0; raise one of them")
         number, kept = self.posterior.num_neighbours, self._kept()
         if self.num_top > number:
             raise InputError(f"{self.name}: num_top={self.num_top}, but there are only {number} {kept}. Lower num_top")
@@ -146,6 +144,7 @@ def checked_indices(indices: Tensor, num_datapoints: int) -> Tensor:
     return indices.long()
 
 
+@checked("MAPA_ELBO")
 class MAPA_ELBO(IndexedELBO):
     r"""A lower bound of the empiricalized model's log-likelihood under a fixed posterior, for `pyro.infer.SVI`.
 
@@ -193,10 +192,10 @@ class MAPA_ELBO(IndexedELBO):
         self,
         posterior: MapaPosterior,
         *,
-        num_top: int = 1,
-        num_samples: int = 0,
+        num_top: Whole = 1,
+        num_samples: Whole = 0,
         replacement: bool = True,
-        plate: str | None = None,
+        plate: Name | None = None,
     ) -> None:
         super().__init__(posterior, num_top, num_samples, plate)
         self.replacement = replacement

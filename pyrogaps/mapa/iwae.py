@@ -16,6 +16,7 @@ from pyrogaps.mapa.elbo import IndexedELBO
 from pyrogaps.mapa.explainers import explaining_mixture
 from pyrogaps.mapa.paired import Paired, pair_log_likelihood
 from pyrogaps.mapa.posterior import MapaPosterior
+from pyrogaps.settings import Count, Name, Whole, checked
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class SharedDraws(Paired):
         return axis - int(site["fn"].event_dim)
 
 
+@checked("MAPA_IWAE_ELBO")
 class MAPA_IWAE_ELBO(IndexedELBO):
     r"""A lower bound of log p(x_n) itself, by a mixture of the amortized posteriors of the datapoints that explain x_n.
 
@@ -146,15 +148,13 @@ class MAPA_IWAE_ELBO(IndexedELBO):
         self,
         posterior: MapaPosterior,
         *,
-        num_top: int = 1,
-        num_samples: int = 0,
-        num_draws: int = 1,
-        plate: str | None = None,
+        num_top: Whole = 1,
+        num_samples: Whole = 0,
+        num_draws: Count = 1,
+        plate: Name | None = None,
     ) -> None:
         super().__init__(posterior, num_top, num_samples, plate)
         self._check_without_replacement()
-        if num_draws < 1:
-            raise InputError(f"{self.name}: num_draws must be at least 1, got {num_draws}")
         self.num_draws = num_draws
 
     def draw_bounds(self, joint: SharedDraws, indices: Tensor) -> tuple[Tensor, int]:

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from typing import Annotated, Protocol, TypeAlias
 
 from torch import Tensor
 
 from pyrogaps.errors import InputError
 from pyrogaps.mapa.distances import Comparison, CustomDistances, Mismatches, SquaredDistances
+from pyrogaps.settings import Positive, checked, within
 
 LogKernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# Elsewhere a Bernoulli kernel is flat, inverted or infinite.
+Alpha = Annotated[float, within("above 0.5 and below 1")]
 
 
 class Kernel(Protocol):
@@ -47,6 +50,7 @@ class Kernel(Protocol):
         ...
 
 
+@checked("GaussianKernel")
 @dataclass(frozen=True)
 class GaussianKernel:
     r"""The RBF kernel, for Gaussian likelihoods: $\log \kappa(x, y) = -\lVert x - y \rVert^2 / (2 v)$ [nats].
@@ -58,13 +62,7 @@ class GaussianKernel:
         InputError: where `variance` is not positive and finite.
     """
 
-    variance: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.variance < math.inf:
-            raise InputError(
-                f"GaussianKernel: the bandwidth, a variance, must be positive and finite, got {self.variance}"
-            )
+    variance: Positive
 
     @property
     def bandwidth(self) -> float:
@@ -90,6 +88,7 @@ class GaussianKernel:
         return replace(self, variance=bandwidth)
 
 
+@checked("BernoulliKernel")
 @dataclass(frozen=True)
 class BernoulliKernel:
     r"""Softened agreement, for Bernoulli likelihoods of data of zeros and ones:
@@ -103,10 +102,7 @@ class BernoulliKernel:
         InputError: where `alpha` is not inside (0.5, 1).
     """
 
-    alpha: float
-
-    def __post_init__(self) -> None:
-        check_alpha("BernoulliKernel", self.alpha)
+    alpha: Alpha
 
     @property
     def bandwidth(self) -> float:
@@ -164,9 +160,3 @@ class CustomKernel:
 def flat(x: Tensor) -> Tensor:
     """Datapoints as rows, `(N, D)`."""
     return x.reshape(len(x), -1)
-
-
-def check_alpha(kernel: str, alpha: float) -> None:
-    """Refuse an alpha for which the kernel is flat, inverted or infinite."""
-    if not 0.5 < alpha < 1:
-        raise InputError(f"{kernel}: alpha must be inside (0.5, 1), got {alpha}")

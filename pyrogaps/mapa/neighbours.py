@@ -12,6 +12,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.files import replacing
 from pyrogaps.mapa.distances import Comparison
 from pyrogaps.mapa.kernels import Kernel
+from pyrogaps.settings import File
 
 FORMAT = "pyrogaps distances 1"
 # The size of a block of rows against all datapoints. The search holds a few such blocks at once.
@@ -81,7 +82,7 @@ def digest(x: Tensor) -> str:
     return hashed.hexdigest()
 
 
-def cached(path: str | Path, x: Tensor, kernel: Kernel, number: int) -> Neighbours:
+def cached(path: File, x: Tensor, kernel: Kernel, number: int) -> Neighbours:
     """The result of `search` for `x` `(N, *event)`, read from the file `path` if it holds enough neighbours.
 
     Otherwise the search runs and its result is written to `path`.

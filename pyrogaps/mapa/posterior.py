@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,6 +14,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.mapa.continuous_bernoulli import ContinuousBernoulliKernel
 from pyrogaps.mapa.kernels import BernoulliKernel, CustomKernel, GaussianKernel, Kernel, LogKernel
 from pyrogaps.mapa.neighbours import cached, search
+from pyrogaps.settings import Count, File, Positive, checked
 
 MAX_DENSE = 4096
 NUM_NEIGHBOURS = 128
@@ -54,7 +54,8 @@ class MapaPosterior:
         """M, at most N. With M = N the posterior is dense, and exact."""
         return self.indices.shape[1]
 
-    def with_bandwidth(self, bandwidth: float) -> "MapaPosterior":
+    @checked()
+    def with_bandwidth(self, bandwidth: Positive) -> "MapaPosterior":
         """The same posterior with another bandwidth of its kernel, from the distances that it holds.
 
         Raises `InputError` where the kernel refuses the bandwidth or has none, and for a posterior without a kernel.
@@ -70,13 +71,14 @@ class MapaPosterior:
         return dense.scatter(1, self.indices.long(), self.log_q)
 
 
+@checked()
 def mapa_posterior(
     data: Data,
-    likelihood: str | Kernel | LogKernel,
+    likelihood: str | LogKernel,
     *,
-    bandwidth: float | None = None,
-    num_neighbours: int | None = None,
-    cache: str | Path | None = None,
+    bandwidth: Positive | None = None,
+    num_neighbours: Count | None = None,
+    cache: File | None = None,
 ) -> MapaPosterior:
     r"""MAPA: a posterior over the datapoints that explain each datapoint, from the data and a kernel alone.
 
@@ -119,15 +121,10 @@ def _normalised(kernel: Kernel, distances: Tensor) -> Tensor:
     return torch.log_softmax(kernel.of_distances(distances - distances[:, :1]), 1)
 
 
-def _kernel(likelihood: str | Kernel | LogKernel, bandwidth: float | None) -> Kernel:
+def _kernel(likelihood: str | LogKernel, bandwidth: float | None) -> Kernel:
     """The kernel for a name, a kernel or a user's function."""
     if isinstance(likelihood, str):
         return _kernel_named(likelihood, bandwidth)
-    if not callable(likelihood):
-        raise InputError(
-            "likelihood: expected a name, a kernel or a function that returns log kappa, got "
-            f"{type(likelihood).__name__}"
-        )
     if bandwidth is not None:
         raise InputError(
             "bandwidth: has an effect only with a likelihood given by name. Set the bandwidth in the kernel instead"

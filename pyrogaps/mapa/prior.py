@@ -11,6 +11,7 @@ from scipy import interpolate, optimize, stats  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Count, Seed, checked
 
 Array = NDArray[np.float64]
 
@@ -44,7 +45,8 @@ class MonotoneTransport(nn.Module):
         return value + self.slopes[0] * (eps - first).clamp(max=0) + self.slopes[1] * (eps - last).clamp(min=0)
 
 
-def recovered_transport(latents: Tensor, *, num_pieces: int | None = None) -> MonotoneTransport:
+@checked()
+def recovered_transport(latents: Tensor, *, num_pieces: Count | None = None) -> MonotoneTransport:
     r"""The map T from standard Normal noise to one-dimensional latents: z = T(eps), eps ~ N(0, 1).
 
     The copula transform turns latents into Gaussian scores by their ranks (ties get their mean rank),
@@ -74,8 +76,6 @@ def recovered_transport(latents: Tensor, *, num_pieces: int | None = None) -> Mo
         )
     z = _checked(latents[:, None])[:, 0]
     pieces = max(1, round(2 * len(z) ** (1 / 3))) if num_pieces is None else num_pieces
-    if pieces < 1:
-        raise InputError(f"num_pieces: must be at least 1, got {num_pieces}")
     center, scale = z.mean(), z.std()
     eps = stats.norm.ppf(stats.rankdata(z) / (len(z) + 1))
     ends = eps.min(), eps.max()
@@ -97,8 +97,9 @@ def _monotone_spline(x: Array, y: Array, breaks: Array) -> Any:
     return interpolate.PPoly.from_spline(interpolate.BSpline(knots, np.cumsum(increments), 3))
 
 
+@checked()
 def recovered_prior(
-    latents: Tensor, *, num_components: int | None = None, max_components: int = 16, seed: int = 0
+    latents: Tensor, *, num_components: Count | None = None, max_components: Count = 16, seed: Seed = 0
 ) -> Any:
     """A mixture of Gaussians fitted to latents of any dimension: a Pyro distribution of event shape `(D,)`.
 
@@ -119,7 +120,7 @@ def recovered_prior(
     if latents.dim() != 2:
         raise InputError(f"latents: expected a matrix (N, D), got shape {tuple(latents.shape)}")
     z = _checked(latents)
-    if num_components is not None and not 1 <= num_components <= len(z):
+    if num_components is not None and num_components > len(z):
         raise InputError(f"num_components: must be from 1 to N = {len(z)}, got {num_components}")
     center, scale = z.mean(0), z.std(0)
     choices = [num_components] if num_components is not None else _choices(len(z), z.shape[1], max_components)

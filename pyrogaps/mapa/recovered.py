@@ -14,10 +14,12 @@ from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel
 from pyrogaps.mapa.prior import recovered_prior
+from pyrogaps.settings import Count, Name, checked
 
 ENCODED_ROWS = 4096
 
 
+@checked("RecoveredPrior")
 class RecoveredPrior(nn.Module):
     r"""`model` with a mixture of Gaussians as the prior of its latent; N(0, I) until `recover` fits it.
 
@@ -41,11 +43,8 @@ class RecoveredPrior(nn.Module):
     means: Tensor
     scale_tril: Tensor
 
-    def __init__(self, model: nn.Module, latent_dim: int = 1, max_components: int = 16, site: str = "z") -> None:
+    def __init__(self, model: nn.Module, latent_dim: Count = 1, max_components: Count = 16, site: Name = "z") -> None:
         super().__init__()
-        for name, value in (("latent_dim", latent_dim), ("max_components", max_components)):
-            if value < 1:
-                raise InputError(f"RecoveredPrior: {name} must be at least 1, got {value}")
         self.model, self.site, self.max_components = model, site, max_components
         self.register_buffer("log_weights", torch.zeros(1))
         self.register_buffer("means", torch.zeros(1, latent_dim))

@@ -1,7 +1,7 @@
 """`Mapa`: settings of training a model by MAPA before its guide; and `train_by_mapa`, which trains it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
@@ -9,10 +9,11 @@ from pyrogaps.errors import InputError
 from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.iwae import MAPA_IWAE_ELBO
 from pyrogaps.mapa.posterior import mapa_posterior
-from pyrogaps.problem import Plate
+from pyrogaps.settings import Count, Plate, Positive, Whole, checked
 from pyrogaps.training import Training, TrainingResult, train
 
 
+@checked("mapa")
 @dataclass(frozen=True)
 class Mapa:
     """Settings of `train_by_mapa`.
@@ -28,12 +29,12 @@ class Mapa:
         training: settings of `pyrogaps.train` for the model and the encoder.
     """
 
-    likelihood: str = "gaussian"
-    bandwidth: float | None = None
-    num_neighbours: int | None = None
-    num_top: int = 1
-    num_samples: int = 9
-    num_draws: int = 1
+    likelihood: Literal["gaussian", "bernoulli", "continuous_bernoulli"] = "gaussian"
+    bandwidth: Positive | None = None
+    num_neighbours: Count | None = None
+    num_top: Whole = 1
+    num_samples: Whole = 9
+    num_draws: Count = 1
     replacement: bool = True
     training: Training = field(default_factory=Training)
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pyro.infer import ELBO
@@ -16,8 +16,10 @@ from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.objectives.gradients import CutDraws, doubly_reparametrised, score_surrogate
 from pyrogaps.objectives.particles import SameSubsamples, read_particles
+from pyrogaps.settings import Count, Plate, checked
 
 
+@checked("IWAE_ELBO")
 @dataclass
 class IWAE_ELBO(ELBO):
     r"""The importance-weighted bound (Burda et al., arXiv:1509.00519) of every datapoint, summed over the data plate.
@@ -51,17 +53,15 @@ class IWAE_ELBO(ELBO):
     Use it as `SVI(model, guide, optimizer, loss=IWAE_ELBO(10))`, or as `pyrogaps.train(..., objective=IWAE_ELBO(10))`.
     """
 
-    num_particles: int = 10
+    num_particles: Count = 10
     doubly_reparametrised: bool = False
     vectorize_particles: bool = False
-    plate: str | Literal[False] | None = None
+    plate: Plate = None
 
     # `pyrogaps.train` may record its steps: the loss is computed without reading a tensor's value.
     recordable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.num_particles < 1:
-            raise InputError(f"IWAE_ELBO: num_particles must be at least 1, got {self.num_particles}")
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=self.num_particles, vectorize_particles=self.vectorize_particles
         )

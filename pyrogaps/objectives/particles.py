@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
@@ -14,6 +14,7 @@ from pyrogaps.density.layout import leaf, plate_dim
 from pyrogaps.density.score import is_bookkeeping
 from pyrogaps.density.structure import check_in_plate, find_plate
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Plate
 
 # The plate in which Pyro runs all particles at once.
 PARTICLES = "num_particles_vectorized"
@@ -56,7 +57,7 @@ class Particles:
         return self.log_model - self.log_guide
 
 
-def read_particles(traces: list[tuple[Any, Any]], plate: str | Literal[False] | None) -> Particles:
+def read_particles(traces: list[tuple[Any, Any]], plate: Plate) -> Particles:
     """The particles in `traces`, pairs of model and guide traces: one particle per pair, or all in a single pair.
 
     Raises `InputError`, naming the site or the plate, if there is no log-weight per datapoint.
@@ -76,7 +77,7 @@ def _random(trace: Any) -> Sites:
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not is_bookkeeping(site)}
 
 
-def _read(model: Sites, guide: Sites, plate: str | Literal[False] | None) -> Particles:
+def _read(model: Sites, guide: Sites, plate: Plate) -> Particles:
     _check_pair(model, guide)
     name = find_plate({key: _unvectorised(site) for key, site in model.items()}) if plate is None else plate or None
     rows = _Rows(name)

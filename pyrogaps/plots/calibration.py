@@ -10,12 +10,14 @@ from pyrogaps.calibration import Calibration
 from pyrogaps.calibration.summary import FAMILY_WISE, LOG_JOINT, deviating
 from pyrogaps.calibration.uniformity import POINTS, uniformity_test
 from pyrogaps.plots.source import LINES, SHADES, new_figure, tidy
+from pyrogaps.settings import checked
 
 GRID = np.linspace(0, 1, 401)
 FAINT, DEVIATING = "0.6", "0.3"
 MAX_HIGHLIGHTED = 4
 
 
+@checked()
 def plot_calibration(calibration: Calibration | xr.DataTree, figure: FigureBase | None = None) -> FigureBase:
     """Draw how far the ranks of a calibration are from uniform, one line per latent dimension.
 

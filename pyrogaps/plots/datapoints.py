@@ -17,12 +17,14 @@ from pyrogaps.plots.source import (
     tidy,
     values,
 )
+from pyrogaps.settings import Whole, checked
 
 APPROXIMATION, AMORTIZATION, OPTIMIZATION = "approximation_gap", "amortization_gap", "guide_optimization_gap"
 POINTS_WITH_ERROR_BARS = 1000
 
 
-def plot_datapoints(source: Source, figure: FigureBase | None = None, *, num_images: int = 12) -> FigureBase:
+@checked()
+def plot_datapoints(source: Source, figure: FigureBase | None = None, *, num_images: Whole = 12) -> FigureBase:
     """Scatter each datapoint's amortization gap against its approximation gap, in nats.
 
     Where nothing is amortized, the optimization gap takes the place of the amortization gap.

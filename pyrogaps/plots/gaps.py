@@ -22,6 +22,7 @@ from pyrogaps.plots.source import (
     values,
     with_error,
 )
+from pyrogaps.settings import checked
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Bar:
     hatch: str
 
 
+@checked()
 def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
     """Draw mean gaps in nats as bars on one axis, "nats below log p(x)", with one standard error over datapoints.
 

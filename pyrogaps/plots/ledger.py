@@ -6,8 +6,10 @@ from pyrogaps.plots.datapoints import plot_datapoints
 from pyrogaps.plots.gaps import plot_gaps
 from pyrogaps.plots.source import Source, families, new_figure, per_datapoint
 from pyrogaps.plots.traces import plot_traces
+from pyrogaps.settings import checked
 
 
+@checked()
 def plot_ledger(source: Source, figure: FigureBase | None = None) -> FigureBase:
     """Draw `plot_gaps`, `plot_datapoints` and `plot_traces` below one another.
 

@@ -7,8 +7,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
+from pyrogaps.errors import InputError
 from pyrogaps.plots.datapoints import images_of
 from pyrogaps.plots.source import SHADES, new_figure
+from pyrogaps.settings import checked
 
 # Shares of a posterior's mass that its contours enclose, the widest first.
 SHARES = (0.99, 0.95, 0.8, 0.6, 0.4, 0.2)
@@ -20,6 +22,7 @@ GREYS = LinearSegmentedColormap.from_list("true posterior", ["#ececec", "#8a8a8a
 OUTLINE = "#c8641e"
 
 
+@checked()
 def plot_posteriors(source: xr.Dataset, figure: FigureBase | None = None) -> FigureBase:
     """Draw p(z|x) and every q(z|x) over the two latent dimensions: one row per posterior, one column per datapoint.
 
@@ -36,8 +39,8 @@ def plot_posteriors(source: xr.Dataset, figure: FigureBase | None = None) -> Fig
     Returns:
         The figure drawn in.
     """
-    if not isinstance(source, xr.Dataset) or "density" not in source:
-        raise TypeError(f"expected the Dataset that posterior_grid returns, got {type(source).__name__}")
+    if "density" not in source:
+        raise InputError("source: it has no density; expected the Dataset that posterior_grid returns")
     columns, names = source.sizes["datapoint"], [str(name) for name in source["posterior"].values]
     images = images_of(source, np.arange(columns))
     rows = len(names) + (images is not None)

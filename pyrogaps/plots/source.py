@@ -7,6 +7,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
+from pyrogaps.errors import InputError
 from pyrogaps.gaps.terms import TERMS, Mean, standard_error
 
 Source: TypeAlias = Any  # a GapLedger, or anything with its groups
@@ -28,10 +29,10 @@ def group(source: Source, *names: str) -> xr.Dataset:
 
 
 def per_datapoint(source: Source) -> xr.Dataset:
-    """The per-datapoint group; `TypeError` where `source` has none."""
+    """The per-datapoint group; `InputError` where `source` has none."""
     dataset = group(source, "per_datapoint")
     if not dataset.data_vars:
-        raise TypeError(f"expected a GapLedger or a DataTree with a group 'per_datapoint', got {type(source).__name__}")
+        raise InputError("source: it has no group 'per_datapoint'; pass a GapLedger or a DataTree of one")
     return dataset
 
 

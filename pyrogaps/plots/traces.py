@@ -6,8 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 
 from pyrogaps.plots.source import LINES, SHADES, Source, families, group, new_figure, note, per_datapoint, tidy, values
+from pyrogaps.settings import checked
 
 
+@checked()
 def plot_traces(source: Source, figure: FigureBase | None = None) -> FigureBase:
     """Draw the traces of a decomposition: ELBO during refinement, and acceptance and ESS during annealing.
 

@@ -12,7 +12,7 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.problem import Plate, Problem
+from pyrogaps.problem import Problem
 from pyrogaps.refine.families import is_family
 from pyrogaps.refine.local import Refinable
 from pyrogaps.refine.optimise import Progress
@@ -20,6 +20,7 @@ from pyrogaps.refine.own import own_family
 from pyrogaps.refine.refiner import Refiner
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.run import Run
+from pyrogaps.settings import Count, Plate, Seed, checked
 from pyrogaps.streams import BLOCK, Chunk
 
 
@@ -77,6 +78,7 @@ class RefinedGuide:
         return values
 
 
+@checked()
 def refine(
     model: Program | Problem,
     guide_or_family: Any = None,
@@ -84,8 +86,8 @@ def refine(
     *,
     settings: Refinement | None = None,
     plate: Plate = None,
-    batch_size: int = BLOCK,
-    seed: int = 0,
+    batch_size: Count = BLOCK,
+    seed: Seed = 0,
 ) -> RefinedGuide:
     r"""Fit a guide of a family to every datapoint: $q^*_n = \arg\max_{q \in Q} \mathcal L[q](x_n)$.
 

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from pyrogaps.errors import at_least, positive
+from pyrogaps.settings import Count, NonNegative, Positive, checked
 
 
+@checked("refinement")
 @dataclass(frozen=True)
 class Refinement:
     """Settings of the per-datapoint refinement.
@@ -22,14 +23,9 @@ class Refinement:
             rate, does not raise its ELBO by more than this, in nats (and two standard errors of that comparison).
     """
 
-    num_steps: int = 1000
-    num_particles: int = 8
-    learning_rate: float = 0.05
-    num_starts: int = 1
-    num_selection: int = 256
-    tolerance: float = 0.02
-
-    def __post_init__(self) -> None:
-        counts = ("num_steps", "num_particles", "num_starts", "num_selection")
-        at_least("refinement", self, dict.fromkeys(counts, 1))
-        positive("refinement", self, ["learning_rate"])
+    num_steps: Count = 1000
+    num_particles: Count = 8
+    learning_rate: Positive = 0.05
+    num_starts: Count = 1
+    num_selection: Count = 256
+    tolerance: NonNegative = 0.02

@@ -14,6 +14,7 @@ from pyrogaps.density.data import IndexedData, evenly_spaced
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.processes import first
+from pyrogaps.settings import File
 from pyrogaps.training.parameters import JointOptimizer
 from pyrogaps.training.settings import Training
 from pyrogaps.training.steps import EagerSteps
@@ -51,7 +52,7 @@ class Checkpoint:
     from the seed and the epoch's number.
     """
 
-    def __init__(self, path: str | Path | None, model: Program, guide: Program, fingerprint: dict[str, str]) -> None:
+    def __init__(self, path: File | None, model: Program, guide: Program, fingerprint: dict[str, str]) -> None:
         self.path = None if path is None else Path(path)
         self.model, self.guide, self.fingerprint = model, guide, fingerprint
         self._written, self._cost = time.monotonic(), 0.0

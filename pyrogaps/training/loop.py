@@ -1,7 +1,6 @@
 """`train`: stochastic variational inference of a model and a guide."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,35 +10,37 @@ from torch.optim import Optimizer
 from pyrogaps.density.data import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Count, Device, File, Positive, Seed, Whole, checked
 from pyrogaps.training.placing import modes_restored
 from pyrogaps.training.settings import Training, TrainingResult
 from pyrogaps.training.trainer import Trainer
 
 
+@checked()
 def train(
     model: Program,
     guide: Program,
     data: Data,
     *,
-    num_epochs: int = 100,
-    batch_size: int = 100,
-    learning_rate: float = 1e-3,
+    num_epochs: Count = 100,
+    batch_size: Count = 100,
+    learning_rate: Positive = 1e-3,
     schedule: Callable[[int], float] | None = None,
     optimizer: type[Optimizer] = torch.optim.Adam,
     optimizer_options: dict[str, Any] | None = None,
-    kl_warmup: int = 0,
-    entropy_annealing: int = 0,
-    clip_norm: float | None = None,
-    num_particles: int = 1,
-    patience: int | None = None,
+    kl_warmup: Whole = 0,
+    entropy_annealing: Whole = 0,
+    clip_norm: Positive | None = None,
+    num_particles: Count = 1,
+    patience: Count | None = None,
     validation: Data | None = None,
     freeze_model: bool = False,
     objective: ELBO | None = None,
-    guide_steps: int = 0,
+    guide_steps: Whole = 0,
     mode: Literal["eager", "captured"] = "captured",
-    checkpoint: str | Path | None = None,
-    seed: int = 0,
-    device: torch.device | str | None = None,
+    checkpoint: File | None = None,
+    seed: Seed = 0,
+    device: Device | None = None,
     progress: bool = True,
 ) -> TrainingResult:
     """Train a Pyro model and guide by stochastic variational inference on minibatches.

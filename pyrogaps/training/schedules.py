@@ -3,8 +3,9 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
-from pyrogaps.errors import InputError
+from pyrogaps.settings import Count, Several, checked, within
 
 
 class Schedule(ABC):
@@ -26,37 +27,31 @@ class Constant(Schedule):
         return 1.0
 
 
+@checked("schedule")
 @dataclass(frozen=True)
 class Exponential(Schedule):
     """`decay ** epoch`. Raises `InputError` unless 0 < decay <= 1."""
 
-    decay: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.decay <= 1:
-            raise InputError(f"schedule: decay must be in (0, 1], got {self.decay}")
+    decay: Annotated[float, within("above 0 and at most 1")]
 
     def __call__(self, epoch: int) -> float:
         return self.decay**epoch
 
 
+@checked("schedule")
 @dataclass(frozen=True)
 class Cosine(Schedule):
     """Half a cosine from 1 in the first epoch to `final` in the last of `num_epochs`; `final` afterwards."""
 
-    num_epochs: int
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_num_epochs(self.num_epochs)
-        if not 0 <= self.final <= 1:
-            raise InputError(f"schedule: final must be in [0, 1], got {self.final}")
+    num_epochs: Count
+    final: Annotated[float, within("of at least 0 and at most 1")] = 0.0
 
     def __call__(self, epoch: int) -> float:
         progress = min(1.0, epoch / max(1, self.num_epochs - 1))
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
+@checked("schedule")
 @dataclass(frozen=True)
 class Staircase(Schedule):
     """Stages of growing length: 10^(-i/(S-1)) for 3^i epochs, i = 0 .. S-1, with S = `num_stages`.
@@ -65,13 +60,8 @@ class Staircase(Schedule):
     `num_epochs` scales all stages equally. After the last stage its multiplier, 1/10, is kept.
     """
 
-    num_epochs: int = 3280
-    num_stages: int = 8
-
-    def __post_init__(self) -> None:
-        _check_num_epochs(self.num_epochs)
-        if self.num_stages < 2:
-            raise InputError(f"schedule: num_stages must be at least 2, got {self.num_stages}")
+    num_epochs: Count = 3280
+    num_stages: Several = 8
 
     def __call__(self, epoch: int) -> float:
         # Stage i begins after a share (3^i - 1) / (3^S - 1) of the epochs. Integers keep rounding from moving a stage.
@@ -79,8 +69,3 @@ class Staircase(Schedule):
         share = epoch * (3**self.num_stages - 1)
         stage = sum(share >= self.num_epochs * (3**i - 1) for i in range(1, last + 1))
         return float(10.0 ** (-stage / last))
-
-
-def _check_num_epochs(num_epochs: int) -> None:
-    if num_epochs < 1:
-        raise InputError(f"schedule: num_epochs must be at least 1, got {num_epochs}")

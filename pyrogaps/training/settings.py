@@ -9,8 +9,10 @@ from pyro.infer import ELBO
 from torch.optim import Optimizer
 
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Count, NonNegative, Positive, Whole, checked, conform
 
 
+@checked("training")
 @dataclass(frozen=True)
 class Training:
     """The settings of `train`, documented there; apply them by `train(model, guide, data, **vars(settings))`.
@@ -18,32 +20,23 @@ class Training:
     Raises `InputError` for a setting out of range.
     """
 
-    num_epochs: int = 100
-    batch_size: int = 100
-    learning_rate: float = 1e-3
+    num_epochs: Count = 100
+    batch_size: Count = 100
+    learning_rate: Positive = 1e-3
     schedule: Callable[[int], float] | None = None
     optimizer: type[Optimizer] = torch.optim.Adam
     optimizer_options: dict[str, Any] = field(default_factory=dict)
-    kl_warmup: int = 0
-    entropy_annealing: int = 0
-    clip_norm: float | None = None
-    num_particles: int = 1
-    patience: int | None = None
+    kl_warmup: Whole = 0
+    entropy_annealing: Whole = 0
+    clip_norm: Positive | None = None
+    num_particles: Count = 1
+    patience: Count | None = None
     freeze_model: bool = False
     objective: ELBO | None = None
-    guide_steps: int = 0
+    guide_steps: Whole = 0
     mode: Literal["eager", "captured"] = "captured"
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "batch_size", "num_particles"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("kl_warmup", "entropy_annealing"):
-            self._check(name, getattr(self, name) >= 0, "0 or more epochs")
-        self._check("learning_rate", self.learning_rate > 0, "positive")
-        self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive, or None")
-        self._check("patience", self.patience is None or self.patience >= 1, "at least 1 epoch, or None")
-        self._check("guide_steps", self.guide_steps >= 0, "0 or more")
-        self._check("mode", self.mode in ("eager", "captured"), "eager or captured")
         if self.guide_steps and self.freeze_model:
             raise InputError(
                 "training: guide_steps has no effect with freeze_model, because the model takes no steps. Set "
@@ -51,10 +44,6 @@ class Training:
             )
         if self.objective is not None:
             self._check_objective(type(self.objective).__name__)
-
-    def _check(self, name: str, valid: bool, requirement: str) -> None:
-        if not valid:
-            raise InputError(f"training: {name} must be {requirement}, got {getattr(self, name)}")
 
     def _check_objective(self, name: str) -> None:
         if not hasattr(self.objective, "differentiable_loss"):
@@ -72,7 +61,8 @@ class Training:
 
     def rate(self, epoch: int) -> float:
         """The learning rate in `epoch`, counted from 0."""
-        return self.learning_rate * (1.0 if self.schedule is None else self.schedule(epoch))
+        factor = 1.0 if self.schedule is None else self.schedule(epoch)
+        return self.learning_rate * float(conform(f"training.schedule({epoch})", NonNegative, factor))
 
     def beta(self, epoch: int) -> float:
         """The weight of log p(z) - log q(z|x) in `epoch`: 0 in the first, 1 from epoch `kl_warmup` on."""

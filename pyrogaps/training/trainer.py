@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -18,6 +17,7 @@ from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.family import augmented
 from pyrogaps.processes import rank, world_size
+from pyrogaps.settings import File
 from pyrogaps.streams import reseed, seeded
 from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
 from pyrogaps.training.lagging import MUTUAL_INFORMATION, GuideAhead
@@ -122,7 +122,7 @@ class Trainer:
         measured = self.data if self.validation is None else self.validation
         return GuideAhead(self.augmented, self.guide, measured, names, self.settings.guide_steps)
 
-    def run(self, path: str | Path | None, progress: bool) -> TrainingResult:
+    def run(self, path: File | None, progress: bool) -> TrainingResult:
         checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
         state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer, self.steps)
         if state.epoch > self.settings.num_epochs:

@@ -167,9 +167,9 @@ def test_batch_size_does_not_change_the_ledger() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_completions": 5}, "must be even and at least 4"),
+        ({"num_completions": 5}, "conditioning.num_completions: must be even"),
         ({"num_completions": 64, "max_completions": 32}, "at least num_completions"),
-        ({"tolerance": 0.0}, "must be positive"),
+        ({"tolerance": 0.0}, "conditioning.tolerance: must be a number above 0"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, float], message: str) -> None:

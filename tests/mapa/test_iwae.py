@@ -238,7 +238,7 @@ def test_several_sites_serve_where_each_depends_on_x_alone() -> None:
 
 
 def test_sizes_are_refused() -> None:
-    with pytest.raises(pg.InputError, match="MAPA_IWAE_ELBO: num_draws must be at least 1, got 0"):
+    with pytest.raises(pg.InputError, match=r"MAPA_IWAE_ELBO\.num_draws: must be a whole number of at least 1, got 0"):
         pg.MAPA_IWAE_ELBO(POSTERIOR, num_draws=0)
     with pytest.raises(pg.InputError, match=r"MAPA_IWAE_ELBO: num_samples=12 is too large to draw without replacement"):
         pg.MAPA_IWAE_ELBO(POSTERIOR, num_samples=N)

@@ -131,7 +131,7 @@ def test_a_resumed_run_ends_with_the_same_prior(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(pg.InputError, match="RecoveredPrior: latent_dim must be at least 1, got 0"):
+    with pytest.raises(pg.InputError, match=r"RecoveredPrior\.latent_dim: must be a whole number of at least 1, got 0"):
         RecoveredPrior(linear(), 0)
     with pytest.raises(
         pg.InputError, match=r"site 'z' has event shape \(2,\), but the prior has \(1,\)\. Set latent_dim"

@@ -232,10 +232,10 @@ def test_indices_of_several_chunks_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "refinement.num_steps: must be at least 1"),
+        ({"num_steps": 0}, "refinement.num_steps: must be a whole number of at least 1"),
         ({"num_particles": 0}, "refinement.num_particles"),
         ({"num_selection": 0}, "refinement.num_selection"),
-        ({"learning_rate": 0.0}, "refinement.learning_rate: must be positive"),
+        ({"learning_rate": 0.0}, "refinement.learning_rate: must be a number above 0"),
     ],
 )
 def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None:
