@@ -35,8 +35,9 @@ def replacing(path: Path, what: str, remedy: str = "") -> Iterator[BinaryIO]:
     with writing(path, what, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.pyrogaps-{secrets.token_hex(8)}.tmp")
+        file = temporary.open("x+b")
         try:
-            with temporary.open("x+b") as file:
+            with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -36,7 +36,7 @@ def provenance_of(tree: xr.DataTree, groups: Mapping[str, xr.Dataset], what: str
 
 def _checksum(groups: Mapping[str, xr.Dataset], text: str) -> str:
     """A SHA-256 of names, dimensions and values, which are the same before and after a file."""
-    digest = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(text.encode(errors="surrogatepass"))  # of a damaged file, text may not be Unicode
     for group, dataset in groups.items():
         for name, variable in sorted(dataset.variables.items(), key=lambda item: str(item[0])):
             values = variable.values
