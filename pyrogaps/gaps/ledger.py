@@ -91,8 +91,9 @@ class GapLedger:
 
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`
-        where the amortization gap is split, `certificate` where there is one, and the provenance as one JSON string in
-        the attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`.
+        where the amortization gap is split, `certificate` where there is one, the provenance as one JSON string in
+        the attribute "pyrogaps" and a checksum in "pyrogaps_sha256". Save it with
+        `.to_netcdf(path, engine="h5netcdf")`.
         """
         groups = dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed, self.gaps), strict=True))
         further = {TRAINING: self.training, CERTIFICATE: self.certificate}
