@@ -10,6 +10,8 @@ from pyrogaps.files import replacing, sha256
 
 NAME = "run.json"
 FORMAT = "pyrogaps run 1"
+# For whoever cannot write to a run's folder.
+REMEDY = ". Fix this and run the same command again; it continues from there"
 # File names, each with the SHA-256 of its content; None for what an unfinished run may write at any time.
 Files = dict[str, str | None]
 
@@ -38,7 +40,7 @@ class Manifest:
 
     def write(self, files: Files) -> None:
         """Replace the manifest."""
-        with replacing(self.path, "file") as file:
+        with replacing(self.path, "manifest", REMEDY) as file:
             file.write(json.dumps(_content(files), indent=1).encode() + b"\n")
 
     def present(self) -> list[str]:

@@ -101,8 +101,7 @@ class RunFolder:
 
     def _write(self, name: str, save: Callable[[BinaryIO], Any]) -> None:
         self._refuse_strangers((name,))
-        remedy = ". Fix this and run the same command again; it continues from there"
-        with replacing(self / name, "result", remedy) as file:
+        with replacing(self / name, "result", manifest.REMEDY) as file:
             save(file)
             # Before the file gets its name: no file of the run's is ever without its entry.
             self._manifest.write({**self._manifest.read(), name: sha256(file)})
@@ -138,9 +137,10 @@ class RunFolder:
                     f"{self / name} is not this run's file ({manifest.NAME} does not list it); choose another --out"
                 )
             if name in ORIGINALS and (self / name).exists() and not self._manifest.is_intact(name):
+                again = "with the recipe it began with" if name == RECIPE else "with the same command"
                 raise InputError(
-                    f"{self / name} is damaged, or was changed after the run wrote it. Move it away and run the same "
-                    "command again, which makes this file anew; or choose another --out"
+                    f"{self / name} is damaged, or was changed after the run wrote it. Choose another --out, or move "
+                    f"this file away and run again {again}, which makes it anew"
                 )
 
     def _refuse_other(self, text: str) -> None:
