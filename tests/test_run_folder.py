@@ -93,7 +93,7 @@ def test_the_remedy_for_a_damaged_ledger(work: Path, capsys: pytest.CaptureFixtu
     content = path.read_bytes()
     path.write_bytes(content[:3000] + bytes([content[3000] ^ 1]) + content[3001:])
     assert main(["recipe.yaml", "--quiet", "--out", "run"]) == 2
-    assert "run/ledger.nc is damaged, or was changed after the run wrote it. Choose another --out" in capsys.readouterr().err
+    assert "run/ledger.nc is damaged, or was changed after the run wrote it. Choose" in capsys.readouterr().err
     path.rename("away.nc")
     assert main(["recipe.yaml", "--quiet", "--out", "run"]) == 0
     assert capsys.readouterr().out == table
