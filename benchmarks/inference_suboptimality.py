@@ -22,14 +22,16 @@ import pyro
 from torch import Tensor
 
 import pyrogaps as pg
-from benchmarks.reporting import RESULTS, keep_noted, keep_trained, kept_ledger, machine
+from benchmarks.reporting import RESULTS, keep_noted, kept_ledger, machine
+from benchmarks.reporting import write as write_file
 from benchmarks.suboptimality_page import page
 from pyrogaps import GapLedger
 from pyrogaps.cli.building import DataSet, build_data, build_families, build_programs
 from pyrogaps.cli.recipe import Recipe, override, read_document, resolve
 from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.density.runs import Program
-from pyrogaps.training import load_model_weights
+from pyrogaps.training import load_model_weights, load_weights
+from pyrogaps.training.weights import dump, weights_alone
 
 # By name of the flow: how columns with it are called, and the files of its table.
 GUIDES = {"auxiliary": "flow", "coupling": "coupling"}
@@ -95,26 +97,26 @@ def trained(recipe: Recipe, folder: Path, *, progress: bool) -> tuple[Program, P
 
     Raises `InputError` where `folder` holds what another recipe made.
     """
-    RunFolder(folder).claim(recipe.to_yaml(), overwrite=False)
+    own = RunFolder(folder)
+    own.claim(recipe.to_yaml(), overwrite=False)
     model, guide, data = untrained(recipe)
     assert recipe.training is not None
-    settings = vars(recipe.training)
-
-    def train() -> None:
-        if recipe.model_checkpoint is not None:
-            load_model_weights(recipe.model_checkpoint, model, guide, data.train)
-        pg.train(
-            model,
-            guide,
-            data.train,
-            **settings,
-            validation=data.validation,
-            checkpoint=folder / "training.pt",
-            seed=recipe.seed,
-            progress=progress,
-        )
-
-    keep_trained(folder / "checkpoint.pt", model, guide, data.train, train)
+    if own.holds("checkpoint.pt"):
+        load_weights(folder / "checkpoint.pt", model, guide, data.train)
+        return model, guide, data
+    if recipe.model_checkpoint is not None:
+        load_model_weights(recipe.model_checkpoint, model, guide, data.train)
+    pg.train(
+        model,
+        guide,
+        data.train,
+        **vars(recipe.training),
+        validation=data.validation,
+        checkpoint=folder / "training.pt",
+        seed=recipe.seed,
+        progress=progress,
+    )
+    own.write("checkpoint.pt", lambda file: dump(file, weights_alone(model, guide)))
     return model, guide, data
 
 
@@ -176,7 +178,7 @@ def certified(
             seed=recipe.seed,
         )
         result = {"sandwich_width": sandwich.width, "sandwich_width_mcse": sandwich.width_mcse}
-        RunFolder(folder).write(path.name, lambda to: to.write_text(json.dumps(result)))
+        write_file(path, json.dumps(result).encode())
     found: dict[str, float] = json.loads(path.read_text())
     return found
 
@@ -294,10 +296,8 @@ def main() -> None:
 def write(rows: list[dict[str, object]], flow: str) -> None:
     """The CSV of the columns so far, and the page made of it."""
     table = pd.DataFrame(rows)
-    RESULTS.mkdir(exist_ok=True)
-    results = RunFolder(RESULTS)
-    results.write(f"{FILES[flow]}.csv", lambda to: table.to_csv(to, index=False))
-    results.write(f"{FILES[flow]}.md", lambda to: to.write_text(page(table, flow)))
+    write_file(RESULTS / f"{FILES[flow]}.csv", table.to_csv(index=False).encode())
+    write_file(RESULTS / f"{FILES[flow]}.md", page(table, flow).encode())
 
 
 if __name__ == "__main__":

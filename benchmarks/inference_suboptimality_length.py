@@ -34,6 +34,7 @@ from benchmarks.inference_suboptimality import (
     untrained,
 )
 from benchmarks.reporting import RESULTS, keep_noted, machine
+from benchmarks.reporting import write as write_file
 from benchmarks.suboptimality_page import (
     AMORTIZATION,
     APPROXIMATION,
@@ -49,6 +50,7 @@ from benchmarks.suboptimality_page import (
 )
 from pyrogaps.cli.recipe import Recipe
 from pyrogaps.cli.run_folder import RunFolder
+from pyrogaps.files import replacing
 from pyrogaps.plots.source import SHADES, tidy
 from pyrogaps.training import Staircase, load_weights, save_weights
 
@@ -102,7 +104,7 @@ def train_to(epoch: int, recipe: Recipe, folder: Path) -> None:
         seed=recipe.seed,
         progress=sys.stderr.isatty(),
     )
-    own.write(weights_at(folder, epoch).name, lambda to: save_weights(to, model, guide))
+    save_weights(weights_at(folder, epoch), model, guide)
     keep_noted(folder / "training" / "machine.txt", machine)
     own.release()
 
@@ -141,13 +143,12 @@ def compressed() -> pd.DataFrame:
 def write(rows: list[dict[str, object]]) -> None:
     """The CSV of what is measured so far, the figure and the page."""
     table = pd.concat([pd.DataFrame(rows), compressed()], ignore_index=True)
-    RESULTS.mkdir(exist_ok=True)
-    results = RunFolder(RESULTS)
-    results.write(f"{NAME}.csv", lambda to: table.to_csv(to, index=False))
+    write_file(RESULTS / f"{NAME}.csv", table.to_csv(index=False).encode())
     figure = Figure(layout="constrained", figsize=(11, 3.2))
     draw(table, figure)
-    results.write(f"{NAME}.png", lambda to: figure.savefig(to, dpi=200, format="png"))
-    results.write(f"{NAME}.md", lambda to: to.write_text(page(table)))
+    with replacing(RESULTS / f"{NAME}.png", "figure") as file:
+        figure.savefig(file, dpi=200, format="png")
+    write_file(RESULTS / f"{NAME}.md", page(table).encode())
 
 
 def draw(table: pd.DataFrame, figure: Figure) -> None:

@@ -11,9 +11,9 @@ import torch
 import xarray as xr
 
 from pyrogaps import GapLedger
-from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
+from pyrogaps.files import replacing
 from pyrogaps.training import load_weights, save_weights
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,8 +84,7 @@ def keep_trained(weights: Path, model: Program, guide: Program, data: Data, trai
 def kept_ledger(path: Path, measure: Callable[[], GapLedger]) -> GapLedger:
     """The ledger in the file `path`, measured and written there where it does not lie there yet."""
     if not path.exists():
-        tree = measure().to_datatree()
-        RunFolder(path.parent).write(path.name, lambda to: tree.to_netcdf(to, engine="h5netcdf"))
+        write(path, measure().to_datatree().to_netcdf(engine="h5netcdf"))
     with xr.open_datatree(path, engine="h5netcdf") as tree:
         return GapLedger.from_datatree(tree.load())
 
@@ -93,5 +92,11 @@ def kept_ledger(path: Path, measure: Callable[[], GapLedger]) -> GapLedger:
 def keep_noted(path: Path, text: Callable[[], str]) -> str:
     """The text in the file `path`, written there where it does not lie there yet."""
     if not path.exists():
-        RunFolder(path.parent).write(path.name, lambda to: to.write_text(text()))
+        write(path, text().encode())
     return path.read_text()
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that appears whole or not at all."""
+    with replacing(path, "file") as file:
+        file.write(content)

@@ -31,10 +31,10 @@ from benchmarks.inference_suboptimality import (
     trained,
 )
 from benchmarks.reporting import RESULTS, keep_noted, machine
+from benchmarks.reporting import write as write_file
 from benchmarks.suboptimality_page import AMORTIZATION, APPROXIMATION, LABELS, Margin, Table, several, verdict
 from pyrogaps import GapLedger
 from pyrogaps.cli.recipe import Recipe, read_document, resolve
-from pyrogaps.cli.run_folder import RunFolder
 
 NAME = "suboptimality_studies"
 QUANTITIES = ("log_evidence", "elbo_refined", "elbo", APPROXIMATION, AMORTIZATION, "inference_gap")
@@ -211,10 +211,8 @@ def write(rows: dict[tuple[str, str], dict[str, object]]) -> None:
     """The CSV and the page of the columns so far, in the order of the studies."""
     order = [(study, column) for study, settings in STUDIES.items() for column in settings.columns]
     table = pd.DataFrame([rows[key] for key in order if key in rows])
-    RESULTS.mkdir(exist_ok=True)
-    results = RunFolder(RESULTS)
-    results.write(f"{NAME}.csv", lambda to: table.to_csv(to, index=False))
-    results.write(f"{NAME}.md", lambda to: to.write_text(page(table)))
+    write_file(RESULTS / f"{NAME}.csv", table.to_csv(index=False).encode())
+    write_file(RESULTS / f"{NAME}.md", page(table).encode())
     print(f"{len(table)} columns", flush=True)
 
 

@@ -21,9 +21,8 @@ from torch import Tensor
 
 import pyrogaps as pg
 from benchmarks.inference_suboptimality import column_recipe, decomposed, untrained
-from benchmarks.reporting import RESULTS, kept_ledger, machine, report
+from benchmarks.reporting import RESULTS, kept_ledger, machine, report, write
 from pyrogaps.cli.recipe import Component, Recipe
-from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.plots.source import SHADES, tidy
 
 # Another pair is another line: its name in the picture, and its recipe.
@@ -187,7 +186,7 @@ def main() -> None:
     if len(others):
         table = pd.concat([table.assign(machine=machine()), others], ignore_index=True)
         table = table.sort_values("pair", key=lambda pairs: pairs.map([*PAIRS].index), kind="stable")
-        RunFolder(RESULTS).write("training_curves.csv", lambda to: table.to_csv(to, index=False))
+        write(RESULTS / "training_curves.csv", table.to_csv(index=False).encode())
     figure = Figure(layout="constrained", figsize=(2.3 * table["pair"].nunique() + 0.6, 4.6))
     draw(table, figure)
     figure.savefig((options.runs if options.quick else RESULTS) / "training_curves.png", dpi=200)

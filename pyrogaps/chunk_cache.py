@@ -3,20 +3,23 @@
 import hashlib
 import json
 import os
+import re
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pyrogaps.files import replacing, writing
+from pyrogaps.files import is_sealed, remove_leftovers, replacing, seal, writing
 from pyrogaps.streams import Chunk
 
 Arrays = dict[str, Any]
 Probe = Callable[[Chunk], Tensor]
+
+_NAME = re.compile(r"(\d{9})-(\d{9})\.npz")
 
 
 class ChunkCache:
@@ -44,6 +47,7 @@ class ChunkCache:
         arrays = compute()
         with replacing(path, "results") as file:
             np.savez(file, fingerprint=np.array(fingerprint), **arrays)
+            seal(file)
         return arrays
 
     def present(self, pieces: Sequence[Chunk]) -> set[Chunk]:
@@ -53,11 +57,19 @@ class ChunkCache:
 
 def chunk_size(folder: str | os.PathLike[str] | None, num_datapoints: int) -> int | None:
     """Datapoints in each chunk whose result lies in `folder`, the data's last one left out; None without any."""
-    if folder is None:
-        return None
-    ends = [path.stem.split("-") for path in Path(folder).glob("?????????-?????????.npz")]
-    known = [(int(start), int(stop)) for start, stop in ends if (start + stop).isdigit()]
+    names = () if folder is None else (path.name for path in Path(folder).glob("*.npz"))
+    known = [(int(match[1]), int(match[2])) for name in names if (match := _NAME.fullmatch(name))]
     return max((stop - start for start, stop in known if stop != num_datapoints), default=None)
+
+
+def remove_chunks(folder: Path) -> None:
+    """Remove what caches wrote to `folder`, and the folder itself unless something else lies there."""
+    remove_leftovers(folder, _NAME.fullmatch)
+    for path in folder.glob("*.npz"):
+        if _NAME.fullmatch(path.name):
+            path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _path(folder: Path, chunk: Chunk) -> Path:
@@ -67,10 +79,13 @@ def _path(folder: Path, chunk: Chunk) -> Path:
 def _read(path: Path) -> Arrays | None:
     """What is in the file; None where there is none, or, said in a warning, where it cannot be read."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+        with open(path, "rb") as file:
+            if not is_sealed(file):
+                raise ValueError("its checksum differs")
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile):
+    except (OSError, ValueError):
         warnings.warn(f"{path} is damaged, so its datapoints are measured again", stacklevel=3)
         return None

@@ -1,7 +1,11 @@
-"""Atomic writing of files, and locks on folders."""
+"""Files written whole or not at all, the checksums that they carry, and locks on folders."""
 
+import errno
+import hashlib
 import os
-from collections.abc import Iterator
+import re
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -15,40 +19,90 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
+# Temporary files that `replacing` makes, and the name of the file that each was to become.
+_TEMPORARY = re.compile(r"\.(.+)\.pyrogaps-[0-9a-f]{16}\.tmp")
+# The comment that closes a sealed archive: this and 64 hexadecimal digits.
+_SEAL = b"pyrogaps sha256 "
+_SEAL_SIZE = len(_SEAL) + 64
+
 
 @contextmanager
-def replacing(path: Path, what: str) -> Iterator[BinaryIO]:
+def replacing(path: Path, what: str, remedy: str = "") -> Iterator[BinaryIO]:
     """Open a file for writing that replaces `path` when the block ends; until then `path` is unchanged.
 
-    Raises `InputError`, which names the file `what`, if it cannot be written.
+    Raises `InputError`, which names the file `what` and ends with `remedy`, if it cannot be written.
     """
-    with writing(path, what):
+    with writing(path, what, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with in_place_of(path) as temporary, temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        temporary = path.with_name(f".{path.name}.pyrogaps-{secrets.token_hex(8)}.tmp")
+        file = temporary.open("x+b")
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 
-@contextmanager
-def in_place_of(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces `path` when the block succeeds and is deleted otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _sync(folder: Path) -> None:
+    """Bring the names in `folder` to the disk, so that a rename outlives a power failure."""
+    if fcntl is None:  # Windows opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that sync no folders
+            raise
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        os.close(descriptor)
 
 
 @contextmanager
-def writing(path: Path, what: str) -> Iterator[None]:
+def writing(path: Path, what: str, remedy: str = "") -> Iterator[None]:
     """Turn an `OSError` of writing `path`, named `what`, into a one-line `InputError`."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{what} {path}: cannot be written: {error.strerror or error}") from error
+        raise InputError(f"{what} {path}: cannot be written: {error.strerror or error}{remedy}") from error
+
+
+def remove_leftovers(folder: Path, wanted: Callable[[str], object]) -> None:
+    """Remove temporary files that killed processes left in `folder`, where `wanted` takes the name of the target."""
+    for path in folder.glob(".*.tmp"):
+        if (match := _TEMPORARY.fullmatch(path.name)) and wanted(match[1]):
+            path.unlink(missing_ok=True)
+
+
+def sha256(file: BinaryIO, size: int | None = None) -> str:
+    """The SHA-256 of an open file, or of its first `size` bytes, in hexadecimal digits."""
+    left = file.seek(0, os.SEEK_END) if size is None else size
+    file.seek(0)
+    digest = hashlib.sha256()
+    while block := file.read(min(left, 1 << 20)):
+        digest.update(block)
+        left -= len(block)
+    return digest.hexdigest()
+
+
+def seal(file: BinaryIO) -> None:
+    """End a ZIP archive (the form of `.pt` and `.npz` files) with its own SHA-256, as a comment that readers skip."""
+    file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment
+    file.write(_SEAL_SIZE.to_bytes(2, "little"))
+    file.write(_SEAL + sha256(file).encode())
+
+
+def is_sealed(file: BinaryIO) -> bool:
+    """Whether a file is, to the bit, what `seal` left; it is rewound to its start."""
+    size = max(file.seek(0, os.SEEK_END) - _SEAL_SIZE, 0)
+    file.seek(size)
+    sealed = file.read() == _SEAL + sha256(file, size).encode()
+    file.seek(0)
+    return sealed
 
 
 def hold(folder: Path, remedy: str) -> int | None:

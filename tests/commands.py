@@ -9,7 +9,7 @@ import xarray as xr
 
 import pyrogaps
 
-RESULTS = ["checkpoint.pt", "gaps.png", "ledger.nc", "recipe.yaml", "summary.csv"]
+RESULTS = ["checkpoint.pt", "gaps.png", "ledger.nc", "recipe.yaml", "run.json", "summary.csv"]
 
 # A user's module. INTERRUPT="SIGKILL training.pt" sends the process that signal as soon as that file exists; of several
 # processes it is that of rank VICTIM. COUNT names a file that has a line for every chunk that was measured and kept.

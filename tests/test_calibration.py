@@ -458,6 +458,10 @@ def test_the_tree_is_read_by_arviz_and_back(tmp_path: Path) -> None:
     assert str(again) == str(found) and again.provenance == found.provenance
     with pytest.raises(InputError, match="not a tree"):
         Calibration.from_datatree(xr.DataTree())
+    changed = loaded.copy(deep=True)
+    changed["calibration"]["rank"].values[0, 0] += 1
+    with pytest.raises(InputError, match="calibration: its values are not those that to_datatree wrote"):
+        Calibration.from_datatree(changed)
     pit = loaded["prior_sbc"].to_dataset()
     assert pit["z_2"].dims == ("chain", "draw", "z_2_dim_0")
     assert pit.azstats.ecdf(dim=["chain", "draw"], pit=True)["z_2"].notnull().all()

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.conditioning import chain, chorales, images, ledgers, pendulum, picture
 from benchmarks.conditioning.rows import Options, Row
-from benchmarks.reporting import RESULTS, machine, report
-from pyrogaps.cli.run_folder import RunFolder
+from benchmarks.reporting import RESULTS, machine, report, write
 
 # Another experiment is another file, and a line here.
 EXPERIMENTS: dict[str, Callable[[Options], Iterator[Row]]] = {
@@ -40,7 +39,7 @@ def measured(name: str, options: Options) -> list[Row]:
     if rows is None:
         rows = list(EXPERIMENTS[name](options))
         text = json.dumps([asdict(row) for row in rows], indent=1)
-        RunFolder(options.runs).write(f"{name}.json", lambda path: path.write_text(text))
+        write(options.runs / f"{name}.json", text.encode())
     return rows
 
 

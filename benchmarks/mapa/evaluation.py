@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pyrogaps as pg
 from benchmarks.mapa.runs import Job, Options, drawn, train, write_json
 from benchmarks.mapa.training import VAE
-from pyrogaps.cli.run_folder import RunFolder
+from pyrogaps.files import replacing
 from pyrogaps.guides.mixture import AmortizedMixture
 from pyrogaps.mapa import MonotoneTransport
 from pyrogaps.models.synthetic import SyntheticData, SyntheticModel
@@ -97,7 +97,8 @@ def retrained(job: Job, data: SyntheticData, options: Options) -> SyntheticModel
     if not path.exists():
         found = train(job, data, options)
         weights = {"num_pieces": found.num_pieces, "decoder": found.model.decoder.state_dict()}
-        RunFolder(path.parent).write(path.name, lambda to: torch.save(weights, to))
+        with replacing(path, "weights") as file:
+            torch.save(weights, file)
     return _restored(job.data_set, **torch.load(path))
 
 

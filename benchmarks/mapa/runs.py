@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.mapa.training import IWAE, MAPA, MAPA_GT, MAPA_NAIVE, VAE, Trained, trained
-from pyrogaps.cli.run_folder import RunFolder
+from benchmarks.reporting import write
 from pyrogaps.errors import InputError
 from pyrogaps.models.curves import CURVES
 from pyrogaps.models.synthetic import SyntheticData, divergence
@@ -118,9 +118,7 @@ def _kept(found: Trained, kl: float) -> Run:
 
 def write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
     """Keep `content`, in a file that appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1)
-    RunFolder(folder).write(name, lambda to: to.write_text(text))
+    write(folder / name, json.dumps(content, indent=1).encode())
 
 
 def drawn(data_set: str, draw: int, options: Options) -> SyntheticData:

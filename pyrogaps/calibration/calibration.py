@@ -1,6 +1,5 @@
 """`Calibration`: the ranks of simulation-based calibration and their summary."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,10 @@ from pyrogaps.calibration.statistics import covered, proportion
 from pyrogaps.calibration.summary import summarise
 from pyrogaps.errors import InputError
 from pyrogaps.settings import Probability, checked
+from pyrogaps.trees import PROVENANCE, describe, provenance_of
 
 SIMULATED, LATENT = "simulated", "latent"
 GROUP, PIT_GROUP = "calibration", "prior_sbc"
-ATTRIBUTE = "pyrogaps"
 SAMPLE_DIMS = ["chain", "draw"]
 
 
@@ -106,15 +105,15 @@ class Calibration:
             start += size
         by_site = dict_to_dataset(variables, sample_dims=SAMPLE_DIMS, check_conventions=False)
         tree = xr.DataTree.from_dict({PIT_GROUP: by_site, GROUP: self.per_simulated})
-        tree.attrs[ATTRIBUTE] = json.dumps(self.provenance)
-        return tree
+        return describe(tree, {GROUP: self.per_simulated}, self.provenance)
 
     @classmethod
     def from_datatree(cls, tree: xr.DataTree) -> "Calibration":
-        """A calibration back from `to_datatree`; raises `InputError` for a tree that is not one."""
-        if GROUP not in tree.children or ATTRIBUTE not in tree.attrs:
+        """A calibration back from `to_datatree`; raises `InputError` for a tree that is not one, or not as written."""
+        if GROUP not in tree.children or PROVENANCE not in tree.attrs:
             raise InputError("calibration: not a tree written by Calibration.to_datatree")
-        return cls(tree.children[GROUP].to_dataset(), json.loads(tree.attrs[ATTRIBUTE]))
+        per_simulated = tree.children[GROUP].to_dataset()
+        return cls(per_simulated, provenance_of(tree, {GROUP: per_simulated}, "calibration"))
 
     def __str__(self) -> str:
         return render(self.summary(), self.coverage(), self.per_simulated, self.provenance)

@@ -23,7 +23,7 @@ from pyrogaps.cli.building import (
 from pyrogaps.cli.console import say
 from pyrogaps.cli.options import Options
 from pyrogaps.cli.recipe import Recipe
-from pyrogaps.cli.run_folder import MAPA, PARTS, REFERENCE, RESULTS, TRAINING, RunFolder
+from pyrogaps.cli.run_folder import LEDGER, MAPA, PARTS, REFERENCE, RESULTS, TRAINING, WEIGHTS, RunFolder
 from pyrogaps.conditioning import Lookahead, declared, reference_guide
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError, reason_of
@@ -33,7 +33,8 @@ from pyrogaps.mapa import Mapa, train_by_mapa
 from pyrogaps.plots import plot_ledger
 from pyrogaps.plots.ledger import page_size
 from pyrogaps.refine.families import Family
-from pyrogaps.training import load_model_weights, load_weights, save_weights, train
+from pyrogaps.training import load_model_weights, load_weights, train
+from pyrogaps.training.weights import dump, weights_alone
 
 
 class _Built(NamedTuple):
@@ -55,7 +56,7 @@ def run(recipe: Recipe, options: Options) -> None:
     # Processes that torchrun starts again have the same arguments, and go on.
     overwrite = options.overwrite and not processes.restarted()
     try:
-        if overwrite or not folder.holds("ledger.nc"):
+        if overwrite or not folder.holds(LEDGER):
             # What cannot be built, on whichever process, leaves no folder behind.
             built = processes.together(lambda: _build(recipe, options))
             folder.claim(recipe.to_yaml(), overwrite=overwrite)
@@ -115,14 +116,14 @@ def _measured(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: boo
     )
     # In memory first: a disk that is full would bring the library down in the midst of its writing.
     content = ledger.to_datatree().to_netcdf(engine="h5netcdf") if processes.rank() == 0 else b""
-    folder.write("ledger.nc", lambda path: path.write_bytes(content))
+    folder.write(LEDGER, lambda file: file.write(content))
     return ledger
 
 
 def _kept(recipe: Recipe, folder: RunFolder) -> GapLedger:
     """The ledger of a run that is finished."""
     folder.claim(recipe.to_yaml(), overwrite=False)
-    ledger = processes.first(lambda: _read_ledger(folder / "ledger.nc"))
+    ledger = processes.first(lambda: _read_ledger(folder / LEDGER))
     say(f"{folder.path} already contains the results of this recipe. Use --overwrite to compute them again")
     return ledger
 
@@ -130,8 +131,8 @@ def _kept(recipe: Recipe, folder: RunFolder) -> GapLedger:
 def _weigh(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bool) -> None:
     """Give the model and guide their weights: those already in the folder, a checkpoint's, or freshly trained ones."""
     model, guide, data = built.model, built.guide, built.data
-    weights = folder / "checkpoint.pt"
-    source = weights if folder.holds("checkpoint.pt") else Path(recipe.checkpoint) if recipe.checkpoint else None
+    weights = folder / WEIGHTS
+    source = weights if folder.holds(WEIGHTS) else Path(recipe.checkpoint) if recipe.checkpoint else None
     example = data.evaluated if data.train is None else data.train
     if source is not None:
         say(f"loading weights from {source}")
@@ -156,7 +157,7 @@ def _weigh(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bool) 
                 progress=progress,
             )
     if source != weights:
-        folder.write("checkpoint.pt", lambda path: save_weights(path, model, guide))
+        folder.write(WEIGHTS, lambda file: dump(file, weights_alone(model, guide)))
 
 
 def _train_by_mapa(recipe: Recipe, mapa: Mapa, built: _Built, folder: RunFolder, *, progress: bool) -> None:
@@ -230,13 +231,13 @@ def _read_ledger(path: Path) -> GapLedger:
 
 
 def _report(ledger: GapLedger, folder: RunFolder) -> None:
-    """Print the table; write what is made from the ledger where it is missing."""
-    if not folder.holds("summary.csv"):
-        folder.write("summary.csv", lambda path: ledger.summary().to_csv(path))
-    if not folder.holds("gaps.png"):
+    """Print the table; write what is made from the ledger where it is missing or not as it was written."""
+    if not folder.is_intact("summary.csv"):
+        folder.write("summary.csv", lambda file: file.write(ledger.summary().to_csv().encode()))
+    if not folder.is_intact("gaps.png"):
         figure = Figure(figsize=page_size(ledger), layout="constrained")
         plot_ledger(ledger, figure)
-        folder.write("gaps.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+        folder.write("gaps.png", lambda file: figure.savefig(file, dpi=150, format="png"))
     folder.finish()
     if processes.rank() == 0:
         print(ledger)

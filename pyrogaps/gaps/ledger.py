@@ -1,6 +1,5 @@
 """`GapLedger`: the gaps of every datapoint, with their errors and where each number comes from."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,8 @@ from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
 from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.table import cautions, last_gap, render
 from pyrogaps.gaps.terms import INFERENCE, Values, ids
+from pyrogaps.trees import PROVENANCE, describe, provenance_of
 
-ATTRIBUTE = "pyrogaps"
 GROUPS = ("per_datapoint", "traces", "observed_data", "gaps")
 TRAINING, CERTIFICATE = "training_data", "certificate"
 
@@ -97,26 +96,26 @@ class GapLedger:
 
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`
-        where the amortization gap is split, `certificate` where there is one, and the provenance as one JSON string in
-        the attribute "pyrogaps". Save it with `.to_netcdf(path, engine="h5netcdf")`.
+        where the amortization gap is split, `certificate` where there is one, the provenance as one JSON string in
+        the attribute "pyrogaps" and a checksum in "pyrogaps_sha256". Save it with
+        `.to_netcdf(path, engine="h5netcdf")`.
         """
         groups = dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed, self.gaps), strict=True))
         further = {TRAINING: self.training, CERTIFICATE: self.certificate}
         groups |= {name: dataset for name, dataset in further.items() if dataset is not None}
-        tree = xr.DataTree.from_dict(groups)
-        tree.attrs[ATTRIBUTE] = json.dumps(self.provenance)
-        return tree
+        return describe(xr.DataTree.from_dict(groups), groups, self.provenance)
 
     @classmethod
     def from_datatree(cls, tree: xr.DataTree) -> "GapLedger":
-        """A ledger back from `to_datatree`; raises `InputError` for a tree that is not one."""
+        """A ledger back from `to_datatree`; raises `InputError` for a tree that is not one, or not as written."""
         missing = [name for name in GROUPS if name not in tree.children]
-        if missing or ATTRIBUTE not in tree.attrs:
-            raise InputError(f"ledger: not a tree written by GapLedger.to_datatree (missing {missing or ATTRIBUTE})")
-        per_datapoint, traces, observed, gaps = (tree.children[name].to_dataset() for name in GROUPS)
-        further = (tree.children.get(name) for name in (TRAINING, CERTIFICATE))
-        parts = (None if node is None else node.to_dataset() for node in further)
-        return cls(per_datapoint, traces, observed, json.loads(tree.attrs[ATTRIBUTE]), gaps, *parts)
+        if missing or PROVENANCE not in tree.attrs:
+            raise InputError(f"ledger: not a tree written by GapLedger.to_datatree (missing {missing or PROVENANCE})")
+        names = [name for name in (*GROUPS, TRAINING, CERTIFICATE) if name in tree.children]
+        groups = {name: tree.children[name].to_dataset() for name in names}
+        provenance = provenance_of(tree, groups, "ledger")
+        per_datapoint, traces, observed, gaps = (groups[name] for name in GROUPS)
+        return cls(per_datapoint, traces, observed, provenance, gaps, groups.get(TRAINING), groups.get(CERTIFICATE))
 
     @property
     def families(self) -> list[str]:

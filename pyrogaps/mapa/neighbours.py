@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.errors import InputError
-from pyrogaps.files import replacing
+from pyrogaps.files import is_sealed, replacing, seal
 from pyrogaps.mapa.distances import Comparison
 from pyrogaps.mapa.kernels import Kernel
 from pyrogaps.settings import File
@@ -107,6 +107,8 @@ def _read(path: Path, header: dict[str, str]) -> Neighbours:
     """The neighbours in a file, which must have the given header."""
     try:
         with path.open("rb") as opened:
+            if not is_sealed(opened):
+                raise ValueError("its checksum differs")
             file = np.load(opened, allow_pickle=False)
             written = {name: str(file[name]) for name in header}
             indices, distances = torch.from_numpy(file["indices"]), torch.from_numpy(file["distances"])
@@ -128,3 +130,4 @@ def _write(path: Path, neighbours: Neighbours, header: dict[str, str]) -> None:
     arrays = {"indices": neighbours.indices.cpu().numpy(), "distances": neighbours.distances.cpu().numpy()}
     with replacing(path, "cache") as file:
         np.savez(file, allow_pickle=False, **arrays, **{name: np.array(value) for name, value in header.items()})
+        seal(file)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyro
 import torch
@@ -15,7 +15,7 @@ from torch.distributions import constraints as torch_constraints
 from pyrogaps.density.data import Data, as_indexed
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
-from pyrogaps.files import replacing
+from pyrogaps.files import is_sealed, replacing, seal
 from pyrogaps.streams import seeded
 
 FORMAT = "pyrogaps checkpoint 1"
@@ -34,7 +34,12 @@ def save_weights(path: str | Path, model: Program, guide: Program) -> None:
 
     Raises `InputError` if the file cannot be written or a parameter has a constraint of a custom class.
     """
-    write_file(path, {"weights": copy_weights(model, guide)})
+    write_file(path, weights_alone(model, guide))
+
+
+def weights_alone(model: Program, guide: Program) -> dict[str, Any]:
+    """The content of a checkpoint without a training run, for `write_file` or `dump`."""
+    return {"weights": copy_weights(model, guide)}
 
 
 def load_weights(path: str | Path, model: Program, guide: Program, data: Data | None = None) -> None:
@@ -192,23 +197,31 @@ def _check_constraint(name: str, constraint: Any) -> None:
 def write_file(path: str | Path, content: dict[str, Any]) -> None:
     """Write `content` so that `path` holds either its old content or all of the new. Raises `InputError`."""
     with replacing(Path(path), "checkpoint") as file:
-        torch.save({"format": FORMAT, **content}, file)
+        dump(file, content)
+
+
+def dump(file: BinaryIO, content: dict[str, Any]) -> None:
+    """Write `content` to a file open for reading and writing, as a checkpoint with its checksum."""
+    torch.save({"format": FORMAT, **content}, file)
+    seal(file)
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """The content that `write_file` wrote. Raises `InputError` if the file is missing, damaged or not a checkpoint."""
-    if not Path(path).is_file():
-        raise InputError(f"checkpoint {path}: there is no such file. Check the path.")
+    damaged = (
+        f"checkpoint {path}: is damaged, or not a checkpoint of this version of pyrogaps. Restore a copy, or move it "
+        "away and train again."
+    )
     try:
-        with torch.serialization.safe_globals(list(_CONSTRAINTS)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds of errors for a damaged file
-        raise InputError(
-            f"checkpoint {path}: cannot be read. It is damaged, or not a checkpoint of pyrogaps."
-        ) from error
+        with open(path, "rb") as file, torch.serialization.safe_globals(list(_CONSTRAINTS)):
+            # torch verifies no checksums; bits that flipped on the disk would become weights.
+            content = torch.load(file, map_location="cpu", weights_only=True) if is_sealed(file) else None
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"checkpoint {path}: there is no such file. Check the path.") from None
+    except OSError as error:
+        raise InputError(f"checkpoint {path}: cannot be read: {error.strerror or error}. Use a copy.") from error
+    except Exception as error:  # torch raises many kinds of errors for a file that is no checkpoint
+        raise InputError(damaged) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(
-            f"checkpoint {path}: is not a checkpoint of this version of pyrogaps. Train again, or use the version that "
-            "wrote it."
-        )
+        raise InputError(damaged)
     return content
