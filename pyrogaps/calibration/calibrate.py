@@ -16,6 +16,7 @@ from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.problem import Plate, Problem
 from pyrogaps.refine import OwnFamily, Refinement, Refiner
 from pyrogaps.refine.families import Family
@@ -25,6 +26,7 @@ from pyrogaps.streams import Chunk
 MIN_DRAWS = 100
 
 
+@guarded
 def calibrate(
     model: Program | Problem,
     guide: Any = None,

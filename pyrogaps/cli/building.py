@@ -3,12 +3,9 @@
 import functools
 import importlib
 import inspect
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -18,9 +15,10 @@ from torch import Tensor, nn
 
 from pyrogaps.cli.recipe import Component, Recipe, check_names, parse_typed
 from pyrogaps.density.data import Data
-from pyrogaps.density.runs import Program
+from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence
+from pyrogaps.guard import described, failures_named
 
 
 def build_programs(recipe: Recipe) -> tuple[Program, Program]:
@@ -70,12 +68,7 @@ def _program(key: str, component: Component, model: Program | None = None) -> Pr
 
 def _callable(key: str, component: Component, built: Any) -> Program:
     """`built`, checked to be something Pyro can run."""
-    runs = callable(built) and not (isinstance(built, nn.Module) and type(built).forward is nn.Module.forward)
-    if not runs:
-        hint = "; name an object with both .model and .guide under pair" if hasattr(built, "guide") else ""
-        raise InputError(
-            f"{key}: {component.class_path} gives a {type(built).__name__} object, which cannot be called{hint}"
-        )
+    check_callable(built, f"{key}: {component.class_path}", "name it under pair")
     program: Program = built
     return program
 
@@ -102,7 +95,7 @@ def construct(key: str, component: Component, *leading: Any) -> Any:
     if not callable(target):
         raise InputError(f"{key}: {component.class_path} is not a class or function")
     arguments = typed_arguments(key, target, component.init_args, leading=len(leading))
-    with failures_named(f"{key}: {component.class_path}"):
+    with failures_named(f"{key}: {component.class_path}", own_too=True):
         return target(*leading, **arguments)
 
 
@@ -168,27 +161,6 @@ def _import_module(path: str) -> Any:
         raise
 
 
-@contextmanager
-def failures_named(what: str) -> Iterator[None]:
-    """Turn any other exception into an `InputError` of one line: what failed, and where."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what} failed: {described(error)}") from error
-
-
-def described(error: BaseException) -> str:
-    """An exception in one line, with its file and line number."""
-    message = " ".join(str(error).split())
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {message}"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {message}{place}" if message else f"{type(error).__name__}{place}"
-
-
 @dataclass(frozen=True)
 class DataSet:
     """The data that the command uses: for training, for early stopping, and for evaluation."""
@@ -222,7 +194,7 @@ def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool =
 
 
 def _part(recipe: Recipe, data: Any, part: str, *, required: bool) -> Any:
-    with failures_named(f"data: reading '{part}' of {recipe.data.class_path}"):
+    with failures_named(f"data: reading '{part}' of {recipe.data.class_path}", own_too=True):
         selected = getattr(data, part, None)
     if selected is None and required:
         raise InputError(f"data: {recipe.data.class_path} has no '{part}'")

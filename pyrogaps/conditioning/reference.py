@@ -10,10 +10,12 @@ from pyrogaps.conditioning.simulated import SimulatedData
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.problem import Plate
 from pyrogaps.training import train
 
 
+@guarded
 def reference_guide(
     model: Program,
     guide: Program,

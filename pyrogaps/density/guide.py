@@ -16,10 +16,11 @@ from pyrogaps.density.local import Draws, FactorisedGuide, GuideSite, LocalGuide
 from pyrogaps.density.plates import BoundPlate, whole_plates
 from pyrogaps.density.reading import ANY_PLATE
 from pyrogaps.density.rows import probe_rows, rows_are_independent
-from pyrogaps.density.runs import Program, evaluating
+from pyrogaps.density.runs import Program, check_callable, evaluating
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.streams import seeded
 
 INDEX_REMEDY = (
@@ -64,6 +65,7 @@ class GuideDensity:
             supports that differ, latents outside the data plate, NaN in parameters.
     """
 
+    @guarded
     def __init__(
         self,
         guide: Program,
@@ -77,6 +79,7 @@ class GuideDensity:
         if structure is not None and isinstance(model, JointDensity):
             self.joint, self.structure = model, structure
             return
+        check_callable(guide, "guide")
         check_parameters(guide)
         if isinstance(model, JointDensity):
             self.joint = model
@@ -113,6 +116,7 @@ class GuideDensity:
         """N, the number of datapoints."""
         return self.joint.num_datapoints
 
+    @guarded
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at `indices`; run only once where no site distribution depends on earlier draws."""
         active = self.joint.active(indices)
@@ -123,10 +127,12 @@ class GuideDensity:
         distributions = {term.name: messages[term.name]["fn"] for term in self.terms}
         return FactorisedGuide(self.joint, indices, self.terms, distributions, active)
 
+    @guarded
     def sample(self, num_particles: int, indices: Tensor | None = None) -> Draws:
         """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, for `indices` (default: all datapoints)."""
         return self.at(self._indices(indices)).sample(num_particles)
 
+    @guarded
     def log_prob(self, z: Tensor, indices: Tensor | None = None) -> Tensor:
         """log q(z_sn | x_n) in nats `(S, N)` of any points `z` `(S, N, dim)`."""
         return self.at(self._indices(indices)).log_prob(z)
@@ -138,7 +144,7 @@ class GuideDensity:
         """Run the guide on `indices` repeated `num_particles` times; its random sites by name."""
         args = self.joint.fetch(indices, num_particles)
         with self.plates(indices.repeat(num_particles)), handler or nullcontext():
-            sites = sample_sites(self.guide, args)
+            sites = sample_sites(self.guide, args, "guide")
         if isinstance(self.guide, GuideMessenger):  # it runs the model, likelihood and all
             return {name: site for name, site in sites.items() if not site["is_observed"]}
         return sites
@@ -185,18 +191,20 @@ class GuideDensity:
     def _run_subset(self, indices: Tensor) -> dict[str, Any]:
         """The guide's sites on a few rows; refuses a guide that runs only on the whole data set."""
         try:
-            return self.messages(indices)
-        except (BoundPlate, InputError):
-            raise
-        except Exception as error:
+            return self._alone(indices)
+        except ProgramError as error:
             try:
-                self.messages(torch.arange(self.num_datapoints))
-            except Exception:
+                self._alone(torch.arange(self.num_datapoints))
+            except ProgramError:
                 raise error from None
             raise InputError(
-                "guide: it runs on the whole data set but not on a subset of the datapoints "
-                f"({str(error).splitlines()[0]}); {INDEX_REMEDY}"
+                f"guide: it runs on the whole data set but not on a subset of the datapoints ({error}); {INDEX_REMEDY}"
             ) from error
+
+    def _alone(self, indices: Tensor) -> dict[str, Any]:
+        """`messages`; parameters that the guide makes, perhaps of this size, do not stay for the next run."""
+        with evaluating(self.guide):
+            return self.messages(indices)
 
     def _check_rows(self) -> None:
         """Check that a row's log q does not depend on its position or on other rows."""
@@ -205,7 +213,18 @@ class GuideDensity:
         indices = probe_rows(self.num_datapoints)
         local = self.at(indices)
         z, _ = local.sample_extended(1) if isinstance(local, FactorisedGuide) else local.sample(1)
-        if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], local.log_prob(z)[0]):
+
+        def log_q(rows: Tensor) -> Tensor:
+            return self.log_prob(z[:, rows], indices[rows])[0]
+
+        together, everything = local.log_prob(z)[0], torch.arange(len(indices))
+        if not rows_are_independent(log_q, together):
+            if not torch.equal(log_q(everything), log_q(everything)):
+                raise InputError(
+                    "guide: it is random beyond its sample sites: log q of one draw changed between two identical "
+                    "calls. Switch dropout off in evaluation mode (F.dropout(x, p, training=self.training)), and draw "
+                    "other noise with pyro.sample"
+                )
             raise InputError(
                 "guide: log q of a datapoint changes with its position in the batch or with other rows. Treat rows "
                 f"independently (no batch statistics), and {INDEX_REMEDY}"

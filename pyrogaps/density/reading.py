@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrogaps.density.data import Data, IndexedData, as_indexed, as_tuple, whole
+from pyrogaps.density.data import Data, IndexedData, as_indexed, check_tensor, whole
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
-from pyrogaps.density.rows import CHECK_ROWS
+from pyrogaps.density.rows import CHECK_ROWS, PAD_REMEDY
 from pyrogaps.density.runs import Program
 from pyrogaps.density.structure import (
     batch_dims,
@@ -28,7 +28,6 @@ from pyrogaps.errors import InputError
 
 # The plate name where there is no data plate and every plate has its full size.
 ANY_PLATE = ""
-PAD_REMEDY = "pad ragged data to one length for the whole data set and mask the padding"
 
 
 @dataclass(frozen=True)
@@ -111,27 +110,28 @@ def read_model(
     )
 
 
-def finite_arguments(args: Any) -> tuple[Any, ...]:
-    """The model's arguments as a tuple; raises `InputError` where they hold NaN."""
-    arguments: tuple[Any, ...] = as_tuple(args)
-    leaves = ((position, leaf) for position, value in enumerate(arguments) for leaf in tree_leaves(value))
-    check_finite(((f"argument {position}", leaf) for position, leaf in leaves), "data", "clean or impute them first")
-    return arguments
+def finite_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The model's arguments; raises `InputError` where they hold NaN, or tensors that have no plain numbers."""
+    leaves = [(f"argument {position}", leaf) for position, value in enumerate(args) for leaf in tree_leaves(value)]
+    for name, leaf in leaves:
+        if isinstance(leaf, Tensor):
+            check_tensor(leaf, name)
+    check_finite(leaves, "data", "clean or impute them first")
+    return args
 
 
 def _plate_of(model: Program, data: IndexedData, plate: str | None) -> str | None:
     if isinstance(plate, str):
         return plate
     number = data.num_datapoints
-    # With a hard-coded plate size a run on a few rows fails, but reveals the plate; it is refused later.
+    # A program with hard-coded sizes fails on a few rows; it is refused later.
     for rows in (min(3, number), number):
         with steady_plates():
-            sites, error = first_sites(model, as_tuple(data.fetch(torch.arange(rows))))
-        if error is None or frames_of(sites):
-            break
-    else:
-        raise error or AssertionError
-    return find_plate(sites)
+            sites, error = first_sites(model, data.fetch(torch.arange(rows)))
+        if error is None:
+            return find_plate(sites)
+    assert error is not None
+    raise error
 
 
 def _sites(

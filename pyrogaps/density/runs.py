@@ -9,6 +9,8 @@ import pyro
 import torch
 from torch import nn
 
+from pyrogaps.errors import InputError
+
 Program = Callable[..., Any]
 
 
@@ -21,6 +23,18 @@ def modules_of(program: Program) -> list[nn.Module]:
         variables = inspect.getclosurevars(function)
         candidates += [*variables.nonlocals.values(), *variables.globals.values()]
     return [candidate for candidate in candidates if isinstance(candidate, nn.Module)]
+
+
+def check_callable(program: Any, what: str, pair: str = "pass its methods .model and .guide") -> None:
+    """Refuse what Pyro cannot run, which `what` names; `pair` is the remedy for a pair of model and guide in one."""
+    if inspect.isclass(program):
+        raise InputError(f"{what}: {program.__name__} is a class; pass an instance of it, {program.__name__}(...)")
+    runs = callable(program) and not (isinstance(program, nn.Module) and type(program).forward is nn.Module.forward)
+    if not runs:
+        is_pair = callable(getattr(program, "model", None)) and callable(getattr(program, "guide", None))
+        raise InputError(
+            f"{what}: a {type(program).__name__} object cannot be called; {pair if is_pair else 'pass a Pyro program'}"
+        )
 
 
 @contextmanager

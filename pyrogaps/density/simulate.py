@@ -14,6 +14,7 @@ from pyrogaps.density.runs import evaluating
 from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
 from pyrogaps.density.structure import is_factor
 from pyrogaps.errors import InputError
+from pyrogaps.guard import failures_named
 
 ToData = Callable[[dict[str, Tensor]], Any]
 CHUNK = 256
@@ -128,7 +129,7 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
 
 def _run(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, fixed: dict[str, Tensor]) -> DrawModel:
     handler = DrawModel(joint.sites, joint.plate, joint.zeros(len(indices)), fixed)
-    with joint.plates(indices), handler:
+    with joint.plates(indices), handler, failures_named("model"):
         joint.model(*args)
     return handler
 
@@ -154,7 +155,8 @@ def feed_back(
     """
     values = {name: drawn[name] for name in observed}
     if to_data is not None:
-        result = as_tuple(to_data(values))
+        with failures_named("to_data"):
+            result = as_tuple(to_data(values))
         if len(result) != len(args):
             raise InputError(f"to_data: it returned {len(result)} argument(s), but the model takes {len(args)}")
         return result

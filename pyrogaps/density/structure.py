@@ -1,7 +1,6 @@
 """Read a program's structure from a trace; refuse unsupported programs."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import pyro
@@ -14,23 +13,25 @@ from pyrogaps.density.layout import Site, distribution_mask, leaf, plate_dim
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.density.score import is_bookkeeping
 from pyrogaps.errors import InputError
+from pyrogaps.guard import failures_named
 
 Message = Any
 
 
-def sample_sites(program: Program, args: tuple[Any, ...]) -> dict[str, Message]:
-    """The random variables of one run of `program(*args)`, in program order."""
-    with poutine.trace() as tracer:  # poutine.trace(program) would rewrite the program's own errors
+def sample_sites(program: Program, args: tuple[Any, ...], what: str = "model") -> dict[str, Message]:
+    """The random variables of one run of `program(*args)`, in program order; `what` names it in errors."""
+    with poutine.trace() as tracer, failures_named(what):  # poutine.trace(program) would rewrite its errors
         program(*args)
     return _random_variables(tracer)
 
 
-def first_sites(program: Program, args: tuple[Any, ...]) -> tuple[dict[str, Message], Exception | None]:
-    """The random variables of a run that may fail, and its exception."""
+def first_sites(program: Program, args: tuple[Any, ...]) -> tuple[dict[str, Message], InputError | None]:
+    """The random variables of a run of the model that may fail, and its exception."""
     with poutine.trace() as tracer:
         try:
-            program(*args)
-        except Exception as error:
+            with failures_named("model"):
+                program(*args)
+        except InputError as error:
             return _random_variables(tracer), error
     return _random_variables(tracer), None
 
@@ -67,20 +68,6 @@ def find_plate(sites: dict[str, Message]) -> str | None:
         f"plate: no plate encloses every site (plates: {', '.join(sorted(every))}{where}). {move}; or pass plate=False "
         "to treat the whole data set as one datapoint"
     )
-
-
-@contextmanager
-def dtypes_named() -> Iterator[None]:
-    """Turn torch's error about mixed dtypes into an `InputError` with a remedy."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "dtype" not in str(error):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"data: its dtype does not fit the model's ({reason}); convert the data, as in x.float()"
-        ) from error
 
 
 def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
@@ -200,6 +187,11 @@ def check_parameters(*programs: Program) -> None:
     check_finite(((f"parameter '{name}'", store._params[name]) for name in store), "param store", remedy)
     for program in programs:
         for module in modules_of(program):
+            if any(value.is_inference() for value in module.parameters()):
+                raise InputError(
+                    f"{type(module).__name__}: its parameters were made in torch.inference_mode, so nothing can be "
+                    "differentiated; make it outside, or copy its state_dict into one that was"
+                )
             named = ((f"parameter '{name}'", value) for name, value in module.named_parameters())
             check_finite(named, type(module).__name__, remedy)
 

@@ -14,6 +14,7 @@ from pyrogaps.density.simulate import ToData
 from pyrogaps.evidence.ais import AIS, Initial
 from pyrogaps.evidence.protocol import Measured, Measurement
 from pyrogaps.evidence.simulated_bounds import SimulatedBounds
+from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
 from pyrogaps.problem import Plate, Problem, Simulated
 from pyrogaps.refine import Refinement, Refiner, is_family, own_family
@@ -35,6 +36,7 @@ class Sandwich(SimulatedBounds):
     z: Tensor
 
 
+@guarded
 def bdmc(
     model: Program | Problem,
     data: Data | None = None,

@@ -8,6 +8,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.evidence.ais import AIS, Initial
 from pyrogaps.evidence.ladder import Ladder
 from pyrogaps.evidence.protocol import Evidence, Measured
+from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate
 from pyrogaps.problem import Plate, Problem
 from pyrogaps.refine import Refinement, Refiner, own_family
@@ -15,6 +16,7 @@ from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
 
+@guarded
 def log_evidence(
     model: Program | Problem,
     guide: Program | Posterior | None = None,
@@ -58,6 +60,7 @@ def log_evidence(
     return measured(Problem.of(model, guide, data, plate), evidence or Ladder(), refinement, Run(seed, batch_size))
 
 
+@guarded
 def ais(
     model: Program | Problem,
     guide: Program | Posterior | None = None,

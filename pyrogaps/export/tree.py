@@ -17,6 +17,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.export.draws import Drawn, Records, draw_all
 from pyrogaps.export.pair import pair_of
 from pyrogaps.export.record import DATAPOINT, Names
+from pyrogaps.guard import guarded
 from pyrogaps.problem import Plate
 from pyrogaps.run import Run
 
@@ -25,6 +26,7 @@ SAMPLE_DIMS = ["chain", "draw"]
 GLOBAL, LOCAL, BOTH = "global", "local", "global and local"
 
 
+@guarded
 def to_datatree(
     model: Program,
     guide: Program | Posterior,

@@ -24,6 +24,7 @@ from pyrogaps.gaps.measure import OWN, Measure, reached
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.sizes import sizes_of
 from pyrogaps.gaps.terms import TERMS, Term
+from pyrogaps.guard import guarded
 from pyrogaps.problem import Plate, Problem
 from pyrogaps.refine import OwnFamily, Refinement, Refiner, own_family
 from pyrogaps.refine.families import Family
@@ -37,6 +38,7 @@ QUANTITIES = {
 }
 
 
+@guarded
 def decompose(
     model: Program | Problem,
     guide: Program | None = None,

@@ -12,6 +12,7 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.problem import Plate, Problem
 from pyrogaps.refine.families import is_family
 from pyrogaps.refine.local import Refinable
@@ -51,6 +52,7 @@ class RefinedGuide:
                 return part.at(indices)
         raise InputError("indices: they span several chunks of the refinement; ask for fewer at a time")
 
+    @guarded
     def sample(self, num_particles: int) -> tuple[Tensor, Tensor]:
         """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, in the model's unconstrained space."""
         with torch.no_grad():
@@ -74,6 +76,7 @@ class RefinedGuide:
         return values
 
 
+@guarded
 def refine(
     model: Program | Problem,
     guide_or_family: Any = None,

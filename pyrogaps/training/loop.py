@@ -11,11 +11,13 @@ from torch.optim import Optimizer
 from pyrogaps.density.data import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.training.placing import modes_restored
 from pyrogaps.training.settings import Training, TrainingResult
 from pyrogaps.training.trainer import Trainer
 
 
+@guarded
 def train(
     model: Program,
     guide: Program,
