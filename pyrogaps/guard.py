@@ -35,7 +35,7 @@ _local = threading.local()
 
 _PACKAGE = Path(__file__).parent
 _USERS = tuple(str(_PACKAGE / name) + os.sep for name in ("models", "guides", "datasets"))
-_LIBRARIES = tuple(str(Path(module.__file__).parent) + os.sep for module in (torch, pyro, np))
+_LIBRARIES = tuple(str(Path(str(module.__file__)).parent) + os.sep for module in (torch, pyro, np))
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _COMPILER_VARIABLES = ("TORCHINDUCTOR_", "TRITON_")
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")

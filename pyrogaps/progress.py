@@ -11,4 +11,4 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
     monitor_interval = 0
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, miniters=1, dynamic_ncols=True, **options)
+        super().__init__(*args, miniters=1, dynamic_ncols=True, **options)  # type: ignore[call-overload]

@@ -12,15 +12,25 @@ from torch import Tensor
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide
 from pyrogaps.density.data import Data
 from pyrogaps.density.joint import JointDensity
-from pyrogaps.density.local import Draws, FactorisedGuide, GuideSite, LocalGuide, PlaceValues, join_terms, score_term
+from pyrogaps.density.local import (
+    Draws,
+    FactorisedGuide,
+    GuideSite,
+    LocalGuide,
+    PlaceValues,
+    join_terms,
+    no_inverse,
+    score_term,
+    scores_all,
+)
 from pyrogaps.density.plates import BoundPlate, whole_plates
 from pyrogaps.density.reading import ANY_PLATE
-from pyrogaps.density.rows import probe_rows, rows_are_independent
+from pyrogaps.density.rows import probe_rows, rows_are_independent, same_density
 from pyrogaps.density.runs import Program, check_callable, evaluating
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
-from pyrogaps.guard import guarded
+from pyrogaps.guard import ProgramError, guarded
 from pyrogaps.streams import seeded
 
 INDEX_REMEDY = (
@@ -217,6 +227,9 @@ class GuideDensity:
         def log_q(rows: Tensor) -> Tensor:
             return self.log_prob(z[:, rows], indices[rows])[0]
 
+        if isinstance(local, FactorisedGuide) and any(not scores_all(fn) for fn in local.distributions.values()):
+            self._check_other_rows(indices)
+            return
         together, everything = local.log_prob(z)[0], torch.arange(len(indices))
         if not rows_are_independent(log_q, together):
             if not torch.equal(log_q(everything), log_q(everything)):
@@ -230,10 +243,27 @@ class GuideDensity:
                 f"independently (no batch statistics), and {INDEX_REMEDY}"
             )
 
+    def _check_other_rows(self, indices: Tensor) -> None:
+        """As `_check_rows`, for a guide that scores its own draws alone: they may not change with other rows."""
+        others = torch.where(torch.arange(len(indices)) % 2 == 0, indices, indices.roll(2))
+        pairs = zip(self._drawn(indices), self._drawn(others), strict=True)
+        if not all(same_density(before[:, ::2], after[:, ::2]) for before, after in pairs):
+            raise InputError("guide: log q of a datapoint changes with other rows. Treat rows independently")
+
+    def _drawn(self, indices: Tensor) -> Draws:
+        with seeded(0, "other rows", device=self.joint.device):
+            return self.at(indices).sample(1)
+
     def _is_factorised(self) -> bool:
         """Whether site distributions are independent of earlier draws, checked on two runs."""
         indices = probe_rows(self.num_datapoints)  # of all lengths, because later sites may be masked
-        first, second = self.messages(indices), self.messages(indices)
+        first = self.messages(indices)
+        for term in self.terms:
+            if not scores_all(fn := first[term.name]["fn"]):
+                if len(self.terms) == 1:
+                    return True
+                raise no_inverse(term.name, fn, "with several sites")
+        second = self.messages(indices)
         values = {term.name: first[term.name]["value"] for term in self.terms}
         return all(
             torch.equal(first[name]["fn"].log_prob(value), second[name]["fn"].log_prob(value))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed, whole
 from pyrogaps.density.layout import Site
@@ -17,6 +16,7 @@ from pyrogaps.density.rows import PAD_REMEDY, probe_rows, rows_are_independent, 
 from pyrogaps.density.runs import Program, check_callable, evaluating
 from pyrogaps.density.score import ScoreModel, stack_runs
 from pyrogaps.density.structure import check_parameters, sample_sites
+from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named, guarded
 from pyrogaps.streams import seeded
@@ -223,7 +223,7 @@ class JointDensity:
         """Unconstrained rows `(R, dim)` of drawn latent sites (`messages` of a trace, in layout order)."""
         columns = []
         for name, message in messages.items():
-            unconstrained = biject_to(message["fn"].support).inv(message["value"])
+            unconstrained = bijection(message["fn"], name).inv(message["value"])
             site = self.sites[name]
             if self.plate is None:
                 columns.append(unconstrained.reshape(1, -1))

@@ -3,8 +3,8 @@
 Pyro's class of plates is patched meanwhile, because no handler can do this. A plate announces its random choice of rows
 in a message, but its size and its subsample size are local variables of `SubsampleMessenger._subsample`: a handler can
 replace the rows alone, and rows of another number than the program asked for are an error. The plate then broadcasts
-every site to that size itself, before any handler around the program sees the site. The patch is made by one thread at a
-time, holds for that thread's plates only, and is undone afterwards.
+every site to that size itself, before any handler around the program sees the site. The patch is made by one thread at
+a time, holds for that thread's plates only, and is undone afterwards.
 """
 
 import threading

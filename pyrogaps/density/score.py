@@ -8,10 +8,10 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform
 
 from pyrogaps.density.layout import Site, distribution_mask, plate_dim, rows_first, unmasked
+from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
 
 
@@ -99,7 +99,7 @@ class ScoreModel(Messenger):
             unconstrained = unconstrained.reshape(site.shape[site.num_padded :])
         if mask is not None:
             unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))
-        transform = biject_to(fn.support)
+        transform = bijection(fn, name)
         value = transform(unconstrained)
         message["value"], message["done"] = value, True
         self.values[name], self.masks[name] = value.reshape(*lead, *value.shape) if self.drop_rows else value, mask

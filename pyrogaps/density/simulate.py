@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyrogaps.density.data import as_tuple
 from pyrogaps.density.joint import JointDensity
@@ -13,6 +12,7 @@ from pyrogaps.density.layout import Site, distribution_mask
 from pyrogaps.density.runs import evaluating
 from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
 from pyrogaps.density.structure import is_factor
+from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named
 
@@ -53,7 +53,7 @@ class DrawModel(ScoreModel):
         self.terms[message["name"]] = self.log_prior + self.log_likelihood - before
 
     def _place(self, name: str, fn: Any, message: Any, value: Tensor) -> Tensor:
-        site, transform, mask = self.sites[name], biject_to(fn.support), distribution_mask(fn, message["mask"])
+        site, transform, mask = self.sites[name], bijection(fn, name), distribution_mask(fn, message["mask"])
         unconstrained = transform.inv(value)
         if mask is not None:
             unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))

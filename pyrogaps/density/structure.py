@@ -7,11 +7,11 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyrogaps.density.layout import Site, distribution_mask, leaf, plate_dim
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.density.score import is_bookkeeping
+from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named
 
@@ -87,7 +87,7 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
                 f"site '{name}': a Delta latent in the model has no density; use pyro.deterministic, or pyro.factor "
                 "for its log_density"
             )
-        if site["fn"].has_enumerate_support or site["fn"].support.is_discrete:
+        if site["fn"].has_enumerate_support or support_of(site["fn"]).is_discrete:
             raise InputError(
                 f"site '{name}': discrete latents are not supported, not even enumerated ones; sum it out in the model"
             )
@@ -116,7 +116,7 @@ def lay_out(sites: dict[str, Message], plate: str | None, lead: int) -> dict[str
         if message["is_observed"]:
             continue
         fn, value = message["fn"], message["value"]
-        unconstrained = biject_to(fn.support).inv(value)
+        unconstrained = bijection(fn, name).inv(value)
         event_dim = fn.event_dim + unconstrained.dim() - value.dim()
         if plate is not None:
             dim = plate_dim(message, plate)

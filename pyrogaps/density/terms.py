@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
 from pyrogaps.density.structure import is_factor
-from pyrogaps.density.supports import guide_support
+from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
 
 
@@ -74,7 +73,7 @@ def _own_term(
 ) -> GuideSite:
     """The term of a site that the guide draws; `model_values` are the model's at the points `flat`."""
     fn = message["fn"]
-    if fn.support.is_discrete:
+    if support_of(fn).is_discrete:
         raise InputError(f"site '{name}': discrete in the guide; discrete latents are not supported")
     term = _term(name, message, site, joint, unconstrained=False)
     guide_values = place(term, fn, flat[None])[0] if joint.plate is not None else place(term, fn, flat[None]).flatten()
@@ -83,7 +82,7 @@ def _own_term(
         raise _does_not_fit(name, message, site)
     if not torch.allclose(guide_values, model_values, rtol=1e-4, atol=1e-5):
         raise InputError(
-            f"site '{name}': the guide's support {guide_support(fn)} differs from the model's; use a distribution with "
+            f"site '{name}': the guide's support {support_of(fn)} differs from the model's; use a distribution with "
             "the model's support, or transform one to it"
         )
     return term
@@ -92,7 +91,7 @@ def _own_term(
 def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> GuideSite:
     """A term with the guide's own row axis; its values must fit the model site's columns."""
     fn, value = message["fn"], message["value"]
-    flat = value if unconstrained else biject_to(guide_support(fn)).inv(value)
+    flat = value if unconstrained else bijection(fn, site.name).inv(value)
     event_dim = fn.event_dim + flat.dim() - value.dim()
     if joint.plate is None:
         fits, shape = flat.numel() == site.size, tuple(flat.shape)
