@@ -31,7 +31,23 @@ Place = tuple[CodeType, int]  # code and line number
 
 # Pyro's handlers and param store, and torch's random state, are global to the process.
 _lock = threading.RLock()
-_local = threading.local()
+
+
+class _Thread(threading.local):
+    """Whether this thread is inside a public call."""
+
+    inside = False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        before, self.inside = self.inside, True
+        try:
+            yield
+        finally:
+            self.inside = before
+
+
+_thread = _Thread()
 
 _PACKAGE = Path(__file__).parent
 _USERS = tuple(str(_PACKAGE / name) + os.sep for name in ("models", "guides", "datasets"))
@@ -52,7 +68,7 @@ def guarded(function: Callable[P, Result]) -> Callable[P, Result]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
-        if getattr(_local, "inside", False):
+        if _thread.inside:
             return function(*args, **kwargs)
         try:
             arguments = signature.bind(*args, **kwargs).arguments
@@ -72,13 +88,8 @@ def guarded(function: Callable[P, Result]) -> Callable[P, Result]:
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Wait until no other thread is inside a public call."""
-    with _lock:
-        outside = not getattr(_local, "inside", False)
-        _local.inside = True
-        try:
-            yield
-        finally:
-            _local.inside = not outside
+    with _lock, _thread.entered():
+        yield
 
 
 @contextmanager

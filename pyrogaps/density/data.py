@@ -80,9 +80,9 @@ def as_indexed(data: Data) -> IndexedData:
     if isinstance(data, IndexedData):
         return _not_empty(data)
     tensors = (data,) if isinstance(data, Tensor) else tuple(data) if isinstance(data, list | tuple) else ()
-    odd = next((tensor for tensor in tensors if not isinstance(tensor, Tensor)), data if not tensors else None)
-    if odd is not None:
-        where = type(data).__name__ if odd is data else f"a {type(data).__name__} that holds a {type(odd).__name__}"
+    odd = [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor)]
+    if odd or not tensors:
+        where = type(data).__name__ + (f" with a {odd[0]}" if odd else "")
         raise InputError(
             "data: expected a tensor or a tuple of tensors whose first axis is the data plate, got "
             f"{where}; wrap anything else in IndexedData(num_datapoints, fetch)"

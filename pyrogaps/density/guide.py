@@ -9,7 +9,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrogaps.density.autoguides import check_autoguide, is_autoguide
+from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
 from pyrogaps.density.data import Data
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import (
@@ -153,7 +153,8 @@ class GuideDensity:
     def messages(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
         """Run the guide on `indices` repeated `num_particles` times; its random sites by name."""
         args = self.joint.fetch(indices, num_particles)
-        with self.plates(indices.repeat(num_particles)), handler or nullcontext():
+        rows = indices.repeat(num_particles)
+        with self.plates(rows), supports_at(self.guide, self.joint.plate, self._origin(rows)), handler or nullcontext():
             sites = sample_sites(self.guide, args, "guide")
         if isinstance(self.guide, GuideMessenger):  # it runs the model, likelihood and all
             return {name: site for name, site in sites.items() if not site["is_observed"]}
@@ -161,10 +162,13 @@ class GuideDensity:
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
         """A context in which the guide's data plate holds the rows of `indices`."""
-        origin, size, bound = self.structure.origin, self.structure.size, self.structure.bound
-        rows = indices if origin is None else origin[indices]
+        size, bound, rows = self.structure.size, self.structure.bound, self._origin(indices)
         plate = ANY_PLATE if self.joint.structure.make_whole else self.joint.plate
         return whole_plates(plate, rows, num_datapoints=size, bound=bound)
+
+    def _origin(self, indices: Tensor) -> Tensor:
+        """`indices` as they are counted in the data set that the guide was made for."""
+        return indices if self.structure.origin is None else self.structure.origin[indices]
 
     def restrict(self, joint: JointDensity, origin: Tensor) -> "GuideDensity":
         """The same guide over `joint`, which holds only the datapoints `origin`, numbered from 0."""
@@ -196,7 +200,11 @@ class GuideDensity:
             bound = True
             self.structure = replace(self.structure, bound=True)
             messages = self._run_subset(indices)
-        return replace(self.structure, bound=bound, terms=tuple(read_terms(messages, self.joint, indices)))
+
+        def place_at(terms: list[GuideSite], flat: Tensor) -> dict[str, Any]:
+            return self.messages(indices, 1, PlaceValues(terms, flat, self.joint.plate is not None))
+
+        return replace(self.structure, bound=bound, terms=tuple(read_terms(messages, self.joint, indices, place_at)))
 
     def _run_subset(self, indices: Tensor) -> dict[str, Any]:
         """The guide's sites on a few rows; refuses a guide that runs only on the whole data set."""

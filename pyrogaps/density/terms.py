@@ -1,5 +1,6 @@
 """Match a guide's sites with the model's."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,25 +9,34 @@ from torch import Tensor
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
-from pyrogaps.density.local import GuideSite, place
+from pyrogaps.density.local import GuideSite
 from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
 
 
-def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -> list[GuideSite]:
-    """Match a guide's sites with the model's; raises `InputError` where they do not fit."""
+def read_terms(
+    messages: dict[str, Any],
+    joint: JointDensity,
+    indices: Tensor,
+    place_at: Callable[[list[GuideSite], Tensor], dict[str, Any]],
+) -> list[GuideSite]:
+    """Match a guide's sites, `messages`, with the model's; raises `InputError` where they do not fit.
+
+    `place_at(terms, flat)` runs the guide with its terms at the points `flat` `(R, dim)`.
+    """
     auxiliary = {name: m for name, m in messages.items() if m["infer"].get("is_auxiliary") and name not in joint.sites}
     for name, message in messages.items():
         _check_guide_site(name, message, joint)
     terms, deltas = [], []
-    probe, values = _probe(joint, indices)
     for name, site in joint.sites.items():
         message = messages.get(name)
         if message is None:
             raise InputError(f"site '{name}': latent in the model but missing from the guide; add a pyro.sample for it")
         if type(leaf(message["fn"])).__name__ != "Delta":
-            terms.append(_own_term(name, message, site, joint, probe, values[name]))
+            if support_of(message["fn"]).is_discrete:
+                raise InputError(f"site '{name}': discrete in the guide; discrete latents are not supported")
+            terms.append(_term(name, message, site, joint, unconstrained=False))
         elif f"{name}_unconstrained" in auxiliary:
             helper = auxiliary.pop(f"{name}_unconstrained")
             terms.append(_term(f"{name}_unconstrained", helper, site, joint, unconstrained=True))
@@ -39,7 +49,39 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, indices: Tensor) -
             f"site '{next(iter(auxiliary))}': an auxiliary variable of the guide without a reverse model; define "
             "augment(model) on the guide's class, which adds one to the model"
         )
+    if sum(term.site.size for term in terms) == joint.dim:
+        _check_values(terms, joint, indices, place_at)
     return terms
+
+
+def _check_values(
+    terms: list[GuideSite],
+    joint: JointDensity,
+    indices: Tensor,
+    place_at: Callable[[list[GuideSite], Tensor], dict[str, Any]],
+) -> None:
+    """Check that model and guide map the same unconstrained points to the same values of every site."""
+    flat, model_values = _probe(joint, indices)
+    messages = place_at(terms, flat)
+    own = {term.name for term in terms}
+    for name, site in joint.sites.items():
+        message, there = messages[name], model_values[name]
+        here = message["value"]
+        if joint.plate is None:
+            here, there = here.flatten(), there.flatten()
+        if here.shape != there.shape:
+            raise _does_not_fit(name, message, site)
+        if torch.allclose(here, there, rtol=1e-4, atol=1e-5):
+            continue
+        if name in own:
+            raise InputError(
+                f"site '{name}': the guide's support {support_of(message['fn'])} differs from the model's; use a "
+                "distribution with the model's support, or transform one to it"
+            )
+        raise InputError(
+            f"site '{name}': its support depends on other latents, or torch does not know it, so the autoguide draws "
+            "values outside it. Write a guide that draws the site from a distribution with the model's support"
+        )
 
 
 def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
@@ -66,26 +108,6 @@ def _probe(joint: JointDensity, indices: Tensor) -> tuple[Tensor, dict[str, Tens
     if active is not None:
         flat = torch.where(active, flat, torch.zeros_like(flat))
     return flat, joint.run(flat, joint.fetch(indices), indices).values
-
-
-def _own_term(
-    name: str, message: Any, site: Site, joint: JointDensity, flat: Tensor, model_values: Tensor
-) -> GuideSite:
-    """The term of a site that the guide draws; `model_values` are the model's at the points `flat`."""
-    fn = message["fn"]
-    if support_of(fn).is_discrete:
-        raise InputError(f"site '{name}': discrete in the guide; discrete latents are not supported")
-    term = _term(name, message, site, joint, unconstrained=False)
-    guide_values = place(term, fn, flat[None])[0] if joint.plate is not None else place(term, fn, flat[None]).flatten()
-    model_values = model_values if joint.plate is not None else model_values.flatten()
-    if guide_values.shape != model_values.shape:
-        raise _does_not_fit(name, message, site)
-    if not torch.allclose(guide_values, model_values, rtol=1e-4, atol=1e-5):
-        raise InputError(
-            f"site '{name}': the guide's support {support_of(fn)} differs from the model's; use a distribution with "
-            "the model's support, or transform one to it"
-        )
-    return term
 
 
 def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> GuideSite:

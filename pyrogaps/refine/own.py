@@ -18,7 +18,7 @@ from pyrogaps.family import AmortizedGuide, LocalFamily
 from pyrogaps.problem import Problem
 from pyrogaps.refine.families import Family, Start, restrict
 from pyrogaps.refine.family_guide import FamilyGuide
-from pyrogaps.refine.finetune import FinetunedGuide
+from pyrogaps.refine.finetune import FinetunedGuide, substituted, used_weights
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, varying_parameters
 from pyrogaps.refine.local import Refinable
 from pyrogaps.run import Run
@@ -116,7 +116,9 @@ def own_family(density: GuideDensity) -> OwnFamily:
         return OwnFamily(density, "autoguide", type(guide))
     if density.factorised:
         subset = evenly_spaced(density.num_datapoints, 64)
-        with seeded(0, "own family"), evaluating(guide), torch.enable_grad():
+        weights = used_weights(density)
+        values = [weight.value.detach().requires_grad_() for weight in weights]
+        with seeded(0, "own family"), evaluating(guide), torch.enable_grad(), substituted(weights, values):
             local = density.at(subset)
         assert isinstance(local, FactorisedGuide)
         if can_be_freed(local):
