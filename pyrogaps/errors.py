@@ -10,6 +10,9 @@ class InputError(ValueError):
     The command turns it into exit code 2 and that line; a Python user catches it as a `ValueError`.
     """
 
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).split()))
+
 
 def at_least(section: str, settings: Any, least: Mapping[str, float]) -> None:
     """Raise `InputError` for the first of the fields in `least` that is below its bound."""

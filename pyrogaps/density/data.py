@@ -29,7 +29,8 @@ class IndexedData:
     def __post_init__(self) -> None:
         number, fetch = self.num_datapoints, self.fetch
         if isinstance(number, bool) or not isinstance(number, int | np.integer):
-            raise InputError(f"IndexedData.num_datapoints: must be a whole number, got {number!r}")
+            got = number if isinstance(number, bool | float) else type(number).__name__
+            raise InputError(f"IndexedData.num_datapoints: must be a whole number, got {got}")
         if not callable(fetch):
             raise InputError(f"IndexedData.fetch: must be a function of indices, got {type(fetch).__name__}")
         object.__setattr__(self, "fetch", functools.partial(_fetched, fetch))

@@ -27,6 +27,7 @@ from pyrogaps.density.plates import BoundPlate, whole_plates
 from pyrogaps.density.reading import ANY_PLATE
 from pyrogaps.density.rows import probe_rows, rows_are_independent, same_density
 from pyrogaps.density.runs import Program, check_callable, evaluating
+from pyrogaps.density.score import log_prob
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
@@ -211,13 +212,18 @@ class GuideDensity:
         try:
             return self._alone(indices)
         except ProgramError as error:
-            try:
-                self._alone(torch.arange(self.num_datapoints))
-            except ProgramError:
-                raise error from None
+            if not self._runs_on_all():
+                raise
             raise InputError(
                 f"guide: it runs on the whole data set but not on a subset of the datapoints ({error}); {INDEX_REMEDY}"
             ) from error
+
+    def _runs_on_all(self) -> bool:
+        try:
+            self._alone(torch.arange(self.num_datapoints))
+        except ProgramError:
+            return False
+        return True
 
     def _alone(self, indices: Tensor) -> dict[str, Any]:
         """`messages`; parameters that the guide makes, perhaps of this size, do not stay for the next run."""
@@ -274,7 +280,7 @@ class GuideDensity:
         second = self.messages(indices)
         values = {term.name: first[term.name]["value"] for term in self.terms}
         return all(
-            torch.equal(first[name]["fn"].log_prob(value), second[name]["fn"].log_prob(value))
+            torch.equal(log_prob(first[name]["fn"], value, name), log_prob(second[name]["fn"], value, name))
             for name, value in values.items()
         )
 

@@ -13,6 +13,7 @@ from pyrogaps.density.layout import Site, leaf
 from pyrogaps.density.score import log_jacobian, masked_log_prob
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
+from pyrogaps.guard import ProgramError
 
 Draws = tuple[Tensor, Tensor]
 
@@ -101,9 +102,11 @@ class FactorisedGuide:
         parts = [(t, fn, place(t, fn, z)) for t in self.terms for fn in [self.distributions[t.name]]]
         try:
             return self._assemble(len(z), parts)[1]
-        except NO_INVERSE as error:
-            first = self.terms[0]
-            raise no_inverse(first.name, self.distributions[first.name], "where other points are scored") from error
+        except ProgramError as error:
+            for name, fn in self.distributions.items():
+                if not scores_all(fn):
+                    raise no_inverse(name, fn, "where other points are scored") from error
+            raise
 
     def log_reverse(self, z: Tensor) -> Tensor | None:
         """log r(v|z) `(S, B)` of extended draws; None for a guide without auxiliary variables."""

@@ -162,15 +162,22 @@ def decompose(
 
 
 def _checked(families: Mapping[str, Family] | None) -> dict[str, Family]:
-    families = dict(families or {})
+    families = {} if families is None else families
+    if not isinstance(families, Mapping):
+        raise InputError(
+            f"families: must be a dictionary, name -> family(model), got {type(families).__name__}; for example "
+            "families={'full covariance': AutoLocalMultivariateNormal}"
+        )
     for name, family in families.items():
+        if not isinstance(name, str):
+            raise InputError(f"families: names must be strings, got {name!r}")
         if name == OWN:
             raise InputError(f"families: '{OWN}' is the name of the guide's own family; choose another")
         if not callable(family):
             raise InputError(
                 f"families: '{name}' must be a callable family(model) -> guide, got {type(family).__name__}"
             )
-    return families
+    return {**families}
 
 
 def _provenance(measure: Measure, run: Run) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pyro.infer import ELBO
 from torch.optim import Optimizer
 
 from pyrogaps.density.data import Data
-from pyrogaps.density.runs import Program
+from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
 from pyrogaps.training.placing import modes_restored
@@ -89,6 +89,8 @@ def train(
     Raises `InputError` for settings, data, guide or checkpoint that do not fit together, and `FloatingPointError` if
     the loss or the gradient becomes infinite or NaN; model and guide then hold the best weights so far.
     """
+    for program, what in ((model, "model"), (guide, "guide")):
+        check_callable(program, what)
     settings = Training(
         num_epochs, batch_size, learning_rate, schedule, optimizer, optimizer_options or {},
         kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model, objective, guide_steps, mode,
