@@ -75,8 +75,9 @@ def _store_names(density: GuideDensity) -> list[str]:
     with evaluating(density.guide), torch.random.fork_rng():
         with poutine.trace(param_only=True) as tracer:
             density.messages(indices)
-        store, nodes = pyro.get_param_store(), tracer.trace.nodes
-        return [name for name, node in nodes.items() if node["type"] == "param" and name in store._params]
+    # Those that an untrained guide makes in its run are gone again.
+    store, nodes = pyro.get_param_store(), tracer.trace.nodes
+    return [name for name, node in nodes.items() if node["type"] == "param" and name in store._params]
 
 
 @contextmanager

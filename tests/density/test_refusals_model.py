@@ -393,7 +393,9 @@ def test_model_that_raises_is_named_with_its_own_error() -> None:
     def model(x: Tensor) -> None:
         raise KeyError("a user's own mistake")
 
-    with pytest.raises(InputError, match=r"model failed: KeyError: .*a user's own mistake.*test_refusals_model") as told:
+    with pytest.raises(
+        InputError, match=r"model failed: KeyError: .*a user's own mistake.*test_refusals_model"
+    ) as told:
         JointDensity(model, X)
     assert isinstance(told.value.__cause__, KeyError)
 
