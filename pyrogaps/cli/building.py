@@ -20,6 +20,8 @@ from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence
 from pyrogaps.guard import described, failures_named
 
+PAIR_REMEDY = "name an object with both .model and .guide under pair"
+
 
 def build_programs(recipe: Recipe) -> tuple[Program, Program]:
     """The model and the guide that `recipe` names."""
@@ -68,7 +70,7 @@ def _program(key: str, component: Component, model: Program | None = None) -> Pr
 
 def _callable(key: str, component: Component, built: Any) -> Program:
     """`built`, checked to be something Pyro can run."""
-    check_callable(built, f"{key}: {component.class_path}", "name it under pair")
+    check_callable(built, f"{key}: {component.class_path}", PAIR_REMEDY)
     program: Program = built
     return program
 

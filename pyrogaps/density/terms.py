@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
-from pyrogaps.density.local import GuideSite
+from pyrogaps.density.local import GuideSite, place
 from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
@@ -50,38 +50,40 @@ def read_terms(
             "augment(model) on the guide's class, which adds one to the model"
         )
     if sum(term.site.size for term in terms) == joint.dim:
-        _check_values(terms, joint, indices, place_at)
+        flat = _probe(joint, indices)
+        fixed = not any(term.unconstrained for term in terms)  # the run at hand tells, unless a support moves with it
+        if not fixed or _check_values(terms, messages, flat, joint, indices) is not None:
+            error = _check_values(terms, place_at(terms, flat), flat, joint, indices)
+            if error is not None:
+                raise error
     return terms
 
 
 def _check_values(
-    terms: list[GuideSite],
-    joint: JointDensity,
-    indices: Tensor,
-    place_at: Callable[[list[GuideSite], Tensor], dict[str, Any]],
-) -> None:
-    """Check that model and guide map the same unconstrained points to the same values of every site."""
-    flat, model_values = _probe(joint, indices)
-    messages = place_at(terms, flat)
-    own = {term.name for term in terms}
+    terms: list[GuideSite], messages: dict[str, Any], flat: Tensor, joint: JointDensity, indices: Tensor
+) -> InputError | None:
+    """The error for the first site whose values, in the guide's run `messages` at `flat`, are not the model's there."""
+    model_values = joint.run(flat, joint.fetch(indices), indices).values
+    own = {term.name: term for term in terms}
     for name, site in joint.sites.items():
         message, there = messages[name], model_values[name]
-        here = message["value"]
+        here = place(own[name], message["fn"], flat[None])[0] if name in own else message["value"]
         if joint.plate is None:
             here, there = here.flatten(), there.flatten()
-        if here.shape != there.shape:
-            raise _does_not_fit(name, message, site)
-        if torch.allclose(here, there, rtol=1e-4, atol=1e-5):
+        if here.shape != there.shape and name in own:
+            return _does_not_fit(name, message, site)
+        if here.shape != there.shape or torch.allclose(here, there, rtol=1e-4, atol=1e-5):
             continue
         if name in own:
-            raise InputError(
+            return InputError(
                 f"site '{name}': the guide's support {support_of(message['fn'])} differs from the model's; use a "
                 "distribution with the model's support, or transform one to it"
             )
-        raise InputError(
+        return InputError(
             f"site '{name}': its support depends on other latents, or torch does not know it, so the autoguide draws "
             "values outside it. Write a guide that draws the site from a distribution with the model's support"
         )
+    return None
 
 
 def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
@@ -100,14 +102,14 @@ def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
         )
 
 
-def _probe(joint: JointDensity, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Points `(R, dim)` and the values of the model's latent sites there."""
+def _probe(joint: JointDensity, indices: Tensor) -> Tensor:
+    """Points `(R, dim)` of unconstrained space."""
     probe = torch.linspace(-1.5, 1.5, len(indices) * joint.dim, dtype=joint.dtype, device=joint.device)
     flat = probe.reshape(len(indices), joint.dim)
     active = joint.active(indices)
     if active is not None:
         flat = torch.where(active, flat, torch.zeros_like(flat))
-    return flat, joint.run(flat, joint.fetch(indices), indices).values
+    return flat
 
 
 def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> GuideSite:

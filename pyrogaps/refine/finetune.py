@@ -72,9 +72,8 @@ def _used(density: GuideDensity, weights: list[Weight]) -> list[Weight]:
 def _store_names(density: GuideDensity) -> list[str]:
     """The names under which one run of the guide reads Pyro's param store."""
     indices = torch.zeros(1, dtype=torch.long)
-    with evaluating(density.guide), torch.random.fork_rng():
-        with poutine.trace(param_only=True) as tracer:
-            density.messages(indices)
+    with evaluating(density.guide), torch.random.fork_rng(), poutine.trace(param_only=True) as tracer:
+        density.messages(indices)
     # Those that an untrained guide makes in its run are gone again.
     store, nodes = pyro.get_param_store(), tracer.trace.nodes
     return [name for name, node in nodes.items() if node["type"] == "param" and name in store._params]
