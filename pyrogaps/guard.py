@@ -55,6 +55,8 @@ _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) + os.sep for module in
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _COMPILER_VARIABLES = ("TORCHINDUCTOR_", "TRITON_")
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+# Arguments whose exceptions may mean that a run is to stop.
+CALLBACKS = ("schedule",)
 MAX_LENGTH = 300
 
 
@@ -78,8 +80,9 @@ def guarded(function: Callable[P, Result]) -> Callable[P, Result]:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                if _is_users(error, places := _places(error.__traceback__)[1:]):
-                    raise _named(_program_of(places, arguments), error, places) from error
+                places = _places(error.__traceback__)[1:]
+                if _is_users(error, places) and (program := _program_of(places, arguments)) not in CALLBACKS:
+                    raise _named(program, error, places) from error
                 raise
 
     return call

@@ -20,7 +20,8 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, AutoStructured
+from pyro.infer.reparam import ProjectedNormalReparam
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
@@ -49,6 +50,11 @@ def model(x: Tensor) -> None:
 def guide(x: Tensor) -> None:
     with pyro.plate("d", len(x)):
         pyro.sample("z", dist.Normal(x / 2, 0.7).to_event(1))
+
+
+def constant(x: Tensor) -> None:
+    with pyro.plate("d", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
 
 
 class Net(nn.Module):
@@ -190,6 +196,11 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "a generator as the model": (elbo(m=lambda x: (yield)), ("model", "no latent")),
     "a guide without sites": (elbo(g=lambda x: None), ("site 'z'", "missing from the guide")),
     "a guide never run": (elbo(g=AutoNormal(model)), ("AutoNormal", "never been run")),
+    "an auxiliary site": (
+        elbo(g=lambda x: (guide(x), sites(w=lambda x: scaled(x, 0.7))(x))),
+        ("site 'w'", "is_auxiliary", "augment(model)"),
+    ),
+    "a guide without parameters": (ledger(g=constant), ("no learned parameters", "ais(..., initial='prior')")),
     # Calls that do not fit
     "too few arguments": (elbo(m=two), ("model failed", "two() missing", "the data give")),
     "too few for the guide": (elbo(g=lambda x, y: guide(x)), ("guide failed", "missing", "the data give")),
@@ -515,6 +526,17 @@ def test_refusals_of_a_user_s_own_pass_through() -> None:
         pg.elbo(model, raising(pg.InputError("mine")), X, **FEW)
 
 
+def test_a_callback_may_stop_a_run_by_an_exception_of_its_own() -> None:
+    class Pruned(Exception):
+        pass
+
+    def schedule(epoch: int) -> float:
+        raise Pruned
+
+    with pytest.raises(Pruned):
+        pg.train(Model(), Net(), X, num_epochs=2, schedule=schedule, progress=False)
+
+
 def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
     options = {"num_epochs": 1, "progress": False}
     files = {name: tmp_path / name for name in ("words", "empty", "tensors", "zip", "folder", "foreign")}
@@ -681,6 +703,48 @@ def test_a_guide_that_is_frozen_as_a_whole_has_the_same_family(transforms: list[
     assert torch.equal(left, right)
     assert bool((left > pg.elbo(normal, free, Y).value - 0.05).all())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+# Remedies
+
+
+def test_a_guide_without_parameters_is_measured_by_what_does_not_refine() -> None:
+    exact = dist.Normal(0.0, 2.0**0.5).log_prob(X).sum(-1).double()
+    bound, weighted = (measure(model, constant, X, num_particles=4000) for measure in (pg.elbo, pg.iwae))
+    assert bool((bound.value < exact).all())
+    assert bool(((weighted.value - exact).abs() < 4 * weighted.mcse).all())
+    annealed = pg.ais(model, constant, X, initial="prior", settings=pg.AIS(num_chains=16, num_temperatures=20))
+    assert bool(((annealed.value - exact).abs() < 1).all())
+
+
+def test_the_remedy_for_directions_is_a_program_that_runs() -> None:
+    """A latent on the circle, reparametrised as the message says."""
+
+    def directed(x: Tensor) -> None:
+        with pyro.plate("d", len(x)):
+            v = pyro.sample("v", dist.ProjectedNormal(torch.tensor([1.0, 0.0])))
+            pyro.sample("x", dist.Normal(v, 0.5).to_event(1), obs=x)
+
+    with pytest.raises(pg.InputError, match=r"site 'v': .*ProjectedNormalReparam"):
+        pg.elbo(directed, sites(v=lambda x: dist.ProjectedNormal(x)), X)
+    reparametrised = pyro.poutine.reparam(directed, {"v": ProjectedNormalReparam()})
+    drawn = sites(v_normal=lambda x: Normal(x, 1.0).to_event(1))
+    value = pg.iwae(reparametrised, drawn, X, num_particles=4000)
+    angle = torch.linspace(0, 2 * np.pi, 4001)[:-1]
+    circle = torch.stack([angle.cos(), angle.sin()], -1)
+    density = dist.ProjectedNormal(torch.tensor([1.0, 0.0])).log_prob(circle)[:, None]
+    likelihood = dist.Normal(circle[:, None], 0.5).log_prob(X).sum(-1)
+    exact = torch.logsumexp((density + likelihood).double(), 0) + np.log(2 * np.pi / 4000)
+    assert bool(((value.value - exact).abs() < 4 * value.mcse).all())
+
+
+def test_the_remedy_for_a_structured_autoguide() -> None:
+    structured = AutoStructured(model, conditionals="normal", dependencies={})
+    structured(X)
+    with pytest.raises(pg.InputError, match="use AutoNormal or AutoMultivariateNormal"):
+        pg.elbo(model, structured, (X,), plate=False)
+    for kind in (AutoNormal, AutoMultivariateNormal):
+        assert torch.isfinite(pg.elbo(model, trained(kind), (X,), plate=False).value).all()
 
 
 # Threads

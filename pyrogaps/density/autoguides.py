@@ -38,7 +38,9 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
                 f"per datapoint of the plate '{plate}'; {REMEDY}"
             )
         if isinstance(part, AutoStructured):
-            raise InputError(f"guide: AutoStructured cannot be read as a density; {REMEDY}, or AutoMultivariateNormal")
+            raise InputError(
+                "guide: AutoStructured cannot be read as a density; use AutoNormal or AutoMultivariateNormal"
+            )
         frame = part._prototype_frames.get(plate)
         if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
             raise InputError(

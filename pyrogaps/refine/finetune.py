@@ -33,7 +33,10 @@ def learned_weights(density: GuideDensity) -> list[Weight]:
     """
     used = used_weights(density)
     if not used:
-        raise InputError("guide: it has no learned parameters, so it has no family of its own to refine")
+        raise InputError(
+            "guide: it has no learned parameters, so it has no family of its own to refine. Give it some (pyro.param, "
+            "or a module's), or call elbo, iwae and ais(..., initial='prior'), which do not refine"
+        )
     return used
 
 
