@@ -97,13 +97,16 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextmanager
 def _known_state() -> Iterator[None]:
-    """Full precision and gradients as outside of any context, whatever the caller's; Pyro's handlers, warning filters
-    and the variables that torch's compiler sets are put back.
+    """Full precision, and gradients where they are asked for, in whatever context the caller is; Pyro's handlers,
+    warning filters and the variables that torch's compiler sets are put back.
     """
     stack, filters = [*_PYRO_STACK], [*warnings.filters]
     variables = {name: value for name, value in os.environ.items() if name.startswith(_COMPILER_VARIABLES)}
     try:
-        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as contexts:
+        with ExitStack() as contexts:
+            if torch.is_inference_mode_enabled():  # in which nothing can be differentiated, inside neither
+                contexts.enter_context(torch.inference_mode(False))
+                contexts.enter_context(torch.no_grad())
             for device in _AUTOCAST_DEVICES:
                 if torch.is_autocast_enabled(device):
                     contexts.enter_context(torch.autocast(device, enabled=False))

@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -448,8 +448,30 @@ def test_the_caller_s_context_changes_no_number(context: str) -> None:
         assert torch.is_inference_mode_enabled() == (context == "inference mode")
         assert torch.is_grad_enabled() == (context not in ("inference mode", "no gradients"))
     torch.testing.assert_close(found.value, right.value, rtol=0, atol=0)
+    assert found.value.requires_grad == right.value.requires_grad
     for name, values in right_ledger.per_datapoint.items():
         np.testing.assert_array_equal(found_ledger.per_datapoint[name].values, values.values)
+
+
+@pytest.mark.parametrize("context", ["autocast", "inference mode", "no gradients"])
+def test_training_is_the_same_in_any_context(context: str) -> None:
+    trained_weights = []
+    for around in (nullcontext, CONTEXTS[context]):
+        torch.manual_seed(0)
+        programs = Model(), Net()
+        with around():
+            pg.train(*programs, X, num_epochs=2, progress=False)
+        trained_weights.append([value.detach() for program in programs for value in program.parameters()])
+    for left, right in zip(*trained_weights, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_densities_follow_the_caller_s_gradients() -> None:
+    problem, z = pg.Problem.of(Model(), Net(), X), torch.zeros(2, 4, 2)
+    for density in (problem.joint, problem.guide_density().log_prob):
+        assert density(z).requires_grad
+        with torch.no_grad():
+            assert not density(z).requires_grad
 
 
 # Whose fault it is

@@ -97,6 +97,6 @@ def train(
     )  # fmt: skip
     if patience is not None and validation is None:
         raise InputError("training: patience needs validation data. Pass validation=, or leave patience out.")
-    with modes_restored(model, guide):
+    with modes_restored(model, guide), torch.enable_grad():  # which the caller may have switched off
         trainer = Trainer(model, guide, data, validation, settings, seed, device)
         return trainer.run(checkpoint, progress)
