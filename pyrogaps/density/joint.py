@@ -35,7 +35,7 @@ class JointDensity:
 
     Args:
         model: a Pyro model, called with the positional arguments that `data` gives.
-        data: a tensor or a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
+        data: a tensor or array, or a tuple of them, whose first axis is the data plate, or an `IndexedData`.
         plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
             without any plate, makes the whole data set one datapoint (N = 1).
         make_whole: with `plate=False`, use the full size of subsampled plates, which are refused otherwise.
