@@ -80,8 +80,9 @@ def _check_values(
                 "distribution with the model's support, or transform one to it"
             )
         return InputError(
-            f"site '{name}': its support depends on other latents, or torch does not know it, so the autoguide draws "
-            "values outside it. Write a guide that draws the site from a distribution with the model's support"
+            f"site '{name}': the guide's Delta has other values than the auxiliary draw in the site's support (Pyro's "
+            "autoguides: a support that depends on other latents, or that torch does not know). Draw the site itself "
+            "from a distribution with the model's support, such as a TransformedDistribution"
         )
     return None
 
