@@ -10,6 +10,7 @@ from pyrogaps.density import Data
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
@@ -54,6 +55,7 @@ def first_few(bad: Tensor, indices: Tensor) -> str:
     return ", ".join(str(n) for n in list(dict.fromkeys(indices[bad.cpu()].tolist()))[:5])
 
 
+@guarded
 @checked()
 def elbo(
     model: Program | Problem,
@@ -82,6 +84,7 @@ def elbo(
     return mean_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size)))
 
 
+@guarded
 @checked()
 def iwae(
     model: Program | Problem,

@@ -7,6 +7,9 @@ class InputError(ValueError):
     The command turns it into exit code 2 and that line; a Python user catches it as a `ValueError`.
     """
 
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).split()))
+
 
 def reason_of(diverged: FloatingPointError) -> str:
     """Why training diverged: the first sentence of its error. The remedy is the caller's, who knows the setting."""

@@ -6,6 +6,9 @@ A guide need not subclass them. The library reads the same attributes of any Pyr
 from collections.abc import Callable
 from typing import Any
 
+from pyrogaps.errors import InputError
+from pyrogaps.guard import failures_named
+
 
 class AmortizedGuide:
     """A guide with one network, or one set of parameters, for all datapoints.
@@ -72,4 +75,10 @@ class _DeclaredByAnyFamily(LocalFamily):
 def augmented(model: Callable[..., Any], guide: Any) -> Callable[..., Any]:
     """`model` with the guide's reverse model for its auxiliary variables; itself where the guide has none."""
     augment = AmortizedGuide.of(guide).augment
-    return model if augment is None else augment(model)
+    if augment is None:
+        return model
+    with failures_named("guide.augment"):
+        extended: Callable[..., Any] = augment(model)
+    if not callable(extended):
+        raise InputError(f"guide.augment: it must return a model, got {type(extended).__name__}")
+    return extended

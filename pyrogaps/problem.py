@@ -9,10 +9,11 @@ from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, rows_of, whole
 from pyrogaps.density.draws import Posterior
-from pyrogaps.density.runs import Program
+from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError
 from pyrogaps.family import AmortizedGuide, augmented
+from pyrogaps.guard import guarded
 from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
 
@@ -56,6 +57,7 @@ class Problem:
     )
 
     @classmethod
+    @guarded
     @checked()
     def of(
         cls,
@@ -80,6 +82,9 @@ class Problem:
             if guide is not None or data is not None or plate is not None:
                 raise InputError("model: a Problem already contains guide, data and plate. Do not pass them separately")
             return model
+        check_callable(model, "model")
+        if guide is not None and not is_posterior(guide):
+            check_callable(guide, "guide")
         if data is None:
             raise InputError("data: missing. Pass the model, the guide and the data, or a Problem")
         if not _extends_model(guide):
@@ -140,6 +145,7 @@ class Problem:
             raise InputError("guide: it has been refined already. Pass the original guide or family")
         return posterior
 
+    @guarded
     def with_guide(self, guide: Program | Posterior | None) -> "Problem":
         """The same model and data with another guide, or with none. The model is read again only where it is extended
         by the guide's reverse model.
@@ -169,6 +175,7 @@ class Problem:
             raise InputError("guide: a refined guide fits only the data it was refined on. Pass the original guide")
         return replace(self, joint=joint, posterior=posterior, _evaluators={})
 
+    @guarded
     def simulated(self, seed: int, to_data: ToData | None = None) -> "Simulated":
         """The same problem on data drawn from the model in the shape of its own.
 

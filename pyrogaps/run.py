@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrogaps import memory, processes
 from pyrogaps.chunk_cache import Arrays, ChunkCache
 from pyrogaps.density import JointDensity
+from pyrogaps.progress import ProgressBar
 from pyrogaps.streams import BLOCK, Chunk, Stream, chunks, derive_seed, seeded
 
 Result = TypeVar("Result")
@@ -20,7 +20,7 @@ FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Bar:
-    """A progress bar over stages of chunks. Without a `tqdm` bar it shows nothing."""
+    """A progress bar over stages of chunks. Without a `ProgressBar` it shows nothing."""
 
     def __init__(self, bar: Any = None, num_stages: int = 1) -> None:
         self._bar, self._num_stages = bar, num_stages
@@ -128,7 +128,7 @@ class Run:
         own, shown = len(order[processes.rank() :: processes.world_size()]), self.progress and processes.rank() == 0
         with (
             self._seeded(joint),
-            tqdm(total=own * num_stages, disable=not shown, dynamic_ncols=True, bar_format=FORMAT) as bar,
+            ProgressBar(total=own * num_stages, disable=not shown, bar_format=FORMAT) as bar,
         ):
             shown_in = replace(self, bar=Bar(bar, num_stages))
 

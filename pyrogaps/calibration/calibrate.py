@@ -16,6 +16,7 @@ from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
 from pyrogaps.refine import OwnFamily, Refinement, Refiner
 from pyrogaps.refine.families import Family
@@ -26,6 +27,7 @@ from pyrogaps.streams import Chunk
 MIN_DRAWS = 100
 
 
+@guarded
 @checked()
 def calibrate(
     model: Program | Problem,

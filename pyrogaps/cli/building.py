@@ -3,12 +3,9 @@
 import functools
 import importlib
 import inspect
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +15,12 @@ from torch import Tensor, nn
 from pyrogaps.cli.recipe import Recipe
 from pyrogaps.cli.typed import Component, typed_arguments
 from pyrogaps.density.data import Data
-from pyrogaps.density.runs import Program
+from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence
+from pyrogaps.guard import described, failures_named
+
+PAIR_REMEDY = "name an object with both .model and .guide under pair"
 
 
 def build_programs(recipe: Recipe) -> tuple[Program, Program]:
@@ -70,10 +70,7 @@ def _program(key: str, component: Component, model: Program | None = None) -> Pr
 
 def _callable(key: str, component: Component, built: Any) -> Program:
     """`built`, checked to be something Pyro can run."""
-    runs = callable(built) and not (isinstance(built, nn.Module) and type(built).forward is nn.Module.forward)
-    if not runs:
-        hint = ". Name an object with both .model and .guide under pair" if hasattr(built, "guide") else ""
-        raise InputError(f"{key}: {component.class_path} is a {type(built).__name__}, which cannot be called{hint}")
+    check_callable(built, f"{key}: {component.class_path}", PAIR_REMEDY)
     program: Program = built
     return program
 
@@ -103,7 +100,7 @@ def construct(key: str, component: Component, *leading: Any) -> Any:
     if not callable(target):
         raise InputError(f"{key}: {component.class_path} is not a class or function")
     arguments = typed_arguments(f"{key}.init_args", target, component.init_args, leading=len(leading))
-    with failures_named(f"{key}: {component.class_path}"):
+    with failures_named(f"{key}: {component.class_path}", own_too=True):
         return target(*leading, **arguments)
 
 
@@ -136,27 +133,6 @@ def _import_module(path: str) -> Any:
         if error.name == path and parent and inspect.isclass(getattr(_import_module(parent), name, None)):
             return getattr(_import_module(parent), name)
         raise
-
-
-@contextmanager
-def failures_named(what: str) -> Iterator[None]:
-    """Turn any other exception into an `InputError` of one line: what failed, and where."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what} failed: {described(error)}") from error
-
-
-def described(error: BaseException) -> str:
-    """An exception in one line, with its file and line number."""
-    message = " ".join(str(error).split())
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {message}"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {message}{place}" if message else f"{type(error).__name__}{place}"
 
 
 @dataclass(frozen=True)
@@ -192,7 +168,7 @@ def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool =
 
 
 def _part(recipe: Recipe, data: Any, part: str, *, required: bool) -> Any:
-    with failures_named(f"data: reading '{part}' of {recipe.data.class_path}"):
+    with failures_named(f"data: reading '{part}' of {recipe.data.class_path}", own_too=True):
         selected = getattr(data, part, None)
     if selected is None and required:
         remedy = "Set evaluate.part to another" if part == recipe.evaluate.part else "Use a data set that has it"

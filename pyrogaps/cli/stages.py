@@ -18,7 +18,6 @@ from pyrogaps.cli.building import (
     build_families,
     build_programs,
     check_device,
-    failures_named,
 )
 from pyrogaps.cli.console import say
 from pyrogaps.cli.options import Options
@@ -29,6 +28,7 @@ from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError, reason_of
 from pyrogaps.evidence import Evidence
 from pyrogaps.gaps import GapLedger, Split, decompose
+from pyrogaps.guard import failures_named
 from pyrogaps.mapa import Mapa, train_by_mapa
 from pyrogaps.plots import plot_ledger
 from pyrogaps.plots.ledger import page_size
@@ -226,7 +226,7 @@ def _divergence_named(section: str) -> Iterator[None]:
 
 def _read_ledger(path: Path) -> GapLedger:
     broken = f"{path}: reading the ledger (use --overwrite to compute it again)"
-    with failures_named(broken), xr.open_datatree(path, engine="h5netcdf") as tree:
+    with failures_named(broken, own_too=True), xr.open_datatree(path, engine="h5netcdf") as tree:
         return GapLedger.from_datatree(tree.load())
 
 

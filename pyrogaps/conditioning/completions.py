@@ -14,6 +14,7 @@ from pyrogaps.density.score import ScoreModel, is_bookkeeping
 from pyrogaps.density.simulate import feed_back
 from pyrogaps.density.structure import is_factor
 from pyrogaps.errors import InputError
+from pyrogaps.guard import failures_named
 from pyrogaps.streams import BLOCK, Chunk, Stream
 
 
@@ -87,7 +88,7 @@ def completed(joint: JointDensity, partial: JointDensity, block: Chunk, z: Tenso
         fetched = partial.fetch(block.indices, len(z))
         args, shown = fetched[:-1], fetched[-1]
         handler = CompleteData(joint, flat, shown)
-        with joint.plates(rows), handler:
+        with joint.plates(rows), handler, failures_named("model"):
             joint.model(*args)
         try:
             fresh = feed_back(handler.drawn, handler.observed, args)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrogaps.errors import InputError
 from pyrogaps.family import AmortizedGuide
+from pyrogaps.guard import failures_named
 
 Masks = tuple[Tensor | None, ...]
 
@@ -30,9 +31,12 @@ class Shown:
 
     def masks(self, args: tuple[Any, ...]) -> Masks:
         """The masks over `args`, each of its argument's shape; raises `InputError` where one does not fit."""
-        given = self.part(*args) if callable(self.part) else self.part
+        given = self.part
+        if callable(given):
+            with failures_named("conditions"):
+                given = given(*args)
         if given is None:
-            raise InputError("conditions: the function returned None; return a boolean mask, True where shown")
+            raise InputError("conditions: the function returned None. Return a boolean mask, True where shown")
         given = given if isinstance(given, tuple) else (given,)
         if len(given) > len(args):
             raise InputError(f"conditions: there are {len(given)} masks, but the model has {len(args)} argument(s)")

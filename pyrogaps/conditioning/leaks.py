@@ -7,7 +7,6 @@ from torch import Tensor
 
 from pyrogaps.conditioning.conditions import Conditions, Lookahead, Shown, hidden
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple
 from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import FactorisedGuide, GuideSite, PlaceValues
 from pyrogaps.density.runs import evaluating
@@ -46,7 +45,7 @@ class _Rows:
         self.density, self.conditions = density, conditions
         self.names = [term.name for term in density.terms]
         self.checked = torch.arange(min(NUM_CHECKED_ROWS, density.num_datapoints))
-        args = as_tuple(density.joint.data.fetch(self.checked))
+        args = density.joint.data.fetch(self.checked)
         self.steps = torch.zeros(1, dtype=torch.long)
         self.temporal = [False] * len(args)
         if isinstance(conditions, Lookahead):
@@ -63,7 +62,7 @@ class _Rows:
         fetch, each = self.density.joint.data.fetch, len(self.checked)
 
         def other(indices: Tensor) -> tuple[Any, ...]:
-            args = as_tuple(fetch(self.checked[indices % each]))
+            args = fetch(self.checked[indices % each])
             if at_random is None:
                 return args
             if isinstance(self.conditions, Shown):

@@ -10,7 +10,6 @@ from torch import Tensor
 from pyrogaps.conditioning.conditions import Shown, hidden
 from pyrogaps.conditioning.leaks import NUM_CHECKED_ROWS, observed
 from pyrogaps.density import IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple
 from pyrogaps.density.layout import distribution_mask, leaf
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import evaluating
@@ -60,7 +59,7 @@ def partially_observed(joint: JointDensity, conditions: Shown) -> JointDensity:
             return joint.model(*args)
 
     def fetch(indices: Tensor) -> tuple[Any, ...]:
-        args = as_tuple(joint.data.fetch(indices))
+        args = joint.data.fetch(indices)
         return *args, shown(args, indices)
 
     partial = JointDensity(model, IndexedData(joint.num_datapoints, fetch), joint.plate)

@@ -15,6 +15,7 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS
+from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate
 from pyrogaps.problem import Problem
 from pyrogaps.refine import RefinedGuide, Refinement, Refiner, own_family
@@ -45,6 +46,7 @@ class SharedPosterior:
     num_completions: Tensor
     blocks: list[tuple[Chunk, SharedBlock]]
 
+    @guarded
     def completions(self, datapoint: int) -> tuple[tuple[Any, ...], Tensor]:
         """The model's arguments for the K completions of a datapoint, and the latents `(K, dim)` they come from."""
         block, shared = self._block_of(datapoint)
@@ -53,6 +55,7 @@ class SharedPosterior:
         args = tuple(arg[position::number] if has_rows(arg, len(drawn) * number) else arg for arg in drawn.args)
         return args, drawn.z[:, position]
 
+    @guarded
     def log_density(self, z: Tensor, datapoint: int) -> Tensor:
         r"""log q_C(z) up to a constant, the mean of $\log p(C_n, \bar C_k, z)$ over completions: `(S, dim)` to `(S,)`.
 
@@ -77,6 +80,7 @@ class SharedPosterior:
         raise InputError(f"datapoint: must be from 0 to {self.joint.num_datapoints - 1}, got {datapoint}")
 
 
+@guarded
 @checked()
 def shared_posterior(
     model: Program | Problem,

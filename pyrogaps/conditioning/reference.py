@@ -9,10 +9,12 @@ from pyrogaps.conditioning.simulated import SimulatedData
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.settings import Count, File, Plate, checked, checked_arguments
 from pyrogaps.training import train
 
 
+@guarded
 @checked()
 def reference_guide(
     model: Program,

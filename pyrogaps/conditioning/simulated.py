@@ -9,6 +9,7 @@ from pyrogaps.density.data import as_tuple, rows_of
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.settings import Count, Plate, checked
 
 
@@ -29,6 +30,7 @@ class SimulatedData(IndexedData):
         InputError: where the model cannot be simulated.
     """
 
+    @guarded
     def __init__(
         self,
         model: Program,
@@ -45,7 +47,7 @@ class SimulatedData(IndexedData):
         number = joint.num_datapoints
 
         def fetch(indices: Tensor) -> tuple[Any, ...]:
-            rows = rows_of(as_tuple(joint.data.fetch(indices % number)), len(indices))
+            rows = rows_of(joint.data.fetch(indices % number), len(indices))
             return as_tuple(simulate(joint.over(rows), to_data)[0])
 
         super().__init__(number if num_datapoints is None else num_datapoints, fetch)

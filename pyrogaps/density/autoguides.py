@@ -1,12 +1,18 @@
 """Check that an autoguide has a density per datapoint."""
 
+import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoLaplaceApproximation, AutoMessenger, AutoStructured
 from pyro.infer.autoguide.guides import AutoContinuous
+from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.layout import plate_dim
 from pyrogaps.errors import InputError
 
 REMEDY = "Use AutoNormal or pyrogaps.guides.local.AutoLocalMultivariateNormal"
@@ -42,6 +48,49 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
                 f"{joint.num_datapoints} datapoints. Train it on these data, because an autoguide has parameters for "
                 "each datapoint"
             )
+
+
+@contextmanager
+def supports_at(guide: Any, plate: str | None, rows: Tensor) -> Iterator[None]:
+    """Let an autoguide use the supports of the datapoints `rows`: it keeps those of its setup run, of all of them."""
+    nodes = [node for part in _parts(guide) for node in _latents(part, plate)] if plate is not None else []
+    before = [node["fn"] for node in nodes]
+    try:
+        for node in nodes:
+            node["fn"] = _at_rows(node, str(plate), rows)
+        yield
+    finally:
+        for node, fn in zip(nodes, before, strict=True):
+            node["fn"] = fn
+
+
+def _latents(part: AutoGuide, plate: str | None) -> list[Any]:
+    trace = part.prototype_trace
+    nodes = [] if trace is None else [node for _, node in trace.iter_stochastic_nodes()]
+    return [node for node in nodes if plate_dim(node, str(plate)) is not None]
+
+
+def _at_rows(node: Any, plate: str, rows: Tensor) -> Any:
+    """What an autoguide reads of a latent's distribution, for some rows of the data plate."""
+    fn, dim = node["fn"], plate_dim(node, plate)
+    assert dim is not None
+    support = _support_at(fn.support, dim - fn.event_dim, rows)
+    return SimpleNamespace(support=support, event_dim=fn.event_dim)
+
+
+def _support_at(support: Any, axis: int, rows: Tensor) -> Any:
+    """A constraint with its bounds at some rows of their (negative) `axis`."""
+    changed = {}
+    for name, value in vars(support).items():
+        if isinstance(value, Constraint):
+            changed[name] = _support_at(value, axis, rows)
+        elif isinstance(value, Tensor) and value.dim() >= -axis and value.shape[axis] > 1:
+            changed[name] = value.index_select(axis, rows.to(value.device))
+    if not changed:
+        return support
+    selected = copy.copy(support)
+    vars(selected).update(changed)
+    return selected
 
 
 def is_autoguide(guide: Any) -> bool:

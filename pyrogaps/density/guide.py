@@ -9,17 +9,29 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrogaps.density.autoguides import check_autoguide, is_autoguide
+from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
 from pyrogaps.density.data import Data
 from pyrogaps.density.joint import JointDensity
-from pyrogaps.density.local import Draws, FactorisedGuide, GuideSite, LocalGuide, PlaceValues, join_terms, score_term
+from pyrogaps.density.local import (
+    Draws,
+    FactorisedGuide,
+    GuideSite,
+    LocalGuide,
+    PlaceValues,
+    join_terms,
+    no_inverse,
+    score_term,
+    scores_all,
+)
 from pyrogaps.density.plates import BoundPlate, whole_plates
 from pyrogaps.density.reading import ANY_PLATE
-from pyrogaps.density.rows import rows_are_independent
-from pyrogaps.density.runs import Program, evaluating
+from pyrogaps.density.rows import rows_are_independent, same_density
+from pyrogaps.density.runs import Program, check_callable, evaluating
+from pyrogaps.density.score import log_prob
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
 from pyrogaps.errors import InputError
+from pyrogaps.guard import ProgramError, guarded
 from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
 
@@ -65,6 +77,7 @@ class GuideDensity:
             supports that differ, latents outside the data plate, NaN in parameters.
     """
 
+    @guarded
     @checked()
     def __init__(
         self,
@@ -79,6 +92,7 @@ class GuideDensity:
         if structure is not None and isinstance(model, JointDensity):
             self.joint, self.structure = model, structure
             return
+        check_callable(guide, "guide")
         check_parameters(guide)
         if isinstance(model, JointDensity):
             self.joint = model
@@ -93,7 +107,7 @@ class GuideDensity:
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
             # On a number of rows other than the data set's, which reveals a plate of its full size.
             messages = self._first_run(self.joint.probe.indices)
-            self.structure = replace(self.structure, terms=tuple(read_terms(messages, self.joint)))
+            self.structure = replace(self.structure, terms=tuple(read_terms(messages, self.joint, self._place_at)))
             self._check_draws(messages)
 
     @property
@@ -116,6 +130,7 @@ class GuideDensity:
         """N, the number of datapoints."""
         return self.joint.num_datapoints
 
+    @guarded
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at `indices`; run only once where no site distribution depends on earlier draws."""
         active = self.joint.active(indices)
@@ -128,10 +143,12 @@ class GuideDensity:
         distributions = {term.name: messages[term.name]["fn"] for term in self.terms}
         return FactorisedGuide(self.joint, indices, self.terms, distributions, active)
 
+    @guarded
     def sample(self, num_particles: int, indices: Tensor | None = None) -> Draws:
         """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, for `indices` (default: all datapoints)."""
         return self.at(self._indices(indices)).sample(num_particles)
 
+    @guarded
     def log_prob(self, z: Tensor, indices: Tensor | None = None) -> Tensor:
         """log q(z_sn | x_n) in nats `(S, N)` of any points `z` `(S, N, dim)`."""
         return self.at(self._indices(indices)).log_prob(z)
@@ -142,18 +159,22 @@ class GuideDensity:
     def messages(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
         """Run the guide on `indices` repeated `num_particles` times; its random sites by name."""
         args = self.joint.fetch(indices, num_particles)
-        with self.plates(indices.repeat(num_particles)), handler or nullcontext():
-            sites = sample_sites(self.guide, args)
+        rows = indices.repeat(num_particles)
+        with self.plates(rows), supports_at(self.guide, self.joint.plate, self._origin(rows)), handler or nullcontext():
+            sites = sample_sites(self.guide, args, "guide")
         if isinstance(self.guide, GuideMessenger):  # it runs the model, likelihood and all
             return {name: site for name, site in sites.items() if not site["is_observed"]}
         return sites
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
         """A context in which the guide's data plate holds the rows of `indices`."""
-        origin, size, bound = self.structure.origin, self.structure.size, self.structure.bound
-        rows = indices if origin is None else origin[indices]
+        size, bound, rows = self.structure.size, self.structure.bound, self._origin(indices)
         plate = ANY_PLATE if self.joint.structure.make_whole else self.joint.plate
         return whole_plates(plate, rows, num_datapoints=size, bound=bound)
+
+    def _origin(self, indices: Tensor) -> Tensor:
+        """`indices` as they are counted in the data set that the guide was made for."""
+        return indices if self.structure.origin is None else self.structure.origin[indices]
 
     def restrict(self, joint: JointDensity, origin: Tensor) -> "GuideDensity":
         """The same guide over `joint`, which holds only the datapoints `origin`, numbered from 0."""
@@ -186,29 +207,44 @@ class GuideDensity:
     def _run_subset(self, indices: Tensor) -> dict[str, Any]:
         """The guide's sites on a few rows; refuses a guide that runs only on the whole data set."""
         try:
-            return self.messages(indices)
-        except (BoundPlate, InputError):
-            raise
-        except Exception as error:
-            try:
-                self.messages(torch.arange(self.num_datapoints))
-            except Exception:
-                raise error from None
+            return self._alone(indices)
+        except ProgramError as error:
+            if not self._runs_on_all():
+                raise
             raise InputError(
-                "guide: it runs on the whole data set but not on other numbers of its rows "
-                f"({str(error).splitlines()[0]}). {INDEX_REMEDY}"
+                f"guide: it runs on the whole data set but not on other numbers of its rows ({error}). {INDEX_REMEDY}"
             ) from error
+
+    def _runs_on_all(self) -> bool:
+        try:
+            self._alone(torch.arange(self.num_datapoints))
+        except ProgramError:
+            return False
+        return True
+
+    def _alone(self, indices: Tensor) -> dict[str, Any]:
+        """`messages`; parameters that the guide makes, perhaps of this size, do not stay for the next run."""
+        with evaluating(self.guide):
+            return self.messages(indices)
+
+    def _place_at(self, terms: list[GuideSite], flat: Tensor) -> dict[str, Any]:
+        """A run on the rows of `joint.probe` with `terms` at the points `flat` `(R, dim)`."""
+        return self.messages(self.joint.probe.indices, 1, PlaceValues(terms, flat, self.joint.plate is not None))
 
     def _check_draws(self, first: dict[str, Any]) -> None:
         """Find out whether site distributions depend on earlier draws, by a second run; check that rows do not depend
         on their position or on other rows.
         """
         indices = self.joint.probe.indices  # of all lengths, because later sites may be masked
+        if any(not scores_all(first[term.name]["fn"]) for term in self.terms):
+            self._check_own_draws(first)
+            return
         second = self.messages(indices)
         factorised = all(
-            torch.equal(first[term.name]["fn"].log_prob(value), second[term.name]["fn"].log_prob(value))
+            torch.equal(
+                *(log_prob(run[term.name]["fn"], first[term.name]["value"], term.name) for run in (first, second))
+            )
             for term in self.terms
-            for value in [first[term.name]["value"]]
         )
         self.structure = replace(self.structure, factorised=factorised)
         if self.joint.plate is None:
@@ -220,11 +256,40 @@ class GuideDensity:
         else:
             z = self.at(indices).sample(1)[0]
             together = self.log_prob(z, indices)[0]
-        if not rows_are_independent(lambda rows: self.log_prob(z[:, rows], indices[rows])[0], together):
+
+        def log_q(rows: Tensor) -> Tensor:
+            return self.log_prob(z[:, rows], indices[rows])[0]
+
+        if not rows_are_independent(log_q, together):
+            everything = torch.arange(len(indices))
+            if not torch.equal(log_q(everything), log_q(everything)):
+                raise InputError(
+                    "guide: it is random beyond its sample sites: log q of one draw changed between two identical "
+                    "calls. Switch dropout off in evaluation mode (F.dropout(x, p, training=self.training)), and draw "
+                    "other noise with pyro.sample"
+                )
             raise InputError(
                 "guide: log q of a datapoint changes with its position in the batch or with other rows. Treat rows "
                 f"independently (no batch statistics). {INDEX_REMEDY}"
             )
+
+    def _check_own_draws(self, first: dict[str, Any]) -> None:
+        """As `_check_draws`, for a guide that scores its own draws alone: they may not change with other rows."""
+        for term in self.terms:
+            if len(self.terms) > 1 and not scores_all(fn := first[term.name]["fn"]):
+                raise no_inverse(term.name, fn, "with several sites")
+        self.structure = replace(self.structure, factorised=True)
+        if self.joint.plate is None:
+            return
+        indices = self.joint.probe.indices
+        others = torch.where(torch.arange(len(indices)) % 2 == 0, indices, indices.roll(2))
+        pairs = zip(self._drawn(indices), self._drawn(others), strict=True)
+        if not all(same_density(before[:, ::2], after[:, ::2]) for before, after in pairs):
+            raise InputError("guide: log q of a datapoint changes with other rows. Treat rows independently")
+
+    def _drawn(self, indices: Tensor) -> Draws:
+        with seeded(0, "other rows", device=self.joint.device):
+            return self.at(indices).sample(1)
 
 
 class SequentialGuide:

@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyrogaps.density.data import Data, IndexedData, as_indexed, whole
+from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed, whole
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import whole_plates
-from pyrogaps.density.reading import ANY_PLATE, PAD_REMEDY, ModelStructure, finite_arguments, read_model
-from pyrogaps.density.rows import probe_rows, rows_are_independent, same_density
-from pyrogaps.density.runs import Program, evaluating
+from pyrogaps.density.reading import ANY_PLATE, ModelStructure, finite_arguments, read_model
+from pyrogaps.density.rows import PAD_REMEDY, probe_rows, rows_are_independent, same_density
+from pyrogaps.density.runs import Program, check_callable, evaluating
 from pyrogaps.density.score import ScoreModel, stack_runs
-from pyrogaps.density.structure import check_parameters, dtypes_named, sample_sites
+from pyrogaps.density.structure import check_parameters, sample_sites
+from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
+from pyrogaps.guard import failures_named, guarded
 from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
 
@@ -42,7 +43,7 @@ class JointDensity:
 
     Args:
         model: a Pyro model, called with the positional arguments that `data` gives.
-        data: a tensor or a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
+        data: a tensor or array, or a tuple of them, whose first axis is the data plate, or an `IndexedData`.
         plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
             without any plate, makes the whole data set one datapoint (N = 1).
         make_whole: with `plate=False`, use the full size of subsampled plates, which are refused otherwise.
@@ -54,6 +55,7 @@ class JointDensity:
             likelihood's support, NaN in data or parameters, ...).
     """
 
+    @guarded
     @checked()
     def __init__(
         self,
@@ -64,10 +66,12 @@ class JointDensity:
         make_whole: bool = False,
         structure: ModelStructure | None = None,
     ) -> None:
+        check_callable(model, "model")
+        data = as_given(data)
         self.model, self.caller_data = model, data
         if structure is None:
             check_parameters(model)
-            with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True), dtypes_named():
+            with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
                 self.structure = read_model(model, data, plate, make_whole=make_whole)
         else:
             self.structure = structure
@@ -114,11 +118,13 @@ class JointDensity:
         """N, the number of datapoints."""
         return self.data.num_datapoints
 
+    @guarded
     def __call__(self, z: Tensor, indices: Tensor | None = None) -> Tensor:
         """log p(x_n, z_sn) in nats, shape `(S, N)`, for unconstrained `z` `(S, N, dim)` of `indices` (default: all)."""
         log_prior, log_likelihood = self.terms(z, indices)
         return log_prior + log_likelihood
 
+    @guarded
     def terms(self, z: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log p(z_sn) (in unconstrained space) and log p(x_n | z_sn), each `(S, N)`."""
         indices = self._indices(indices)
@@ -149,7 +155,7 @@ class JointDensity:
 
     def _run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         handler = ScoreModel(self.sites, self.plate, flat, vectorized=self.structure.vectorized)
-        with self.plates(indices), handler:
+        with self.plates(indices), handler, failures_named("model"):
             self.model(*args)
         missing = [name for name in self.sites if name not in handler.values]
         if missing:
@@ -163,6 +169,7 @@ class JointDensity:
         plate = ANY_PLATE if self.structure.make_whole else self.plate
         return whole_plates(plate, indices, num_datapoints=self.num_datapoints, bound=self.structure.bound)
 
+    @guarded
     def constrain(self, z: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
         """The latent sites' values, each `(S, N, *shape)`, of unconstrained `z` `(S, N, dim)`."""
         indices = self._indices(indices)
@@ -176,6 +183,7 @@ class JointDensity:
             result[name] = value.reshape(*z.shape[:2], *value.shape[padded:])
         return result
 
+    @guarded
     def active(self, indices: Tensor) -> Tensor | None:
         """Which coordinates are not masked out, `(B, dim)`; None if the model masks no latent."""
         if not self.structure.masked:
@@ -194,6 +202,7 @@ class JointDensity:
         """The origin of unconstrained space, `(rows, dim)`, in the model's dtype and on its device."""
         return torch.zeros(rows, self.dim, dtype=self.dtype, device=self.device)
 
+    @guarded
     def sample_prior(self, num_particles: int, indices: Tensor | None = None) -> Tensor:
         """Draws of z from the model's latent sites (given earlier observed ones), `(S, N, dim)`, unconstrained."""
         indices = self._indices(indices)
@@ -213,7 +222,7 @@ class JointDensity:
         """Unconstrained rows `(R, dim)` of drawn latent sites (`messages` of a trace, in layout order)."""
         columns = []
         for name, message in messages.items():
-            unconstrained = biject_to(message["fn"].support).inv(message["value"])
+            unconstrained = bijection(message["fn"], name).inv(message["value"])
             site = self.sites[name]
             if self.plate is None:
                 columns.append(unconstrained.reshape(1, -1))

@@ -6,12 +6,14 @@ from typing import Any, Protocol
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import TransformedDistribution, biject_to
+from torch.distributions import TransformedDistribution
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf
 from pyrogaps.density.score import log_jacobian, masked_log_prob
-from pyrogaps.density.supports import guide_support
+from pyrogaps.density.supports import bijection
+from pyrogaps.errors import InputError
+from pyrogaps.guard import ProgramError
 
 Draws = tuple[Tensor, Tensor]
 
@@ -98,7 +100,13 @@ class FactorisedGuide:
                 "a guide with auxiliary variables can score only its own draws, not latents alone"
             )
         parts = [(t, fn, place(t, fn, z)) for t in self.terms for fn in [self.distributions[t.name]]]
-        return self._assemble(len(z), parts)[1]
+        try:
+            return self._assemble(len(z), parts)[1]
+        except ProgramError as error:
+            for name, fn in self.distributions.items():
+                if not scores_all(fn):
+                    raise no_inverse(name, fn, "where other points are scored") from error
+            raise
 
     def log_reverse(self, z: Tensor) -> Tensor | None:
         """log r(v|z) `(S, B)` of extended draws; None for a guide without auxiliary variables."""
@@ -122,6 +130,38 @@ def join_terms(terms: list[GuideSite], scored: list[Draws], active: Tensor | Non
         keep = torch.nn.functional.pad(active, (0, z.shape[-1] - active.shape[-1]), value=True)
         z = torch.where(keep, z, torch.zeros_like(z))
     return z, sum((log_q for _, log_q in scored[1:]), start=scored[0][1])
+
+
+# What flows raise that have no inverse, for a value that is not their last draw.
+NO_INVERSE = (KeyError, NotImplementedError)
+
+
+class NoInverseError(InputError):
+    """A flow can score only its own draws."""
+
+
+def no_inverse(name: str, fn: Any, where: str) -> NoInverseError:
+    """The error for a flow that can score only its own draws."""
+    flow = type(_last_transform(fn)).__name__
+    return NoInverseError(
+        f"site '{name}': {flow} has no inverse, so the guide cannot be used {where}. Use a flow with an inverse, such "
+        "as pyro.distributions.transforms.spline_coupling"
+    )
+
+
+def scores_all(fn: Any) -> bool:
+    """Whether `fn` can score values that it has not just drawn."""
+    if not isinstance(leaf(fn), TransformedDistribution):
+        return True
+    try:
+        fn.log_prob(fn.sample().clone())
+    except NO_INVERSE:
+        return False
+    return True
+
+
+def _last_transform(fn: Any) -> Any:
+    return inner.transforms[-1] if isinstance(inner := leaf(fn), TransformedDistribution) else inner
 
 
 SYMMETRIC = ("Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Laplace", "StudentT")
@@ -159,7 +199,7 @@ class PlaceValues(Messenger):
 def place(term: GuideSite, fn: Any, z: Tensor) -> Tensor:
     """The values of a term's site at unconstrained `z` `(S, B, dim)`, with S leading."""
     unconstrained = term.site.unflatten(z)
-    value: Tensor = unconstrained if term.unconstrained else biject_to(guide_support(fn))(unconstrained)
+    value: Tensor = unconstrained if term.unconstrained else bijection(fn, term.site.name)(unconstrained)
     return value
 
 
@@ -172,7 +212,7 @@ def score_term(
     log_q = masked_log_prob(fn, value, mask, term.name)
     unconstrained = value
     if not term.unconstrained:
-        transform = biject_to(guide_support(fn))
+        transform = bijection(fn, term.site.name)
         unconstrained = transform.inv(value)
         log_q = log_q + log_jacobian(transform, unconstrained, value, mask, fn.event_dim)
     log_q = site.sum_to_rows(log_q, lead=1) if in_plate else log_q.reshape(len(value), -1).sum(-1, keepdim=True)

@@ -1,5 +1,13 @@
-"""Plates while a program runs on some of the datapoints."""
+"""Plates while a program runs on some of the datapoints.
 
+Pyro's class of plates is patched meanwhile, because no handler can do this. A plate announces its random choice of rows
+in a message, but its size and its subsample size are local variables of `SubsampleMessenger._subsample`: a handler can
+replace the rows alone, and rows of another number than the program asked for are an error. The plate then broadcasts
+every site to that size itself, before any handler around the program sees the site. The patch is made by one thread at
+a time, holds for that thread's plates only, and is undone afterwards.
+"""
+
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -9,6 +17,7 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 
 from pyrogaps.errors import InputError
+from pyrogaps.guard import one_at_a_time
 
 Choice = tuple[int, int, Any]
 
@@ -108,16 +117,26 @@ def _plates(
     choose: Callable[[str, int, int | None, Any], Choice], check: Callable[[SubsampleMessenger], None]
 ) -> Iterator[None]:
     """Let `choose` pick the rows of every new plate, and `check` inspect every plate around a site."""
-    subsample, process = SubsampleMessenger.__dict__["_subsample"], SubsampleMessenger._process_message
+    with one_at_a_time():
+        yield from _patched(choose, check, threading.get_ident())
+
+
+def _patched(
+    choose: Callable[[str, int, int | None, Any], Choice], check: Callable[[SubsampleMessenger], None], thread: int
+) -> Iterator[None]:
+    original, process = SubsampleMessenger.__dict__["_subsample"], SubsampleMessenger._process_message
 
     def chosen(name, size=None, subsample_size=None, subsample=None, use_cuda=None, device=None):  # type: ignore[no-untyped-def]
+        if threading.get_ident() != thread:
+            return original.__func__(name, size, subsample_size, subsample, use_cuda, device)
         if size is None:
             return -1, -1, None
         requested = len(subsample) if subsample is not None else None if subsample_size is None else int(subsample_size)
         return choose(name, int(size), requested, subsample)
 
     def checked(messenger, message):  # type: ignore[no-untyped-def]
-        check(messenger)
+        if threading.get_ident() == thread:
+            check(messenger)
         process(messenger, message)
 
     SubsampleMessenger._subsample = staticmethod(chosen)  # type: ignore[method-assign]
@@ -125,5 +144,5 @@ def _plates(
     try:
         yield
     finally:
-        SubsampleMessenger._subsample = subsample  # type: ignore[method-assign]
+        SubsampleMessenger._subsample = original  # type: ignore[method-assign]
         SubsampleMessenger._process_message = process  # type: ignore[method-assign]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrogaps.density.data import Data, IndexedData, as_indexed, as_tuple, whole
+from pyrogaps.density.data import Data, IndexedData, as_indexed, check_tensor, whole
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
-from pyrogaps.density.rows import CHECK_ROWS
+from pyrogaps.density.rows import CHECK_ROWS, PAD_REMEDY
 from pyrogaps.density.runs import Program
 from pyrogaps.density.structure import (
     batch_dims,
@@ -29,7 +29,6 @@ from pyrogaps.settings import Plate
 
 # The plate name where there is no data plate and every plate has its full size.
 ANY_PLATE = ""
-PAD_REMEDY = "Pad ragged data to one length for the whole data set and mask the padding"
 
 
 @dataclass(frozen=True)
@@ -114,12 +113,14 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
     )
 
 
-def finite_arguments(args: Any) -> tuple[Any, ...]:
-    """The model's arguments as a tuple; raises `InputError` where they hold NaN."""
-    arguments: tuple[Any, ...] = as_tuple(args)
-    leaves = ((position, leaf) for position, value in enumerate(arguments) for leaf in tree_leaves(value))
-    check_finite(((f"argument {position}", leaf) for position, leaf in leaves), "data", "Clean or impute them first")
-    return arguments
+def finite_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The model's arguments; raises `InputError` where they hold NaN, or tensors that have no plain numbers."""
+    leaves = [(f"argument {position}", leaf) for position, value in enumerate(args) for leaf in tree_leaves(value)]
+    for name, leaf in leaves:
+        if isinstance(leaf, Tensor):
+            check_tensor(leaf, name)
+    check_finite(leaves, "data", "Clean or impute them first")
+    return args
 
 
 def _first_rows(number: int) -> Tensor:
@@ -132,18 +133,18 @@ def _first_rows(number: int) -> Tensor:
 def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str, Any] | None]:
     """The data plate's name, and the model's sites at the first rows where they need not be read again."""
     number = data.num_datapoints
-    # With a hard-coded plate size a run on a few rows fails, but reveals the plate; it is refused later.
+    # A program with hard-coded sizes fails on a few rows; it is refused later.
     for rows in (_first_rows(number), torch.arange(number)):
         with steady_plates():
             sites, error = first_sites(model, finite_arguments(data.fetch(rows)))
-        if error is None or frames_of(sites):
+        if error is None:
             break
     else:
         raise error or AssertionError
     name = find_plate(sites)
     frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
     # Any other plate than one of these rows is made the data plate's by a run of its own.
-    as_they_are = error is None and all(frame.size == frame.full_size for frame in frames)
+    as_they_are = all(frame.size == frame.full_size for frame in frames)
     of_rows = all(frame.size == len(rows) != number for frame in frames if frame.name == name)
     return name, sites if as_they_are and of_rows and name is not None else None
 

@@ -5,6 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyrogaps.errors import InputError
+from pyrogaps.guard import ProgramError
+
+PAD_REMEDY = "pad ragged data to one length for the whole data set and mask the padding"
 CHECK_ROWS = 256
 NUM_ALONE = 3
 
@@ -22,11 +26,17 @@ def probe_rows(num_datapoints: int) -> Tensor:
 def rows_are_independent(log_density: Callable[[Tensor], Tensor], together: Tensor) -> bool:
     """Whether `log_density(positions)` is the same for reordered rows and for a row paired with itself.
 
-    `together` is its value at all positions, in order.
+    `together` is its value at all positions, in order. Raises `InputError` where a program fails on some rows.
     """
     number = len(together)
     groups = [torch.randperm(number), *torch.randperm(number)[:NUM_ALONE, None].expand(-1, 2)]
-    return all(same_density(together[group], log_density(group)) for group in groups)
+    try:
+        return all(same_density(together[group], log_density(group)) for group in groups)
+    except ProgramError as error:
+        raise InputError(
+            f"{error}. It failed on some of the rows that it had run on together: do not trim a batch to its longest "
+            f"sequence, but {PAD_REMEDY}"
+        ) from error
 
 
 def same_density(left: Tensor, right: Tensor) -> bool:

@@ -7,9 +7,14 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.nn import PyroModule
 from torch import nn
 
+from pyrogaps.errors import InputError
+
 Program = Callable[..., Any]
+# The calls of modules that run `forward`; messengers among the autoguides have a call of their own.
+MODULE_CALLS = (nn.Module.__call__, PyroModule.__call__)
 
 
 def modules_of(program: Program) -> list[nn.Module]:
@@ -21,6 +26,19 @@ def modules_of(program: Program) -> list[nn.Module]:
         variables = inspect.getclosurevars(function)
         candidates += [*variables.nonlocals.values(), *variables.globals.values()]
     return [candidate for candidate in candidates if isinstance(candidate, nn.Module)]
+
+
+def check_callable(program: Any, what: str, pair: str = "pass its methods .model and .guide") -> None:
+    """Refuse what Pyro cannot run, which `what` names; `pair` is the remedy for a pair of model and guide in one."""
+    if inspect.isclass(program):
+        raise InputError(f"{what}: {program.__name__} is a class; pass an instance of it, {program.__name__}(...)")
+    kind = type(program)
+    empty = isinstance(program, nn.Module) and kind.forward is nn.Module.forward and kind.__call__ in MODULE_CALLS
+    if empty or not callable(program):
+        is_pair = callable(getattr(program, "model", None)) and callable(getattr(program, "guide", None))
+        raise InputError(
+            f"{what}: a {kind.__name__} object cannot be called; {pair if is_pair else 'pass a Pyro program'}"
+        )
 
 
 @contextmanager

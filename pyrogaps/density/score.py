@@ -8,11 +8,12 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform
 
 from pyrogaps.density.layout import Site, distribution_mask, plate_dim, rows_first, unmasked
+from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
+from pyrogaps.guard import failures_named
 
 
 def is_bookkeeping(message: Any) -> bool:
@@ -33,6 +34,13 @@ def log_jacobian(transform: Any, unconstrained: Tensor, value: Tensor, mask: Ten
     return total
 
 
+def log_prob(fn: Any, value: Tensor, name: str) -> Tensor:
+    """log-probability of `value` under `fn`, the distribution of the site `name`."""
+    with failures_named(f"site '{name}': its log_prob"):
+        result: Tensor = fn.log_prob(value)
+    return result
+
+
 def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> Tensor:
     """log-probability of `value` under `fn` without the masked elements, of `fn`'s batch shape.
 
@@ -40,7 +48,7 @@ def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> T
     `masked_log_prob(value, mask)` for its marginals. Raises `InputError` otherwise.
     """
     if mask is None:
-        return fn.log_prob(value)  # type: ignore[no-any-return]
+        return log_prob(fn, value, name)
     fn = unmasked(fn)
     mask = mask.expand(value.shape)
     sum_dims = 0
@@ -48,7 +56,7 @@ def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> T
         sum_dims += fn.reinterpreted_batch_ndims
         fn = unmasked(fn.base_dist)
     if fn.event_dim == 0:
-        result = torch.where(mask, fn.log_prob(value), torch.zeros((), dtype=value.dtype, device=value.device))
+        result = torch.where(mask, log_prob(fn, value, name), torch.zeros((), dtype=value.dtype, device=value.device))
     elif hasattr(fn, "masked_log_prob"):
         result = fn.masked_log_prob(value, mask)
     else:
@@ -59,7 +67,7 @@ def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> T
                 "factorised. Use a factorised distribution in the guide, or mask whole events"
             )
         whole = events.all(-1)
-        result = torch.where(whole, fn.log_prob(value), torch.zeros((), dtype=value.dtype, device=value.device))
+        result = torch.where(whole, log_prob(fn, value, name), torch.zeros((), dtype=value.dtype, device=value.device))
     total: Tensor = sum_rightmost(result, sum_dims)
     return total
 
@@ -102,7 +110,7 @@ class ScoreModel(Messenger):
             unconstrained = unconstrained.reshape(site.shape[site.num_padded :])
         if mask is not None:
             unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))
-        transform = biject_to(fn.support)
+        transform = bijection(fn, name)
         value = transform(unconstrained)
         message["value"], message["done"] = value, True
         self.values[name], self.masks[name] = value.reshape(*lead, *value.shape) if self.drop_rows else value, mask
@@ -114,7 +122,7 @@ class ScoreModel(Messenger):
     def _pyro_post_sample(self, message: Any) -> None:
         if is_bookkeeping(message):
             return
-        term = message["fn"].log_prob(message["value"])
+        term = log_prob(message["fn"], message["value"], message["name"])
         if message["mask"] is not None:
             keep = torch.as_tensor(message["mask"], dtype=torch.bool, device=term.device)
             term = torch.where(keep, term, torch.zeros_like(term))

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyrogaps.density.data import as_tuple
 from pyrogaps.density.joint import JointDensity
@@ -13,7 +12,9 @@ from pyrogaps.density.layout import Site, distribution_mask
 from pyrogaps.density.runs import evaluating
 from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
 from pyrogaps.density.structure import is_factor
+from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
+from pyrogaps.guard import failures_named
 
 ToData = Callable[[dict[str, Tensor]], Any]
 CHUNK = 256
@@ -52,7 +53,7 @@ class DrawModel(ScoreModel):
         self.terms[message["name"]] = self.log_prior + self.log_likelihood - before
 
     def _place(self, name: str, fn: Any, message: Any, value: Tensor) -> Tensor:
-        site, transform, mask = self.sites[name], biject_to(fn.support), distribution_mask(fn, message["mask"])
+        site, transform, mask = self.sites[name], bijection(fn, name), distribution_mask(fn, message["mask"])
         unconstrained = transform.inv(value)
         if mask is not None:
             unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))
@@ -128,7 +129,7 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
 
 def _run(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, fixed: dict[str, Tensor]) -> DrawModel:
     handler = DrawModel(joint.sites, joint.plate, joint.zeros(len(indices)), fixed)
-    with joint.plates(indices), handler:
+    with joint.plates(indices), handler, failures_named("model"):
         joint.model(*args)
     return handler
 
@@ -154,7 +155,8 @@ def feed_back(
     """
     values = {name: drawn[name] for name in observed}
     if to_data is not None:
-        result = as_tuple(to_data(values))
+        with failures_named("to_data"):
+            result = as_tuple(to_data(values))
         if len(result) != len(args):
             raise InputError(f"to_data: it returned {len(result)} argument(s), but the model takes {len(args)}")
         return result

@@ -1,36 +1,37 @@
 """Read a program's structure from a trace; refuse unsupported programs."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyrogaps.density.layout import Site, distribution_mask, leaf, plate_dim
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.density.score import is_bookkeeping
+from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
+from pyrogaps.guard import failures_named
 
 Message = Any
 
 
-def sample_sites(program: Program, args: tuple[Any, ...]) -> dict[str, Message]:
-    """The random variables of one run of `program(*args)`, in program order."""
-    with poutine.trace() as tracer:  # poutine.trace(program) would rewrite the program's own errors
+def sample_sites(program: Program, args: tuple[Any, ...], what: str = "model") -> dict[str, Message]:
+    """The random variables of one run of `program(*args)`, in program order; `what` names it in errors."""
+    with poutine.trace() as tracer, failures_named(what):  # poutine.trace(program) would rewrite its errors
         program(*args)
     return _random_variables(tracer)
 
 
-def first_sites(program: Program, args: tuple[Any, ...]) -> tuple[dict[str, Message], Exception | None]:
-    """The random variables of a run that may fail, and its exception."""
+def first_sites(program: Program, args: tuple[Any, ...]) -> tuple[dict[str, Message], InputError | None]:
+    """The random variables of a run of the model that may fail, and its exception."""
     with poutine.trace() as tracer:
         try:
-            program(*args)
-        except Exception as error:
+            with failures_named("model"):
+                program(*args)
+        except InputError as error:
             return _random_variables(tracer), error
     return _random_variables(tracer), None
 
@@ -69,20 +70,6 @@ def find_plate(sites: dict[str, Message]) -> str | None:
     )
 
 
-@contextmanager
-def dtypes_named() -> Iterator[None]:
-    """Turn torch's error about mixed dtypes into an `InputError` with a remedy."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "dtype" not in str(error):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"data: its dtype does not fit the model's ({reason}). Convert the data, as in x.float()"
-        ) from error
-
-
 def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
     """Refuse models without latent or observed sites, discrete latents, and sites outside the data plate."""
     latent = {name: site for name, site in sites.items() if not site["is_observed"]}
@@ -100,7 +87,7 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
                 f"site '{name}': a Delta latent in the model has no density. Use pyro.deterministic, or pyro.factor "
                 "for its log_density"
             )
-        if site["fn"].has_enumerate_support or site["fn"].support.is_discrete:
+        if site["fn"].has_enumerate_support or support_of(site["fn"]).is_discrete:
             raise InputError(
                 f"site '{name}': discrete latents are not supported, even when enumerated. Sum the site out in the "
                 "model"
@@ -133,7 +120,7 @@ def lay_out(sites: dict[str, Message], plate: str | None, lead: int) -> dict[str
         if message["is_observed"]:
             continue
         fn, value = message["fn"], message["value"]
-        unconstrained = biject_to(fn.support).inv(value)
+        unconstrained = bijection(fn, name).inv(value)
         event_dim = fn.event_dim + unconstrained.dim() - value.dim()
         if plate is not None:
             dim = plate_dim(message, plate)
@@ -204,6 +191,11 @@ def check_parameters(*programs: Program) -> None:
     check_finite(((f"parameter '{name}'", store._params[name]) for name in store), "param store", remedy)
     for program in programs:
         for module in modules_of(program):
+            if any(value.is_inference() for value in module.parameters()):
+                raise InputError(
+                    f"{type(module).__name__}: its parameters were made in torch.inference_mode, so nothing can be "
+                    "differentiated; make it outside, or copy its state_dict into one that was"
+                )
             named = ((f"parameter '{name}'", value) for name, value in module.named_parameters())
             check_finite(named, type(module).__name__, remedy)
 

@@ -1,4 +1,4 @@
-"""The support of a guide's distribution, also where torch does not know it."""
+"""The support of a distribution, also where torch does not know it, and the map to it."""
 
 from itertools import takewhile
 from typing import Any
@@ -9,6 +9,12 @@ from torch.distributions import TransformedDistribution, biject_to, constraints,
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from pyrogaps.density.layout import leaf
+from pyrogaps.errors import InputError
+
+REPARAMETRISED = {
+    "ProjectedNormal": "reparametrise it: pyro.poutine.reparam(model, {'site': ProjectedNormalReparam()}) of "
+    "pyro.infer.reparam, and let the guide draw the site with _normal after its name",
+}
 
 _MIXTURE = getattr(constraints, "MixtureSameFamilyConstraint", None)
 if _MIXTURE is not None:
@@ -17,11 +23,32 @@ if _MIXTURE is not None:
         registry.register(_MIXTURE, lambda support, registry=registry: registry(support.base_constraint))
 
 
-def guide_support(fn: Any) -> Any:
-    """`fn.support`, but for a transformed distribution that ends in an affine map.
+def bijection(fn: Any, name: str) -> Any:
+    """The map from unconstrained space to the support of `fn`, the distribution of site `name`."""
+    support = support_of(fn)
+    try:
+        return biject_to(support)
+    except NotImplementedError as error:
+        kind = type(leaf(fn)).__name__
+        remedy = REPARAMETRISED.get(kind, "use a distribution on the real line and transform its draws")
+        raise InputError(
+            f"site '{name}': there is no map from the real line to the support of a {kind}; {remedy}"
+        ) from error
+
+
+def support_of(fn: Any) -> Any:
+    """`fn.support`, but the real line where none is declared, and where a transformed distribution ends in an affine
+    map, its true image.
 
     torch takes the real line for the image of every affine map, but `biject_to(constraints.positive)` ends in one.
     """
+    try:
+        return _support_of(fn)
+    except NotImplementedError:
+        return constraints.independent(constraints.real, fn.event_dim) if fn.event_dim else constraints.real
+
+
+def _support_of(fn: Any) -> Any:
     inner = leaf(fn)
     declared = getattr(type(inner), "support", None) is not TransformedDistribution.support
     steps = [] if declared else _steps(inner.transforms)

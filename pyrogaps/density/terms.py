@@ -1,32 +1,41 @@
 """Match a guide's sites with the model's."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributions import biject_to
+from torch import Tensor
 
-from pyrogaps.density.joint import JointDensity, Probe
+from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
 from pyrogaps.density.structure import is_factor
-from pyrogaps.density.supports import guide_support
+from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
 
 
-def read_terms(messages: dict[str, Any], joint: JointDensity) -> list[GuideSite]:
-    """Match a guide's sites, at the rows of `joint.probe`, with the model's; `InputError` where they do not fit."""
+def read_terms(
+    messages: dict[str, Any],
+    joint: JointDensity,
+    place_at: Callable[[list[GuideSite], Tensor], dict[str, Any]],
+) -> list[GuideSite]:
+    """Match a guide's sites, at the rows of `joint.probe`, with the model's; `InputError` where they do not fit.
+
+    `place_at(terms, flat)` runs the guide on these rows with its terms at the points `flat` `(R, dim)`.
+    """
     auxiliary = {name: m for name, m in messages.items() if m["infer"].get("is_auxiliary") and name not in joint.sites}
     for name, message in messages.items():
         _check_guide_site(name, message, joint)
     terms, deltas = [], []
-    probe = joint.probe
     for name, site in joint.sites.items():
         message = messages.get(name)
         if message is None:
             raise InputError(f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it")
         if type(leaf(message["fn"])).__name__ != "Delta":
-            terms.append(_own_term(name, message, site, joint, probe))
+            if support_of(message["fn"]).is_discrete:
+                raise InputError(f"site '{name}': discrete in the guide. Discrete latents are not supported")
+            terms.append(_term(name, message, site, joint, unconstrained=False))
         elif f"{name}_unconstrained" in auxiliary:
             helper = auxiliary.pop(f"{name}_unconstrained")
             terms.append(_term(f"{name}_unconstrained", helper, site, joint, unconstrained=True))
@@ -39,7 +48,41 @@ def read_terms(messages: dict[str, Any], joint: JointDensity) -> list[GuideSite]
             f"site '{next(iter(auxiliary))}': this auxiliary variable of the guide has no reverse model. Define "
             "augment(model) on the guide's class to add a reverse model"
         )
+    if sum(term.site.size for term in terms) == joint.dim:
+        fixed = not any(term.unconstrained for term in terms)  # the run at hand tells, unless a support moves with it
+        if not fixed or _check_values(terms, messages, joint) is not None:
+            error = _check_values(terms, place_at(terms, joint.probe.z), joint)
+            if error is not None:
+                raise error
     return terms
+
+
+def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: JointDensity) -> InputError | None:
+    """The error for the first site whose values, in the guide's run `messages` at `joint.probe`, are not the model's
+    there.
+    """
+    flat, model_values = joint.probe.z, joint.probe.values
+    own = {term.name: term for term in terms}
+    for name, site in joint.sites.items():
+        message, there = messages[name], model_values[name]
+        here = place(own[name], message["fn"], flat[None])[0] if name in own else message["value"]
+        if joint.plate is None:
+            here, there = here.flatten(), there.flatten()
+        if here.shape != there.shape and name in own:
+            return _does_not_fit(name, message, site)
+        if here.shape != there.shape or torch.allclose(here, there, rtol=1e-4, atol=1e-5):
+            continue
+        if name in own:
+            return InputError(
+                f"site '{name}': the guide's support {support_of(message['fn'])} differs from the model's; use a "
+                "distribution with the model's support, or transform one to it"
+            )
+        return InputError(
+            f"site '{name}': the guide's Delta has other values than the auxiliary draw in the site's support (Pyro's "
+            "autoguides: a support that depends on other latents, or that torch does not know). Draw the site itself "
+            "from a distribution with the model's support, such as a TransformedDistribution"
+        )
+    return None
 
 
 def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
@@ -54,34 +97,15 @@ def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
         raise InputError(f"site '{name}': observed in the model. Remove it from the guide")
     if name not in joint.sites and not message["infer"].get("is_auxiliary"):
         raise InputError(
-            f"site '{name}': in the guide but not in the model. Remove it, or mark it with "
-            f"infer={{'is_auxiliary': True}}"
+            f"site '{name}': in the guide but not in the model. Remove it. An auxiliary variable needs "
+            "infer={'is_auxiliary': True} and augment(model) on the guide's class, which adds a reverse model for it"
         )
-
-
-def _own_term(name: str, message: Any, site: Site, joint: JointDensity, probe: Probe) -> GuideSite:
-    """The term of a site that the guide draws; it must take the model's values at the points of `probe`."""
-    fn = message["fn"]
-    if fn.support.is_discrete:
-        raise InputError(f"site '{name}': discrete in the guide. Discrete latents are not supported")
-    term = _term(name, message, site, joint, unconstrained=False)
-    model_values, guide_values = probe.values[name], place(term, fn, probe.z[None])[0]
-    if joint.plate is None:
-        model_values, guide_values = model_values.flatten(), guide_values.flatten()
-    if guide_values.shape != model_values.shape:
-        raise _does_not_fit(name, message, site)
-    if not torch.allclose(guide_values, model_values, rtol=1e-4, atol=1e-5):
-        raise InputError(
-            f"site '{name}': the guide's support {guide_support(fn)} differs from the model's. Use a distribution with "
-            "the model's support, or transform the guide's distribution to it"
-        )
-    return term
 
 
 def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> GuideSite:
     """A term with the guide's own row axis; its values must fit the model site's columns."""
     fn, value = message["fn"], message["value"]
-    flat = value if unconstrained else biject_to(guide_support(fn)).inv(value)
+    flat = value if unconstrained else bijection(fn, site.name).inv(value)
     event_dim = fn.event_dim + flat.dim() - value.dim()
     if joint.plate is None:
         fits, shape = flat.numel() == site.size, tuple(flat.shape)

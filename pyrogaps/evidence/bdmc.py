@@ -14,6 +14,7 @@ from pyrogaps.density.simulate import ToData
 from pyrogaps.evidence.ais import AIS, Initial
 from pyrogaps.evidence.protocol import Measured, Measurement
 from pyrogaps.evidence.simulated_bounds import SimulatedBounds
+from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
 from pyrogaps.problem import Problem, Simulated
 from pyrogaps.refine import Refinement, Refiner, is_family, own_family
@@ -36,6 +37,7 @@ class Sandwich(SimulatedBounds):
     z: Tensor
 
 
+@guarded
 @checked()
 def bdmc(
     model: Program | Problem,

@@ -8,6 +8,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.evidence.ais import AIS, Initial
 from pyrogaps.evidence.ladder import Ladder
 from pyrogaps.evidence.protocol import Evidence, Measured
+from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement, Refiner, own_family
@@ -16,6 +17,7 @@ from pyrogaps.settings import Count, Plate, Seed, checked
 from pyrogaps.streams import Chunk
 
 
+@guarded
 @checked()
 def log_evidence(
     model: Program | Problem,
@@ -60,6 +62,7 @@ def log_evidence(
     return measured(Problem.of(model, guide, data, plate), evidence or Ladder(), refinement, Run(seed, batch_size))
 
 
+@guarded
 @checked()
 def ais(
     model: Program | Problem,

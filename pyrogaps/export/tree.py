@@ -16,6 +16,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.export.draws import Drawn, Records, draw_all
 from pyrogaps.export.pair import pair_of
 from pyrogaps.export.record import DATAPOINT, Names
+from pyrogaps.guard import guarded
 from pyrogaps.run import Run
 from pyrogaps.settings import Plate, Seed, Several, checked
 
@@ -24,6 +25,7 @@ SAMPLE_DIMS = ["chain", "draw"]
 GLOBAL, LOCAL, BOTH = "global", "local", "global and local"
 
 
+@guarded
 @checked()
 def to_datatree(
     model: Program,

@@ -23,6 +23,7 @@ from pyrogaps.gaps.measure import OWN, Measure, reached
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.sizes import sizes_of
 from pyrogaps.gaps.terms import TERMS, Term
+from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
 from pyrogaps.refine import OwnFamily, Refinement, Refiner, own_family
 from pyrogaps.refine.families import Family
@@ -37,6 +38,7 @@ QUANTITIES = {
 }
 
 
+@guarded
 @checked()
 def decompose(
     model: Program | Problem,
@@ -88,7 +90,7 @@ def decompose(
         model: a Pyro model, called with the arguments that `data` gives; or a `Problem`, in place of model, guide and
             data.
         guide: a Pyro guide for it, trained.
-        data: a tensor, a tuple of tensors whose first axis is the data plate, or an `IndexedData`.
+        data: a tensor or array, or a tuple of them, whose first axis is the data plate, or an `IndexedData`.
         families: further families, `name -> family(model) -> guide`, each refined per datapoint, beside the tree.
         evidence: how log p(x) is measured: `AIS(...)`, with the same settings for all datapoints; `Ladder(...)`, which
             measures each to a stated standard error; or another `Evidence`. None: `AIS()`.

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import Posterior
@@ -16,7 +15,9 @@ from pyrogaps.errors import InputError
 from pyrogaps.grid.modes import count_modes
 from pyrogaps.grid.quadrature import Array, around, integrate
 from pyrogaps.grid.scoring import Scorer, array, extent, in_rows
+from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
+from pyrogaps.progress import ProgressBar
 from pyrogaps.settings import Plate, Seed, checked, within
 from pyrogaps.streams import seeded
 
@@ -25,6 +26,7 @@ TRUE = "true posterior"
 MASS_TOLERANCE = 0.01
 
 
+@guarded
 @checked()
 def posterior_grid(
     model: Program,
@@ -76,7 +78,7 @@ def posterior_grid(
     posteriors = {name: _posterior(name, problem, guide) for name, guide in guides.items()}
     indices = _indices(datapoints, number)
     panels = []
-    for index in tqdm(indices, desc="posteriors on a grid", disable=not progress, dynamic_ncols=True):
+    for index in ProgressBar(indices, desc="posteriors on a grid", disable=not progress):
         with seeded(seed, "posterior grid", index, device=joint.device), torch.no_grad():
             panels.append(_Panel(joint, posteriors, index).evaluate(num_points))
     variables = {name: (DIMS[name], np.stack([panel[name] for panel in panels])) for name in DIMS}

@@ -72,7 +72,7 @@ class SharedDraws(Paired):
         assert callable(self.encoder)
         moved = {name: site["value"].roll(1, self._value_axis(site)) for name, site in sites.items()}
         with self.joint.plates(indices):
-            sites_of_moved = sample_sites(poutine.condition(self.encoder, data=moved), args)
+            sites_of_moved = sample_sites(poutine.condition(self.encoder, data=moved), args, "encoder")
         for name, site in sites.items():
             kind = type(leaf(site["fn"])).__name__
             if kind == "Delta":

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyrogaps.density import IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple, evenly_spaced
+from pyrogaps.density.data import evenly_spaced
 from pyrogaps.density.layout import leaf, plate_dim, rows_first
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program, evaluating
@@ -52,14 +52,14 @@ class Paired:
 
     def fetch(self, indices: Tensor) -> tuple[Any, ...]:
         """The arguments of the datapoints `indices`. The joint density has already checked all data."""
-        return as_tuple(self.joint.data.fetch(indices))
+        return self.joint.data.fetch(indices)
 
     def encode(self, indices: Tensor, args: tuple[Any, ...]) -> dict[str, Any]:
         """The encoder's sites for the datapoints `indices`; given latents yield sites with a value alone."""
         if isinstance(self.encoder, dict):
             return {name: {"value": value[indices.to(value.device)]} for name, value in self.encoder.items()}
         with self.joint.plates(indices):
-            return sample_sites(self.encoder, args)
+            return sample_sites(self.encoder, args, "encoder")
 
     def decode(self, indices: Tensor, args: tuple[Any, ...], encoded: dict[str, Any]) -> dict[str, Any]:
         """The model's sites on `args`, its latents fixed to the values of the encoder's sites."""

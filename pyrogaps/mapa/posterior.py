@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density import Data, IndexedData
-from pyrogaps.density.data import all_indices, as_indexed, as_tuple
+from pyrogaps.density.data import all_indices, as_indexed
 from pyrogaps.density.structure import check_finite
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.mapa.continuous_bernoulli import ContinuousBernoulliKernel
 from pyrogaps.mapa.kernels import BernoulliKernel, CustomKernel, GaussianKernel, Kernel, LogKernel
 from pyrogaps.mapa.neighbours import cached, search
@@ -71,6 +72,7 @@ class MapaPosterior:
         return dense.scatter(1, self.indices.long(), self.log_q)
 
 
+@guarded
 @checked()
 def mapa_posterior(
     data: Data,
@@ -146,7 +148,7 @@ def _kernel_named(name: str, bandwidth: float | None) -> Kernel:
 
 def first_argument(data: IndexedData) -> Tensor:
     """The first argument of all datapoints, `(N, *event)`. Raises `InputError` where it is no such tensor."""
-    x = as_tuple(data.fetch(all_indices(data)))[0]
+    x = data.fetch(all_indices(data))[0]
     if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != data.num_datapoints:
         raise InputError(
             f"data: the first argument must be a tensor of {data.num_datapoints} datapoints for the kernel to compare"

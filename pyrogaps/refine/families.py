@@ -15,6 +15,7 @@ from pyrogaps.density import IndexedData, JointDensity
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
+from pyrogaps.guard import failures_named
 from pyrogaps.run import Run
 
 Family = Callable[..., Any]
@@ -29,7 +30,8 @@ def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Modu
     Raises `InputError` where it returns something other than a module.
     """
     takes_plate = joint.plate is not None and "plate" in _parameters(family)
-    guide = family(joint.model, plate=joint.plate) if takes_plate else family(joint.model)
+    with failures_named(f"family {_name(family)}"):
+        guide = family(joint.model, plate=joint.plate) if takes_plate else family(joint.model)
     if not isinstance(guide, nn.Module):
         raise InputError(
             f"family {_name(family)}: family(model) must return a guide that is an nn.Module (as autoguides are), "
@@ -39,7 +41,8 @@ def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Modu
         # Pyro's param store would hand this guide the parameters of any other of the same name.
         guide._pyro_set_supermodule(f"{type(guide).__name__}_{next(_serial)}", guide._pyro_context)
     args = joint.fetch(indices)
-    with whole_plates(joint.plate, indices, num_datapoints=len(indices)):
+    plates = whole_plates(joint.plate, indices, num_datapoints=len(indices))
+    with plates, failures_named(f"guide of family {_name(family)}"):
         guide(*args)
     return guide
 

@@ -12,6 +12,7 @@ from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.local import Draws, LocalGuide
 from pyrogaps.density.runs import evaluating
 from pyrogaps.family import LocalFamily
+from pyrogaps.guard import failures_named
 from pyrogaps.refine.families import Family, Start, data_axes, instantiate, restrict
 from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk
@@ -61,7 +62,9 @@ class FamilyGuide:
         """Start where `start_local(guide, *args)` puts a guide, given the model's arguments for its datapoints."""
         with evaluating(self.joint.model), torch.no_grad():
             for part in self._parts:
-                start_local(part.guide, *part.joint.fetch(torch.arange(part.joint.num_datapoints)))
+                args = part.joint.fetch(torch.arange(part.joint.num_datapoints))
+                with failures_named("guide.start_local"):
+                    start_local(part.guide, *args)
         self._take_units()
 
     def _take_units(self) -> None:
@@ -83,12 +86,14 @@ class _Part:
         if isinstance(self.guide, AutoNormal):
             _start_auto_normal(self.guide, self.joint, loc, scale)
         elif (start_at := LocalFamily.of(self.guide).start_at) is not None:
-            start_at(loc, scale)
+            with failures_named(f"{type(self.guide).__name__}.start_at"):
+                start_at(loc, scale)
 
     def units(self) -> list[Tensor | float]:
         units: dict[str, Any] = _auto_normal_units(self.guide) if isinstance(self.guide, AutoNormal) else {}
         if (own_units := LocalFamily.of(self.guide).units) is not None:
-            units = own_units()
+            with failures_named(f"{type(self.guide).__name__}.units"):
+                units = own_units()
         return [units.get(name, 1.0) for name in self.named]
 
 

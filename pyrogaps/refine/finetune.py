@@ -28,8 +28,20 @@ class Weight:
 def learned_weights(density: GuideDensity) -> list[Weight]:
     """The leaf tensors that a guide learns, of its modules and of its `pyro.param` statements.
 
-    Raises `InputError` where there are none.
+    A guide of which all parameters are frozen (`requires_grad=False`) has been put aside as a whole, after training:
+    all of them count. Raises `InputError` where there are none.
     """
+    used = used_weights(density)
+    if not used:
+        raise InputError(
+            "guide: it has no learned parameters, so it has no family of its own to refine. Give it some (pyro.param, "
+            "or a module's), or call elbo, iwae and ais(..., initial='prior'), which do not refine"
+        )
+    return used
+
+
+def used_weights(density: GuideDensity) -> list[Weight]:
+    """As `learned_weights`; none where there are none."""
     weights: dict[tuple[int, torch.Size], Weight] = {}
 
     def weight(value: Tensor) -> Weight:
@@ -39,23 +51,19 @@ def learned_weights(density: GuideDensity) -> list[Weight]:
         weight(pyro.get_param_store()._params[name]).names.append(name)
     for module in {sub: None for top in modules_of(density.guide) for sub in top.modules()}:
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
+            if parameter is not None and parameter.is_floating_point():
                 weight(parameter).attributes.append((module, name))
     used = _used(density, list(weights.values()))
-    if not used:
-        raise InputError(
-            "guide: it has no learned parameters, so there is nothing to refine. Use a guide with parameters"
-        )
-    return used
+    return [weight for weight in used if weight.value.requires_grad] or used
 
 
 def _used(density: GuideDensity, weights: list[Weight]) -> list[Weight]:
     """Those of `weights` that the guide's draws depend on; a module that is model and guide holds others too."""
     subset = torch.arange(min(8, density.num_datapoints))
-    values = [weight.value for weight in weights]
+    values = [weight.value.detach().requires_grad_() for weight in weights]
     if not values:
         return []
-    with seeded(0, "used weights"), torch.enable_grad():
+    with seeded(0, "used weights"), torch.enable_grad(), substituted(weights, values):
         z, log_q = density.at(subset).sample(1)
         total = z.sum() + log_q.sum()
         if not total.requires_grad:
@@ -67,10 +75,11 @@ def _used(density: GuideDensity, weights: list[Weight]) -> list[Weight]:
 def _store_names(density: GuideDensity) -> list[str]:
     """The names under which one run of the guide reads Pyro's param store."""
     indices = torch.zeros(1, dtype=torch.long)
-    with evaluating(density.guide), torch.random.fork_rng(), density.plates(indices):
-        trace = poutine.trace(density.guide).get_trace(*density.joint.fetch(indices))
-        store = pyro.get_param_store()
-        return [name for name, node in trace.nodes.items() if node["type"] == "param" and name in store._params]
+    with evaluating(density.guide), torch.random.fork_rng(), poutine.trace(param_only=True) as tracer:
+        density.messages(indices)
+    # Those that an untrained guide makes in its run are gone again.
+    store, nodes = pyro.get_param_store(), tracer.trace.nodes
+    return [name for name, node in nodes.items() if node["type"] == "param" and name in store._params]
 
 
 @contextmanager

@@ -39,6 +39,14 @@ def can_be_freed(guide: FactorisedGuide) -> bool:
     return all(type(leaf(fn)).__name__ in FREE_PARAMETERS for fn in guide.distributions.values())
 
 
+def is_learned(guide: FactorisedGuide) -> bool:
+    """Whether any parameter of its distributions, which can be freed, depends on something that requires gradients."""
+    leaves = [leaf(fn) for fn in guide.distributions.values()]
+    return any(
+        getattr(inner, name).requires_grad for inner in leaves for name in FREE_PARAMETERS[type(inner).__name__][1]
+    )
+
+
 @dataclass
 class _FreedSite:
     """One site: how to build its distribution again from constant and freed parameters."""

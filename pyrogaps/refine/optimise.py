@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density.draws import BlockedGuide
+from pyrogaps.density.local import NoInverseError
 from pyrogaps.errors import InputError
 from pyrogaps.refine.adam import Adam
 from pyrogaps.refine.local import Refinable, keep_where
@@ -104,14 +105,18 @@ class Optimisation:
         num_particles, density, log_joint = self.settings.num_particles, self.density.at_step(step), None
         with torch.enable_grad():  # which the caller may have switched off
             guide = BlockedGuide(self.refinable, self.chunk)
-            draws, _ = guide.sample_extended(num_particles, stream, step, antithetic=mirrored)
+            draws, own_log_q = guide.sample_extended(num_particles, stream, step, antithetic=mirrored)
             if not draws.requires_grad:
                 raise InputError(
                     "family: its draws have no reparameterised gradient (rsample), so it cannot be refined"
                 )
             point = draws.detach().requires_grad_()
-            log_q = guide.log_prob(point)
-            (score,) = torch.autograd.grad(log_q.sum(), point)
+            try:
+                log_q = guide.log_prob(point)
+                (score,) = torch.autograd.grad(log_q.sum(), point)
+                entropy: Tensor | float = 0.0
+            except NoInverseError:  # log q at the draws as functions of the parameters, which has more variance
+                log_q, score, entropy = own_log_q, torch.zeros_like(point), -own_log_q.sum() / num_particles
             z = point.detach()[..., : density.dim].contiguous()
             if measure:
                 (log_joint,), (gradient,) = density(z)
@@ -119,7 +124,7 @@ class Optimisation:
                 (gradient,) = density.gradients(z)
             gradient = torch.nn.functional.pad(gradient, (0, draws.shape[-1] - density.dim))
             path = torch.nan_to_num(gradient - score, nan=0.0, posinf=0.0, neginf=0.0)
-            target = (path * draws).sum() / num_particles
+            target = (path * draws).sum() / num_particles + entropy
             # A reverse model's own parameters move no draw: they are fitted to the auxiliary variables by likelihood.
             log_reverse = guide.log_reverse(point.detach())
             if log_reverse is not None:

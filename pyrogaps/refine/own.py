@@ -18,8 +18,8 @@ from pyrogaps.family import AmortizedGuide, LocalFamily
 from pyrogaps.problem import Problem
 from pyrogaps.refine.families import Family, Start, restrict
 from pyrogaps.refine.family_guide import FamilyGuide
-from pyrogaps.refine.finetune import FinetunedGuide
-from pyrogaps.refine.freed import FreedGuide, can_be_freed, varying_parameters
+from pyrogaps.refine.finetune import FinetunedGuide, substituted, used_weights
+from pyrogaps.refine.freed import FreedGuide, can_be_freed, is_learned, varying_parameters
 from pyrogaps.refine.local import Refinable
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, seeded
@@ -118,6 +118,11 @@ def own_family(density: GuideDensity) -> OwnFamily:
         subset = evenly_spaced(density.num_datapoints, 64)
         with seeded(0, "own family"), evaluating(guide), torch.enable_grad():
             local = density.at(subset)
+            assert isinstance(local, FactorisedGuide)
+            if can_be_freed(local) and not is_learned(local):  # perhaps because it is frozen
+                weights = used_weights(density)
+                with substituted(weights, [weight.value.detach().requires_grad_() for weight in weights]):
+                    local = density.at(subset)
         assert isinstance(local, FactorisedGuide)
         if can_be_freed(local):
             varies = varying_parameters(local)

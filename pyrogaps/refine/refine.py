@@ -12,6 +12,7 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
 from pyrogaps.refine.families import is_family
 from pyrogaps.refine.local import Refinable
@@ -55,6 +56,7 @@ class RefinedGuide:
             "chunk separately"
         )
 
+    @guarded
     def sample(self, num_particles: int) -> tuple[Tensor, Tensor]:
         """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, in the model's unconstrained space."""
         with torch.no_grad():
@@ -78,6 +80,7 @@ class RefinedGuide:
         return values
 
 
+@guarded
 @checked()
 def refine(
     model: Program | Problem,

@@ -8,14 +8,16 @@ from pyro.infer import ELBO
 from torch.optim import Optimizer
 
 from pyrogaps.density.data import Data
-from pyrogaps.density.runs import Program
+from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.errors import InputError
+from pyrogaps.guard import guarded
 from pyrogaps.settings import Count, Device, File, Positive, Seed, Whole, checked
 from pyrogaps.training.placing import modes_restored
 from pyrogaps.training.settings import Training, TrainingResult
 from pyrogaps.training.trainer import Trainer
 
 
+@guarded
 @checked()
 def train(
     model: Program,
@@ -88,12 +90,14 @@ def train(
     Raises `InputError` for settings, data, guide or checkpoint that do not fit together, and `FloatingPointError` if
     the loss or the gradient becomes infinite or NaN; model and guide then hold the best weights so far.
     """
+    for program, what in ((model, "model"), (guide, "guide")):
+        check_callable(program, what)
     settings = Training(
         num_epochs, batch_size, learning_rate, schedule, optimizer, optimizer_options or {},
         kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model, objective, guide_steps, mode,
     )  # fmt: skip
     if patience is not None and validation is None:
         raise InputError("training: patience needs validation data. Pass validation=, or leave patience out.")
-    with modes_restored(model, guide):
+    with modes_restored(model, guide), torch.enable_grad():  # which the caller may have switched off
         trainer = Trainer(model, guide, data, validation, settings, seed, device)
         return trainer.run(checkpoint, progress)

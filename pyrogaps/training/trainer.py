@@ -10,13 +10,13 @@ import pyro
 import torch
 from pyro.infer import SVI
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.family import augmented
 from pyrogaps.processes import rank, world_size
+from pyrogaps.progress import ProgressBar
 from pyrogaps.settings import File
 from pyrogaps.streams import reseed, seeded
 from pyrogaps.training.checkpoints import Checkpoint, State, fingerprint
@@ -148,7 +148,8 @@ class Trainer:
     def _epochs(self, state: State, checkpoint: Checkpoint, progress: bool) -> None:
         steps, total = -(-len(self.data) // self.batch_size), self.settings.num_epochs
         started = state.epoch
-        with tqdm(total=total * steps, initial=started * steps, unit="step", disable=not progress or rank() > 0) as bar:
+        shown = progress and rank() == 0
+        with ProgressBar(total=total * steps, initial=started * steps, unit="step", disable=not shown) as bar:
             while state.epoch < total and not self._is_exhausted(state):
                 bar.set_description(f"epoch {state.epoch + 1}/{total}", refresh=False)
                 try:

@@ -179,7 +179,7 @@ def test_state_is_put_back_when_a_model_fails_midway() -> None:
     model, guide = Failing(), Guide()
     with untouched(model, guide):
         problem = Problem.of(model, guide, X, mode="eager")
-        with pytest.raises(RuntimeError, match="out of luck"):
+        with pytest.raises(InputError, match="model failed: RuntimeError: out of luck"):
             decompose(problem, **{**QUICK, "evidence": AIS(num_chains=4, num_temperatures=9)})
 
 
