@@ -8,7 +8,7 @@ from torch import Tensor
 from pyrogaps.errors import InputError
 from pyrogaps.guard import ProgramError
 
-PAD_REMEDY = "pad ragged data to one length for the whole data set and mask the padding"
+PAD_REMEDY = "Pad ragged data to one length for the whole data set and mask the padding"
 CHECK_ROWS = 256
 NUM_ALONE = 3
 
