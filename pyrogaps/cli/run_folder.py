@@ -20,7 +20,11 @@ from pyrogaps.files import hold, remove_leftovers, replacing, sha256
 RECIPE, WEIGHTS, LEDGER = "recipe.yaml", "checkpoint.pt", "ledger.nc"
 RESULTS = (RECIPE, WEIGHTS, LEDGER, "summary.csv", "gaps.png")
 TRAINING, REFERENCE, MAPA, PARTS = "training.pt", "reference-training.pt", "mapa-training.pt", "parts"
-# Files that nothing makes anew but the work itself, and the one that users edit.
+# Fields of a recipe that change no number beyond its rounding, and those that only measuring depends on.
+FREE = {"batch_size", "max_memory", "device"}
+MEASURING = {"evaluate", "families", "evidence", "refinement", "conditioning", "retraining", "certificate"}
+MEASURING |= {"reference", "num_particles", "compile"}
+# Files that nothing makes again but the work itself, and the one that users edit.
 ORIGINALS = (RECIPE, WEIGHTS, LEDGER)
 UNFINISHED = (TRAINING, REFERENCE, MAPA, PARTS)
 
@@ -163,8 +167,18 @@ class RunFolder:
         except InputError:
             pass  # not a recipe of this version, so it differs
         if other != recipe:
-            differing = ", ".join(_differing(other, recipe)) if isinstance(other, dict) else "it cannot be read"
-            raise InputError(f"{self.path} contains the run of a different recipe ({differing}). {remedy}")
+            differing = _differing(other, recipe) if isinstance(other, dict) else ["it cannot be read"]
+            fields = {name.partition(".")[0] for name in differing}
+            if fields <= FREE:
+                return
+            if LEDGER in results or not fields <= FREE | MEASURING:
+                raise InputError(
+                    f"{self.path} contains the run of a different recipe ({', '.join(differing)}). {remedy}"
+                )
+            # Its training is kept. Parts that were measured by other settings are measured again.
+            if "reference" in fields:
+                (self / REFERENCE).unlink(missing_ok=True)
+            recipe_file.unlink()
 
 
 def _differing(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:

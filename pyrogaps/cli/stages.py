@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import xarray as xr
 from matplotlib.figure import Figure
+from pyro.infer.autoguide import AutoGuide
 
 from pyrogaps import processes
 from pyrogaps.cli.building import (
@@ -28,10 +29,12 @@ from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError, reason_of
 from pyrogaps.evidence import Evidence
 from pyrogaps.gaps import GapLedger, Split, decompose
+from pyrogaps.gaps.decompose import rehearse
 from pyrogaps.guard import failures_named
 from pyrogaps.mapa import Mapa, train_by_mapa
 from pyrogaps.plots import plot_ledger
 from pyrogaps.plots.ledger import page_size
+from pyrogaps.problem import Problem
 from pyrogaps.refine.families import Family
 from pyrogaps.training import load_model_weights, load_weights, train
 from pyrogaps.training.weights import dump, weights_alone
@@ -59,6 +62,8 @@ def run(recipe: Recipe, options: Options) -> None:
         if overwrite or not folder.holds(LEDGER):
             # What cannot be built, on whichever process, leaves no folder behind.
             built = processes.together(lambda: _build(recipe, options))
+            if overwrite or not folder.holds(WEIGHTS):
+                _rehearse(recipe, built)
             folder.claim(recipe.to_yaml(), overwrite=overwrite)
             ledger = _measured(recipe, built, folder, progress=not options.quiet)
         else:  # what is finished needs no building
@@ -98,17 +103,9 @@ def _measured(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: boo
         built.model,
         built.guide,
         built.data.evaluated,
-        families=built.families,
-        evidence=built.evidence,
-        refinement=recipe.refinement,
-        conditioning=recipe.conditioning,
+        **_settings(recipe, built),
         reference=reference,
-        split=_split(recipe, built.data),
-        certificate=recipe.certificate,
-        num_particles=recipe.num_particles,
         plate=recipe.plate,
-        batch_size=recipe.batch_size,
-        max_memory=recipe.max_memory,
         compile=recipe.compile,
         seed=recipe.seed,
         progress=progress,
@@ -118,6 +115,33 @@ def _measured(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: boo
     content = ledger.to_datatree().to_netcdf(engine="h5netcdf") if processes.rank() == 0 else b""
     folder.write(LEDGER, lambda file: file.write(content))
     return ledger
+
+
+def _settings(recipe: Recipe, built: _Built) -> dict[str, Any]:
+    """What is measured, and how."""
+    return {
+        "families": built.families,
+        "evidence": built.evidence,
+        "refinement": recipe.refinement,
+        "conditioning": recipe.conditioning,
+        "split": _split(recipe, built.data),
+        "certificate": recipe.certificate,
+        "num_particles": recipe.num_particles,
+        "batch_size": recipe.batch_size,
+        "max_memory": recipe.max_memory,
+    }
+
+
+def _rehearse(recipe: Recipe, built: _Built) -> None:
+    """Raise before the training what would be raised after it."""
+    model, guide, data = built.model, built.guide, built.data
+    for part in (data.train, data.validation):
+        if part is not None:
+            Problem.of(model, None, part, recipe.plate)
+    if isinstance(guide, AutoGuide):  # made for the training data when it is trained
+        Problem.of(model, None, data.evaluated, recipe.plate)
+    else:
+        rehearse(model, guide, data.evaluated, recipe.plate, **_settings(recipe, built))
 
 
 def _kept(recipe: Recipe, folder: RunFolder) -> GapLedger:

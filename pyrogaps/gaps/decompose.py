@@ -1,41 +1,24 @@
 """`decompose`: the inference gap of a model and a guide on some data, and its parts."""
 
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pyrogaps import memory, processes
-from pyrogaps.chunk_cache import chunk_size
-from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
+from pyrogaps import memory
+from pyrogaps.conditioning import Conditioning
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence
-from pyrogaps.gaps.amortization import with_split
-from pyrogaps.gaps.assemble import assemble, with_gaps
 from pyrogaps.gaps.certificate import Certificate
-from pyrogaps.gaps.certify import certify, check_certifiable
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.measure import OWN, Measure, reached
+from pyrogaps.gaps.plan import Plan
 from pyrogaps.gaps.retrain import Split
-from pyrogaps.gaps.sizes import sizes_of
 from pyrogaps.gaps.terms import TERMS, Term
 from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
-from pyrogaps.refine import OwnFamily, Refinement, Refiner, own_family
+from pyrogaps.refine import Refinement
 from pyrogaps.refine.families import Family
-from pyrogaps.run import Run
 from pyrogaps.settings import Count, File, Plate, Seed, Several, checked
-
-QUANTITIES = {
-    "elbo": ("Monte Carlo ELBO of the guide", "unbiased"),
-    "iwae": ("importance weights of the guide", "lower bound of log p(x)"),
-    "elbo_refined": ("Monte Carlo ELBO of the refined guide", "lower bound of L[q*]"),
-    "family_approximation_gap": ("log p(x) - L[q*]", "estimate (either way)"),
-}
 
 
 @guarded
@@ -120,82 +103,30 @@ def decompose(
     Raises:
         InputError: in one line that names the site, argument or family, for anything that has no gap per datapoint.
     """
-    if OWN in (further := dict(families or {})):
-        raise InputError(f"families: '{OWN}' is the name of the guide's own family. Choose another")
-    evidence = AIS() if evidence is None else evidence
     problem = Problem.of(model, guide, data, plate)
-    problem = problem.compiled() if compile else problem
-    folder = None if cache is None else Path(cache)
-    kept = processes.first(lambda: chunk_size(folder, problem.num_datapoints))
-    sizes = sizes_of(problem.joint, evidence, num_particles, batch_size, max_memory, kept)
-    run = Run(seed, sizes.batch_size, progress, folder)
-
-    def bounds_of(problem: Problem, run: Run) -> Measure:
-        refiner = Refiner(own_family(problem.guide_density()), refinement or Refinement())
-        annealing = evidence if isinstance(evidence, AIS) else AIS()
-        conditioned = conditioning_measure(
-            problem, conditioning or Conditioning(), annealing, refiner, num_particles, run, reference
-        )
-        return Measure(problem, refiner, {}, None, conditioned, num_particles)
-
-    with memory.limited(sizes.working_set):
-        # What cannot be split or certified is refused before hours of work.
-        if split is not None and problem.plate is None:
-            raise InputError("split: the model has no data plate, so its guide is not amortized. Leave split out")
-        bounds, on_training, training = bounds_of(problem, run), run.derived("training data"), None
-        if certificate is not None:
-            check_certifiable(bounds)
-        if split is not None:
-            there = Problem.of(problem.model, problem.guide, split.measured()[0], problem.plate, problem.mode)
-            training = bounds_of(there, on_training)
-        measure = replace(bounds, families=further, evidence=evidence.prepare(problem, run, bounds.refiner))
-        provenance = _provenance(measure, run)
-        results = run.map_kept(measure, problem.joint, provenance, measure.fingerprint, measure.num_stages, reached)
-        ledger = assemble(results, measure, provenance, terms, run)
-        if split is not None and training is not None:
-            ledger = with_gaps(with_split(ledger, split, training, on_training), terms)
-        if certificate is not None:
-            ledger = replace(ledger, certificate=certify(measure, ledger.per_datapoint, certificate, run))
-    return ledger
+    plan = Plan(
+        problem.compiled() if compile else problem,
+        families or {},
+        evidence or AIS(),
+        refinement or Refinement(),
+        conditioning or Conditioning(),
+        reference,
+        split,
+        certificate,
+        num_particles,
+        batch_size,
+        max_memory,
+        seed,
+        progress,
+        None if cache is None else Path(cache),
+    )
+    return plan.ledger(terms)
 
 
-def _provenance(measure: Measure, run: Run) -> dict[str, Any]:
-    """What was measured and by what, as plain values."""
-    problem, conditioned = measure.problem, measure.conditioned
-    estimators = QUANTITIES | ({} if conditioned is None else conditioned.quantities)
-    quantities = {
-        name: {"estimator": estimator, "direction": direction} for name, (estimator, direction) in estimators.items()
-    }
-    assert measure.evidence is not None
-    log_evidence = {"estimator": measure.evidence.estimator, "direction": measure.evidence.direction}
-    own = measure.refiner.family
-    return {
-        "quantities": {**quantities, "log_evidence": log_evidence},
-        "own_family": own.kind if isinstance(own, OwnFamily) else None,
-        "amortized": isinstance(own, OwnFamily) and own.amortized and problem.num_datapoints > 1,
-        "evidence": measure.evidence.describe(),
-        "refinement": asdict(measure.refiner.settings),
-        "families": {name: getattr(family, "__name__", repr(family)) for name, family in measure.families.items()},
-        "num_particles": measure.num_particles,
-        "num_datapoints": problem.num_datapoints,
-        "dim": problem.dim,
-        "plate": problem.plate,
-        "mode": problem.mode,
-        "shown": None if (shown := declared(problem.guide)) is None else str(shown),
-        "conditioning": None if conditioned is None else conditioned.settings,
-        "unnormalised_likelihood": list(problem.joint.unnormalised),
-        "seed": run.seed,
-        "dtype": str(problem.joint.dtype).removeprefix("torch."),
-        "device": problem.joint.device.type,
-        "versions": _versions(),
-    }
+@guarded
+def rehearse(model: Program, guide: Program, data: Data, plate: Plate, **settings: Any) -> None:
+    """Raise, in seconds, what `decompose` would raise with these `settings` for anything but the values of weights.
 
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("pyrogaps", "pyro-ppl", "torch", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    Families are built and run, and the first datapoints are measured with a few steps and draws.
+    """
+    Plan(Problem.of(model, guide, data, plate), **settings).rehearse()

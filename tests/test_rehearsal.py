@@ -1,0 +1,100 @@
+"""What can be known before training is refused before training; a setting that is mended does not cost the training."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pyrogaps as pg
+from pyrogaps.cli import stages
+from pyrogaps.eval import main
+from tests.commands import MODULE, RECIPE
+
+FURTHER = """
+
+class NanData(Data):
+    def __init__(self):
+        super().__init__()
+        self.test = self.test.clone()
+        self.test[-1, 0] = float("nan")
+
+
+class NanTraining(Data):
+    def __init__(self):
+        super().__init__()
+        self.train = self.train.clone()
+        self.train[-1, 0] = float("nan")
+
+
+class Wider(Data):
+    def __init__(self):
+        super().__init__()
+        self.test = torch.cat([self.test, self.test], 1)
+
+
+def broken_family(model):
+    raise RuntimeError("out of cheese")
+
+
+def guide_of_another_site(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("elsewhere", pyro.distributions.Normal(torch.zeros(2), 1.0).to_event(1))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "mine.py").write_text(MODULE + FURTHER)
+    (tmp_path / "linear.yaml").write_text(yaml.safe_dump(RECIPE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return "linear.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--families.x", "mine.broken_family"], "out of cheese"),
+        (["--data", "mine.NanData"], "NaN"),
+        (["--data", "mine.NanTraining"], "NaN"),
+        (["--data", "mine.Wider"], "site 'x'"),
+        (["--max_memory", "1MiB"], "max_memory"),
+        (["--plate", "nowhere"], "plate"),
+        (["--guide", "mine.guide_of_another_site"], "site"),
+        (["--families", "{own: pyro.infer.autoguide.AutoNormal}"], "'own'"),
+        (["--families.x", "pyro.infer.autoguide.AutoMultivariateNormal"], "AutoMultivariateNormal"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_training(
+    recipe: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "train", lambda *args, **settings: pytest.fail("it was trained first"))
+    assert main([recipe, "--quiet", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pyrogaps: ")]
+    assert said in line
+    assert not Path("runs").exists()
+
+
+def test_a_mended_setting_keeps_the_training(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = stages.decompose
+
+    def refuse(*args: object, **settings: object) -> pg.GapLedger:
+        raise pg.InputError("num_particles: refused after the training")
+
+    monkeypatch.setattr(stages, "decompose", refuse)
+    assert main([recipe, "--quiet"]) == 2
+    weights = Path("runs/linear/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(stages, "decompose", measure)
+    monkeypatch.setattr(stages, "train", lambda *args, **settings: pytest.fail("it was trained again"))
+    assert main([recipe, "--quiet", "--seed", "5"]) == 2  # that is another training
+    assert "different recipe (seed)" in capsys.readouterr().err
+    assert main([recipe, "--quiet", "--num_particles", "40", "--max_memory", "6GiB"]) == 0
+    assert Path("runs/linear/checkpoint.pt").read_bytes() == weights
+    assert yaml.safe_load(Path("runs/linear/recipe.yaml").read_text())["num_particles"] == 40
+    # What changes no result is no other recipe, and what is finished stays as it is.
+    assert main([recipe, "--quiet", "--num_particles", "40", "--max_memory", "7GiB", "--batch_size", "64"]) == 0
+    assert main([recipe, "--quiet", "--num_particles", "50"]) == 2
