@@ -27,7 +27,8 @@ from benchmarks.reporting import write as write_file
 from benchmarks.suboptimality_page import page
 from pyrogaps import GapLedger
 from pyrogaps.cli.building import DataSet, build_data, build_families, build_programs
-from pyrogaps.cli.recipe import Recipe, override, read_document, resolve
+from pyrogaps.cli.documents import override, read_document
+from pyrogaps.cli.recipe import Recipe, resolve
 from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.density.runs import Program
 from pyrogaps.training import load_model_weights, load_weights

@@ -34,7 +34,8 @@ from benchmarks.reporting import RESULTS, keep_noted, machine
 from benchmarks.reporting import write as write_file
 from benchmarks.suboptimality_page import AMORTIZATION, APPROXIMATION, LABELS, Margin, Table, several, verdict
 from pyrogaps import GapLedger
-from pyrogaps.cli.recipe import Recipe, read_document, resolve
+from pyrogaps.cli.documents import read_document
+from pyrogaps.cli.recipe import Recipe, resolve
 
 NAME = "suboptimality_studies"
 QUANTITIES = ("log_evidence", "elbo_refined", "elbo", APPROXIMATION, AMORTIZATION, "inference_gap")

@@ -22,7 +22,8 @@ from torch import Tensor
 import pyrogaps as pg
 from benchmarks.inference_suboptimality import column_recipe, decomposed, untrained
 from benchmarks.reporting import RESULTS, kept_ledger, machine, report, write
-from pyrogaps.cli.recipe import Component, Recipe
+from pyrogaps.cli.recipe import Recipe
+from pyrogaps.cli.typed import Component
 from pyrogaps.plots.source import SHADES, tidy
 
 # Another pair is another line: its name in the picture, and its recipe.

@@ -8,6 +8,8 @@ from pathlib import Path
 import xarray as xr
 
 import pyrogaps
+from pyrogaps.cli.options import parse
+from pyrogaps.cli.recipe import resolve
 
 RESULTS = ["checkpoint.pt", "gaps.png", "ledger.nc", "recipe.yaml", "run.json", "summary.csv"]
 
@@ -132,3 +134,9 @@ def command(*arguments, ranks=1, restarts=0, **environment):
 
 def ledger(folder):
     return xr.load_dataset(Path(folder) / "ledger.nc", group="per_datapoint", engine="h5netcdf")
+
+
+def parsed(arguments):
+    """The recipe and the options of a command line."""
+    document, options = parse(arguments)
+    return resolve(document), options

@@ -9,7 +9,8 @@ import torch
 
 from pyrogaps import JointDensity
 from pyrogaps.cli.building import build_data
-from pyrogaps.cli.recipe import Component, Evaluate, Recipe
+from pyrogaps.cli.recipe import Evaluate, Recipe
+from pyrogaps.cli.typed import Component
 from pyrogaps.datasets import Chorales
 from pyrogaps.errors import InputError
 from pyrogaps.models.dmm import DeepMarkovModel

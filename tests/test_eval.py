@@ -12,12 +12,13 @@ import yaml
 
 from pyrogaps.cli import stages
 from pyrogaps.cli.building import build_families, build_programs, import_object
-from pyrogaps.cli.options import parse
-from pyrogaps.cli.recipe import Component, read_document, resolve, shipped
+from pyrogaps.cli.documents import read_document, shipped
+from pyrogaps.cli.recipe import resolve
+from pyrogaps.cli.typed import Component
 from pyrogaps.errors import InputError
 from pyrogaps.eval import main
 from pyrogaps.training.weights import read_file
-from tests.commands import MODULE, RECIPE, RESULTS, command, ledger
+from tests.commands import MODULE, RECIPE, RESULTS, command, ledger, parsed
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +56,7 @@ def refused(capsys, *arguments):
 
 
 def test_digits_is_the_default_and_needs_no_network():
-    document, default = read_document("digits"), parse([])
-    assert default is not None
-    recipe, options = default
+    document, (recipe, options) = read_document("digits"), parsed([])
     assert recipe == resolve(document)
     assert str(options.out) == "runs/digits"
     assert recipe.data.class_path == "pyrogaps.datasets.Digits"
@@ -79,15 +78,60 @@ def test_printed_recipe_is_a_recipe(name, tmp_path, capsys):
     printed = capsys.readouterr().out
     path = tmp_path / "printed.yaml"
     path.write_text(printed)
-    (again, _), (first, _) = parse([str(path)]), parse([name, *changes])
+    (again, _), (first, _) = parsed([str(path)]), parsed([name, *changes])
     assert again == first
     assert again.families["flow"] == Component("mine.Flow")
     assert main([str(path), "--print_config"]) == 0
     assert capsys.readouterr().out == printed
 
 
+def test_printing_a_recipe_runs_nothing(tmp_path, capsys):
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+    names = {
+        "model": "trap.Model", "guide": "trap.Guide", "data": "trap.Data", "families": {"x": "trap.family"},
+        "evidence": {"class_path": "trap.Evidence", "init_args": {"depth": 3}},
+        "training": {"num_epochs": 3, "schedule": {"class_path": "trap.Schedule"}, "objective": "trap.Objective"},
+        "mapa": {"likelihood": "gaussian", "bandwidth": 1.0, "training": {"schedule": "trap.Schedule"}},
+    }  # fmt: skip
+    path = tmp_path / "strange.yaml"
+    path.write_text(yaml.safe_dump(names))
+    assert main([str(path), "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["training"]["schedule"] == {"class_path": "trap.Schedule"}
+    assert printed["training"]["objective"] == "trap.Objective"
+    assert printed["training"]["num_epochs"] == 3
+    assert printed["mapa"]["training"]["schedule"] == "trap.Schedule"
+    assert printed["evidence"] == names["evidence"]
+    assert printed["refinement"]["num_steps"] == parsed(["digits"])[0].refinement.num_steps
+
+
+@pytest.mark.parametrize(
+    "data", ["{class_path: os.system, init_args: {command: touch ran}}", "subprocess.Popen", "builtins.exec"]
+)
+def test_python_itself_is_no_data_set(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["digits", "--data", data]) == 2
+    assert "part of Python itself" in capsys.readouterr().err
+    assert not Path("ran").exists()
+
+
+def test_a_file_beside_a_recipe_takes_no_packages_place(recipe, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('not this one')")
+    assert main([recipe, "--quiet"]) == 0
+
+
+def test_a_recipe_that_extends_itself_by_another_spelling(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("extends: ./b.yaml\n")
+    Path("b.yaml").write_text(f"extends: {tmp_path}/../{tmp_path.name}/a.yaml\n")
+    assert main(["a.yaml"]) == 2
+    assert "extends itself" in capsys.readouterr().err
+    assert main(["x" * 5000]) == 2
+    assert "no recipe" in capsys.readouterr().err
+
+
 def test_overrides_reach_every_kind_of_field():
-    parsed = parse(
+    recipe, options = parsed(
         [
             *("digits", "--training.num_epochs", "3", "--evidence.num_chains=4", "--data.init_args.num_test", "100"),
             *("--guide", "mine.guide", "--model.init_args.hidden", "[5, 6]", "--families", "{}", "--plate", "rows"),
@@ -101,14 +145,13 @@ def test_overrides_reach_every_kind_of_field():
             ),
         ]
     )
-    recipe, options = parsed
     assert (recipe.training.num_epochs, recipe.training.learning_rate) == (3, 1e-4)
     assert (recipe.evidence.num_chains, recipe.refinement.num_steps) == (4, 7)
     assert recipe.data.init_args["num_test"] == 100
     assert recipe.model.init_args == {**read_document("digits")["model"]["init_args"], "hidden": [5, 6]}
     assert (recipe.guide, recipe.families) == (Component("mine.guide"), {})
     assert (recipe.plate, recipe.evaluate.part, options.out) == ("rows", "train", Path("there"))
-    assert parse(["digits", "--training", "null"])[0].training is None
+    assert parsed(["digits", "--training", "null"])[0].training is None
 
 
 def test_help_lists_recipes_options_and_fields(capsys):

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from pyrogaps.cli.building import build_families, build_programs
-from pyrogaps.cli.recipe import read_document, resolve
+from pyrogaps.cli.documents import read_document
+from pyrogaps.cli.recipe import resolve
 from pyrogaps.cli.run_folder import RunFolder
 from pyrogaps.errors import InputError
 from pyrogaps.eval import main

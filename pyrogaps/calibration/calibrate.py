@@ -84,7 +84,7 @@ def calibrate(
     Source: Talts et al. (2018), arXiv:1804.06788.
     """
     if refinement is not None and posterior == "amortized":
-        raise InputError("refinement: the amortized posterior is not refined; pass posterior='refined' too")
+        raise InputError("refinement: the amortized posterior is not refined. Pass posterior='refined' too")
     if isinstance(model, Problem):
         guide, plain = model.guide, Problem.of(model, guide, data, plate).with_guide(None)
     else:

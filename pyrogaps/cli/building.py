@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,7 +21,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence
 from pyrogaps.guard import described, failures_named
 
-PAIR_REMEDY = "name an object with both .model and .guide under pair"
+PAIR_REMEDY = "Name an object with both .model and .guide under pair"
 
 
 def build_programs(recipe: Recipe) -> tuple[Program, Program]:
@@ -109,6 +110,8 @@ def import_object(key: str, path: str) -> Any:
     module, _, name = path.rpartition(".")
     if not module:
         raise InputError(f"{key}: '{path}' is not a dotted path such as package.module.Name")
+    if module.partition(".")[0] in {"builtins", *sys.stdlib_module_names}:
+        raise InputError(f"{key}: '{path}' is part of Python itself, and neither a program nor a data set")
     try:
         imported = _import_module(module)
     except Exception as error:

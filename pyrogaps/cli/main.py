@@ -5,6 +5,7 @@ import sys
 from pyrogaps import processes
 from pyrogaps.cli.console import one_line_warnings, say
 from pyrogaps.cli.options import help_text, parse
+from pyrogaps.cli.recipe import resolve, written_out
 from pyrogaps.cli.stages import run
 from pyrogaps.errors import InputError
 
@@ -28,11 +29,11 @@ def _main(arguments: list[str]) -> int:
         if parsed is None:
             print(help_text())
             return 0
-        recipe, options = parsed
+        document, options = parsed
         if options.print_config:
-            print(recipe.to_yaml(), end="")
+            print(written_out(document), end="")
             return 0
-        processes.together(lambda: run(recipe, options))
+        processes.together(lambda: run(resolve(document), options))
     except InputError as error:
         say(f"pyrogaps: {' '.join(str(error).split())}")
         return 2

@@ -33,7 +33,7 @@ class Manifest:
                 raise ValueError("its checksum differs")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{self.path}: is damaged, or not written by pyrogaps, so it is unknown whose files lie there; choose "
+                f"{self.path}: is damaged, or not written by pyrogaps, so it is unknown whose files lie there. Choose "
                 "another --out"
             ) from error
         return files

@@ -9,19 +9,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from pyrogaps.cli.recipe import (
-    COMPONENTS,
-    FIELDS,
-    KINDS,
-    SCALARS,
-    SECTIONS,
-    Recipe,
-    load_yaml,
-    override,
-    read_document,
-    resolve,
-    shipped,
-)
+from pyrogaps.cli.documents import Document, load_yaml, override, read_document, shipped
+from pyrogaps.cli.recipe import COMPONENTS, FIELDS, KINDS, SCALARS, SECTIONS, Recipe
 from pyrogaps.errors import InputError
 
 USAGE = "usage: python -m pyrogaps.eval [RECIPE] [options]"
@@ -68,8 +57,8 @@ class Options:
     print_config: bool = False
 
 
-def parse(arguments: list[str]) -> tuple[Recipe, Options] | None:
-    """The recipe and the options on a command line; None where it asks for help.
+def parse(arguments: list[str]) -> tuple[Document, Options] | None:
+    """The recipe, as a document, and the options on a command line; None where it asks for help.
 
     Raises `InputError` for invalid options.
     """
@@ -82,7 +71,7 @@ def parse(arguments: list[str]) -> tuple[Recipe, Options] | None:
     for key, text in _class_first(overrides):
         override(document, key, load_yaml(text, f"--{key}"))
     out = Path(given.pop("out", Path("runs") / _run_name(name)))
-    return resolve(document), Options(out=out, **given)
+    return document, Options(out=out, **given)
 
 
 def _class_first(overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -3,17 +3,13 @@
 import dataclasses
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from jsonargparse import get_loader
 
+from pyrogaps.cli.documents import Document, merged
 from pyrogaps.cli.typed import Component, typed_arguments
 from pyrogaps.conditioning import Conditioning
 from pyrogaps.errors import InputError
@@ -22,10 +18,8 @@ from pyrogaps.gaps import Certificate, Retraining
 from pyrogaps.mapa import Mapa
 from pyrogaps.memory import Bytes
 from pyrogaps.refine import Refinement
-from pyrogaps.settings import Count, DeviceName, Name, Plate, Seed, Several
+from pyrogaps.settings import Count, DeviceName, Name, Plate, Seed, Several, is_plain
 from pyrogaps.training import Training
-
-Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -127,112 +121,6 @@ SECTIONS: dict[str, type] = {
 SCALARS = [name for name in KINDS if name not in {*COMPONENTS, *SECTIONS, "families"}]
 
 
-def shipped() -> list[str]:
-    """Names of the recipes that come with pyrogaps."""
-    names = (file.name for file in _recipes().iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
-
-
-def _recipes() -> Traversable:
-    return resources.files("pyrogaps").joinpath("recipes")
-
-
-def read_document(recipe: str) -> Document:
-    """The YAML document of a recipe, shipped (by name) or a file (by path), with `extends` resolved.
-
-    `extends` names another recipe, shipped or a file beside this one, which provides the fields that this one omits:
-    mappings are merged field by field, everything else is replaced. The file's folder and the current one become
-    importable, so that recipes can name classes in files beside them.
-
-    Raises `InputError` where there is no such recipe, it is not a YAML mapping, or it extends itself.
-    """
-    return _extended(recipe, ())
-
-
-def _extended(recipe: str, above: tuple[str, ...]) -> Document:
-    if recipe in above:
-        raise InputError(f"{recipe}: extends itself ({' -> '.join((*above, recipe))})")
-    document = _own_document(recipe)
-    base = document.pop("extends", None)
-    if base is None:
-        return document
-    if not isinstance(base, str):
-        raise InputError(f"{recipe}: extends: expected the name or path of a recipe, got {base!r}")
-    beside = Path(recipe).parent / base
-    source = str(beside) if recipe not in shipped() and beside.is_file() else base
-    return _merged(_extended(source, (*above, recipe)), document)
-
-
-def _merged(base: Document, document: Document) -> Document:
-    """`base` with the fields of `document` over it."""
-    both = {name: _merged(base[name], value) for name, value in document.items() if _are_mappings(base, name, value)}
-    return {**base, **document, **both}
-
-
-def _are_mappings(base: Document, name: str, value: Any) -> bool:
-    """Whether to merge two mappings; not if `value` names a class and the base has fields of no named class."""
-    below = base.get(name)
-    return isinstance(value, dict) and isinstance(below, dict) and ("class_path" in below or "class_path" not in value)
-
-
-def _own_document(recipe: str) -> Document:
-    path = Path(recipe)
-    if recipe in shipped():
-        text = _recipes().joinpath(f"{recipe}.yaml").read_text("utf-8")
-    elif path.is_file():
-        text = _read(path)
-    else:
-        raise InputError(
-            f"no recipe '{recipe}': neither a file nor a shipped recipe ({', '.join(shipped())}) has this name"
-        )
-    for folder in (str(Path.cwd()), str(path.resolve().parent)):
-        if folder not in sys.path and recipe not in shipped():
-            sys.path.insert(0, folder)
-    document = load_yaml(text, recipe)
-    if not isinstance(document, dict):
-        raise InputError(f"{recipe}: a recipe is a YAML mapping of fields such as model, guide and data")
-    return document
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-
-
-def load_yaml(text: str, source: str) -> Any:
-    """Parse YAML as jsonargparse does (`1e-3` is a number); `source` names it in the `InputError` of bad YAML."""
-    try:
-        return get_loader("yaml")(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise InputError(f"{source}{line}: not valid YAML: {problem}") from error
-
-
-def override(document: Document, key: str, value: Any) -> None:
-    """Set the field with dotted name `key`, such as `data.init_args.num_test`, in place.
-
-    A component written as a bare dotted path is first spelled out; a null section becomes one with defaults. A
-    `class_path` replaces fields that belong to no named class, such as those of AIS in `evidence`.
-    """
-    *parents, last = key.split(".")
-    node = document
-    for parent in parents:
-        child = node.get(parent)
-        if isinstance(child, str):
-            child = {"class_path": child}
-        elif not isinstance(child, dict):
-            child = {}
-        node[parent] = child
-        node = child
-    if last == "class_path" and last not in node:
-        node.clear()
-    node[last] = value
-
-
 def resolve(document: Document) -> Recipe:
     """The typed recipe of a document, defaults filled in.
 
@@ -244,6 +132,26 @@ def resolve(document: Document) -> Recipe:
         )
     document = {name: value for name, value in document.items() if name != "families" or value is not None}
     return Recipe(**typed_arguments("", Recipe, document))
+
+
+def written_out(document: Document) -> str:
+    """The recipe of a document as YAML, with defaults filled in. Objects are printed as they are named, not built."""
+    given, objects = _apart(document)
+    return str(yaml.safe_dump(merged(_plain(resolve(given)), objects), sort_keys=False, allow_unicode=True, width=100))
+
+
+def _apart(document: Document, kinds: Mapping[str, Any] = KINDS) -> tuple[Document, Document]:
+    """`document` without the settings in its sections that would be built, and these alone."""
+    given, objects = dict(document), Document()
+    for name, value in document.items():
+        kind = kinds.get(name)
+        section = next((part for part in (kind, *get_args(kind)) if part in SECTIONS.values()), None)
+        if section is not None and isinstance(value, dict) and "class_path" not in value:
+            given[name], below = _apart(value, get_type_hints(section, include_extras=True))
+            objects |= {name: below} if below else {}
+        elif kinds is not KINDS and name in kinds and not is_plain(kind) and value is not None:
+            objects[name] = given.pop(name)
+    return given, objects
 
 
 def _plain(value: Any) -> Any:

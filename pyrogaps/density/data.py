@@ -65,7 +65,7 @@ def check_tensor(tensor: Tensor, name: str) -> None:
     if tensor.is_meta:
         raise InputError(f"data: {name} is on the meta device, so it has no values; load the data on cpu or cuda")
     if tensor.is_complex():
-        raise InputError(f"data: {name} is complex; pass real tensors, as in torch.view_as_real(x)")
+        raise InputError(f"data: {name} is complex. Pass real tensors, as in torch.view_as_real(x)")
     if tensor.is_quantized:
         raise InputError(f"data: {name} is quantized; convert it with x.dequantize()")
     if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32:

@@ -28,16 +28,16 @@ def modules_of(program: Program) -> list[nn.Module]:
     return [candidate for candidate in candidates if isinstance(candidate, nn.Module)]
 
 
-def check_callable(program: Any, what: str, pair: str = "pass its methods .model and .guide") -> None:
+def check_callable(program: Any, what: str, pair: str = "Pass its methods .model and .guide") -> None:
     """Refuse what Pyro cannot run, which `what` names; `pair` is the remedy for a pair of model and guide in one."""
     if inspect.isclass(program):
-        raise InputError(f"{what}: {program.__name__} is a class; pass an instance of it, {program.__name__}(...)")
+        raise InputError(f"{what}: {program.__name__} is a class. Pass an instance of it, {program.__name__}(...)")
     kind = type(program)
     empty = isinstance(program, nn.Module) and kind.forward is nn.Module.forward and kind.__call__ in MODULE_CALLS
     if empty or not callable(program):
         is_pair = callable(getattr(program, "model", None)) and callable(getattr(program, "guide", None))
         raise InputError(
-            f"{what}: a {kind.__name__} object cannot be called; {pair if is_pair else 'pass a Pyro program'}"
+            f"{what}: a {kind.__name__} object cannot be called. {pair if is_pair else 'Pass a Pyro program'}"
         )
 
 

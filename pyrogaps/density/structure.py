@@ -194,7 +194,7 @@ def check_parameters(*programs: Program) -> None:
             if any(value.is_inference() for value in module.parameters()):
                 raise InputError(
                     f"{type(module).__name__}: its parameters were made in torch.inference_mode, so nothing can be "
-                    "differentiated; make it outside, or copy its state_dict into one that was"
+                    "differentiated. Make it outside, or copy its state_dict into one that was"
                 )
             named = ((f"parameter '{name}'", value) for name, value in module.named_parameters())
             check_finite(named, type(module).__name__, remedy)

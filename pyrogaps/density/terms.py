@@ -74,7 +74,7 @@ def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
             continue
         if name in own:
             return InputError(
-                f"site '{name}': the guide's support {support_of(message['fn'])} differs from the model's; use a "
+                f"site '{name}': the guide's support {support_of(message['fn'])} differs from the model's. Use a "
                 "distribution with the model's support, or transform one to it"
             )
         return InputError(

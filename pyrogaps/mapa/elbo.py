@@ -109,7 +109,7 @@ class IndexedELBO(ELBO):
 
     def _check_sizes(self) -> None:
         if self.num_top + self.num_samples < 1:
-            raise InputError(f"{self.name}: num_top and num_samples are both 0; raise one of them")
+            raise InputError(f"{self.name}: num_top and num_samples are both 0. Raise one of them")
         number, kept = self.posterior.num_neighbours, self._kept()
         if self.num_top > number:
             raise InputError(f"{self.name}: num_top={self.num_top}, but there are only {number} {kept}. Lower num_top")

@@ -32,7 +32,7 @@ def per_datapoint(source: Source) -> xr.Dataset:
     """The per-datapoint group; `InputError` where `source` has none."""
     dataset = group(source, "per_datapoint")
     if not dataset.data_vars:
-        raise InputError("source: it has no group 'per_datapoint'; pass a GapLedger or a DataTree of one")
+        raise InputError("source: it has no group 'per_datapoint'. Pass a GapLedger or a DataTree of one")
     return dataset
 
 

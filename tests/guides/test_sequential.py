@@ -14,7 +14,8 @@ from torch.distributions import MultivariateNormal, Normal
 
 from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Refinement, decompose, elbo, iwae, refine, train
 from pyrogaps.cli.building import build_programs
-from pyrogaps.cli.recipe import Component, Recipe
+from pyrogaps.cli.recipe import Recipe
+from pyrogaps.cli.typed import Component
 from pyrogaps.guides.sequential import LocalStructuredNormal, StructuredNormal
 from pyrogaps.models.dmm import DeepMarkovModel
 from pyrogaps.models.pendulum import Pendulum

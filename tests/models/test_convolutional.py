@@ -12,12 +12,12 @@ from torch.distributions import Bernoulli, Normal
 
 from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Refinement, decompose, train
 from pyrogaps.cli.building import build_data, build_programs
-from pyrogaps.cli.options import parse
 from pyrogaps.guides.amortized import AmortizedMultivariateNormal, AmortizedNormal
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from pyrogaps.guides.flows import AmortizedFlow
 from pyrogaps.models.convolutional import ConvolutionalDecoder, ConvolutionalFeatures, ConvolutionalVAE
 from pyrogaps.models.discretised_logistic import DiscretisedLogistic
+from tests.commands import parsed
 
 SMALL: dict[str, Any] = {"image_shape": (2, 8, 8), "channels": (3, 4), "kernel_size": 3}
 GUIDES = [AmortizedNormal, AmortizedMultivariateNormal, AmortizedFlow, AmortizedAuxiliaryFlow]
@@ -211,7 +211,7 @@ def test_recipes_build_their_nested_parts(tmp_path: Any) -> None:
     channels = ["--evaluate.num_datapoints", "3", "--model.init_args.channels", "[2, 2, 2]"]
     channels += ["--guide.init_args.features.init_args.channels", "[2, 3, 4]"]
     for name, likelihood in (("cifar-subset", "bernoulli"), ("cifar-8bit", "discretised_logistic")):
-        recipe, _ = parse([name, *channels, "--data.class_path", "pyrogaps.datasets.NPZ"])
+        recipe, _ = parsed([name, *channels, "--data.class_path", "pyrogaps.datasets.NPZ"])
         recipe.data.init_args.update(
             path=str(tmp_path / "tiny.npz"), train_key="train_images", test_key="test_images", channels_last=True,
             num_validation=2,
@@ -225,6 +225,6 @@ def test_recipes_build_their_nested_parts(tmp_path: Any) -> None:
 
 
 def test_the_column_of_flows_swaps_guide_and_further_family() -> None:
-    recipe, _ = parse(["cifar-flow"])
+    recipe, _ = parsed(["cifar-flow"])
     assert recipe.guide.class_path.endswith("AmortizedAuxiliaryFlow") and list(recipe.families) == ["mean-field"]
-    assert list(parse(["cifar-ffg"])[0].families) == ["flow"]
+    assert list(parsed(["cifar-ffg"])[0].families) == ["flow"]
