@@ -59,18 +59,18 @@ def as_given(data: Any) -> Any:
 def check_tensor(tensor: Tensor, name: str) -> None:
     """Refuse a tensor of the data that densities cannot be computed from."""
     if tensor.is_nested:
-        raise InputError(f"data: {name} is a nested tensor; pad it to one length, as in x.to_padded_tensor(0.0)")
+        raise InputError(f"data: {name} is a nested tensor. Pad it to one length, as in x.to_padded_tensor(0.0)")
     if tensor.layout != torch.strided:
-        raise InputError(f"data: {name} is sparse; convert it with x.to_dense()")
+        raise InputError(f"data: {name} is sparse. Convert it with x.to_dense()")
     if tensor.is_meta:
-        raise InputError(f"data: {name} is on the meta device, so it has no values; load the data on cpu or cuda")
+        raise InputError(f"data: {name} is on the meta device, so it has no values. Load the data on cpu or cuda")
     if tensor.is_complex():
         raise InputError(f"data: {name} is complex. Pass real tensors, as in torch.view_as_real(x)")
     if tensor.is_quantized:
-        raise InputError(f"data: {name} is quantized; convert it with x.dequantize()")
+        raise InputError(f"data: {name} is quantized. Convert it with x.dequantize()")
     if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32:
         raise InputError(
-            f"data: {name} has dtype {tensor.dtype}, too coarse for log-densities; convert it with x.float()"
+            f"data: {name} has dtype {tensor.dtype}, too coarse for log-densities. Convert it with x.float()"
         )
 
 

@@ -187,7 +187,7 @@ def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> 
 def check_parameters(*programs: Program) -> None:
     """Refuse NaN and infinities in parameters of `programs` and Pyro's param store."""
     store = pyro.get_param_store()
-    remedy = "Training diverged; lower the learning rate, or load an earlier checkpoint"
+    remedy = "Training diverged. Lower the learning rate, or load an earlier checkpoint"
     check_finite(((f"parameter '{name}'", store._params[name]) for name in store), "param store", remedy)
     for program in programs:
         for module in modules_of(program):

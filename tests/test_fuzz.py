@@ -1,0 +1,25 @@
+"""Random Pyro programs: what is valid by construction is measured, what has a fault is refused; see `tests.fuzz`."""
+
+import warnings
+from collections import Counter
+
+import pytest
+
+from tests.fuzz import FAULTS, check, spec_of
+
+
+@pytest.mark.usefixtures("brief_check")
+@pytest.mark.parametrize("seed", [0, 1, 7, 22, 28, 57, *range(4, 4 + 5 * len(FAULTS), 5)])
+def test_a_random_program(seed: int) -> None:
+    spec = spec_of(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of programs that cannot be recorded
+        assert check(spec) == ("measured" if spec.fault is None else "refused")
+
+
+@pytest.mark.slow
+def test_500_random_programs() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcomes = Counter(check(spec_of(seed)) for seed in range(500))
+    assert outcomes == {"measured": 400, "refused": 100}
