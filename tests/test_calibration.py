@@ -532,7 +532,7 @@ def test_masks_draw_a_second_band(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_simulated": 1}, "num_simulated: must be a whole number of at least 2, got 1"),
         ({"num_draws": 99}, "num_draws: must be a whole number of at least 100, got 99"),
         ({"num_draws": 200.0}, "num_draws: must be a whole number"),
-        ({"refinement": Refinement()}, "refinement: has no effect with posterior='amortized'"),
+        ({"refinement": Refinement()}, "refinement: the amortized posterior is not refined"),
         ({"plate": False}, "plate: calibrate needs a data plate"),
     ],
 )

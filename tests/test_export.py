@@ -444,7 +444,7 @@ def test_bad_input_is_named_in_one_line() -> None:
     refused("num_draws: .* 2, got 1", normal_mean, guide, x, num_draws=1)
     refused("argument 0 contains NaN", normal_mean, guide, torch.full((4,), torch.nan))
     refused("site 'mean'.*missing from the guide", normal_mean, lambda x: None, x)
-    refused("data: expected a tensor", normal_mean, guide, x.numpy())
+    refused("data: expected a tensor", normal_mean, guide, "x")
     refused("no plate named 'rows'", normal_mean, guide, x, plate="rows")
 
     def reserved(x: Tensor) -> None:

@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_made(recipe: str, capsys: pytest.CaptureFixture
     Path("file").write_text("mine")
     assert main([recipe, "--quiet", "--out", "file/run"]) == 2
     assert said(capsys.readouterr().err) == [
-        "pyrogaps: cannot write to file/run: Not a directory; choose another --out"
+        "pyrogaps: cannot write to file/run: Not a directory. Choose another --out"
     ]
     assert Path("file").read_text() == "mine"
 
@@ -111,7 +111,7 @@ def test_two_runs_into_one_folder(recipe: str) -> None:
             told = command(*long, *more)
             assert told.returncode == 2
             assert said(told.stderr) == [
-                "pyrogaps: shared: another run is writing there; wait for it, or choose another --out"
+                "pyrogaps: shared: another run is writing there. Wait for it, or choose another --out"
             ]
         assert Path("shared/training.pt").exists()
         assert first.poll() is None

@@ -96,7 +96,7 @@ def test_chunks(number: int, tmp_path: Path) -> None:
     with np.load(path) as arrays:
         assert {*values} <= {*arrays}
     for place in flips(path, number):
-        with pytest.warns(UserWarning, match=f"{path.name} is damaged; its datapoints are measured anew"):
+        with pytest.warns(UserWarning, match=f"{path.name} is damaged, so its datapoints are measured again"):
             found, measured = kept()
         assert measured == 1 and all(np.array_equal(found[name], values[name]) for name in values), place
         assert kept()[1] == 0
@@ -106,7 +106,7 @@ def test_neighbours_of_mapa(number: int, tmp_path: Path) -> None:
     path = tmp_path / "neighbours.npz"
     pg.mapa_posterior(x, "gaussian", bandwidth=0.4, cache=path)
     for _ in flips(path, number):
-        with pytest.raises(InputError, match=r"neighbours\.npz: cannot be read; it is damaged .* Delete it"):
+        with pytest.raises(InputError, match=r"neighbours\.npz: cannot be read. It is damaged .* delete it"):
             pg.mapa_posterior(x, "gaussian", bandwidth=0.4, cache=path)
 
 

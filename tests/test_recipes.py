@@ -125,7 +125,7 @@ def test_folder_of_an_older_recipe_is_taken_up(tmp_path: Path) -> None:
     folder.claim(yaml.safe_dump(older), overwrite=False)
     folder.write("checkpoint.pt", lambda file: file.write(b"weights"))
     folder.claim(text, overwrite=False)
-    with pytest.raises(InputError, match="another run is writing there; wait for it, or choose another --out"):
+    with pytest.raises(InputError, match=r"another run is writing there\. Wait for it, or choose another --out"):
         RunFolder(tmp_path).claim(text, overwrite=False)
     folder.release()
     with pytest.raises(InputError, match=r"different recipe \(seed\)"):
@@ -258,4 +258,4 @@ def test_a_certificate_is_asked_for_and_printed(few_points: list[str], capsys: p
     assert main(["mapa-circle", *few_points, "--certificate", certificate]) == 0
     printed = capsys.readouterr().out
     assert "certificate: BDMC on 4 datapoints" in printed
-    assert "certificate: refined 4 times as long, 3 datapoints" in printed
+    assert "certificate: refining 4 times as long changes the ELBO of 3 datapoints" in printed

@@ -248,7 +248,11 @@ class JointDensity:
     @cached_property
     def probe(self) -> "Probe":
         """Points at some datapoints, for checks of the model and of guides; masked coordinates are zero."""
-        with seeded(0, "probe"), evaluating(self.model), torch.no_grad():
+        with evaluating(self.model):
+            return self._probed()
+
+    def _probed(self) -> "Probe":
+        with seeded(0, "probe"), torch.no_grad():
             indices = torch.zeros(1, dtype=torch.long) if self.plate is None else probe_rows(self.num_datapoints)
             z = 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
             active = self.active(indices)
@@ -261,7 +265,8 @@ class JointDensity:
         if self.plate is None:
             self._choose_vectorized()
             return
-        probe = self.probe
+        # Not in a block of its own: parameters that the model draws at its first run would not be those of the next.
+        self.probe = probe = self._probed()
         indices, z, together = probe.indices, probe.z, probe.log_density
         if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), together):
             if not torch.equal(self._total(z, indices), together):

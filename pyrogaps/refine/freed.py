@@ -85,9 +85,7 @@ class FreedGuide:
         constants, freed, transforms = {}, {}, {}
         for name in parameters:
             value = getattr(inner, name).detach()
-            value = value.expand(
-                *inner.batch_shape, *value.shape[value.dim() - _event_dims(inner, name) :]
-            ).contiguous()
+            value = value.expand(inner.batch_shape + value.shape[value.dim() - _event_dims(inner, name) :]).contiguous()
             if name not in names:
                 constants[name] = value
                 continue

@@ -155,7 +155,7 @@ def test_never_below_mean_field_on_badly_scaled_posteriors(decades: float) -> No
 
 
 def test_one_latent_dimension_has_no_halves() -> None:
-    with pytest.raises(InputError, match="AutoLocalFlow: one latent dimension has no halves to couple"):
+    with pytest.raises(InputError, match="AutoLocalFlow: a coupling flow needs at least two latent dimensions"):
         refine(gamma_poisson, AutoLocalFlow, counts())
 
 
@@ -200,7 +200,7 @@ def test_trains_like_any_guide() -> None:
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: AmortizedFlow(6, 1), "AmortizedFlow: one latent dimension"),
+        (lambda: AmortizedFlow(6, 1), "AmortizedFlow: a coupling flow needs at least two"),
         (lambda: AmortizedFlow(6, 2, num_steps=0), "AmortizedFlow: a flow needs at least one step"),
         (lambda: AmortizedFlow(6, 2)(torch.zeros(3, 5)), "AmortizedFlow: data_dim is 6, but a datapoint has 5"),
     ],

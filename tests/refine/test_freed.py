@@ -202,3 +202,23 @@ def test_what_varies_is_found_on_the_data_set_not_on_a_chunk() -> None:
     x[-1, 0] = 2e6
     family = own_family(GuideDensity(guide, None, JointDensity(model, x)))
     assert family.varies == {"z": {"loc", "scale"}}
+
+
+def test_parameters_without_dimensions() -> None:
+    """One latent of the whole data set, its posterior N(3/5, 1/5): q* is exact, and so is L[q*]."""
+    x = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        f = pyro.sample("f", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        pyro.sample("x", dist.Normal(f, 1.0).expand([4]).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.3, dtype=torch.float64))
+        pyro.sample("f", dist.Normal(loc, pyro.param("scale", torch.tensor(1.0, dtype=torch.float64))))
+
+    guide(x)
+    refined = refine(model, guide, (x,), plate=False, settings=Refinement(num_steps=400))
+    z, log_q = refined.sample(4000)
+    exact = dist.Normal(torch.tensor(0.6, dtype=torch.float64), 0.2**0.5)
+    assert abs(float(z.mean()) - 0.6) < 5 * float(z.std()) / 4000**0.5
+    torch.testing.assert_close(log_q, exact.log_prob(z[..., 0]), rtol=0.05, atol=0.05)
