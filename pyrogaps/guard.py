@@ -220,4 +220,4 @@ def _signature_hint(name: str, signature: inspect.Signature, given: Mapping[str,
         return ". Pass several tensors of data as one tuple (x, y), and settings by name"
     unknown = next((key for key in given if key not in signature.parameters), "")
     near = get_close_matches(unknown, signature.parameters, n=1)
-    return f"; did you mean '{near[0]}'?" if unknown and near else ""
+    return f". Did you mean '{near[0]}'?" if unknown and near else ""

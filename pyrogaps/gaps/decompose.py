@@ -10,8 +10,8 @@ from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
 from pyrogaps.evidence import AIS, Evidence
 from pyrogaps.gaps.certificate import Certificate
+from pyrogaps.gaps.decomposition import Decomposition
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.plan import Plan
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.terms import TERMS, Term
 from pyrogaps.guard import guarded
@@ -104,7 +104,7 @@ def decompose(
         InputError: in one line that names the site, argument or family, for anything that has no gap per datapoint.
     """
     problem = Problem.of(model, guide, data, plate)
-    plan = Plan(
+    decomposition = Decomposition(
         problem.compiled() if compile else problem,
         families or {},
         evidence or AIS(),
@@ -120,7 +120,7 @@ def decompose(
         progress,
         None if cache is None else Path(cache),
     )
-    return plan.ledger(terms)
+    return decomposition.ledger(terms)
 
 
 @guarded
@@ -129,4 +129,4 @@ def rehearse(model: Program, guide: Program, data: Data, plate: Plate, **setting
 
     Families are built and run, and the first datapoints are measured with a few steps and draws.
     """
-    Plan(Problem.of(model, guide, data, plate), **settings).rehearse()
+    Decomposition(Problem.of(model, guide, data, plate), **settings).rehearse()

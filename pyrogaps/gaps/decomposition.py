@@ -1,4 +1,4 @@
-"""`Plan`: what `decompose` measures of a problem, and how; checked before anything is measured."""
+"""`Decomposition`: what `decompose` measures of a problem, and how; checked before anything is measured."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ QUANTITIES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Decomposition:
     """A problem, and the arguments of `decompose` for it."""
 
     problem: Problem
