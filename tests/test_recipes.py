@@ -160,6 +160,7 @@ def test_reference_measures_the_conditioning_gap_of_a_lookahead(few_chorales: li
     assert not (tmp_path / "run" / "reference-training.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_smoother_has_no_use_for_a_reference(
     few_chorales: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +248,7 @@ def test_retraining_splits_the_amortization_gap(few_points: list[str], tmp_path:
     assert resolve(read_document("digits")).retraining is None
 
 
+@pytest.mark.slow
 def test_another_evidence_is_named_by_its_class(few_points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     ladder = ["--evidence.tolerance", "0.2", "--evidence.class_path", "pyrogaps.Ladder", "--evidence.num_simulated=0"]
     assert main(["mapa-circle", *few_points, *ladder]) == 0

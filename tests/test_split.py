@@ -225,6 +225,7 @@ def test_every_weight_of_our_guides_can_be_drawn_anew(guide: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("brief_check")
+@pytest.mark.slow
 def test_phi_hat_of_a_guide_with_auxiliary_variables_has_a_reverse_model_of_its_own() -> None:
     """Its bound is that of a guide with the same weights, so retraining from where it stands is no loss."""
     model, _, train, test = pair()
