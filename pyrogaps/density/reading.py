@@ -21,6 +21,7 @@ from pyrogaps.density.structure import (
     first_sites,
     frames_of,
     is_masked,
+    latent_sites,
     lay_out,
     sample_sites,
 )
@@ -90,7 +91,7 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
             raise InputError(f"plate: the model has no plate named '{name}' ({known})")
         check_model_sites(sites, name)
         observed = {site: message for site, message in sites.items() if message["is_observed"]}
-        latent = {site: message for site, message in sites.items() if not message["is_observed"]}
+        latent = latent_sites(sites)
         unnormalised |= {site for site, message in observed.items() if not check_observed(site, message)}
         masked |= any(is_masked(message) for message in latent.values())
         nesting = max((-f.dim for m in sites.values() for f in m["cond_indep_stack"] if f.vectorized), default=0)
@@ -154,6 +155,7 @@ def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str
             break
     else:
         raise error or AssertionError
+    latent_sites(sites)  # before a remedy that would not help without them
     name = find_plate(sites)
     frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
     # Any other plate than one of these rows is made the data plate's by a run of its own.

@@ -131,6 +131,14 @@ def test_no_observed_site() -> None:
     refused(model, X, "no observed", "obs=")
 
 
+def test_no_observed_site_in_nested_plates() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), pyro.plate("parts", 2, dim=-2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    refused(guide, X, "no observed", "swapped")
+
+
 def test_no_site_at_all() -> None:
     refused(lambda x: None, X, "no latent")
 

@@ -18,6 +18,12 @@ SETTINGS: dict[str, Any] = {
     "num_particles": 100,
     "progress": False,
 }
+# Where the whole data set is one datapoint, and the programs run for one particle at a time.
+SETTINGS_WHOLE = SETTINGS | {
+    "refinement": pg.Refinement(num_steps=3, num_particles=2, num_selection=16),
+    "evidence": pg.AIS(num_chains=2, num_temperatures=3, num_leapfrog=1),
+    "num_particles": 20,
+}
 # Rounding of a sum of log-probabilities, relative to it.
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 
@@ -43,9 +49,9 @@ def _check(spec: Spec) -> str:
     program = Program(spec)
     pair = pair_of(program, program.guide() if spec.fault is None else Guide(spec))
     plate = "nowhere" if spec.fault == "unknown plate" else spec.plate
-    state = _state()
+    state, settings = _state(), SETTINGS if spec.plate is None else SETTINGS_WHOLE
     try:
-        ledger = pg.decompose(pair.model, pair.guide, pair.data, plate=plate, seed=spec.seed, **SETTINGS)
+        ledger = pg.decompose(pair.model, pair.guide, pair.data, plate=plate, seed=spec.seed, **settings)
     except pg.InputError as error:
         _check_state(state)
         _check_refusal(spec, str(error))
@@ -54,7 +60,7 @@ def _check(spec: Spec) -> str:
     assert spec.fault is None, f"{spec.fault}: accepted"
     _check_sums(ledger)
     _check_density(program)
-    again = pg.decompose(pair.model, pair.guide, pair.data, plate=plate, seed=spec.seed, **SETTINGS)
+    again = pg.decompose(pair.model, pair.guide, pair.data, plate=plate, seed=spec.seed, **settings)
     assert again.per_datapoint.identical(ledger.per_datapoint), "the same seed gave another ledger"
     if spec.one_dimensional and spec.plate is None:
         _check_evidence(program, pair.guide)
