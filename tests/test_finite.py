@@ -83,6 +83,12 @@ def test_a_guide_that_draws_the_impossible() -> None:
     assert "not measured" in str(ledger.diagnose())
 
 
+def test_naming_the_impossible_leaves_the_caller_s_random_state() -> None:
+    guide, before = Guide(), torch.get_rng_state()
+    pg.decompose(with_impossible_data, guide, torch.tensor([0.5, 0.0]), **SMALL)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_impossible_training_data_are_named() -> None:
     split = pg.Split(torch.tensor([0.4, 0.5, 0.0, 0.6, 0.9]), pg.Retraining(max_rounds=1, num_restarts=0))
     with pytest.raises(pg.InputError, match="training datapoint 2 is -inf"):

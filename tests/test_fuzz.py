@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from tests.fuzz import FAULTS, check, spec_of
+from tests.fuzz.checks import check, spec_of
+from tests.fuzz.faults import FAULTS
 
 
 @pytest.mark.usefixtures("brief_check")

@@ -21,6 +21,7 @@ from pyrogaps.density.structure import (
     first_sites,
     frames_of,
     is_masked,
+    latent_sites,
     lay_out,
     sample_sites,
 )
@@ -90,13 +91,13 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
             raise InputError(f"plate: the model has no plate named '{name}' ({known})")
         check_model_sites(sites, name)
         observed = {site: message for site, message in sites.items() if message["is_observed"]}
-        latent = {site: message for site, message in sites.items() if not message["is_observed"]}
+        latent = latent_sites(sites)
         unnormalised |= {site for site, message in observed.items() if not check_observed(site, message)}
         masked |= any(is_masked(message) for message in latent.values())
         nesting = max((-f.dim for m in sites.values() for f in m["cond_indep_stack"] if f.vectorized), default=0)
         batch_layout = lay_out(sites, name, -1 - max(nesting, batch_dims(sites)))
         if layout is not None and batch_layout != layout:
-            raise InputError(f"model: the shapes of its latent sites differ between datapoints. {PAD_REMEDY}")
+            raise _differing(layout, batch_layout)
         layout = batch_layout
     assert layout is not None
     value = next(iter(latent.values()))["value"]
@@ -111,6 +112,19 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
         device=value.device,
         make_whole=make_whole,
     )
+
+
+def _differing(layout: dict[str, Site], other: dict[str, Site]) -> InputError:
+    """The error for latent sites that differ between batches of datapoints."""
+    if some := [name for name in {**layout, **other} if (name in layout) != (name in other)]:
+        return InputError(
+            f"site '{some[0]}': the model has this latent site only for some datapoints. Keep it for all of them, and "
+            "mask it where it is not used"
+        )
+    for name, site in layout.items():
+        if site.shape != other[name].shape:
+            return InputError(f"site '{name}': the shape of this latent differs between datapoints. {PAD_REMEDY}")
+    return InputError("model: the order of its latent sites differs between datapoints. Keep one order for all inputs")
 
 
 def finite_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -141,6 +155,7 @@ def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str
             break
     else:
         raise error or AssertionError
+    latent_sites(sites)  # before a remedy that would not help without them
     name = find_plate(sites)
     frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
     # Any other plate than one of these rows is made the data plate's by a run of its own.

@@ -70,8 +70,8 @@ def find_plate(sites: dict[str, Message]) -> str | None:
     )
 
 
-def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
-    """Refuse models without latent or observed sites, discrete latents, and sites outside the data plate."""
+def latent_sites(sites: dict[str, Message]) -> dict[str, Message]:
+    """The latent sites of a model; raises `InputError` where there are none, or no observed ones beside them."""
     latent = {name: site for name, site in sites.items() if not site["is_observed"]}
     if not latent:
         raise InputError("model: there is no latent sample site, so there is nothing to infer")
@@ -79,6 +79,12 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
         raise InputError(
             "model: there is no observed sample site. Pass the data so that obs= is set (were model and guide swapped?)"
         )
+    return latent
+
+
+def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
+    """Refuse models without latent or observed sites, discrete latents, and sites outside the data plate."""
+    latent = latent_sites(sites)
     for name, site in sites.items():
         check_in_plate(name, site, plate, "model")
     for name, site in latent.items():

@@ -1,5 +1,6 @@
 """The support of a distribution, also where torch does not know it, and the map to it."""
 
+import math
 from itertools import takewhile
 from typing import Any
 
@@ -15,6 +16,10 @@ REPARAMETRISED = {
     "ProjectedNormal": "reparametrise it: pyro.poutine.reparam(model, {'site': ProjectedNormalReparam()}) of "
     "pyro.infer.reparam, and let the guide draw the site with _normal after its name",
 }
+
+# They declare the real line, over which their periodic densities have no finite integral, but draw from one turn.
+CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
+TURN = constraints.interval(-math.pi, math.pi)
 
 _MIXTURE = getattr(constraints, "MixtureSameFamilyConstraint", None)
 if _MIXTURE is not None:
@@ -37,8 +42,8 @@ def bijection(fn: Any, name: str) -> Any:
 
 
 def support_of(fn: Any) -> Any:
-    """`fn.support`, but the real line where none is declared, and where a transformed distribution ends in an affine
-    map, its true image.
+    """`fn.support`, but the real line where none is declared, one turn for distributions on the circle, and where a
+    transformed distribution ends in an affine map, its true image.
 
     torch takes the real line for the image of every affine map, but `biject_to(constraints.positive)` ends in one.
     """
@@ -50,12 +55,14 @@ def support_of(fn: Any) -> Any:
 
 def _support_of(fn: Any) -> Any:
     inner = leaf(fn)
+    if type(inner).__name__ in CIRCULAR:
+        return constraints.independent(TURN, fn.event_dim) if fn.event_dim else TURN
     declared = getattr(type(inner), "support", None) is not TransformedDistribution.support
     steps = [] if declared else _steps(inner.transforms)
     if not steps or not _is_affine(steps[-1]):
         return fn.support
     start = next((step.codomain for step in reversed(steps) if not _is_affine(step)), None)
-    support = inner.base_dist.support if start is None else start
+    support = support_of(inner.base_dist) if start is None else start
     trailing = [step for step in takewhile(_is_affine, reversed(steps)) if isinstance(step, AffineTransform)]
     for step in reversed(trailing):
         support = _image(support, step)

@@ -63,13 +63,13 @@ def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
     """
     flat, model_values = joint.probe.z, joint.probe.values
     own = {term.name: term for term in terms}
-    for name, site in joint.sites.items():
+    for name in joint.sites:
         message, there = messages[name], model_values[name]
         here = place(own[name], message["fn"], flat[None])[0] if name in own else message["value"]
         if joint.plate is None:
             here, there = here.flatten(), there.flatten()
         if here.shape != there.shape and name in own:
-            return _does_not_fit(name, message, site)
+            return _does_not_fit(name, message, joint)
         if here.shape != there.shape or torch.allclose(here, there, rtol=1e-4, atol=1e-5):
             continue
         if name in own:
@@ -122,7 +122,7 @@ def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstra
         del rest[axis]
         shape, fits = tuple(rest), torch.Size(rest).numel() == site.size
     if not fits:
-        raise _does_not_fit(site.name, message, site)
+        raise _does_not_fit(site.name, message, joint)
     return GuideSite(
         name,
         replace(site, shape=shape, axis=axis, event_dim=fn.event_dim, unconstrained_event_dim=event_dim),
@@ -130,10 +130,11 @@ def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstra
     )
 
 
-def _does_not_fit(name: str, message: Any, site: Site) -> InputError:
+def _does_not_fit(name: str, message: Any, joint: JointDensity) -> InputError:
     shape = tuple(message["value"].shape)
+    expected = joint.constrain(joint.zeros(1)[None], torch.zeros(1, dtype=torch.long))[name].shape[2:]
     return InputError(
-        f"site '{name}': the guide's value has shape {shape}, but the model's value has shape {site.shape} per "
+        f"site '{name}': the guide's value has shape {shape}, but the model's value has shape {tuple(expected)} per "
         "datapoint"
     )
 

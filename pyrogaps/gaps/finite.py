@@ -72,15 +72,16 @@ def _is_infinite(values: xr.DataArray) -> bool:
 
 def _sites(problem: Problem, run: Run, index: int, num_particles: int) -> set[str]:
     """Sites without a finite log-density at the draws behind the guide's ELBO."""
-    chunk = chunks(problem.num_datapoints, BLOCK)[index // BLOCK]
-    guide, names = BlockedGuide(problem.guided(), chunk), set[str]()
-    for first, size in enumerate(particle_blocks(num_particles)):
-        z, _ = guide.sample(size, run.stream("elbo"), first)
-        own = z[:, index - chunk.start]
-        bad = ~problem.scored(own[:, None], torch.tensor([index])).isfinite()[:, 0]
-        names |= impossible_sites(problem.scored, own[bad][:NUM_TRIED], index)
-        if names:
-            break
+    chunk, names = chunks(problem.num_datapoints, BLOCK)[index // BLOCK], set[str]()
+    with run.stream("elbo").seeded(device=problem.joint.device):  # a guide draws also where it is read
+        guide = BlockedGuide(problem.guided(), chunk)
+        for first, size in enumerate(particle_blocks(num_particles)):
+            z, _ = guide.sample(size, run.stream("elbo"), first)
+            own = z[:, index - chunk.start]
+            bad = ~problem.scored(own[:, None], torch.tensor([index])).isfinite()[:, 0]
+            names |= impossible_sites(problem.scored, own[bad][:NUM_TRIED], index)
+            if names:
+                break
     return names
 
 

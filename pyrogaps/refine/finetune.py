@@ -33,6 +33,11 @@ def learned_weights(density: GuideDensity) -> list[Weight]:
     """
     used = used_weights(density)
     if not used:
+        if untrained := [name for name in _parameter_names(density) if name not in pyro.get_param_store()._params]:
+            raise InputError(
+                f"guide: its parameters are not in Pyro's param store ({', '.join(untrained)}), so it was never run. "
+                "Train it, or run it once on the data, as in guide(x), to measure it untrained"
+            )
         raise InputError(
             "guide: it has no learned parameters, so it has no family of its own to refine. Give it some (pyro.param, "
             "or a module's), or call elbo, iwae and ais(..., initial='prior'), which do not refine"
@@ -47,8 +52,10 @@ def used_weights(density: GuideDensity) -> list[Weight]:
     def weight(value: Tensor) -> Weight:
         return weights.setdefault((value.data_ptr(), value.shape), Weight(value, [], []))
 
-    for name in _store_names(density):
-        weight(pyro.get_param_store()._params[name]).names.append(name)
+    store = pyro.get_param_store()._params
+    for name in _parameter_names(density):
+        if name in store:  # those that an untrained guide makes in its run are gone again
+            weight(store[name]).names.append(name)
     for module in {sub: None for top in modules_of(density.guide) for sub in top.modules()}:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
@@ -72,14 +79,12 @@ def _used(density: GuideDensity, weights: list[Weight]) -> list[Weight]:
     return [weight for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
 
 
-def _store_names(density: GuideDensity) -> list[str]:
-    """The names under which one run of the guide reads Pyro's param store."""
+def _parameter_names(density: GuideDensity) -> list[str]:
+    """The names under which one run of the guide reads or makes parameters in Pyro's param store."""
     indices = torch.zeros(1, dtype=torch.long)
     with evaluating(density.guide), torch.random.fork_rng(), poutine.trace(param_only=True) as tracer:
         density.messages(indices)
-    # Those that an untrained guide makes in its run are gone again.
-    store, nodes = pyro.get_param_store(), tracer.trace.nodes
-    return [name for name, node in nodes.items() if node["type"] == "param" and name in store._params]
+    return [name for name, node in tracer.trace.nodes.items() if node["type"] == "param"]
 
 
 @contextmanager

@@ -155,6 +155,47 @@ def test_the_density_integrates_to_the_evidence(model: Any, log_evidence: Any) -
     torch.testing.assert_close(integral, log_evidence(x), rtol=1e-7, atol=1e-7)
 
 
+CIRCULAR = {
+    "VonMises": lambda u: dist.VonMises(u, 1.5),
+    "VonMises, scaled": lambda u: dist.TransformedDistribution(
+        dist.VonMises(u, 1.5), [dist.transforms.AffineTransform(1.0, -2.0)]
+    ),
+    "SineSkewed": lambda u: dist.SineSkewed(dist.VonMises(u[:, None], 1.5).to_event(1), 0.4 + 0 * u[:, None]),
+}
+
+
+@pytest.mark.parametrize("kind", CIRCULAR)
+def test_distributions_on_the_circle_have_one_turn(kind: str) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", CIRCULAR[kind](x))
+            pyro.sample("x", dist.Normal(0 * z.reshape(len(x)), 1.0), obs=x)
+
+    x = torch.tensor([0.0, 0.7, 3.0], dtype=torch.float64)  # the last density is cut within its peak
+    grid = torch.linspace(-20, 20, 40_001, dtype=torch.float64)
+    log_joint = JointDensity(model, x)(grid[:, None, None].expand(-1, 3, 1))
+    integral = torch.logsumexp(log_joint, 0) + math.log(40 / 40_000)
+    torch.testing.assert_close(integral, dist.Normal(0.0, 1.0).log_prob(x), rtol=0, atol=1e-6)
+
+
+def test_a_pair_of_angles_has_one_turn_each() -> None:
+    def angles(x: Tensor) -> Any:
+        one = torch.ones_like(x)
+        return dist.SineBivariateVonMises(x, -x, 1.5 * one, one, 0.5 * one)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", angles(x))
+            pyro.sample("x", dist.Normal(0 * z.sum(-1), 1.0), obs=x)
+
+    x, u = torch.tensor([0.0, 2.0]).double(), torch.tensor([[[-5.0, 0.5], [1.0, 6.0]]]).double()
+    value = math.pi * (2 * u.sigmoid() - 1)
+    log_jacobian = (2 * math.pi * u.sigmoid() * (-u).sigmoid()).log().sum(-1)
+    joint = JointDensity(model, x)
+    torch.testing.assert_close(joint.constrain(u)["z"], value)
+    torch.testing.assert_close(joint.terms(u)[0], angles(x).log_prob(value) + log_jacobian)
+
+
 def test_factor_and_deterministic() -> None:
     x = torch.randn(4, 3)
 

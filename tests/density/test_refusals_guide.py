@@ -255,6 +255,19 @@ def test_scalar_for_a_vector() -> None:
     refused(guide, "site 'z'", "shape", "(3,) per datapoint", model=vector_model)
 
 
+def test_the_shape_of_a_simplex_is_that_of_its_values() -> None:
+    def shares(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), pyro.plate("parts", 2, dim=-2):
+            z = pyro.sample("z", dist.Dirichlet(torch.ones(4)))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x.expand(2, -1))
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), pyro.plate("parts", 2, dim=-2):
+            pyro.sample("z", dist.Dirichlet(torch.ones(3)))
+
+    refused(guide, "site 'z'", "(2, 4) per datapoint", model=shares, plate="data")
+
+
 def test_vector_transposed() -> None:
     def square(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

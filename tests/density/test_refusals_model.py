@@ -131,6 +131,14 @@ def test_no_observed_site() -> None:
     refused(model, X, "no observed", "obs=")
 
 
+def test_no_observed_site_in_nested_plates() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), pyro.plate("parts", 2, dim=-2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    refused(guide, X, "no observed", "swapped")
+
+
 def test_no_site_at_all() -> None:
     refused(lambda x: None, X, "no latent")
 
@@ -143,7 +151,17 @@ def test_latent_for_some_inputs_only() -> None:
                 z = z + pyro.sample("w", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    refused(model, X, "shapes of its latent sites differ", "mask")
+    refused(model, X, "site 'w'", "only for some datapoints", "mask")
+
+
+def test_a_latent_of_another_shape_for_some_inputs() -> None:
+    def model(x: Tensor) -> None:
+        size = 2 if bool((x > 1.9).any()) else 1
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    refused(model, X, "site 'z'", "shape", "Pad")
 
 
 # Plates.

@@ -223,3 +223,16 @@ def test_a_dependent_guide_without_parameters_is_refused() -> None:
 
     with pytest.raises(InputError, match="it has no learned parameters"):
         refine(split, guide, draws_of(LINEAR, 3)[0])
+
+
+def test_a_guide_whose_parameters_were_never_made_names_them_and_the_remedy_works() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(pyro.param("weight", torch.tensor(0.5).double()) * x[:, 0], 1.0))
+            pyro.sample("b", dist.Normal(a, 1.0))
+
+    x = draws_of(LINEAR, 3)[0]
+    with pytest.raises(InputError, match=r"not in Pyro's param store \(weight\)"):
+        refine(split, guide, x)
+    guide(x)
+    refine(split, guide, x, settings=Refinement(num_steps=2))

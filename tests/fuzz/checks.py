@@ -1,0 +1,147 @@
+"""What must hold of a random program: `check`."""
+
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import pyrogaps as pg
+from tests.fuzz.faults import FAULTS, pair_of
+from tests.fuzz.programs import Guide, Latent, Program, Spec, random_spec
+
+SETTINGS: dict[str, Any] = {
+    "refinement": pg.Refinement(num_steps=30),
+    "evidence": pg.AIS(num_chains=4, num_temperatures=5, num_leapfrog=2),
+    "num_particles": 100,
+    "progress": False,
+}
+# Where the whole data set is one datapoint, and the programs run for one particle at a time.
+SETTINGS_WHOLE = SETTINGS | {
+    "refinement": pg.Refinement(num_steps=3, num_particles=2, num_selection=16),
+    "evidence": pg.AIS(num_chains=2, num_temperatures=3, num_leapfrog=1),
+    "num_particles": 20,
+}
+# Rounding of a sum of log-probabilities, relative to it.
+ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
+
+
+def spec_of(seed: int) -> Spec:
+    """Four of five seeds are valid programs; the fifth has one fault."""
+    names = [*FAULTS]
+    return random_spec(seed, None if seed % 5 != 4 else names[seed // 5 % len(names)])
+
+
+def check(spec: Spec) -> str:
+    """Run everything that must hold of a program; returns the outcome in a word. Raises `AssertionError`."""
+    pyro.clear_param_store()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(spec.default_dtype)
+    try:
+        return _check(spec)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _check(spec: Spec) -> str:
+    program = Program(spec)
+    pair = pair_of(program, program.guide() if spec.fault is None else Guide(spec))
+    plate = "nowhere" if spec.fault == "unknown plate" else spec.plate
+    state, settings = _state(), SETTINGS if spec.plate is None else SETTINGS_WHOLE
+    try:
+        ledger = pg.decompose(pair.model, pair.guide, pair.data, plate=plate, seed=spec.seed, **settings)
+    except pg.InputError as error:
+        _check_state(state)
+        _check_refusal(spec, str(error))
+        return "refused"
+    _check_state(state)
+    assert spec.fault is None, f"{spec.fault}: accepted"
+    _check_sums(ledger)
+    _check_density(program)
+    again = pg.decompose(pair.model, pair.guide, pair.data, plate=plate, seed=spec.seed, **settings)
+    assert again.per_datapoint.identical(ledger.per_datapoint), "the same seed gave another ledger"
+    if spec.one_dimensional and spec.plate is None:
+        _check_evidence(program, pair.guide)
+    return "measured"
+
+
+def _check_refusal(spec: Spec, message: str) -> None:
+    assert "\n" not in message
+    assert spec.fault is not None, f"valid by construction, but refused: {message}"
+    missing = [word for word in FAULTS[spec.fault] if word not in message]
+    assert not missing, f"{spec.fault}: the message does not say {missing}: {message}"
+
+
+def _state() -> tuple[Any, ...]:
+    store = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    return (
+        torch.get_rng_state(),
+        store,
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        len(poutine.runtime._PYRO_STACK),
+    )
+
+
+def _check_state(before: tuple[Any, ...]) -> None:
+    after = _state()
+    assert torch.equal(before[0], after[0]), "the generator's state changed"
+    assert before[1].keys() == after[1].keys(), "the param store changed"
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1]), "a parameter changed"
+    assert before[2:] == after[2:], "dtype, grad mode or handlers changed"
+
+
+def _check_sums(ledger: pg.GapLedger) -> None:
+    gaps = ledger.gaps["mean"]
+    parts = [name for name in gaps["gap"].values if str(gaps["gap"].sel(gap=name).item()) != "inference_gap"]
+    total = sum(float(gaps.sel(gap=name)) for name in parts)
+    assert np.isfinite(gaps.values).all(), f"a gap is not finite: {gaps.values}"
+    assert abs(total - float(gaps.sel(gap="inference_gap"))) < 1e-5, "children do not sum to their parent"
+
+
+def _check_density(program: Program) -> None:
+    """log p(x, z) of each datapoint against Pyro's own trace of the data set, at random points."""
+    plate, generator = program.spec.plate, torch.Generator().manual_seed(1)
+    joint = pg.JointDensity(program.model, program.data, plate=plate)
+    indices = torch.arange(joint.num_datapoints)
+    z = torch.randn(1, len(indices), joint.dim, dtype=joint.dtype, generator=generator)
+    active = joint.active(indices)
+    z = z if active is None else torch.where(active, z, torch.zeros_like(z))
+    values = {name: value[0] for name, value in joint.constrain(z).items()}
+    ours = float(joint(z).sum()) - _log_jacobian(joint, z[0], indices)
+    placed = {latent.name: _as_drawn(latent, values[latent.name], plate) for latent in program.spec.latents}
+    trace = poutine.trace(poutine.condition(program.model, placed)).get_trace(*program.arguments)
+    trace.compute_log_prob()
+    theirs = sum(float(_unscaled(node).sum()) for node in trace.nodes.values() if node["type"] == "sample")
+    rounding = ROUNDING[program.spec.dtype] * max(1.0, abs(theirs))
+    assert abs(ours - theirs) <= rounding, f"log p(x, z) is {ours}, by Pyro's trace {theirs}"
+
+
+def _log_jacobian(joint: pg.JointDensity, z: Tensor, indices: Tensor) -> float:
+    return float(joint.run(z, joint.fetch(indices), indices).log_jacobian.sum())
+
+
+def _as_drawn(latent: Latent, value: Tensor, plate: bool | None) -> Tensor:
+    """From the datapoint's axis in front to where the plates have it."""
+    if plate is False:
+        return value[0]
+    return value.movedim(0, 1) if latent.nested else value
+
+
+def _unscaled(node: Any) -> Tensor:
+    return node["log_prob"] / node["scale"] if "log_prob" in node else torch.zeros(())
+
+
+def _check_evidence(program: Program, guide: Any) -> None:
+    """log p(x) against quadrature over the one latent."""
+    settings = {**SETTINGS, "refinement": pg.Refinement(num_steps=300), "evidence": pg.AIS(64, 60, num_leapfrog=4)}
+    ledger = pg.decompose(program.model, guide, program.data, seed=program.spec.seed, **settings)
+    joint = pg.JointDensity(program.model, program.data)
+    grid = torch.linspace(-30, 30, 12_001, dtype=joint.dtype)
+    z = grid[:, None, None].expand(-1, joint.num_datapoints, 1)
+    exact = (torch.logsumexp(joint(z).detach().double(), 0) + torch.log(grid[1] - grid[0])).numpy()
+    value, error = (ledger.per_datapoint[name].values for name in ("log_evidence", "log_evidence_mcse"))
+    off = np.abs(value - exact) / np.hypot(error, 1e-4)
+    assert (off < 5).all(), f"log p(x) is {value} ± {error}, by quadrature {exact}"
