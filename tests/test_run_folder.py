@@ -51,7 +51,7 @@ def finished(path: Path) -> RunFolder:
 def test_the_recipes_own_folder(work: Path, overwrite: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(work)
     assert main(["recipe.yaml", "--quiet", "--out", ".", *overwrite]) == 2
-    assert "recipe.yaml is not this run's file (run.json does not list it); choose another --out" in (
+    assert "recipe.yaml is not this run's file (run.json does not list it). Choose another --out" in (
         capsys.readouterr().err
     )
     assert contents(work) == before
@@ -104,7 +104,7 @@ def test_the_remedy_for_a_damaged_ledger(work: Path, capsys: pytest.CaptureFixtu
 def test_a_file_in_the_way_is_refused_by_name(name: str, overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=f"{name} is not this run's file .*; choose another --out"):
+    with pytest.raises(InputError, match=f"{name} is not this run's file .*. Choose another --out"):
         RunFolder(tmp_path).claim(TEXT, overwrite=overwrite)
     assert contents(tmp_path) == before
 
@@ -166,7 +166,7 @@ def test_a_recipe_that_is_gone(tmp_path: Path) -> None:
     """The manifest knows whether it was this one."""
     folder = finished(tmp_path)
     (folder / RECIPE).unlink()
-    with pytest.raises(InputError, match=r"but no recipe\.yaml; choose another folder with --out, or replace it with"):
+    with pytest.raises(InputError, match=r"but no recipe\.yaml. Choose another folder with --out, or replace it with"):
         folder.claim("seed: 1\n", overwrite=False)
     folder.claim(TEXT, overwrite=False)
     assert (folder / RECIPE).read_text() == TEXT
