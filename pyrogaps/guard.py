@@ -156,10 +156,17 @@ def _is_users(error: Exception, places: list[Place]) -> bool:
 
 def _is_passed_on(error: Exception) -> bool:
     """Whether an exception is one line already, Pyro's own means of control, or the machine's."""
-    if isinstance(error, InputError | MemoryError | torch.OutOfMemoryError | NonlocalExit):
-        return True
+    return (
+        isinstance(error, InputError | NonlocalExit)
+        or is_out_of_memory(error)
+        or type(error).__module__.partition(".")[0] == "pyrogaps"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, in whichever way torch says it."""
     exhausted = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error))
-    return exhausted or type(error).__module__.partition(".")[0] == "pyrogaps"
+    return exhausted or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _places(traceback: TracebackType | None) -> list[Place]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from pyrogaps.cli.recipe import Recipe
 from pyrogaps.cli.typed import Component, typed_arguments
 from pyrogaps.density.data import Data
-from pyrogaps.density.runs import Program, check_callable
+from pyrogaps.density.runs import Program, check_callable, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence
 from pyrogaps.guard import described, failures_named
@@ -25,12 +26,19 @@ PAIR_REMEDY = "Name an object with both .model and .guide under pair"
 
 
 def build_programs(recipe: Recipe) -> tuple[Program, Program]:
-    """The model and the guide that `recipe` names."""
+    """The model and the guide that `recipe` names, on its device."""
+    programs = _named_programs(recipe)
+    for module in (module for program in programs for module in modules_of(program)):
+        module.to(recipe.device)
+    return programs
+
+
+def _named_programs(recipe: Recipe) -> tuple[Program, Program]:
     if recipe.pair is not None:
         pair = construct("pair", recipe.pair)
         for name in ("model", "guide"):
             if not callable(getattr(pair, name, None)):
-                raise InputError(f"pair: {recipe.pair.class_path} has no method '{name}'")
+                raise InputError(f"pair: {recipe.pair.class_path} has no method '{name}'. Name an object with both")
         return pair.model, pair.guide
     assert recipe.model is not None
     assert recipe.guide is not None
@@ -49,7 +57,10 @@ def build_evidence(recipe: Recipe) -> Evidence:
         return recipe.evidence
     evidence = construct("evidence", recipe.evidence)
     if not isinstance(evidence, Evidence):
-        raise InputError(f"evidence: {recipe.evidence.class_path} is not a subclass of pyrogaps.Evidence")
+        raise InputError(
+            f"evidence: {recipe.evidence.class_path} is not a subclass of pyrogaps.Evidence. Name one, such as "
+            "pyrogaps.AIS or pyrogaps.Ladder"
+        )
     return evidence
 
 
@@ -108,10 +119,13 @@ def construct(key: str, component: Component, *leading: Any) -> Any:
 def import_object(key: str, path: str) -> Any:
     """The object at a dotted `path`; `InputError` naming `key` where it cannot be imported."""
     module, _, name = path.rpartition(".")
-    if not module:
+    if not all(path.split(".")) or not module:
         raise InputError(f"{key}: '{path}' is not a dotted path such as package.module.Name")
     if module.partition(".")[0] in {"builtins", *sys.stdlib_module_names}:
-        raise InputError(f"{key}: '{path}' is part of Python itself, and neither a program nor a data set")
+        raise InputError(
+            f"{key}: '{path}' is part of Python itself, and neither a program nor a data set. Name one of a package or "
+            "file of yours"
+        )
     try:
         imported = _import_module(module)
     except Exception as error:
@@ -145,6 +159,11 @@ class DataSet:
     train: Data | None
     validation: Data | None
     evaluated: Data
+
+    @property
+    def example(self) -> Data:
+        """Data of the shape that is trained on."""
+        return self.evaluated if self.train is None else self.train
 
 
 def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool = False) -> tuple[DataSet, list[str]]:
@@ -185,10 +204,15 @@ def _first(recipe: Recipe, data: Any) -> Any:
     if count is None:
         return data
     tensors = data if isinstance(data, tuple) else (data,)
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise InputError("evaluate.num_datapoints: works only for data that are tensors. Set it to null for these data")
+    if not all(isinstance(tensor, Tensor | np.ndarray) and tensor.ndim for tensor in tensors):
+        raise InputError(
+            "evaluate.num_datapoints: works only for tensors and arrays with an axis of datapoints. Set it to null for "
+            "these data"
+        )
     available = len(tensors[0])
-    if not 1 <= count <= available:
+    if available == 0:
+        raise InputError(f"data: the part '{recipe.evaluate.part}' has no datapoints. Set evaluate.part to another")
+    if count > available:
         raise InputError(
             f"evaluate.num_datapoints: must be from 1 to {available}, the number of datapoints in "
             f"'{recipe.evaluate.part}', got {count}"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from difflib import get_close_matches
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -46,9 +47,11 @@ def _extended(recipe: str, above: tuple[str, ...]) -> Document:
     if base is None:
         return document
     if not isinstance(base, str):
-        raise InputError(f"{recipe}: extends: expected the name or path of a recipe, got {base!r}")
+        raise InputError(f"{recipe}: extends: expected the name or path of one recipe, got {base!r}")
     beside = Path(recipe).parent / base
     source = str(beside) if recipe not in shipped() and _is_file(beside) else base
+    if source not in shipped() and not _is_file(Path(source)):
+        raise InputError(f"{recipe}: extends: {_no_recipe(source)}")
     return merged(_extended(source, (*above, place)), document)
 
 
@@ -71,17 +74,29 @@ def _own_document(recipe: str) -> Document:
     elif _is_file(path):
         text = _read(path)
     else:
-        raise InputError(
-            f"no recipe '{recipe}': neither a file nor a shipped recipe ({', '.join(shipped())}) has this name"
-        )
+        raise InputError(_no_recipe(recipe))
     for folder in (str(Path.cwd()), str(path.resolve().parent)):
         # Behind what is installed, so that a file beside a recipe takes no package's place.
         if folder not in sys.path and recipe not in shipped():
             sys.path.append(folder)
     document = load_yaml(text, recipe)
     if not isinstance(document, dict):
-        raise InputError(f"{recipe}: a recipe is a YAML mapping of fields such as model, guide and data")
+        raise InputError(f"{recipe}: is no mapping. A recipe is a YAML mapping of fields such as model, guide and data")
     return document
+
+
+def _no_recipe(recipe: str) -> str:
+    """That there is no such recipe, and which one may be meant."""
+    try:
+        beside = [str(path) for path in Path(recipe).parent.glob("*.y*ml")]
+        if recipe and Path(recipe).is_dir():
+            return f"no recipe '{recipe}': it is a folder. Name a recipe file in it"
+    except (OSError, ValueError):
+        beside = []
+    named = [path for path in beside if Path(path).stem == Path(recipe).stem]
+    near = named or get_close_matches(recipe, [*beside, *shipped()], n=1)
+    remedy = f"Did you mean '{near[0]}'?" if near else f"Shipped are {', '.join(shipped())}"
+    return f"no recipe '{recipe}': neither a file nor a shipped recipe has this name. {remedy}"
 
 
 def _is_file(path: Path) -> bool:
@@ -95,19 +110,47 @@ def _is_file(path: Path) -> bool:
 def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not text in UTF-8. Save it as UTF-8, or name a recipe") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}. Name a file that can be") from error
 
 
 def load_yaml(text: str, source: str) -> Any:
     """Parse YAML as jsonargparse does (`1e-3` is a number); `source` names it in the `InputError` of bad YAML."""
     try:
+        _check_keys(yaml.compose(text, yaml.SafeLoader), source, ())
         return get_loader("yaml")(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise InputError(f"{source}{line}: not valid YAML: {problem}") from error
+        problem = getattr(error, "problem", None) or "a character that YAML does not allow"
+        tab = mark is not None and "\t" in (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)]
+        remedy = ". Indent by spaces, not by tabs" if tab else ""
+        raise InputError(f"{source}{line}: not valid YAML: {problem}{remedy}") from error
+    except RecursionError as error:
+        raise InputError(f"{source}: not valid YAML: nested too deeply. Remove some of its brackets") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source}: a number has too many digits. Shorten it") from error
+
+
+def _check_keys(node: Any, source: str, above: tuple[Any, ...]) -> None:
+    """Refuse keys that stand twice in one mapping, of which YAML would take the last, and nodes inside themselves."""
+    if any(node is outer for outer in above):
+        raise InputError(f"{source}, line {node.start_mark.line + 1}: an anchor contains itself. Write its content out")
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, source, (*above, node))
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                place = f"{source}, line {key.start_mark.line + 1}"
+                raise InputError(f"{place}: '{key.value}' stands there twice. Remove one of the two")
+            seen.add(str(key.value))
+            _check_keys(value, source, (*above, node))
 
 
 def override(document: Document, key: str, value: Any) -> None:

@@ -121,6 +121,8 @@ def _split(tokens: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         value = text if equals else next(rest, None)
         if value is None:
             raise InputError(f"--{key} needs a value")
+        if not value.strip():  # such as that of a shell's variable that is not set
+            raise InputError(f"--{key} needs a value, got an empty one. Fill it in, or leave the option out")
         if key in VALUES:
             given[key] = value
         else:
@@ -132,7 +134,7 @@ def _check_option(key: str) -> None:
     """Refuse an option that is neither a run option nor a field of the recipe."""
     first, *inner = key.split(".")
     known = [*FLAGS, *VALUES, *KINDS]
-    if first in known and not (inner and first in (*FLAGS, *VALUES, *SCALARS)):
+    if first in known and all(inner) and not (inner and first in (*FLAGS, *VALUES, *SCALARS)):
         return
     sections = [f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section)]
     components = [f"{name}.{part}" for name in COMPONENTS for part in ("class_path", "init_args")]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import pyro
 import xarray as xr
 from matplotlib.figure import Figure
-from pyro.infer.autoguide import AutoGuide
 
 from pyrogaps import processes
 from pyrogaps.cli.building import (
@@ -23,21 +22,20 @@ from pyrogaps.cli.building import (
 from pyrogaps.cli.console import say
 from pyrogaps.cli.options import Options
 from pyrogaps.cli.recipe import Recipe
+from pyrogaps.cli.rehearsal import rehearse_run
 from pyrogaps.cli.run_folder import LEDGER, MAPA, PARTS, REFERENCE, RESULTS, TRAINING, WEIGHTS, RunFolder
 from pyrogaps.conditioning import Lookahead, declared, reference_guide
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError, reason_of
 from pyrogaps.evidence import Evidence
 from pyrogaps.gaps import GapLedger, Split, decompose
-from pyrogaps.gaps.decompose import rehearse
 from pyrogaps.guard import failures_named
 from pyrogaps.mapa import Mapa, train_by_mapa
 from pyrogaps.plots import plot_ledger
 from pyrogaps.plots.ledger import page_size
-from pyrogaps.problem import Problem
 from pyrogaps.refine.families import Family
 from pyrogaps.training import load_model_weights, load_weights, train
-from pyrogaps.training.weights import dump, weights_alone
+from pyrogaps.training.weights import dump, read_file, weights_alone
 
 
 class _Built(NamedTuple):
@@ -63,7 +61,7 @@ def run(recipe: Recipe, options: Options) -> None:
             # What cannot be built, on whichever process, leaves no folder behind.
             built = processes.together(lambda: _build(recipe, options))
             if overwrite or not folder.holds(WEIGHTS):
-                _rehearse(recipe, built)
+                rehearse_run(recipe, built.model, built.guide, built.data, _settings(recipe, built))
             folder.claim(recipe.to_yaml(), overwrite=overwrite)
             ledger = _measured(recipe, built, folder, progress=not options.quiet)
         else:  # what is finished needs no building
@@ -77,20 +75,21 @@ def _build(recipe: Recipe, options: Options) -> _Built:
     """What `recipe` names, on the device where the run takes place."""
     if recipe.device == "cuda":
         processes.take_gpu()
-    device = check_device(recipe.device)
+    check_device(recipe.device)
     for name in ("checkpoint", "model_checkpoint"):
         path = getattr(recipe, name)
-        if path is not None and not Path(path).is_file():
-            raise InputError(f"{name}: no file {path}")
+        if path is None:
+            continue
+        if not Path(path).is_file():
+            raise InputError(f"{name}: no file {path}. Name an earlier run's {WEIGHTS}")
+        read_file(path)
     data, remarks = build_data(recipe, data_root=options.data_root, download=options.download)
     for remark in remarks:
         say(f"pyrogaps: {remark}")
     families, evidence = build_families(recipe), build_evidence(recipe)
     pyro.clear_param_store()
-    pyro.set_rng_seed(recipe.seed)
+    pyro.set_rng_seed(recipe.seed % 2**32)  # NumPy takes no more
     model, guide = build_programs(recipe)
-    for module in (*modules_of(model), *modules_of(guide)):
-        module.to(device)
     return _Built(model, guide, data, families, evidence)
 
 
@@ -132,18 +131,6 @@ def _settings(recipe: Recipe, built: _Built) -> dict[str, Any]:
     }
 
 
-def _rehearse(recipe: Recipe, built: _Built) -> None:
-    """Raise before the training what would be raised after it."""
-    model, guide, data = built.model, built.guide, built.data
-    for part in (data.train, data.validation):
-        if part is not None:
-            Problem.of(model, None, part, recipe.plate)
-    if isinstance(guide, AutoGuide):  # made for the training data when it is trained
-        Problem.of(model, None, data.evaluated, recipe.plate)
-    else:
-        rehearse(model, guide, data.evaluated, recipe.plate, **_settings(recipe, built))
-
-
 def _kept(recipe: Recipe, folder: RunFolder) -> GapLedger:
     """The ledger of a run that is finished."""
     folder.claim(recipe.to_yaml(), overwrite=False)
@@ -157,13 +144,12 @@ def _weigh(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bool) 
     model, guide, data = built.model, built.guide, built.data
     weights = folder / WEIGHTS
     source = weights if folder.holds(WEIGHTS) else Path(recipe.checkpoint) if recipe.checkpoint else None
-    example = data.evaluated if data.train is None else data.train
     if source is not None:
         say(f"loading weights from {source}")
-        load_weights(source, model, guide, example)
+        load_weights(source, model, guide, data.example)
     elif recipe.model_checkpoint is not None:
         say(f"loading the model's weights from {recipe.model_checkpoint}")
-        load_model_weights(recipe.model_checkpoint, model, guide, example)
+        load_model_weights(recipe.model_checkpoint, model, guide, data.example)
     if source is None and recipe.mapa is not None:
         _train_by_mapa(recipe, recipe.mapa, built, folder, progress=progress)
     if source is None and recipe.training is not None:
@@ -222,7 +208,7 @@ def _reference(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: bo
         return reference_guide(
             built.model,
             built.guide,
-            built.data.evaluated if built.data.train is None else built.data.train,
+            built.data.example,
             plate=recipe.plate,
             checkpoint=folder / REFERENCE,
             **settings,
@@ -243,7 +229,8 @@ def _split(recipe: Recipe, data: DataSet) -> Split | None:
 def _divergence_named(section: str) -> Iterator[None]:
     """Say in one line that a training failed, and what to try."""
     try:
-        yield
+        with failures_named(section):  # a schedule's
+            yield
     except FloatingPointError as error:
         raise InputError(f"{section} diverged ({reason_of(error)}). Lower {section}.learning_rate") from error
 

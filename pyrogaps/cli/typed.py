@@ -36,13 +36,13 @@ def typed(key: str, kind: Any, value: Any) -> Any:
         return {name: typed(f"{key}.{name}", parts[-1], entry) for name, entry in entries if entry is not None}
     sections = [part for part in parts if isinstance(part, type) and is_dataclass(part)]
     named = isinstance(value, str) or (isinstance(value, dict) and "class_path" in value)
-    if value is None and type(None) in parts:
+    if type(None) in parts and value in (None, "None"):  # as messages and Python write it
         return None
     if Component in sections and (named or sections == [Component]):
         return _component(key, value)
     if is_plain(kind) or not (sections or isinstance(value, str | dict | list)):
         return _plain(key, kind, value)
-    if not sections or named:
+    if not sections or str in parts or (isinstance(value, dict) and named):
         return _parsed(key, kind, value)
     if not isinstance(value, dict):
         raise InputError(f"{key}: expected a mapping of its fields, got {value!r}")
@@ -60,11 +60,11 @@ def typed_arguments(key: str, target: Callable[..., Any], given: dict[str, Any],
     unknown = [name for name in given if name not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         near = get_close_matches(str(unknown[0]), known, n=1)
-        hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known)}"
-        raise InputError(f"{key or 'recipe'}: unknown field '{unknown[0]}'; {hint}")
+        hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known) or 'none'}"
+        raise InputError(f"{key or 'recipe'}: unknown field '{unknown[0]}'. {hint}")
     missing = [p.name for p in named if p.default is p.empty and p.name not in given]
     if missing:
-        raise InputError(f"{key or 'recipe'}: {', '.join(missing)} missing")
+        raise InputError(f"{key or 'recipe'}: {', '.join(missing)} missing. Set {key or 'recipe'}.{missing[0]}")
     try:
         kinds = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except Exception:  # an annotation that cannot be read: leave the values as they are
@@ -80,6 +80,8 @@ def _component(key: str, value: Any) -> Component:
         return Component(value)
     if not isinstance(value, dict):
         raise InputError(f"{key}: expected a dotted path, or class_path and init_args, got {value!r}")
+    if value.get("class_path") is None:
+        raise InputError(f"{key}: class_path is missing. Set it to a dotted path such as package.module.Name")
     # Arguments stand in init_args, or beside class_path.
     beside = {name: part for name, part in value.items() if name not in ("class_path", "init_args")}
     arguments = conform(f"{key}.init_args", dict[str, Any], value.get("init_args") or {})
@@ -108,5 +110,7 @@ def _parsed(key: str, kind: Any, value: Any) -> Any:
         return parser.instantiate(parser.parse_object({"value": value})).value
     except (ArgumentError, AttributeError, TypeError, ValueError) as error:
         lines = [line.strip(" -.") for line in re.sub(r"<class '([^']+)'>", r"\1", str(error)).splitlines()]
-        reasons = [line for line in lines if line and not line.startswith(_FRAME)]
+        reasons = [line.partition(" Got value: ")[0] for line in lines if line and not line.startswith(_FRAME)]
+        # Of a class that is called for an object, the kind of object stands first.
+        reasons = [re.sub(r"^Type .+? expects a function or a callable class: ", "", reason) for reason in reasons]
         raise InputError(f"{key}: {'; '.join(reasons)}") from error

@@ -37,7 +37,7 @@ def check_callable(program: Any, what: str, pair: str = "Pass its methods .model
     if empty or not callable(program):
         is_pair = callable(getattr(program, "model", None)) and callable(getattr(program, "guide", None))
         raise InputError(
-            f"{what}: a {kind.__name__} object cannot be called. {pair if is_pair else 'Pass a Pyro program'}"
+            f"{what}: an object of {kind.__name__} cannot be called. {pair if is_pair else 'Pass a Pyro program'}"
         )
 
 

@@ -1,5 +1,6 @@
 """`Evidence` and `Measurement`: what every way to log p(x) has in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -83,7 +84,7 @@ class Measurement:
         return Estimate(columns["log_evidence"], columns["log_evidence_mcse"], self.direction)
 
 
-class Evidence:
+class Evidence(ABC):
     """A way to log p(x_n). Subclass it as a frozen dataclass of settings, with `prepare`.
 
     Pass an instance to `decompose(evidence=...)` or `log_evidence(evidence=...)`, or name the class in a recipe:
@@ -110,9 +111,9 @@ class Evidence:
         """The AIS that bounds log p(x) from above on simulated data, in reverse; None: `AIS()`."""
         return None
 
+    @abstractmethod
     def prepare(self, problem: Problem, run: Run, refine: Refiner | None = None) -> Measurement:
         """A measurement of `problem`, with what has to be found out before: `refine` fits the guide's own family."""
-        raise NotImplementedError
 
 
 def settings_of(evidence: Any) -> dict[str, Any]:

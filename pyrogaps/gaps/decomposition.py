@@ -13,7 +13,7 @@ from pyrogaps.chunk_cache import chunk_size
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.evidence import AIS, Evidence
+from pyrogaps.evidence import AIS, Evidence, Measurement
 from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble, with_gaps
 from pyrogaps.gaps.certificate import Certificate
@@ -69,7 +69,7 @@ class Decomposition:
             run = self._run
             bounds, on_training = self._bounds(self.problem, run), run.derived("training data")
             training = None if self.split is None else self._bounds(self._training_problem(self.split), on_training)
-            measure = replace(bounds, evidence=self.evidence.prepare(self.problem, run, bounds.refiner))
+            measure = replace(bounds, evidence=self._measurement(run, bounds.refiner))
             provenance = _provenance(measure, run)
             results = run.map_kept(
                 measure, self.problem.joint, provenance, measure.fingerprint, measure.num_stages, reached
@@ -89,13 +89,22 @@ class Decomposition:
             bounds = replace(self, refinement=short, num_particles=REHEARSED)._bounds(self.problem, self._run)
             first = Chunk(0, min(BLOCK, self.problem.num_datapoints))
             replace(bounds, conditioned=None).bounds(first, replace(self._run, progress=False))
+            self._measurement(self._run)
             if self.split is not None:
                 self._training_problem(self.split)
 
     @cached_property
     def _sizes(self) -> Sizes:
         kept = processes.first(lambda: chunk_size(self.cache, self.problem.num_datapoints))
-        return sizes_of(self.problem.joint, self.evidence, self.num_particles, self.batch_size, self.max_memory, kept)
+        return sizes_of(
+            self.problem.joint,
+            self.evidence,
+            self.num_particles,
+            self.batch_size,
+            self.max_memory,
+            kept,
+            self.refinement.num_particles,
+        )
 
     @property
     def _run(self) -> Run:
@@ -112,6 +121,16 @@ class Decomposition:
         if self.certificate is not None:
             check_certifiable(measure)
         return measure
+
+    def _measurement(self, run: Run, refiner: Refiner | None = None) -> Measurement:
+        """What measures log p(x)."""
+        measurement = self.evidence.prepare(self.problem, run, refiner)
+        if not isinstance(measurement, Measurement):
+            name = f"{type(self.evidence).__name__}.prepare"
+            raise InputError(
+                f"evidence: {name} returns a {type(measurement).__name__}. Return a subclass of pyrogaps.Measurement"
+            )
+        return measurement
 
     def _training_problem(self, split: Split) -> Problem:
         problem = self.problem

@@ -33,17 +33,19 @@ def sizes_of(
     batch_size: int | None,
     max_memory: int | str | None,
     kept: int | None = None,
+    num_refined: int = 1,
 ) -> Sizes:
     """What fits `max_memory`, by default four fifths of what the machine has left, on top of what is held already.
 
     On every machine with some room this is the same for the same model: chunks and working set are smaller only where
     there is little room. Processes that share the work agree on the least of theirs, and chunks that are `kept` already
-    of a size that fits set it. Raises `InputError` where there is not enough for one block of datapoints.
+    of a size that fits set it. A refinement draws `num_refined` at each step, all at once. Raises `InputError` where
+    there is not enough for one block of datapoints.
     """
-    vectors = max(VECTORS * evidence.num_chains_at_once, VECTORS_OF_DRAWS * PARTICLE_BLOCK)
+    vectors = max(VECTORS * evidence.num_chains_at_once, VECTORS_OF_DRAWS * max(PARTICLE_BLOCK, num_refined))
     log_weights = 8 * COPIES * (num_particles + evidence.num_log_weights)
     each = vectors * joint.dim * joint.zeros(1).element_size() + log_weights
-    number = -(-(batch_size or 1) // BLOCK) * BLOCK
+    number = -(-min(batch_size or 1, joint.num_datapoints) // BLOCK) * BLOCK
     least = max(LEAST_ROOM, SHARES * number * each)
 
     def own() -> Sizes:

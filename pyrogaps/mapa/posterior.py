@@ -126,7 +126,7 @@ def _normalised(kernel: Kernel, distances: Tensor) -> Tensor:
 def _kernel(likelihood: str | LogKernel, bandwidth: float | None) -> Kernel:
     """The kernel for a name, a kernel or a user's function."""
     if isinstance(likelihood, str):
-        return _kernel_named(likelihood, bandwidth)
+        return kernel_named(likelihood, bandwidth)
     if bandwidth is not None:
         raise InputError(
             "bandwidth: has an effect only with a likelihood given by name. Set the bandwidth in the kernel instead"
@@ -134,7 +134,7 @@ def _kernel(likelihood: str | LogKernel, bandwidth: float | None) -> Kernel:
     return cast(Kernel, likelihood) if hasattr(likelihood, "of_distances") else CustomKernel(likelihood)
 
 
-def _kernel_named(name: str, bandwidth: float | None) -> Kernel:
+def kernel_named(name: str, bandwidth: float | None) -> Kernel:
     """The kernel of a likelihood's name."""
     if name not in KERNELS:
         raise InputError(f"likelihood: must be one of {', '.join(KERNELS)}, a kernel or a function, got '{name}'")

@@ -8,7 +8,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.iwae import MAPA_IWAE_ELBO
-from pyrogaps.mapa.posterior import mapa_posterior
+from pyrogaps.mapa.posterior import kernel_named, mapa_posterior
 from pyrogaps.settings import Count, Plate, Positive, Whole, checked
 from pyrogaps.training import Training, TrainingResult, train
 
@@ -39,6 +39,8 @@ class Mapa:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
+        if self.num_top == self.num_samples == 0:
+            raise InputError("mapa: num_top and num_samples are both 0. Raise one of them")
         if self.training.objective is not None:
             raise InputError("mapa.training: the objective is always MAPA's bound. Leave objective out")
         if self.training.freeze_model:
@@ -48,6 +50,13 @@ class Mapa:
                 "mapa.training: patience needs validation data, but MAPA's bound is defined for training data alone. "
                 "Leave patience out"
             )
+
+    def check_bandwidth(self) -> None:
+        """Raise `InputError` for a bandwidth that is missing or that the likelihood's kernel does not take."""
+        try:
+            kernel_named(self.likelihood, self.bandwidth)
+        except InputError as error:
+            raise InputError(f"mapa.bandwidth: {str(error).removeprefix('bandwidth: ')}") from error
 
 
 def train_by_mapa(

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +11,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
 from pyrogaps.density.runs import Program
+from pyrogaps.guard import failures_named
 from pyrogaps.training.recordable import is_recordable, tensor_loss
 from pyrogaps.training.weighing import CountDatapoints, WeightLatents
 
@@ -81,9 +82,14 @@ class Objective:
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any) -> Tensor:
         """Negative objective of one minibatch, as a tensor with a graph."""
-        with _no_nan_warnings():
+        with _no_nan_warnings(), self._failures_named():
             loss: Tensor = self._estimator.differentiable_loss(model, guide, *args) / self._count.num_datapoints
         return loss
+
+    def _failures_named(self) -> AbstractContextManager[None]:
+        """Name an objective of the user's that fails; exceptions of programs are named elsewhere."""
+        name = type(self._estimator).__name__
+        return nullcontext() if self.is_recordable else failures_named(f"training: objective {name}")
 
     def elbo_of(self, loss: Tensor) -> Tensor:
         """The plain ELBO of the draws that gave `loss`, nats per datapoint."""

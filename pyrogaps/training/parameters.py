@@ -132,8 +132,6 @@ class JointOptimizer(PyroOptim):
         fixed: bool = False,
     ) -> None:
         super().__init__(kind, options)
-        if kind is torch.optim.LBFGS:
-            raise InputError("training: optimizer LBFGS does not support noisy gradients. Use Adam or another.")
         self.named, self.max_norm, self.fixed = dict(named), clip_norm, fixed
         try:
             self.optimizer: Optimizer = kind(list(named.values()), **self._fused(kind, options, named.values()))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from torch.optim import Optimizer
 
 from pyrogaps.errors import InputError
@@ -42,14 +42,34 @@ class Training:
                 "training: guide_steps has no effect with freeze_model, because the model takes no steps. Set "
                 "guide_steps to 0, or freeze_model to False."
             )
+        self._check_optimizer(self.optimizer.__name__)
         if self.objective is not None:
             self._check_objective(type(self.objective).__name__)
+
+    def _check_optimizer(self, name: str) -> None:
+        if self.optimizer in (torch.optim.LBFGS, torch.optim.SparseAdam):
+            raise InputError(
+                f"training: optimizer {name} does not support noisy, dense gradients. Use Adam or another."
+            )
+        try:
+            self.optimizer(
+                [torch.zeros(1, 1, requires_grad=True)], **{"lr": self.learning_rate, **self.optimizer_options}
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"training: optimizer {name} refuses optimizer_options {self.optimizer_options}: {error}. Change them."
+            ) from error
 
     def _check_objective(self, name: str) -> None:
         if not hasattr(self.objective, "differentiable_loss"):
             raise InputError(
                 f"training: objective {name} has no method differentiable_loss. Use one that has, such as "
                 "pyrogaps.IWAE_ELBO."
+            )
+        if isinstance(self.objective, TraceEnum_ELBO):
+            raise InputError(
+                f"training: objective {name} is for discrete latents, which are not supported. Use "
+                "pyro.infer.Trace_ELBO or pyrogaps.IWAE_ELBO."
             )
         if self.num_particles != 1:
             raise InputError(f"training: num_particles does not apply to objective {name}. Set it on the objective.")

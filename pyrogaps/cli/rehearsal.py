@@ -1,0 +1,83 @@
+"""Raise before the training what would be raised after it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide
+
+from pyrogaps.cli.building import DataSet, build_programs
+from pyrogaps.cli.recipe import Recipe
+from pyrogaps.density.data import as_indexed
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+from pyrogaps.gaps.decompose import rehearse
+from pyrogaps.guard import failures_named
+from pyrogaps.problem import Problem
+from pyrogaps.streams import seeded
+from pyrogaps.training import load_model_weights, load_weights
+
+
+def rehearse_run(recipe: Recipe, model: Program, guide: Program, data: DataSet, settings: dict[str, Any]) -> None:
+    """Check trainings and every part of the data, and measure a little of what `settings` of `decompose` ask for."""
+    _check_training(recipe, data)
+    if recipe.checkpoint is not None:
+        load_weights(recipe.checkpoint, model, guide, data.example)
+    elif recipe.model_checkpoint is not None:
+        load_model_weights(recipe.model_checkpoint, model, guide, data.example)
+    for name, part in (("train", data.train), ("validation", data.validation), (recipe.evaluate.part, data.evaluated)):
+        if part is not None:
+            with _part_named(name):
+                Problem.of(model, None, part, recipe.plate)
+    if recipe.checkpoint is None and isinstance(guide, AutoGuide):
+        _rehearse_autoguide(recipe, data, settings)
+    else:
+        rehearse(model, guide, data.evaluated, recipe.plate, **settings)
+
+
+def _rehearse_autoguide(recipe: Recipe, data: DataSet, settings: dict[str, Any]) -> None:
+    """Rehearse a pair of its own: an autoguide is made for the data of its first call, the training data."""
+    store = pyro.get_param_store()
+    state = store.get_state()
+    try:
+        with seeded(recipe.seed, "rehearsal"), torch.no_grad():
+            model, guide = build_programs(recipe)
+            indexed = as_indexed(data.example)
+            with failures_named("guide"):
+                guide(*indexed.fetch(torch.arange(len(indexed))))
+        rehearse(model, guide, data.evaluated, recipe.plate, **settings)
+    finally:
+        store.set_state(state)
+
+
+def _check_training(recipe: Recipe, data: DataSet) -> None:
+    """What is known of the settings of trainings before the first of them."""
+    sections = {"training": recipe.training, "reference": recipe.reference}
+    if recipe.mapa is not None:
+        recipe.mapa.check_bandwidth()
+        sections["mapa.training"] = recipe.mapa.training
+    if recipe.retraining is not None:
+        sections["retraining.training"] = recipe.retraining.training
+    for name, section in sections.items():
+        if section is not None:
+            with failures_named(f"{name}.schedule: its first epoch", own_too=True):
+                section.rate(0)
+    validated = data.validation is not None or recipe.checkpoint is not None
+    if recipe.training is not None and recipe.training.patience is not None and not validated:
+        raise InputError(
+            f"training.patience: {recipe.data.class_path} has no part 'validation'. Set training.patience to null, or "
+            "use a data set that has it"
+        )
+
+
+@contextmanager
+def _part_named(part: str) -> Iterator[None]:
+    """Say which part of the data set it is that cannot be used."""
+    try:
+        yield
+    except InputError as error:
+        if not str(error).startswith("data: "):
+            raise
+        raise InputError(f"data: in the part '{part}': {str(error).removeprefix('data: ')}") from error
