@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyrogaps import AIS, GapLedger, InputError, Problem, Refinement, chunk_cache, decompose
-from pyrogaps.gaps.decompose import QUANTITIES
+from pyrogaps.gaps.decomposition import QUANTITIES
 from pyrogaps.guides.local import AutoLocalMultivariateNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from tests.references import MCSE, STANDARD_ERRORS, WrongEncoder, anisotropic, draws_of

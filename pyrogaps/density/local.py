@@ -208,7 +208,7 @@ def score_term(
 ) -> Draws:
     """Columns `(S, B, size)` and log q `(S, B)` in unconstrained space of a term's `value`, S leading."""
     site = term.site
-    mask = None if active is None else _mask_like(site, active, value.shape[1:])
+    mask = None if active is None else _mask_like(site, active, value.shape[1:], in_plate)
     log_q = masked_log_prob(fn, value, mask, term.name)
     unconstrained = value
     if not term.unconstrained:
@@ -220,10 +220,12 @@ def score_term(
     return columns, log_q.expand(shape)
 
 
-def _mask_like(site: Site, active: Tensor, value_shape: tuple[int, ...]) -> Tensor | None:
+def _mask_like(site: Site, active: Tensor, value_shape: tuple[int, ...], in_plate: bool) -> Tensor | None:
     if bool(active[:, site.columns].all()):
         return None
     mask = site.unflatten(active)
+    if not in_plate:  # one row, which the value has no axis for
+        mask = mask[0] if mask.shape != value_shape else mask
     if mask.shape == value_shape:
         return mask
     # A constrained event may have another shape (a simplex, say); such an event is masked as a whole.

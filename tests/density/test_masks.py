@@ -9,12 +9,12 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.optim import Adam
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyrogaps import GuideDensity, InputError, JointDensity
+from pyrogaps import GuideDensity, InputError, JointDensity, elbo
 from pyrogaps.guides.local import AutoLocalMultivariateNormal
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -221,3 +221,11 @@ def test_jacobian_of_a_squashed_site_is_finite_under_a_mask() -> None:
     inside = dist.Beta(2.0, 2.0).log_prob(u.sigmoid()) + logsigmoid(u) + logsigmoid(-u)
     expected = (inside + dist.Normal(u.sigmoid(), 0.5).log_prob(x[:, 0])) * keep
     torch.testing.assert_close(JointDensity(model, (x, KEEP))(z), expected)
+
+
+def test_a_joint_autoguide_of_one_masked_data_set_is_refused_by_name() -> None:
+    """Without a data plate its vector is one event, part of which is masked."""
+    guide = AutoMultivariateNormal(by_handler)
+    guide(torch.zeros(4, 3), KEEP)
+    with pytest.raises(InputError, match=r"masks part of an event.*MultivariateNormal is not factorised"):
+        elbo(by_handler, guide, (torch.zeros(4, 3), KEEP), plate=False, num_particles=2)

@@ -88,7 +88,9 @@ def random_spec(seed: int, fault: str | None = None) -> Spec:
         guides, forms = guides[:3], ["tensor"]
     elif {latent.kind for latent in latents} & {*TRUE_SUPPORTS}:
         guides = guides[:4]
-    elif draw.random() < 0.04:  # one point of many dimensions, and slow
+    elif draw.random() < 0.04 and not any(
+        latent.masked for latent in latents
+    ):  # one point of many dimensions, and slow
         guides = ["AutoMultivariateNormal"]
     return Spec(
         seed,
@@ -341,7 +343,8 @@ class Guide(nn.Module):
         rows = own.batch_shape
         first = (..., *[0] * event_dim)
         location, scale = (
-            u[first].reshape(*rows, *[1] * len(size)).expand(*rows, *size) for u in (location, log_scale)
+            u[first].broadcast_to(rows).reshape(*rows, *[1] * len(size)).expand(*rows, *size)
+            for u in (location, log_scale)
         )
         base = dist.Normal(location, scale.exp()).to_event(len(size))
         return dist.TransformedDistribution(base, [transform])
