@@ -84,6 +84,7 @@ def test_evidence_of_large_and_badly_scaled_models(
     assert_exact(estimate.value, estimate.mcse, exact, dtype)
 
 
+@pytest.mark.slow
 def test_evidence_from_the_prior_of_a_large_model() -> None:
     model = anisotropic(50, 10)
     x, _ = draws_of(model, 1)

@@ -111,6 +111,7 @@ def test_a_trained_local_flow_is_its_own_family_in_its_own_size() -> None:
     assert (ledger.per_datapoint["guide_optimization_gap"] > 0).all()  # it was never trained
 
 
+@pytest.mark.slow
 def test_closes_the_gap_of_a_banana() -> None:
     """At least four fifths of what mean-field leaves."""
     ledger = decompose(
