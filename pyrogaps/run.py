@@ -75,6 +75,14 @@ class Run:
     progress: bool = False
     cache: Path | None = None
     bar: Bar = field(default_factory=Bar, repr=False, compare=False)
+    _last: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    def remembered(self, name: str, key: Any, compute: Callable[[], Result]) -> Result:
+        """What `compute` returned when `name` was last asked for, if the `key` was the same; else compute it."""
+        if name not in self._last or self._last[name][0] != key:
+            self._last[name] = key, compute()
+        result: Result = self._last[name][1]
+        return result
 
     def stream(self, purpose: str) -> Stream:
         """The random numbers of one purpose. No two purposes of a run may have the same name."""

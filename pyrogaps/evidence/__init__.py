@@ -3,7 +3,6 @@
 from pyrogaps.evidence.ais import AIS
 from pyrogaps.evidence.bdmc import Sandwich, bdmc
 from pyrogaps.evidence.ladder import Ladder
-from pyrogaps.evidence.ladder_check import LadderCheck
 from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate
 from pyrogaps.evidence.log_evidence import ais, log_evidence
 from pyrogaps.evidence.protocol import Evidence, Measured, Measurement
@@ -14,7 +13,6 @@ __all__ = [
     "METHODS",
     "Evidence",
     "Ladder",
-    "LadderCheck",
     "LadderEstimate",
     "Measured",
     "Measurement",

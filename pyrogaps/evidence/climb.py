@@ -1,23 +1,29 @@
 """One block of datapoints on the ladder: pilots decide, fresh draws are used in the estimate."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyrogaps.capture import GradientEvaluator
-from pyrogaps.density.draws import Posterior
-from pyrogaps.evidence.importance import FromGaussian, FromGuide, Proposal, excess, trusted, weigh
+from pyrogaps.capture.slots import Slots
+from pyrogaps.evidence.importance import Sampler, pilot_sampling
 from pyrogaps.evidence.ladder_settings import LadderSettings
-from pyrogaps.evidence.plan import FIRST_AIS, GAUSSIAN, GUIDE, TIMES, Plan
 from pyrogaps.evidence.rungs import Annealer
-from pyrogaps.evidence.slots import POINTS, Slots
-from pyrogaps.gaussians import gaussian_by_curvature, gaussian_of
+from pyrogaps.gaussians import Curvature
 from pyrogaps.run import Run
 from pyrogaps.streams import PARTICLE_BLOCK, Chunk
 
-# On the scales of a Gaussian that has a guide's moments, because a mean-field guide is narrower than the posterior.
-WIDEN_MOMENTS = 1.2
+SAMPLING, ANNEALING = 0, 1
+# As many more draws as the pilot asks for, because its variance is itself uncertain.
+MARGIN = 1.4
+# The run that counts has up to this many times as many temperatures as its pilot. The variance of log w falls a little
+# slower than 1 / T.
+MOST_TIMES, DECAY = 8, 0.85
+# Fewer draws than this say too little of their own tail.
+MIN_SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Climbed:
         log_weights: as many for each as it needed.
         method: how they were drawn, as in `METHODS`.
         num_temperatures: of the AIS run, 0 for importance sampling.
-        evaluations: of log p(x, z) and its gradient, pilots included.
+        evaluations: of log p(x, z) and its gradient, pilots and the anchor included.
         acceptance: of AIS, NaN for importance sampling.
     """
 
@@ -39,135 +45,94 @@ class Climbed:
     acceptance: Tensor
 
 
-def climb(
-    evaluator: GradientEvaluator,
-    posterior: Posterior,
-    chunk: Chunk,
-    settings: LadderSettings,
-    run: Run,
-    lowest: int = GUIDE,
-) -> list[Climbed]:
-    """Measure every block of a chunk; `posterior` is its refined guide. Rungs below `lowest` are not trusted."""
-    return [Climb(evaluator, posterior, block, settings, run, lowest).climbed() for block in chunk.blocks()]
-
-
 class Climb:
-    """The ladder for a block of at most 64 datapoints, rung by rung; `climbed` goes all the way.
-
-    `posterior` is the refined guide. Rungs below `lowest` are not trusted.
-    """
+    """The ladder for a block of at most 64 datapoints, rung by rung; `climbed` goes all the way."""
 
     def __init__(
-        self,
-        evaluator: GradientEvaluator,
-        posterior: Posterior,
-        block: Chunk,
-        settings: LadderSettings,
-        run: Run,
-        lowest: int = GUIDE,
+        self, evaluator: GradientEvaluator, anchor: Curvature, block: Chunk, settings: LadderSettings, run: Run
     ) -> None:
-        self.evaluator, self.joint, self.posterior = evaluator, evaluator.joint, posterior
-        self.block, self.settings, self.run, self.lowest = block, settings, run, lowest
-        self.plan = Plan(len(block), settings, lowest)
-        self.proposals: list[Proposal] = [FromGuide(self.joint, posterior, block, run)]
-        self.annealer: Annealer | None = None
+        number, slots, start = len(block), Slots(evaluator, block), anchor.gaussian.widened(settings.widen)
+        self.settings, self.anchor = settings, anchor
+        self.sampler, self.annealer = Sampler(slots, start, run), Annealer(slots, start, settings, run)
+        self.evaluations = torch.full((number,), anchor.num_gradients)
+        # Decisions: draws of importance sampling, 0 where there is none; temperatures of AIS, and their pilot's number.
+        self.draws = torch.zeros(number, dtype=torch.long)
+        self.temperatures = torch.zeros(number, dtype=torch.long)
+        self.pilots = torch.zeros(number, dtype=torch.long)
         self.steps: dict[int, Tensor] = {}
 
     def climbed(self) -> Climbed:
-        """Pilots choose the rungs; then fresh draws are made for the estimate."""
-        self._sample(GUIDE, torch.arange(len(self.block)))
-        if len(self.plan.open):
-            self._fit_gaussian()
-            self._pilot_ais()
-        self.plan.close()
-        return self._measure()
+        """Pilots decide on the rungs; then fresh draws are made for the estimate."""
+        self._pilot_sampling()
+        self._pilot_annealing()
+        return self._measured()
 
-    def _sample(self, rung: int, positions: Tensor) -> Tensor:
-        """The pilot of an importance sampling rung: the relative variance of its weights, `(M,)`."""
-        units = -(-self.settings.num_pilot_draws // PARTICLE_BLOCK)
-        numbers = torch.full((len(positions),), units * PARTICLE_BLOCK)
-        columns = weigh(self.proposals[rung], self.block, positions, numbers, f"escalation pilot {rung}")
-        log_weights = torch.stack(columns, 1)
-        self.plan.evaluations[positions] += numbers
-        varies = excess(log_weights).cpu()
-        self.plan.note(rung, positions, varies, trusted(log_weights, self.settings))
-        return varies
+    def _pilot_sampling(self) -> None:
+        candidates = (~self.anchor.cut).nonzero()[:, 0].cpu()
+        if not len(candidates):
+            return
+        settings = self.settings
+        sampled, varies, cost = pilot_sampling(self.sampler, candidates, settings)
+        self.evaluations[candidates] += cost
+        needed = MARGIN * varies / settings.tolerance**2
+        units = (needed.clamp(min=MIN_SAMPLES, max=settings.max_evaluations) / PARTICLE_BLOCK).ceil().long()
+        self.draws[sampled] = units * PARTICLE_BLOCK
 
-    def _fit_gaussian(self) -> None:
-        """Fit a Gaussian to each open datapoint: by curvature where that proposes better than the guide's moments."""
-        positions, settings, plan = self.plan.open, self.settings, self.plan
-        slots = Slots(self.evaluator, self.block)
-        moments = gaussian_of(self.joint, self.posterior, self.block, self.run.stream("anchor"))
-        start = moments.widened(WIDEN_MOMENTS)
-        if self.joint.dim <= settings.max_curvature_dim:
-
-            def gradients(subset: Tensor, points: Tensor) -> Tensor:
-                return slots.gradients(positions[subset], points)
-
-            fitted, cost = gaussian_by_curvature(moments.at(positions), gradients)
-            plan.evaluations[positions] += cost
-            fitted = fitted.widened(settings.widen)
-            with_curvature = start.with_replaced(positions, fitted)
-            self.proposals.append(FromGaussian(self.joint, with_curvature, self.block, self.run))
-            before = plan.excess[positions]
-            better = (self._sample(GAUSSIAN, positions) < before).nonzero()[:, 0]
-            start = start.with_replaced(positions[better], fitted.at(better))
-        self.annealer = Annealer(slots, start, settings, self.run)
-
-    def _pilot_ais(self) -> None:
-        """The pilots of the AIS rungs, until every datapoint has one that can be trusted."""
-        assert self.annealer is not None
-        plan, temperatures = self.plan, self.settings.temperatures
-        needed = torch.zeros(len(self.block), dtype=torch.float64)  # temperatures
-        for rung, number in enumerate(temperatures, FIRST_AIS):
-            last = rung + 1 == FIRST_AIS + len(temperatures)
-            positions = plan.open
-            positions = positions[(needed[positions] <= number) | last]
-            cost = self.annealer.pilot_cost(number)
-            if rung < self.lowest or not len(positions):
-                continue
-            if not plan.affords(cost * len(positions)):
+    def _pilot_annealing(self) -> None:
+        """The pilots of AIS, longer and longer, until a run of `MOST_TIMES` as many temperatures will do."""
+        settings, open_ = self.settings, (self.draws == 0).nonzero()[:, 0]
+        target = math.log1p(settings.num_chains * settings.tolerance**2 / MARGIN)
+        for rung, number in enumerate(settings.temperatures):
+            if not len(open_):
                 break
-            piloted = self.annealer.pilot(positions, number)
-            plan.evaluations[positions] += cost
-            self.steps[rung] = torch.ones(number, len(self.block), dtype=torch.float64, device=self.joint.device)
-            self.steps[rung][:, positions] = piloted.steps
-            variance = piloted.log_variance.cpu()
-            plan.note_chains(rung, positions, variance)
-            # The variance of log w falls as 1 / T: rungs that would not reach it are skipped.
-            needed[positions] = number * variance / self.settings.max_log_variance / 2
+            piloted = self.annealer.pilot(open_, number)
+            self.evaluations[open_] += self.annealer.pilot_cost(number)
+            steps = torch.ones(number, len(self.draws), dtype=torch.float64, device=piloted.steps.device)
+            steps[:, open_] = piloted.steps
+            self.steps[rung], self.pilots[open_] = steps, rung
+            # Whole powers of two, so that many datapoints run together.
+            times = (piloted.log_variance / target).pow(1 / DECAY).clamp(min=1.0, max=1e6).log2().ceil().exp2()
+            self.temperatures[open_] = number * times.clamp(max=MOST_TIMES).long()
+            last = rung + 1 == len(settings.temperatures)
+            further = times > MOST_TIMES
+            if not last:
+                longer = settings.temperatures[rung + 1]
+                least = self.annealer.pilot_cost(longer) + settings.num_chains * self.annealer.cost(longer)
+                further = further & (self.evaluations[open_] + least <= settings.max_evaluations)
+            open_ = open_[further] if not last else open_[:0]
+        self._within_budget()
 
-    def _measure(self) -> Climbed:
-        """The draws of the estimate, at the rung of each datapoint."""
-        plan = self.plan
-        lengths = self._lengths()
-        costs = torch.full((len(self.block),), PARTICLE_BLOCK)
-        if self.annealer is not None:
-            costs = torch.where(lengths > 0, POINTS * self.annealer.cost(lengths), costs)
-        units = plan.units(costs)
-        log_weights: list[Tensor] = [torch.empty(0)] * len(self.block)
-        acceptance = torch.full((len(self.block),), torch.nan, dtype=torch.float64)
-        for rung in plan.rung.unique().tolist():
-            positions = (plan.rung == rung).nonzero()[:, 0]
-            if rung < FIRST_AIS:
-                numbers = units[positions] * PARTICLE_BLOCK
-                weights = weigh(self.proposals[rung], self.block, positions, numbers, f"escalation {rung}")
-            else:
-                assert self.annealer is not None
-                steps = self.steps[rung][:, positions].repeat_interleave(TIMES, 0)
-                weights, rates = self.annealer.run(positions, units[positions], steps)
-                acceptance[positions] = rates.cpu()
-            for position, column in zip(positions.tolist(), weights, strict=True):
+    def _within_budget(self) -> None:
+        """Halve the temperatures of datapoints that would cost more than they may, down to their pilot's."""
+        least = torch.tensor(self.settings.temperatures)[self.pilots]
+        for _ in range(int(math.log2(MOST_TIMES))):
+            cost = self.settings.num_chains * self.annealer.cost(1) * self.temperatures
+            dear = (self.evaluations + cost > self.settings.max_evaluations) & (self.temperatures >= 2 * least)
+            self.temperatures[dear] //= 2
+
+    def _measured(self) -> Climbed:
+        number = len(self.draws)
+        log_weights: list[Tensor] = [torch.empty(0)] * number
+        acceptance = torch.full((number,), torch.nan, dtype=torch.float64)
+        for positions, weights, rates in (*self._sampled(), *self._annealed()):
+            acceptance[positions] = rates
+            for position, column in zip(positions.tolist(), weights.T, strict=True):
                 log_weights[position] = column
-        return Climbed(
-            log_weights,
-            torch.minimum(plan.rung, torch.tensor(FIRST_AIS)),
-            lengths,
-            plan.evaluations + units * costs,
-            acceptance,
-        )
+        method = torch.where(self.draws > 0, SAMPLING, ANNEALING)
+        return Climbed(log_weights, method, self.temperatures, self.evaluations, acceptance)
 
-    def _lengths(self) -> Tensor:
-        """Temperatures of each datapoint's run, 0 for importance sampling."""
-        of_rung = torch.tensor([0, 0, *self.settings.temperatures])
-        return TIMES * of_rung[self.plan.rung]
+    def _sampled(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for draws in self.draws[self.draws > 0].unique().tolist():
+            positions = (self.draws == draws).nonzero()[:, 0]
+            self.evaluations[positions] += draws
+            unknown = torch.full((len(positions),), torch.nan, dtype=torch.float64)
+            yield positions, self.sampler.log_weights(positions, draws, f"sample {draws}"), unknown
+
+    def _annealed(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for rung, length in sorted({pair for pair in zip(self.pilots.tolist(), self.temperatures.tolist(), strict=True) if pair[1]}):
+            positions = ((self.pilots == rung) & (self.temperatures == length)).nonzero()[:, 0]
+            times = length // self.settings.temperatures[rung]
+            steps = self.steps[rung][:, positions].repeat_interleave(times, 0)
+            ran = self.annealer.anneal(positions, self.settings.num_chains, steps)
+            self.evaluations[positions] += len(ran.log_weights) * self.annealer.cost(length)
+            yield positions, ran.log_weights, ran.acceptance

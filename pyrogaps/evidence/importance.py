@@ -1,88 +1,73 @@
-"""The rungs of importance sampling: draws from a proposal, their weights, and whether these can be trusted."""
+"""The first rung of the ladder: importance sampling from the anchor, and whether its weights can be trusted."""
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyrogaps.bounds import refuse_nan
-from pyrogaps.density import GuideDensity, JointDensity
-from pyrogaps.density.draws import BlockedGuide, Posterior
+from pyrogaps.capture.slots import Slots
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.log_weights import effective_sample_size, pareto_khat
 from pyrogaps.run import Run
 from pyrogaps.streams import PARTICLE_BLOCK, Chunk, particle_blocks
 
-
-class Proposal(Protocol):
-    """Where draws come from, and the density that they are weighted by."""
-
-    joint: JointDensity
-
-    def draw(self, positions: Tensor, number: int, purpose: str, part: int) -> tuple[Tensor, Tensor]:
-        """`z` `(number, M, dim)` and log q `(number, M)` at `positions` of a block; `part` of a stream."""
-        ...
+# Draws from which on weights are examined closely, if they look well at all.
+NUM_FIRST_DRAWS = 128
 
 
-class FromGuide:
-    """Draws from a guide, in the space that it is defined on (with its auxiliary variables, where it has them)."""
+@dataclass(frozen=True)
+class Sampler:
+    """Importance sampling for the datapoints of a block from the Gaussians `start`."""
 
-    def __init__(self, joint: JointDensity, posterior: Posterior, block: Chunk, run: Run) -> None:
-        self.joint = posterior.joint if isinstance(posterior, GuideDensity) else joint
-        self._guide, self._run = BlockedGuide(posterior, block), run
+    slots: Slots
+    start: Gaussian
+    run: Run
 
-    def draw(self, positions: Tensor, number: int, purpose: str, part: int) -> tuple[Tensor, Tensor]:
-        z, log_q = self._guide.sample(number, self._run.stream(purpose), part)
-        return z[:, positions], log_q[:, positions]
-
-
-class FromGaussian:
-    """Draws from Gaussians."""
-
-    def __init__(self, joint: JointDensity, start: Gaussian, block: Chunk, run: Run) -> None:
-        self.joint, self.start, self._block, self._run = joint, start, block, run
-
-    def draw(self, positions: Tensor, number: int, purpose: str, part: int) -> tuple[Tensor, Tensor]:
-        columns = Chunk(self._block.start, self._block.start + len(positions))
-        stream = self._run.stream(f"{purpose} {part}")
-        noise = stream.noise(columns, dtype=self.joint.dtype, device=self.joint.device)
-        start = self.start.at(positions)
-        z = start.draw(noise.normal(number, self.joint.dim))
-        return z, start.log_density(z)[0]
+    def log_weights(self, positions: Tensor, number: int, purpose: str) -> Tensor:
+        """log p(x, z) - log q(z), `(number, M)` in nats, of draws for the datapoints at `positions` of the block."""
+        start, first, parts = self.start.at(positions), self.slots.block.start, []
+        for part, size in enumerate(particle_blocks(number)):
+            stream = self.run.stream(f"ladder {purpose} {part}")
+            noise = stream.noise(Chunk(first, first + len(positions)), dtype=start.loc.dtype, device=start.loc.device)
+            z = start.draw(noise.normal(size, self.slots.dim))
+            weights = self.slots.values(positions, z).double() - start.log_density(z)[0].double()
+            parts.append(refuse_nan(weights, first + positions))
+        return torch.cat(parts)
 
 
-def weigh(proposal: Proposal, block: Chunk, positions: Tensor, numbers: Tensor, purpose: str) -> list[Tensor]:
-    """log p(x, z) - log q(z) of `numbers` `(M,)` draws for each of the datapoints at `positions`, nats.
+def pilot_sampling(sampler: Sampler, positions: Tensor, settings: LadderSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the datapoints at `positions` `(M,)` can be measured by importance sampling: positions, relative
+    variances of their weights, and the number of draws that this took for each of the M.
 
-    Numbers are multiples of a particle block.
+    A few draws for all, and as many as the settings say for those whose effective sample size is large enough.
     """
-    parts: list[list[Tensor]] = [[] for _ in positions]
-    with torch.no_grad():
-        for part, size in enumerate(particle_blocks(int(numbers.max()) if len(numbers) else 0)):
-            wanting = (numbers > part * PARTICLE_BLOCK).nonzero()[:, 0]
-            subset = positions[wanting]
-            z, log_q = proposal.draw(subset, size, purpose, part)
-            indices = block.start + subset
-            weights = refuse_nan(proposal.joint(z, indices).double() - log_q.double(), indices)
-            for place, column in zip(wanting.tolist(), weights.T, strict=True):
-                parts[place].append(column)
-    return [torch.cat(columns) for columns in parts]
+    first = sampler.log_weights(positions, NUM_FIRST_DRAWS, "first pilot")
+    varies = excess(first)
+    near_constant = _near_constant(varies, settings)
+    close = ~near_constant & (varies <= 1 / settings.min_ess - 1)
+    examined, trusted = close.nonzero()[:, 0], near_constant.clone()
+    cost = torch.full((len(positions),), NUM_FIRST_DRAWS)
+    if len(examined):
+        more = max(PARTICLE_BLOCK, settings.num_pilot_draws - NUM_FIRST_DRAWS)
+        weights = torch.cat([first[:, examined], sampler.log_weights(positions[examined], more, "second pilot")])
+        cost[examined.cpu()] += more
+        varies[examined] = excess(weights)
+        # NaN, where the weights do not vary in their tail, is not above.
+        heavy = pareto_khat(weights).to(weights.device) > settings.max_khat
+        trusted[examined] = ~heavy & (varies[examined] <= 1 / settings.min_ess - 1)
+    return positions[trusted.cpu()], varies[trusted].cpu(), cost
 
 
 def excess(log_weights: Tensor) -> Tensor:
-    """The relative variance of weights, Var(w) / E[w]^2, of `(S, M)` log-weights: `(M,)`."""
-    return len(log_weights) / effective_sample_size(log_weights) - 1
+    """The relative variance of weights, Var(w) / E[w]^2, of `(S, M)` log-weights: `(M,)`; infinite where all are 0."""
+    varies = len(log_weights) / effective_sample_size(log_weights) - 1
+    return torch.nan_to_num(varies, nan=torch.inf)
 
 
-def trusted(log_weights: Tensor, settings: LadderSettings) -> Tensor:
-    """Whether importance sampling can be trusted: its k-hat is low and its effective sample size is not, `(M,)`.
-
-    Where even a hundred times the variance of the weights would meet the tolerance, k-hat is ignored: it then describes
-    the tail of weights that hardly vary.
+def _near_constant(varies: Tensor, settings: LadderSettings) -> Tensor:
+    """Where even a hundred times the variance of the weights would meet the tolerance, so that their tail is no
+    matter.
     """
-    varies = excess(log_weights)
-    # NaN, where the weights do not vary in their tail, is not above.
-    heavy = pareto_khat(log_weights).to(log_weights.device) > settings.max_khat
-    near_constant = 100 * varies / PARTICLE_BLOCK <= settings.tolerance**2
-    return near_constant | (~heavy & (varies <= 1 / settings.min_ess - 1))
+    return 100 * varies / PARTICLE_BLOCK <= settings.tolerance**2

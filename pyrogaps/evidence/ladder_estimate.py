@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyrogaps.evidence.ladder_check import LadderCheck
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
 
-METHODS = ("importance sampling from the refined guide", "importance sampling from a fitted Gaussian", "AIS")
+METHODS = ("importance sampling", "AIS")
 
 
 def _none() -> Tensor:
@@ -26,7 +25,6 @@ class LadderEstimate(Estimate):
         num_draws: `(N,)`, draws or chains.
         num_temperatures: `(N,)`, of AIS; 0 for importance sampling.
         num_evaluations: `(N,)`, of log p(x, z) or its gradient, pilots included.
-        check: the ladder on simulated data; None where it was not asked for, or the model cannot be simulated.
     """
 
     draws: tuple[Tensor, ...] = ()
@@ -34,7 +32,6 @@ class LadderEstimate(Estimate):
     num_draws: Tensor = field(default_factory=_none)
     num_temperatures: Tensor = field(default_factory=_none)
     num_evaluations: Tensor = field(default_factory=_none)
-    check: LadderCheck | None = None
 
     def interval(self, probability: float = 0.95) -> tuple[Tensor, Tensor]:
         """A central confidence interval, `(N,)` each, by `hall_interval`; `reliable` says where to trust it."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from pyrogaps.capture import BoundDensity
 from pyrogaps.evidence.annealing import Adaptation
 from pyrogaps.gaussians import Gaussian
-from pyrogaps.hmc import apply_scale, apply_transpose
+from pyrogaps.hmc import apply_transpose
 
 QUARTER_TURN = 0.5 * math.pi
 # At b = 0 a rotation is exact, and a pilot would learn nothing there.
@@ -51,10 +51,14 @@ class Rotation:
         """The state at the draws of f_0 that standard noise `(S, B, dim)` makes."""
         return self.state(self.start.kept(noise))
 
+    def points(self, state: Whitened) -> Tensor:
+        """z `(S, B, dim)` of a state."""
+        return self.start.draw(state.position)
+
     def state(self, position: Tensor) -> Whitened:
         """The state at whitened positions `(S, B, dim)`."""
         start = self.start
-        z = start.kept(start.loc + apply_scale(start.scale, position))
+        z = start.draw(position)
         (log_joint,), (gradient,) = self.density(z.contiguous())
         residual = log_joint - start.peak + 0.5 * position.square().sum(-1)
         return Whitened(position, residual, start.kept(apply_transpose(start.scale, gradient)) + position)

@@ -1,71 +1,84 @@
-"""The rungs of AIS: pilots and runs for datapoints that need different numbers of chains."""
+"""The further rungs of the ladder: AIS from the anchor by rotations, its pilots and the run that counts."""
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrogaps.bounds import refuse_nan
+from pyrogaps.capture.slots import POINTS, Slots
 from pyrogaps.evidence.annealing import WARM_UP, AdaptedStepSizes, StepSizes, anneal, pilot, schedule
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.rotations import Rotation
-from pyrogaps.evidence.slots import POINTS, Slots
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, Noise
 
-Count = TypeVar("Count", int, Tensor)
 
-
-@dataclass(frozen=True)
-class Piloted:
-    """What a rung's pilot says of M datapoints: Var[log w] over its chains `(M,)` and step lengths `(T, M)`."""
+class Piloted(NamedTuple):
+    """What a pilot says of M datapoints: Var[log w] over its chains `(M,)` and step lengths `(T, M)`."""
 
     log_variance: Tensor
     steps: Tensor
 
 
+class Annealed(NamedTuple):
+    """A run for M datapoints: log-weights `(S, M)`, where its chains ended `(S, M, dim)`, acceptance rates `(M,)`."""
+
+    log_weights: Tensor
+    ends: Tensor
+    acceptance: Tensor
+
+
+@dataclass(frozen=True)
 class Annealer:
     """AIS for the datapoints of a block from the Gaussians `start`, by rotations."""
 
-    def __init__(self, slots: Slots, start: Gaussian, settings: LadderSettings, run: Run) -> None:
-        self.slots, self.start, self.settings, self._run = slots, start, settings, run
+    slots: Slots
+    start: Gaussian
+    settings: LadderSettings
+    run: Run
 
     def pilot(self, positions: Tensor, num_temperatures: int) -> Piloted:
         """A pilot of `POINTS` chains for each of the datapoints at `positions` of the block."""
         betas, variances, lengths = schedule("linear", num_temperatures), [], []
         for number, (batch, kept) in enumerate(self.slots.batches(positions)):
-            noise, move = self._noise(f"scout {num_temperatures} {number}", len(batch)), self._move(batch)
+            noise, move = self._noise(f"pilot {num_temperatures} {number}", len(batch)), self._move(batch)
             state = move.start_at(noise.normal(POINTS, self.slots.dim))
             steps = AdaptedStepSizes(move.adaptation, self.settings.target_acceptance, state.position)
             path = [(steps.current, reached.log_weights) for reached in pilot(move, state, betas, steps, noise)]
             variances.append(path[-1][1].var(0)[:kept])
             lengths.append(torch.stack([length for length, _ in path])[:, :kept])
         # A chain that left the support, or a value that is not finite, is as bad as can be.
-        return Piloted(torch.nan_to_num(torch.cat(variances), nan=torch.inf), torch.cat(lengths, 1))
+        return Piloted(torch.nan_to_num(torch.cat(variances), nan=torch.inf).cpu(), torch.cat(lengths, 1))
 
-    def run(self, positions: Tensor, num_slots: Tensor, steps: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Log-weights of `num_slots` `(M,)` slots of chains for each datapoint, and acceptance rates `(M,)`.
+    def anneal(self, positions: Tensor, num_chains: int, steps: Tensor, purpose: str = "run") -> Annealed:
+        """The run that counts, for the datapoints at `positions`, by step lengths `steps` `(T, M)` of a pilot.
 
-        `steps` `(T, M)` are a pilot's.
+        The number of chains is rounded up to whole slots.
         """
-        betas, log_weights, acceptances = schedule("linear", len(steps)), [], []
-        owners = torch.arange(len(positions)).repeat_interleave(num_slots)
+        betas, each = schedule("linear", len(steps)), -(-num_chains // POINTS)
+        owners, parts = torch.arange(len(positions)).repeat_interleave(each), []
         for number, (owner, kept) in enumerate(self.slots.batches(owners)):
-            noise, move = self._noise(f"run {len(steps)} {number}", len(owner)), self._move(positions[owner])
+            noise, move = self._noise(f"{purpose} {len(steps)} {number}", len(owner)), self._move(positions[owner])
             state = move.start_at(noise.normal(POINTS, self.slots.dim))
             rates = []
             for reached in anneal(move, state, betas, StepSizes(steps[:, owner]), noise):
                 rates.append(reached.acceptance.double().mean(0))
             indices = self.slots.block.start + positions[owner[:kept]]
-            log_weights.append(refuse_nan(reached.log_weights[:, :kept], indices))
-            acceptances.append(torch.stack(rates).mean(0)[:kept])
-        weights = [part.flatten() for part in torch.cat(log_weights, 1).T.split(num_slots.tolist())]
-        by_datapoint = [part.mean() for part in torch.cat(acceptances).split(num_slots.tolist())]
-        return weights, torch.stack(by_datapoint)
+            weights = refuse_nan(reached.log_weights[:, :kept], indices)
+            parts.append((weights, move.points(reached.state)[:, :kept], torch.stack(rates).mean(0)[:kept]))
+        weights, ends, acceptance = (
+            torch.cat(columns, -1 if k != 1 else 1) for k, columns in enumerate(zip(*parts, strict=True))
+        )
+        return Annealed(
+            weights.unflatten(1, (-1, each)).movedim(2, 0).flatten(0, 1),
+            ends.unflatten(1, (-1, each)).movedim(2, 0).flatten(0, 1),
+            acceptance.unflatten(0, (-1, each)).mean(1).cpu(),
+        )
 
-    def cost(self, num_temperatures: Count) -> Count:
+    def cost(self, num_temperatures: int) -> int:
         """Gradients of one chain."""
         return 1 + num_temperatures * self.settings.num_leapfrog
 
@@ -79,4 +92,4 @@ class Annealer:
     def _noise(self, purpose: str, width: int) -> Noise:
         joint, first = self.slots.evaluator.joint, self.slots.block.start
         columns = Chunk(first, first + width)
-        return self._run.stream(f"escalation {purpose}").noise(columns, dtype=joint.dtype, device=joint.device)
+        return self.run.stream(f"ladder {purpose}").noise(columns, dtype=joint.dtype, device=joint.device)

@@ -8,7 +8,7 @@ from pyrogaps import memory
 from pyrogaps.conditioning import Conditioning
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
-from pyrogaps.evidence import AIS, Evidence
+from pyrogaps.evidence import Evidence, Ladder
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.decomposition import Decomposition
 from pyrogaps.gaps.ledger import GapLedger
@@ -75,8 +75,8 @@ def decompose(
         guide: a Pyro guide for it, trained.
         data: a tensor or array, or a tuple of them, whose first axis is the data plate, or an `IndexedData`.
         families: further families, `name -> family(model) -> guide`, each refined per datapoint, beside the tree.
-        evidence: how log p(x) is measured: `AIS(...)`, with the same settings for all datapoints; `Ladder(...)`, which
-            measures each to a stated standard error; or another `Evidence`. None: `AIS()`.
+        evidence: how log p(x) is measured: `Ladder(...)`, which measures each datapoint to a stated standard error;
+            `AIS(...)`, with the same settings for all; or another `Evidence`. None: `Ladder()`.
         refinement: settings of the per-datapoint refinement.
         conditioning: settings of the shared posterior that measures the conditioning gap of `conditions`.
         reference: for a `lookahead`, a guide with the same one, trained as well as can be for this model
@@ -107,7 +107,7 @@ def decompose(
     decomposition = Decomposition(
         problem.compiled() if compile else problem,
         families or {},
-        evidence or AIS(),
+        evidence or Ladder(),
         refinement or Refinement(),
         conditioning or Conditioning(),
         reference,

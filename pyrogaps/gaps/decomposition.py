@@ -13,7 +13,7 @@ from pyrogaps.chunk_cache import chunk_size
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.evidence import AIS, Evidence, Measurement
+from pyrogaps.evidence import AIS, Evidence, Ladder, Measurement
 from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble, with_gaps
 from pyrogaps.gaps.certificate import Certificate
@@ -44,7 +44,7 @@ class Decomposition:
 
     problem: Problem
     families: Mapping[str, Family] = field(default_factory=dict)
-    evidence: Evidence = field(default_factory=AIS)
+    evidence: Evidence = field(default_factory=Ladder)
     refinement: Refinement = field(default_factory=Refinement)
     conditioning: Conditioning = field(default_factory=Conditioning)
     reference: Program | None = None

@@ -1,7 +1,8 @@
 """Gaussians for each datapoint, fitted by moments or by curvature."""
 
-from pyrogaps.gaussians.curvature import gaussian_by_curvature
+from pyrogaps.gaussians.anchor import anchor_of
+from pyrogaps.gaussians.curvature import Curvature, gaussian_by_curvature
 from pyrogaps.gaussians.gaussian import Gaussian
 from pyrogaps.gaussians.moments import gaussian_by_moments, gaussian_of
 
-__all__ = ["Gaussian", "gaussian_by_curvature", "gaussian_by_moments", "gaussian_of"]
+__all__ = ["Curvature", "Gaussian", "anchor_of", "gaussian_by_curvature", "gaussian_by_moments", "gaussian_of"]

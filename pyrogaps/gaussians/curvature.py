@@ -1,55 +1,86 @@
 """A Gaussian with the curvature of log p(x, z) over the breadth of a posterior."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pyrogaps.gaussians.gaussian import Gaussian
+from pyrogaps.streams import Chunk
 
-# Curvatures relative to the Gaussian before are used within these limits. Beyond them the axis is measured again on a
-# new scale, a few times.
+NUM_PASSES = 3
+# A pass changes no curvature by more than these factors: further away it has not been measured.
 FLATTEST, STEEPEST = 0.1, 10.0
-MAX_PASSES = 4
+# The mean moves by no more than this in a pass, in units of sqrt(dim) standard deviations, and of one: further away
+# the quadratic is not known to hold.
+LONGEST, LONGEST_FEW = 0.5, 1.5
+# Two passes agree where no curvature has changed by more than this factor, and the mean by a quarter of the limit.
+AGREES, SETTLED = 2.0, 0.25
 
 
-def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor]) -> tuple[Gaussian, Tensor]:
-    r"""The Gaussian whose precision is the mean curvature of log p(x, z) over the breadth of `start`.
+@dataclass(frozen=True)
+class Curvature:
+    """Gaussians fitted by curvature to B datapoints.
 
-    With L the factor of a first Gaussian, the columns of L give secants
+    Attributes:
+        gaussian: one for each datapoint, with a factor L.
+        cut: `(B,)`, where the last pass met a curvature that is not positive, or beyond what a pass may change. Weights
+            of draws from such a Gaussian are not to be trusted.
+        agrees: `(B,)`, where the last two passes agree in every direction: the covariance is that of the curvature.
+        num_gradients: that each datapoint took.
+    """
+
+    gaussian: Gaussian
+    cut: Tensor
+    agrees: Tensor
+    num_gradients: int
+
+    def within(self, chunk: Chunk, block: Chunk) -> "Curvature":
+        """That of a block of the chunk that this is of."""
+        rows = slice(block.start - chunk.start, block.stop - chunk.start)
+        positions = torch.arange(rows.start, rows.stop)
+        return replace(self, gaussian=self.gaussian.at(positions), cut=self.cut[rows], agrees=self.agrees[rows])
+
+
+def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]) -> Curvature:
+    r"""The Gaussian whose precision is the mean curvature of log p(x, z) over its own breadth.
+
+    With L the factor of a Gaussian, the columns of L give secants
     $H L_i \approx \tfrac12 (\nabla \log p(x, \mu - L_i) - \nabla \log p(x, \mu + L_i))$, a difference over one standard
     deviation either way: the mean curvature over the breadth of the posterior, not that of a point. The new precision
-    is $L^{-T} \tfrac12 (L^T H L + (L^T H L)^T) L^{-1}$, the new mean one Newton step along the mean gradient. Where a
-    curvature, relative to the first Gaussian's, is not between `FLATTEST` and `STEEPEST` it is cut off there, and
-    measured again from the result.
+    is $L^{-T} \tfrac12 (L^T H L + (L^T H L)^T) L^{-1}$, the new mean one Newton step along the mean gradient. There are
+    `NUM_PASSES` such passes, whatever they find, so that all datapoints take their gradients together. A pass changes
+    curvatures by factors from `FLATTEST` to `STEEPEST`.
 
     Args:
-        start: the first Gaussian of each of M datapoints.
-        gradients: of log p(x, z): positions `(K,)` among the M, which may be a part of them, and points `(S, K, dim)`.
-
-    Returns the Gaussians, with a factor L, and the number of gradients that each took, `(M,)`.
+        start: the first Gaussian of each of B datapoints.
+        gradients: of log p(x, z) at points `(S, B, dim)`, of the same shape.
     """
     loc, factor = start.loc, start.factor()
-    pending = torch.arange(len(loc))
-    cost = torch.zeros(len(loc), dtype=torch.long)
-    for _ in range(MAX_PASSES):
-        now = factor[pending]
-        steps = now.permute(2, 0, 1)  # column i of every datapoint's factor
-        points = torch.cat([loc[pending] + steps, loc[pending] - steps])
-        at_points = torch.nan_to_num(gradients(pending, points))
-        cost[pending] += len(points)
-        active = None if start.active is None else start.active[pending]
-        factor[pending], shift, cut = _refitted(now, at_points, active)
-        loc = loc.index_copy(0, pending, loc[pending] + shift)
-        pending = pending[cut]
-        if len(pending) == 0:
-            break
-    return replace(start, loc=loc, scale=factor), cost
+    cut = torch.zeros(len(loc), dtype=torch.bool, device=loc.device)
+    agrees, dim = cut, loc.shape[-1]
+    for _ in range(NUM_PASSES):
+        steps = factor.permute(2, 0, 1)  # column i of every datapoint's factor
+        at_points = gradients(torch.cat([loc + steps, loc - steps]))
+        broken = ~torch.isfinite(at_points).all(-1).all(0)
+        found = _refitted(factor, torch.nan_to_num(at_points, nan=0.0, posinf=0.0, neginf=0.0), start.active)
+        factor, loc = found.factor, loc + found.shift
+        cut, agrees = found.cut | broken, found.agrees & ~broken
+    return Curvature(replace(start, loc=loc, scale=factor), cut, agrees, 2 * dim * NUM_PASSES)
 
 
-def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The new factor `(M, dim, dim)`, the step of the mean `(M, dim)`, and where a curvature was cut off `(M,)`."""
+@dataclass(frozen=True)
+class _Refitted:
+    """After a pass: factors `(B, dim, dim)`, steps of the mean `(B, dim)`, `cut` and `agrees` `(B,)`."""
+
+    factor: Tensor
+    shift: Tensor
+    cut: Tensor
+    agrees: Tensor
+
+
+def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None) -> _Refitted:
     dim = factor.shape[-1]
     secants = 0.5 * (gradients[dim:] - gradients[:dim])
     curvature = torch.einsum("bji,kbj->bik", factor, secants).double()
@@ -57,16 +88,18 @@ def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None) -> tuple
         both = (active[:, :, None] & active[:, None, :]).to(curvature.dtype)
         curvature = curvature * both + torch.diag_embed((~active).to(curvature.dtype))
     values, axes = torch.linalg.eigh(0.5 * (curvature + curvature.mT))
-    cut = ((values < FLATTEST) | (values > STEEPEST)).any(-1)
-    half = factor.double() @ (axes * values.clamp(FLATTEST, STEEPEST).rsqrt()[:, None, :])
+    whitened = factor.double() @ axes
+    half = whitened * values.clamp(FLATTEST, STEEPEST).rsqrt()[:, None, :]
     new = torch.linalg.cholesky(half @ half.mT)
     # A step by a curvature that was cut off would overshoot where it is steeper.
-    along = torch.einsum("bji,bj->bi", factor.double() @ axes, gradients.mean(0).double())
+    along = torch.einsum("bji,bj->bi", whitened, gradients.mean(0).double())
     step = along / values.abs().clamp(min=FLATTEST)
-    # And one that leaves the Gaussian trusts the quadratic too far.
+    longest = max(LONGEST * dim**0.5, LONGEST_FEW)
     length = step.norm(dim=-1, keepdim=True)
-    step = step * (0.5 * dim**0.5 / length.clamp(min=1e-300)).clamp(max=1.0)
-    shift = torch.einsum("bij,bj->bi", factor.double() @ axes, step)
+    step = step * (longest / length.clamp(min=1e-300)).clamp(max=1.0)
+    shift = torch.einsum("bij,bj->bi", whitened, step)
     if active is not None:
         shift = shift * active
-    return new.to(factor.dtype), shift.to(factor.dtype), cut
+    cut = ((values < FLATTEST) | (values > STEEPEST)).any(-1)
+    agrees = ((values > 1 / AGREES) & (values < AGREES)).all(-1) & (length[:, 0] < SETTLED * longest)
+    return _Refitted(new.to(factor.dtype), shift.to(factor.dtype), cut, agrees)

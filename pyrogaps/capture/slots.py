@@ -1,16 +1,16 @@
-"""Gradients for datapoints that need different numbers of points, in batches of few shapes."""
+"""Densities and gradients for datapoints that need different numbers of points, in batches of few shapes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from pyrogaps.capture import BoundDensity, GradientEvaluator
+from pyrogaps.capture.evaluator import BoundDensity, GradientEvaluator
 from pyrogaps.streams import Chunk
 
 # Points to a slot, and slots to a batch: a shape is captured once, for whatever is asked. What is left over comes in
 # small batches, so that little is padding.
-POINTS, WIDTHS = 16, (32, 8)
+POINTS, WIDTHS = 16, (64, 16)
 
 
 class Slots:
@@ -46,16 +46,25 @@ class Slots:
 
     def gradients(self, positions: Tensor, points: Tensor) -> Tensor:
         """Gradients `(S, M, dim)` at `points` `(S, M, dim)` of the datapoints at `positions` of the block."""
+        return self._evaluated(positions, points, lambda density, z: density.gradients(z)[0])
+
+    def values(self, positions: Tensor, points: Tensor) -> Tensor:
+        """log p(x, z) `(S, M)` at `points` `(S, M, dim)` of the datapoints at `positions` of the block."""
+        return self._evaluated(positions, points, lambda density, z: density.values(z)[0])
+
+    def _evaluated(
+        self, positions: Tensor, points: Tensor, evaluate: Callable[[BoundDensity, Tensor], Tensor]
+    ) -> Tensor:
         each = -(-len(points) // POINTS)
         short = each * POINTS - len(points)
         padded = torch.cat([points, points[:1].expand(short, -1, -1)]) if short else points
         # (each, POINTS, M, dim) -> (POINTS, M * each, dim): the slots of a datapoint lie side by side.
         flat = padded.unflatten(0, (each, POINTS)).permute(1, 2, 0, 3).flatten(1, 2)
-        columns, owners, gradients = torch.arange(flat.shape[1]), positions.repeat_interleave(each), []
+        columns, owners, parts = torch.arange(flat.shape[1]), positions.repeat_interleave(each), []
         for batch, kept in self.batches(columns):
-            z = flat[:, batch].contiguous()
-            gradients.append(self.at(owners[batch]).gradients(z)[0][:, :kept])
-        result: Tensor = torch.cat(gradients, 1).unflatten(1, (len(positions), each)).permute(2, 0, 1, 3).flatten(0, 1)
+            parts.append(evaluate(self.at(owners[batch]), flat[:, batch].contiguous())[:, :kept])
+        # (POINTS, M * each, *) -> (S, M, *)
+        result: Tensor = torch.cat(parts, 1).unflatten(1, (len(positions), each)).movedim(2, 0).flatten(0, 1)
         return result[: len(points)]
 
 
