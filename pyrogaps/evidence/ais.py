@@ -23,7 +23,7 @@ from pyrogaps.evidence.annealing import (
 )
 from pyrogaps.evidence.paths import Path, anchored_path, prior_path
 from pyrogaps.evidence.protocol import MAX_CHAINS, Columns, Evidence, Measured, Measurement, joined
-from pyrogaps.gaussians import gaussian_of
+from pyrogaps.gaussians import Gaussian, anchor_of, gaussian_of
 from pyrogaps.hmc import HMCState
 from pyrogaps.log_weights import (
     Estimate,
@@ -38,7 +38,13 @@ from pyrogaps.run import Run
 from pyrogaps.settings import Count, Probability, Several, checked, within
 from pyrogaps.streams import Chunk
 
-Initial = Literal["refined", "guide", "prior"]
+Initial = Literal["curvature", "refined", "guide", "prior"]
+STARTS = {
+    "curvature": "a fitted Gaussian",
+    "refined": "the refined guide",
+    "guide": "the guide",
+    "prior": "the prior distribution",
+}
 MIN_EFFECTIVE_SHARE = 0.2
 
 
@@ -52,9 +58,10 @@ class AIS(Evidence):
         num_temperatures: T, the steps from b = 0 to b = 1.
         num_leapfrog: leapfrog steps of each transition, one transition per temperature.
         schedule: "linear", "sigmoid", or "thermodynamic" (equal steps of thermodynamic length, set by the pilot).
-        initial: where paths start: at the "refined" guide, at the "guide" as it is, or at the "prior".
-        widen: factor on the scales of the Gaussian fitted to the guide, at least 1: an anchor narrower than the
-            posterior has weights of infinite variance.
+        initial: where paths start: at the Gaussian with the "curvature" of log p(x, z) about the guide, at one with the
+            moments of the "refined" guide or of the "guide" as it is, or at the "prior".
+        widen: factor on the scales of that Gaussian, at least 1: an anchor narrower than the posterior has weights of
+            infinite variance.
         target_acceptance: what the pilot aims at.
         num_pilot_chains, num_pilot_temperatures: the size of the pilot run, which chooses step sizes and schedule. Its
             chains are not used in the estimate, so that the weights of the run that counts are unbiased.
@@ -66,7 +73,7 @@ class AIS(Evidence):
     num_temperatures: Count = 50
     num_leapfrog: Count = 3
     schedule: Schedule = "linear"
-    initial: Initial = "refined"
+    initial: Initial = "curvature"
     widen: Annotated[float, within("of at least 1")] = 1.2
     target_acceptance: Probability = 0.9
     num_pilot_chains: Several = 4
@@ -100,7 +107,7 @@ class AISMeasurement(Measurement):
 
     @property
     def estimator(self) -> str:
-        return f"AIS from the {self.evidence.initial} {'distribution' if self.evidence.initial == 'prior' else 'guide'}"
+        return f"AIS from {STARTS[self.evidence.initial]}"
 
     def measure(self, chunk: Chunk, refined: Posterior | None = None) -> Measured:
         path = self.path(chunk, refined)
@@ -143,13 +150,17 @@ class AISMeasurement(Measurement):
         if settings.initial == "prior":
             evaluator = problem.evaluator_of(problem.joint, split=True)
             return prior_path(evaluator, chunk, run.stream("scale prior"))
+        if settings.initial == "curvature":
+            return self._anchored(anchor_of(problem, chunk, run).gaussian, chunk)
         posterior = refined if settings.initial == "refined" else problem.guided()
         if posterior is None:
             raise InputError(
                 "evidence.initial: 'refined' needs a guide or a family to refine. Pass one, or use 'prior'"
             )
-        start = gaussian_of(problem.joint, posterior, chunk, run.stream("anchor"))
-        return anchored_path(problem.evaluator, start.widened(settings.widen), chunk)
+        return self._anchored(gaussian_of(problem.joint, posterior, chunk, run.stream("anchor")), chunk)
+
+    def _anchored(self, start: Gaussian, chunk: Chunk) -> Path:
+        return anchored_path(self.problem.evaluator, start.widened(self.evidence.widen), chunk)
 
     def notes(self, columns: Columns) -> list[str]:
         share = columns["log_evidence_ess"].mean() / self.evidence.num_chains

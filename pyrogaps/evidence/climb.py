@@ -129,7 +129,9 @@ class Climb:
             yield positions, self.sampler.log_weights(positions, draws, f"sample {draws}"), unknown
 
     def _annealed(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for rung, length in sorted({pair for pair in zip(self.pilots.tolist(), self.temperatures.tolist(), strict=True) if pair[1]}):
+        for rung, length in sorted(
+            {pair for pair in zip(self.pilots.tolist(), self.temperatures.tolist(), strict=True) if pair[1]}
+        ):
             positions = ((self.pilots == rung) & (self.temperatures == length)).nonzero()[:, 0]
             times = length // self.settings.temperatures[rung]
             steps = self.steps[rung][:, positions].repeat_interleave(times, 0)

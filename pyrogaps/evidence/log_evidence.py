@@ -33,15 +33,15 @@ def log_evidence(
     r"""log p(x_n) of every datapoint.
 
     By default a `Ladder` of estimators is climbed, datapoint by datapoint, until one can be trusted: importance
-    sampling from the refined guide; from a Gaussian with the curvature of log p(x, z) about it; AIS from that Gaussian,
-    as long as is needed. Each gives the log-mean-exp of weights with $\mathbb E[w] = p(x_n)$, a lower bound in
+    sampling from a Gaussian with the curvature of log p(x, z) about the guide; AIS from that Gaussian, as long as is
+    needed. The guide is not refined. Each gives the log-mean-exp of weights with $\mathbb E[w] = p(x_n)$, a lower bound in
     expectation. Pilot draws decide on the estimator and on the number of draws; they are not used in the estimate.
 
     Args:
-        model, guide, data, plate: as for `ais`, or a `Problem` alone. A guide is refined first; what `refine` returned
-            is taken as it is.
+        model, guide, data, plate: as for `ais`, or a `Problem` alone. Without a guide (None) the Gaussian is fitted
+            from the prior.
         evidence: how, `Ladder()` by default; or `AIS(...)`, or another `Evidence`.
-        refinement: settings of the refinement.
+        refinement: settings of the refinement, for an evidence that needs it.
         batch_size: datapoints held at once; it does not change the result.
         seed: of all the randomness.
 
@@ -85,7 +85,7 @@ def ais(
 
     Args:
         model, guide, data, plate: as for `JointDensity` and `GuideDensity`, or a `Problem` alone; no guide is used with
-            `initial="prior"`.
+            `initial="prior"`, and none is needed with `initial="curvature"`.
         settings: see `AIS`; `initial` overrides its field of that name.
         refinement: settings of the refinement that "refined" starts need.
         batch_size: datapoints held at once; it does not change the result.
@@ -100,7 +100,7 @@ def ais(
     settings = settings if initial is None else replace(settings, initial=initial)
     unused = settings.initial == "prior" and not isinstance(model, Problem)
     problem = Problem.of(model, None if unused else guide, data, plate)
-    if settings.initial != "prior":
+    if settings.initial in ("refined", "guide"):
         problem.guided()
     return measured(problem, settings, refinement, Run(seed, batch_size))
 
