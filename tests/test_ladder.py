@@ -1,7 +1,6 @@
 """log p(x) by the ladder: each rung against exact evidence, what is decided and why, and the ledger it makes."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -9,20 +8,19 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from torch import Tensor, nn
+from torch import Tensor
 
 import pyrogaps as pg
 from pyrogaps import InputError, JointDensity, Ladder, Refinement, log_evidence
 from pyrogaps.capture import BoundDensity, GradientEvaluator
-from pyrogaps.evidence import METHODS, LadderCheck, LadderEstimate, Measured
+from pyrogaps.capture.slots import Slots
+from pyrogaps.evidence import METHODS, LadderEstimate
 from pyrogaps.evidence.annealing import AdaptedStepSizes, Annealed, StepSizes, anneal, pilot, schedule
-from pyrogaps.evidence.importance import weigh
-from pyrogaps.evidence.ladder import LadderMeasurement
-from pyrogaps.evidence.plan import FIRST_AIS, GAUSSIAN, GUIDE, Plan
+from pyrogaps.evidence.climb import ANNEALING, SAMPLING
+from pyrogaps.evidence.importance import Sampler
 from pyrogaps.evidence.rotations import Rotation
-from pyrogaps.evidence.slots import POINTS, Slots
 from pyrogaps.gaps import GapLedger
-from pyrogaps.gaussians import Gaussian, gaussian_by_curvature, gaussian_of
+from pyrogaps.gaussians import Gaussian, anchor_of, gaussian_by_curvature, gaussian_of
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.refine import Refiner
 from pyrogaps.run import Run
@@ -36,12 +34,10 @@ from tests.references import (
     draws_of,
     gamma_poisson,
     gamma_poisson_evidence,
-    two_wells,
 )
 
 QUICK = Refinement(num_steps=300, num_particles=8, learning_rate=0.1, num_selection=128)
 BRIEF = Refinement(num_steps=120, num_particles=8, learning_rate=0.15, num_selection=64)
-UNCHECKED = Ladder(num_simulated=0)
 
 
 def intensities(x: Tensor) -> None:
@@ -61,52 +57,29 @@ def draws_of_intensities(number: int, columns: int) -> Tensor:
         return dist.Poisson(dist.Gamma(1.5, 0.5).sample((number, columns)).double()).sample()
 
 
-def climbed(model: object, x: Tensor, *ladders: tuple[Ladder, int]) -> list[LadderEstimate]:
-    """By each of some settings from a lowest rung on, of one refinement."""
-    problem, run, zero = pg.Problem.of(model, None, x), Run(0, 512), torch.zeros(1)
-    measurements = [
-        LadderMeasurement(settings, problem, run, LadderCheck(zero, zero, lowest, zero)) for settings, lowest in ladders
-    ]
-    refiner = Refiner(AutoNormal, BRIEF)
-
-    def measure(chunk: Chunk) -> list[Measured]:
-        refined, _ = refiner(problem.evaluator, chunk, run)
-        return [measurement.measure(chunk, refined) for measurement in measurements]
-
-    parts = zip(*run.map(measure, problem.joint), strict=True)
-    return [measurement.estimate(its) for measurement, its in zip(measurements, parts, strict=True)]
+def z_scores(estimate: LadderEstimate, exact: Tensor) -> Tensor:
+    return (estimate.value - exact) / estimate.mcse
 
 
 def test_intervals_cover_on_a_skewed_posterior() -> None:
-    """Of 2,048 datapoints; four binomial standard errors are 1.9 points."""
-    x = draws_of_intensities(2048, 4)
+    """Of 1,024 datapoints; four binomial standard errors are 2.7 points."""
+    x = draws_of_intensities(1024, 4)
     exact = intensities_evidence(x)
-    (estimate,) = climbed(intensities, x, (UNCHECKED, GUIDE))
+    estimate = log_evidence(intensities, None, x)
     low, high = estimate.interval()
-    assert 0.93 <= float(((low <= exact) & (exact <= high)).double().mean()) <= 0.97
-    assert float(((estimate.value - exact) / estimate.mcse).mean().abs()) < 0.2
-    assert set(estimate.method.tolist()) == {0, 1, 2}
-
-
-def test_intervals_cover_where_the_guide_is_of_the_wrong_shape() -> None:
-    """A mean-field anchor in a correlated posterior, without the curvature that would put it right."""
-    model = anisotropic(4, 2, dtype=torch.float64)
-    x, _ = draws_of(model, 2048, seed=2024)
-    (estimate,) = climbed(model, x, (replace(UNCHECKED, max_curvature_dim=1), GUIDE))
-    low, high = estimate.interval()
-    exact = model.log_evidence(x).detach()
-    assert 0.93 <= float(((low <= exact) & (exact <= high)).double().mean()) <= 0.97
-    assert int((estimate.method == 2).sum()) > 500
+    assert 0.923 <= float(((low <= exact) & (exact <= high)).double().mean()) <= 0.977
+    assert float(z_scores(estimate, exact).mean().abs()) < 0.2
+    assert set(estimate.method.tolist()) == {SAMPLING, ANNEALING}
 
 
 def test_tolerance_is_reached() -> None:
-    x = draws_of_intensities(128, 6)
+    x = draws_of_intensities(128, 12)
     errors = {}
     for tolerance in (0.1, 0.03):
-        (estimate,) = climbed(intensities, x, (replace(UNCHECKED, tolerance=tolerance), FIRST_AIS))
+        estimate = log_evidence(intensities, None, x, evidence=Ladder(tolerance=tolerance, min_ess=0.99))
         errors[tolerance] = float(estimate.mcse.square().mean().sqrt())
         assert errors[tolerance] < 1.2 * tolerance
-        assert int(estimate.num_draws.min()) >= POINTS
+        assert (estimate.method == ANNEALING).all()
     assert errors[0.03] < errors[0.1]
 
 
@@ -173,19 +146,59 @@ def posterior_start(model: LinearGaussian, x: Tensor) -> Gaussian:
 
 @pytest.mark.parametrize("scale", [1.0, 0.05, 20.0])
 def test_curvature_finds_a_gaussian_posterior(scale: float) -> None:
-    """From wrong scales too: what is cut off is measured again."""
+    """From wrong scales too: what a pass cuts off, the next one measures again."""
     model = anisotropic(5, 3, dtype=torch.float64)
     x, _ = draws_of(model, 7, seed=1)
     start = posterior_start(model, x)
-    slots = Slots(GradientEvaluator(JointDensity(model, x)), Chunk(0, 7))
-    members = torch.tensor([0, 2, 5])
-    begin = Gaussian(start.loc + 0.3 * start.scale, scale * start.scale).at(members)
-    fitted, cost = gaussian_by_curvature(begin, lambda rows, points: slots.gradients(members[rows], points))
+    bound = GradientEvaluator(JointDensity(model, x)).bind(torch.arange(7), 6)
+    begin = Gaussian(start.loc + 0.3 * start.scale, scale * start.scale)
+    found = gaussian_by_curvature(begin, lambda points: bound.gradients(points)[0])
     mean, covariance = model.posterior(x)
-    torch.testing.assert_close(fitted.loc, mean[members].detach(), atol=1e-6, rtol=1e-6)
-    found = fitted.scale @ fitted.scale.mT
-    torch.testing.assert_close(found, covariance.detach().expand_as(found), atol=1e-6, rtol=1e-6)
-    assert int(cost.min()) >= 2 * 3
+    torch.testing.assert_close(found.gaussian.loc, mean.detach(), atol=1e-6, rtol=1e-6)
+    fitted = found.gaussian.scale @ found.gaussian.scale.mT
+    torch.testing.assert_close(fitted, covariance.detach().expand_as(fitted), atol=1e-6, rtol=1e-6)
+    assert not found.cut.any()
+    assert found.agrees.all() == (scale == 1.0)
+    assert found.num_gradients == 3 * 2 * 3
+
+
+def test_curvature_says_where_it_found_none() -> None:
+    """Of log p = -|z|^2 / 2 + 3 log(1 + |z|^2), whose curvature at the start is negative, and of a flat direction."""
+
+    def gradients(points: Tensor) -> Tensor:
+        return torch.stack([-points[..., 0], torch.zeros_like(points[..., 1])], -1)
+
+    begin = Gaussian(torch.zeros(2, 2), torch.ones(2, 2))
+    flat = gaussian_by_curvature(begin, gradients)
+    assert flat.cut.all()
+    assert not flat.agrees.any()
+    broken = gaussian_by_curvature(begin, lambda points: torch.full_like(points, torch.nan))
+    assert broken.cut.all()
+    assert torch.isfinite(broken.gaussian.loc).all()
+    assert torch.isfinite(broken.gaussian.scale).all()
+
+
+@pytest.mark.parametrize(("dim", "condition"), [(6, 1e4), (50, 1e2)])
+def test_a_correlated_gaussian_is_found_from_a_mean_field_guide(dim: int, condition: float) -> None:
+    """The anchor of a mean-field guide alone was 1.9 nats low in 50 dimensions, with a stated error of 0.13."""
+    scales = torch.logspace(0, math.log10(condition), dim, dtype=torch.float64).sqrt()
+    with seeded(0, "rotation"):
+        axes, _ = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))
+        x = torch.randn(6, dim, dtype=torch.float64)
+    prior = axes * scales @ axes.T
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.MultivariateNormal(x.new_zeros(dim), precision_matrix=prior @ prior / condition))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    covariance = torch.linalg.inv(prior @ prior / condition) + torch.eye(dim, dtype=torch.float64)
+    exact = dist.MultivariateNormal(x.new_zeros(dim), covariance).log_prob(x)
+    guide = AutoNormal(model)
+    guide(x)
+    estimate = log_evidence(model, guide, x)
+    assert float(z_scores(estimate, exact).abs().max()) < 5
+    assert float(estimate.mcse.max()) < 0.1
 
 
 def test_a_gaussian_target_is_kept_by_every_rotation() -> None:
@@ -209,94 +222,61 @@ def test_slots_give_each_point_its_own_gradient() -> None:
     points = torch.randn(37, len(members), joint.dim, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(joint(points, members).sum(), points)
     torch.testing.assert_close(slots.gradients(members, points.detach()), expected)
+    torch.testing.assert_close(slots.values(members, points.detach()), joint(points, members).detach())
     cut = [(len(batch), kept) for batch, kept in slots.batches(torch.arange(41) % 50)]
-    assert cut == [(32, 32), (8, 8), (8, 1)]
+    assert cut == [(16, 16), (16, 16), (16, 9)]
 
 
 def test_a_weight_that_is_nan_names_its_own_datapoint() -> None:
     """Not the place that it has among those which are still open."""
 
     class Broken:
-        joint = staticmethod(lambda z, indices: torch.where(indices == 71, torch.nan, z.sum(-1)))
+        dim, block = 2, Chunk(64, 80)
 
-        def draw(self, members: Tensor, number: int, purpose: str, part: int) -> tuple[Tensor, Tensor]:
-            return torch.zeros(number, len(members), 2), torch.zeros(number, len(members))
+        @staticmethod
+        def values(positions: Tensor, points: Tensor) -> Tensor:
+            return torch.where(positions == 7, torch.nan, points.sum(-1))
 
-    members = torch.tensor([2, 7, 9])
+    positions, start = torch.tensor([2, 7, 9]), Gaussian(torch.zeros(16, 2), torch.ones(16, 2))
     with pytest.raises(InputError, match=r"^datapoints 71: "):
-        weigh(Broken(), Chunk(64, 80), members, torch.full((3,), 128), "draws")  # type: ignore[arg-type]
+        Sampler(Broken(), start, Run()).log_weights(positions, 128, "draws")  # type: ignore[arg-type]
 
 
-def test_a_perfect_guide_is_left_with_at_once() -> None:
-    """Weights that do not vary have a meaningless k-hat, which must not send anyone up the ladder."""
+def test_a_gaussian_posterior_is_left_with_at_once() -> None:
+    """Weights that hardly vary have a meaningless k-hat, which must not send anyone up the ladder."""
     model = anisotropic(5, 3, dtype=torch.float64)
     x, _ = draws_of(model, 8, seed=1)
-    _, covariance = model.posterior(x)
-
-    class Exact(nn.Module):
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.MultivariateNormal(model.posterior(x)[0].detach(), covariance.detach()))
-
-    estimate = log_evidence(model, Exact(), x, evidence=UNCHECKED, refinement=QUICK)
-    assert estimate.method.tolist() == [0] * 8
-    torch.testing.assert_close(estimate.value, model.log_evidence(x).detach(), atol=1e-3, rtol=0)
-
-
-def test_the_plan_buys_what_the_tolerance_takes_and_the_budget_allows() -> None:
-    settings = Ladder(tolerance=0.1, max_evaluations=5_000)
-    plan = Plan(3, settings)
-    everyone = torch.arange(3)
-    plan.note(GUIDE, everyone, torch.tensor([1.0, 50.0, 80.0]), torch.tensor([True, False, False]))
-    plan.note(GAUSSIAN, everyone[1:], torch.tensor([60.0, 4.0]), torch.tensor([False, False]))
-    plan.note_chains(FIRST_AIS, everyone[1:], torch.tensor([9.0, math.log(2)]))
-    plan.close()
-    # Nothing could be trusted with the second: of a variance of 60, 50 and e^(9 / 4^0.85) - 1 it takes the last.
-    assert plan.rung.tolist() == [GUIDE, FIRST_AIS, FIRST_AIS]
-    costs = torch.tensor([128, 16, 16])
-    wanted = plan.units(costs)
-    assert int((wanted * costs).sum()) <= plan.budget
-    assert wanted.tolist()[0] == 2  # 1.4 * 1 / 0.01 draws, in 128s
-    plan.evaluations += 4_900
-    fewer = plan.units(costs)
-    assert (fewer <= wanted).all()
-    assert int((fewer * costs).sum()) <= plan.budget - int(plan.evaluations.sum())
-
-
-def test_a_rung_that_the_check_took_away_is_not_chosen() -> None:
-    """However little its weights vary: only where no other has been tried."""
-    plan = Plan(2, Ladder(), lowest=FIRST_AIS)
-    both = torch.arange(2)
-    plan.note(GUIDE, both, torch.tensor([0.01, 0.01]), torch.tensor([True, True]))
-    assert plan.open.tolist() == [0, 1]
-    plan.note_chains(FIRST_AIS, both[:1], torch.tensor([5.0]))
-    plan.close()
-    assert plan.rung.tolist() == [FIRST_AIS, GUIDE]
+    estimate = log_evidence(model, WrongEncoder(model), x)
+    assert estimate.method.tolist() == [SAMPLING] * 8
+    assert float(z_scores(estimate, model.log_evidence(x).detach()).abs().max()) < 4
+    # The anchor, a pilot, and draws for the estimate.
+    assert float(estimate.num_evaluations.double().mean()) <= 6 * 3 + 128 + 512
 
 
 def test_what_is_spent_stays_within_the_budget() -> None:
     x = draws_of_intensities(64, 6)
-    short = replace(UNCHECKED, max_evaluations=2_000, tolerance=0.01)
-    free, bound = climbed(intensities, x, (UNCHECKED, FIRST_AIS), (short, FIRST_AIS))
-    assert float(bound.num_evaluations.double().mean()) <= 2_000
+    free = log_evidence(intensities, None, x, evidence=Ladder(tolerance=0.01))
+    bound = log_evidence(intensities, None, x, evidence=Ladder(tolerance=0.01, max_evaluations=3_000))
+    assert int(bound.num_evaluations.max()) <= 3_000 < int(free.num_evaluations.max())
     assert float(bound.mcse.mean()) > 0.01
-    assert float(free.num_evaluations.double().mean()) < 20_000
+    assert float(free.mcse.square().mean().sqrt()) < 0.012
 
 
 def test_batches_and_seeds() -> None:
     x = draws_of_intensities(100, 2)
-    refined = pg.refine(intensities, AutoNormal, x, settings=BRIEF, batch_size=64)
     small, large, other = (
-        log_evidence(intensities, refined, x, evidence=UNCHECKED, batch_size=size, seed=seed)
-        for size, seed in ((64, 0), (64, 0), (64, 1))
+        log_evidence(intensities, None, x, batch_size=size, seed=seed) for size, seed in ((64, 0), (128, 0), (64, 1))
     )
     torch.testing.assert_close(small.value, large.value)
+    assert torch.equal(small.num_draws, large.num_draws)
     assert not torch.equal(small.value, other.value)
-    whole = pg.refine(intensities, AutoNormal, x, settings=BRIEF, batch_size=128)
-    assert torch.equal(
-        log_evidence(intensities, whole, x, evidence=UNCHECKED, batch_size=128).num_draws,
-        log_evidence(intensities, whole, x, evidence=UNCHECKED, batch_size=64).num_draws,
-    )
+
+
+def test_a_refined_guide_is_taken_as_it_is() -> None:
+    x = draws_of_intensities(20, 2)
+    refined = pg.refine(intensities, AutoNormal, x, settings=BRIEF)
+    estimate = log_evidence(intensities, refined, x)
+    assert float(z_scores(estimate, intensities_evidence(x)).abs().max()) < 5
 
 
 def test_one_datapoint_without_a_plate() -> None:
@@ -306,10 +286,31 @@ def test_one_datapoint_without_a_plate() -> None:
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
     x = torch.tensor([0.3, 1.1, 0.7], dtype=torch.float64)
-    refined = pg.refine(model, AutoNormal, x, settings=QUICK, plate=False)
-    estimate = log_evidence(model, refined, x, evidence=UNCHECKED, plate=False)
+    estimate = log_evidence(model, None, x, plate=False)
     exact = dist.MultivariateNormal(torch.zeros(3).double(), 0.25 * torch.eye(3).double() + 1.0).log_prob(x)
     torch.testing.assert_close(estimate.value, exact[None], atol=0.02, rtol=0)
+
+
+def test_above_the_largest_dimension_the_guide_is_the_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyrogaps.gaussians.anchor.MAX_DIM", 1)
+    model = anisotropic(4, 2, dtype=torch.float64)
+    x, _ = draws_of(model, 512, seed=2024)
+    estimate, exact = log_evidence(model, WrongEncoder(model), x), model.log_evidence(x).detach()
+    assert (estimate.method == ANNEALING).all()
+    low, high = estimate.interval()
+    assert float(((low <= exact) & (exact <= high)).double().mean()) >= 0.92
+    assert float(z_scores(estimate, exact).mean().abs()) < 0.2
+
+
+def test_the_anchor_is_fitted_once_for_a_chunk() -> None:
+    model = anisotropic(4, 2, dtype=torch.float64)
+    x, _ = draws_of(model, 5, seed=1)
+    problem, run = pg.Problem.of(model, WrongEncoder(model), x), Run(0)
+    first = anchor_of(problem, Chunk(0, 5), run)
+    before = problem.evaluator.num_gradients
+    assert anchor_of(problem, Chunk(0, 5), run) is first
+    assert problem.evaluator.num_gradients == before
+    assert anchor_of(problem, Chunk(0, 5), run.derived("other")) is not first
 
 
 @pytest.fixture(scope="module")
@@ -320,33 +321,7 @@ def pair() -> tuple[LinearGaussian, WrongEncoder, Tensor]:
 
 @pytest.fixture(scope="module")
 def ledger(pair: tuple[LinearGaussian, WrongEncoder, Tensor]) -> GapLedger:
-    evidence = Ladder(max_curvature_dim=1, num_simulated=16)
-    return pg.decompose(*pair, evidence=evidence, refinement=QUICK, num_particles=500, progress=False)
-
-
-def test_ladder_is_checked_and_kept_where_it_is_right(ledger: GapLedger) -> None:
-    check = ledger.provenance["evidence"]["check"]
-    assert check["lowest"] == 0
-    assert check["num_simulated"] == 16
-    assert check["width"] < 0.1
-
-
-def test_ladder_is_found_wrong_where_a_mode_is_missed() -> None:
-    """Of two wells a Gaussian holds one: no rung sees the other, and the sandwich stays open."""
-    with seeded(0, "wells"):
-        z = torch.randn(24, 2).double()
-        x = z[:, 0] ** 2 + 0.3 * z[:, 1] + 0.3 * torch.randn(24).double()
-    settings = Ladder(temperatures=(4, 8), num_simulated=24, max_evaluations=3000)
-    refined = Refinement(num_steps=150, num_particles=8, learning_rate=0.1, num_selection=64)
-    guide = AutoNormal(two_wells)
-    pyro.clear_param_store()
-    guide(x)
-    ledger = pg.decompose(two_wells, guide, x, evidence=settings, refinement=refined, num_particles=200, progress=False)
-    check = ledger.provenance["evidence"]["check"]
-    assert check["lowest"] == 3
-    assert check["width"] > 0.1
-    assert any("log p(x) of simulated data may be" in warning for warning in ledger.diagnose().warnings)
-    assert "The lowest 3 rungs are left out" in str(ledger)
+    return pg.decompose(*pair, refinement=QUICK, num_particles=500, progress=False)
 
 
 def test_ledger_tells_how_it_was_measured(
@@ -359,7 +334,6 @@ def test_ledger_tells_how_it_was_measured(
     assert np.abs(error).max() < 5
     assert "evaluations per datapoint" in str(ledger)
     assert ", tolerance 0.1" in str(ledger)
-    assert "checked on 16 datapoints" in str(ledger)
     sampled = data["log_evidence_method"].values < METHODS.index("AIS")
     assert np.isnan(data["acceptance"].values).tolist() == sampled.tolist()
     again = GapLedger.from_datatree(ledger.to_datatree())
@@ -368,29 +342,10 @@ def test_ledger_tells_how_it_was_measured(
     pg.plot_ledger(again)
 
 
-def test_certificate_of_an_escalation(pair: tuple[LinearGaussian, WrongEncoder, Tensor]) -> None:
+def test_certificate_of_a_ladder(pair: tuple[LinearGaussian, WrongEncoder, Tensor]) -> None:
     certificate = pg.Certificate(num_simulated=8, num_refined_again=4, longer=2)
-    ledger = pg.decompose(
-        *pair, evidence=UNCHECKED, refinement=QUICK, num_particles=200, certificate=certificate, progress=False
-    )
+    ledger = pg.decompose(*pair, refinement=QUICK, num_particles=200, certificate=certificate, progress=False)
     assert "certificate: BDMC on 8 datapoints" in str(ledger)
-
-
-def test_what_cannot_be_simulated_is_measured_unchecked() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
-            pyro.factor("penalty", -z[..., 1].abs())
-
-    class Guide(nn.Module):
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(torch.stack([x, 0 * x], -1), 1.0).to_event(1))
-
-    x = torch.linspace(-1, 1, 5, dtype=torch.float64)
-    ledger = pg.decompose(model, Guide(), x, evidence=Ladder(), refinement=QUICK, num_particles=200, progress=False)
-    assert "no check on simulated data (site 'penalty'" in str(ledger)
 
 
 @pytest.mark.parametrize(

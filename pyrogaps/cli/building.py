@@ -19,7 +19,7 @@ from pyrogaps.cli.typed import Component, typed_arguments
 from pyrogaps.density.data import Data
 from pyrogaps.density.runs import Program, check_callable, modules_of
 from pyrogaps.errors import InputError
-from pyrogaps.evidence import AIS, Evidence
+from pyrogaps.evidence import Evidence, Ladder
 from pyrogaps.guard import described, failures_named
 
 PAIR_REMEDY = "Name an object with both .model and .guide under pair"
@@ -53,7 +53,7 @@ def build_encoder(recipe: Recipe) -> Program | None:
 
 def build_evidence(recipe: Recipe) -> Evidence:
     """The estimator of log p(x) that `recipe` names."""
-    if isinstance(recipe.evidence, AIS):
+    if isinstance(recipe.evidence, Ladder):
         return recipe.evidence
     evidence = construct("evidence", recipe.evidence)
     if not isinstance(evidence, Evidence):

@@ -157,7 +157,7 @@ def override(document: Document, key: str, value: Any) -> None:
     """Set the field with dotted name `key`, such as `data.init_args.num_test`, in place.
 
     A component written as a bare dotted path is first spelled out; a null section becomes one with defaults. A
-    `class_path` replaces fields that belong to no named class, such as those of AIS in `evidence`.
+    `class_path` replaces fields that belong to no named class, such as those of Ladder in `evidence`.
     """
     *parents, last = key.split(".")
     node = document

@@ -13,7 +13,7 @@ from pyrogaps.cli.documents import Document, merged
 from pyrogaps.cli.typed import Component, typed_arguments
 from pyrogaps.conditioning import Conditioning
 from pyrogaps.errors import InputError
-from pyrogaps.evidence import AIS
+from pyrogaps.evidence import Ladder
 from pyrogaps.gaps import Certificate, Retraining
 from pyrogaps.mapa import Mapa
 from pyrogaps.memory import Bytes
@@ -49,7 +49,7 @@ class Recipe:
         encoder: the encoder h that MAPA trains the model with; null: the guide; MAPA's bound is then one of log p(x).
         training: settings of `pyrogaps.train`; null: no training.
         families: further variational families to compare, by name; each is called with the model.
-        evidence: the estimator of log p(x): fields of AIS, or class_path (such as pyrogaps.Ladder) and init_args.
+        evidence: the estimator of log p(x): fields of Ladder, or class_path (such as pyrogaps.AIS) and init_args.
         refinement: settings of the per-datapoint refinement.
         conditioning: settings of the shared posterior, for a guide that is not shown all of x.
         reference: training settings of the reference guide for the conditioning gap of a lookahead; null: none.
@@ -75,7 +75,7 @@ class Recipe:
     encoder: Component | None = None
     training: Training | None = field(default_factory=Training)
     families: dict[str, Component] = field(default_factory=dict)
-    evidence: AIS | Component = field(default_factory=AIS)
+    evidence: Ladder | Component = field(default_factory=Ladder)
     refinement: Refinement = field(default_factory=Refinement)
     conditioning: Conditioning = field(default_factory=Conditioning)
     reference: Training | None = None

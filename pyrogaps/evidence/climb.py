@@ -18,12 +18,22 @@ from pyrogaps.streams import PARTICLE_BLOCK, Chunk
 
 SAMPLING, ANNEALING = 0, 1
 # As many more draws as the pilot asks for, because its variance is itself uncertain.
-MARGIN = 1.4
-# The run that counts has up to this many times as many temperatures as its pilot. The variance of log w falls a little
-# slower than 1 / T.
-MOST_TIMES, DECAY = 8, 0.85
+MARGIN = 1.5
+# How many times as many temperatures as its pilot the run that counts may have: few numbers, so that many datapoints
+# run together. The variance of log w falls a little slower than 1 / T.
+TIMES, DECAY = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), 0.85
 # Fewer draws than this say too little of their own tail.
 MIN_SAMPLES = 512
+
+# Posteriors have heavier tails than Gaussians: draws from one that is wider by this factor have weights of a finite
+# third moment where tails are exponential. In many dimensions that costs too much; there it is about so many nats of
+# variance in log w.
+WIDEST, NATS = 1.4, 0.6
+
+
+def widening(dim: int) -> float:
+    """The factor on the scales of the anchor."""
+    return min(WIDEST, 1 + math.sqrt(NATS / dim))
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ class Climb:
     def __init__(
         self, evaluator: GradientEvaluator, anchor: Curvature, block: Chunk, settings: LadderSettings, run: Run
     ) -> None:
-        number, slots, start = len(block), Slots(evaluator, block), anchor.gaussian.widened(settings.widen)
+        number, slots = len(block), Slots(evaluator, block)
+        start = anchor.gaussian.widened(widening(slots.dim))
         self.settings, self.anchor = settings, anchor
         self.sampler, self.annealer = Sampler(slots, start, run), Annealer(slots, start, settings, run)
         self.evaluations = torch.full((number,), anchor.num_gradients)
@@ -74,14 +85,13 @@ class Climb:
         settings = self.settings
         sampled, varies, cost = pilot_sampling(self.sampler, candidates, settings)
         self.evaluations[candidates] += cost
-        needed = MARGIN * varies / settings.tolerance**2
-        units = (needed.clamp(min=MIN_SAMPLES, max=settings.max_evaluations) / PARTICLE_BLOCK).ceil().long()
-        self.draws[sampled] = units * PARTICLE_BLOCK
+        needed = (MARGIN * varies / settings.tolerance**2).clamp(min=MIN_SAMPLES)
+        needed = needed.minimum(settings.max_evaluations - self.evaluations[sampled]).clamp(min=PARTICLE_BLOCK)
+        self.draws[sampled] = (needed / PARTICLE_BLOCK).floor().long() * PARTICLE_BLOCK
 
     def _pilot_annealing(self) -> None:
-        """The pilots of AIS, longer and longer, until a run of `MOST_TIMES` as many temperatures will do."""
+        """The pilots of AIS, longer and longer, until a run of a few times as many temperatures will do."""
         settings, open_ = self.settings, (self.draws == 0).nonzero()[:, 0]
-        target = math.log1p(settings.num_chains * settings.tolerance**2 / MARGIN)
         for rung, number in enumerate(settings.temperatures):
             if not len(open_):
                 break
@@ -90,25 +100,25 @@ class Climb:
             steps = torch.ones(number, len(self.draws), dtype=torch.float64, device=piloted.steps.device)
             steps[:, open_] = piloted.steps
             self.steps[rung], self.pilots[open_] = steps, rung
-            # Whole powers of two, so that many datapoints run together.
-            times = (piloted.log_variance / target).pow(1 / DECAY).clamp(min=1.0, max=1e6).log2().ceil().exp2()
-            self.temperatures[open_] = number * times.clamp(max=MOST_TIMES).long()
-            last = rung + 1 == len(settings.temperatures)
-            further = times > MOST_TIMES
-            if not last:
+            wanted = number * (piloted.log_variance / self._target).pow(1 / DECAY)
+            lengths = torch.tensor([round(number * times) for times in TIMES])
+            left = settings.max_evaluations - self.evaluations[open_]
+            affordable = (self._cost(lengths) <= left[:, None]).sum(1) - 1
+            chosen = torch.searchsorted(lengths[:-1].double(), wanted).minimum(affordable).clamp(min=0)
+            self.temperatures[open_] = lengths[chosen]
+            if rung + 1 < len(settings.temperatures):
                 longer = settings.temperatures[rung + 1]
-                least = self.annealer.pilot_cost(longer) + settings.num_chains * self.annealer.cost(longer)
-                further = further & (self.evaluations[open_] + least <= settings.max_evaluations)
-            open_ = open_[further] if not last else open_[:0]
-        self._within_budget()
+                least = self.annealer.pilot_cost(longer) + self._cost(torch.tensor(longer))
+                open_ = open_[(wanted > lengths[-1]) & (least <= left)]
 
-    def _within_budget(self) -> None:
-        """Halve the temperatures of datapoints that would cost more than they may, down to their pilot's."""
-        least = torch.tensor(self.settings.temperatures)[self.pilots]
-        for _ in range(int(math.log2(MOST_TIMES))):
-            cost = self.settings.num_chains * self.annealer.cost(1) * self.temperatures
-            dear = (self.evaluations + cost > self.settings.max_evaluations) & (self.temperatures >= 2 * least)
-            self.temperatures[dear] //= 2
+    @property
+    def _target(self) -> float:
+        """The variance of log w at which the chains reach the tolerance, if it is normal."""
+        return math.log1p(self.settings.num_chains * self.settings.tolerance**2 / MARGIN)
+
+    def _cost(self, num_temperatures: Tensor) -> Tensor:
+        """Gradients of the run that counts, of a datapoint."""
+        return self.settings.num_chains * self.annealer.cost(num_temperatures)
 
     def _measured(self) -> Climbed:
         number = len(self.draws)
@@ -133,8 +143,9 @@ class Climb:
             {pair for pair in zip(self.pilots.tolist(), self.temperatures.tolist(), strict=True) if pair[1]}
         ):
             positions = ((self.pilots == rung) & (self.temperatures == length)).nonzero()[:, 0]
-            times = length // self.settings.temperatures[rung]
-            steps = self.steps[rung][:, positions].repeat_interleave(times, 0)
+            # Along the same path, the step lengths of the pilot's nearest temperature.
+            nearest = torch.arange(length) * self.settings.temperatures[rung] // length
+            steps = self.steps[rung][:, positions][nearest]
             ran = self.annealer.anneal(positions, self.settings.num_chains, steps)
             self.evaluations[positions] += len(ran.log_weights) * self.annealer.cost(length)
             yield positions, ran.log_weights, ran.acceptance

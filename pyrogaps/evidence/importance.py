@@ -14,7 +14,7 @@ from pyrogaps.run import Run
 from pyrogaps.streams import PARTICLE_BLOCK, Chunk, particle_blocks
 
 # Draws from which on weights are examined closely, if they look well at all.
-NUM_FIRST_DRAWS = 128
+NUM_FIRST_DRAWS = 64
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,8 @@ def pilot_sampling(sampler: Sampler, positions: Tensor, settings: LadderSettings
     """
     first = sampler.log_weights(positions, NUM_FIRST_DRAWS, "first pilot")
     varies = excess(first)
-    near_constant = _near_constant(varies, settings)
-    close = ~near_constant & (varies <= 1 / settings.min_ess - 1)
-    examined, trusted = close.nonzero()[:, 0], near_constant.clone()
+    trusted = _near_constant(varies, settings)
+    examined = (~trusted & (varies <= 1 / settings.min_ess - 1)).nonzero()[:, 0]
     cost = torch.full((len(positions),), NUM_FIRST_DRAWS)
     if len(examined):
         more = max(PARTICLE_BLOCK, settings.num_pilot_draws - NUM_FIRST_DRAWS)

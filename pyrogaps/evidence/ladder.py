@@ -50,7 +50,6 @@ class Ladder(LadderSettings, Evidence):
         num_chains: of AIS.
         temperatures: of the AIS pilots, increasing; the run that counts has up to eight times as many.
         num_leapfrog: steps of each transition.
-        widen: factor on the scales of the Gaussian.
         target_acceptance: what the pilots aim at.
 
     Raises `InputError` for a setting out of range.

@@ -20,7 +20,6 @@ class LadderSettings:
     num_chains: Annotated[int, within("of at least 16")] = 64
     temperatures: tuple[Count, ...] = (8, 64, 512)
     num_leapfrog: Count = 1
-    widen: Annotated[float, within("of at least 1")] = 1.1
     target_acceptance: Probability = 0.8
 
     def __post_init__(self) -> None:

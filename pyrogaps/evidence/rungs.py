@@ -1,7 +1,7 @@
 """The further rungs of the ladder: AIS from the anchor by rotations, its pilots and the run that counts."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from pyrogaps.evidence.rotations import Rotation
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, Noise
+
+Count = TypeVar("Count", int, Tensor)
 
 
 class Piloted(NamedTuple):
@@ -78,7 +80,7 @@ class Annealer:
             acceptance.unflatten(0, (-1, each)).mean(1).cpu(),
         )
 
-    def cost(self, num_temperatures: int) -> int:
+    def cost(self, num_temperatures: Count) -> Count:
         """Gradients of one chain."""
         return 1 + num_temperatures * self.settings.num_leapfrog
 

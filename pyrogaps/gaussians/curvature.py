@@ -91,9 +91,8 @@ def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None) -> _Refi
     whitened = factor.double() @ axes
     half = whitened * values.clamp(FLATTEST, STEEPEST).rsqrt()[:, None, :]
     new = torch.linalg.cholesky(half @ half.mT)
-    # A step by a curvature that was cut off would overshoot where it is steeper.
     along = torch.einsum("bji,bj->bi", whitened, gradients.mean(0).double())
-    step = along / values.abs().clamp(min=FLATTEST)
+    step = along / values.abs().clamp(min=FLATTEST**2)
     longest = max(LONGEST * dim**0.5, LONGEST_FEW)
     length = step.norm(dim=-1, keepdim=True)
     step = step * (longest / length.clamp(min=1e-300)).clamp(max=1.0)
