@@ -109,7 +109,10 @@ RECIPE = {
     "guide": "mine.Guide",
     "training": {"num_epochs": 4, "batch_size": 25, "learning_rate": "1e-2"},
     "families": {"mean-field": "pyro.infer.autoguide.AutoNormal"},
-    "evidence": {"num_chains": 2, "num_temperatures": 4, "num_leapfrog": 2},
+    "evidence": {
+        "class_path": "pyrogaps.AIS",
+        "init_args": {"num_chains": 2, "num_temperatures": 4, "num_leapfrog": 2},
+    },
     "refinement": {"num_steps": 20},
     "num_particles": 50,
     "batch_size": 32,

@@ -113,7 +113,7 @@ EVIDENCE: dict[str, Any] = {
 }
 AIS = functools.partial(pg.AIS, **EVIDENCE)
 REFINEMENT = pg.Refinement(num_steps=2, num_particles=2, num_selection=4)
-LADDER = pg.Ladder(max_evaluations=200, num_pilot_draws=100, temperatures=(2,), num_simulated=2, tolerance=1.0)
+LADDER = pg.Ladder(max_evaluations=200, num_pilot_draws=100, temperatures=(2,), num_chains=16, tolerance=1.0)
 RETRAINING = pg.Retraining(Training(num_epochs=1), max_rounds=1, num_datapoints=NUM_DATAPOINTS)
 
 
@@ -322,7 +322,7 @@ def recipe(guide: str) -> dict[str, Any]:
         "guide": {"class_path": path, "init_args": arguments},
         "evaluate": {"part": "train" if held else "test"},
         "training": {"num_epochs": 2, "batch_size": 66},
-        "evidence": EVIDENCE,
+        "evidence": {"class_path": "pyrogaps.AIS", "init_args": EVIDENCE},
         "refinement": {"num_steps": 2, "num_particles": 2, "num_selection": 4},
         "conditioning": {"num_completions": 4, "max_completions": 4},
         "num_particles": 4,

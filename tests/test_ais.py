@@ -387,7 +387,7 @@ def test_moments_start_gives_padding_unit_scales() -> None:
         ({"widen": 0.9}, "evidence.widen: must be a number of at least 1"),
         ({"target_acceptance": 1.0}, "evidence.target_acceptance: must be a number above 0 and below 1"),
         ({"schedule": "cosine"}, "evidence.schedule: must be one of linear, sigmoid, thermodynamic"),
-        ({"initial": "posterior"}, "evidence.initial: must be one of refined, guide, prior"),
+        ({"initial": "posterior"}, "evidence.initial: must be one of curvature, refined, guide, prior"),
     ],
 )
 def test_bad_settings_are_named(arguments: dict[str, object], message: str) -> None:

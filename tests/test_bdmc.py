@@ -164,7 +164,7 @@ class PlainAuxiliary(nn.Module):
 
 @pytest.mark.usefixtures("brief_check")
 def test_auxiliary_variables_are_simulated_too() -> None:
-    """AIS runs on the space of both, and so does its reverse; a certificate and a ladder's check need it as well."""
+    """AIS runs on the space of both, and so does its reverse; a certificate needs it as well."""
     torch.manual_seed(0)
     model, guide = anisotropic(8, 3), PlainAuxiliary()
     settings, hasty = AIS(num_chains=8, num_temperatures=20), replace(BRIEF, num_steps=25)
@@ -177,11 +177,10 @@ def test_auxiliary_variables_are_simulated_too() -> None:
         model,
         guide,
         result.data[:2],
-        evidence=Ladder(num_simulated=2),
+        evidence=Ladder(),
         certificate=Certificate(2, 2, 2),
         refinement=hasty,
         num_particles=50,
         progress=False,
     )
-    assert "checked on 2 datapoints" in str(ledger)
     assert ledger.certificate is not None

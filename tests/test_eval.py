@@ -133,7 +133,7 @@ def test_a_recipe_that_extends_itself_by_another_spelling(tmp_path, monkeypatch,
 def test_overrides_reach_every_kind_of_field():
     recipe, options = parsed(
         [
-            *("digits", "--training.num_epochs", "3", "--evidence.num_chains=4", "--data.init_args.num_test", "100"),
+            *("digits", "--training.num_epochs", "3", "--evidence.num_chains=20", "--data.init_args.num_test", "100"),
             *("--guide", "mine.guide", "--model.init_args.hidden", "[5, 6]", "--families", "{}", "--plate", "rows"),
             *(
                 "--evaluate.part=train",
@@ -146,7 +146,7 @@ def test_overrides_reach_every_kind_of_field():
         ]
     )
     assert (recipe.training.num_epochs, recipe.training.learning_rate) == (3, 1e-4)
-    assert (recipe.evidence.num_chains, recipe.refinement.num_steps) == (4, 7)
+    assert (recipe.evidence.num_chains, recipe.refinement.num_steps) == (20, 7)
     assert recipe.data.init_args["num_test"] == 100
     assert recipe.model.init_args == {**read_document("digits")["model"]["init_args"], "hidden": [5, 6]}
     assert (recipe.guide, recipe.families) == (Component("mine.guide"), {})

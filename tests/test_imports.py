@@ -86,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "problem": GROUND | {"density", "capture"},
     "run": GROUND | {"density", "chunk_cache"},
     "hmc": set(),
-    "gaussians": {"streams", "density", "hmc"},
+    "gaussians": SEAM | {"hmc"},
     "bounds": SEAM,
     "refine": SEAM | {"bounds"},
     "evidence": SEAM | {"hmc", "gaussians", "bounds", "refine"},

@@ -144,7 +144,7 @@ def posterior_start(model: LinearGaussian, x: Tensor) -> Gaussian:
     return Gaussian(mean.detach(), scale.detach().expand_as(mean).clone())
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.05, 20.0])
+@pytest.mark.parametrize("scale", [1.0, 0.15, 20.0])
 def test_curvature_finds_a_gaussian_posterior(scale: float) -> None:
     """From wrong scales too: what a pass cuts off, the next one measures again."""
     model = anisotropic(5, 3, dtype=torch.float64)
@@ -250,7 +250,7 @@ def test_a_gaussian_posterior_is_left_with_at_once() -> None:
     assert estimate.method.tolist() == [SAMPLING] * 8
     assert float(z_scores(estimate, model.log_evidence(x).detach()).abs().max()) < 4
     # The anchor, a pilot, and draws for the estimate.
-    assert float(estimate.num_evaluations.double().mean()) <= 6 * 3 + 128 + 512
+    assert float(estimate.num_evaluations.double().mean()) <= 6 * 3 + 512 + 512
 
 
 def test_what_is_spent_stays_within_the_budget() -> None:
@@ -259,7 +259,7 @@ def test_what_is_spent_stays_within_the_budget() -> None:
     bound = log_evidence(intensities, None, x, evidence=Ladder(tolerance=0.01, max_evaluations=3_000))
     assert int(bound.num_evaluations.max()) <= 3_000 < int(free.num_evaluations.max())
     assert float(bound.mcse.mean()) > 0.01
-    assert float(free.mcse.square().mean().sqrt()) < 0.012
+    assert float(free.mcse.square().mean().sqrt()) < 0.014
 
 
 def test_batches_and_seeds() -> None:
@@ -288,7 +288,7 @@ def test_one_datapoint_without_a_plate() -> None:
     x = torch.tensor([0.3, 1.1, 0.7], dtype=torch.float64)
     estimate = log_evidence(model, None, x, plate=False)
     exact = dist.MultivariateNormal(torch.zeros(3).double(), 0.25 * torch.eye(3).double() + 1.0).log_prob(x)
-    torch.testing.assert_close(estimate.value, exact[None], atol=0.02, rtol=0)
+    torch.testing.assert_close(estimate.value, exact[None], atol=5 * float(estimate.mcse), rtol=0)
 
 
 def test_above_the_largest_dimension_the_guide_is_the_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +357,7 @@ def test_certificate_of_a_ladder(pair: tuple[LinearGaussian, WrongEncoder, Tenso
         ({"temperatures": ()}, "evidence.temperatures"),
         ({"temperatures": (8, 4)}, "evidence.temperatures"),
         ({"target_acceptance": 1.0}, "evidence.target_acceptance"),
-        ({"widen": 0.9}, "evidence.widen"),
+        ({"num_chains": 8}, "evidence.num_chains"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:

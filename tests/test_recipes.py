@@ -109,7 +109,7 @@ def test_flows_that_cannot_be_used(options: str, said: str, tmp_path: Path, caps
 
 
 def test_weights_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = "--training.num_epochs 1 --evidence.num_temperatures 2 --refinement.num_steps 2 --num_particles 4"
+    short = "--training.num_epochs 1 --evidence.temperatures [2] --refinement.num_steps 2 --num_particles 4"
     run = str(tmp_path / "run")
     assert main(["digits", *SMALL.split(), *short.split(), "--families", "{}", "--out", run]) == 0
     again = [*SMALL.split(), *FLOW.split(), "--checkpoint", f"{run}/checkpoint.pt", "--out", str(tmp_path / "other")]
@@ -144,7 +144,7 @@ def few_chorales(tmp_path: Path) -> list[str]:
         "guide.init_args.rnn_dim": 4,
         "training.num_epochs": 1,
         "reference.num_epochs": 2,
-        "evidence.num_temperatures": 2,
+        "evidence.init_args.num_temperatures": 2,
         "refinement.num_steps": 2,
         "num_particles": 4,
         "out": tmp_path / "run",
@@ -199,7 +199,7 @@ def few_points(tmp_path: Path) -> list[str]:
         "evaluate.num_datapoints": 6,
         "mapa.training.num_epochs": 2,
         "training.num_epochs": 2,
-        "evidence": "{num_chains: 2, num_temperatures: 3, num_leapfrog: 2, initial: prior}",
+        "evidence": "{num_chains: 16, temperatures: [2]}",
         "refinement": "{num_steps: 3}",
         "num_particles": 8,
         "out": tmp_path / "run",
@@ -250,7 +250,7 @@ def test_retraining_splits_the_amortization_gap(few_points: list[str], tmp_path:
 
 @pytest.mark.slow
 def test_another_evidence_is_named_by_its_class(few_points: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    ladder = ["--evidence.tolerance", "0.2", "--evidence.class_path", "pyrogaps.Ladder", "--evidence.num_simulated=0"]
+    ladder = ["--evidence.tolerance", "0.2", "--evidence.class_path", "pyrogaps.Ladder"]
     assert main(["mapa-circle", *few_points, *ladder]) == 0
     assert ", tolerance 0.2" in capsys.readouterr().out
 

@@ -65,9 +65,9 @@ def plain() -> Callable[[], Any]:
 
 
 def escalated() -> Callable[[], Any]:
-    """Posteriors of one mode and of two: every rung is climbed. With a check of the ladder and a certificate."""
+    """Posteriors of one mode and of two: every rung is climbed. With a certificate."""
     x = torch.linspace(-2, 5, NUMBER, dtype=torch.float64)
-    ladder = pg.Ladder(num_simulated=66, temperatures=(2, 4), num_pilot_draws=150, max_evaluations=2000)
+    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=150, max_evaluations=2000)
     options = {**TINY, "evidence": ladder, "certificate": pg.Certificate(66, 66, 2)}
     return lambda: pg.decompose(parabola, Slope(), x, **options)
 
@@ -113,8 +113,7 @@ RUNS = {run.__name__: run for run in (plain, escalated, conditioned, split, cali
 REFINING = {"refine own", "refine further own", "select own"}
 BOUNDS = {"elbo", "refined own", "unused", *REFINING}
 ANNEALING = {"pilot", "pilot start", "ais", "ais start"}
-LADDER = {f"escalation {rung}".strip() for rung in ("pilot", "", "scout", "run")}
-REVERSE = {"simulate", "pilot", "pilot start", "reverse ais", "unused", *REFINING}
+LADDER = {f"ladder {rung}" for rung in ("first pilot", "second pilot", "sample", "pilot", "run")}
 STRUCTURE = {"structure", "probe", "guide structure", "own family"}
 
 
@@ -135,14 +134,13 @@ def of_family(name: str) -> set[str]:
     return refining | under(name, {"family", "family axes"})
 
 
-CERTIFICATE = under("certificate", REVERSE) | under("certificate / refined again", {"elbo", "unused", *REFINING})
+CERTIFICATE = under("certificate", {"simulate", "pilot", "pilot start", "reverse ais", "unused"}) | under("certificate / refined again", {"elbo", "unused", *REFINING})
 TRAINING = under("training", {"epoch", "set up"})
 PURPOSES = {
     "plain": STRUCTURE | BOUNDS | ANNEALING | {"start own"} | of_family("one") | of_family("other"),
     "escalated": STRUCTURE
     | BOUNDS
     | LADDER
-    | under("ladder", REVERSE | LADDER)
     | CERTIFICATE
     | under("certificate", LADDER),
     "conditioned": STRUCTURE
@@ -214,8 +212,8 @@ def test_every_block_of_datapoints_has_a_stream(run: tuple[str, RecordedDraws]) 
     kind, draws = run
     blocks = blocks_of(draws.names)
     # Each rung of the ladder is for some datapoints only; training has epochs, not blocks.
-    expected = {purpose for purpose in blocks if blocks[purpose] and not re.search("escalation|epoch|fresh", purpose)}
-    smaller = {"ladder": {0, 1}, "certificate": {0, 1}}  # of 66 datapoints
+    expected = {purpose for purpose in blocks if blocks[purpose] and not re.search("ladder|epoch|fresh", purpose)}
+    smaller = {"certificate": {0, 1}}  # of 66 datapoints
     assert kind == "trained" or "refine own" in expected
     for purpose in expected:
         assert blocks[purpose] == smaller.get(purpose.split(" / ")[0], {0, 1, 2}), purpose

@@ -146,6 +146,6 @@ class Climb:
             # Along the same path, the step lengths of the pilot's nearest temperature.
             nearest = torch.arange(length) * self.settings.temperatures[rung] // length
             steps = self.steps[rung][:, positions][nearest]
-            ran = self.annealer.anneal(positions, self.settings.num_chains, steps)
+            ran = self.annealer.anneal(positions, self.settings.num_chains, steps, f"run {rung}")
             self.evaluations[positions] += len(ran.log_weights) * self.annealer.cost(length)
             yield positions, ran.log_weights, ran.acceptance

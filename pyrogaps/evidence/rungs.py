@@ -55,8 +55,8 @@ class Annealer:
         # A chain that left the support, or a value that is not finite, is as bad as can be.
         return Piloted(torch.nan_to_num(torch.cat(variances), nan=torch.inf).cpu(), torch.cat(lengths, 1))
 
-    def anneal(self, positions: Tensor, num_chains: int, steps: Tensor, purpose: str = "run") -> Annealed:
-        """The run that counts, for the datapoints at `positions`, by step lengths `steps` `(T, M)` of a pilot.
+    def anneal(self, positions: Tensor, num_chains: int, steps: Tensor, purpose: str) -> Annealed:
+        """A run that counts, for the datapoints at `positions`, by step lengths `steps` `(T, M)` of a pilot.
 
         The number of chains is rounded up to whole slots.
         """

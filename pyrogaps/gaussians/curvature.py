@@ -51,22 +51,24 @@ def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]
     deviation either way: the mean curvature over the breadth of the posterior, not that of a point. The new precision
     is $L^{-T} \tfrac12 (L^T H L + (L^T H L)^T) L^{-1}$, the new mean one Newton step along the mean gradient. There are
     `NUM_PASSES` such passes, whatever they find, so that all datapoints take their gradients together. A pass changes
-    curvatures by factors from `FLATTEST` to `STEEPEST`.
+    curvatures by factors from `FLATTEST` to `STEEPEST`. Where a gradient is not finite, `start` is returned, as cut.
 
     Args:
         start: the first Gaussian of each of B datapoints.
         gradients: of log p(x, z) at points `(S, B, dim)`, of the same shape.
     """
     loc, factor = start.loc, start.factor()
-    cut = torch.zeros(len(loc), dtype=torch.bool, device=loc.device)
-    agrees, dim = cut, loc.shape[-1]
+    agrees = broken = torch.zeros(len(loc), dtype=torch.bool, device=loc.device)
+    cut, dim = broken, loc.shape[-1]
     for _ in range(NUM_PASSES):
         steps = factor.permute(2, 0, 1)  # column i of every datapoint's factor
         at_points = gradients(torch.cat([loc + steps, loc - steps]))
-        broken = ~torch.isfinite(at_points).all(-1).all(0)
+        broken = broken | ~torch.isfinite(at_points).all(-1).all(0)
         found = _refitted(factor, torch.nan_to_num(at_points, nan=0.0, posinf=0.0, neginf=0.0), start.active)
         factor, loc = found.factor, loc + found.shift
         cut, agrees = found.cut | broken, found.agrees & ~broken
+    loc = torch.where(broken[:, None], start.loc, loc)
+    factor = torch.where(broken[:, None, None], start.factor(), factor)
     return Curvature(replace(start, loc=loc, scale=factor), cut, agrees, 2 * dim * NUM_PASSES)
 
 
