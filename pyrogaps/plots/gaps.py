@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from pyrogaps.gaps.terms import INFERENCE, TERMS, ids, parent_of
 from pyrogaps.plots.source import (
-    Source,
+    Ledger,
     families,
     gap_tree,
     mean_and_error,
@@ -42,7 +42,7 @@ class Bar:
 
 
 @checked()
-def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
+def plot_gaps(ledger: Ledger, ax: Axes | None = None) -> Axes:
     """Draw mean gaps in nats as bars on one axis, "nats below log p(x)", with one standard error over datapoints.
 
     The first row is the guide's inference gap, log p(x) - L[q], stacked from its parts. Below it each part starts
@@ -52,13 +52,13 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
     The last rows are the refined bounds of the other families.
 
     Args:
-        source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
+        ledger: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
         ax: where to draw; by default a new figure.
 
     Returns:
         The axes.
     """
-    dataset, gaps = per_datapoint(source), gap_tree(source)
+    dataset, gaps = per_datapoint(ledger), gap_tree(ledger)
     # Without a measured inference gap, its parts are drawn alone.
     own = [*(_bars(gaps, "", 0, 0.0) if INFERENCE in ids(gaps) else _bars(gaps, INFERENCE, 1, 0.0))]
     bars = [*own, *_other_families(dataset)]
