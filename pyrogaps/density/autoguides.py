@@ -13,7 +13,7 @@ from torch.distributions.constraints import Constraint
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import plate_dim
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 
 REMEDY = "Use AutoNormal or pyrogaps.guides.local.AutoLocalMultivariateNormal"
 
@@ -45,8 +45,8 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
         if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
             raise InputError(
                 f"guide: the plate '{plate}' of this {_name(part)} has size {size}, but the data set has "
-                f"{joint.num_datapoints} datapoints. Train it on these data, because an autoguide has parameters for "
-                "each datapoint"
+                f"{counted(joint.num_datapoints, 'datapoint')}. Train it on these data, because an autoguide has "
+                "parameters for each datapoint"
             )
 
 

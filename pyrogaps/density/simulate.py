@@ -13,7 +13,7 @@ from pyrogaps.density.runs import evaluating
 from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
 from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import failures_named
 
 ToData = Callable[[dict[str, Tensor]], Any]
@@ -158,7 +158,9 @@ def feed_back(
         with failures_named("to_data"):
             result = as_tuple(to_data(values))
         if len(result) != len(args):
-            raise InputError(f"to_data: it returned {len(result)} argument(s), but the model takes {len(args)}")
+            raise InputError(
+                f"to_data: it returned {counted(len(result), 'argument')}, but the model takes {len(args)}"
+            )
         return result
     fresh = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
     for name, value in observed.items():

@@ -18,7 +18,7 @@ from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LadderCheck(SimulatedBounds):
     """`lower` is the ladder's bound from rung `lowest` on, with standard error `lower_mcse`; `upper` that of AIS in
     reverse from the latents behind the data.

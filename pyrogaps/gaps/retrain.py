@@ -70,7 +70,7 @@ class Split:
         retraining: how phi-hat is found.
     """
 
-    train_data: Data
+    train_data: Data = field(repr=False)
     retraining: Retraining = field(default_factory=Retraining)
 
     def measured(self) -> tuple[IndexedData, torch.Tensor]:

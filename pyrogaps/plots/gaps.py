@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
+from pyrogaps.errors import counted
 from pyrogaps.gaps.terms import INFERENCE, TERMS, ids, parent_of
 from pyrogaps.plots.source import (
     Ledger,
@@ -103,7 +104,9 @@ def _other_families(dataset: xr.Dataset) -> Iterator[Bar]:
 
 
 def _title(dataset: xr.Dataset) -> str:
-    lines = [f"Inference gap and its parts, mean ± standard error over {dataset.sizes['datapoint']} datapoints"]
+    lines = [
+        f"Inference gap and its parts, mean ± standard error over {counted(dataset.sizes['datapoint'], 'datapoint')}"
+    ]
     bounds = {"log p(x)": values(dataset, "log_evidence"), "L[q]": values(dataset, "elbo")}
     measured = [f"{name} = {with_error(*mean_and_error(b))}" for name, b in bounds.items() if b is not None]
     return "\n".join([*lines, ", ".join(measured) + " nats"] if measured else lines)
