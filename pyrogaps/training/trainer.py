@@ -122,6 +122,14 @@ class Trainer:
         measured = self.data if self.validation is None else self.validation
         return GuideAhead(self.augmented, self.guide, measured, names, self.settings.guide_steps)
 
+    def rehearse(self) -> None:
+        """Compute the first loss with its graph, as a step does, and take no step."""
+        objective, first = self.objective, torch.arange(self.batch_size)
+        if isinstance(objective, Objective):
+            with self._evaluating("rehearsal"):
+                objective.begin(len(first))
+                objective.differentiable_loss(objective.model, objective.guide, *self._args(self.data, first))
+
     def run(self, path: File | None, progress: bool) -> TrainingResult:
         checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
         state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer, self.steps)
