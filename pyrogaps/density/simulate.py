@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyrogaps.density.data import as_tuple
 from pyrogaps.density.joint import JointDensity
-from pyrogaps.density.layout import Site, distribution_mask
+from pyrogaps.density.layout import Site, distribution_mask, unconstrained_mask
 from pyrogaps.density.runs import evaluating
 from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
 from pyrogaps.density.structure import is_factor
@@ -55,14 +55,15 @@ class DrawModel(ScoreModel):
     def _place(self, name: str, fn: Any, message: Any, value: Tensor) -> Tensor:
         site, transform, mask = self.sites[name], bijection(fn, name), distribution_mask(fn, message["mask"])
         unconstrained = transform.inv(value)
-        if mask is not None:
-            unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))
+        active = unconstrained_mask(mask, fn, site)
+        if active is not None:
+            unconstrained = torch.where(active, unconstrained, torch.zeros_like(unconstrained))
             value = transform(unconstrained)
         if self.plate is None:
             self.flat[:, site.columns] = unconstrained.reshape(1, -1)
         else:
             self.flat[:, site.columns] = site.flatten(unconstrained)
-        self.masks[name] = mask
+        self.masks[name] = active
         jacobian = log_jacobian(transform, unconstrained, value, mask, fn.event_dim)
         self.log_prior = self.log_prior + self._per_row(jacobian, message)
         return value
