@@ -23,7 +23,7 @@ from pyrogaps.objectives import IWAE_ELBO
 from pyrogaps.plots import plot_calibration, plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement, refine
-from pyrogaps.training import train
+from pyrogaps.training import Training, train
 
 __all__ = [
     "AIS",
@@ -55,6 +55,7 @@ __all__ = [
     "SimulatedData",
     "Split",
     "Term",
+    "Training",
     "ais",
     "bdmc",
     "calibrate",

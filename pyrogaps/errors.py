@@ -11,6 +11,11 @@ class InputError(ValueError):
         super().__init__(" ".join(str(message).split()))
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words: 1 datapoint, 2 datapoints."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def reason_of(diverged: FloatingPointError) -> str:
     """Why training diverged: the first sentence of its error. The remedy is the caller's, who knows the setting."""
     return str(diverged).removeprefix("training: ").split(". ")[0]

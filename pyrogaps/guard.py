@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from traceback import walk_tb
 from types import CodeType, TracebackType
@@ -24,6 +23,7 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK, NonlocalExit
 
 from pyrogaps.errors import InputError
+from pyrogaps.signatures import bound
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -72,10 +72,7 @@ def guarded(function: Callable[P, Result]) -> Callable[P, Result]:
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         if _thread.inside:
             return function(*args, **kwargs)
-        try:
-            arguments = signature.bind(*args, **kwargs).arguments
-        except TypeError as error:
-            raise InputError(f"{name}: {error}{_signature_hint(name, signature, kwargs, str(error))}") from None
+        arguments = bound(signature, name, args, kwargs, function.__doc__ or "")
         with one_at_a_time(), _known_state():
             try:
                 return function(*args, **kwargs)
@@ -220,11 +217,3 @@ def _codes(program: Any) -> set[CodeType]:
     parts = (program, getattr(type(program), "forward", None), type(program).__call__ if callable(program) else None)
     functions = [inspect.unwrap(getattr(part, "__func__", part)) for part in parts if callable(part)]
     return {function.__code__ for function in functions if hasattr(function, "__code__")}
-
-
-def _signature_hint(name: str, signature: inspect.Signature, given: Mapping[str, Any], text: str) -> str:
-    if "positional" in text:
-        return ". Pass several tensors of data as one tuple (x, y), and settings by name"
-    unknown = next((key for key in given if key not in signature.parameters), "")
-    near = get_close_matches(unknown, signature.parameters, n=1)
-    return f". Did you mean '{near[0]}'?" if unknown and near else ""

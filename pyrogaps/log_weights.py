@@ -13,6 +13,8 @@ from arviz_stats.base import array_stats  # type: ignore[attr-defined]
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
+from pyrogaps.errors import counted
+
 # Limits of `Estimate.reliable`: largest standard error and k-hat, fewest draws of the estimate and of k-hat.
 MAX_MCSE, MAX_KHAT = 0.1, 0.5
 MIN_DRAWS, MIN_KHAT_DRAWS = 16, 100
@@ -91,7 +93,7 @@ def hall_interval(log_weights: Tensor, probability: float) -> tuple[Tensor, Tens
     return value + end(quantile), value + end(-quantile)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """A per-datapoint estimate in nats with its diagnostics; tensors have shape `(N,)`, `log_weights` `(S, N)`.
 
@@ -106,6 +108,19 @@ class Estimate:
     ess: Tensor | None = None
     khat: Tensor | None = None
     acceptance: Tensor | None = None
+
+    def __repr__(self) -> str:
+        number = len(self.value)
+        error, noise = (
+            float(self.value.std(correction=min(1, number - 1))) / math.sqrt(number),
+            self.mcse.norm() / number,
+        )
+        return (
+            f"{type(self).__name__}({counted(number, 'datapoint')}: mean {float(self.value.mean()):.3f}"
+            f"{f' ± {error:.3f}' if number > 1 and math.isfinite(error) else ''} nats"
+            f"{f', Monte Carlo error {noise:.3f}' if math.isfinite(noise) else ''}; {self.direction}; "
+            f"{int(self.reliable.sum())} reliable)"
+        )
 
     def interval(self, probability: float = 0.95) -> tuple[Tensor, Tensor]:
         """A central confidence interval, `(N,)` each; NaN without `log_weights`.

@@ -11,7 +11,7 @@ from pyrogaps.density.data import as_tuple, rows_of, whole
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.density.simulate import ToData, simulate
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.family import AmortizedGuide, augmented
 from pyrogaps.guard import guarded
 from pyrogaps.settings import Plate, checked
@@ -205,6 +205,9 @@ class Simulated(NamedTuple):
     problem: Problem
     data: Any
     z: Tensor
+
+    def __repr__(self) -> str:
+        return f"Simulated({counted(len(self.z), 'datapoint')}, {counted(self.z.shape[-1], 'latent dimension')})"
 
 
 def is_posterior(guide: Any) -> bool:

@@ -7,6 +7,7 @@ latents, are left to who takes them.
 """
 
 import functools
+import inspect
 import math
 import operator
 import os
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.errors import InputError
+from pyrogaps.signatures import bound, readable
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 REFUSED: Any = object()
@@ -35,11 +37,12 @@ WORDS |= {Callable: "callable", os.PathLike: "a path"}
 @dataclass(frozen=True, repr=False)
 class Limit:
     """What holds for a setting: a `test`, which may raise an error instead, and its words in messages, which follow
-    the setting's kind ("of at least 1") or take its place ("a non-empty string").
+    the setting's kind ("of at least 1") or take its place ("a non-empty string"); and what to do about others.
     """
 
     words: str
-    test: Callable[[Any], Any]
+    test: Callable[[Any], Any] = lambda value: True
+    remedy: str = ""
 
     def __repr__(self) -> str:
         return self.words
@@ -70,9 +73,9 @@ def checked(section: str = "") -> Callable[[Target], Target]:
 
     def decorate(target: Target) -> Target:
         if isinstance(target, type):
-            target.__init__ = _checking(target.__init__, f"{section}.")  # type: ignore[misc]
+            target.__init__ = _checking(target.__init__, f"{section}.", target.__doc__)  # type: ignore[misc]
             return target
-        return cast(Target, _checking(target, ""))
+        return cast(Target, _checking(target, "", target.__doc__))
 
     return decorate
 
@@ -87,7 +90,8 @@ def conform(name: str, kind: Any, value: Any) -> Any:
     """`value` as the annotation `kind` has it; raises `InputError`, which begins with `name`, where it does not fit."""
     fitted = _fit(name, kind, value)
     if fitted is REFUSED:
-        raise InputError(f"{name}: must be {_described(kind)}, got {_shown(kind, _plain(value))}")
+        remedy = "".join(f". {limit.remedy}" for limit in get_args(kind)[1:] if getattr(limit, "remedy", ""))
+        raise InputError(f"{name}: must be {_described(kind)}, got {_shown(kind, _plain(value))}{remedy}")
     return fitted
 
 
@@ -99,15 +103,17 @@ def is_plain(kind: Any) -> bool:
     return origin is Literal or kind in SCALARS or kind is Any
 
 
-def _checking(function: Callable[..., Any], prefix: str) -> Callable[..., Any]:
-    code = function.__code__
-    names = code.co_varnames[: code.co_argcount]
+def _checking(function: Callable[..., Any], prefix: str, doc: str | None) -> Callable[..., Any]:
+    code, signature = function.__code__, inspect.signature(function)
+    names, called = code.co_varnames[: code.co_argcount], function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        bound(signature, called, args, kwargs, doc or "")
         given = checked_arguments(function, dict(zip(names, args, strict=False)), prefix)
         return function(*given.values(), *args[len(names) :], **checked_arguments(function, kwargs, prefix))
 
+    call.__signature__ = readable(signature)  # type: ignore[attr-defined]
     return call
 
 

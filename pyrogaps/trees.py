@@ -8,8 +8,14 @@ from typing import Any
 import xarray as xr
 
 from pyrogaps.errors import InputError
+from pyrogaps.settings import Limit
 
 PROVENANCE, CHECKSUM = "pyrogaps", "pyrogaps_sha256"
+
+
+def saved(what: str) -> Limit:
+    """Of an argument: the tree that `what` was saved as."""
+    return Limit("a DataTree", remedy=f"Open a saved {what} with xarray.open_datatree")
 
 
 def describe(tree: xr.DataTree, groups: Mapping[str, xr.Dataset], provenance: Mapping[str, Any]) -> xr.DataTree:

@@ -25,7 +25,7 @@ def pair() -> tuple[LinearGaussian, WrongEncoder, Tensor]:
 @pytest.fixture(scope="module")
 def ledger(pair: tuple[LinearGaussian, WrongEncoder, Tensor]) -> GapLedger:
     """64 chains: a Normal quantile is taken below, and of 16 chains it would cover 93 of 100."""
-    settings = {"evidence": AIS(num_chains=64, num_temperatures=20), "refinement": Refinement(num_steps=400)}
+    settings = {"evidence": AIS(num_chains=64, num_temperatures=10), "refinement": Refinement(num_steps=200)}
     return decompose(*pair, **settings, num_particles=1000, batch_size=1024, seed=SEED, progress=False)
 
 

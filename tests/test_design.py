@@ -25,7 +25,7 @@ SET_ATTRIBUTES = {
     "datasets/chorales.py": {"setattr(self)"},  # in __post_init__, by the names of the parts
     "density/runs.py": {"module.training"},
     "export/tree.py": {"tree.attrs"},
-    "settings.py": {"target.__init__"},  # of a class, which its decorator gives back
+    "settings.py": {"target.__init__", "call.__signature__"},  # of what a decorator gives back
     "processes.py": {"share.known"},  # on an exception on its way up: all processes have it
     "training/parameters.py": {"value.grad"},
     "training/placing.py": {"module.training"},

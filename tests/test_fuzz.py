@@ -8,9 +8,11 @@ import pytest
 from tests.fuzz.checks import check, spec_of
 from tests.fuzz.faults import FAULTS
 
+# Cheap ones that together have every guide, every form of data and two thirds of all that programs differ in.
+VALID = [205, 307, 337, 360, 396, 398, 420, 433, 450]
 
-@pytest.mark.usefixtures("brief_check")
-@pytest.mark.parametrize("seed", [0, 1, 7, 22, 28, 57, *range(4, 4 + 5 * len(FAULTS), 5)])
+
+@pytest.mark.parametrize("seed", [*VALID, *range(4, 4 + 5 * len(FAULTS), 5)])
 def test_a_random_program(seed: int) -> None:
     spec = spec_of(seed)
     with warnings.catch_warnings():

@@ -111,7 +111,7 @@ def test_many_chains_and_dimensions_make_small_chunks() -> None:
     assert sizes_of(joint, AIS(), 1000, 128, "40GiB").batch_size == 128  # as asked for
     assert sizes_of(joint, AIS(), 1000, None, "40GiB", kept=128).batch_size == 64
     assert sizes_of(joint, AIS(), 1000, 128, "40GiB", kept=64).batch_size == 128
-    with pytest.raises(InputError, match="and 320 datapoints need"):
+    with pytest.raises(InputError, match="and 320 datapoints at once take"):
         sizes_of(joint, AIS(), 1000, 1024, memory.resident() + (1 << 28))
     # Chains take their turns, so that more of them need no more.
     many, few = (sizes_of(joint, AIS(num_chains=number), 1000, None, "40GiB") for number in (10_000, 64))

@@ -321,7 +321,7 @@ def test_a_density_that_underflowed_leaves_its_panel_empty():
 
 
 def test_something_else_is_refused():
-    with pytest.raises(pg.InputError, match="per_datapoint"):
+    with pytest.raises(pg.InputError, match="ledger: must be a GapLedger"):
         plot_gaps(SimpleNamespace(posterior=1))
     with pytest.raises(pg.InputError, match="posterior_grid"):
         plot_posteriors(xr.Dataset())

@@ -144,7 +144,7 @@ def few_chorales(tmp_path: Path) -> list[str]:
         "guide.init_args.rnn_dim": 4,
         "training.num_epochs": 1,
         "reference.num_epochs": 2,
-        "evidence.init_args.num_temperatures": 2,
+        "evidence.num_temperatures": 2,
         "refinement.num_steps": 2,
         "num_particles": 4,
         "out": tmp_path / "run",

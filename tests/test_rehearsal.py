@@ -11,6 +11,7 @@ from pyrogaps.cli import stages
 from pyrogaps.eval import main
 from tests.commands import MODULE, RECIPE
 
+MAPA = ["--mapa.likelihood", "gaussian", "--mapa.bandwidth", "1.0"]
 FURTHER = """
 
 class NanData(Data):
@@ -65,12 +66,25 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (["--guide", "mine.guide_of_another_site"], "site"),
         (["--families", "{own: pyro.infer.autoguide.AutoNormal}"], "'own'"),
         (["--families.x", "pyro.infer.autoguide.AutoMultivariateNormal"], "AutoMultivariateNormal"),
+        (["--evidence.num_temperatures", "100000000000"], "at most 1000000"),
+        (["--evidence.num_pilot_chains", "100000000000"], "at most 10000"),
+        (["--training.objective.class_path", "pyro.infer.JitTrace_ELBO"], "training: objective JitTrace_ELBO failed"),
+        (["--training.objective.class_path", "pyro.infer.TraceTailAdaptive_ELBO"], "TraceTailAdaptive_ELBO failed"),
+        (
+            ["--guide", "pyro.infer.autoguide.AutoNormal", "--training.batch_size", "100"],
+            "Set evaluate: {part: train, num_datapoints: null}",
+        ),
+        ([*MAPA, "--mapa.num_top", "5000"], "mapa: MAPA_IWAE_ELBO: num_top=5000"),
+        ([*MAPA, "--mapa.num_neighbours", "5000"], "mapa: num_neighbours: must be from 1 to N = 100"),
+        ([*MAPA, "--mapa.num_samples", "5000"], "mapa: MAPA_IWAE_ELBO: num_samples=5000 is too large"),
+        ([*MAPA, "--plate", "false"], "mapa: plate is false"),
     ],
 )
 def test_what_can_be_known_is_refused_before_training(
     recipe: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "train", lambda *args, **settings: pytest.fail("it was trained first"))
+    for name in ("train", "train_by_mapa"):
+        monkeypatch.setattr(stages, name, lambda *args, **settings: pytest.fail("it was trained first"))
     assert main([recipe, "--quiet", *arguments]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pyrogaps: ")]
     assert said in line

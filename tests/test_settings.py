@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import pyrogaps as pg
 from pyrogaps.mapa import Mapa, RecoveredPrior, recovered_prior, recovered_transport
 from pyrogaps.settings import Count, Device, File, checked, checked_arguments, conform
-from pyrogaps.training import Cosine, Exponential, Staircase, Training
+from pyrogaps.training import Cosine, Exponential, Staircase
 
 # What holds results or programs, and takes no settings.
 HOLDERS = {
@@ -32,7 +32,6 @@ HOLDERS = {
 }  # fmt: skip
 FURTHER = (
     pg.Problem.of,
-    Training,
     Mapa,
     RecoveredPrior,
     Cosine,
@@ -51,7 +50,7 @@ SECTIONS = {
 }  # fmt: skip
 # No settings: data, programs of several kinds, results to draw or export, and what a class keeps for itself.
 OPAQUE = {
-    "data", "train_data", "validation", "guide", "guide_or_family", "guides", "latents", "source", "likelihood",
+    "data", "train_data", "validation", "guide", "guide_or_family", "guides", "latents", "ledger", "likelihood",
     "posterior", "settings", "return",
 }  # fmt: skip
 
@@ -67,7 +66,9 @@ X = torch.rand(7, 2)
 PAIR = Untouched(), Untouched()
 FILLERS: dict[str, Any] = {
     "model": Untouched(), "guide": Untouched(), "data": X, "guides": {"q": Untouched()}, "tree": xr.DataTree(),
-    "source": xr.Dataset(), "calibration": xr.DataTree(), "train_data": X, "fetch": lambda indices: (X[indices],),
+    "ledger": xr.DataTree.from_dict({"per_datapoint": xr.Dataset({"elbo": 0.0})}),
+    "source": xr.Dataset({"density": 0.0}), "calibration": xr.DataTree(),
+    "train_data": X, "fetch": lambda indices: (X[indices],),
     "num_datapoints": 7, "latents": X[:, :1], "variance": 1.0, "alpha": 0.9, "num_epochs": 3, "decay": 0.5,
     "likelihood": "gaussian", "id": "mine", "label": "mine", "parent": None, "estimator": "mine", "direction": "exact",
     "value": lambda columns: None,
@@ -344,7 +345,7 @@ def test_schedules_return_numbers(returned: Any) -> None:
 
 
 def test_schedules_may_return_numbers_of_torch() -> None:
-    settings = Training(learning_rate=0.5, schedule=lambda epoch: torch.tensor(0.5))  # type: ignore[arg-type, return-value]
+    settings = pg.Training(learning_rate=0.5, schedule=lambda epoch: torch.tensor(0.5))  # type: ignore[arg-type, return-value]
     assert settings.rate(0) == 0.25
 
 
@@ -376,7 +377,8 @@ def test_conditions_are_masks(conditions: Any, message: str) -> None:
 def test_signatures_stay_as_they_were_written() -> None:
     parameters = inspect.signature(pg.elbo).parameters
     assert list(parameters) == ["model", "guide", "data", "num_particles", "plate", "batch_size", "seed"]
-    assert "at least 1" in str(parameters["num_particles"])
+    assert str(parameters["num_particles"]) == "num_particles: int = 1000"
+    assert "at least 1" in str(kinds_of(pg.elbo)["num_particles"])
     assert (parameters["num_particles"].default, pg.elbo.__name__) == (1000, "elbo")
     assert "num_chains" in str(inspect.signature(pg.AIS))
     assert (pg.elbo.__doc__ or "").startswith("The evidence lower bound")

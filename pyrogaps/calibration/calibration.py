@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from pyrogaps.calibration.statistics import covered, proportion
 from pyrogaps.calibration.summary import summarise
 from pyrogaps.errors import InputError
 from pyrogaps.settings import Probability, checked
-from pyrogaps.trees import PROVENANCE, describe, provenance_of
+from pyrogaps.trees import PROVENANCE, describe, provenance_of, saved
 
 SIMULATED, LATENT = "simulated", "latent"
 GROUP, PIT_GROUP = "calibration", "prior_sbc"
@@ -108,7 +108,8 @@ class Calibration:
         return describe(tree, {GROUP: self.per_simulated}, self.provenance)
 
     @classmethod
-    def from_datatree(cls, tree: xr.DataTree) -> "Calibration":
+    @checked()
+    def from_datatree(cls, tree: Annotated[xr.DataTree, saved("calibration")]) -> "Calibration":
         """A calibration back from `to_datatree`; raises `InputError` for a tree that is not one, or not as written."""
         if GROUP not in tree.children or PROVENANCE not in tree.attrs:
             raise InputError("calibration: not a tree written by Calibration.to_datatree")

@@ -7,6 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from pyrogaps.calibration.summary import FAMILY_WISE, HIGH, LOG_JOINT, LOW, deviating
+from pyrogaps.errors import counted
 
 MAX_DIMENSIONS = 5
 
@@ -15,8 +16,8 @@ def render(summary: pd.DataFrame, coverage: xr.Dataset, per_simulated: xr.Datase
     """The report of a `Calibration`, at most about twenty lines."""
     number, dim = per_simulated.sizes["simulated"], per_simulated.sizes["latent"]
     lines = [
-        f"Calibration of the {provenance['posterior']} posterior ({provenance['guide']}): {number:,} datapoints "
-        f"simulated from the model, {provenance['num_draws']:,} draws each",
+        f"Calibration of the {provenance['posterior']} posterior ({provenance['guide']}): "
+        f"{counted(number, 'datapoint')} simulated from the model, {counted(provenance['num_draws'], 'draw')} each",
         "",
         *_coverage(coverage, dim),
         "",
@@ -84,4 +85,4 @@ def _log_joint(row: "pd.Series[Any]") -> list[str]:
 
 
 def _dimensions(dim: int) -> str:
-    return "1 latent dimension" if dim == 1 else f"{dim} latent dimensions"
+    return counted(dim, "latent dimension")

@@ -100,6 +100,8 @@ class Recipe:
             raise InputError(
                 "recipe: checkpoint includes the model's weights. Set only one of checkpoint and model_checkpoint"
             )
+        if self.mapa is not None and self.plate is False:
+            raise InputError("mapa: plate is false, but MAPA needs the datapoints of a data plate. Leave plate null")
         if self.encoder is not None and self.mapa is None:
             raise InputError("recipe: only mapa uses an encoder. Set mapa too, or leave encoder out")
 

@@ -17,7 +17,7 @@ from pyrogaps.gaps.decompose import rehearse
 from pyrogaps.guard import failures_named
 from pyrogaps.problem import Problem
 from pyrogaps.streams import seeded
-from pyrogaps.training import load_model_weights, load_weights
+from pyrogaps.training import load_model_weights, load_weights, rehearse_training
 
 
 def rehearse_run(recipe: Recipe, model: Program, guide: Program, data: DataSet, settings: dict[str, Any]) -> None:
@@ -31,32 +31,47 @@ def rehearse_run(recipe: Recipe, model: Program, guide: Program, data: DataSet, 
         if part is not None:
             with _part_named(name):
                 Problem.of(model, None, part, recipe.plate)
-    if recipe.checkpoint is None and isinstance(guide, AutoGuide):
-        _rehearse_autoguide(recipe, data, settings)
-    else:
-        rehearse(model, guide, data.evaluated, recipe.plate, **settings)
+    if recipe.checkpoint is not None or not isinstance(guide, AutoGuide):
+        _rehearse(recipe, model, guide, data, settings)
+    if recipe.checkpoint is None:
+        _rehearse_training(recipe, data, settings)
 
 
-def _rehearse_autoguide(recipe: Recipe, data: DataSet, settings: dict[str, Any]) -> None:
-    """Rehearse a pair of its own: an autoguide is made for the data of its first call, the training data."""
+def _rehearse_training(recipe: Recipe, data: DataSet, settings: dict[str, Any]) -> None:
+    """Compute the first loss, by a pair of its own: an autoguide is made for the data of its first call."""
     store = pyro.get_param_store()
     state = store.get_state()
     try:
         with seeded(recipe.seed, "rehearsal"), torch.no_grad():
             model, guide = build_programs(recipe)
-            indexed = as_indexed(data.example)
-            with failures_named("guide"):
-                guide(*indexed.fetch(torch.arange(len(indexed))))
-        rehearse(model, guide, data.evaluated, recipe.plate, **settings)
+            if isinstance(guide, AutoGuide):
+                indexed = as_indexed(data.example)
+                with failures_named("guide"):
+                    guide(*indexed.fetch(torch.arange(len(indexed))))
+        if isinstance(guide, AutoGuide):
+            _rehearse(recipe, model, guide, data, settings)
+        if recipe.training is not None and data.train is not None:
+            rehearse_training(model, guide, data.train, data.validation, recipe.training, recipe.seed)
     finally:
         store.set_state(state)
+
+
+def _rehearse(recipe: Recipe, model: Program, guide: Program, data: DataSet, settings: dict[str, Any]) -> None:
+    try:
+        rehearse(model, guide, data.evaluated, recipe.plate, **settings)
+    except InputError as error:
+        reason, _, _ = str(error).partition(". Train it on these data")
+        if reason == str(error):
+            raise
+        raise InputError(f"{reason}. Set evaluate: {{part: train, num_datapoints: null}}") from error
 
 
 def _check_training(recipe: Recipe, data: DataSet) -> None:
     """What is known of the settings of trainings before the first of them."""
     sections = {"training": recipe.training, "reference": recipe.reference}
     if recipe.mapa is not None:
-        recipe.mapa.check_bandwidth()
+        if data.train is not None and recipe.checkpoint is None:
+            recipe.mapa.check(data.train, encoded=recipe.encoder is not None)
         sections["mapa.training"] = recipe.mapa.training
     if recipe.retraining is not None:
         sections["retraining.training"] = recipe.retraining.training

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
-from difflib import get_close_matches
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -13,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from pyrogaps.errors import InputError
 from pyrogaps.settings import conform, is_plain
+from pyrogaps.signatures import nearest
 
 # Lines of jsonargparse's errors that only lead to the reason.
 _FRAME = ("Parser key", "Does not validate", "Subtypes", "Errors", "Given", "Problem with", "Expected a NoneType")
@@ -59,8 +59,8 @@ def typed_arguments(key: str, target: Callable[..., Any], given: dict[str, Any],
     known = [p.name for p in named]
     unknown = [name for name in given if name not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        near = get_close_matches(str(unknown[0]), known, n=1)
-        hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known) or 'none'}"
+        near = nearest(str(unknown[0]), known, target.__doc__ or "")
+        hint = f"Did you mean '{near}'?" if near else f"Known are {', '.join(known) or 'none'}"
         raise InputError(f"{key or 'recipe'}: unknown field '{unknown[0]}'. {hint}")
     missing = [p.name for p in named if p.default is p.empty and p.name not in given]
     if missing:

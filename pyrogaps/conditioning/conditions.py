@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.family import AmortizedGuide
 from pyrogaps.guard import failures_named
 
@@ -39,7 +39,7 @@ class Shown:
             raise InputError("conditions: the function returned None. Return a boolean mask, True where shown")
         given = given if isinstance(given, tuple) else (given,)
         if len(given) > len(args):
-            raise InputError(f"conditions: there are {len(given)} masks, but the model has {len(args)} argument(s)")
+            raise InputError(f"conditions: {len(given)} masks, but the model has {counted(len(args), 'argument')}")
         padded = [*given, *[None] * (len(args) - len(given))]
         return tuple(
             _checked(position, mask, arg) for position, (mask, arg) in enumerate(zip(padded, args, strict=True))

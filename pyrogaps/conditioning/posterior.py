@@ -26,7 +26,7 @@ from pyrogaps.streams import BLOCK, Chunk
 MAX_ROWS = 8192
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SharedPosterior:
     r"""q*_C of every datapoint, fitted to two halves of the completions of what is shown.
 
@@ -45,6 +45,9 @@ class SharedPosterior:
     guides: tuple[RefinedGuide, RefinedGuide]
     num_completions: Tensor
     blocks: list[tuple[Chunk, SharedBlock]]
+
+    def __repr__(self) -> str:
+        return f"SharedPosterior(elbo={self.elbo}, on_completions={self.on_completions})"
 
     @guarded
     def completions(self, datapoint: int) -> tuple[tuple[Any, ...], Tensor]:

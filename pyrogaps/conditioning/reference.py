@@ -1,12 +1,12 @@
 """`reference_guide`: a reference for the conditioning gap of a lookahead, trained on simulated data."""
 
-import copy
 from typing import Any
 
 from torch import nn
 
 from pyrogaps.conditioning.simulated import SimulatedData
 from pyrogaps.density import Data
+from pyrogaps.density.autoguides import copied
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
@@ -51,7 +51,7 @@ def reference_guide(
             "Otherwise, train a second guide on SimulatedData(model, data) with freeze_model=True"
         )
     settings = checked_arguments(train, settings)
-    reference = copy.deepcopy(guide)
+    reference = copied(guide)
     drawn = SimulatedData(model, data, num_datapoints, plate)
     train(model, reference, drawn, freeze_model=True, checkpoint=checkpoint, **settings)
     return reference

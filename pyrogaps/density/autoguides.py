@@ -8,12 +8,12 @@ from typing import Any
 
 from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoLaplaceApproximation, AutoMessenger, AutoStructured
 from pyro.infer.autoguide.guides import AutoContinuous
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import plate_dim
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 
 REMEDY = "Use AutoNormal or pyrogaps.guides.local.AutoLocalMultivariateNormal"
 
@@ -45,8 +45,8 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
         if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
             raise InputError(
                 f"guide: the plate '{plate}' of this {_name(part)} has size {size}, but the data set has "
-                f"{joint.num_datapoints} datapoints. Train it on these data, because an autoguide has parameters for "
-                "each datapoint"
+                f"{counted(joint.num_datapoints, 'datapoint')}. Train it on these data, because an autoguide has "
+                "parameters for each datapoint"
             )
 
 
@@ -91,6 +91,23 @@ def _support_at(support: Any, axis: int, rows: Tensor) -> Any:
     selected = copy.copy(support)
     vars(selected).update(changed)
     return selected
+
+
+def copied(guide: nn.Module) -> nn.Module:
+    """A deep copy with the models of autoguides, which Pyro takes from the original, too, when it is copied."""
+    before = [(part._model, part.master) for part in _within(guide)]
+    try:
+        copied_guide = copy.deepcopy(guide)
+    finally:
+        for part, (model, master) in zip(_within(guide), before, strict=True):
+            vars(part).update(_model=model, master=master)
+    for part, (model, _) in zip(_within(copied_guide), before, strict=True):
+        vars(part).update(_model=model)
+    return copied_guide
+
+
+def _within(guide: nn.Module) -> list[Any]:
+    return [module for module in guide.modules() if isinstance(module, AutoGuide)]
 
 
 def is_autoguide(guide: Any) -> bool:

@@ -30,7 +30,7 @@ from pyrogaps.density.runs import Program, check_callable, evaluating
 from pyrogaps.density.score import log_prob
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import read_terms
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import ProgramError, guarded
 from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
@@ -188,8 +188,8 @@ class GuideDensity:
         size = self.structure.size
         if self.bound and joint.num_datapoints != size:
             raise InputError(
-                f"guide: it has parameters for {size} datapoints, but the data have {joint.num_datapoints}. Use an "
-                "amortized guide"
+                f"guide: it has parameters for {counted(size, 'datapoint')}, but the data have {joint.num_datapoints}. "
+                "Use an amortized guide"
             )
         structure = replace(self.structure, origin=None, size=joint.num_datapoints)
         return GuideDensity(self.guide, None, joint, structure=structure)

@@ -129,7 +129,10 @@ class JointDensity:
         """log p(z_sn) (in unconstrained space) and log p(x_n | z_sn), each `(S, N)`."""
         indices = self._indices(indices)
         if z.dim() != 3 or z.shape[1:] != (len(indices), self.dim):
-            raise InputError(f"z: expected shape (S, {len(indices)}, {self.dim}), got {tuple(z.shape)}")
+            raise InputError(
+                f"z: expected shape (S, {len(indices)}, {self.dim}), got {tuple(z.shape)}. Pass draws in unconstrained "
+                "space, as sample_prior(S, indices) returns them, with the indices of their datapoints"
+            )
         with evaluating(self.model):
             args = self.fetch(indices, len(z))
             parts = self.score(z.flatten(0, 1), args, indices.repeat(len(z)))

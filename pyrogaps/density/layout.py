@@ -100,6 +100,12 @@ def distribution_mask(fn: Any, message_mask: Any) -> Tensor | None:
     return total
 
 
+def unconstrained_mask(mask: Tensor | None, fn: Any, site: Site) -> Tensor | None:
+    """A `distribution_mask` of the value for the unconstrained value, whose events may have fewer dimensions."""
+    fewer = fn.event_dim - site.unconstrained_event_dim
+    return mask if mask is None or fewer <= 0 else mask.flatten(-1 - fewer)
+
+
 def leaf(fn: Any) -> Any:
     """The distribution inside `Independent` and mask wrappers."""
     while getattr(fn, "base_dist", None) is not None and type(fn).__name__ in ("Independent", "MaskedDistribution"):

@@ -10,7 +10,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform
 
-from pyrogaps.density.layout import Site, distribution_mask, plate_dim, rows_first, unmasked
+from pyrogaps.density.layout import Site, distribution_mask, plate_dim, rows_first, unconstrained_mask, unmasked
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named
@@ -27,7 +27,7 @@ def log_jacobian(transform: Any, unconstrained: Tensor, value: Tensor, mask: Ten
         transform = transform.base_transform
     result = transform.log_abs_det_jacobian(unconstrained, value)
     if mask is not None:
-        drop = transform.domain.event_dim
+        drop = transform.codomain.event_dim
         keep = mask.all(tuple(range(-drop, 0)), keepdim=False) if drop else mask
         result = torch.where(keep, result, torch.zeros_like(result))
     total: Tensor = sum_rightmost(result, result.dim() - (value.dim() - event_dim))
@@ -108,12 +108,13 @@ class ScoreModel(Messenger):
         lead = unconstrained.shape[: 1 + site.num_padded]
         if self.drop_rows:
             unconstrained = unconstrained.reshape(site.shape[site.num_padded :])
-        if mask is not None:
-            unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))
+        active = unconstrained_mask(mask, fn, site)
+        if active is not None:
+            unconstrained = torch.where(active, unconstrained, torch.zeros_like(unconstrained))
         transform = bijection(fn, name)
         value = transform(unconstrained)
         message["value"], message["done"] = value, True
-        self.values[name], self.masks[name] = value.reshape(*lead, *value.shape) if self.drop_rows else value, mask
+        self.values[name], self.masks[name] = value.reshape(*lead, *value.shape) if self.drop_rows else value, active
         self.frames[name] = [frame for frame in message["cond_indep_stack"] if frame.vectorized]
         jacobian = self._per_row(log_jacobian(transform, unconstrained, value, mask, fn.event_dim), message)
         self.log_jacobian = self.log_jacobian + jacobian

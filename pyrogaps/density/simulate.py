@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pyrogaps.density.data import as_tuple
 from pyrogaps.density.joint import JointDensity
-from pyrogaps.density.layout import Site, distribution_mask
+from pyrogaps.density.layout import Site, distribution_mask, unconstrained_mask
 from pyrogaps.density.runs import evaluating
 from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
 from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import failures_named
 
 ToData = Callable[[dict[str, Tensor]], Any]
@@ -55,14 +55,15 @@ class DrawModel(ScoreModel):
     def _place(self, name: str, fn: Any, message: Any, value: Tensor) -> Tensor:
         site, transform, mask = self.sites[name], bijection(fn, name), distribution_mask(fn, message["mask"])
         unconstrained = transform.inv(value)
-        if mask is not None:
-            unconstrained = torch.where(mask, unconstrained, torch.zeros_like(unconstrained))
+        active = unconstrained_mask(mask, fn, site)
+        if active is not None:
+            unconstrained = torch.where(active, unconstrained, torch.zeros_like(unconstrained))
             value = transform(unconstrained)
         if self.plate is None:
             self.flat[:, site.columns] = unconstrained.reshape(1, -1)
         else:
             self.flat[:, site.columns] = site.flatten(unconstrained)
-        self.masks[name] = mask
+        self.masks[name] = active
         jacobian = log_jacobian(transform, unconstrained, value, mask, fn.event_dim)
         self.log_prior = self.log_prior + self._per_row(jacobian, message)
         return value
@@ -158,7 +159,9 @@ def feed_back(
         with failures_named("to_data"):
             result = as_tuple(to_data(values))
         if len(result) != len(args):
-            raise InputError(f"to_data: it returned {len(result)} argument(s), but the model takes {len(args)}")
+            raise InputError(
+                f"to_data: it returned {counted(len(result), 'argument')}, but the model takes {len(args)}"
+            )
         return result
     fresh = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
     for name, value in observed.items():

@@ -16,6 +16,8 @@ REPARAMETRISED = {
     "ProjectedNormal": "reparametrise it: pyro.poutine.reparam(model, {'site': ProjectedNormalReparam()}) of "
     "pyro.infer.reparam, and let the guide draw the site with _normal after its name",
 }
+# They declare a support of more dimensions than that of their draws, over which their density is none.
+SINGULAR = {"ExpRelaxedCategorical": "use RelaxedOneHotCategorical, whose draws are the exponentials"}
 
 # They declare the real line, over which their periodic densities have no finite integral, but draw from one turn.
 CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
@@ -30,11 +32,12 @@ if _MIXTURE is not None:
 
 def bijection(fn: Any, name: str) -> Any:
     """The map from unconstrained space to the support of `fn`, the distribution of site `name`."""
+    if (kind := type(leaf(fn)).__name__) in SINGULAR:
+        raise InputError(f"site '{name}': {kind} has no density over its declared support; {SINGULAR[kind]}")
     support = support_of(fn)
     try:
         return biject_to(support)
     except NotImplementedError as error:
-        kind = type(leaf(fn)).__name__
         remedy = REPARAMETRISED.get(kind, "use a distribution on the real line and transform its draws")
         raise InputError(
             f"site '{name}': there is no map from the real line to the support of a {kind}; {remedy}"

@@ -135,7 +135,7 @@ def _does_not_fit(name: str, message: Any, joint: JointDensity) -> InputError:
     expected = joint.constrain(joint.zeros(1)[None], torch.zeros(1, dtype=torch.long))[name].shape[2:]
     return InputError(
         f"site '{name}': the guide's value has shape {shape}, but the model's value has shape {tuple(expected)} per "
-        "datapoint"
+        "datapoint. Give its distribution in the guide the model's batch shape, plates and to_event"
     )
 
 

@@ -35,7 +35,7 @@ from pyrogaps.log_weights import (
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refiner
 from pyrogaps.run import Run
-from pyrogaps.settings import Count, Probability, Several, checked, within
+from pyrogaps.settings import Count, Probability, checked, within
 from pyrogaps.streams import Chunk
 
 Initial = Literal["curvature", "refined", "guide", "prior"]
@@ -46,6 +46,8 @@ STARTS = {
     "prior": "the prior distribution",
 }
 MIN_EFFECTIVE_SHARE = 0.2
+# Each has numbers of its own for every datapoint, which no memory limit counts.
+Temperatures = Annotated[int, within("of at least 1 and at most 1000000")]
 
 
 @checked("evidence")
@@ -70,14 +72,14 @@ class AIS(Evidence):
     """
 
     num_chains: Count = 16
-    num_temperatures: Count = 50
+    num_temperatures: Temperatures = 50
     num_leapfrog: Count = 3
     schedule: Schedule = "linear"
     initial: Initial = "curvature"
     widen: Annotated[float, within("of at least 1")] = 1.2
     target_acceptance: Probability = 0.9
-    num_pilot_chains: Several = 4
-    num_pilot_temperatures: Count = 20
+    num_pilot_chains: Annotated[int, within("of at least 2 and at most 10000")] = 4
+    num_pilot_temperatures: Temperatures = 20
 
     @property
     def num_chains_at_once(self) -> int:

@@ -23,7 +23,7 @@ from pyrogaps.settings import Count, Plate, Seed, checked
 from pyrogaps.streams import Chunk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sandwich(SimulatedBounds):
     """The result of `bdmc`: the settings of AIS are certified within its `width`.
 

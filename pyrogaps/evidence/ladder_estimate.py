@@ -15,7 +15,7 @@ def _none() -> Tensor:
     return torch.empty(0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LadderEstimate(Estimate):
     """As `Estimate`, with draws in different numbers: `draws` has the log-weights of each datapoint, and `log_weights`
     is None.

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyrogaps.errors import counted
 from pyrogaps.settings import Probability, checked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SimulatedBounds:
     """Stochastic lower and upper bounds of log p(x) on data simulated from the model, nats, `(N,)` each.
 
@@ -17,6 +18,13 @@ class SimulatedBounds:
 
     lower: Tensor
     upper: Tensor
+
+    def __repr__(self) -> str:
+        lower, upper = float(self.lower.mean()), float(self.upper.mean())
+        return (
+            f"{type(self).__name__}({counted(len(self.lower), 'datapoint')} simulated: mean log p(x) from {lower:.3f} "
+            f"to {upper:.3f} nats, width {self.width:.3f} ± {self.width_mcse:.3f})"
+        )
 
     @property
     def width(self) -> float:

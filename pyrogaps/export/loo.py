@@ -1,6 +1,6 @@
 """`loo`: leave-one-out cross-validation from a guide's draws, where the latents are global."""
 
-from typing import cast
+from typing import Annotated, cast
 
 import numpy as np
 import xarray as xr
@@ -11,13 +11,19 @@ from pyrogaps.errors import InputError
 from pyrogaps.export.record import DATAPOINT
 from pyrogaps.export.tree import GLOBAL, LOCAL, SAMPLE_DIMS
 from pyrogaps.settings import Name, checked
+from pyrogaps.trees import saved
 
 MIN_DRAWS = 25  # a Pareto tail is fitted to the largest fifth of the ratios, at least five
 NEEDED = {"log_likelihood": (), "sample_stats": ("log_p", "log_q")}
 
 
 @checked()
-def loo(tree: xr.DataTree, *, var_name: Name | None = None, pointwise: bool | None = None) -> ELPDData:
+def loo(
+    tree: Annotated[xr.DataTree, saved("result of to_datatree")],
+    *,
+    var_name: Name | None = None,
+    pointwise: bool | None = None,
+) -> ELPDData:
     r"""PSIS-LOO of a tree from `to_datatree`, corrected by the guide's own importance ratios.
 
     $$\widehat{\mathrm{elpd}} = \sum_n \log \frac{\sum_s r_{ns}\, p(x_n \mid z_s)}{\sum_s r_{ns}}, \quad

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from pyrogaps.errors import counted
 from pyrogaps.gaps.terms import standard_error
 from pyrogaps.settings import Several, checked
 
@@ -40,16 +41,16 @@ def lines_of(certificate: xr.Dataset) -> Iterator[str]:
     middle, most = np.quantile(width, [0.5, 0.9])
     certain = width.mean() + math.log(1 / (1 - CERTAIN)) / len(width)
     yield (
-        f"BDMC on {len(width)} datapoints simulated from the model: log p(x) exceeds its lower bound by at most "
-        f"{_mean(width)} nats on average ({certain:.3f} with {CERTAIN:.0%} confidence). Per datapoint: median "
+        f"BDMC on {counted(len(width), 'datapoint')} simulated from the model: log p(x) exceeds its lower bound by at "
+        f"most {_mean(width)} nats on average ({certain:.3f} with {CERTAIN:.0%} confidence). Per datapoint: median "
         f"{middle:.3f}, 90th percentile {most:.3f}, maximum {width.max():.3f}"
     )
     gain = certificate["gain"].values
     share = float((gain > IMPROVING + 2 * certificate["gain_mcse"].values).mean())
     yield (
-        f"refining {certificate.attrs['longer']} times as long changes the ELBO of {len(gain)} datapoints by "
-        f"{_mean(gain)} nats on average. For {share:.0%} of them the gain exceeds {IMPROVING} nats by more than twice "
-        "its error"
+        f"refining {counted(certificate.attrs['longer'], 'time')} as long changes the ELBO of "
+        f"{counted(len(gain), 'datapoint')} by {_mean(gain)} nats on average. For {share:.0%} of them the gain exceeds "
+        f"{IMPROVING} nats by more than twice its error"
     )
 
 

@@ -1,5 +1,6 @@
 """What a ledger says to do: its gaps ranked by nats, with what usually closes each and the evidence it rests on."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,8 @@ CERTAIN = 2.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One leaf of the tree: its mean and standard error, nats, and its share of the inference gap.
+    """One leaf of the tree: its mean and standard error, nats, and its share of the inference gap; NaN where that is
+    not larger than its error.
 
     The error combines that over datapoints with the Monte Carlo error. `gap` is the id of its term, `name` its label.
     """
@@ -34,7 +36,8 @@ class Finding:
     def __str__(self) -> str:
         if np.isnan(self.nats):
             return f"{self.name}: not measured"
-        size = f"{self.name} {self.nats:.3f} ± {self.error:.3f} nats ({self.share:.0%})"
+        share = "" if np.isnan(self.share) else f" ({self.share:.0%})"
+        size = f"{self.name} {self.nats:.3f} ± {self.error:.3f} nats{share}"
         if not self.certain:
             return f"{size}: not larger than its error"
         cause, remedy = self.cause or "a large gap", self.remedy
@@ -50,16 +53,22 @@ class Diagnosis:
         dominant: the name of the largest gap, where it exceeds zero and the next by two standard errors; else None.
         warnings: reasons not to trust the numbers.
         finite: whether all datapoints have finite bounds; the gaps are means over those that have.
+        total: the inference gap and its error, nats.
     """
 
     findings: tuple[Finding, ...]
     dominant: str | None
     warnings: tuple[str, ...]
     finite: bool = True
+    total: tuple[float, float] = (float("nan"), float("nan"))
 
     def __str__(self) -> str:
         head = self._head(self.findings[0])
-        lines = [head, *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1))]
+        lines = [
+            head,
+            *_without_shares(*self.total),
+            *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)),
+        ]
         return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
 
     def _head(self, first: Finding) -> str:
@@ -80,17 +89,32 @@ class Diagnosis:
 
 def diagnosis(gaps: xr.Dataset, warnings: tuple[str, ...], *, finite: bool = True) -> Diagnosis:
     """The leaves of a ledger's tree of gaps, ranked; see `Diagnosis`."""
-    findings = sorted((_finding(gaps.sel(gap=name), gaps) for name in leaves(gaps)), key=lambda f: -f.nats)
+    total = _size(gaps.sel(gap=INFERENCE))
+    findings = sorted((_finding(gaps.sel(gap=name), total) for name in leaves(gaps)), key=lambda f: -f.nats)
     first, others = findings[0], findings[1:]
     dominant = first.certain and all(_exceeds(first, other) for other in others)
-    return Diagnosis(tuple(findings), first.gap if dominant else None, warnings, finite)
+    return Diagnosis(tuple(findings), first.gap if dominant else None, warnings, finite, total)
 
 
-def _finding(row: xr.Dataset, gaps: xr.Dataset) -> Finding:
-    nats, total = float(row["mean"]), float(gaps["mean"].sel(gap=INFERENCE))
-    error = float(np.hypot(np.nan_to_num(row["standard_error"]), row["mcse"]))
+def _finding(row: xr.Dataset, total: tuple[float, float]) -> Finding:
+    nats, error = _size(row)
+    share = nats / total[0] if total[0] > CERTAIN * total[1] else float("nan")
     words = (str(row[name].item()) for name in ("label", "cause", "remedy"))
-    return Finding(str(row["gap"].item()), nats, error, nats / total if total else float("nan"), *words)
+    return Finding(str(row["gap"].item()), nats, error, share, *words)
+
+
+def _size(row: xr.Dataset) -> tuple[float, float]:
+    """Mean of a gap and its standard error over datapoints and draws, nats."""
+    return float(row["mean"]), float(np.hypot(np.nan_to_num(row["standard_error"]), row["mcse"]))
+
+
+def _without_shares(nats: float, error: float) -> Iterator[str]:
+    """Why there are no shares of an inference gap; nothing where there are."""
+    size = f"The inference gap is {nats:.3f} ± {error:.3f} nats"
+    if nats < -CERTAIN * error:
+        yield f"{size}: negative, so log p(x) is measured too low. Spend more on evidence before you trust any gap."
+    elif nats <= CERTAIN * error:
+        yield f"{size}: not larger than its error, so no gap is given as a share of it."
 
 
 def _exceeds(first: Finding, other: Finding) -> bool:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.impossible import impossible_sites
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk, chunks, particle_blocks
@@ -99,7 +99,7 @@ def infinite_lines(dataset: xr.Dataset, provenance: Mapping[str, Any]) -> Iterat
         )
         more = "" if infinite <= MAX_NAMED else f"; and {infinite - MAX_NAMED} more"
         verb = "has" if infinite == 1 else "have"
-        yield f"{infinite} of {number} datapoints {verb} no finite bounds, {rest} ({named}{more})"
+        yield f"{infinite} of {counted(number, 'datapoint')} {verb} no finite bounds, {rest} ({named}{more})"
 
 
 def _reason(datapoint: int, bounds: list[str], sites: list[str]) -> str:

@@ -1,7 +1,7 @@
 """`GapLedger`: the gaps of every datapoint, with their errors and where each number comes from."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import xarray as xr
@@ -12,7 +12,8 @@ from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
 from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.table import cautions, last_gap, render
 from pyrogaps.gaps.terms import INFERENCE, Values, ids
-from pyrogaps.trees import PROVENANCE, describe, provenance_of
+from pyrogaps.settings import checked
+from pyrogaps.trees import PROVENANCE, describe, provenance_of, saved
 
 GROUPS = ("per_datapoint", "traces", "observed_data", "gaps")
 TRAINING, CERTIFICATE = "training_data", "certificate"
@@ -106,7 +107,8 @@ class GapLedger:
         return describe(xr.DataTree.from_dict(groups), groups, self.provenance)
 
     @classmethod
-    def from_datatree(cls, tree: xr.DataTree) -> "GapLedger":
+    @checked()
+    def from_datatree(cls, tree: Annotated[xr.DataTree, saved("ledger")]) -> "GapLedger":
         """A ledger back from `to_datatree`; raises `InputError` for a tree that is not one, or not as written."""
         missing = [name for name in GROUPS if name not in tree.children]
         if missing or PROVENANCE not in tree.attrs:

@@ -1,6 +1,5 @@
 """phi-hat: the guide's own network, trained on for the frozen model until its training bound improves no more."""
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 
 from pyrogaps.conditioning import SimulatedData
 from pyrogaps.density import Data, IndexedData
+from pyrogaps.density.autoguides import copied
 from pyrogaps.density.data import as_indexed, part_of, rows_of
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError, reason_of
@@ -70,7 +70,7 @@ class Split:
         retraining: how phi-hat is found.
     """
 
-    train_data: Data
+    train_data: Data = field(repr=False)
     retraining: Retraining = field(default_factory=Retraining)
 
     def measured(self) -> tuple[IndexedData, torch.Tensor]:
@@ -136,9 +136,9 @@ def retrain(
 
 def _candidates(guide: nn.Module, num_restarts: int, run: Run) -> Iterator[Candidate]:
     """The guide's own weights, then fresh ones."""
-    yield Candidate(WARM, copy.deepcopy(guide))
+    yield Candidate(WARM, copied(guide))
     for number in range(1, num_restarts + 1):
-        fresh = copy.deepcopy(guide)
+        fresh = copied(guide)
         with run.stream("fresh weights").seeded(number):
             kept, some_fresh = _reset(fresh)
         if some_fresh:
@@ -171,7 +171,7 @@ def _trained_on(
     model: Program, candidate: Candidate, split: Split, bound: Callable[[Program], float], run: Run, folder: Path | None
 ) -> Start:
     chosen, name, guide = split.retraining, candidate.name, candidate.guide
-    bounds, best = [bound(guide)], copy.deepcopy(guide)
+    bounds, best = [bound(guide)], copied(guide)
     options = {**vars(chosen.training), "freeze_model": True, "progress": run.progress}
     for number in range(1, chosen.max_rounds + 1):
         file = None if folder is None else folder / f"retraining-{name.replace(' ', '-')}-{number}.pt"
@@ -185,7 +185,7 @@ def _trained_on(
             ) from error
         bounds.append(bound(guide))
         if bounds[-1] == max(bounds):
-            best = copy.deepcopy(guide)
+            best = copied(guide)
         if bounds[-1] - bounds[-2] <= chosen.tolerance:
             return Start(candidate, bounds, True, best)
     return Start(candidate, bounds, False, best)

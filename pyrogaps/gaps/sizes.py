@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pyrogaps import memory, processes
 from pyrogaps.density import JointDensity
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.evidence import Evidence
 from pyrogaps.memory import format_bytes
 from pyrogaps.streams import BLOCK, PARTICLE_BLOCK
@@ -55,8 +55,8 @@ def sizes_of(
         if room < least:
             raise InputError(
                 f"max_memory: {format_bytes(limit)} is too little; {format_bytes(held)} is in use already, and "
-                f"{number} datapoints need {format_bytes(least)}. Allow at least {format_bytes(held + least)}, or use "
-                "a smaller batch_size, fewer draws or fewer chains"
+                f"{counted(number, 'datapoint')} at once take {format_bytes(least)}. Allow at least "
+                f"{format_bytes(held + least)}, or use a smaller batch_size, fewer draws or fewer chains"
             )
         working_set = min(memory.WORKING_SET, room // SHARES)
         fitting = max(1, working_set // (BLOCK * each)) * BLOCK

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pyrogaps.errors import counted
 from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.terms import INFERENCE, ids, standard_error, summary_mcse, tree_labels
 
@@ -25,13 +26,12 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
     """
     labels = {name: _label(str(name), provenance) for name in summary.index} | tree_labels(gaps)
     width = max(len(label) for label in labels.values())
-    number = provenance["num_datapoints"]
-    what = "1 datapoint" if number == 1 else f"{number:,} datapoints"
+    number_of = counted(provenance["num_datapoints"], "datapoint")
     means = summary["mean"][np.isfinite(summary["mean"])]
     decimals = 3 if means.empty or float(means.abs().max()) < 100 else 2
     finite = finite_part(per_datapoint)
     lines = [
-        f"Gap ledger: {what}, latent dimension {provenance['dim']}; means over datapoints in nats",
+        f"Gap ledger: {number_of}, latent dimension {provenance['dim']}; means over datapoints in nats",
         "",
         f"{'':{width}}  {HEADINGS[0]:>9}  {HEADINGS[1]:>7}  {HEADINGS[2]:>7}  {HEADINGS[3]}",
     ]
@@ -172,7 +172,7 @@ def _on_conditions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> lis
     error = f" ± {standard_error(misfit):.2f}" if len(misfit) > 1 else ""
     return [
         f"conditions of the guide: {shown}. The conditioning gap is overestimated by about {excess:.3f} nats, because "
-        f"q*_C is fitted to only half of at most {number} completions",
+        f"q*_C is fitted to only half of at most {counted(number, 'completion')}",
         f"the ELBO of q*_C is {misfit.mean():.2f}{error} nats higher on the model's completions than on the data. A "
         "value far from 0 means that the data do not follow the model",
     ]
@@ -185,8 +185,10 @@ def _on_split(provenance: dict[str, Any]) -> list[str]:
         return []
     rounds = [len(start["elbo"]) - 1 for start in starts]
     left = [start["start"] for start in starts if not start["converged"]]
+    least, most = min(rounds), max(rounds)
+    trained = counted(most, "round") if least == most else f"{least} to {counted(most, 'round')}"
     lines = [
-        f"retraining (phi-hat): {len(starts)} starts, {min(rounds)} to {max(rounds)} rounds each; best start: "
+        f"retraining (phi-hat): {counted(len(starts), 'start')}, {trained}{' each' * (len(starts) > 1)}; best start: "
         f"{starts[0]['start']}; not converged: {', '.join(left) or 'none'}"
     ]
     if kept := sorted({name for start in starts for name in start.get("kept", [])}):

@@ -66,7 +66,7 @@ class Mean(NamedTuple):
 
 
 @checked("Term")
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Term:
     """A gap of the tree.
 
@@ -93,6 +93,9 @@ class Term:
     remedy: str = ""
     colour: str = "#8c8c8c"
     hatch: str = ""
+
+    def __repr__(self) -> str:
+        return f"Term({self.id!r})"
 
     def estimator_of(self, columns: Columns) -> str:
         """What stands beside the gap of these columns in a table."""

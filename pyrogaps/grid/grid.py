@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.grid.modes import count_modes
 from pyrogaps.grid.quadrature import Array, around, integrate
 from pyrogaps.grid.scoring import Scorer, array, extent, in_rows
@@ -114,7 +114,8 @@ def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Poste
     size = posterior.joint.num_datapoints  # type: ignore[attr-defined]
     if size != number:
         raise InputError(
-            f"guides: '{name}' is a posterior of {size} datapoints, but the data have {number}. Build it for these data"
+            f"guides: '{name}' is a posterior of {counted(size, 'datapoint')}, but the data have {number}. Build it "
+            "for these data"
         )
     return posterior
 

@@ -8,7 +8,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel
 from pyrogaps.mapa.explainers import explainers
 from pyrogaps.mapa.paired import Paired
@@ -45,7 +45,9 @@ class IndexedELBO(ELBO):
         return self.posterior.indices.device
 
     def __repr__(self) -> str:
-        kept = f"{self.posterior.num_neighbours} of {self.num_datapoints} datapoints by {self.posterior.kernel}"
+        kept = (
+            f"{self.posterior.num_neighbours} of {counted(self.num_datapoints, 'datapoint')} by {self.posterior.kernel}"
+        )
         names = ("num_top", "num_samples", "replacement", "num_draws")
         options = [f"{name}={getattr(self, name)}" for name in names if hasattr(self, name)]
         return f"{self.name}({kept}, {', '.join(options)})"

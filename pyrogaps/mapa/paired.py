@@ -17,7 +17,7 @@ from pyrogaps.density.layout import leaf, plate_dim, rows_first
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import is_factor, is_masked, sample_sites
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.mapa.continuous_bernoulli import log_normaliser
 from pyrogaps.streams import seeded
 
@@ -91,8 +91,8 @@ class Paired:
         for name, value in encoder.items():
             if len(value) != self.joint.num_datapoints:
                 raise InputError(
-                    f"latents '{name}': expected one for each of {self.joint.num_datapoints} datapoints, got "
-                    f"{len(value)}"
+                    f"latents '{name}': expected one for each of {counted(self.joint.num_datapoints, 'datapoint')}, "
+                    f"got {len(value)}"
                 )
         return dict(encoder)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyrogaps.density import Data, IndexedData
 from pyrogaps.density.data import all_indices, as_indexed
 from pyrogaps.density.structure import check_finite
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import guarded
 from pyrogaps.mapa.continuous_bernoulli import ContinuousBernoulliKernel
 from pyrogaps.mapa.kernels import BernoulliKernel, CustomKernel, GaussianKernel, Kernel, LogKernel
@@ -26,7 +26,7 @@ KERNELS: dict[str, Callable[[float], Kernel]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MapaPosterior:
     r"""q(i|x_n) over the M datapoints i that most probably explain datapoint n, fixed during training.
 
@@ -44,6 +44,10 @@ class MapaPosterior:
     log_q: Tensor
     kernel: Kernel | None = None
     distances: Tensor | None = None
+
+    def __repr__(self) -> str:
+        number, neighbours = counted(self.num_datapoints, "datapoint"), counted(self.num_neighbours, "neighbour")
+        return f"MapaPosterior({number}, {neighbours} each, kernel {self.kernel})"
 
     @property
     def num_datapoints(self) -> int:
@@ -151,7 +155,8 @@ def first_argument(data: IndexedData) -> Tensor:
     x = data.fetch(all_indices(data))[0]
     if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != data.num_datapoints:
         raise InputError(
-            f"data: the first argument must be a tensor of {data.num_datapoints} datapoints for the kernel to compare"
+            f"data: the first argument must be a tensor of {counted(data.num_datapoints, 'datapoint')} for the kernel "
+            "to compare"
         )
     check_finite([("the first argument", x)], "data", "Clean or impute them first")
     return x.detach()

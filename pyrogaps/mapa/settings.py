@@ -3,12 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from pyrogaps.density import Data
+from pyrogaps.density.data import as_indexed
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.iwae import MAPA_IWAE_ELBO
-from pyrogaps.mapa.posterior import kernel_named, mapa_posterior
+from pyrogaps.mapa.posterior import MapaPosterior, checked_number, kernel_named, mapa_posterior
 from pyrogaps.settings import Count, Plate, Positive, Whole, checked
 from pyrogaps.training import Training, TrainingResult, train
 
@@ -51,12 +54,27 @@ class Mapa:
                 "Leave patience out"
             )
 
-    def check_bandwidth(self) -> None:
-        """Raise `InputError` for a bandwidth that is missing or that the likelihood's kernel does not take."""
+    def bound(self, posterior: MapaPosterior, plate: Plate, *, encoded: bool) -> MAPA_ELBO | MAPA_IWAE_ELBO:
+        """What is trained on, with an encoder or without; raises `InputError` for sizes that do not fit `posterior`."""
+        if plate is False:
+            raise InputError("mapa: plate is false, but MAPA needs the datapoints of a data plate. Leave plate null")
+        shared: dict[str, Any] = {"num_top": self.num_top, "num_samples": self.num_samples, "plate": plate}
+        if encoded:
+            return MAPA_ELBO(posterior, replacement=self.replacement, **shared)
+        return MAPA_IWAE_ELBO(posterior, num_draws=self.num_draws, **shared)
+
+    def check(self, data: Data, *, encoded: bool) -> None:
+        """Raise `InputError` for a bandwidth or sizes that do not fit the data, without searching neighbours."""
         try:
             kernel_named(self.likelihood, self.bandwidth)
         except InputError as error:
             raise InputError(f"mapa.bandwidth: {str(error).removeprefix('bandwidth: ')}") from error
+        indexed = as_indexed(data)
+        try:
+            size = len(indexed), checked_number(self.num_neighbours, len(indexed))
+            self.bound(MapaPosterior(indexed, *torch.empty(2, *size, device="meta")), None, encoded=encoded)
+        except InputError as error:
+            raise InputError(f"mapa: {error}") from error
 
 
 def train_by_mapa(
@@ -85,16 +103,10 @@ def train_by_mapa(
     Raises:
         InputError, FloatingPointError: as `mapa_posterior`, the bound, `train` and `recover`.
     """
-    if plate is False:
-        raise InputError("mapa: plate is false, but MAPA needs the datapoints of a data plate. Leave plate null")
     posterior = mapa_posterior(
         data, settings.likelihood, bandwidth=settings.bandwidth, num_neighbours=settings.num_neighbours
     )
-    shared: dict[str, Any] = {"num_top": settings.num_top, "num_samples": settings.num_samples, "plate": plate}
-    if encoder is None:
-        bound: Any = MAPA_IWAE_ELBO(posterior, num_draws=settings.num_draws, **shared)
-    else:
-        bound = MAPA_ELBO(posterior, replacement=settings.replacement, **shared)
+    bound = settings.bound(posterior, plate, encoded=encoder is not None)
     options = {**vars(settings.training), **options, "objective": bound, "seed": seed}
     result = train(model, guide if encoder is None else encoder, data, **options)
     if encoder is not None and hasattr(model, "recover"):

@@ -1,5 +1,7 @@
 """Plot of a calibration: ECDF of the ranks and coverage of intervals."""
 
+from typing import Annotated, TypeAlias
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -10,15 +12,22 @@ from pyrogaps.calibration import Calibration
 from pyrogaps.calibration.summary import FAMILY_WISE, LOG_JOINT, deviating
 from pyrogaps.calibration.uniformity import POINTS, uniformity_test
 from pyrogaps.plots.source import LINES, SHADES, new_figure, tidy
-from pyrogaps.settings import checked
+from pyrogaps.settings import Limit, checked
 
 GRID = np.linspace(0, 1, 401)
 FAINT, DEVIATING = "0.6", "0.3"
 MAX_HIGHLIGHTED = 4
+Drawn: TypeAlias = Annotated[
+    Calibration | xr.DataTree,
+    Limit(
+        "a Calibration or a DataTree of one",
+        remedy="Pass what calibrate returned, or open a saved calibration with xarray.open_datatree",
+    ),
+]
 
 
 @checked()
-def plot_calibration(calibration: Calibration | xr.DataTree, figure: FigureBase | None = None) -> FigureBase:
+def plot_calibration(calibration: Drawn, figure: FigureBase | None = None) -> FigureBase:
     """Draw how far the ranks of a calibration are from uniform, one line per latent dimension.
 
     Left, the ECDF of the normalised ranks minus its expectation, as in `arviz_plots.plot_ecdf_pit`. A hump means that

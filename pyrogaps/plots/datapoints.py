@@ -9,7 +9,7 @@ from matplotlib.figure import FigureBase
 
 from pyrogaps.gaps.terms import INFERENCE
 from pyrogaps.plots.source import (
-    Source,
+    Ledger,
     group,
     new_figure,
     note,
@@ -24,7 +24,7 @@ POINTS_WITH_ERROR_BARS = 1000
 
 
 @checked()
-def plot_datapoints(source: Source, figure: FigureBase | None = None, *, num_images: Whole = 12) -> FigureBase:
+def plot_datapoints(ledger: Ledger, figure: FigureBase | None = None, *, num_images: Whole = 12) -> FigureBase:
     """Scatter each datapoint's amortization gap against its approximation gap, in nats.
 
     Where nothing is amortized, the optimization gap takes the place of the amortization gap.
@@ -34,16 +34,16 @@ def plot_datapoints(source: Source, figure: FigureBase | None = None, *, num_ima
     the largest inference gap are shown beside the scatter, numbered in it from the largest down.
 
     Args:
-        source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
+        ledger: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
         figure: a figure or subfigure to draw in; by default a new figure.
         num_images: largest number of inputs to show.
 
     Returns:
         The figure drawn in.
     """
-    dataset = per_datapoint(source)
+    dataset = per_datapoint(ledger)
     worst = _worst(dataset, num_images)
-    images = images_of(group(source, "observed", "observed_data"), worst)
+    images = images_of(group(ledger, "observed", "observed_data"), worst)
     if figure is None:
         figure = new_figure(10 if images is not None else 5.5, 4.4)
     if images is None:

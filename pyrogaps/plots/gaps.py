@@ -8,9 +8,10 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
+from pyrogaps.errors import counted
 from pyrogaps.gaps.terms import INFERENCE, TERMS, ids, parent_of
 from pyrogaps.plots.source import (
-    Source,
+    Ledger,
     families,
     gap_tree,
     mean_and_error,
@@ -42,7 +43,7 @@ class Bar:
 
 
 @checked()
-def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
+def plot_gaps(ledger: Ledger, ax: Axes | None = None) -> Axes:
     """Draw mean gaps in nats as bars on one axis, "nats below log p(x)", with one standard error over datapoints.
 
     The first row is the guide's inference gap, log p(x) - L[q], stacked from its parts. Below it each part starts
@@ -52,13 +53,13 @@ def plot_gaps(source: Source, ax: Axes | None = None) -> Axes:
     The last rows are the refined bounds of the other families.
 
     Args:
-        source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
+        ledger: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
         ax: where to draw; by default a new figure.
 
     Returns:
         The axes.
     """
-    dataset, gaps = per_datapoint(source), gap_tree(source)
+    dataset, gaps = per_datapoint(ledger), gap_tree(ledger)
     # Without a measured inference gap, its parts are drawn alone.
     own = [*(_bars(gaps, "", 0, 0.0) if INFERENCE in ids(gaps) else _bars(gaps, INFERENCE, 1, 0.0))]
     bars = [*own, *_other_families(dataset)]
@@ -103,7 +104,9 @@ def _other_families(dataset: xr.Dataset) -> Iterator[Bar]:
 
 
 def _title(dataset: xr.Dataset) -> str:
-    lines = [f"Inference gap and its parts, mean ± standard error over {dataset.sizes['datapoint']} datapoints"]
+    lines = [
+        f"Inference gap and its parts, mean ± standard error over {counted(dataset.sizes['datapoint'], 'datapoint')}"
+    ]
     bounds = {"log p(x)": values(dataset, "log_evidence"), "L[q]": values(dataset, "elbo")}
     measured = [f"{name} = {with_error(*mean_and_error(b))}" for name, b in bounds.items() if b is not None]
     return "\n".join([*lines, ", ".join(measured) + " nats"] if measured else lines)

@@ -4,33 +4,33 @@ from matplotlib.figure import FigureBase
 
 from pyrogaps.plots.datapoints import plot_datapoints
 from pyrogaps.plots.gaps import plot_gaps
-from pyrogaps.plots.source import Source, families, new_figure, per_datapoint
+from pyrogaps.plots.source import Ledger, families, new_figure, per_datapoint
 from pyrogaps.plots.traces import plot_traces
 from pyrogaps.settings import checked
 
 
 @checked()
-def plot_ledger(source: Source, figure: FigureBase | None = None) -> FigureBase:
+def plot_ledger(ledger: Ledger, figure: FigureBase | None = None) -> FigureBase:
     """Draw `plot_gaps`, `plot_datapoints` and `plot_traces` below one another.
 
     Args:
-        source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
+        ledger: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
         figure: a figure or subfigure to draw in, about 10 by 11 inches; by default a new figure.
 
     Returns:
         The figure drawn in.
     """
     if figure is None:
-        figure = new_figure(*page_size(source))
-    _, height = page_size(source)
+        figure = new_figure(*page_size(ledger))
+    _, height = page_size(ledger)
     parts = figure.subfigures(3, 1, squeeze=False, height_ratios=[height - 8.0, 4.6, 3.4], hspace=0.04)
     top, middle, bottom = parts[:, 0]
-    plot_gaps(source, ax=top.add_subplot())
-    plot_datapoints(source, figure=middle)
-    plot_traces(source, figure=bottom)
+    plot_gaps(ledger, ax=top.add_subplot())
+    plot_datapoints(ledger, figure=middle)
+    plot_traces(ledger, figure=bottom)
     return figure
 
 
-def page_size(source: Source) -> tuple[float, float]:
+def page_size(ledger: Ledger) -> tuple[float, float]:
     """Width and height in inches of the page for this ledger: one row per family."""
-    return 10.0, 8.0 + 1.0 + 0.36 * (3 + len(families(per_datapoint(source))))
+    return 10.0, 8.0 + 1.0 + 0.36 * (3 + len(families(per_datapoint(ledger))))

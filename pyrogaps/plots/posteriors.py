@@ -1,5 +1,7 @@
 """Posteriors over two latent dimensions: the true one and each guide's."""
 
+from typing import Annotated, TypeAlias
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -7,10 +9,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from pyrogaps.errors import InputError
 from pyrogaps.plots.datapoints import images_of
 from pyrogaps.plots.source import SHADES, new_figure
-from pyrogaps.settings import checked
+from pyrogaps.settings import Limit, checked
 
 # Shares of a posterior's mass that its contours enclose, the widest first.
 SHARES = (0.99, 0.95, 0.8, 0.6, 0.4, 0.2)
@@ -20,10 +21,14 @@ SHOWN_SHARE = 0.998
 TINTS = LinearSegmentedColormap.from_list("posterior", ["#e6edf5", SHADES[0], "#12263d"])
 GREYS = LinearSegmentedColormap.from_list("true posterior", ["#ececec", "#8a8a8a", "#1c1c1c"])
 OUTLINE = "#c8641e"
+Grid: TypeAlias = Annotated[
+    xr.Dataset,
+    Limit("a Dataset with densities", lambda source: "density" in source, "Pass what posterior_grid returned"),
+]
 
 
 @checked()
-def plot_posteriors(source: xr.Dataset, figure: FigureBase | None = None) -> FigureBase:
+def plot_posteriors(source: Grid, figure: FigureBase | None = None) -> FigureBase:
     """Draw p(z|x) and every q(z|x) over the two latent dimensions: one row per posterior, one column per datapoint.
 
     Filled contours enclose 99, 95, 80, 60, 40 and 20 percent of a posterior's mass; lines in the guides' panels are the
@@ -39,8 +44,6 @@ def plot_posteriors(source: xr.Dataset, figure: FigureBase | None = None) -> Fig
     Returns:
         The figure drawn in.
     """
-    if "density" not in source:
-        raise InputError("source: it has no density; expected the Dataset that posterior_grid returns")
     columns, names = source.sizes["datapoint"], [str(name) for name in source["posterior"].values]
     images = images_of(source, np.arange(columns))
     rows = len(names) + (images is not None)

@@ -1,23 +1,21 @@
 """The data of the plots: named arrays of a ledger or its saved groups."""
 
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
-from pyrogaps.errors import InputError
 from pyrogaps.gaps.terms import TERMS, Mean, standard_error
-
-Source: TypeAlias = Any  # a GapLedger, or anything with its groups
+from pyrogaps.settings import Limit
 
 OWN = "own"
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
 SHADES = ["#2f5d8c", "#c8641e", "#4b7a2b", "#8b5a9f", "#444444"]
 
 
-def group(source: Source, *names: str) -> xr.Dataset:
+def group(source: Any, *names: str) -> xr.Dataset:
     """The first of the groups `names` that `source` has, as a Dataset; empty where it has none of them."""
     for name in names:
         node = getattr(source, name, None)
@@ -28,12 +26,20 @@ def group(source: Source, *names: str) -> xr.Dataset:
     return xr.Dataset()
 
 
-def per_datapoint(source: Source) -> xr.Dataset:
-    """The per-datapoint group; `InputError` where `source` has none."""
-    dataset = group(source, "per_datapoint")
-    if not dataset.data_vars:
-        raise InputError("source: it has no group 'per_datapoint'. Pass a GapLedger or a DataTree of one")
-    return dataset
+def per_datapoint(source: Any) -> xr.Dataset:
+    """The per-datapoint group."""
+    return group(source, "per_datapoint")
+
+
+# A GapLedger, or anything with its groups.
+Ledger: TypeAlias = Annotated[
+    Any,
+    Limit(
+        "a GapLedger or a DataTree of one",
+        lambda source: per_datapoint(source).data_vars,
+        "Pass what decompose returned, or open a saved ledger with xarray.open_datatree",
+    ),
+]
 
 
 def values(dataset: xr.Dataset, name: str, family: str | None = None) -> np.ndarray | None:
@@ -61,7 +67,7 @@ def own_family(dataset: xr.Dataset) -> str | None:
     return OWN if OWN in names else names[0] if names else None
 
 
-def gap_tree(source: Source) -> xr.Dataset:
+def gap_tree(source: Ledger) -> xr.Dataset:
     """The tree of gaps, one row per gap along "gap", as in a ledger.
 
     For a source without it: the gaps that have values per datapoint, with means over the finite values.

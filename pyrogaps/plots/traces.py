@@ -5,12 +5,12 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 
-from pyrogaps.plots.source import LINES, SHADES, Source, families, group, new_figure, note, per_datapoint, tidy, values
+from pyrogaps.plots.source import LINES, SHADES, Ledger, families, group, new_figure, note, per_datapoint, tidy, values
 from pyrogaps.settings import checked
 
 
 @checked()
-def plot_traces(source: Source, figure: FigureBase | None = None) -> FigureBase:
+def plot_traces(ledger: Ledger, figure: FigureBase | None = None) -> FigureBase:
     """Draw the traces of a decomposition: ELBO during refinement, and acceptance and ESS during annealing.
 
     Left, each family's bound during refinement, in nats, averaged over datapoints, between the guide's bound L[q] and
@@ -19,7 +19,7 @@ def plot_traces(source: Source, figure: FigureBase | None = None) -> FigureBase:
     weights as a share of the chains: where it collapses, increase the number of temperatures.
 
     Args:
-        source: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
+        ledger: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
         figure: a figure or subfigure to draw in; by default a new figure.
 
     Returns:
@@ -27,9 +27,9 @@ def plot_traces(source: Source, figure: FigureBase | None = None) -> FigureBase:
     """
     if figure is None:
         figure = new_figure(10, 3.4)
-    traces = group(source, "traces")
+    traces = group(ledger, "traces")
     left, right = figure.subplots(1, 2)
-    _refinement(left, traces, per_datapoint(source))
+    _refinement(left, traces, per_datapoint(ledger))
     _annealing(right, traces)
     return figure
 

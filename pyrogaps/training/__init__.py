@@ -1,6 +1,6 @@
 """Training by stochastic variational inference: warm-up, entropy annealing, schedules, early stopping, checkpoints."""
 
-from pyrogaps.training.loop import train
+from pyrogaps.training.loop import rehearse_training, train
 from pyrogaps.training.schedules import Constant, Cosine, Exponential, Schedule, Staircase
 from pyrogaps.training.settings import Training, TrainingResult
 from pyrogaps.training.weights import load_model_weights, load_weights, save_weights
@@ -15,6 +15,7 @@ __all__ = [
     "TrainingResult",
     "load_model_weights",
     "load_weights",
+    "rehearse_training",
     "save_weights",
     "train",
 ]

@@ -101,3 +101,12 @@ def train(
     with modes_restored(model, guide), torch.enable_grad():  # which the caller may have switched off
         trainer = Trainer(model, guide, data, validation, settings, seed, device)
         return trainer.run(checkpoint, progress)
+
+
+@guarded
+def rehearse_training(
+    model: Program, guide: Program, data: Data, validation: Data | None, settings: Training, seed: int
+) -> None:
+    """Raise what `train` would raise before its first step is taken. Model and guide may get their parameters here."""
+    with modes_restored(model, guide), torch.enable_grad():
+        Trainer(model, guide, data, validation, settings, seed, None).rehearse()

@@ -113,7 +113,7 @@ class TrainingResult:
     the end of training: through Pyro ("eager"), or by replaying a recorded step ("captured").
     """
 
-    history: dict[str, list[float]]
+    history: dict[str, list[float]] = field(repr=False)
     best_epoch: int
     num_epochs: int
     stopped_early: bool

@@ -10,7 +10,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyrogaps.density.data import IndexedData
 from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 
 Shapes = dict[str, torch.Size]
 
@@ -72,7 +72,7 @@ def _model_shapes(model: Program, minibatch: Any, larger: Any, rows: int) -> tup
         after = _latent_shapes(model, larger)
     except (ValueError, RuntimeError, IndexError, AssertionError) as error:
         raise InputError(
-            f"model: runs on {rows} datapoints but not on {rows + 1}. Size its plates by the data, as in "
+            f"model: runs on {counted(rows, 'datapoint')} but not on {rows + 1}. Size its plates by the data, as in "
             "pyro.plate('data', len(x))."
         ) from error
     return after, {name for name, shape in after.items() if before.get(name) != shape}
@@ -98,7 +98,8 @@ def _is_unamortized(guide: Any) -> bool:
 def _tied(guide: Program, rows: int) -> InputError:
     name = getattr(guide, "__qualname__", type(guide).__name__)
     return InputError(
-        f"training: guide {name} has parameters for each of {rows} datapoints, so minibatches and validation data are "
+        f"training: guide {name} has parameters for each of {counted(rows, 'datapoint')}, so minibatches and "
+        "validation data are "
         "not supported. Use an amortized guide, or train in one process with batch_size set to the size of the data "
         "set."
     )

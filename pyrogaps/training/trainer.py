@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed
 from pyrogaps.density.runs import Program, modules_of
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.family import augmented
 from pyrogaps.processes import rank, world_size
 from pyrogaps.progress import ProgressBar
@@ -71,7 +71,7 @@ class Trainer:
         name = type(bound).__name__
         if len(self.data) != bound.num_datapoints:
             raise InputError(
-                f"training: objective {name} was built with {bound.num_datapoints} datapoints, but data has "
+                f"training: objective {name} was built with {counted(bound.num_datapoints, 'datapoint')}, but data has "
                 f"{len(self.data)}. Pass the same data to both."
             )
         if bound.device.type != self.device.type:
@@ -122,12 +122,20 @@ class Trainer:
         measured = self.data if self.validation is None else self.validation
         return GuideAhead(self.augmented, self.guide, measured, names, self.settings.guide_steps)
 
+    def rehearse(self) -> None:
+        """Compute the first loss with its graph, as a step does, and take no step."""
+        objective, first = self.objective, torch.arange(self.batch_size)
+        if isinstance(objective, Objective):
+            with self._evaluating("rehearsal"):
+                objective.begin(len(first))
+                objective.differentiable_loss(objective.model, objective.guide, *self._args(self.data, first))
+
     def run(self, path: File | None, progress: bool) -> TrainingResult:
         checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
         state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer, self.steps)
         if state.epoch > self.settings.num_epochs:
             raise InputError(
-                f"checkpoint {path}: was saved after {state.epoch} epochs, more than "
+                f"checkpoint {path}: was saved after {counted(state.epoch, 'epoch')}, more than "
                 f"num_epochs={self.settings.num_epochs}. Raise num_epochs or use another file."
             )
         self._clear_gradients()

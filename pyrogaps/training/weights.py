@@ -14,7 +14,7 @@ from torch.distributions import constraints as torch_constraints
 
 from pyrogaps.density.data import Data, as_indexed
 from pyrogaps.density.runs import Program, modules_of
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.files import is_sealed, replacing, seal
 from pyrogaps.streams import seeded
 
@@ -138,7 +138,8 @@ def put_weights(weights: Weights, model: Program, guide: Program, *, unknown_mod
     modules, store = all_modules(model, guide), pyro.get_param_store()
     if len(modules) != len(weights["modules"]):
         raise InputError(
-            f"the file contains {len(weights['modules'])} modules, but the model and the guide have {len(modules)}"
+            f"the file contains {counted(len(weights['modules']), 'module')}, but the model and the guide have "
+            f"{len(modules)}"
         )
     for module, state in zip(modules, weights["modules"], strict=True):
         _check_fit(state, module.state_dict(), type(module).__name__)

@@ -140,7 +140,7 @@ def test_both_declarations_are_refused() -> None:
     [
         (torch.ones(6), "must be boolean"),
         (torch.ones(5, dtype=torch.bool), r"has shape \(5,\), but the argument has shape"),
-        ((None, torch.ones(6, dtype=torch.bool)), r"2 masks, but the model has 1 argument\(s\)"),
+        ((None, torch.ones(6, dtype=torch.bool)), "2 masks, but the model has 1 argument$"),
     ],
 )
 def test_masks_that_do_not_fit(mask: Any, message: str) -> None:

@@ -229,3 +229,22 @@ def test_a_joint_autoguide_of_one_masked_data_set_is_refused_by_name() -> None:
     guide(torch.zeros(4, 3), KEEP)
     with pytest.raises(InputError, match=r"masks part of an event.*MultivariateNormal is not factorised"):
         elbo(by_handler, guide, (torch.zeros(4, 3), KEEP), plate=False, num_particles=2)
+
+
+def with_a_matrix(x: Tensor, keep: Tensor) -> None:
+    """A latent whose events have two dimensions, and one in unconstrained space."""
+    with pyro.plate("data", len(x)), poutine.mask(mask=keep[:, 0]):
+        factor = pyro.sample("factor", dist.LKJCholesky(2, x.new_tensor(1.5)))
+        pyro.sample("x", dist.MultivariateNormal(x.new_zeros(2), scale_tril=factor), obs=x[:, :2])
+
+
+def test_a_masked_event_may_have_more_dimensions_than_its_unconstrained_value() -> None:
+    x, keep = torch.randn(4, 3), torch.tensor([[True], [False], [True], [True]])
+    joint, plain = JointDensity(with_a_matrix, (x, keep)), JointDensity(with_a_matrix, (x, torch.ones_like(keep)))
+    z = torch.randn(5, 4, 1)
+    torch.testing.assert_close(joint(z), plain(z) * keep[:, 0])
+    assert torch.equal(joint.active(torch.arange(4)), keep)
+    guide = AutoNormal(with_a_matrix, init_scale=0.3)
+    guide(x, keep)
+    z, log_q = GuideDensity(guide, None, joint).sample(3)
+    assert (z[:, 1] == 0).all() and (log_q[:, 1] == 0).all() and (log_q[:, 0] != 0).all()

@@ -244,7 +244,7 @@ def test_shapes_that_differ() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    refused(guide, "site 'z'", "shape (6, 2)", "(3,) per datapoint", model=vector_model)
+    refused(guide, "site 'z'", "shape (6, 2)", "(3,) per datapoint", "plates and to_event", model=vector_model)
 
 
 def test_scalar_for_a_vector() -> None:

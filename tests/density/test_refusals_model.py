@@ -7,8 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer import config_enumerate
 from torch import Tensor, nn
+from torch.distributions.relaxed_categorical import ExpRelaxedCategorical as TorchExpRelaxedCategorical
 
 from pyrogaps import IndexedData, InputError, JointDensity
 
@@ -427,3 +429,25 @@ def test_data_of_another_dtype_names_the_remedy() -> None:
             pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).expand([len(x), 3]).to_event(1), obs=x)
 
     refused(model, torch.randn(5, 3, dtype=torch.float64), "model failed", "dtype", "x.float()")
+
+
+class ExpRelaxedCategorical(TorchExpRelaxedCategorical, TorchDistributionMixin):
+    """As torch's, which declares all of R^K where its draws have one dimension less."""
+
+
+def test_a_latent_on_a_surface_is_refused_with_its_image_that_has_a_density() -> None:
+    def model(x: Tensor, kind: Any = ExpRelaxedCategorical) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", kind(torch.tensor(0.5), logits=torch.zeros(len(x), 3)))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    refused(model, X, "site 'z': ExpRelaxedCategorical has no density", "use RelaxedOneHotCategorical")
+    assert JointDensity(lambda x: model(x, dist.RelaxedOneHotCategorical), X).dim == 2
+
+
+def test_points_of_another_shape_are_refused_with_a_remedy() -> None:
+    joint = JointDensity(normal, X)
+    with pytest.raises(InputError, match=r"z: expected shape \(S, 5, 1\), got \(5, 1\).*sample_prior"):
+        joint(torch.zeros(5, 1))
+    rows = torch.tensor([1, 3])
+    assert joint(joint.sample_prior(4, rows), rows).shape == (4, 2)

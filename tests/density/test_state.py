@@ -14,7 +14,21 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrogaps import AIS, GuideDensity, InputError, JointDensity, Problem, Refinement, decompose, elbo, refine
+from pyrogaps import (
+    AIS,
+    GuideDensity,
+    InputError,
+    JointDensity,
+    Problem,
+    Refinement,
+    Retraining,
+    Split,
+    Training,
+    decompose,
+    elbo,
+    refine,
+)
+from pyrogaps.density.autoguides import copied
 from pyrogaps.density.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("brief_check")
@@ -233,3 +247,22 @@ def test_programs_run_inside_a_caller_s_handler() -> None:
     with pyro.poutine.seed(rng_seed=3), pyro.poutine.scale(scale=2.0):
         inside = elbo(model, guide, X, num_particles=10)
     assert torch.equal(expected.log_weights, inside.log_weights)
+
+
+def test_an_autoguide_keeps_its_model_when_it_is_split(double: None) -> None:
+    """Pyro clears it in the original when an autoguide is copied."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+            pyro.sample("x", dist.Normal(z[:, None].expand(x.shape), 1.0).to_event(1), obs=x)
+
+    guide = AutoNormal(model)
+    guide(X)
+    before = guide.model
+    split = Split(X, Retraining(Training(num_epochs=1), max_rounds=1, num_restarts=0))
+    settings: dict[str, Any] = {"evidence": AIS(2, 2), "num_particles": 4, "progress": False}
+    decompose(model, guide, X, split=split, refinement=Refinement(num_steps=2), **settings)
+    assert before is not None
+    assert guide.model is before
+    assert copied(guide).model is before

@@ -1,0 +1,75 @@
+"""Arguments that fit no public function: one line with what was meant and what there is. Signatures are short."""
+
+import inspect
+
+import pytest
+import xarray as xr
+
+import pyrogaps as pg
+from pyrogaps.signatures import nearest
+
+FUNCTIONS = [getattr(pg, name) for name in pg.__all__ if inspect.isfunction(getattr(pg, name))]
+SETTINGS = [pg.AIS, pg.Ladder, pg.Refinement, pg.Conditioning, pg.Retraining, pg.Certificate, pg.Split, pg.Training]
+PLOTS = [pg.plot_gaps, pg.plot_datapoints, pg.plot_traces, pg.plot_ledger]
+
+
+@pytest.mark.parametrize("target", [*FUNCTIONS, *SETTINGS, pg.IndexedData, pg.JointDensity, pg.Problem.of])
+def test_what_a_function_takes_is_listed(target: object) -> None:
+    assert callable(target)
+    known = inspect.signature(target).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return  # its further settings are another function's
+    required = {name: None for name, parameter in known.items() if parameter.default is parameter.empty}
+    with pytest.raises(pg.InputError, match="unexpected keyword argument 'qqqq'") as raised:
+        target(**required, qqqq=3)
+    assert str(raised.value).endswith(f". It takes {', '.join(known)}")
+
+
+@pytest.mark.parametrize(
+    ("target", "unknown", "meant"),
+    [
+        (pg.calibrate, "num_datapoints", "num_simulated"),  # by the words of its description
+        (pg.calibrate, "num_draw", "num_draws"),  # by its spelling
+        (pg.train, "epochs", "num_epochs"),  # by a word of its name
+        (pg.elbo, "num_samples", "num_particles"),
+        (pg.AIS, "chains", "num_chains"),
+        (pg.Refinement, "steps", "num_steps"),
+        (pg.loo, "x", None),
+    ],
+)
+def test_the_argument_that_was_meant(target: object, unknown: str, meant: str | None) -> None:
+    assert callable(target)
+    assert nearest(unknown, inspect.signature(target).parameters, target.__doc__ or "") == meant
+
+
+def test_signatures_are_readable() -> None:
+    """As `help` prints them: without the limits of settings and what the terms of a ledger are made of."""
+    for target in (*FUNCTIONS, *SETTINGS):
+        text = str(inspect.signature(target))
+        assert len(text) < 1300
+        assert "Annotated" not in text
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+@pytest.mark.parametrize("source", [3, "gaps.nc", xr.Dataset(), xr.DataTree()])
+def test_a_plot_of_no_ledger_is_refused(plot: object, source: object) -> None:
+    assert callable(plot)
+    with pytest.raises(pg.InputError, match=r"^ledger: must be a GapLedger or a DataTree of one, got .*open_datatree$"):
+        plot(source)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (pg.GapLedger.from_datatree, "tree: must be a DataTree, got 3. Open a saved ledger with xarray.open_datatree"),
+        (pg.Calibration.from_datatree, "tree: must be a DataTree, got 3. Open a saved calibration with"),
+        (pg.loo, "tree: must be a DataTree, got 3. Open a saved result of to_datatree with"),
+        (pg.plot_calibration, "calibration: must be a Calibration or a DataTree of one, got 3. Pass what calibrate"),
+        (pg.plot_posteriors, "source: must be a Dataset with densities, got 3. Pass what posterior_grid returned"),
+    ],
+)
+def test_what_is_no_tree_is_refused_with_a_remedy(call: object, said: str) -> None:
+    assert callable(call)
+    with pytest.raises(pg.InputError) as raised:
+        call(3)
+    assert str(raised.value).startswith(said)
