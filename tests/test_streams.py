@@ -134,15 +134,12 @@ def of_family(name: str) -> set[str]:
     return refining | under(name, {"family", "family axes"})
 
 
-CERTIFICATE = under("certificate", {"simulate", "pilot", "pilot start", "reverse ais", "unused"}) | under("certificate / refined again", {"elbo", "unused", *REFINING})
+SIMULATED = {"simulate", "pilot", "pilot start", "reverse ais", "unused"}
+CERTIFICATE = under("certificate", SIMULATED) | under("certificate / refined again", {"elbo", "unused", *REFINING})
 TRAINING = under("training", {"epoch", "set up"})
 PURPOSES = {
     "plain": STRUCTURE | BOUNDS | ANNEALING | {"start own"} | of_family("one") | of_family("other"),
-    "escalated": STRUCTURE
-    | BOUNDS
-    | LADDER
-    | CERTIFICATE
-    | under("certificate", LADDER),
+    "escalated": STRUCTURE | BOUNDS | LADDER | CERTIFICATE | under("certificate", LADDER),
     "conditioned": STRUCTURE
     | {"shown", "leak"}
     | BOUNDS

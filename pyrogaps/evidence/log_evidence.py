@@ -34,8 +34,8 @@ def log_evidence(
 
     By default a `Ladder` of estimators is climbed, datapoint by datapoint, until one can be trusted: importance
     sampling from a Gaussian with the curvature of log p(x, z) about the guide; AIS from that Gaussian, as long as is
-    needed. The guide is not refined. Each gives the log-mean-exp of weights with $\mathbb E[w] = p(x_n)$, a lower bound in
-    expectation. Pilot draws decide on the estimator and on the number of draws; they are not used in the estimate.
+    needed. The guide is not refined. Each gives the log-mean-exp of weights with $\mathbb E[w] = p(x_n)$, a lower bound
+    in expectation. Pilot draws decide on the estimator and on the number of draws; they are not used in the estimate.
 
     Args:
         model, guide, data, plate: as for `ais`, or a `Problem` alone. Without a guide (None) the Gaussian is fitted
