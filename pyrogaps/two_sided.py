@@ -119,7 +119,7 @@ def _group_means(log_weights: Tensor) -> Tensor:
             size = len(kept) // num_groups
             for group, members in enumerate(kept[: size * num_groups].split(size)):
                 averages[group, replicate, grouping, members] = 1 / size
-    largest = log_weights.max(0).values
+    largest = log_weights.max(0).values.clamp(min=-1e300)  # finite, also of zero weights alone
     weights = (log_weights - largest).exp()
     means = averages.flatten(0, 2).to(weights.device) @ weights
     return (means.log() + largest).view(*averages.shape[:3], -1)

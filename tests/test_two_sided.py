@@ -194,6 +194,7 @@ def test_groups_of_zero_weights_have_no_upper_bound() -> None:
     log_weights[:, 2] = -math.inf
     result = two_sided(log_weights, lambda rows: torch.full((rows, 3), 0.5), lambda positions, rows: torch.zeros(rows))
     assert result.met.tolist() == [True, False, False]
+    assert result.lower.tolist() == [0.0, -math.inf, -math.inf]
     assert (result.num_fresh == 0).all()
 
 
