@@ -66,6 +66,7 @@ PUBLIC = {
 }
 
 # A floor is a file or a package of the library. Ground floor first: each may import some of those above it here.
+<<<<<<< HEAD
 GROUND = {
     "errors",
     "signatures",
@@ -80,6 +81,10 @@ GROUND = {
     "family",
 }
 SEAM = GROUND | {"density", "capture", "problem", "run", "log_weights"}
+=======
+GROUND = {"errors", "settings", "guard", "progress", "files", "trees", "streams", "processes", "memory", "family"}
+SEAM = GROUND | {"density", "capture", "problem", "run", "log_weights", "two_sided"}
+>>>>>>> two
 ESTIMATORS = SEAM | {"gaussians", "bounds", "refine", "evidence"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -95,6 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "family": {"errors", "guard"},
     "chunk_cache": {"files", "streams"},
     "log_weights": {"errors"},
+    "two_sided": {"log_weights"},
     "density": GROUND,
     "capture": GROUND | {"density"},
     "problem": GROUND | {"density", "capture"},
