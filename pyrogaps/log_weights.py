@@ -13,15 +13,10 @@ from arviz_stats.base import array_stats  # type: ignore[attr-defined]
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
-<<<<<<< ours
 from pyrogaps.errors import counted
 
-# Limits of `Estimate.reliable`: largest standard error and k-hat, fewest draws of the estimate and of k-hat.
-MAX_MCSE, MAX_KHAT = 0.1, 0.5
-=======
 # Limits of `Estimate.reliable` where something vouches for the weights: standard error, k-hat, draws of each.
 MAX_MCSE, MAX_KHAT = 0.2, 0.5
->>>>>>> theirs
 MIN_DRAWS, MIN_KHAT_DRAWS = 16, 100
 # Where nothing but the weights does, and they decide by a pilot or their first half. Measured, see
 # tests/test_reliable.py: of a proposal half as wide as the target in one dimension less than 0.5% of cases pass.
@@ -102,9 +97,6 @@ def hall_interval(log_weights: Tensor, probability: float) -> tuple[Tensor, Tens
     return value + end(quantile), value + end(-quantile)
 
 
-<<<<<<< ours
-@dataclass(frozen=True, repr=False)
-=======
 def skewed_interval(log_weights: Tensor, probability: float, khat: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""`hall_interval` with an upper end that allows for the weights beyond the largest, $w_{\max}$.
 
@@ -139,8 +131,7 @@ def rounding_error(*terms: Tensor) -> Tensor:
     return torch.stack([size * torch.finfo(term.dtype).eps for size, term in zip(sizes, terms, strict=True)]).sum(0)
 
 
-@dataclass(frozen=True)
->>>>>>> theirs
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """A per-datapoint estimate in nats with its diagnostics; tensors have shape `(N,)`, `log_weights` `(S, N)`.
 

@@ -66,7 +66,6 @@ PUBLIC = {
 }
 
 # A floor is a file or a package of the library. Ground floor first: each may import some of those above it here.
-<<<<<<< HEAD
 GROUND = {
     "errors",
     "signatures",
@@ -80,11 +79,7 @@ GROUND = {
     "memory",
     "family",
 }
-SEAM = GROUND | {"density", "capture", "problem", "run", "log_weights"}
-=======
-GROUND = {"errors", "settings", "guard", "progress", "files", "trees", "streams", "processes", "memory", "family"}
 SEAM = GROUND | {"density", "capture", "problem", "run", "log_weights", "two_sided"}
->>>>>>> two
 ESTIMATORS = SEAM | {"gaussians", "bounds", "refine", "evidence"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),

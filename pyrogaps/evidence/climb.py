@@ -1,8 +1,9 @@
 """One block of datapoints on the ladder: pilots decide, fresh draws are used in the estimate."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -13,10 +14,16 @@ from pyrogaps.evidence.importance import Sampler, pilot_sampling
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.rungs import Annealer
 from pyrogaps.gaussians import Curvature
+from pyrogaps.log_weights import rounding_error
 from pyrogaps.run import Run
 from pyrogaps.streams import PARTICLE_BLOCK, Chunk
+from pyrogaps.two_sided import MAX_FRESH, TwoSided, two_sided
 
 SAMPLING, ANNEALING = 0, 1
+# Of what was measured of each datapoint: the method as in `METHODS`; temperatures of AIS, 0 for importance sampling;
+# evaluations of log p(x, z) and its gradient, pilots and the anchor included; the acceptance rate of AIS; the upper
+# bound and its error; what `Estimate` calls `vouched` and `rounding`.
+COLUMNS = ("method", "temperatures", "evaluations", "acceptance", "upper", "upper_mcse", "vouched", "rounding")
 # As many more draws as the pilot asks for, because its variance is itself uncertain.
 MARGIN = 1.5
 # How many times as many temperatures as its pilot the run that counts may have: few numbers, so that many datapoints
@@ -42,17 +49,32 @@ class Climbed:
 
     Attributes:
         log_weights: as many for each as it needed.
-        method: how they were drawn, as in `METHODS`.
-        num_temperatures: of the AIS run, 0 for importance sampling.
-        evaluations: of log p(x, z) and its gradient, pilots and the anchor included.
-        acceptance: of AIS, NaN for importance sampling.
+        columns: `(B,)` each, see `COLUMNS`.
     """
 
     log_weights: list[Tensor]
-    method: Tensor
-    num_temperatures: Tensor
-    evaluations: Tensor
+    columns: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Log-weights `(S, M)` for the datapoints at `positions` `(M,)` of a block, with what is known about them.
+
+    Attributes:
+        more: fresh log-weights `(number, K)` for some places `(K,)` among the M, under a name of the call's own.
+        cost: evaluations of one draw.
+        vouched: `(M,)`, where something other than these weights says that their tail is light.
+        acceptance: `(M,)`, of AIS; NaN for importance sampling.
+        name: of their streams.
+    """
+
+    positions: Tensor
+    log_weights: Tensor
+    more: Callable[[Tensor, int, str], Tensor]
+    cost: int
+    vouched: Tensor
     acceptance: Tensor
+    name: str
 
 
 class Climb:
@@ -123,29 +145,65 @@ class Climb:
     def _measured(self) -> Climbed:
         number = len(self.draws)
         log_weights: list[Tensor] = [torch.empty(0)] * number
-        acceptance = torch.full((number,), torch.nan, dtype=torch.float64)
-        for positions, weights, rates in (*self._sampled(), *self._annealed()):
-            acceptance[positions] = rates
-            for position, column in zip(positions.tolist(), weights.T, strict=True):
+        columns = {name: torch.zeros(number, dtype=torch.float64) for name in COLUMNS}
+        columns["vouched"] = torch.zeros(number, dtype=torch.bool)
+        for drawn in (*self._sampled(), *self._annealed()):
+            positions = drawn.positions
+            bounds = self._bounds(drawn)
+            self.evaluations[positions] += drawn.cost * (len(drawn.log_weights) + bounds.num_fresh.cpu())
+            columns["upper"][positions], columns["upper_mcse"][positions] = bounds.upper.cpu(), bounds.upper_mcse.cpu()
+            columns["rounding"][positions] = self._rounding(drawn)
+            columns["vouched"][positions], columns["acceptance"][positions] = drawn.vouched.cpu(), drawn.acceptance
+            for position, column in zip(positions.tolist(), drawn.log_weights.T, strict=True):
                 log_weights[position] = column
-        method = torch.where(self.draws > 0, SAMPLING, ANNEALING)
-        return Climbed(log_weights, method, self.temperatures, self.evaluations, acceptance)
+        columns["method"] = torch.where(self.draws > 0, SAMPLING, ANNEALING)
+        columns["temperatures"], columns["evaluations"] = self.temperatures, self.evaluations
+        return Climbed(log_weights, columns)
 
-    def _sampled(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for draws in self.draws[self.draws > 0].unique().tolist():
-            positions = (self.draws == draws).nonzero()[:, 0]
-            self.evaluations[positions] += draws
+    def _bounds(self, drawn: Drawn) -> TwoSided:
+        """Bounds from these weights, and from fresh ones of the same run where they do not suffice."""
+        slots, positions, calls = self.sampler.slots, drawn.positions, count()
+        columns = Chunk(slots.block.start, slots.block.start + len(positions))
+        stream = self.sampler.run.stream(f"ladder bounds {drawn.name}")
+        noise = stream.noise(columns, dtype=torch.float64, device=drawn.log_weights.device)
+
+        def more(places: Tensor, number: int) -> Tensor:
+            return drawn.more(places.cpu(), number, f"fresh {next(calls)} {drawn.name}")
+
+        most = min(MAX_FRESH * len(drawn.log_weights), self.settings.max_evaluations // drawn.cost)
+        return two_sided(drawn.log_weights, noise.uniform, more, max_fresh=most)
+
+    def _rounding(self, drawn: Drawn) -> Tensor:
+        """The rounding error of log p(x, z) - log q(z), in the precision that they are computed in."""
+        start = self.sampler.start
+        return rounding_error(drawn.log_weights.to(start.loc.dtype), start.peak[drawn.positions][None]).cpu()
+
+    def _sampled(self) -> Iterator[Drawn]:
+        for number in self.draws[self.draws > 0].unique().tolist():
+            positions, name = (self.draws == number).nonzero()[:, 0], f"sample {number}"
+            weights = self.sampler.log_weights(positions, number, name)
             unknown = torch.full((len(positions),), torch.nan, dtype=torch.float64)
-            yield positions, self.sampler.log_weights(positions, draws, f"sample {draws}"), unknown
 
-    def _annealed(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            def more(places: Tensor, number: int, purpose: str, positions: Tensor = positions) -> Tensor:
+                return self.sampler.log_weights(positions[places], number, purpose)
+
+            yield Drawn(positions, weights, more, 1, self.anchor.agrees[positions], unknown, name)
+
+    def _annealed(self) -> Iterator[Drawn]:
         for rung, length in sorted(
             {pair for pair in zip(self.pilots.tolist(), self.temperatures.tolist(), strict=True) if pair[1]}
         ):
             positions = ((self.pilots == rung) & (self.temperatures == length)).nonzero()[:, 0]
+            name, number = f"run {rung} {length}", self.settings.num_chains
             # Along the same path, the step lengths of the pilot's nearest temperature.
             nearest = torch.arange(length) * self.settings.temperatures[rung] // length
             steps = self.steps[rung][:, positions][nearest]
-            ran = self.annealer.anneal(positions, self.settings.num_chains, steps, f"run {rung}")
-            self.evaluations[positions] += len(ran.log_weights) * self.annealer.cost(length)
-            yield positions, ran.log_weights, ran.acceptance
+            ran = self.annealer.anneal(positions, number, steps, name)
+
+            def more(
+                places: Tensor, number: int, purpose: str, positions: Tensor = positions, steps: Tensor = steps
+            ) -> Tensor:
+                return self.annealer.anneal(positions[places], number, steps[:, places], purpose).log_weights[:number]
+
+            agrees = self.anchor.agrees[positions]
+            yield Drawn(positions, ran.log_weights, more, self.annealer.cost(length), agrees, ran.acceptance, name)

@@ -9,8 +9,8 @@ import torch
 
 from pyrogaps.density.draws import Posterior
 from pyrogaps.evidence.ais import AIS
-from pyrogaps.evidence.climb import Climb
-from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate, by_number
+from pyrogaps.evidence.climb import COLUMNS, Climb
+from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate, ladder_estimate
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined
 from pyrogaps.gaussians import anchor_of
@@ -84,23 +84,23 @@ class LadderMeasurement(Measurement):
             Climb(evaluator, anchor.within(chunk, block), block, self.evidence, self.run).climbed()
             for block in chunk.blocks()
         ]
-        draws = [column for block in blocks for column in block.log_weights]
-        value, mcse, ess = torch.empty(3, len(draws), dtype=torch.float64)
-        for positions, estimate in by_number(draws):
-            assert estimate.ess is not None
-            value[positions], mcse[positions] = estimate.value.cpu(), estimate.mcse.cpu()
-            ess[positions] = estimate.ess.cpu()
-        columns = {
-            "log_evidence": value,
-            "log_evidence_mcse": mcse,
-            "log_evidence_ess": ess,
-            "log_evidence_draws": torch.tensor([len(column) for column in draws]),
-            "log_evidence_method": torch.cat([block.method for block in blocks]),
-            "log_evidence_temperatures": torch.cat([block.num_temperatures for block in blocks]),
-            "log_evidence_evaluations": torch.cat([block.evaluations for block in blocks]),
-            "acceptance": torch.cat([block.acceptance for block in blocks]),
+        draws = tuple(column for block in blocks for column in block.log_weights)
+        columns = {name: torch.cat([block.columns[name] for block in blocks]) for name in COLUMNS}
+        estimate = ladder_estimate(draws, columns)
+        low, high = estimate.interval()
+        assert estimate.ess is not None
+        measured = {
+            "": estimate.value,
+            "mcse": estimate.mcse,
+            "ess": estimate.ess,
+            "low": low,
+            "high": high,
+            "reliable": estimate.reliable,
+            "draws": estimate.num_draws,
+            **{name: column for name, column in columns.items() if name != "acceptance"},
         }
-        return Measured(columns, draws)
+        named = {f"log_evidence_{name}".removesuffix("_"): column for name, column in measured.items()}
+        return Measured({**named, "acceptance": columns["acceptance"]}, draws)
 
     def notes(self, columns: Columns) -> list[str]:
         method = columns["log_evidence_method"]
@@ -124,21 +124,5 @@ class LadderMeasurement(Measurement):
         ]
 
     def estimate(self, parts: Sequence[Measured]) -> LadderEstimate:
-        draws = tuple(column for part in parts for column in part.log_weights or ())
-        columns, khat = joined(parts), torch.empty(len(draws), dtype=torch.float64)
-        for positions, estimate in by_number(draws):
-            assert estimate.khat is not None
-            khat[positions] = estimate.khat.cpu()
-        return LadderEstimate(
-            columns["log_evidence"],
-            columns["log_evidence_mcse"],
-            "lower bound",
-            ess=columns["log_evidence_ess"],
-            khat=khat,
-            acceptance=columns["acceptance"],
-            draws=draws,
-            method=columns["log_evidence_method"],
-            num_draws=columns["log_evidence_draws"],
-            num_temperatures=columns["log_evidence_temperatures"],
-            num_evaluations=columns["log_evidence_evaluations"],
-        )
+        columns = {name.removeprefix("log_evidence_"): column for name, column in joined(parts).items()}
+        return ladder_estimate(tuple(column for part in parts for column in part.log_weights or ()), columns)

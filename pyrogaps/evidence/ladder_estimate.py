@@ -1,6 +1,6 @@
 """`LadderEstimate`: log p(x) where every datapoint has as many draws as it needed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ class LadderEstimate(Estimate):
     is None.
 
     Attributes:
+        upper_mcse: `(N,)`, the standard error of `upper`, an estimate of an upper bound; see `two_sided`.
         method: `(N,)`, the place in `METHODS` of how each datapoint was measured.
         num_draws: `(N,)`, draws or chains.
         num_temperatures: `(N,)`, of AIS; 0 for importance sampling.
@@ -28,15 +29,16 @@ class LadderEstimate(Estimate):
     """
 
     draws: tuple[Tensor, ...] = ()
+    upper_mcse: Tensor = field(default_factory=_none)
     method: Tensor = field(default_factory=_none)
     num_draws: Tensor = field(default_factory=_none)
     num_temperatures: Tensor = field(default_factory=_none)
     num_evaluations: Tensor = field(default_factory=_none)
 
     def interval(self, probability: float = 0.95) -> tuple[Tensor, Tensor]:
-        """A central confidence interval, `(N,)` each, by `hall_interval`; `reliable` says where to trust it."""
-        low = self._collect(lambda estimate: estimate.interval(probability)[0])
-        return low, self._collect(lambda estimate: estimate.interval(probability)[1])
+        """A central confidence interval, `(N,)` each, as of `Estimate`; `reliable` says where to trust it."""
+        low, high = self._collect(lambda estimate: torch.stack(estimate.interval(probability)))
+        return low, high
 
     @property
     def reliable(self) -> Tensor:
@@ -44,14 +46,44 @@ class LadderEstimate(Estimate):
         return self._collect(lambda estimate: estimate.reliable)
 
     def _collect(self, value: Callable[[Estimate], Tensor]) -> Tensor:
-        groups = [(positions, value(estimate)) for positions, estimate in by_number(self.draws)]
-        order = torch.cat([positions for positions, _ in groups]).argsort()
-        return torch.cat([part for _, part in groups])[order]
+        known = {"vouched": self.vouched, "upper": self.upper, "rounding": self.rounding}
+        return collected(self.draws, {name: column for name, column in known.items() if column is not None}, value)
 
 
-def by_number(draws: Sequence[Tensor]) -> Iterator[tuple[Tensor, Estimate]]:
-    """Positions of the datapoints with the same number of draws, and the estimate of their log-weights."""
-    numbers = torch.tensor([len(column) for column in draws])
+def ladder_estimate(draws: tuple[Tensor, ...], columns: Mapping[str, Tensor]) -> LadderEstimate:
+    """The estimate from the log-weights of each datapoint and the columns of a climb."""
+    known = {name: columns[name] for name in ("vouched", "upper", "rounding")}
+
+    def summary(estimate: Estimate) -> Tensor:
+        assert estimate.ess is not None
+        assert estimate.khat is not None
+        return torch.stack([estimate.value, estimate.mcse, estimate.ess, estimate.khat])
+
+    value, mcse, ess, khat = collected(draws, known, summary)
+    return LadderEstimate(
+        value,
+        mcse,
+        "lower bound",
+        ess=ess,
+        khat=khat,
+        acceptance=columns["acceptance"],
+        **known,
+        draws=draws,
+        upper_mcse=columns["upper_mcse"],
+        method=columns["method"],
+        num_draws=torch.tensor([len(column) for column in draws]),
+        num_temperatures=columns["temperatures"],
+        num_evaluations=columns["evaluations"],
+    )
+
+
+def collected(draws: Sequence[Tensor], known: Mapping[str, Tensor], value: Callable[[Estimate], Tensor]) -> Tensor:
+    """A value of the estimates of all datapoints, `(*, N)`, made together for those with the same number of draws."""
+    numbers, parts, places = torch.tensor([len(column) for column in draws]), [], []
     for number in numbers.unique().tolist():
         positions = (numbers == number).nonzero()[:, 0]
-        yield positions, log_mean_exp_estimate(torch.stack([draws[n] for n in positions.tolist()], 1))
+        of_these = {name: column[positions] for name, column in known.items()}
+        weights = torch.stack([draws[n].cpu() for n in positions.tolist()], 1)
+        places.append(positions)
+        parts.append(value(log_mean_exp_estimate(weights, **of_these)))
+    return torch.cat(parts, -1)[..., torch.cat(places).argsort()]

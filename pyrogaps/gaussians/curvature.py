@@ -16,7 +16,7 @@ FLATTEST, STEEPEST = 0.1, 10.0
 # the quadratic is not known to hold.
 LONGEST, LONGEST_FEW = 0.5, 1.5
 # Two passes agree where no curvature has changed by more than this factor, and the mean by a quarter of the limit.
-AGREES, SETTLED = 2.0, 0.25
+AGREES, SETTLED = 3.0, 0.25
 
 
 @dataclass(frozen=True)
