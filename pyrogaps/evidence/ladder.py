@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pyrogaps.density.draws import Posterior
+from pyrogaps.errors import counted
 from pyrogaps.evidence.ais import AIS
 from pyrogaps.evidence.climb import COLUMNS, Climb
 from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate, ladder_estimate
@@ -24,6 +25,8 @@ from pyrogaps.streams import Chunk
 REVERSE_TEMPERATURES, REVERSE_TOLERANCE = 50, 0.1
 # The share of the datapoints that may miss the tolerance without a caution: their errors are uncertain themselves.
 MAX_SHARE_ABOVE = 0.2
+# The share of the datapoints that may be unreliable without one.
+MAX_SHARE_UNRELIABLE = 0.1
 
 
 @checked("evidence")
@@ -107,21 +110,37 @@ class LadderMeasurement(Measurement):
         shares = [(name, float((method == place).mean())) for place, name in enumerate(METHODS)]
         ways = ", ".join(f"{name} {share:.0%}" for name, share in shares if share)
         errors, costs = columns["log_evidence_mcse"], columns["log_evidence_evaluations"]
+        reliable = int(columns["log_evidence_reliable"].sum())
         return [
             f"log p(x) by {ways}; {costs.mean():,.0f} evaluations per datapoint on average, {costs.max():,.0f} at most",
             f"standard error of log p(x): median {np.median(errors):.3f}, 90th percentile "
             f"{np.quantile(errors, 0.9):.3f}, tolerance {self.evidence.tolerance:g}",
+            f"log p(x) is reliable for {reliable:,} of {counted(len(errors), 'datapoint')}",
         ]
 
     def cautions(self, columns: Columns) -> list[str]:
         # Twice, because the error of few draws is itself uncertain.
+        cautions, number = [], len(columns["log_evidence"])
         above = float((columns["log_evidence_mcse"] > 2 * self.evidence.tolerance).mean())
-        if above <= MAX_SHARE_ABOVE:
-            return []
-        return [
-            f"the standard error of log p(x) exceeds twice the tolerance for {above:.0%} of the datapoints. Raise "
-            "max_evaluations of Ladder"
-        ]
+        if above > MAX_SHARE_ABOVE:
+            cautions.append(
+                f"the standard error of log p(x) exceeds twice the tolerance for {above:.0%} of the datapoints. Raise "
+                "max_evaluations of Ladder"
+            )
+        unreliable = int((~columns["log_evidence_reliable"].astype(bool)).sum())
+        if unreliable > MAX_SHARE_UNRELIABLE * number:
+            cautions.append(
+                f"log p(x), and the gaps measured from it, cannot be trusted for {unreliable:,} of "
+                f"{counted(number, 'datapoint')}: their posteriors are far from Gaussian, or their weights too uneven. "
+                "Lower tolerance and raise max_evaluations of Ladder, and compare with a richer guide"
+            )
+        unbounded = int(np.isinf(columns["log_evidence_upper"]).sum())
+        if unbounded:
+            cautions.append(
+                f"log p(x) has no upper bound for {unbounded:,} of {counted(number, 'datapoint')}, which the mean of "
+                "the upper bounds leaves out. Raise max_evaluations of Ladder"
+            )
+        return cautions
 
     def estimate(self, parts: Sequence[Measured]) -> LadderEstimate:
         columns = {name.removeprefix("log_evidence_"): column for name, column in joined(parts).items()}

@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The leaves of a ledger's tree, the largest first; `print` it.
+    """What cannot be trusted in a ledger, and the leaves of its tree, the largest first; `print` it.
 
     Attributes:
         findings: ranked by nats.
@@ -65,15 +65,16 @@ class Diagnosis:
     def __str__(self) -> str:
         head = self._head(self.findings[0])
         lines = [
+            *(f"Warning: {warning}." for warning in self.warnings),
             head,
             *_without_shares(*self.total),
             *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)),
         ]
-        return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
+        return "\n".join(lines)
 
     def _head(self, first: Finding) -> str:
         if not self.finite:
-            return "Not all datapoints have finite bounds: see the warning below before any gap of the others."
+            return "Not all datapoints have finite bounds: see the warning above before any gap of the others."
         if self.dominant is not None:
             return f"Mostly the {first.name}."
         if not first.certain:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -127,6 +128,8 @@ class GapLedger:
     def _bounds(self) -> list[tuple[str, str, str | None]]:
         """(row label, variable, family) of the rows of the summary that are no gaps."""
         rows: list[tuple[str, str, str | None]] = [("log_evidence", "log_evidence", None)]
+        if "log_evidence_upper" in self.per_datapoint:
+            rows.append(("log_evidence_upper", "log_evidence_upper", None))
         rows += [(f"elbo_refined[{family}]", "elbo_refined", family) for family in self.families]
         names = [name for name in ("elbo_shared", "elbo_on_completions") if name in self.per_datapoint]
         return rows + [(name, name, None) for name in (*names, "iwae", "elbo")]
@@ -134,6 +137,8 @@ class GapLedger:
     def _row(self, name: str, family: str | None = None) -> dict[str, Any]:
         """A row of the summary, from a column."""
         data = self.per_datapoint if family is None else self.per_datapoint.sel(family=family)
+        if name == "log_evidence_upper":  # which not every datapoint has
+            data = data.isel(datapoint=np.isfinite(data[name].values))
         row = {**_mean(data, name), **self.provenance["quantities"][name]}
         if "infinite" in self.provenance:
             row["finite_mean"] = _mean(finite_part(data), name)["mean"]
