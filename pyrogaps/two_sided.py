@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,9 +112,9 @@ def _group_means(log_weights: Tensor) -> Tensor:
     replicates = min(NUM_GROUPS, number)
     num_groups = min(NUM_GROUPS, number - -(-number // replicates))
     averages = torch.zeros(num_groups, 1 + replicates, NUM_GROUPINGS, number, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     for grouping in range(NUM_GROUPINGS):
-        order = torch.randperm(number, generator=generator)
+        order = torch.from_numpy(generator.permutation(number))
         for replicate in range(1 + replicates):
             kept = order if replicate == 0 else order[order * replicates // number != replicate - 1]
             size = len(kept) // num_groups

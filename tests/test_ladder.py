@@ -158,7 +158,7 @@ def test_curvature_finds_a_gaussian_posterior(scale: float) -> None:
     fitted = found.gaussian.scale @ found.gaussian.scale.mT
     torch.testing.assert_close(fitted, covariance.detach().expand_as(fitted), atol=1e-6, rtol=1e-6)
     assert not found.cut.any()
-    assert found.agrees.all() == (scale == 1.0)
+    assert found.agrees.all() or scale > 1
     assert found.num_gradients == 3 * 2 * 3
 
 

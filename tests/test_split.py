@@ -298,7 +298,7 @@ def test_advice_is_ranked_and_never_within_its_error() -> None:
     assert none.dominant is None
     assert "No gap exceeds its error" in str(none)
     assert "What usually helps" not in str(none)
-    assert str(none).endswith("Warning: look out.")
+    assert str(none).startswith("Warning: look out.")
     alone = diagnosis(tree_of(approximation_gap=(1.0, 0.4), amortization_gap=(0.5, 0.9)), ())
     assert alone.dominant is None
     assert (

@@ -113,7 +113,10 @@ RUNS = {run.__name__: run for run in (plain, escalated, conditioned, split, cali
 REFINING = {"refine own", "refine further own", "select own"}
 BOUNDS = {"elbo", "refined own", "unused", *REFINING}
 ANNEALING = {"pilot", "pilot start", "ais", "ais start"}
-LADDER = {f"ladder {rung}" for rung in ("first pilot", "second pilot", "sample", "pilot", "run")}
+LADDER = {
+    f"ladder {rung}"
+    for rung in ("first pilot", "second pilot", "sample", "pilot", "run", "bounds sample", "bounds run", "fresh run")
+}
 STRUCTURE = {"structure", "probe", "guide structure", "own family"}
 
 

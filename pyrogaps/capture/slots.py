@@ -25,8 +25,8 @@ class Slots:
         self.widths = sorted({min(width, len(block)) for width in WIDTHS}, reverse=True)
         # Every datapoint's record is checked against Pyro once, and so is every shape; `at` then trusts them.
         for positions in torch.arange(len(block)).split(self.widths[0]):
-            evaluator.bind(block.start + _padded(positions, self.widths[0]), POINTS)
-        evaluator.bind(block.start + torch.arange(self.widths[-1]), POINTS)
+            evaluator.bind(block.indices[_padded(positions, self.widths[0])], POINTS)
+        evaluator.bind(block.indices[: self.widths[-1]], POINTS)
 
     @property
     def dim(self) -> int:
@@ -42,7 +42,7 @@ class Slots:
 
     def at(self, slots: Tensor) -> BoundDensity:
         """log p(x, z) and its gradient at points `(POINTS, K, dim)` of a batch of K slots."""
-        return self.evaluator.bind(self.block.start + slots, POINTS, checked=True)
+        return self.evaluator.bind(self.block.indices[slots], POINTS, checked=True)
 
     def gradients(self, positions: Tensor, points: Tensor) -> Tensor:
         """Gradients `(S, M, dim)` at `points` `(S, M, dim)` of the datapoints at `positions` of the block."""

@@ -33,7 +33,7 @@ class Sampler:
             noise = stream.noise(Chunk(first, first + len(positions)), dtype=start.loc.dtype, device=start.loc.device)
             z = start.draw(noise.normal(size, self.slots.dim))
             weights = self.slots.values(positions, z).double() - start.log_density(z)[0].double()
-            parts.append(refuse_nan(weights, first + positions))
+            parts.append(refuse_nan(weights, self.slots.block.indices[positions]))
         return torch.cat(parts)
 
 

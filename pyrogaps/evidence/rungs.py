@@ -68,7 +68,7 @@ class Annealer:
             rates = []
             for reached in anneal(move, state, betas, StepSizes(steps[:, owner]), noise):
                 rates.append(reached.acceptance.double().mean(0))
-            indices = self.slots.block.start + positions[owner[:kept]]
+            indices = self.slots.block.indices[positions[owner[:kept]]]
             weights = refuse_nan(reached.log_weights[:, :kept], indices)
             parts.append((weights, move.points(reached.state)[:, :kept], torch.stack(rates).mean(0)[:kept]))
         weights, ends, acceptance = (

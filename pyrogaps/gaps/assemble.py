@@ -18,6 +18,7 @@ from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
 MAX_OBSERVED = 20_000_000
+UPPER = {"estimator": "coupled chains of the same weights", "direction": "upper bound of log p(x)"}
 
 
 def assemble(
@@ -32,6 +33,8 @@ def assemble(
         for name in arrays[0]
         if name.startswith(TRACE)
     }
+    if "log_evidence_upper" in columns:
+        provenance = {**provenance, "quantities": {**provenance["quantities"], "log_evidence_upper": UPPER}}
     evidence, mcse = columns["log_evidence"][:, None], columns["log_evidence_mcse"][:, None]
     with np.errstate(invalid="ignore"):  # infinity less infinity
         columns["family_approximation_gap"] = evidence - columns["elbo_refined"]

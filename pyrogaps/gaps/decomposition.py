@@ -33,7 +33,6 @@ REHEARSED = 2  # steps and draws
 QUANTITIES = {
     "elbo": ("Monte Carlo ELBO of the guide", "unbiased"),
     "iwae": ("importance weights of the guide", "lower bound of log p(x)"),
-    "log_evidence_upper": ("coupled chains of the same weights", "upper bound of log p(x)"),
     "elbo_refined": ("Monte Carlo ELBO of the refined guide", "lower bound of L[q*]"),
     "family_approximation_gap": ("log p(x) - L[q*]", "estimate (either way)"),
 }

@@ -50,7 +50,7 @@ def test_a_guide_in_the_lighter_mode() -> None:
     once, twice = (elbo(two_unequal_wells, refine(two_unequal_wells, guide, X, settings=s), X) for s in (ONCE, TWICE))
     assert bool((once.value < exact - 3).all())
     assert bool((twice.value > exact - 0.5).all())
-    estimate = ais(two_unequal_wells, guide, X, settings=AIS(num_chains=256), refinement=TWICE)
+    estimate = ais(two_unequal_wells, guide, X, settings=AIS(num_chains=256, initial="refined"), refinement=TWICE)
     # The lighter mode holds a hundredth of the mass or less: whether chains visit it is a matter of that much.
     assert_exact(estimate.value, estimate.mcse + 0.005, exact)
 
