@@ -113,7 +113,7 @@ class AutoLocal(LocalFamily, AutoGuide):
         with plates[self._plate]:
             latent = pyro.sample("_local_latent", self.get_posterior(), infer={"is_auxiliary": True})
         batch = -self._prototype_frames[self._plate].dim - 1
-        flat = latent.flatten(-1 - batch, -2) if batch else latent
+        flat = latent.flatten(-2 - batch, -2) if batch else latent
         result = {}
         for name, message in self.prototype_trace.iter_stochastic_nodes():
             unconstrained = self._sites[name].unflatten(flat)

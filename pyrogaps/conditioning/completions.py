@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from pyrogaps.conditioning.partial import ShownElements
 from pyrogaps.density import JointDensity
 from pyrogaps.density.runs import evaluating
+from pyrogaps.density.samplers import exact
 from pyrogaps.density.score import ScoreModel, is_bookkeeping
 from pyrogaps.density.simulate import feed_back
 from pyrogaps.density.structure import is_factor
@@ -66,7 +67,7 @@ class CompleteData(ScoreModel):
         name, fn, value = message["name"], message["fn"], message["value"]
         if is_factor(fn) or name not in self.shown:
             return
-        sample = fn.sample()
+        sample = exact(fn).sample()
         if sample.shape != value.shape:
             raise InputError(
                 f"site '{name}': its observed value has shape {tuple(value.shape)}, but a draw has shape "

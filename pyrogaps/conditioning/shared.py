@@ -16,6 +16,7 @@ from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import BoundDensity, GradientEvaluator
 from pyrogaps.conditioning.completions import Completions, completed
 from pyrogaps.conditioning.conditions import Shown
+from pyrogaps.conditioning.errors import completions_error, mean_of_halves, mean_over_completions
 from pyrogaps.conditioning.latents import LatentsGiven
 from pyrogaps.conditioning.partial import partially_observed
 from pyrogaps.conditioning.settings import Conditioning
@@ -120,7 +121,7 @@ class Sharing:
     def _evaluate(self, block: Chunk, completions: Completions, run: Run) -> SharedBlock:
         names, evaluator = ("first half", "second half"), self.problem.evaluator
         both = dict(zip(names, torch.arange(len(completions)).chunk(2), strict=True))
-        halves, progress, at_data = [], [], []
+        halves, progress, at_data, errors = [], [], [], []
         for name, which in both.items():
             guide, half_progress = self.refiner(
                 OnCompletions(evaluator, completions, which), block, run, f"shared {name}"
@@ -129,16 +130,21 @@ class Sharing:
             halves.append(guide)
             progress.append(half_progress)
             at_data.append(mean_estimate(weights))
+            errors.append(
+                completions_error(evaluator, guide, completions, which, block, run.stream(f"error, {name}"))
+            )
 
         # Both guides use the same noise on a half, which reduces the error of their difference.
         def elbo_on(guide: Refinable, name: str) -> Estimate:
             on, stream = OnCompletions(evaluator, completions, both[name]), run.stream(f"completions, {name}")
-            return mean_estimate(_on_completions(on, guide, block, self.num_particles, stream))
+            weights = _on_completions(on, guide, block, self.num_particles, stream)
+            return mean_over_completions(weights, len(on.which))
 
+        nothing = [torch.zeros_like(error) for error in errors]
         (own_1, other_1), (other_2, own_2) = [[elbo_on(guide, name) for guide in halves] for name in names]
         return SharedBlock(
-            _of_halves(*at_data),
-            _of_halves(other_1, other_2),
+            mean_of_halves(*at_data, errors, completions.ess, len(completions)),
+            mean_of_halves(other_1, other_2, nothing, completions.ess, len(completions)),
             (own_1.value - other_1.value + own_2.value - other_2.value) / 2,
             progress[0].converged & progress[1].converged,
             completions,
@@ -160,15 +166,6 @@ def sharing_of(
     partial = partially_observed(problem.joint, conditions)
     latents = LatentsGiven(partial, evidence, refiner.settings, problem.mode)
     return Sharing(problem, refiner, latents, settings, num_particles, run)
-
-
-def _of_halves(first: Estimate, second: Estimate) -> Estimate:
-    """The mean of two independent estimates; half their difference is its error, completions included."""
-    value = (first.value + second.value) / 2
-    mcse = (first.value - second.value).abs() / 2
-    # One difference may be small by chance: the error is at least that of the draws.
-    draws_error = torch.hypot(first.mcse, second.mcse) / 2
-    return Estimate(value, torch.maximum(mcse, draws_error), "lower bound")
 
 
 def _on_completions(

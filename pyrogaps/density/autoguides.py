@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoLaplaceApproximation, AutoMessenger, AutoStructured
+from pyro.infer.autoguide import (
+    AutoGaussian,
+    AutoGuide,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoMessenger,
+    AutoStructured,
+)
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
@@ -32,7 +39,7 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
                 "guide: AutoLaplaceApproximation is a Delta, which has no density. Pass the result of its "
                 "laplace_approximation(*args)"
             )
-        if isinstance(part, AutoContinuous | AutoStructured) and plate is not None:
+        if isinstance(part, AutoContinuous | AutoGaussian | AutoStructured) and plate is not None:
             raise InputError(
                 f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density per "
                 f"datapoint of the plate '{plate}'. {REMEDY}"

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pyrogaps.density.local import (
     score_term,
     scores_all,
 )
+from pyrogaps.density.mapped import MappedGuide, affine_map
 from pyrogaps.density.plates import BoundPlate, whole_plates
 from pyrogaps.density.reading import ANY_PLATE
 from pyrogaps.density.rows import rows_are_independent, same_density
@@ -49,6 +51,7 @@ class GuideStructure:
         size: number of datapoints in the data set that the guide was made for.
         bound: whether it has parameters for each of these datapoints; None while not known.
         terms: its sites that carry density.
+        mapped: whether the terms lie in coordinates of the guide's own, see `mapped`.
         factorised: whether its site distributions are known before any draw.
         origin: for a part of the data, the indices of its datapoints in the guide's data set; else None.
     """
@@ -56,6 +59,7 @@ class GuideStructure:
     size: int
     bound: bool | None
     terms: tuple[GuideSite, ...] = ()
+    mapped: bool = False
     factorised: bool = False
     origin: Tensor | None = None
 
@@ -107,7 +111,8 @@ class GuideDensity:
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
             # On a number of rows other than the data set's, which reveals a plate of its full size.
             messages = self._first_run(self.joint.probe.indices)
-            self.structure = replace(self.structure, terms=tuple(read_terms(messages, self.joint, self._place_at)))
+            terms, mapped = read_terms(messages, self.joint, self._place_at)
+            self.structure = replace(self.structure, terms=tuple(terms), mapped=mapped)
             self._check_draws(messages)
 
     @property
@@ -122,8 +127,8 @@ class GuideDensity:
 
     @property
     def factorised(self) -> bool:
-        """Whether the guide's site distributions are known before any draw."""
-        return self.structure.factorised
+        """Whether the guide's site distributions are known before any draw, in the model's coordinates."""
+        return self.structure.factorised and not self.structure.mapped
 
     @property
     def num_datapoints(self) -> int:
@@ -133,8 +138,16 @@ class GuideDensity:
     @guarded
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at `indices`; run only once where no site distribution depends on earlier draws."""
+        own = self._own(indices)
+        if not self.structure.mapped:
+            return own
+        with evaluating(self.guide):
+            return MappedGuide(own, affine_map(partial(self._place_at, self.terms), self.terms, self.joint, indices))
+
+    def _own(self, indices: Tensor) -> LocalGuide:
+        """The guide at `indices` in the coordinates of its terms."""
         active = self.joint.active(indices)
-        if not self.factorised:
+        if not self.structure.factorised:
             return SequentialGuide(self, indices, active)
         with evaluating(self.guide):
             return self._factorised(self.messages(indices), indices, active)
@@ -227,9 +240,9 @@ class GuideDensity:
         with evaluating(self.guide):
             return self.messages(indices)
 
-    def _place_at(self, terms: list[GuideSite], flat: Tensor) -> dict[str, Any]:
-        """A run on the rows of `joint.probe` with `terms` at the points `flat` `(R, dim)`."""
-        return self.messages(self.joint.probe.indices, 1, PlaceValues(terms, flat, self.joint.plate is not None))
+    def _place_at(self, terms: list[GuideSite], flat: Tensor, rows: Tensor) -> dict[str, Any]:
+        """A run on the datapoints `rows` `(R,)` with `terms` at the points `flat` `(R, dim)`."""
+        return self.messages(rows, 1, PlaceValues(terms, flat, self.joint.plate is not None))
 
     def _check_draws(self, first: dict[str, Any]) -> None:
         """Find out whether site distributions depend on earlier draws, by a second run; check that rows do not depend
@@ -249,7 +262,7 @@ class GuideDensity:
         self.structure = replace(self.structure, factorised=factorised)
         if self.joint.plate is None:
             return
-        if factorised:
+        if factorised and not self.structure.mapped:
             local = self._factorised(second, indices, self.joint.active(indices))
             z = local.sample_extended(1)[0]
             together = local.log_prob(z)[0]

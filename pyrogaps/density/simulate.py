@@ -10,6 +10,7 @@ from pyrogaps.density.data import as_tuple
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, distribution_mask, unconstrained_mask
 from pyrogaps.density.runs import evaluating
+from pyrogaps.density.samplers import exact
 from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
 from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection
@@ -38,7 +39,7 @@ class DrawModel(ScoreModel):
             raise InputError(
                 f"site '{name}': a pyro.factor cannot be simulated. Draw the data with pyro.sample(..., obs=)"
             )
-        value = self.fixed[name] if name in self.fixed else fn.sample()
+        value = self.fixed[name] if name in self.fixed else exact(fn).sample()
         if message["is_observed"]:
             self.observed[name] = message["value"]
             value = value.to(message["value"].dtype)

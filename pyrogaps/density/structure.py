@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrogaps.density.layout import Site, distribution_mask, leaf, plate_dim
 from pyrogaps.density.runs import Program, modules_of
+from pyrogaps.density.samplers import ExactDraws
 from pyrogaps.density.score import is_bookkeeping
 from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
@@ -20,7 +21,7 @@ Message = Any
 
 def sample_sites(program: Program, args: tuple[Any, ...], what: str = "model") -> dict[str, Message]:
     """The random variables of one run of `program(*args)`, in program order; `what` names it in errors."""
-    with poutine.trace() as tracer, failures_named(what):  # poutine.trace(program) would rewrite its errors
+    with poutine.trace() as tracer, ExactDraws(), failures_named(what):  # poutine.trace(program) would rewrite its errors
         program(*args)
     return _random_variables(tracer)
 

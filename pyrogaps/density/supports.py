@@ -22,6 +22,7 @@ SINGULAR = {"ExpRelaxedCategorical": "use RelaxedOneHotCategorical, whose draws 
 # They declare the real line, over which their periodic densities have no finite integral, but draw from one turn.
 CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
 TURN = constraints.interval(-math.pi, math.pi)
+UNKNOWN = constraints.Constraint()  # no bijection leads to it
 
 _MIXTURE = getattr(constraints, "MixtureSameFamilyConstraint", None)
 if _MIXTURE is not None:
@@ -58,8 +59,9 @@ def support_of(fn: Any) -> Any:
 
 def _support_of(fn: Any) -> Any:
     inner = leaf(fn)
-    if type(inner).__name__ in CIRCULAR:
-        return constraints.independent(TURN, fn.event_dim) if fn.event_dim else TURN
+    if is_circular(inner):
+        support = _turn_through(inner)
+        return constraints.independent(support, fn.event_dim) if fn.event_dim and support is not UNKNOWN else support
     declared = getattr(type(inner), "support", None) is not TransformedDistribution.support
     steps = [] if declared else _steps(inner.transforms)
     if not steps or not _is_affine(steps[-1]):
@@ -73,6 +75,28 @@ def _support_of(fn: Any) -> Any:
         return fn.support
     extra = fn.event_dim - getattr(support, "event_dim", 0)
     return constraints.independent(support, extra) if extra > 0 else support
+
+
+def is_circular(fn: Any) -> bool:
+    """Whether a periodic distribution of angles is at the bottom of `fn`."""
+    inner = leaf(fn)
+    parts = [getattr(inner, name, None) for name in ("base_dist", "_component_distribution", "component0")]
+    return type(inner).__name__ in CIRCULAR or any(part is not None and is_circular(part) for part in parts)
+
+
+def _turn_through(inner: Any) -> Any:
+    """The image of one turn under the transforms of a distribution of angles; `UNKNOWN` where it is no interval."""
+    if type(inner).__name__ in CIRCULAR or hasattr(inner, "_component_distribution") or hasattr(inner, "component0"):
+        return TURN
+    if getattr(type(inner), "support", None) is not TransformedDistribution.support:
+        return UNKNOWN
+    support: Any = _turn_through(leaf(inner.base_dist))
+    for step in _steps(inner.transforms):
+        if support is UNKNOWN or not step.bijective or step.domain.event_dim or step.codomain.event_dim:
+            return UNKNOWN
+        ends = step(torch.as_tensor(support.lower_bound)), step(torch.as_tensor(support.upper_bound))
+        support = constraints.interval(torch.minimum(*ends), torch.maximum(*ends))
+    return support
 
 
 def _is_affine(step: Transform) -> bool:

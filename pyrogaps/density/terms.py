@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +11,21 @@ from torch import Tensor
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
+from pyrogaps.density.mapped import affine_map, check_stated, image_of
 from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
 
 
-def read_terms(
-    messages: dict[str, Any],
-    joint: JointDensity,
-    place_at: Callable[[list[GuideSite], Tensor], dict[str, Any]],
-) -> list[GuideSite]:
+# Messages of the guide's sites with `terms` at the points `flat` `(R, dim)`, for the datapoints `indices` `(R,)`.
+PlaceAt = Callable[[list[GuideSite], Tensor, Tensor], dict[str, Any]]
+NUM_MAPPED_ROWS = 16
+
+
+def read_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt) -> tuple[list[GuideSite], bool]:
     """Match a guide's sites, at the rows of `joint.probe`, with the model's; `InputError` where they do not fit.
 
-    `place_at(terms, flat)` runs the guide on these rows with its terms at the points `flat` `(R, dim)`.
+    Returns the sites that carry density, and whether these lie in the guide's own coordinates, see `mapped`.
     """
     auxiliary = {name: m for name, m in messages.items() if m["infer"].get("is_auxiliary") and name not in joint.sites}
     for name, message in messages.items():
@@ -32,7 +35,7 @@ def read_terms(
         message = messages.get(name)
         if message is None:
             raise InputError(f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it")
-        if type(leaf(message["fn"])).__name__ != "Delta":
+        if not _is_delta(message):
             if support_of(message["fn"]).is_discrete:
                 raise InputError(f"site '{name}': discrete in the guide. Discrete latents are not supported")
             terms.append(_term(name, message, site, joint, unconstrained=False))
@@ -42,18 +45,66 @@ def read_terms(
         else:
             deltas.append(name)
     if deltas:
-        terms.append(_flat_term(deltas, messages, auxiliary, joint))
+        term = _flat_term(deltas, auxiliary, joint)
+        if term is None:
+            return _own_terms(messages, joint, place_at), True
+        terms.append(term)
     if auxiliary:
-        raise InputError(
-            f"site '{next(iter(auxiliary))}': this auxiliary variable of the guide has no reverse model. Define "
-            "augment(model) on the guide's class to add a reverse model"
-        )
+        raise _no_reverse(next(iter(auxiliary)))
     if sum(term.site.size for term in terms) == joint.dim:
         fixed = not any(term.unconstrained for term in terms)  # the run at hand tells, unless a support moves with it
         if not fixed or _check_values(terms, messages, joint) is not None:
-            error = _check_values(terms, place_at(terms, joint.probe.z), joint)
-            if error is not None:
+            messages = place_at(terms, joint.probe.z, joint.probe.indices)
+            error = _check_values(terms, messages, joint)
+            if error is not None and fixed:
                 raise error
+            if error is not None:
+                return _own_terms(messages, joint, place_at), True
+    _check_stated(terms, messages, joint)
+    return terms, False
+
+
+def _is_delta(message: Any) -> bool:
+    return type(leaf(message["fn"])).__name__ == "Delta"
+
+
+def _no_reverse(name: str) -> InputError:
+    return InputError(
+        f"site '{name}': this auxiliary variable of the guide has no reverse model. Define augment(model) on the "
+        "guide's class to add a reverse model"
+    )
+
+
+def _check_stated(terms: list[GuideSite], messages: dict[str, Any], joint: JointDensity) -> None:
+    """Refuse Deltas that state another log-density than their map from unconstrained space has."""
+    deltas = [name for name in joint.sites if name not in {term.name for term in terms}]
+    if deltas:
+        indices, z = joint.probe.indices, joint.probe.z
+        active = joint.active(indices)
+        for name, excess in image_of(messages, terms, z, joint, indices).excess.items():
+            check_stated([name], excess if active is None else excess[active.all(-1)])
+
+
+def _own_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt) -> list[GuideSite]:
+    """The guide's sites in coordinates of its own, from which an affine map leads to the model's latents."""
+    terms: list[GuideSite] = []
+    start, delta = 0, next(name for name in joint.sites if _is_delta(messages[name]))
+    for name, message in messages.items():
+        if not _is_delta(message):
+            site = _laid_out(Site(name, start, (), -1, 0, 0, 0), message, joint, unconstrained=False)
+            terms.append(GuideSite(name, site, False))
+            start += site.size
+    if start > joint.dim:
+        raise _no_reverse(next(term.name for term in terms if term.name not in joint.sites))
+    if start < joint.dim:
+        raise _no_density(delta)
+    if joint.structure.masked:
+        raise InputError(
+            f"site '{delta}': a Delta whose auxiliary draw is another vector than the latents in unconstrained space "
+            "does not fit a model with masked latents. Draw the site itself from a distribution with its support"
+        )
+    rows = joint.probe.indices[:NUM_MAPPED_ROWS]
+    affine_map(partial(place_at, terms), terms, joint, rows)
     return terms
 
 
@@ -77,11 +128,7 @@ def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
                 f"site '{name}': the guide's support {support_of(message['fn'])} differs from the model's. Use a "
                 "distribution with the model's support, or transform one to it"
             )
-        return InputError(
-            f"site '{name}': the guide's Delta has other values than the auxiliary draw in the site's support (Pyro's "
-            "autoguides: a support that depends on other latents, or that torch does not know). Draw the site itself "
-            "from a distribution with the model's support, such as a TransformedDistribution"
-        )
+        return InputError(f"site '{name}': the guide's Delta has other values than the auxiliary draw")
     return None
 
 
@@ -104,13 +151,19 @@ def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
 
 def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstrained: bool) -> GuideSite:
     """A term with the guide's own row axis; its values must fit the model site's columns."""
+    laid_out = _laid_out(site, message, joint, unconstrained=unconstrained)
+    if laid_out.size != site.size:
+        raise _does_not_fit(site.name, message, joint)
+    return GuideSite(name, laid_out, unconstrained)
+
+
+def _laid_out(site: Site, message: Any, joint: JointDensity, *, unconstrained: bool) -> Site:
+    """`site` with the shape and the row axis that it has in the guide."""
     fn, value = message["fn"], message["value"]
     flat = value if unconstrained else bijection(fn, site.name).inv(value)
     event_dim = fn.event_dim + flat.dim() - value.dim()
-    if joint.plate is None:
-        fits, shape = flat.numel() == site.size, tuple(flat.shape)
-        axis = -1 - len(shape)
-    else:
+    shape, axis = tuple(flat.shape), -1 - flat.dim()
+    if joint.plate is not None:
         dim = plate_dim(message, joint.plate)
         if dim is None:
             raise InputError(
@@ -120,14 +173,8 @@ def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstra
         axis = dim - event_dim
         rest = list(flat.shape)
         del rest[axis]
-        shape, fits = tuple(rest), torch.Size(rest).numel() == site.size
-    if not fits:
-        raise _does_not_fit(site.name, message, joint)
-    return GuideSite(
-        name,
-        replace(site, shape=shape, axis=axis, event_dim=fn.event_dim, unconstrained_event_dim=event_dim),
-        unconstrained,
-    )
+        shape = tuple(rest)
+    return replace(site, shape=shape, axis=axis, event_dim=fn.event_dim, unconstrained_event_dim=event_dim)
 
 
 def _does_not_fit(name: str, message: Any, joint: JointDensity) -> InputError:
@@ -139,10 +186,13 @@ def _does_not_fit(name: str, message: Any, joint: JointDensity) -> InputError:
     )
 
 
-def _flat_term(
-    deltas: list[str], messages: dict[str, Any], auxiliary: dict[str, Any], joint: JointDensity
-) -> GuideSite:
-    """The auxiliary vector that the sites `deltas` are parts of, as in joint autoguides."""
+def _flat_term(deltas: list[str], auxiliary: dict[str, Any], joint: JointDensity) -> GuideSite | None:
+    """The auxiliary vector that the sites `deltas` are parts of, as in joint autoguides; None if there is none.
+
+    Raises `InputError` where the guide has no auxiliary draws at all.
+    """
+    if not auxiliary:
+        raise _no_density(deltas[0])
     size = sum(joint.sites[name].size for name in deltas)
     for name in list(auxiliary):
         helper = auxiliary[name]
@@ -153,12 +203,11 @@ def _flat_term(
             del auxiliary[name]
             flat_site = Site(name, 0, (length,), -2, 1, 1, 1)
             return _term(name, helper, flat_site, joint, unconstrained=True)
-    if auxiliary and joint.plate is None:
-        raise InputError(
-            f"site '{next(iter(auxiliary))}': the guide draws one vector per datapoint, but here the "
-            "whole data set is one datapoint. Use AutoNormal or AutoMultivariateNormal, or name the data plate"
-        )
-    raise InputError(
-        f"site '{deltas[0]}': a Delta in the guide has no density, so no gap is defined. Use a guide with a density, "
-        "such as AutoNormal instead of AutoDelta"
+    return None
+
+
+def _no_density(name: str) -> InputError:
+    return InputError(
+        f"site '{name}': a Delta in the guide has no density, so no gap is defined. Use a guide with a density, such "
+        "as AutoNormal instead of AutoDelta"
     )

@@ -1,0 +1,70 @@
+r"""The Monte Carlo error of L[q*_C]: by how much it would change with other completions.
+
+q is fitted to K completions, of log densities $g_k(z) = \log p(C_n, \bar C_k, z)$, and shifts by a K-th of
+$g_k - \bar g$ in the log density where one of them is added. To first order in 1 / K,
+
+$$\mathrm{Var}(\mathcal L[\hat q](x_n)) = \frac 1K \mathrm{Var}_k \, \mathrm{Cov}_q(\log p(x_n, z), g_k(z) - \bar g(z)),
+  \quad \mathbb E[\mathcal L[\hat q](x_n)] - \mathcal L[q^*_C](x_n) = -\frac 1{2K} \mathbb E_k \mathrm{Var}_q(g_k - \bar g)$$
+
+This is exact for Gaussians. A family that cannot follow every such shift, or a refinement that has not ended, makes
+another error; the two halves of the completions measure its size on average over a block of datapoints.
+"""
+
+import torch
+from torch import Tensor
+
+from pyrogaps.capture import GradientEvaluator
+from pyrogaps.conditioning.completions import Completions
+from pyrogaps.density.draws import BlockedGuide, Posterior
+from pyrogaps.log_weights import Estimate
+from pyrogaps.streams import Chunk, Stream
+
+NUM_DRAWS = 128
+NUM_COMPLETIONS = 16
+
+
+def completions_error(
+    evaluator: GradientEvaluator, guide: Posterior, completions: Completions, which: Tensor, block: Chunk, stream: Stream
+) -> Tensor:
+    """The mean square error `(B,)` of L[q](x_n), nats squared, that comes from completions `which` that q is fitted to.
+
+    It is estimated from a few of them, evenly spaced, and from draws of q.
+    """
+    some = which[torch.linspace(0, len(which) - 1, min(NUM_COMPLETIONS, len(which))).round().long()]
+    with torch.no_grad():
+        z, _ = BlockedGuide(guide, block).sample(NUM_DRAWS, stream)
+        density = evaluator.bind(block.indices, NUM_DRAWS, whole=True)
+        (at_data,) = density.values(z)
+        each = torch.stack([density.on(completions.rows(k.expand(NUM_DRAWS))).values(z)[0] for k in some]).double()
+    shift = each - each.mean(0)
+    shift = shift - shift.mean(1, keepdim=True)
+    misfit = at_data.double() - each.mean(0)
+    covariance = (shift * (misfit - misfit.mean(0))).mean(1)
+    number, bias = len(which), shift.square().mean((0, 1)) * len(some) / (len(some) - 1) / (2 * len(which))
+    return covariance.var(0) / number + 2 * bias.square()  # the bias varies by as much as its mean
+
+
+def mean_of_halves(first: Estimate, second: Estimate, errors: list[Tensor], ess: Tensor, number: int) -> Estimate:
+    """The mean of the estimates of two halves, its error that of the draws and of the completions.
+
+    `errors` are the halves' mean square errors from completions; `ess` of the `number` completions count. Where the
+    halves of the block's datapoints differ by more than these errors on average, all are scaled up to what they do.
+    """
+    square = (first.mcse.square() + second.mcse.square()) / 4
+    square = square + (errors[0] + errors[1]) / 4 * (number / ess.to(square.device))
+    measured = ((first.value - second.value) / 2).square().sum() / square.sum()
+    scale = max(1.0, float(measured)) if bool(torch.isfinite(measured)) else 1.0
+    return Estimate((first.value + second.value) / 2, (scale * square).sqrt(), "lower bound")
+
+
+def mean_over_completions(log_weights: Tensor, number: int) -> Estimate:
+    """The mean of log-weights `(S, B)` of which the s-th has the completion s modulo `number`.
+
+    Draws with the same completion are not independent, so the completions are what the error counts.
+    """
+    weights = log_weights.double()
+    turn = torch.arange(len(weights), device=weights.device) % number
+    count = min(number, len(weights))
+    sums = weights.new_zeros(count, *weights.shape[1:]).index_add_(0, turn, weights - weights.mean(0))
+    mcse = (sums.square().sum(0) * count / max(count - 1, 1)).sqrt() / len(weights)
+    return Estimate(weights.mean(0), mcse, "lower bound")
