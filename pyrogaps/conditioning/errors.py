@@ -3,11 +3,13 @@ r"""The Monte Carlo error of L[q*_C]: by how much it would change with other com
 q is fitted to K completions, of log densities $g_k(z) = \log p(C_n, \bar C_k, z)$, and shifts by a K-th of
 $g_k - \bar g$ in the log density where one of them is added. To first order in 1 / K,
 
-$$\mathrm{Var}(\mathcal L[\hat q](x_n)) = \frac 1K \mathrm{Var}_k \, \mathrm{Cov}_q(\log p(x_n, z), g_k(z) - \bar g(z)),
-  \quad \mathbb E[\mathcal L[\hat q](x_n)] - \mathcal L[q^*_C](x_n) = -\frac 1{2K} \mathbb E_k \mathrm{Var}_q(g_k - \bar g)$$
+$$\mathrm{Var}(\mathcal L[\hat q](x_n)) = \frac 1K \mathrm{Var}_k \, \mathrm{Cov}_q(\log p(x_n, z), g_k(z) - \bar g(z))$$
 
-This is exact for Gaussians. A family that cannot follow every such shift, or a refinement that has not ended, makes
-another error; the two halves of the completions measure its size on average over a block of datapoints.
+$$\mathbb E[\mathcal L[\hat q](x_n)] - \mathcal L[q^*_C](x_n) = -\frac 1{2K} \mathbb E_k \mathrm{Var}_q(g_k - \bar g)$$
+
+This is exact for Gaussians. A family that cannot follow every such shift, or a noisy refinement, makes another error;
+the difference of two halves of the completions has that error too, but a single one is no measure of it. The
+differences of a block of datapoints are.
 """
 
 import torch
@@ -21,10 +23,16 @@ from pyrogaps.streams import Chunk, Stream
 
 NUM_DRAWS = 128
 NUM_COMPLETIONS = 16
+FACTORS = torch.logspace(0, 4, 81, dtype=torch.float64)
 
 
 def completions_error(
-    evaluator: GradientEvaluator, guide: Posterior, completions: Completions, which: Tensor, block: Chunk, stream: Stream
+    evaluator: GradientEvaluator,
+    guide: Posterior,
+    completions: Completions,
+    which: Tensor,
+    block: Chunk,
+    stream: Stream,
 ) -> Tensor:
     """The mean square error `(B,)` of L[q](x_n), nats squared, that comes from completions `which` that q is fitted to.
 
@@ -45,16 +53,21 @@ def completions_error(
 
 
 def mean_of_halves(first: Estimate, second: Estimate, errors: list[Tensor], ess: Tensor, number: int) -> Estimate:
-    """The mean of the estimates of two halves, its error that of the draws and of the completions.
+    """The mean of the estimates of two halves, its error that of the completions, of the refinements and of the draws.
 
-    `errors` are the halves' mean square errors from completions; `ess` of the `number` completions count. Where the
-    halves of the block's datapoints differ by more than these errors on average, all are scaled up to what they do.
+    `errors` are the halves' mean square errors from completions; `ess` of the `number` completions count. The halves'
+    differences, half of which have the same error, correct both parts where they are too small: that of completions on
+    the whole, and that of draws datapoint by datapoint, because the noise of a refinement has the form of its draws.
     """
-    square = (first.mcse.square() + second.mcse.square()) / 4
-    square = square + (errors[0] + errors[1]) / 4 * (number / ess.to(square.device))
-    measured = ((first.value - second.value) / 2).square().sum() / square.sum()
-    scale = max(1.0, float(measured)) if bool(torch.isfinite(measured)) else 1.0
-    return Estimate((first.value + second.value) / 2, (scale * square).sqrt(), "lower bound")
+    measured = ((first.value - second.value) / 2).square()
+    draws = (first.mcse.square() + second.mcse.square()) / 4
+    fitted = (errors[0] + errors[1]) / 4 * (number / ess.to(draws.device))
+    total = (measured.sum() / (fitted + draws).sum()).nan_to_num(1.0).clamp(min=1.0)
+    factors = FACTORS.to(draws)[:, None]
+    ratios = (measured / (total * fitted + factors * draws)).nan_to_num(0.0).mean(1)
+    enough = (ratios <= 1).nonzero()
+    factor = FACTORS[int(enough[0]) if len(enough) else -1]
+    return Estimate((first.value + second.value) / 2, (total * fitted + factor * draws).sqrt(), "lower bound")
 
 
 def mean_over_completions(log_weights: Tensor, number: int) -> Estimate:

@@ -130,9 +130,7 @@ class Sharing:
             halves.append(guide)
             progress.append(half_progress)
             at_data.append(mean_estimate(weights))
-            errors.append(
-                completions_error(evaluator, guide, completions, which, block, run.stream(f"error, {name}"))
-            )
+            errors.append(completions_error(evaluator, guide, completions, which, block, run.stream(f"error, {name}")))
 
         # Both guides use the same noise on a half, which reduces the error of their difference.
         def elbo_on(guide: Refinable, name: str) -> Estimate:

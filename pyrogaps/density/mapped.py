@@ -62,9 +62,13 @@ class Unconstrain(Messenger):
 
 @dataclass(frozen=True)
 class Image:
-    """Where the guide's draws at known points lie: unconstrained `z` `(R, dim)`; for each of its Deltas, by how much the
-    log-density that it states exceeds that of the map from `z` to its value, `(R,)`; log |d draw / d unconstrained| of
-    its auxiliary draws, `(R,)`; and the kinds of the model's distributions.
+    """The image of a guide's draws at known points.
+
+    Attributes:
+        z: in unconstrained space, `(R, dim)`.
+        excess: for each Delta, the log-density that it states less that of the map from `z` to its value, `(R,)`.
+        auxiliary: log |d draw / d unconstrained| of the auxiliary draws, `(R,)`.
+        kinds: names of the model's distributions, by site.
     """
 
     z: Tensor
@@ -73,7 +77,9 @@ class Image:
     kinds: dict[str, str]
 
 
-def image_of(messages: dict[str, Any], terms: list[GuideSite], u: Tensor, joint: JointDensity, indices: Tensor) -> Image:
+def image_of(
+    messages: dict[str, Any], terms: list[GuideSite], u: Tensor, joint: JointDensity, indices: Tensor
+) -> Image:
     """The image of points `u` `(R, dim)`, which the guide's run `messages` has in its terms."""
     rows, values = len(u), {name: messages[name]["value"] for name in joint.sites}
     handler = Unconstrain(joint, values, rows)
@@ -158,14 +164,14 @@ def affine_map(place_at: PlaceAt, terms: list[GuideSite], joint: JointDensity, i
             if kinds[name] in CIRCULAR:
                 raise periodic(name, kinds[name])
         raise InputError(
-            f"site '{names[0]}': in unconstrained space, the guide's Delta is no affine function of its auxiliary draws. "
-            "Draw the site itself, from a TransformedDistribution of the auxiliary draws' distribution"
+            f"site '{names[0]}': in unconstrained space, the guide's Delta is no affine function of its auxiliary "
+            "draws. Draw the site itself, from a TransformedDistribution of the auxiliary draws' distribution"
         )
     log_det = result.log_det
     if not bool(torch.isfinite(log_det).all()):
         raise InputError(
-            f"site '{names[0]}': the guide's Delta is no invertible function of its auxiliary draws, so the guide has no "
-            "density. Give every latent a draw of its own"
+            f"site '{names[0]}': the guide's Delta is no invertible function of its auxiliary draws, so the guide "
+            "has no density. Give every latent a draw of its own"
         )
     check_stated(names, excess[0] + log_det)
     return result

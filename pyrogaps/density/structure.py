@@ -21,7 +21,11 @@ Message = Any
 
 def sample_sites(program: Program, args: tuple[Any, ...], what: str = "model") -> dict[str, Message]:
     """The random variables of one run of `program(*args)`, in program order; `what` names it in errors."""
-    with poutine.trace() as tracer, ExactDraws(), failures_named(what):  # poutine.trace(program) would rewrite its errors
+    with (
+        poutine.trace() as tracer,
+        ExactDraws(),
+        failures_named(what),
+    ):  # poutine.trace(program) would rewrite its errors
         program(*args)
     return _random_variables(tracer)
 

@@ -16,7 +16,6 @@ from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
 
-
 # Messages of the guide's sites with `terms` at the points `flat` `(R, dim)`, for the datapoints `indices` `(R,)`.
 PlaceAt = Callable[[list[GuideSite], Tensor, Tensor], dict[str, Any]]
 NUM_MAPPED_ROWS = 16

@@ -1,0 +1,67 @@
+"""The stated errors of L[q*_C], datapoint by datapoint: exact ones of linear Gaussians, and coverage."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyrogaps as pg
+from pyrogaps.conditioning.errors import mean_of_halves, mean_over_completions
+from pyrogaps.log_weights import Estimate
+from pyrogaps.models.toy import MissingGaussian
+from tests.conditioning.test_shared import FullCovariance, drawn
+
+
+def measured(model: MissingGaussian, number: int, steps: int) -> tuple[pg.SharedPosterior, Tensor]:
+    """The shared posteriors, and the exact L[q*_C] of each datapoint."""
+    x = drawn(model, number)
+    guide = FullCovariance(model.data_dim, model.latent_dim, int(model.shown.sum())).double()
+    found = pg.shared_posterior(model, guide, x, refinement=pg.Refinement(num_steps=steps))
+    mean, covariance = model.shared_posterior(x)
+    return found, model.elbo(x, mean, scale_tril=torch.linalg.cholesky(covariance)).detach()
+
+
+def coverage(found: pg.SharedPosterior, exact: Tensor) -> float:
+    return float(((found.elbo.value - exact).abs() < 1.96 * found.elbo.mcse).double().mean())
+
+
+def test_errors_of_the_unit_toy() -> None:
+    """One latent: the bound changes by (E[z|x] - m) / Var(z|x) times the change of m, the mean of q."""
+    model = MissingGaussian.unit().double()
+    found, exact = measured(model, 128, 200)
+    assert coverage(found, exact) > 0.93 - 2 * (0.93 * 0.07 / 128) ** 0.5
+    x = drawn(model, 128)
+    # Var of a completion's mean E[z|C, Cbar]: Var(z|C) - Var(z|x) = 1/2 - 1/3.
+    misfit = (model.posterior(x)[0] - model.shared_posterior(x)[0])[:, 0] * 3
+    completions = (misfit.square() * (1 / 2 - 1 / 3) / found.num_completions).mean().sqrt()
+    error = found.elbo.mcse.square().mean().sqrt()
+    assert 0.9 < error / completions.detach() < 1.5  # and the errors of draws and of refinements
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("latent", "shown", "hidden", "seed"), [(1, 1, 1, None), (2, 2, 3, 1), (4, 2, 2, 3)])
+def test_coverage(latent: int, shown: int, hidden: int, seed: int | None) -> None:
+    model = MissingGaussian.unit() if seed is None else MissingGaussian.random(shown + hidden, latent, 1.0, seed, shown)
+    found, exact = measured(model.double(), 1000, 1000)
+    assert coverage(found, exact) > 0.93 - 2 * (0.93 * 0.07 / 1000) ** 0.5
+
+
+def test_halves_that_differ_by_more_than_their_errors() -> None:
+    """Whatever the completions' own errors leave out, the differences of 64 datapoints put in."""
+    noise = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 64, generator=noise, dtype=torch.float64)
+    draws, nothing = torch.full((64,), 0.01, dtype=torch.float64), [torch.zeros(64, dtype=torch.float64)] * 2
+    halves = [Estimate(value, draws, "lower bound") for value in (first, second)]
+    found = mean_of_halves(*halves, nothing, torch.full((64,), 128.0), 128)
+    assert 0.8 < float(found.mcse.square().mean().sqrt()) * 2**0.5 < 1.3
+    alike = [Estimate(0 * value, draws, "lower bound") for value in (first, second)]
+    torch.testing.assert_close(mean_of_halves(*alike, nothing, torch.full((64,), 128.0), 128).mcse, draws / 2**0.5)
+
+
+def test_draws_that_share_a_completion_are_not_independent() -> None:
+    noise = torch.Generator().manual_seed(1)
+    of_completions = torch.randn(400, 32, 1, generator=noise, dtype=torch.float64).expand(-1, -1, 10)
+    weights = of_completions.transpose(1, 2).flatten(1).T  # 320 draws, 10 of each completion, of 400 datapoints
+    found = mean_over_completions(weights, 32)
+    assert abs(float(found.value.std() / found.mcse.square().mean().sqrt()) - 1) < 4 / (2 * 400) ** 0.5
+    few = mean_over_completions(weights[:20], 32)  # a completion for each draw
+    torch.testing.assert_close(few.mcse, weights[:20].std(0) / 20**0.5)

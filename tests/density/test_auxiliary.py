@@ -1,0 +1,235 @@
+"""Guides that pass auxiliary draws to Deltas: the ELBO is Pyro's where the stated density is right, else a refusal."""
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pyro.distributions.transforms as T
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoGaussian,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+)
+from torch import Tensor
+
+import pyrogaps as pg
+from pyrogaps import GuideDensity, InputError
+from pyrogaps.guides.local import AutoLocalMultivariateNormal
+from pyrogaps.log_weights import Estimate
+
+pytestmark = pytest.mark.usefixtures("double")
+
+AUXILIARY = {"is_auxiliary": True}
+MIX = [[1.0, 0.5], [-0.3, 2.0]]
+
+
+def model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z * rate[..., None], 1.0).to_event(1), obs=x)
+
+
+class Guide:
+    """rate = exp(v / 2 + 0.1), z an affine image of w; `stated` says by which factor each log-density is wrong."""
+
+    def __init__(self, kind: str = "scaled", rate: float = 1.0, z: float = 1.0) -> None:
+        self.kind, self.rate, self.z = kind, rate, z
+
+    def image(self, w: Tensor, x: Tensor) -> tuple[Tensor, float]:
+        if self.kind == "permuted":
+            return w.flip(-1) + x, 0.0
+        if self.kind == "dense":
+            matrix = torch.tensor(MIX)
+            return w @ matrix.T, -float(torch.linalg.slogdet(matrix)[1])
+        return 0.3 * w + x, -2 * math.log(0.3)
+
+    def __call__(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", dist.Normal(x.mean(-1), 0.7), infer=AUXILIARY)
+            w = pyro.sample("w", dist.Normal(x, 0.7).to_event(1), infer=AUXILIARY)
+            log_rate = v / 2 + 0.1
+            pyro.sample("rate", dist.Delta(log_rate.exp(), self.rate * (-log_rate + math.log(2.0))))
+            z, log_density = self.image(w, x)
+            pyro.sample("z", dist.Delta(z, torch.full(z.shape[:-1], self.z * log_density), event_dim=1))
+
+
+def log_weights(program: Callable[..., None], guide: Callable[..., None], number: int, *args: Tensor) -> Tensor:
+    """log p - log q of Pyro's own traces, as `Trace_ELBO` adds them up."""
+    terms = []
+    for _ in range(number):
+        drawn = poutine.trace(guide).get_trace(*args)
+        terms.append(
+            poutine.trace(poutine.replay(program, drawn)).get_trace(*args).log_prob_sum() - drawn.log_prob_sum()
+        )
+    return torch.stack(terms).detach()
+
+
+def agree(estimate: Estimate, weights: Tensor) -> None:
+    error = float(estimate.mcse.square().sum() + weights.var() / len(weights)) ** 0.5
+    assert abs(float(estimate.value.sum()) - float(weights.mean())) < 4 * error
+
+
+@pytest.mark.parametrize("kind", ["scaled", "permuted", "dense"])
+def test_affine_images(kind: str) -> None:
+    x, guide = torch.randn(5, 2), Guide(kind)
+    agree(pg.elbo(model, guide, x, num_particles=2000), log_weights(model, guide, 200, x))
+    density = GuideDensity(guide, x, model)
+    z, log_q = density.sample(4, torch.tensor([3, 0]))
+    torch.testing.assert_close(density.log_prob(z, torch.tensor([3, 0])), log_q)
+    # By hand: the draws back from the latents, and the Jacobian of the whole map.
+    v, mean = 2 * (z[..., 0] - 0.1), x[[3, 0]]
+    w, log_density = z[..., 1:], guide.image(x, x)[1]
+    back = {"scaled": (w - mean) / 0.3, "permuted": (w - mean).flip(-1), "dense": w @ torch.tensor(MIX).inverse().T}
+    by_hand = dist.Normal(mean.mean(-1), 0.7).log_prob(v) + dist.Normal(mean, 0.7).log_prob(back[kind]).sum(-1)
+    torch.testing.assert_close(log_q, by_hand + math.log(2.0) + log_density)
+
+
+@pytest.mark.parametrize("guide", [Guide(rate=0.0, z=0.0), Guide(rate=-1.0), Guide(z=0.0), Guide("permuted", rate=0.0)])
+def test_wrong_densities(guide: Guide) -> None:
+    with pytest.raises(InputError, match=r"'z': the log_density of the guide's Delta is wrong by .* nats. Pass minus"):
+        pg.elbo(model, guide, torch.randn(5, 2))
+
+
+def test_a_missing_jacobian_of_the_support_alone() -> None:
+    """The draw is the latent itself in unconstrained space, and only the Delta's own density is left out."""
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("rate_unconstrained", dist.Normal(x.mean(-1), 0.7), infer=AUXILIARY)
+            pyro.sample("rate", dist.Delta(v.exp()))
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    with pytest.raises(InputError, match="site 'rate': the log_density of the guide's Delta is wrong"):
+        pg.elbo(model, guide, torch.randn(5, 2))
+
+
+def test_a_draw_on_the_half_line() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", dist.Gamma(2.0 + 0 * x[..., 0], 1.5), infer=AUXILIARY)
+            pyro.sample("rate", dist.Delta(2 * v, torch.full(v.shape, -math.log(2.0))))
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    def direct(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.Gamma(2.0 + 0 * x[..., 0], 0.75))
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    x = torch.randn(5, 2)
+    z, log_q = GuideDensity(guide, x, model).sample(7)
+    torch.testing.assert_close(GuideDensity(direct, x, model).log_prob(z), log_q)
+
+
+def test_a_curved_map_is_refused_and_the_remedy_works() -> None:
+    softplus = T.SoftplusTransform()
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            v = pyro.sample("v", dist.Normal(x.mean(-1), 0.7), infer=AUXILIARY)
+            value = softplus(v)
+            pyro.sample("rate", dist.Delta(value, -softplus.log_abs_det_jacobian(v, value)))
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    def remedy(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.TransformedDistribution(dist.Normal(x.mean(-1), 0.7), [softplus]))
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    x = torch.randn(5, 2)
+    with pytest.raises(InputError, match=r"site 'rate': .*no affine function.*from a TransformedDistribution"):
+        pg.elbo(model, guide, x)
+    agree(pg.elbo(model, remedy, x, num_particles=2000), log_weights(model, guide, 200, x))
+
+
+def test_too_few_draws() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            w = pyro.sample("w", dist.Normal(x, 0.7).to_event(1), infer=AUXILIARY)
+            pyro.sample("rate", dist.Delta(w[..., 0].exp(), -w[..., 0]))
+            pyro.sample("z", dist.Delta(w, event_dim=1))
+
+    with pytest.raises(InputError, match="site 'rate': a Delta in the guide has no density"):
+        pg.elbo(model, guide, torch.randn(5, 2))
+
+
+def hierarchy(y: Tensor) -> None:
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("data", len(y)):
+        b = pyro.sample("b", dist.Beta(2.0, 2.0))
+        z = pyro.sample("z", dist.Normal(m, s))
+        pyro.sample("y", dist.Normal(z + b, 0.5), obs=y)
+
+
+AUTOGUIDES = {
+    "AutoNormal": AutoNormal,
+    "AutoGaussian": AutoGaussian,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoLowRankMultivariateNormal": AutoLowRankMultivariateNormal,
+    "AutoDiagonalNormal": AutoDiagonalNormal,
+    "AutoIAFNormal": AutoIAFNormal,
+    "AutoNormalizingFlow": lambda program: AutoNormalizingFlow(program, T.affine_autoregressive),
+    "AutoLaplaceApproximation": AutoLaplaceApproximation,
+    "AutoLocalMultivariateNormal": AutoLocalMultivariateNormal,
+}
+
+
+@pytest.mark.parametrize("name", AUTOGUIDES)
+def test_autoguides_of_one_data_set(name: str) -> None:
+    y = torch.tensor([0.3, -1.2, 0.8])
+    program = hierarchy if name != "AutoLocalMultivariateNormal" else poutine.condition(
+        hierarchy, {"m": torch.tensor(0.1), "s": torch.tensor(0.9)}
+    )  # fmt: skip
+    guide = AUTOGUIDES[name](program)
+    guide(y)
+    if name == "AutoLaplaceApproximation":
+        guide = guide.laplace_approximation(y)
+    if name == "AutoGaussian":  # its scales are those of the map from its draw to the latents
+        for scale in guide.scales.parameters():
+            scale.data.add_(0.3 * torch.randn_like(scale))
+    found = pg.elbo(program, guide, (y,), plate=False, num_particles=2000)
+    agree(found, log_weights(program, guide, 300, y))
+
+
+def test_auto_gaussian_over_a_data_plate() -> None:
+    guide = AutoGaussian(model)
+    x = torch.randn(5, 2)
+    guide(x)
+    with pytest.raises(InputError, match="AutoGaussianDense is one joint distribution over all datapoints"):
+        pg.elbo(model, guide, x)
+
+
+class Learned(torch.nn.Module):
+    """The family of Normals with one scale, drawn as an auxiliary variable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc, self.log_scale = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1), infer=AUXILIARY)
+            log_density = -self.log_scale.sum().expand(len(x))
+            pyro.sample("z", dist.Delta(self.loc(x) + u * self.log_scale.exp(), log_density, event_dim=1))
+
+
+def test_refinement_reaches_the_exact_posterior() -> None:
+    def gaussian(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(4, 2)
+    refined = pg.refine(gaussian, Learned(), x, settings=pg.Refinement(num_steps=300))
+    found, exact = pg.elbo(gaussian, refined, x), dist.Normal(0.0, 2**0.5).log_prob(x).sum(-1)
+    assert ((found.value - exact).abs() < 4 * found.mcse + 0.01).all()
