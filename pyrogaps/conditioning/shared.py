@@ -141,7 +141,7 @@ class Sharing:
         nothing = [torch.zeros_like(error) for error in errors]
         (own_1, other_1), (other_2, own_2) = [[elbo_on(guide, name) for guide in halves] for name in names]
         return SharedBlock(
-            mean_of_halves(*at_data, errors, completions.ess, len(completions)),
+            mean_of_halves(at_data[0], at_data[1], errors, completions.ess, len(completions)),
             mean_of_halves(other_1, other_2, nothing, completions.ess, len(completions)),
             (own_1.value - other_1.value + own_2.value - other_2.value) / 2,
             progress[0].converged & progress[1].converged,

@@ -117,7 +117,8 @@ class AffineMap:
         """log |det A| `(B,)`."""
         if self.matrix.dim() == 2:
             return self.matrix.abs().log().sum(-1)
-        return torch.linalg.slogdet(self.matrix)[1]
+        log_det: Tensor = torch.linalg.slogdet(self.matrix)[1]
+        return log_det
 
     def __call__(self, u: Tensor) -> Tensor:
         scaled = self.matrix * u if self.matrix.dim() == 2 else (self.matrix @ u[..., None])[..., 0]

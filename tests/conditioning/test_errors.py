@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 import pyrogaps as pg
+from pyrogaps.conditioning import SharedPosterior
 from pyrogaps.conditioning.errors import mean_of_halves, mean_over_completions
 from pyrogaps.log_weights import Estimate
 from pyrogaps.models.toy import MissingGaussian
 from tests.conditioning.test_shared import FullCovariance, drawn
 
 
-def measured(model: MissingGaussian, number: int, steps: int) -> tuple[pg.SharedPosterior, Tensor]:
+def measured(model: MissingGaussian, number: int, steps: int) -> tuple[SharedPosterior, Tensor]:
     """The shared posteriors, and the exact L[q*_C] of each datapoint."""
     x = drawn(model, number)
     guide = FullCovariance(model.data_dim, model.latent_dim, int(model.shown.sum())).double()
@@ -20,7 +21,7 @@ def measured(model: MissingGaussian, number: int, steps: int) -> tuple[pg.Shared
     return found, model.elbo(x, mean, scale_tril=torch.linalg.cholesky(covariance)).detach()
 
 
-def coverage(found: pg.SharedPosterior, exact: Tensor) -> float:
+def coverage(found: SharedPosterior, exact: Tensor) -> float:
     return float(((found.elbo.value - exact).abs() < 1.96 * found.elbo.mcse).double().mean())
 
 

@@ -64,7 +64,7 @@ def test_guides_on_the_circle(guide: Any) -> None:
 
 
 def test_log_evidence_of_a_refined_guide_on_the_circle() -> None:
-    settings = {"evidence": pg.AIS(num_chains=64, num_temperatures=10), "mode": "eager"}
+    settings = {"evidence": pg.AIS(num_chains=64, num_temperatures=10)}
     found = pg.log_evidence(model, Guide(on_line=False), X, refinement=pg.Refinement(num_steps=20), **settings)
     assert ((found.value - quadrature()).abs() < 4 * found.mcse + 1e-3).all()
 
