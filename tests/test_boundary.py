@@ -648,7 +648,7 @@ def test_a_bound_that_is_another_latent() -> None:
     torch.testing.assert_close(problem.joint.terms(z)[0], log_q, rtol=1e-4, atol=1e-4)
     autoguide = AutoNormal(nested)
     autoguide(Y)  # which takes its setup run's bound for good
-    with pytest.raises(pg.InputError, match="site 'a': .* no affine function of its auxiliary draws"):
+    with pytest.raises(pg.InputError, match=r"site 'a': .* no affine function of its auxiliary draws"):
         pg.elbo(nested, autoguide, Y)
 
 

@@ -3,7 +3,8 @@ r"""The Monte Carlo error of L[q*_C]: by how much it would change with other com
 q is fitted to K completions, of log densities $g_k(z) = \log p(C_n, \bar C_k, z)$, and shifts by a K-th of
 $g_k - \bar g$ in the log density where one of them is added. To first order in 1 / K,
 
-$$\mathrm{Var}(\mathcal L[\hat q](x_n)) = \frac 1K \mathrm{Var}_k \, \mathrm{Cov}_q(\log p(x_n, z), g_k(z) - \bar g(z))$$
+$$\mathrm{Var}(\mathcal L[\hat q](x_n)) =
+  \frac 1K \mathrm{Var}_k \, \mathrm{Cov}_q(\log p(x_n, z), g_k(z) - \bar g(z))$$
 
 $$\mathbb E[\mathcal L[\hat q](x_n)] - \mathcal L[q^*_C](x_n) = -\frac 1{2K} \mathbb E_k \mathrm{Var}_q(g_k - \bar g)$$
 
