@@ -31,7 +31,7 @@ run options:
   --help            print this text and exit
 
 Every field of the recipe is an option too. Options override the recipe; later ones override earlier ones:
-  --training.num_epochs 3   --training null   --evidence.num_chains=4   --data.init_args.num_test 100
+  --training.num_epochs 3   --training null   --evidence.num_chains=32   --data.init_args.num_test 100
   --guide pyro.infer.autoguide.AutoNormal     --families.flow mymodels.AutoFlow     --families {{}}
 --guide replaces the whole field; --guide.class_path keeps the recipe's init_args.
 
