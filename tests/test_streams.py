@@ -123,6 +123,7 @@ STRUCTURE = {"structure", "probe", "guide structure", "own family"}
 PARTS = ("shown part", "shared first half", "shared second half")
 CONDITIONED = {
     *("complete", "resample", "first half", "second half", "completions, first half", "completions, second half"),
+    *("error, first half", "error, second half"),
     *(f"{verb} {name}" for verb in ("refine", "refine further", "select") for name in PARTS),
     *("shown part / family", "shown part / family axes"),
 }
