@@ -63,25 +63,6 @@ class Chunk:
             yield Chunk(start, min(start + BLOCK, self.stop))
 
 
-@dataclass(frozen=True)
-class Selection(Chunk):
-    """Some datapoints, at most a block of them, wherever they lie; they draw from streams as block 0 does."""
-
-    chosen: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, indices: Tensor) -> "Selection":
-        """The datapoints `indices` `(B,)`."""
-        return cls(0, len(indices), tuple(indices.tolist()))
-
-    @property
-    def indices(self) -> Tensor:
-        return torch.tensor(self.chosen)
-
-    def blocks(self) -> Iterator[Chunk]:
-        yield self
-
-
 def chunks(num_datapoints: int, batch_size: int) -> list[Chunk]:
     """Cut `0 .. N - 1` into chunks of about `batch_size` datapoints, rounded up to whole blocks."""
     size = max(1, -(-batch_size // BLOCK)) * BLOCK

@@ -234,6 +234,10 @@ def test_a_weight_that_is_nan_names_its_own_datapoint() -> None:
         dim, block = 2, Chunk(64, 80)
 
         @staticmethod
+        def noise(stream: Stream, width: int, dtype: torch.dtype) -> Noise:
+            return stream.noise(Chunk(64, 64 + width), dtype=dtype, device="cpu")
+
+        @staticmethod
         def values(positions: Tensor, points: Tensor) -> Tensor:
             return torch.where(positions == 7, torch.nan, points.sum(-1))
 

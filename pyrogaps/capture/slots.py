@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.capture.evaluator import BoundDensity, GradientEvaluator
-from pyrogaps.streams import Chunk
+from pyrogaps.streams import Chunk, Noise, Stream
 
 # Points to a slot, and slots to a batch: a shape is captured once, for whatever is asked. What is left over comes in
 # small batches, so that little is padding.
@@ -32,6 +32,11 @@ class Slots:
     def dim(self) -> int:
         """The length of a point."""
         return self.evaluator.joint.dim
+
+    def noise(self, stream: Stream, width: int, dtype: torch.dtype) -> Noise:
+        """Standard noise for `width` of the block's datapoints, by the generator of the block."""
+        first = self.block.start
+        return stream.noise(Chunk(first, first + width), dtype=dtype, device=self.evaluator.joint.device)
 
     def batches(self, slots: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Slots of a batch, padding last, and how many of them are no padding."""

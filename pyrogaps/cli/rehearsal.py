@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoGuide
 
 from pyrogaps.cli.building import DataSet, build_programs
 from pyrogaps.cli.recipe import Recipe
+from pyrogaps.density.autoguides import OtherDataError
 from pyrogaps.density.data import as_indexed
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
@@ -59,11 +60,8 @@ def _rehearse_training(recipe: Recipe, data: DataSet, settings: dict[str, Any]) 
 def _rehearse(recipe: Recipe, model: Program, guide: Program, data: DataSet, settings: dict[str, Any]) -> None:
     try:
         rehearse(model, guide, data.evaluated, recipe.plate, **settings)
-    except InputError as error:
-        reason, _, _ = str(error).partition(". Train it on these data")
-        if reason == str(error):
-            raise
-        raise InputError(f"{reason}. Set evaluate: {{part: train, num_datapoints: null}}") from error
+    except OtherDataError as error:
+        raise InputError(f"{error.reason}. Set evaluate: {{part: train, num_datapoints: null}}") from error
 
 
 def _check_training(recipe: Recipe, data: DataSet) -> None:

@@ -25,6 +25,14 @@ from pyrogaps.errors import InputError, counted
 REMEDY = "Use AutoNormal or pyrogaps.guides.local.AutoLocalMultivariateNormal"
 
 
+class OtherDataError(InputError):
+    """An autoguide that was made for another data set; `reason` is the message without its remedy."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}. {remedy}" if remedy else reason)
+        self.reason = reason
+
+
 def check_autoguide(guide: Any, joint: JointDensity) -> None:
     """Refuse an autoguide without a density per datapoint.
 
@@ -50,10 +58,10 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
             )
         frame = part._prototype_frames.get(plate)
         if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
-            raise InputError(
+            raise OtherDataError(
                 f"guide: the plate '{plate}' of this {_name(part)} has size {size}, but the data set has "
-                f"{counted(joint.num_datapoints, 'datapoint')}. Train it on these data, because an autoguide has "
-                "parameters for each datapoint"
+                f"{counted(joint.num_datapoints, 'datapoint')}",
+                "Train it on these data, because an autoguide has parameters for each datapoint",
             )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import torch
@@ -63,7 +64,6 @@ class Drawn:
     Attributes:
         more: fresh log-weights `(number, K)` for some places `(K,)` among the M, under a name of the call's own.
         cost: evaluations of one draw.
-        vouched: `(M,)`, where something other than these weights says that their tail is light.
         acceptance: `(M,)`, of AIS; NaN for importance sampling.
         name: of their streams.
     """
@@ -72,7 +72,6 @@ class Drawn:
     log_weights: Tensor
     more: Callable[[Tensor, int, str], Tensor]
     cost: int
-    vouched: Tensor
     acceptance: Tensor
     name: str
 
@@ -146,26 +145,25 @@ class Climb:
         number = len(self.draws)
         log_weights: list[Tensor] = [torch.empty(0)] * number
         columns = {name: torch.zeros(number, dtype=torch.float64) for name in COLUMNS}
-        columns["vouched"] = torch.zeros(number, dtype=torch.bool)
         for drawn in (*self._sampled(), *self._annealed()):
             positions = drawn.positions
             bounds = self._bounds(drawn)
             self.evaluations[positions] += drawn.cost * (len(drawn.log_weights) + bounds.num_fresh.cpu())
             columns["upper"][positions], columns["upper_mcse"][positions] = bounds.upper.cpu(), bounds.upper_mcse.cpu()
             columns["rounding"][positions] = self._rounding(drawn)
-            columns["vouched"][positions], columns["acceptance"][positions] = drawn.vouched.cpu(), drawn.acceptance
+            columns["acceptance"][positions] = drawn.acceptance
             for position, column in zip(positions.tolist(), drawn.log_weights.T, strict=True):
                 log_weights[position] = column
         columns["method"] = torch.where(self.draws > 0, SAMPLING, ANNEALING)
         columns["temperatures"], columns["evaluations"] = self.temperatures, self.evaluations
+        # What says that the tail of the weights is light, beside the weights themselves.
+        columns["vouched"] = self.anchor.agrees.cpu()
         return Climbed(log_weights, columns)
 
     def _bounds(self, drawn: Drawn) -> TwoSided:
         """Bounds from these weights, and from fresh ones of the same run where they do not suffice."""
-        slots, positions, calls = self.sampler.slots, drawn.positions, count()
-        columns = Chunk(slots.block.start, slots.block.start + len(positions))
-        stream = self.sampler.run.stream(f"ladder bounds {drawn.name}")
-        noise = stream.noise(columns, dtype=torch.float64, device=drawn.log_weights.device)
+        calls, stream = count(), self.sampler.run.stream(f"ladder bounds {drawn.name}")
+        noise = self.sampler.slots.noise(stream, len(drawn.positions), torch.float64)
 
         def more(places: Tensor, number: int) -> Tensor:
             return drawn.more(places.cpu(), number, f"fresh {next(calls)} {drawn.name}")
@@ -183,11 +181,10 @@ class Climb:
             positions, name = (self.draws == number).nonzero()[:, 0], f"sample {number}"
             weights = self.sampler.log_weights(positions, number, name)
             unknown = torch.full((len(positions),), torch.nan, dtype=torch.float64)
+            yield Drawn(positions, weights, partial(self._more_samples, positions), 1, unknown, name)
 
-            def more(places: Tensor, number: int, purpose: str, positions: Tensor = positions) -> Tensor:
-                return self.sampler.log_weights(positions[places], number, purpose)
-
-            yield Drawn(positions, weights, more, 1, self.anchor.agrees[positions], unknown, name)
+    def _more_samples(self, positions: Tensor, places: Tensor, number: int, purpose: str) -> Tensor:
+        return self.sampler.log_weights(positions[places], number, purpose)
 
     def _annealed(self) -> Iterator[Drawn]:
         for rung, length in sorted(
@@ -199,11 +196,8 @@ class Climb:
             nearest = torch.arange(length) * self.settings.temperatures[rung] // length
             steps = self.steps[rung][:, positions][nearest]
             ran = self.annealer.anneal(positions, number, steps, name)
+            more, cost = partial(self._more_chains, positions, steps), self.annealer.cost(length)
+            yield Drawn(positions, ran.log_weights, more, cost, ran.acceptance, name)
 
-            def more(
-                places: Tensor, number: int, purpose: str, positions: Tensor = positions, steps: Tensor = steps
-            ) -> Tensor:
-                return self.annealer.anneal(positions[places], number, steps[:, places], purpose).log_weights[:number]
-
-            agrees = self.anchor.agrees[positions]
-            yield Drawn(positions, ran.log_weights, more, self.annealer.cost(length), agrees, ran.acceptance, name)
+    def _more_chains(self, positions: Tensor, steps: Tensor, places: Tensor, number: int, purpose: str) -> Tensor:
+        return self.annealer.anneal(positions[places], number, steps[:, places], purpose).log_weights[:number]

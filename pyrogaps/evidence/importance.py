@@ -11,7 +11,7 @@ from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.log_weights import effective_sample_size, pareto_khat
 from pyrogaps.run import Run
-from pyrogaps.streams import PARTICLE_BLOCK, Chunk, particle_blocks
+from pyrogaps.streams import PARTICLE_BLOCK, particle_blocks
 
 # Draws from which on weights are examined closely, if they look well at all.
 NUM_FIRST_DRAWS = 64
@@ -27,10 +27,10 @@ class Sampler:
 
     def log_weights(self, positions: Tensor, number: int, purpose: str) -> Tensor:
         """log p(x, z) - log q(z), `(number, M)` in nats, of draws for the datapoints at `positions` of the block."""
-        start, first, parts = self.start.at(positions), self.slots.block.start, []
+        start, parts = self.start.at(positions), []
         for part, size in enumerate(particle_blocks(number)):
             stream = self.run.stream(f"ladder {purpose} {part}")
-            noise = stream.noise(Chunk(first, first + len(positions)), dtype=start.loc.dtype, device=start.loc.device)
+            noise = self.slots.noise(stream, len(positions), start.loc.dtype)
             z = start.draw(noise.normal(size, self.slots.dim))
             weights = self.slots.values(positions, z).double() - start.log_density(z)[0].double()
             parts.append(refuse_nan(weights, self.slots.block.indices[positions]))

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
 
 METHODS = ("importance sampling", "AIS")
+Alike = Sequence[tuple[Tensor, Estimate]]
 
 
 def _none() -> Tensor:
@@ -34,32 +35,36 @@ class LadderEstimate(Estimate):
     num_draws: Tensor = field(default_factory=_none)
     num_temperatures: Tensor = field(default_factory=_none)
     num_evaluations: Tensor = field(default_factory=_none)
+    _alike: Alike | None = None  # as `_by_number` returns it, if it is known already
 
     def interval(self, probability: float = 0.95) -> tuple[Tensor, Tensor]:
         """A central confidence interval, `(N,)` each, as of `Estimate`; `reliable` says where to trust it."""
-        low, high = self._collect(lambda estimate: torch.stack(estimate.interval(probability)))
+        low, high = _collected(self._estimates, lambda estimate: torch.stack(estimate.interval(probability)))
         return low, high
 
     @property
     def reliable(self) -> Tensor:
         """As of `Estimate`, `(N,)`."""
-        return self._collect(lambda estimate: estimate.reliable)
+        return _collected(self._estimates, lambda estimate: estimate.reliable)
 
-    def _collect(self, value: Callable[[Estimate], Tensor]) -> Tensor:
+    @property
+    def _estimates(self) -> Alike:
         known = {"vouched": self.vouched, "upper": self.upper, "rounding": self.rounding}
-        return collected(self.draws, {name: column for name, column in known.items() if column is not None}, value)
+        given = {name: column for name, column in known.items() if column is not None}
+        return _by_number(self.draws, given) if self._alike is None else self._alike
 
 
 def ladder_estimate(draws: tuple[Tensor, ...], columns: Mapping[str, Tensor]) -> LadderEstimate:
     """The estimate from the log-weights of each datapoint and the columns of a climb."""
     known = {name: columns[name] for name in ("vouched", "upper", "rounding")}
+    alike = _by_number(draws, known)
 
     def summary(estimate: Estimate) -> Tensor:
         assert estimate.ess is not None
         assert estimate.khat is not None
         return torch.stack([estimate.value, estimate.mcse, estimate.ess, estimate.khat])
 
-    value, mcse, ess, khat = collected(draws, known, summary)
+    value, mcse, ess, khat = _collected(alike, summary)
     return LadderEstimate(
         value,
         mcse,
@@ -74,16 +79,22 @@ def ladder_estimate(draws: tuple[Tensor, ...], columns: Mapping[str, Tensor]) ->
         num_draws=torch.tensor([len(column) for column in draws]),
         num_temperatures=columns["temperatures"],
         num_evaluations=columns["evaluations"],
+        _alike=alike,
     )
 
 
-def collected(draws: Sequence[Tensor], known: Mapping[str, Tensor], value: Callable[[Estimate], Tensor]) -> Tensor:
-    """A value of the estimates of all datapoints, `(*, N)`, made together for those with the same number of draws."""
-    numbers, parts, places = torch.tensor([len(column) for column in draws]), [], []
+def _by_number(draws: Sequence[Tensor], known: Mapping[str, Tensor]) -> Alike:
+    """Positions of the datapoints with the same number of draws, and the estimate from their log-weights."""
+    numbers, alike = torch.tensor([len(column) for column in draws]), []
     for number in numbers.unique().tolist():
         positions = (numbers == number).nonzero()[:, 0]
-        of_these = {name: column[positions] for name, column in known.items()}
         weights = torch.stack([draws[n].cpu() for n in positions.tolist()], 1)
-        places.append(positions)
-        parts.append(value(log_mean_exp_estimate(weights, **of_these)))
-    return torch.cat(parts, -1)[..., torch.cat(places).argsort()]
+        of_these = {name: column[positions] for name, column in known.items()}
+        alike.append((positions, log_mean_exp_estimate(weights, **of_these)))
+    return alike
+
+
+def _collected(alike: Alike, value: Callable[[Estimate], Tensor]) -> Tensor:
+    """A value of the estimates of all datapoints, `(*, N)`."""
+    order = torch.cat([positions for positions, _ in alike]).argsort()
+    return torch.cat([value(estimate) for _, estimate in alike], -1)[..., order]

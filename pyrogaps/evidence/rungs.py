@@ -13,7 +13,7 @@ from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.rotations import Rotation
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.run import Run
-from pyrogaps.streams import Chunk, Noise
+from pyrogaps.streams import Noise
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -92,6 +92,4 @@ class Annealer:
         return Rotation(self.start.at(positions), self.slots.at(positions), self.settings.num_leapfrog)
 
     def _noise(self, purpose: str, width: int) -> Noise:
-        joint, first = self.slots.evaluator.joint, self.slots.block.start
-        columns = Chunk(first, first + width)
-        return self.run.stream(f"ladder {purpose}").noise(columns, dtype=joint.dtype, device=joint.device)
+        return self.slots.noise(self.run.stream(f"ladder {purpose}"), width, self.start.loc.dtype)

@@ -1,4 +1,4 @@
-"""The Gaussian at every datapoint from which log p(x) is measured and refinements start."""
+"""The Gaussian at every datapoint from which log p(x) is measured."""
 
 import torch
 
