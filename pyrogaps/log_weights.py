@@ -140,7 +140,8 @@ class Estimate:
 
     `vouched` is True where something other than these weights says that their tail is light: a pilot of other draws, or
     the covariance of the proposal against the measured curvature in every direction. `upper` is an upper bound of the
-    same quantity, +infinity where there is none. `rounding` is the rounding error of a log-weight in nats; neither
+    same quantity, +infinity where there is none. `doubted` is True where other starts say that modes may be missed, and
+    False where they do not or nobody looked. `rounding` is the rounding error of a log-weight in nats; neither
     `mcse` nor the interval is below it.
     """
 
@@ -154,6 +155,7 @@ class Estimate:
     vouched: Tensor | None = None
     upper: Tensor | None = None
     rounding: Tensor | None = None
+    doubted: Tensor | None = None
 
     def __repr__(self) -> str:
         number = len(self.value)
@@ -213,7 +215,7 @@ class Estimate:
             reliable = reliable & torch.where(self._vouched, self._passes, self._passes_alone)
         if self.upper is not None:
             reliable = reliable & (self.upper.to(reliable.device) - self.value <= MAX_WIDTH)
-        return reliable
+        return reliable if self.doubted is None else reliable & ~self.doubted.to(reliable.device)
 
     @property
     def _vouched(self) -> Tensor:

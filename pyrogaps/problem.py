@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Union, cast
 
+import torch
 from torch import Tensor
 
 from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, rows_of, whole
 from pyrogaps.density.draws import Posterior
+from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError, counted
@@ -175,6 +177,26 @@ class Problem:
             raise InputError("guide: a refined guide fits only the data it was refined on. Pass the original guide")
         return replace(self, joint=joint, posterior=posterior, _evaluators={})
 
+    def at(self, indices: Tensor) -> "Problem":
+        """The same problem at the datapoints `indices` `(M,)` alone, counted from 0. No program is run, and what has
+        been recorded is used again. A guide that holds parameters for each datapoint keeps those of these.
+        """
+        if self.plate is None or torch.equal(indices, torch.arange(self.num_datapoints)):
+            return self
+        data = self.joint.data
+        rows = IndexedData(len(indices), lambda positions: data.fetch(indices[positions]))
+        joint, posterior = self.joint.over(rows), self.posterior
+        if isinstance(posterior, GuideDensity) and not posterior.bound:
+            same = posterior.joint is self.joint
+            posterior = posterior.over(joint if same else posterior.joint.over(rows))
+        elif posterior is not None:
+            posterior = PosteriorAt(posterior, indices, joint)
+        evaluators = {}
+        for (recorded, split), evaluator in self._evaluators.items():
+            if recorded is self.joint:
+                evaluators[joint, split] = evaluator.over(joint)
+        return replace(self, joint=joint, posterior=posterior, _evaluators=evaluators)
+
     @guarded
     def simulated(self, seed: int, to_data: ToData | None = None) -> "Simulated":
         """The same problem on data drawn from the model in the shape of its own.
@@ -188,6 +210,19 @@ class Problem:
         args = as_tuple(data)
         held = whole(args) if self.plate is None else rows_of(args, self.num_datapoints)
         return Simulated(self.over(held), data, z)
+
+
+@dataclass(frozen=True)
+class PosteriorAt:
+    """A posterior at some of its datapoints, `indices`, counted from 0."""
+
+    posterior: Posterior
+    indices: Tensor
+    joint: JointDensity
+
+    def at(self, indices: Tensor) -> LocalGuide:
+        """The guide at `indices` of these datapoints."""
+        return self.posterior.at(self.indices[indices])
 
 
 def _extends_model(guide: Any) -> bool:

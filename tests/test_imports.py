@@ -80,7 +80,7 @@ GROUND = {
     "family",
 }
 SEAM = GROUND | {"density", "capture", "problem", "run", "log_weights", "two_sided"}
-ESTIMATORS = SEAM | {"gaussians", "bounds", "refine", "evidence"}
+ESTIMATORS = SEAM | {"gaussians", "annealing", "modes", "bounds", "refine", "evidence"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "signatures": {"errors"},
@@ -102,9 +102,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": GROUND | {"density", "chunk_cache"},
     "hmc": set(),
     "gaussians": SEAM | {"hmc"},
+    "annealing": SEAM | {"hmc", "gaussians"},
+    "modes": SEAM | {"gaussians", "annealing"},
     "bounds": SEAM,
-    "refine": SEAM | {"bounds"},
-    "evidence": SEAM | {"hmc", "gaussians", "bounds", "refine"},
+    "refine": SEAM | {"gaussians", "modes", "bounds"},
+    "evidence": SEAM | {"hmc", "gaussians", "annealing", "modes", "bounds", "refine"},
     "objectives": GROUND | {"density"},
     "grid": GROUND | {"problem", "density", "bounds", "refine"},
     "export": GROUND | {"problem", "run", "density", "bounds"},

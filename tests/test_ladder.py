@@ -15,10 +15,10 @@ from pyrogaps import InputError, JointDensity, Ladder, Refinement, log_evidence
 from pyrogaps.capture import BoundDensity, GradientEvaluator
 from pyrogaps.capture.slots import Slots
 from pyrogaps.evidence import METHODS, LadderEstimate
-from pyrogaps.evidence.annealing import AdaptedStepSizes, Annealed, StepSizes, anneal, pilot, schedule
+from pyrogaps.annealing.loop import AdaptedStepSizes, Annealed, StepSizes, anneal, pilot, schedule
 from pyrogaps.evidence.climb import ANNEALING, SAMPLING
 from pyrogaps.evidence.importance import Sampler
-from pyrogaps.evidence.rotations import Rotation
+from pyrogaps.annealing.rotations import Rotation
 from pyrogaps.gaps import GapLedger
 from pyrogaps.gaussians import Gaussian, anchor_of, gaussian_by_curvature, gaussian_of
 from pyrogaps.models.linear_gaussian import LinearGaussian

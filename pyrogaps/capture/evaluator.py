@@ -53,6 +53,12 @@ class GradientEvaluator:
         self._indices: Tensor | None = None
         self._bound: dict[Any, BoundDensity] = {}
 
+    def over(self, joint: JointDensity) -> "GradientEvaluator":
+        """An evaluator of the same model's density over other data, with the records of this one."""
+        other = GradientEvaluator(joint, self.mode, self.split, quiet=self.quiet)
+        other._graphs = self._graphs
+        return other
+
     def bind(
         self, indices: Tensor, num_particles: int, *, checked: bool = False, whole: bool = False
     ) -> "BoundDensity":

@@ -1,16 +1,30 @@
 """Densities and gradients for datapoints that need different numbers of points, in batches of few shapes."""
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pyrogaps.capture.evaluator import BoundDensity, GradientEvaluator
+from pyrogaps.capture.evaluator import GradientEvaluator
 from pyrogaps.streams import Chunk, Noise, Stream
 
 # Points to a slot, and slots to a batch: a shape is captured once, for whatever is asked. What is left over comes in
 # small batches, so that little is padding.
 POINTS, WIDTHS = 16, (64, 16)
+
+
+class PointDensity(Protocol):
+    """A density and its gradient at points `(S, B, dim)`: what a `BoundDensity` of one density offers."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def __call__(self, z: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]: ...
+
+    def gradients(self, z: Tensor) -> tuple[Tensor, ...]: ...
+
+    def values(self, z: Tensor) -> tuple[Tensor, ...]: ...
 
 
 class Slots:
@@ -22,7 +36,7 @@ class Slots:
 
     def __init__(self, evaluator: GradientEvaluator, block: Chunk) -> None:
         self.block, self.evaluator = block, evaluator
-        self.widths = sorted({min(width, len(block)) for width in WIDTHS}, reverse=True)
+        self.widths = [width for width in WIDTHS if width <= len(block)] or [len(block)]
         # Every datapoint's record is checked against Pyro once, and so is every shape; `at` then trusts them.
         for positions in torch.arange(len(block)).split(self.widths[0]):
             evaluator.bind(block.indices[_padded(positions, self.widths[0])], POINTS)
@@ -45,7 +59,7 @@ class Slots:
                 batch, slots = slots[:width], slots[width:]
                 yield _padded(batch, width), len(batch)
 
-    def at(self, slots: Tensor) -> BoundDensity:
+    def at(self, slots: Tensor) -> PointDensity:
         """log p(x, z) and its gradient at points `(POINTS, K, dim)` of a batch of K slots."""
         return self.evaluator.bind(self.block.indices[slots], POINTS, checked=True)
 
@@ -58,7 +72,7 @@ class Slots:
         return self._evaluated(positions, points, lambda density, z: density.values(z)[0])
 
     def _evaluated(
-        self, positions: Tensor, points: Tensor, evaluate: Callable[[BoundDensity, Tensor], Tensor]
+        self, positions: Tensor, points: Tensor, evaluate: Callable[[PointDensity, Tensor], Tensor]
     ) -> Tensor:
         each = -(-len(points) // POINTS)
         short = each * POINTS - len(points)

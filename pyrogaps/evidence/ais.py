@@ -7,10 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrogaps.bounds import refuse_nan
-from pyrogaps.density.draws import Posterior
-from pyrogaps.errors import InputError
-from pyrogaps.evidence.annealing import (
+from pyrogaps.annealing.loop import (
     AdaptedStepSizes,
     Annealed,
     Schedule,
@@ -21,6 +18,9 @@ from pyrogaps.evidence.annealing import (
     schedule,
     tune,
 )
+from pyrogaps.bounds import refuse_nan
+from pyrogaps.density.draws import Posterior
+from pyrogaps.errors import InputError
 from pyrogaps.evidence.paths import Path, anchored_path, prior_path
 from pyrogaps.evidence.protocol import MAX_CHAINS, Columns, Evidence, Measured, Measurement, joined
 from pyrogaps.gaussians import Gaussian, anchor_of, gaussian_of

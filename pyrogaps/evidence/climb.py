@@ -9,7 +9,6 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.capture.slots import Slots
 from pyrogaps.evidence.importance import Sampler, pilot_sampling
 from pyrogaps.evidence.ladder_settings import LadderSettings
@@ -17,7 +16,7 @@ from pyrogaps.evidence.rungs import Annealer
 from pyrogaps.gaussians import Curvature
 from pyrogaps.log_weights import rounding_error
 from pyrogaps.run import Run
-from pyrogaps.streams import PARTICLE_BLOCK, Chunk
+from pyrogaps.streams import PARTICLE_BLOCK
 from pyrogaps.two_sided import MAX_FRESH, TwoSided, two_sided
 
 SAMPLING, ANNEALING = 0, 1
@@ -79,10 +78,8 @@ class Drawn:
 class Climb:
     """The ladder for a block of at most 64 datapoints, rung by rung; `climbed` goes all the way."""
 
-    def __init__(
-        self, evaluator: GradientEvaluator, anchor: Curvature, block: Chunk, settings: LadderSettings, run: Run
-    ) -> None:
-        number, slots = len(block), Slots(evaluator, block)
+    def __init__(self, slots: Slots, anchor: Curvature, settings: LadderSettings, run: Run) -> None:
+        number = len(slots.block)
         start = anchor.gaussian.widened(widening(slots.dim))
         self.settings, self.anchor = settings, anchor
         self.sampler, self.annealer = Sampler(slots, start, run), Annealer(slots, start, settings, run)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pyrogaps.capture.slots import Slots
 from pyrogaps.density.draws import Posterior
 from pyrogaps.errors import counted
 from pyrogaps.evidence.ais import AIS
-from pyrogaps.evidence.climb import COLUMNS, Climb
+from pyrogaps.evidence.climb import COLUMNS, Climb, Climbed
 from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate, ladder_estimate
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined
@@ -82,11 +83,7 @@ class LadderMeasurement(Measurement):
         return "importance sampling or AIS"
 
     def measure(self, chunk: Chunk, refined: Posterior | None = None) -> Measured:
-        anchor, evaluator = anchor_of(self.problem, chunk, self.run), self.problem.evaluator
-        blocks = [
-            Climb(evaluator, anchor.within(chunk, block), block, self.evidence, self.run).climbed()
-            for block in chunk.blocks()
-        ]
+        blocks = self._climbed(chunk)
         draws = tuple(column for block in blocks for column in block.log_weights)
         columns = {name: torch.cat([block.columns[name] for block in blocks]) for name in COLUMNS}
         estimate = ladder_estimate(draws, columns)
@@ -104,6 +101,13 @@ class LadderMeasurement(Measurement):
         }
         named = {f"log_evidence_{name}".removesuffix("_"): column for name, column in measured.items()}
         return Measured({**named, "acceptance": columns["acceptance"]}, draws)
+
+    def _climbed(self, chunk: Chunk) -> list[Climbed]:
+        anchor, evaluator = anchor_of(self.problem, chunk, self.run), self.problem.evaluator
+        return [
+            Climb(Slots(evaluator, block), anchor.within(chunk, block), self.evidence, self.run).climbed()
+            for block in chunk.blocks()
+        ]
 
     def notes(self, columns: Columns) -> list[str]:
         method = columns["log_evidence_method"]

@@ -45,7 +45,8 @@ class LadderEstimate(Estimate):
     @property
     def reliable(self) -> Tensor:
         """As of `Estimate`, `(N,)`."""
-        return _collected(self._estimates, lambda estimate: estimate.reliable)
+        reliable = _collected(self._estimates, lambda estimate: estimate.reliable)
+        return reliable if self.doubted is None else reliable & ~self.doubted
 
     @property
     def _estimates(self) -> Alike:

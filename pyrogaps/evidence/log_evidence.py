@@ -1,6 +1,7 @@
 """`log_evidence` and `ais`: log p(x) of every datapoint, by any evidence."""
 
 from dataclasses import replace
+from typing import Literal
 
 from pyrogaps.density import Data, GuideDensity
 from pyrogaps.density.draws import Posterior
@@ -8,6 +9,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.evidence.ais import AIS, Initial
 from pyrogaps.evidence.ladder import Ladder
 from pyrogaps.evidence.protocol import Evidence, Measured
+from pyrogaps.evidence.referee import refereed
 from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate
 from pyrogaps.problem import Problem
@@ -26,6 +28,7 @@ def log_evidence(
     *,
     evidence: Evidence | None = None,
     refinement: Refinement | None = None,
+    referee: Count | Literal[False] = 32,
     plate: Plate = None,
     batch_size: Count = 64,
     seed: Seed = 0,
@@ -42,6 +45,10 @@ def log_evidence(
             from the prior.
         evidence: how, `Ladder()` by default; or `AIS(...)`, or another `Evidence`.
         refinement: settings of the refinement, for an evidence that needs it.
+        referee: how many datapoints are examined for modes that the estimator misses; False examines none. They are a
+            random sample, or all if there are no more. Where an examined posterior has several modes, the ladder
+            measures them all; and if any of the sample was measured too low without them, no datapoint outside the
+            sample is `reliable`.
         batch_size: datapoints held at once; it does not change the result.
         seed: of all the randomness.
 
@@ -59,7 +66,8 @@ def log_evidence(
     >>> pg.log_evidence(VAE(16, 2, [8]), AmortizedNormal(16, 2, [8]), x, evidence=pg.Ladder(tolerance=0.2)).value.shape
     torch.Size([3])
     """
-    return measured(Problem.of(model, guide, data, plate), evidence or Ladder(), refinement, Run(seed, batch_size))
+    problem, run = Problem.of(model, guide, data, plate), Run(seed, batch_size)
+    return measured(problem, evidence or Ladder(), refinement, run, int(referee))
 
 
 @guarded
@@ -105,7 +113,9 @@ def ais(
     return measured(problem, settings, refinement, Run(seed, batch_size))
 
 
-def measured(problem: Problem, evidence: Evidence, refinement: Refinement | None, run: Run) -> Estimate:
+def measured(
+    problem: Problem, evidence: Evidence, refinement: Refinement | None, run: Run, referee: int = 0
+) -> Estimate:
     """log p(x_n) of every datapoint of a problem by an evidence. A guide that was refined already is taken as it is."""
     posterior, refiner = problem.posterior, None
     if evidence.needs_refined and isinstance(posterior, GuideDensity):
@@ -116,4 +126,8 @@ def measured(problem: Problem, evidence: Evidence, refinement: Refinement | None
         refined = posterior if refiner is None else refiner(problem.evaluator, chunk, run)[0]
         return measurement.measure(chunk, refined)
 
-    return measurement.estimate(run.map(measure, problem.joint))
+    parts = run.map(measure, problem.joint)
+    if not referee:
+        return measurement.estimate(parts)
+    parts, doubted = refereed(measurement, parts, referee, run)
+    return replace(measurement.estimate(parts), doubted=doubted)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrogaps.annealing.loop import Adaptation
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import JointDensity
-from pyrogaps.evidence.annealing import Adaptation
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.hmc import Evaluate, Evaluation, HMCState, Leapfrog
 from pyrogaps.streams import BLOCK, Chunk, Stream

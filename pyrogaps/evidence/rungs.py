@@ -6,11 +6,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from pyrogaps.annealing.loop import WARM_UP, AdaptedStepSizes, StepSizes, anneal, pilot, schedule
+from pyrogaps.annealing.rotations import Rotation
 from pyrogaps.bounds import refuse_nan
 from pyrogaps.capture.slots import POINTS, Slots
-from pyrogaps.evidence.annealing import WARM_UP, AdaptedStepSizes, StepSizes, anneal, pilot, schedule
 from pyrogaps.evidence.ladder_settings import LadderSettings
-from pyrogaps.evidence.rotations import Rotation
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.run import Run
 from pyrogaps.streams import Noise

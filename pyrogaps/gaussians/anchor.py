@@ -8,7 +8,7 @@ from pyrogaps.gaussians.gaussian import Gaussian
 from pyrogaps.gaussians.moments import gaussian_by_moments, gaussian_of
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
-from pyrogaps.streams import BLOCK, Chunk
+from pyrogaps.streams import BLOCK, Chunk, Stream
 
 # On the scales of the guide, because a mean-field guide is narrower than the posterior.
 WIDEN_GUIDE = 1.2
@@ -24,7 +24,9 @@ def anchor_of(problem: Problem, chunk: Chunk, run: Run) -> Curvature:
     marked as cut. Whoever asks again for the same chunk gets the same Gaussians.
     """
     key = problem.joint, problem.posterior, chunk, run.seed
-    return run.remembered("anchor", key, lambda: _joined([_fit(problem, block, run) for block in chunk.blocks()]))
+    return run.remembered(
+        "anchor", key, lambda: Curvature.joined([_fit(problem, block, run) for block in chunk.blocks()])
+    )
 
 
 def _fit(problem: Problem, block: Chunk, run: Run) -> Curvature:
@@ -40,18 +42,11 @@ def _start(problem: Problem, block: Chunk, run: Run) -> Gaussian:
     stream = run.stream("anchor")
     if problem.posterior is not None:
         return gaussian_of(problem.joint, problem.posterior, block, stream).widened(WIDEN_GUIDE)
+    return prior_gaussian(problem, block, stream)
+
+
+def prior_gaussian(problem: Problem, block: Chunk, stream: Stream) -> Gaussian:
+    """The factorised Gaussian with the moments of draws from the prior, at every datapoint of a block."""
     stream.reseed(block.start // BLOCK)
     draws = problem.joint.sample_prior(NUM_PRIOR_DRAWS, block.indices)
     return gaussian_by_moments([draws], diagonal=True, active=problem.joint.active(block.indices))
-
-
-def _joined(parts: list[Curvature]) -> Curvature:
-    gaussians = [part.gaussian for part in parts]
-    active = [gaussian.active for gaussian in gaussians if gaussian.active is not None]
-    gaussian = Gaussian(
-        torch.cat([each.loc for each in gaussians]),
-        torch.cat([each.scale for each in gaussians]),
-        torch.cat(active) if active else None,
-    )
-    cut, agrees = torch.cat([part.cut for part in parts]), torch.cat([part.agrees for part in parts])
-    return Curvature(gaussian, cut, agrees, parts[0].num_gradients)

@@ -1,6 +1,6 @@
 """A Gaussian with the curvature of log p(x, z) over the breadth of a posterior."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,9 +38,25 @@ class Curvature:
 
     def within(self, chunk: Chunk, block: Chunk) -> "Curvature":
         """That of a block of the chunk that this is of."""
-        rows = slice(block.start - chunk.start, block.stop - chunk.start)
-        positions = torch.arange(rows.start, rows.stop)
-        return replace(self, gaussian=self.gaussian.at(positions), cut=self.cut[rows], agrees=self.agrees[rows])
+        return self.at(torch.arange(block.start - chunk.start, block.stop - chunk.start))
+
+    def at(self, positions: Tensor) -> "Curvature":
+        """That of the datapoints at `positions`."""
+        gaussian = self.gaussian.at(positions)
+        return replace(self, gaussian=gaussian, cut=self.cut[positions], agrees=self.agrees[positions])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Curvature"]) -> "Curvature":
+        """That of the datapoints of all parts, one after the other."""
+        gaussians = [part.gaussian for part in parts]
+        active = [gaussian.active for gaussian in gaussians if gaussian.active is not None]
+        gaussian = Gaussian(
+            torch.cat([each.loc for each in gaussians]),
+            torch.cat([each.scale for each in gaussians]),
+            torch.cat(active) if active else None,
+        )
+        cut, agrees = torch.cat([part.cut for part in parts]), torch.cat([part.agrees for part in parts])
+        return cls(gaussian, cut, agrees, parts[0].num_gradients)
 
 
 def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]) -> Curvature:

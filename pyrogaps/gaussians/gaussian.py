@@ -30,13 +30,15 @@ class Gaussian:
 
     def log_density(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The log density `(S, B)` and its gradient `(S, B, dim)`."""
+        return self.peak - 0.5 * self.whiten(z).square().sum(-1), self.gradient(z)
+
+    def whiten(self, z: Tensor) -> Tensor:
+        """L^-1 (z - loc), `(S, B, dim)`."""
         centred = self.kept(z - self.loc)
         if self.scale.dim() == 2:
-            whitened = centred / self.scale
-        else:
-            # Not by the precision: its rounding errors grow with the square of the correlations.
-            whitened = torch.einsum("bij,sbj->sbi", self._inverse, centred)
-        return self.peak - 0.5 * whitened.square().sum(-1), self.gradient(z)
+            return centred / self.scale
+        # Not by the precision: its rounding errors grow with the square of the correlations.
+        return torch.einsum("bij,sbj->sbi", self._inverse, centred)
 
     def gradient(self, z: Tensor) -> Tensor:
         """The gradient of the log density, `(S, B, dim)`."""

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pyrogaps.capture import BoundDensity
-from pyrogaps.evidence.annealing import Adaptation
+from pyrogaps.annealing.loop import Adaptation
+from pyrogaps.capture.slots import PointDensity
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.hmc import apply_transpose
 
@@ -43,7 +43,7 @@ class Rotation:
     """Moves along the path from the Gaussian f_0 = `start` to log p(x, z) = `density`, see `Move`."""
 
     start: Gaussian
-    density: BoundDensity
+    density: PointDensity
     num_steps: int
     adaptation: Adaptation = ADAPTATION
 

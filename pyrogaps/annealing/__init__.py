@@ -1,0 +1,1 @@
+"""Chains that are moved from a Gaussian, or a prior, to log p(x, z), temperature by temperature."""

@@ -1,0 +1,75 @@
+"""A second opinion on log p(x): is there mass that its estimator has missed, as far as other starts can tell?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyrogaps.evidence.climb import Climbed
+from pyrogaps.evidence.ladder import Ladder, LadderMeasurement
+from pyrogaps.evidence.parts import climbed_by_parts
+from pyrogaps.evidence.protocol import Measured, Measurement, joined
+from pyrogaps.modes import Gain, Modes, examine
+from pyrogaps.problem import Problem
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk
+
+
+@dataclass(frozen=True)
+class ByModes(LadderMeasurement):
+    """log p(x_n) of a few datapoints by the ladder, for every one of their `modes`."""
+
+    modes: Modes
+
+    def _climbed(self, chunk: Chunk) -> list[Climbed]:
+        return [climbed_by_parts(self.problem.evaluator, self.modes, self.evidence, self.run)]
+
+
+def by_modes(measurement: Measurement, problem: Problem, modes: Modes, run: Run) -> Measured:
+    """log p(x_n) of the datapoints of `problem`, whose `modes` are known: by the ladder of `measurement`, if it is one."""
+    ladder = measurement.evidence if isinstance(measurement.evidence, Ladder) else Ladder()
+    return ByModes(ladder, problem, run, modes).measure(Chunk(0, problem.num_datapoints))
+
+
+def refereed(measurement: Measurement, parts: list[Measured], number: int, run: Run) -> tuple[list[Measured], Tensor]:
+    """Measurements of a whole data set, those of examined datapoints with several modes replaced; and where log p(x) is
+    doubted, `(N,)`: at datapoints that were not examined, if others turned out to have been measured too low.
+    """
+    problem, before = measurement.problem, joined(parts)
+
+    def measure(contested: Problem, modes: Modes, run: Run) -> Measured:
+        return by_modes(measurement, contested, modes, run)
+
+    indices, contested, results = examine(problem, number, run, measure)
+    doubted = torch.zeros(problem.num_datapoints, dtype=torch.bool)
+    if not results:
+        return parts, doubted
+    after = joined(results)
+    gain = gain_of(before, after, contested, len(indices))
+    if gain.count:
+        doubted[:] = True
+        doubted[indices] = False
+    if not isinstance(measurement.evidence, Ladder):
+        doubted[contested] = gain.found
+        return parts, doubted
+    kept = gain.accepted.nonzero()[:, 0]
+    draws = [column for part in parts for column in part.log_weights or ()]
+    others = [column for result in results for column in result.log_weights or ()]
+    for place in kept.tolist():
+        draws[int(contested[place])] = others[place]
+    columns = {name: _with(column, contested[kept], after[name][kept]) for name, column in before.items()}
+    return [Measured(columns, tuple(draws))], doubted
+
+
+def gain_of(before: Mapping[str, Tensor], after: Mapping[str, Tensor], contested: Tensor, number: int) -> Gain:
+    """What all modes add to log p(x) at the contested datapoints."""
+    value = after["log_evidence"] - before["log_evidence"][contested]
+    error = after["log_evidence_mcse"].hypot(before["log_evidence_mcse"][contested])
+    return Gain(value.double(), error.double(), number)
+
+
+def _with(column: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    column = column.clone()
+    column[places] = values.to(column.dtype)
+    return column

@@ -1,0 +1,255 @@
+r"""Where else a posterior has mass: the modes that chains from the prior find, with a Gaussian at each.
+
+A fit that starts at the guide's output knows one mode, and draws from it cannot tell whether there are others. Here
+chains are annealed from the prior, which the guide has no part in; those that end far from the anchor are polished by
+passes of curvature; and what ends apart from the anchor, and from each other, is another mode.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pyrogaps.annealing.loop import WARM_UP, AdaptedStepSizes, pilot, schedule
+from pyrogaps.annealing.rotations import Rotation
+from pyrogaps.capture.slots import POINTS, Slots
+from pyrogaps.errors import InputError
+from pyrogaps.gaussians import MAX_DIM, Curvature, Gaussian, anchor_of, gaussian_by_curvature, prior_gaussian
+from pyrogaps.problem import Problem
+from pyrogaps.run import Run
+from pyrogaps.streams import BLOCK, Chunk, derive_seed, seeded
+
+Result = TypeVar("Result")
+# Chains of each datapoint, in whole slots: a mode with a tenth of the mass is missed by 3% of such sets of chains.
+NUM_CHAINS, NUM_TEMPERATURES, ACCEPTANCE = 2 * POINTS, 32, 0.8
+# An end is far from the anchor where its whitened distance exceeds that of typical draws, sqrt(dim), by this.
+FAR = 3.0
+MAX_STARTS = 4
+# An anchor that was cut says nothing about scales; then polishing starts from this share of the prior's.
+NARROW = 0.1
+NUM_ROUNDS = 2
+# Two Gaussians are distinct from this Bhattacharyya distance on, where they overlap by less than exp(-1).
+DISTINCT = 1.0
+# Nats below the largest mass of a datapoint from which on a mode does not count, with a margin for Laplace's error.
+NEGLIGIBLE = 10.0
+# A gain in nats, and in standard errors, from which on a mode has been missed.
+LEAST, CERTAIN = 0.03, 3.0
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Gaussians at the modes of the posteriors of B datapoints, M in all.
+
+    Attributes:
+        owners: `(M,)`, the datapoint of each, increasing. The first Gaussian of every datapoint is its anchor.
+        curvature: the Gaussians.
+        log_masses: `(M,)`, the logarithm of the integral of p(x, z) about each, in nats, by Laplace's method.
+        num_evaluations: `(B,)`, what finding them took.
+    """
+
+    owners: Tensor
+    curvature: Curvature
+    log_masses: Tensor
+    num_evaluations: Tensor
+
+    @property
+    def several(self) -> Tensor:
+        """The datapoints with more than one mode."""
+        return (torch.bincount(self.owners, minlength=len(self.num_evaluations)) > 1).nonzero()[:, 0]
+
+    def of(self, positions: Tensor) -> "Modes":
+        """The modes of the datapoints at `positions`, increasing, which are counted from 0 then."""
+        places = torch.full((len(self.num_evaluations),), -1)
+        places[positions] = torch.arange(len(positions))
+        kept = (places[self.owners] >= 0).nonzero()[:, 0]
+        curvature = self.curvature.at(kept)
+        return Modes(places[self.owners[kept]], curvature, self.log_masses[kept], self.num_evaluations[positions])
+
+    def ranked(self, rank: int) -> Gaussian:
+        """The Gaussian number `rank` of every datapoint; its anchor where it has no more than that."""
+        places = [(self.owners == owner).nonzero()[:, 0].tolist() for owner in range(len(self.num_evaluations))]
+        return self.curvature.gaussian.at(torch.tensor([own[rank] if rank < len(own) else own[0] for own in places]))
+
+    @property
+    def most(self) -> int:
+        """The largest number of modes of a datapoint."""
+        return int(torch.bincount(self.owners).max())
+
+
+def examine(
+    problem: Problem, number: int, run: Run, measure: Callable[[Problem, Modes, Run], Result]
+) -> tuple[Tensor, Tensor, list[Result]]:
+    """Look for modes of a random sample of `number` datapoints of a problem, all if there are no more.
+
+    Returns the sample `(n,)`, those of it with more than one mode `(m,)`, and what `measure` returned for them: it is
+    called with the problem at some of these, their modes, and a run of its own. Nothing is examined above `MAX_DIM`
+    latents, where curvature costs too much, nor where the prior cannot be drawn from.
+    """
+    if problem.dim > MAX_DIM or not _can_start(problem):
+        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), []
+    indices, run = sample(problem.num_datapoints, number, run.seed), replace(run.derived("examined"), batch_size=BLOCK)
+    sampled = problem.at(indices)
+
+    def examined(chunk: Chunk) -> tuple[Tensor, list[Result]]:
+        modes = explore(sampled, chunk, run)
+        several = modes.several
+        if not len(several):
+            return several, []
+        found = measure(sampled.at(chunk.indices[several]), modes.of(several), run.derived(chunk.start))
+        return chunk.indices[several], [found]
+
+    parts = run.map(examined, sampled.joint)
+    contested = torch.cat([places for places, _ in parts])
+    return indices, indices[contested], [result for _, results in parts for result in results]
+
+
+def _can_start(problem: Problem) -> bool:
+    """Whether chains can start at draws from the prior."""
+    try:
+        with seeded(0, "probe", device=problem.joint.device):
+            problem.joint.sample_prior(1, torch.arange(1))
+    except InputError:
+        return False
+    return True
+
+
+def sample(num_datapoints: int, number: int, seed: int) -> Tensor:
+    """A random sample of `number` datapoints, increasing; all if there are no more."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "sample"))
+    return torch.randperm(num_datapoints, generator=generator)[:number].sort().values
+
+
+def explore(problem: Problem, block: Chunk, run: Run) -> Modes:
+    """The modes of the datapoints of a block, the anchor of each first."""
+    anchor, slots = anchor_of(problem, block, run), Slots(problem.evaluator, block)
+    wide = prior_gaussian(problem, block, run.stream("explore prior"))
+    ends = _chain_ends(slots, wide, run)
+    everyone = torch.arange(len(block))
+    owners, points = _starts(anchor.gaussian, ends, slots.values(everyone, ends))
+    evaluations = torch.full((len(block),), NUM_CHAINS * (NUM_TEMPERATURES + WARM_UP + 2))
+    found = [anchor]
+    if len(owners):
+        found.append(_polished(slots, anchor, wide, owners, points))
+        evaluations += torch.bincount(owners, minlength=len(block)) * found[-1].num_gradients
+    owners, curvature = torch.cat([everyone, owners]), Curvature.joined(found)
+    heights = slots.values(owners, curvature.gaussian.loc[None])[0].double()
+    log_masses = heights - curvature.gaussian.peak.double()
+    kept = _distinct(owners, curvature.gaussian, log_masses.cpu())
+    return Modes(owners[kept], curvature.at(kept), log_masses.cpu()[kept], evaluations)
+
+
+def _chain_ends(slots: Slots, wide: Gaussian, run: Run) -> Tensor:
+    """Where chains from the Gaussians `wide` end, `(NUM_CHAINS, B, dim)`. Their steps adapt all the way: no weights."""
+    betas, each, ends = schedule("linear", NUM_TEMPERATURES), NUM_CHAINS // POINTS, []
+    owners = torch.arange(len(slots.block)).repeat_interleave(each)
+    for number, (batch, kept) in enumerate(slots.batches(owners)):
+        noise = slots.noise(run.stream(f"explore {number}"), len(batch), wide.loc.dtype)
+        move = Rotation(wide.at(batch), slots.at(batch), 1)
+        state = move.start_at(noise.normal(POINTS, slots.dim))
+        steps = AdaptedStepSizes(move.adaptation, ACCEPTANCE, state.position)
+        for reached in pilot(move, state, betas, steps, noise):
+            state = reached.state
+        ends.append(move.points(state)[:, :kept])
+    by_chain: Tensor = torch.cat(ends, 1).unflatten(1, (-1, each)).movedim(2, 0).flatten(0, 1)
+    return by_chain
+
+
+def _starts(anchor: Gaussian, ends: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends far from the anchor and from each other, at most `MAX_STARTS` of a datapoint: owners `(K,)`, points
+    `(K, dim)`. The highest is first; next comes the one that is farthest from those chosen.
+    """
+    owners, points = [], []
+    for owner in range(ends.shape[1]):
+        own = anchor.at(torch.tensor([owner]))
+        whitened = own.whiten(ends[:, owner : owner + 1])[:, 0].double()
+        typical = math.sqrt(ends.shape[-1] if own.active is None else float(own.active.sum()))
+        distances = whitened.norm(dim=-1)
+        far = ((distances > typical + FAR) & torch.isfinite(values[:, owner])).nonzero()[:, 0]
+        if not len(far):
+            continue
+        chosen = [int(far[values[far, owner].argmax()])]
+        while len(chosen) < MAX_STARTS:
+            apart = torch.cdist(whitened[far], whitened[chosen]).min(1).values
+            if not float(apart.max()) > FAR:
+                break
+            chosen.append(int(far[apart.argmax()]))
+        owners += [owner] * len(chosen)
+        points += [ends[end, owner] for end in chosen]
+    return torch.tensor(owners, dtype=torch.long), torch.stack(points) if points else ends[0, :0]
+
+
+def _polished(slots: Slots, anchor: Curvature, wide: Gaussian, owners: Tensor, points: Tensor) -> Curvature:
+    """Gaussians by curvature about `points` `(K, dim)`, by passes that move to the mode nearby."""
+    scale = torch.where(anchor.cut[:, None, None], wide.widened(NARROW).factor(), anchor.gaussian.factor())
+    start, number = replace(wide.at(owners), loc=points, scale=scale[owners]), 0
+    for _ in range(NUM_ROUNDS):
+        polished = gaussian_by_curvature(start, lambda at: slots.gradients(owners, at))
+        start, number = polished.gaussian, number + polished.num_gradients
+    return replace(polished, num_gradients=number)
+
+
+def _distinct(owners: Tensor, gaussian: Gaussian, log_masses: Tensor) -> Tensor:
+    """The first Gaussian of every owner and, from the largest mass down, those that are distinct from all before:
+    places `(M,)`, owner by owner.
+    """
+    kept: list[int] = []
+    for owner in range(int(owners.max()) + 1):
+        first, *others = (owners == owner).nonzero()[:, 0].tolist()
+        own, finite = [first], [place for place in others if math.isfinite(log_masses[place])]
+        least = max(map(float, log_masses[[first, *finite]].nan_to_num(-math.inf))) - NEGLIGIBLE
+        for place in sorted(finite, key=lambda place: -float(log_masses[place])):
+            if log_masses[place] >= least and all(_apart(gaussian, place, other) > DISTINCT for other in own):
+                own.append(place)
+        kept += own
+    return torch.tensor(kept)
+
+
+def _apart(gaussian: Gaussian, first: int, second: int) -> float:
+    """The Bhattacharyya distance of two Gaussians."""
+    pair = gaussian.at(torch.tensor([first, second]))
+    factors = pair.factor().double()
+    covariances = factors @ factors.mT
+    middle = torch.linalg.cholesky(covariances.mean(0))
+    shift = torch.linalg.solve_triangular(middle, (pair.loc[0] - pair.loc[1]).double()[:, None], upper=False)
+    log_scales = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
+    return float(shift.square().sum() / 8 + middle.diagonal().log().sum() - log_scales)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much a bound rises at contested datapoints when all modes are taken into account, in nats.
+
+    Attributes:
+        value, error: `(m,)`, of the contested, with standard errors; those of the other examined datapoints are 0.
+        number: of datapoints examined.
+    """
+
+    value: Tensor
+    error: Tensor
+    number: int
+
+    @property
+    def mean(self) -> float:
+        """Over all examined."""
+        return float(self.value.sum()) / max(self.number, 1)
+
+    @property
+    def found(self) -> Tensor:
+        """Where it is larger than `LEAST` and `CERTAIN` standard errors, `(m,)`."""
+        return (self.value > LEAST) & (self.value > CERTAIN * self.error)
+
+    @property
+    def count(self) -> int:
+        """Datapoints that gain; at least one where the mean over the examined does so, if no single one does."""
+        together = self.mean > CERTAIN * float(self.error.norm()) / max(self.number, 1) and self.mean > LEAST / 2
+        return max(int(self.found.sum()), int(together))
+
+    @property
+    def accepted(self) -> Tensor:
+        """Where what all modes give may stand in place of what one gave: not where that is clearly lower, `(m,)`. Taking
+        the higher of two estimates everywhere would be biased.
+        """
+        return ~(self.value < -CERTAIN * self.error)
