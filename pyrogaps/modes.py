@@ -28,7 +28,7 @@ NUM_CHAINS, NUM_TEMPERATURES, ACCEPTANCE = 2 * POINTS, 32, 0.8
 # An end is far from the anchor where its whitened distance exceeds that of typical draws, sqrt(dim), by this.
 FAR = 3.0
 MAX_STARTS = 4
-# An anchor that was cut says nothing about scales; then polishing starts from this share of the prior's.
+# Of the prior's scales, where the anchor's are not known.
 NARROW = 0.1
 NUM_ROUNDS = 2
 # Two Gaussians are distinct from this Bhattacharyya distance on, where they overlap by less than exp(-1).
@@ -79,31 +79,39 @@ class Modes:
         return int(torch.bincount(self.owners).max())
 
 
+@dataclass(frozen=True)
+class Contested:
+    """Datapoints whose posteriors have several modes: a problem of these alone, their modes, and their indices."""
+
+    problem: Problem
+    modes: Modes
+    indices: Tensor
+
+
 def examine(
-    problem: Problem, number: int, run: Run, measure: Callable[[Problem, Modes, Run], Result]
-) -> tuple[Tensor, Tensor, list[Result]]:
+    problem: Problem, number: int, run: Run, measure: Callable[[Contested, Run], Result], *, alone: bool = False
+) -> tuple[Tensor, list[tuple[Tensor, Result]]]:
     """Look for modes of a random sample of `number` datapoints of a problem, all if there are no more.
 
-    Returns the sample `(n,)`, those of it with more than one mode `(m,)`, and what `measure` returned for them: it is
-    called with the problem at some of these, their modes, and a run of its own. Nothing is examined above `MAX_DIM`
-    latents, where curvature costs too much, nor where the prior cannot be drawn from.
+    Returns the indices of the sample `(n,)`, and of those of it with more than one mode, some at a time, their indices
+    and what `measure` made of them, with a run of its own. Nothing is examined above `MAX_DIM` latents, where curvature
+    costs too much, nor where the prior cannot be drawn from. `alone`: every process does it all, see `Run.map_alone`.
     """
     if problem.dim > MAX_DIM or not _can_start(problem):
-        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), []
+        return torch.empty(0, dtype=torch.long), []
     indices, run = sample(problem.num_datapoints, number, run.seed), replace(run.derived("examined"), batch_size=BLOCK)
     sampled = problem.at(indices)
 
-    def examined(chunk: Chunk) -> tuple[Tensor, list[Result]]:
+    def examined(chunk: Chunk) -> list[tuple[Tensor, Result]]:
         modes = explore(sampled, chunk, run)
-        several = modes.several
-        if not len(several):
-            return several, []
-        found = measure(sampled.at(chunk.indices[several]), modes.of(several), run.derived(chunk.start))
-        return chunk.indices[several], [found]
+        if not len(several := modes.several):
+            return []
+        places = chunk.indices[several]
+        contested = Contested(sampled.at(places), modes.of(several), indices[places])
+        return [(contested.indices, measure(contested, run.derived(chunk.start)))]
 
-    parts = run.map(examined, sampled.joint)
-    contested = torch.cat([places for places, _ in parts])
-    return indices, indices[contested], [result for _, results in parts for result in results]
+    parts = (run.map_alone if alone else run.map)(examined, sampled.joint)
+    return indices, [result for results in parts for result in results]
 
 
 def _can_start(problem: Problem) -> bool:
@@ -128,11 +136,15 @@ def explore(problem: Problem, block: Chunk, run: Run) -> Modes:
     wide = prior_gaussian(problem, block, run.stream("explore prior"))
     ends = _chain_ends(slots, wide, run)
     everyone = torch.arange(len(block))
-    owners, points = _starts(anchor.gaussian, ends, slots.values(everyone, ends))
+    # An anchor that was cut says nothing about scales: those of the prior stand in.
+    narrow = wide.widened(NARROW)
+    scale = torch.where(anchor.cut[:, None, None], narrow.factor(), anchor.gaussian.factor())
+    scales = replace(anchor.gaussian, scale=scale)
+    owners, points = _starts(scales, anchor.cut, ends, slots.values(everyone, ends))
     evaluations = torch.full((len(block),), NUM_CHAINS * (NUM_TEMPERATURES + WARM_UP + 2))
     found = [anchor]
     if len(owners):
-        found.append(_polished(slots, anchor, wide, owners, points))
+        found.append(_polished(slots, replace(scales.at(owners), loc=points), owners))
         evaluations += torch.bincount(owners, minlength=len(block)) * found[-1].num_gradients
     owners, curvature = torch.cat([everyone, owners]), Curvature.joined(found)
     heights = slots.values(owners, curvature.gaussian.loc[None])[0].double()
@@ -157,17 +169,18 @@ def _chain_ends(slots: Slots, wide: Gaussian, run: Run) -> Tensor:
     return by_chain
 
 
-def _starts(anchor: Gaussian, ends: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends far from the anchor and from each other, at most `MAX_STARTS` of a datapoint: owners `(K,)`, points
-    `(K, dim)`. The highest is first; next comes the one that is farthest from those chosen.
+def _starts(scales: Gaussian, cut: Tensor, ends: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends far from the anchor, or any where that was cut `(B,)`, and far from each other, in units of `scales`: at most
+    `MAX_STARTS` of a datapoint, as owners `(K,)` and points `(K, dim)`. The highest is first; next comes the one that
+    is farthest from those chosen.
     """
     owners, points = [], []
     for owner in range(ends.shape[1]):
-        own = anchor.at(torch.tensor([owner]))
+        own = scales.at(torch.tensor([owner]))
         whitened = own.whiten(ends[:, owner : owner + 1])[:, 0].double()
         typical = math.sqrt(ends.shape[-1] if own.active is None else float(own.active.sum()))
         distances = whitened.norm(dim=-1)
-        far = ((distances > typical + FAR) & torch.isfinite(values[:, owner])).nonzero()[:, 0]
+        far = (((distances > typical + FAR) | cut[owner]) & torch.isfinite(values[:, owner])).nonzero()[:, 0]
         if not len(far):
             continue
         chosen = [int(far[values[far, owner].argmax()])]
@@ -181,10 +194,9 @@ def _starts(anchor: Gaussian, ends: Tensor, values: Tensor) -> tuple[Tensor, Ten
     return torch.tensor(owners, dtype=torch.long), torch.stack(points) if points else ends[0, :0]
 
 
-def _polished(slots: Slots, anchor: Curvature, wide: Gaussian, owners: Tensor, points: Tensor) -> Curvature:
-    """Gaussians by curvature about `points` `(K, dim)`, by passes that move to the mode nearby."""
-    scale = torch.where(anchor.cut[:, None, None], wide.widened(NARROW).factor(), anchor.gaussian.factor())
-    start, number = replace(wide.at(owners), loc=points, scale=scale[owners]), 0
+def _polished(slots: Slots, start: Gaussian, owners: Tensor) -> Curvature:
+    """Gaussians by curvature from `start`, one for each of `owners` `(K,)`, by passes that move to the mode nearby."""
+    number = 0
     for _ in range(NUM_ROUNDS):
         polished = gaussian_by_curvature(start, lambda at: slots.gradients(owners, at))
         start, number = polished.gaussian, number + polished.num_gradients
@@ -231,6 +243,11 @@ class Gain:
     error: Tensor
     number: int
 
+    @classmethod
+    def none(cls, number: int = 0) -> "Gain":
+        """Of `number` datapoints without several modes."""
+        return cls(torch.empty(0), torch.empty(0), number)
+
     @property
     def mean(self) -> float:
         """Over all examined."""
@@ -249,7 +266,8 @@ class Gain:
 
     @property
     def accepted(self) -> Tensor:
-        """Where what all modes give may stand in place of what one gave: not where that is clearly lower, `(m,)`. Taking
-        the higher of two estimates everywhere would be biased.
+        """Where what all modes give may stand in place of what one gave, `(m,)`: not where that is clearly lower.
+
+        Always taking the higher of two estimates would be biased.
         """
         return ~(self.value < -CERTAIN * self.error)

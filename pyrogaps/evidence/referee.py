@@ -10,8 +10,7 @@ from pyrogaps.evidence.climb import Climbed
 from pyrogaps.evidence.ladder import Ladder, LadderMeasurement
 from pyrogaps.evidence.parts import climbed_by_parts
 from pyrogaps.evidence.protocol import Measured, Measurement, joined
-from pyrogaps.modes import Gain, Modes, examine
-from pyrogaps.problem import Problem
+from pyrogaps.modes import Contested, Gain, Modes, examine
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
@@ -26,10 +25,12 @@ class ByModes(LadderMeasurement):
         return [climbed_by_parts(self.problem.evaluator, self.modes, self.evidence, self.run)]
 
 
-def by_modes(measurement: Measurement, problem: Problem, modes: Modes, run: Run) -> Measured:
-    """log p(x_n) of the datapoints of `problem`, whose `modes` are known: by the ladder of `measurement`, if it is one."""
+def by_modes(measurement: Measurement, contested: Contested, run: Run) -> Measured:
+    """log p(x_n) of contested datapoints, all their modes included: by the ladder that `measurement` is of, or one with
+    default settings.
+    """
     ladder = measurement.evidence if isinstance(measurement.evidence, Ladder) else Ladder()
-    return ByModes(ladder, problem, run, modes).measure(Chunk(0, problem.num_datapoints))
+    return ByModes(ladder, contested.problem, run, contested.modes).measure(Chunk(0, len(contested.indices)))
 
 
 def refereed(measurement: Measurement, parts: list[Measured], number: int, run: Run) -> tuple[list[Measured], Tensor]:
@@ -37,14 +38,11 @@ def refereed(measurement: Measurement, parts: list[Measured], number: int, run: 
     doubted, `(N,)`: at datapoints that were not examined, if others turned out to have been measured too low.
     """
     problem, before = measurement.problem, joined(parts)
-
-    def measure(contested: Problem, modes: Modes, run: Run) -> Measured:
-        return by_modes(measurement, contested, modes, run)
-
-    indices, contested, results = examine(problem, number, run, measure)
+    indices, measured = examine(problem, number, run, lambda contested, run: by_modes(measurement, contested, run))
     doubted = torch.zeros(problem.num_datapoints, dtype=torch.bool)
-    if not results:
+    if not measured:
         return parts, doubted
+    contested, results = torch.cat([places for places, _ in measured]), [result for _, result in measured]
     after = joined(results)
     gain = gain_of(before, after, contested, len(indices))
     if gain.count:

@@ -46,7 +46,7 @@ class FamilyGuide:
         block = positions // BLOCK
         places = [(self._parts[k], (block == k).nonzero()[:, 0]) for k in block.unique().tolist()]
         guides = [(part.density.at(positions[place] - part.rows.start), place) for part, place in places]
-        return guides[0][0] if len(guides) == 1 else _Joined(self.joint, positions, guides)
+        return guides[0][0] if len(guides) == 1 else JoinedGuide(self.joint, positions, guides)
 
     def start_at(self, start: Start) -> None:
         """Start at a factorised Gaussian, or near it, where the guide can.
@@ -97,7 +97,7 @@ class _Part:
         return [units.get(name, 1.0) for name in self.named]
 
 
-class _Joined:
+class JoinedGuide:
     """A `LocalGuide` whose rows are those of several, `place (R,)` where each one's rows stand."""
 
     mean_field = False

@@ -91,6 +91,13 @@ class OwnFamily:
             return FreedGuide(local, joint, chunk.start, self.varies)
         return FinetunedGuide(self.density, joint, chunk.indices)
 
+    def starts_anywhere(self, joint: JointDensity, chunk: Chunk, run: Run) -> bool:
+        """Whether the family can start at a Gaussian other than the guide's output."""
+        if self.family is not None:
+            return True
+        freed = self.start(joint, chunk, run) if self.kind == "freed" else None
+        return isinstance(freed, FreedGuide) and freed.starts_anywhere
+
     def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, run: Run) -> Refinable:
         """A refinable guide for `chunk` at the Gaussian `start`; raises `InputError` where it cannot start there."""
         if self.family is not None:

@@ -1,7 +1,7 @@
 """`refine`: per-datapoint guides for a whole data set."""
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -11,9 +11,11 @@ from torch import Tensor
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import guarded
+from pyrogaps.modes import Gain
 from pyrogaps.problem import Problem
+from pyrogaps.refine.examined import can_be_taken, refined_from_modes
 from pyrogaps.refine.families import is_family
 from pyrogaps.refine.local import Refinable
 from pyrogaps.refine.optimise import Progress
@@ -36,15 +38,33 @@ class RefinedGuide:
         converged: whether each datapoint's refinement settled, `(N,)`.
         kept_start: where the start was no worse than what refinement found, and was kept, `(N,)`.
         traces: the ELBO along the refinement, a mean over the datapoints of each chunk, `(chunks, points)`, in nats.
+        examined: which datapoints were examined for modes, and refined from each that was found, `(N,)`. `converged` of
+            others says that the refinement settled, not that it would end there from other starts.
+        gain: by how much that raised the ELBO of those with several modes.
     """
 
     def __init__(
-        self, joint: JointDensity, chunks: list[Chunk], parts: list[Refinable], progress: list[Progress]
+        self,
+        joint: JointDensity,
+        chunks: list[Chunk],
+        parts: list[Refinable],
+        progress: list[Progress],
+        examined: Tensor | None = None,
+        gain: Gain | None = None,
     ) -> None:
         self.joint, self.chunks, self.parts = joint, chunks, parts
         self.converged = torch.cat([part.converged for part in progress])
         self.kept_start = torch.cat([part.kept_start for part in progress])
         self.traces = torch.stack([part.trace for part in progress])
+        self.examined, self.gain = torch.zeros(len(self.converged), dtype=torch.bool), gain or Gain.none()
+        if examined is not None:
+            self.examined[examined] = True
+
+    def __repr__(self) -> str:
+        number, examined = len(self.converged), int(self.examined.sum())
+        better = f"; other starts improved {self.gain.count} of {examined:,} examined" if examined else ""
+        settled = f"refinement settled for {int(self.converged.sum()):,}"
+        return f"RefinedGuide({counted(number, 'datapoint')}: {settled}{better})"
 
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at `indices`, which must lie in one chunk."""
@@ -88,6 +108,7 @@ def refine(
     data: Data | None = None,
     *,
     settings: Refinement | None = None,
+    referee: Count | Literal[False] = 32,
     plate: Plate = None,
     batch_size: Count = BLOCK,
     seed: Seed = 0,
@@ -99,6 +120,8 @@ def refine(
         guide_or_family: a guide, whose own family is refined from its output; or `family(model) -> guide`, a class such
             as `AutoNormal`, a partial of one, or a function whose first argument is called `model`.
         settings: see `Refinement`.
+        referee: how many datapoints are examined for modes other than the one at the guide's output, and refined from
+            each: a random sample, or all if there are no more; False examines none.
         batch_size: datapoints refined at once.
         seed: of all the randomness.
 
@@ -108,15 +131,18 @@ def refine(
     family = guide_or_family if is_family(guide_or_family) else None
     problem = Problem.of(model, guide_or_family if family is None else None, data, plate)
     refiner = Refiner(family or own_family(problem.guide_density()), settings or Refinement())
-    return refine_all(problem, refiner, Run(seed, batch_size))
+    return refine_all(problem, refiner, Run(seed, batch_size), int(referee))
 
 
-def refine_all(problem: Problem, refiner: Refiner, run: Run) -> RefinedGuide:
-    """The family of `refiner` fitted to every datapoint of `problem`."""
+def refine_all(problem: Problem, refiner: Refiner, run: Run, referee: int = 0) -> RefinedGuide:
+    """The family of `refiner` fitted to every datapoint of `problem`, and from other starts to some of them."""
     evaluator = problem.evaluator
 
     def measure(chunk: Chunk) -> tuple[Chunk, Refinable, Progress]:
         return chunk, *refiner(evaluator, chunk, run)
 
     chunks, parts, progress = zip(*run.map_alone(measure, problem.joint), strict=True)
-    return RefinedGuide(problem.joint, [*chunks], [*parts], [*progress])
+    examined = gain = None
+    if referee and can_be_taken(refiner):
+        examined, gain = refined_from_modes(problem, refiner, run, referee, [*zip(chunks, parts, strict=True)])
+    return RefinedGuide(problem.joint, [*chunks], [*parts], [*progress], examined, gain)

@@ -1,6 +1,6 @@
 """`Refiner`: a family, fitted to every datapoint of a chunk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,9 +35,15 @@ class Refiner:
     settings: Refinement
 
     def __call__(
-        self, evaluator: Evaluator, chunk: Chunk, run: Run, name: str = "own", start: Start | None = None
+        self,
+        evaluator: Evaluator,
+        chunk: Chunk,
+        run: Run,
+        name: str = "own",
+        start: Start | None = None,
+        others: Sequence[Start] = (),
     ) -> tuple[Refinable, Progress]:
-        """q* of the datapoints of a chunk, and how its optimisation went.
+        """q* of the datapoints of a chunk, and how its optimisation went. It is begun at `others` too.
 
         A further family starts at the Gaussian `start`. Where guides of a family have `starts_from`, another family,
         that one is refined first: a further family starts at the Gaussian which this amounts to; the guide's own
@@ -49,7 +55,7 @@ class Refiner:
             return Optimisation(refinable, evaluate, chunk, self.settings, run, name)
 
         def refined_first(family: Family) -> Start:
-            refined, _ = replace(self, family=family)(evaluator, chunk, run.quiet(), f"{name} start", start)
+            refined, _ = replace(self, family=family)(evaluator, chunk, run.quiet(), f"{name} start", start, others)
             return start_of(refined, chunk, run)
 
         restart = True
@@ -69,9 +75,12 @@ class Refiner:
                 refinable.start_at(start)
         progress = optimisation(refinable, name).maximise()
         # A family that starts from another one has had its further starts there.
-        for attempt in range(1, self.settings.num_starts if restart else 1):
-            point = prior_start(evaluator, chunk, run.stream(f"start {name}"), attempt)
+        for attempt in range(1, self.settings.num_starts + len(others) if restart else 1):
+            place = attempt - self.settings.num_starts
+            point = others[place] if place >= 0 else prior_start(evaluator, chunk, run.stream(f"start {name}"), attempt)
             other = self._started(point, evaluator, chunk, run.derived(name, attempt))
+            if other is None:
+                continue
             its_progress = optimisation(other, f"{name} {attempt}", run.quiet()).maximise()
             better = optimisation(refinable, name).take_better(other)
             converged = torch.where(better, its_progress.converged, progress.converged)
@@ -101,8 +110,11 @@ class Refiner:
         simulated = self.for_other_data(problem).over(part).simulated(run.seed, to_data)
         return simulated, self.over(simulated.problem)
 
-    def _started(self, start: Start, evaluator: Evaluator, chunk: Chunk, run: Run) -> Refinable:
+    def _started(self, start: Start, evaluator: Evaluator, chunk: Chunk, run: Run) -> Refinable | None:
+        """The family at the Gaussian `start`; None where it cannot start there, which `num_starts` refuses."""
         if isinstance(self.family, OwnFamily):
+            if not self.family.starts_anywhere(evaluator.joint, chunk, run) and self.settings.num_starts == 1:
+                return None
             return self.family.start_at(start, evaluator.joint, chunk, run)
         guide = FamilyGuide(self.family, evaluator.joint, chunk, run)
         guide.start_at(start)

@@ -1,0 +1,128 @@
+"""Refinement from other starts, at datapoints whose posteriors have several modes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyrogaps.bounds import chunk_log_weights
+from pyrogaps.density import JointDensity
+from pyrogaps.density.local import LocalGuide
+from pyrogaps.gaussians import Gaussian
+from pyrogaps.log_weights import mean_estimate
+from pyrogaps.modes import Contested, Gain, Modes, examine
+from pyrogaps.problem import Problem
+from pyrogaps.refine.families import Start
+from pyrogaps.refine.family_guide import JoinedGuide
+from pyrogaps.refine.local import Refinable
+from pyrogaps.refine.own import OwnFamily
+from pyrogaps.refine.refiner import Refiner
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk
+
+NUM_COMPARED = 1024  # draws on which two refined guides are compared
+
+
+def starts_at(modes: Modes, refiner: Refiner) -> list[Start]:
+    """The best factorised Gaussians at the modes, for a guide's own family without the anchor, where it starts anyway.
+
+    Of all factorised Gaussians the nearest to one of precision H has variances 1 / H_ii.
+    """
+    first = 1 if isinstance(refiner.family, OwnFamily) else 0
+    return [_factorised(modes.ranked(rank)) for rank in range(first, modes.most)]
+
+
+def can_be_taken(refiner: Refiner) -> bool:
+    """Whether the family can be refined at some of the datapoints alone."""
+    return not isinstance(refiner.family, OwnFamily) or refiner.family.on_other_data
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where the refined guide of a datapoint is: `guide` is that of `chunk`, and `index` the datapoint."""
+
+    guide: Refinable
+    chunk: Chunk
+    index: int
+
+
+def refined_from_modes(
+    problem: Problem, refiner: Refiner, run: Run, number: int, guides: Sequence[tuple[Chunk, Refinable]]
+) -> tuple[Tensor, Gain]:
+    """Examine `number` datapoints of a problem, and refine those with several modes from each; the refined guides of
+    its chunks, `guides`, take the result where it is better. Returns who was examined, `(n,)`, and what it gained.
+    """
+
+    def measure(contested: Contested, run: Run) -> Gain:
+        rows = []
+        for index in contested.indices.tolist():
+            chunk, guide = next(pair for pair in guides if pair[0].start <= index < pair[0].stop)
+            rows.append(Row(guide, chunk, index))
+        return _improved(contested, refiner.over(contested.problem), run, rows)
+
+    indices, results = examine(problem, number, run, measure, alone=True)
+    gains = [gain for _, gain in results]
+    if not gains:
+        return indices, Gain.none(len(indices))
+    value, error = torch.cat([gain.value for gain in gains]), torch.cat([gain.error for gain in gains])
+    return indices, Gain(value, error, len(indices))
+
+
+def _improved(contested: Contested, refiner: Refiner, run: Run, rows: Sequence[Row]) -> Gain:
+    """Refine the contested datapoints from all modes; where the ELBO is higher then, set the guides at `rows` to the
+    result. What was gained.
+    """
+    problem, chunk = contested.problem, Chunk(0, len(rows))
+    starts = starts_at(contested.modes, refiner)
+    other, _ = refiner(problem.evaluator, chunk, run, "other starts", None, starts)
+    new, old = (
+        mean_estimate(chunk_log_weights(problem.evaluator, guide, chunk, NUM_COMPARED, run.stream(f"compared {name}")))
+        for name, guide in (("new", other), ("old", _Rows(problem.joint, rows)))
+    )
+    for place in (new.value > old.value).nonzero()[:, 0].tolist():
+        _take_row(rows[place], other, place, whole=problem.plate is None)
+    return Gain((new.value - old.value).clamp(min=0).cpu(), new.mcse.hypot(old.mcse).cpu(), len(rows))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The refined guides at `rows` as a posterior."""
+
+    joint: JointDensity
+    rows: Sequence[Row]
+
+    def at(self, indices: Tensor) -> LocalGuide:
+        chosen = [self.rows[index] for index in indices.tolist()]
+        guides = []
+        for guide in {id(row.guide): row.guide for row in chosen}.values():
+            place = torch.tensor([row.guide is guide for row in chosen]).nonzero()[:, 0]
+            guides.append((guide.at(torch.tensor([chosen[k].index for k in place.tolist()])), place))
+        return JoinedGuide(self.joint, indices, guides)
+
+
+def _take_row(row: Row, source: Refinable, place: int, *, whole: bool) -> None:
+    """Set the parameters of a datapoint to those of one of `source`; `whole`: to all there are."""
+    with torch.no_grad():
+        own = _entries(row.guide, row.index - row.chunk.start)
+        for mine, others in zip(own, _entries(source, place), strict=True):
+            (parameter, axis, at), (value, its_axis, its_at) = mine, others
+            if whole:
+                parameter.copy_(value)
+            else:
+                parameter.select(axis, at).copy_(value.select(its_axis, its_at))
+
+
+def _factorised(gaussian: Gaussian) -> Start:
+    precision = torch.cholesky_inverse(gaussian.factor()).diagonal(dim1=-2, dim2=-1)
+    return Start(gaussian.loc, precision.rsqrt(), fitted=False)
+
+
+def _entries(guide: Refinable, row: int) -> list[tuple[Tensor, int, int]]:
+    """The parameters that hold a datapoint, their axes of datapoints, and its place there."""
+    places = zip(guide.parameters, guide.axes, guide.rows, strict=True)
+    return [
+        (parameter, axis, row - (rows.start or 0))
+        for parameter, axis, rows in places
+        if (rows.start or 0) <= row and (rows.stop is None or row < rows.stop)
+    ]
