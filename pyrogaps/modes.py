@@ -170,9 +170,10 @@ def _chain_ends(slots: Slots, wide: Gaussian, run: Run) -> Tensor:
 
 
 def _starts(scales: Gaussian, cut: Tensor, ends: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends far from the anchor, or any where that was cut `(B,)`, and far from each other, in units of `scales`: at most
-    `MAX_STARTS` of a datapoint, as owners `(K,)` and points `(K, dim)`. The highest is first; next comes the one that
-    is farthest from those chosen.
+    """Ends far from the anchor, or any where that was `cut` `(B,)`, and far from each other, in units of `scales`.
+
+    There are at most `MAX_STARTS` of a datapoint, as owners `(K,)` and points `(K, dim)`. The highest is first; next
+    comes the one that is farthest from those chosen.
     """
     owners, points = [], []
     for owner in range(ends.shape[1]):
@@ -235,7 +236,8 @@ class Gain:
     """By how much a bound rises at contested datapoints when all modes are taken into account, in nats.
 
     Attributes:
-        value, error: `(m,)`, of the contested, with standard errors; those of the other examined datapoints are 0.
+        value, error: `(m,)`, of the contested, with standard errors; those of the other examined datapoints are 0. Or
+            `(m, F)`, of several bounds, see `by_column`.
         number: of datapoints examined.
     """
 
@@ -247,6 +249,11 @@ class Gain:
     def none(cls, number: int = 0) -> "Gain":
         """Of `number` datapoints without several modes."""
         return cls(torch.empty(0), torch.empty(0), number)
+
+    @property
+    def by_column(self) -> "list[Gain]":
+        """That of each of several bounds."""
+        return [Gain(value, error, self.number) for value, error in zip(self.value.T, self.error.T, strict=True)]
 
     @property
     def mean(self) -> float:

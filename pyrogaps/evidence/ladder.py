@@ -131,7 +131,8 @@ class LadderMeasurement(Measurement):
                 f"the standard error of log p(x) exceeds twice the tolerance for {above:.0%} of the datapoints. Raise "
                 "max_evaluations of Ladder"
             )
-        unreliable = int((~columns["log_evidence_reliable"].astype(bool)).sum())
+        doubted = columns.get("log_evidence_doubted", np.zeros(number, dtype=bool))  # which has its own caution
+        unreliable = int((~columns["log_evidence_reliable"].astype(bool) & ~doubted).sum())
         if unreliable > MAX_SHARE_UNRELIABLE * number:
             cautions.append(
                 f"log p(x), and the gaps measured from it, cannot be trusted for {unreliable:,} of "

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pyrogaps import memory
 from pyrogaps.conditioning import Conditioning
@@ -35,6 +35,7 @@ def decompose(
     reference: Program | None = None,
     split: Split | None = None,
     certificate: Certificate | None = None,
+    referee: Count | Literal[False] = 32,
     terms: Sequence[Term] = TERMS,
     num_particles: Several = 1000,
     plate: Plate = None,
@@ -83,6 +84,9 @@ def decompose(
             (`SimulatedData`): its ELBO takes the place of L[q*_C]. Without it the gap stays in the amortization gap.
         split: the training data, and how to train the guide on; None leaves the amortization gap whole.
         certificate: what to spend on finding out how wrong the bounds can be; None spends nothing.
+        referee: how many datapoints are examined from other starts, for modes that log p(x) and the refinement miss: a
+            random sample, or all if there are no more. What is found is included for these; the ledger says what it
+            means for the others. False examines none.
         terms: the gaps of the tree; `TERMS + (mine,)` adds one.
         num_particles: draws for each ELBO and for the IWAE bound.
         plate: the data plate's name, see `JointDensity`.
@@ -119,6 +123,7 @@ def decompose(
         seed,
         progress,
         None if cache is None else Path(cache),
+        int(referee),
     )
     return decomposition.ledger(terms)
 

@@ -20,6 +20,7 @@ from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.certify import certify, check_certifiable
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import OWN, Measure, reached
+from pyrogaps.gaps.other_starts import with_other_starts
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.sizes import Sizes, sizes_of
 from pyrogaps.gaps.terms import Term
@@ -56,6 +57,7 @@ class Decomposition:
     seed: int = 0
     progress: bool = True
     cache: Path | None = None
+    referee: int = 0
 
     def __post_init__(self) -> None:
         if OWN in self.families:
@@ -74,6 +76,8 @@ class Decomposition:
             results = run.map_kept(
                 measure, self.problem.joint, provenance, measure.fingerprint, measure.num_stages, reached
             )
+            if self.referee:
+                results, provenance["examined"] = with_other_starts(results, measure, self.referee, run)
             ledger = assemble(results, measure, provenance, terms, run)
             if self.split is not None and training is not None:
                 training = replace(training, families={})

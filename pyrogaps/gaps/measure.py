@@ -1,6 +1,6 @@
 """What is measured of each chunk of datapoints: the guide's bounds, refinements, evidence."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from pyrogaps.gaps.finite import refuse_nan
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.problem import Problem
 from pyrogaps.refine import OwnFamily, Refiner
-from pyrogaps.refine.families import Family
+from pyrogaps.refine.families import Family, Start
 from pyrogaps.refine.own import start_of
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
@@ -68,24 +68,36 @@ class Measure:
         problem, number = self.problem, self.num_particles
         weights = chunk_log_weights(problem.scorer, problem.guided(), chunk, number, run.stream("elbo"))
         elbo, iwae = mean_estimate(weights), log_mean_exp_estimate(weights)
-        posteriors, bounds, proposals, progress, start = [], [], [], [], None
-        families: dict[str, OwnFamily | Family] = {OWN: self.refiner.family, **self.families}
-        for name, family in families.items():
-            run.bar.stage("refining the guide's own family" if name == OWN else f"refining {name}")
-            refiner = Refiner(family, self.refiner.settings)
-            posterior, its_progress = refiner(problem.evaluator, chunk, run, name, start)
-            start = start_of(posterior, chunk, run) if name == OWN else start
-            weights = chunk_log_weights(problem.evaluator, posterior, chunk, number, run.stream(f"refined {name}"))
-            posteriors.append(posterior)
-            bounds.append(mean_estimate(weights))
-            proposals.append(log_mean_exp_estimate(weights))
-            progress.append(its_progress)
+        refined, own = self.refined(chunk, run)
         arrays = {
             **columns_of("elbo", elbo),
             **columns_of("iwae", iwae),
             **self._conditioned(chunk, run),
             "khat": iwae.khat,
             "ess": iwae.ess,
+        }
+        return as_arrays(arrays | refined), own
+
+    def refined(
+        self, chunk: Chunk, run: Run, others: Callable[[Refiner], Sequence[Start]] = lambda refiner: ()
+    ) -> tuple[dict[str, Tensor | None], Posterior]:
+        """The columns of the refined families, and the refined guide of the own family; `others` gives further starts
+        of a family's refinement.
+        """
+        problem, number = self.problem, self.num_particles
+        posteriors, bounds, proposals, progress, start = [], [], [], [], None
+        families: dict[str, OwnFamily | Family] = {OWN: self.refiner.family, **self.families}
+        for name, family in families.items():
+            run.bar.stage("refining the guide's own family" if name == OWN else f"refining {name}")
+            refiner = Refiner(family, self.refiner.settings)
+            posterior, its_progress = refiner(problem.evaluator, chunk, run, name, start, others(refiner))
+            start = start_of(posterior, chunk, run) if name == OWN else start
+            weights = chunk_log_weights(problem.evaluator, posterior, chunk, number, run.stream(f"refined {name}"))
+            posteriors.append(posterior)
+            bounds.append(mean_estimate(weights))
+            proposals.append(log_mean_exp_estimate(weights))
+            progress.append(its_progress)
+        columns: dict[str, Tensor | None] = {
             "elbo_refined": torch.stack([bound.value for bound in bounds], 1),
             "elbo_refined_mcse": torch.stack([bound.mcse for bound in bounds], 1),
             "khat_refined": torch.stack([weights.khat for weights in proposals if weights.khat is not None], 1),
@@ -94,7 +106,7 @@ class Measure:
             "kept_start": torch.stack([part.kept_start for part in progress], 1),
             f"{TRACE}refined_elbo": torch.stack([part.trace for part in progress]),
         }
-        return as_arrays(arrays), posteriors[0]
+        return columns, posteriors[0]
 
     def _conditioned(self, chunk: Chunk, run: Run) -> dict[str, Tensor]:
         if self.conditioned is None:

@@ -7,6 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from pyrogaps.errors import counted
+from pyrogaps.gaps import other_starts
 from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.terms import INFERENCE, ids, standard_error, tree_labels
 
@@ -50,7 +51,8 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
         if np.isinf(row["mean"]) and len(finite["datapoint"]):
             rest = f"{row['finite_mean']:.{decimals}f} over the {len(finite['datapoint'])} with finite bounds; "
         lines.append(f"{labels[name]:{width}}  {figures}  {rest}{row['direction']}: {row['estimator']}{doubt}")
-    warnings = [f"Warning: {line}" for line in infinite_lines(per_datapoint, provenance)]
+    reasons = [*infinite_lines(per_datapoint, provenance), *cautions(finite, provenance)]
+    warnings = [f"Warning: {line}" for line in reasons]
     return "\n".join([*lines, "", *warnings, *_notes(finite, provenance)])
 
 
@@ -87,6 +89,7 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     shares = zip(converged["family"].values, converged.values, strict=True)
     notes = ["refinement converged: " + ", ".join(f"{_family(name)} {float(share):.0%}" for name, share in shares)]
     notes += provenance.get("notes", [])
+    notes += other_starts.lines_of(provenance["examined"]) if "examined" in provenance else []
     notes += _proposals(per_datapoint, provenance)
     khat = per_datapoint["khat"].values
     unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
@@ -137,6 +140,7 @@ def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]
             f"and the {last_gap(provenance)} too small. Raise num_steps of Refinement"
         )
     reasons += provenance.get("cautions", [])
+    reasons += other_starts.cautions_of(provenance["examined"]) if "examined" in provenance else []
     starts = provenance.get("split", {}).get("starts", [])
     if starts and not all(start["converged"] for start in starts):
         reasons.append(

@@ -24,13 +24,12 @@ from pyrogaps.streams import Chunk
 NUM_COMPARED = 1024  # draws on which two refined guides are compared
 
 
-def starts_at(modes: Modes, refiner: Refiner) -> list[Start]:
-    """The best factorised Gaussians at the modes, for a guide's own family without the anchor, where it starts anyway.
+def starts_at(modes: Modes, *, own: bool) -> list[Start]:
+    """The best factorised Gaussians at the modes: of all, the nearest to one of precision H has variances 1 / H_ii.
 
-    Of all factorised Gaussians the nearest to one of precision H has variances 1 / H_ii.
+    A guide's `own` family needs no start at the first mode, where it starts anyway.
     """
-    first = 1 if isinstance(refiner.family, OwnFamily) else 0
-    return [_factorised(modes.ranked(rank)) for rank in range(first, modes.most)]
+    return [_factorised(modes.ranked(rank)) for rank in range(int(own), modes.most)]
 
 
 def can_be_taken(refiner: Refiner) -> bool:
@@ -74,7 +73,7 @@ def _improved(contested: Contested, refiner: Refiner, run: Run, rows: Sequence[R
     result. What was gained.
     """
     problem, chunk = contested.problem, Chunk(0, len(rows))
-    starts = starts_at(contested.modes, refiner)
+    starts = starts_at(contested.modes, own=isinstance(refiner.family, OwnFamily))
     other, _ = refiner(problem.evaluator, chunk, run, "other starts", None, starts)
     new, old = (
         mean_estimate(chunk_log_weights(problem.evaluator, guide, chunk, NUM_COMPARED, run.stream(f"compared {name}")))

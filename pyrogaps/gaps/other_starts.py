@@ -1,0 +1,123 @@
+"""A sample of datapoints, measured from other starts too: what the ledger's own starts have missed."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyrogaps.chunk_cache import Arrays
+from pyrogaps.errors import counted
+from pyrogaps.evidence import Ladder
+from pyrogaps.evidence.referee import by_modes
+from pyrogaps.gaps.measure import OWN, Measure, as_arrays
+from pyrogaps.modes import Contested, Gain, examine
+from pyrogaps.refine import OwnFamily
+from pyrogaps.refine.examined import can_be_taken, starts_at
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk
+
+EXAMINED, DOUBTED, RELIABLE = "examined", "log_evidence_doubted", "log_evidence_reliable"
+REFINED = ("elbo_refined", "elbo_refined_mcse", "khat_refined", "ess_refined", "converged", "kept_start")
+CONFIDENCE, EVIDENCE = 0.95, "log p(x)"
+Results = list[tuple[Chunk, Arrays]]
+
+
+def with_other_starts(results: Results, measure: Measure, number: int, run: Run) -> tuple[Results, dict[str, Any]]:
+    """The results of chunks after `number` datapoints were examined, and what that showed, as plain values.
+
+    Where an examined posterior has several modes, log p(x) is measured by all of them, and every family is refined from
+    each. Their columns take the place of those before. If log p(x) had been too low there, those that were not examined
+    are no longer reliable.
+    """
+    indices, parts = examine(measure.problem, number, run, lambda contested, run: _measured(measure, contested, run))
+    results = [(chunk, dict(arrays)) for chunk, arrays in results]
+    for chunk, arrays in results:
+        arrays[EXAMINED] = np.isin(np.arange(chunk.start, chunk.stop), indices.numpy())
+    ladder = measure.evidence is not None and isinstance(measure.evidence.evidence, Ladder)
+    summary: dict[str, Any] = {"number": len(indices), "total": measure.problem.num_datapoints, "included": ladder}
+    if not parts:
+        return results, {**summary, "contested": 0, "log_evidence": None, "refined": {}}
+    places = torch.cat([places for places, _ in parts]).numpy()
+    known = {*results[0][1]} & {*parts[0][1]}
+    after = {name: np.concatenate([arrays[name] for _, arrays in parts]) for name in known}
+    before = {name: np.concatenate([arrays[name] for _, arrays in results])[places] for name in known}
+    evidence = _gain("log_evidence", before, after, len(indices))
+    refined = _gain("elbo_refined", before, after, len(indices)) if "elbo_refined" in after else None
+    for chunk, arrays in results:
+        rows = ((chunk.start <= places) & (places < chunk.stop)).nonzero()[0]
+        for name in known if ladder else known & {*REFINED}:
+            gain = refined if name in REFINED else evidence
+            assert gain is not None
+            accepted = gain.accepted.numpy()[rows]
+            old = arrays[name][places[rows] - chunk.start]
+            arrays[name] = arrays[name].copy()
+            arrays[name][places[rows] - chunk.start] = np.where(accepted, after[name][rows], old)
+        if evidence.count and RELIABLE in arrays:
+            arrays[DOUBTED] = ~arrays[EXAMINED]
+            arrays[RELIABLE] = arrays[RELIABLE] & arrays[EXAMINED]
+    families = {} if refined is None else dict(zip((OWN, *measure.families), refined.by_column, strict=True))
+    found = {"contested": len(places), "log_evidence": _plain(evidence)}
+    return results, {**summary, **found, "refined": {name: _plain(gain) for name, gain in families.items()}}
+
+
+def _measured(measure: Measure, contested: Contested, run: Run) -> Arrays:
+    """The columns of contested datapoints, from all their modes."""
+    problem, columns = contested.problem, {}
+    if can_be_taken(measure.refiner):
+        there = replace(measure, problem=problem, refiner=measure.refiner.over(problem))
+        starts = {own: starts_at(contested.modes, own=own) for own in (True, False)}
+        chunk = Chunk(0, problem.num_datapoints)
+        refined, _ = there.refined(chunk, run.quiet(), lambda refiner: starts[isinstance(refiner.family, OwnFamily)])
+        columns = {name: refined[name] for name in REFINED}
+    assert measure.evidence is not None
+    return as_arrays(columns | by_modes(measure.evidence, contested, run).columns)
+
+
+def _gain(name: str, before: Arrays, after: Arrays, number: int) -> Gain:
+    new, old, error, old_error = (
+        torch.as_tensor(arrays[column]).double() for column in (name, f"{name}_mcse") for arrays in (after, before)
+    )
+    return Gain(torch.nan_to_num(new - old, nan=0.0), error.hypot(old_error), number)
+
+
+def _plain(gain: Gain) -> dict[str, Any]:
+    return {"count": gain.count, "mean": gain.mean}
+
+
+def lines_of(examined: Mapping[str, Any]) -> list[str]:
+    """Lines below a ledger's table: how many datapoints were examined, and what other starts found."""
+    number, total = examined["number"], examined["total"]
+    if not number:
+        return ["modes: no datapoint was examined from other starts, so any could have been missed"]
+    of = f"all {counted(total, 'datapoint')}" if number == total else f"{number:,} of {counted(total, 'datapoint')}"
+    found = [f"{name} was too low at {gain['count']:,}" for name, gain in _found(examined)]
+    if found:
+        return [f"modes: {of} examined from other starts. {' and '.join(found)} of them"]
+    bound = 1 - (1 - CONFIDENCE) ** (1 / number)
+    rest = "" if number == total else f". At most {bound:.0%} of all datapoints have one ({CONFIDENCE:.0%} confidence)"
+    return [f"modes: {of} examined from other starts, and no missed mode found{rest}"]
+
+
+def cautions_of(examined: Mapping[str, Any]) -> list[str]:
+    """Reasons not to trust the datapoints that were not examined."""
+    number, total, cautions = examined["number"], examined["total"], []
+    for name, gain in _found(examined):
+        where = f"{name} is too low: other starts found more at {gain['count']:,} of {number:,} examined datapoints"
+        if name == EVIDENCE and not examined["included"]:
+            cautions.append(f"{where}, by {gain['mean']:.2f} nats on average. Use evidence=Ladder(), which includes it")
+        elif number < total:
+            cautions.append(
+                f"{where}, and included it. The other {total - number:,} are low by about {gain['mean']:.2f} nats on "
+                f"average. Pass referee={total} to examine all"
+            )
+    return cautions
+
+
+def _found(examined: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The quantities that other starts raised, by name, and by how much."""
+    gains = {EVIDENCE: examined["log_evidence"] or {"count": 0}}
+    for family, gain in examined["refined"].items():
+        gains[f"L[q*] of the {'own family' if family == OWN else f'family {family}'}"] = gain
+    return [(name, gain) for name, gain in gains.items() if gain["count"]]
