@@ -20,7 +20,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.gaussians import MAX_DIM, Curvature, Gaussian, anchor_of, gaussian_by_curvature, prior_gaussian
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
-from pyrogaps.streams import BLOCK, Chunk, derive_seed, seeded
+from pyrogaps.streams import BLOCK, Chunk, derive_seed
 
 Result = TypeVar("Result")
 # Chains of each datapoint, in whole slots: a mode with a tenth of the mass is missed by 3% of such sets of chains.
@@ -97,13 +97,18 @@ def examine(
     and what `measure` made of them, with a run of its own. Nothing is examined above `MAX_DIM` latents, where curvature
     costs too much, nor where the prior cannot be drawn from. `alone`: every process does it all, see `Run.map_alone`.
     """
-    if problem.dim > MAX_DIM or not _can_start(problem):
-        return torch.empty(0, dtype=torch.long), []
+    nothing: tuple[Tensor, list[tuple[Tensor, Result]]] = torch.empty(0, dtype=torch.long), []
+    if problem.dim > MAX_DIM:
+        return nothing
     indices, run = sample(problem.num_datapoints, number, run.seed), replace(run.derived("examined"), batch_size=BLOCK)
     sampled = problem.at(indices)
 
-    def examined(chunk: Chunk) -> list[tuple[Tensor, Result]]:
-        modes = explore(sampled, chunk, run)
+    def examined(chunk: Chunk) -> list[tuple[Tensor, Result]] | None:
+        try:
+            wide = prior_gaussian(sampled, chunk, run.stream("explore prior"))
+        except InputError:
+            return None
+        modes = explore(sampled, chunk, run, wide)
         if not len(several := modes.several):
             return []
         places = chunk.indices[several]
@@ -111,17 +116,8 @@ def examine(
         return [(contested.indices, measure(contested, run.derived(chunk.start)))]
 
     parts = (run.map_alone if alone else run.map)(examined, sampled.joint)
-    return indices, [result for results in parts for result in results]
-
-
-def _can_start(problem: Problem) -> bool:
-    """Whether chains can start at draws from the prior."""
-    try:
-        with seeded(0, "probe", device=problem.joint.device):
-            problem.joint.sample_prior(1, torch.arange(1))
-    except InputError:
-        return False
-    return True
+    done = [results for results in parts if results is not None]
+    return nothing if len(done) < len(parts) else (indices, [result for results in done for result in results])
 
 
 def sample(num_datapoints: int, number: int, seed: int) -> Tensor:
@@ -130,10 +126,9 @@ def sample(num_datapoints: int, number: int, seed: int) -> Tensor:
     return torch.randperm(num_datapoints, generator=generator)[:number].sort().values
 
 
-def explore(problem: Problem, block: Chunk, run: Run) -> Modes:
-    """The modes of the datapoints of a block, the anchor of each first."""
+def explore(problem: Problem, block: Chunk, run: Run, wide: Gaussian) -> Modes:
+    """The modes of the datapoints of a block, the anchor of each first; chains start at the Gaussians `wide`."""
     anchor, slots = anchor_of(problem, block, run), Slots(problem.evaluator, block)
-    wide = prior_gaussian(problem, block, run.stream("explore prior"))
     ends = _chain_ends(slots, wide, run)
     everyone = torch.arange(len(block))
     # An anchor that was cut says nothing about scales: those of the prior stand in.

@@ -65,6 +65,7 @@ Name = Annotated[str, Limit("a non-empty string", str.strip)]
 File: TypeAlias = Name | os.PathLike[str]
 DeviceName = Annotated[str, Limit("a device such as cpu, cuda or cuda:1", torch.device)]
 Device: TypeAlias = torch.device | DeviceName
+Sample: TypeAlias = Count | Literal[False]
 Plate: TypeAlias = Name | Literal[False] | None
 
 

@@ -34,6 +34,7 @@ AIS = pg.AIS(num_chains=66, num_temperatures=2, num_pilot_temperatures=2, num_le
 TINY: dict[str, Any] = {
     "refinement": pg.Refinement(num_steps=2, num_particles=2, num_selection=4),
     "num_particles": 130,
+    "referee": False,
     "seed": SEED,
     "progress": False,
 }
@@ -72,6 +73,13 @@ def escalated() -> Callable[[], Any]:
     return lambda: pg.decompose(parabola, Slope(), x, **options)
 
 
+def examined() -> Callable[[], Any]:
+    """Every datapoint from other starts; the posteriors of the last have two modes."""
+    x = torch.linspace(-2, 5, NUMBER, dtype=torch.float64)
+    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=150, max_evaluations=2000)
+    return lambda: pg.decompose(parabola, Slope(), x, **{**TINY, "evidence": ladder, "referee": NUMBER})
+
+
 def conditioned() -> Callable[[], Any]:
     """With completions doubled once."""
     model = anisotropic(4, 2)
@@ -107,7 +115,7 @@ def trained() -> Callable[[], Any]:
     return lambda: pg.train(model, guide, x[:100], validation=x[100:], **options)
 
 
-RUNS = {run.__name__: run for run in (plain, escalated, conditioned, split, calibrated, trained)}
+RUNS = {run.__name__: run for run in (plain, escalated, examined, conditioned, split, calibrated, trained)}
 
 # Every stream, by what it is for; numbers in names, such as those of rungs and groups of chains, left out.
 REFINING = {"refine own", "refine further own", "select own"}
@@ -144,6 +152,11 @@ TRAINING = under("training", {"epoch", "set up"})
 PURPOSES = {
     "plain": STRUCTURE | BOUNDS | ANNEALING | {"start own"} | of_family("one") | of_family("other"),
     "escalated": STRUCTURE | BOUNDS | LADDER | CERTIFICATE | under("certificate", LADDER),
+    "examined": STRUCTURE
+    | BOUNDS
+    | LADDER
+    | {"sample"}
+    | under("examined", {"explore", "explore prior", "refined own", *REFINING} | LADDER),
     "conditioned": STRUCTURE
     | {"shown", "leak"}
     | BOUNDS
@@ -212,8 +225,9 @@ def test_every_block_of_datapoints_has_a_stream(run: tuple[str, RecordedDraws]) 
     """So no block borrows another one's numbers either: each has drawn its own."""
     kind, draws = run
     blocks = blocks_of(draws.names)
-    # Each rung of the ladder is for some datapoints only; training has epochs, not blocks.
-    expected = {purpose for purpose in blocks if blocks[purpose] and not re.search("ladder|epoch|fresh", purpose)}
+    # Each rung of the ladder, and each mode but the first, is for some datapoints only; training has epochs, not blocks.
+    some = "ladder|epoch|fresh|examined.* own"
+    expected = {purpose for purpose in blocks if blocks[purpose] and not re.search(some, purpose)}
     smaller = {"certificate": {0, 1}}  # of 66 datapoints
     assert kind == "trained" or "refine own" in expected
     for purpose in expected:

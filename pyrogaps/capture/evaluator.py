@@ -41,23 +41,28 @@ class GradientEvaluator:
         mode: as above.
         split: False evaluates log p(x, z); True both log p(z) and log p(x, z), as paths from the prior need.
         quiet: fall back without a warning, for callers that chose the mode by default.
+        graphs: records of the same model at other data; new ones are added to them.
     """
 
     def __init__(
-        self, joint: JointDensity, mode: Mode = "captured", split: bool = False, *, quiet: bool = False
+        self,
+        joint: JointDensity,
+        mode: Mode = "captured",
+        split: bool = False,
+        *,
+        quiet: bool = False,
+        graphs: dict[Any, Captured] | None = None,
     ) -> None:
         self.joint, self.mode, self.split, self.quiet = joint, mode, split, quiet
         self.rows = points_within(joint, MAX_ROWS_CPU if joint.device.type == "cpu" else MAX_ROWS_GPU)
         self.num_gradients = self.num_values = 0
-        self._graphs: dict[Any, Captured] = {}
+        self._graphs: dict[Any, Captured] = {} if graphs is None else graphs
         self._indices: Tensor | None = None
         self._bound: dict[Any, BoundDensity] = {}
 
     def over(self, joint: JointDensity) -> "GradientEvaluator":
         """An evaluator of the same model's density over other data, with the records of this one."""
-        other = GradientEvaluator(joint, self.mode, self.split, quiet=self.quiet)
-        other._graphs = self._graphs
-        return other
+        return GradientEvaluator(joint, self.mode, self.split, quiet=self.quiet, graphs=self._graphs)
 
     def bind(
         self, indices: Tensor, num_particles: int, *, checked: bool = False, whole: bool = False

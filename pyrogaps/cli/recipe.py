@@ -18,7 +18,7 @@ from pyrogaps.gaps import Certificate, Retraining
 from pyrogaps.mapa import Mapa
 from pyrogaps.memory import Bytes
 from pyrogaps.refine import Refinement
-from pyrogaps.settings import Count, DeviceName, Name, Plate, Seed, Several, is_plain
+from pyrogaps.settings import Count, DeviceName, Name, Plate, Sample, Seed, Several, is_plain
 from pyrogaps.training import Training
 
 
@@ -55,6 +55,7 @@ class Recipe:
         reference: training settings of the reference guide for the conditioning gap of a lookahead; null: none.
         retraining: settings of further training (phi-hat) that splits the amortization gap in three; null: no split.
         certificate: settings of the check of how wrong the bounds can be; null: no check.
+        referee: how many datapoints are examined from other starts, for missed modes; false: none.
         num_particles: number of draws for each bound.
         batch_size: datapoints processed at once; null: chosen to suit the model.
         max_memory: memory that a process may use, such as 4GiB; null: four fifths of the free memory.
@@ -81,6 +82,7 @@ class Recipe:
     reference: Training | None = None
     retraining: Retraining | None = None
     certificate: Certificate | None = None
+    referee: Sample = 32
     num_particles: Several = 1000
     batch_size: Count | None = None
     max_memory: Bytes | None = None

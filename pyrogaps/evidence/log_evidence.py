@@ -1,7 +1,6 @@
 """`log_evidence` and `ais`: log p(x) of every datapoint, by any evidence."""
 
 from dataclasses import replace
-from typing import Literal
 
 from pyrogaps.density import Data, GuideDensity
 from pyrogaps.density.draws import Posterior
@@ -15,7 +14,7 @@ from pyrogaps.log_weights import Estimate
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement, Refiner, own_family
 from pyrogaps.run import Run
-from pyrogaps.settings import Count, Plate, Seed, checked
+from pyrogaps.settings import Count, Plate, Sample, Seed, checked
 from pyrogaps.streams import Chunk
 
 
@@ -28,7 +27,7 @@ def log_evidence(
     *,
     evidence: Evidence | None = None,
     refinement: Refinement | None = None,
-    referee: Count | Literal[False] = 32,
+    referee: Sample = 32,
     plate: Plate = None,
     batch_size: Count = 64,
     seed: Seed = 0,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pyrogaps import memory
 from pyrogaps.conditioning import Conditioning
@@ -18,7 +18,7 @@ from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement
 from pyrogaps.refine.families import Family
-from pyrogaps.settings import Count, File, Plate, Seed, Several, checked
+from pyrogaps.settings import Count, File, Plate, Sample, Seed, Several, checked
 
 
 @guarded
@@ -35,7 +35,7 @@ def decompose(
     reference: Program | None = None,
     split: Split | None = None,
     certificate: Certificate | None = None,
-    referee: Count | Literal[False] = 32,
+    referee: Sample = 32,
     terms: Sequence[Term] = TERMS,
     num_particles: Several = 1000,
     plate: Plate = None,

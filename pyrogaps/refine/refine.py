@@ -1,7 +1,7 @@
 """`refine`: per-datapoint guides for a whole data set."""
 
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -23,7 +23,7 @@ from pyrogaps.refine.own import own_family
 from pyrogaps.refine.refiner import Refiner
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.run import Run
-from pyrogaps.settings import Count, Plate, Seed, checked
+from pyrogaps.settings import Count, Plate, Sample, Seed, checked
 from pyrogaps.streams import BLOCK, Chunk
 
 
@@ -108,7 +108,7 @@ def refine(
     data: Data | None = None,
     *,
     settings: Refinement | None = None,
-    referee: Count | Literal[False] = 32,
+    referee: Sample = 32,
     plate: Plate = None,
     batch_size: Count = BLOCK,
     seed: Seed = 0,
