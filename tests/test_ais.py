@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyrogaps import AIS, Refinement, ais
+from pyrogaps.annealing.loop import StepSizes, Tuning, anneal, schedule, tune
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import JointDensity
 from pyrogaps.errors import InputError
 from pyrogaps.evidence.ais import AISRun, run_path, run_pilot
-from pyrogaps.annealing.loop import StepSizes, Tuning, anneal, schedule, tune
 from pyrogaps.evidence.paths import LeapfrogMove, Path, anchored_path, prior_path
 from pyrogaps.gaussians import Gaussian, gaussian_by_moments
 from pyrogaps.guides.sequential import StructuredNormal

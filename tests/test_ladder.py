@@ -12,13 +12,13 @@ from torch import Tensor
 
 import pyrogaps as pg
 from pyrogaps import InputError, JointDensity, Ladder, Refinement, log_evidence
+from pyrogaps.annealing.loop import AdaptedStepSizes, Annealed, StepSizes, anneal, pilot, schedule
+from pyrogaps.annealing.rotations import Rotation
 from pyrogaps.capture import BoundDensity, GradientEvaluator
 from pyrogaps.capture.slots import Slots
 from pyrogaps.evidence import METHODS, LadderEstimate
-from pyrogaps.annealing.loop import AdaptedStepSizes, Annealed, StepSizes, anneal, pilot, schedule
 from pyrogaps.evidence.climb import ANNEALING, SAMPLING
 from pyrogaps.evidence.importance import Sampler
-from pyrogaps.annealing.rotations import Rotation
 from pyrogaps.gaps import GapLedger
 from pyrogaps.gaussians import Gaussian, anchor_of, gaussian_by_curvature, gaussian_of
 from pyrogaps.models.linear_gaussian import LinearGaussian

@@ -225,7 +225,7 @@ def test_every_block_of_datapoints_has_a_stream(run: tuple[str, RecordedDraws]) 
     """So no block borrows another one's numbers either: each has drawn its own."""
     kind, draws = run
     blocks = blocks_of(draws.names)
-    # Each rung of the ladder, and each mode but the first, is for some datapoints only; training has epochs, not blocks.
+    # Each rung of the ladder, and each further mode, is for some datapoints only; training has epochs, not blocks.
     some = "ladder|epoch|fresh|examined.* own"
     expected = {purpose for purpose in blocks if blocks[purpose] and not re.search(some, purpose)}
     smaller = {"certificate": {0, 1}}  # of 66 datapoints
