@@ -187,7 +187,7 @@ CONFLICTING = torch.tensor([[-5.0, 5.0], [-4.6, 5.3], [-5.2, 4.9]], dtype=torch.
 
 
 def test_refinement_ends_at_the_best_of_the_modes() -> None:
-    """The best Normal lies at one of the observations; from between them, refinement ends at a wide one, 2 nats lower."""
+    """The best Normal lies at an observation; from between them, refinement ends at a wide one, 2 nats lower."""
     alone = pg.refine(conflicting, Between(), CONFLICTING, referee=False)
     refined = pg.refine(conflicting, Between(), CONFLICTING)
     before, after = (pg.elbo(conflicting, guide, CONFLICTING) for guide in (alone, refined))

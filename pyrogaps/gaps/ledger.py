@@ -46,7 +46,7 @@ class GapLedger:
             `ess_refined` of each refined family's; what the evidence adds: of AIS and the ladder `log_evidence_draws`
             and `log_evidence_ess`, draws or chains behind log p(x), and `acceptance`, NaN for importance sampling; of
             the ladder also `log_evidence_method` (as in `pyrogaps.evidence.METHODS`), `log_evidence_temperatures` and
-            `log_evidence_evaluations`; `converged` and `kept_start` of the refinements. Where a conditioning gap was
+            `log_evidence_evaluations`; `examined`, whether other starts were tried; `converged` and `kept_start` of the refinements. Where a conditioning gap was
             measured: `elbo_shared`, `conditioning_gap`, and of a shared posterior `elbo_on_completions`,
             `overfitting`, `shared_converged`, `completions_ess` and `num_completions`.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
