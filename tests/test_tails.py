@@ -11,7 +11,7 @@ from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 import pyrogaps as pg
-from pyrogaps.evidence.tails import FAR, NEAR, _mass, heavy_tails
+from pyrogaps.evidence.tails import FAR, NEAR, Rays, heavy_tails, log_integral
 from pyrogaps.gaussians import Gaussian
 
 LAWS = {
@@ -54,8 +54,24 @@ def test_one_heavy_axis_is_enough() -> None:
     positions = torch.tensor([3, 1, 0, 5, 2, 4])
     heavy, cost = heavy_tails(slots, slots.anchor, positions)  # type: ignore[arg-type]
     assert (~heavy).tolist() == [(LIGHT | {"t0": True})[([*LAWS, "Normal"])[n]] for n in positions.tolist()]
-    assert cost[[2, 3]].tolist() == [7, 7]  # the Gaussians
-    assert cost[[1, 4]].tolist() == [13, 13]
+    assert cost[[2, 3]].tolist() == [15, 15]  # the Gaussians: 3 axes and 4 diagonals, either way, and the mean
+    assert cost[[1, 4]].tolist() == [29, 29]
+
+
+@pytest.mark.parametrize(("df", "light"), [(2, False), (3, False), (300, True)])
+@pytest.mark.parametrize("dim", [2, 5, 20])
+def test_heavy_tails_of_the_radius(dim: int, df: int, light: bool) -> None:
+    """The multivariate Student has far lighter tails along a line than it has in all."""
+    width = math.sqrt(df / (df + dim - 1))  # of which the square is the inverse of the curvature over its own breadth
+
+    class Spherical(Axes):
+        def values(self, positions: Tensor, points: Tensor) -> Tensor:
+            return -0.5 * (df + dim) * torch.log1p(points.square().sum(-1) / df)
+
+    eye = torch.eye(dim, dtype=torch.float64)[None]
+    anchor = Gaussian(torch.zeros(1, dim, dtype=torch.float64), width * eye)
+    heavy, _ = heavy_tails(Spherical(anchor, [["Normal"] * dim]), anchor, torch.zeros(1, dtype=torch.long))  # type: ignore[arg-type]
+    assert heavy.tolist() == [not light]
 
 
 def test_coordinates_that_are_in_no_density_have_no_tails() -> None:
@@ -83,23 +99,24 @@ def test_what_cannot_be_evaluated_is_not_light() -> None:
     assert heavy.tolist() == [True]
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
-def test_the_mass_of_an_exponential_tail_is_exact(rate: float) -> None:
-    r"""r = exp(-rate (t - NEAR)) / 50 between the two distances."""
+@pytest.mark.parametrize("rate", [-0.5, 0.0, 0.1, 1.0])
+def test_the_integral_of_an_exponential_is_exact(rate: float) -> None:
     length, start = FAR - NEAR, torch.tensor(math.log(0.02), dtype=torch.float64)
-    exact = 0.02 * (length if rate == 0 else (1 - math.exp(-rate * length)) / rate) / math.sqrt(2 * math.pi)
-    assert abs(float(_mass(start, start - rate * length)) - exact) < 1e-12
+    exact = 0.02 * (length if rate == 0 else (1 - math.exp(-rate * length)) / rate)
+    assert abs(float(log_integral(start, start - rate * length).exp()) - exact) < 1e-12
     nothing = torch.tensor(-math.inf, dtype=torch.float64)
-    assert float(_mass(nothing, nothing)) == 0
-    assert 0 < float(_mass(start, nothing)) < 1e-3 or float(_mass(start, nothing)) == 0
+    assert float(log_integral(nothing, nothing)) == float(log_integral(start, nothing)) == -math.inf
 
 
-def test_the_mass_of_students_tails_is_about_right() -> None:
-    for df in (2, 3, 5):
-        law = stats.t(df)
-        near, far = (torch.tensor(law.logpdf(t) - law.logpdf(0), dtype=torch.float64) for t in (NEAR, FAR))
-        exact = (law.cdf(FAR) - law.cdf(NEAR)) / (law.pdf(0) * math.sqrt(2 * math.pi))
-        assert abs(float(_mass(near, far)) / exact - 1) < 0.15
+@pytest.mark.parametrize("df", [2, 3, 5])
+def test_the_mass_of_students_tails(df: int) -> None:
+    """In units of a Gaussian with the same peak."""
+    law = stats.t(df)
+    anchor = Gaussian(torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64))
+    rays = Rays(Axes(anchor, [[f"t{df}"]]), anchor, torch.zeros(1, dtype=torch.long))  # type: ignore[arg-type]
+    mass = log_integral(rays.log_integrand(NEAR), rays.log_integrand(FAR)).exp().sum(0)
+    exact = 2 * (law.cdf(FAR) - law.cdf(NEAR)) / (law.pdf(0) * math.sqrt(2 * math.pi))
+    torch.testing.assert_close(mass, torch.full_like(mass, exact), rtol=0.15, atol=0)  # not quite exponential
 
 
 @pytest.mark.parametrize(("df", "dim", "trusted"), [(3, 1, False), (3, 5, False), (5, 1, True)])
