@@ -70,7 +70,7 @@ def test_good_weights_are_declared_by_themselves(draw: Draw, num_draws: int) -> 
 
 
 @pytest.mark.parametrize("draw", [gaussian(0.5, 1), gaussian(0.6, 1), gaussian(0.8, 5), student, lognormal(0.7)])
-@pytest.mark.parametrize("num_draws", [512, 2048])
+@pytest.mark.parametrize("num_draws", [16, 64, 512, 2048])
 def test_heavy_weights_are_covered_or_not_declared(draw: Draw, num_draws: int) -> None:
     assert covers(estimated(draw, num_draws, 1500, seed=2))
 

@@ -24,7 +24,8 @@ class Completions:
     """K draws of (C_n, Cbar_k) for every datapoint of a block: the shown part is kept, the withheld part drawn.
 
     `args` are the model's arguments for K B rows, completion by completion; `z` `(K, B, dim)` are the latents
-    that they were drawn with, from p(z | C_n); `ess` `(B,)` is the effective sample size of these latents.
+    that they were drawn with, from p(z | C_n); `ess` `(B,)` is the effective sample size of these latents,
+    which counts copies.
     """
 
     args: tuple[Any, ...]

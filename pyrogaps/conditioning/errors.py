@@ -8,12 +8,19 @@ $$\mathrm{Var}(\mathcal L[\hat q](x_n)) =
 
 $$\mathbb E[\mathcal L[\hat q](x_n)] - \mathcal L[q^*_C](x_n) = -\frac 1{2K} \mathbb E_k \mathrm{Var}_q(g_k - \bar g)$$
 
-This is exact for Gaussians. A family that cannot follow every such shift, or a noisy refinement, makes another error;
-the difference of two halves of the completions has that error too, but a single one is no measure of it. The
-differences of a block of datapoints are.
+This is exact for Gaussians, where the bias is that of a chi-squared variable: it varies by at most sqrt(2) times its
+mean, which it reaches where all completions shift q in one direction. K counts independent completions. Those drawn
+from copies of one latent, which resampling makes, are not: their number is the effective sample size of the latents.
+
+A family that cannot follow every such shift, or a noisy refinement, makes another error; the difference of two halves
+of the completions has that error too, but a single one is no measure of it. The differences of a block of datapoints
+are.
 """
 
+from dataclasses import dataclass
+
 import torch
+from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 from pyrogaps.capture import GradientEvaluator
@@ -25,6 +32,21 @@ from pyrogaps.streams import Chunk, Stream
 NUM_DRAWS = 128
 NUM_COMPLETIONS = 16
 FACTORS = torch.logspace(0, 4, 81, dtype=torch.float64)
+# The variance that so many draws and completions of two halves give has itself a relative variance of
+# 4 / NUM_DRAWS + 1 / (NUM_COMPLETIONS - 1), that of 20 degrees of freedom. Normal intervals of the stated error then
+# cover as often as Student's t would of the estimated one.
+DEGREES = 2 / (4 / NUM_DRAWS + 1 / (NUM_COMPLETIONS - 1))
+STUDENT = float(stats.t.ppf(0.975, DEGREES) / stats.norm.ppf(0.975))
+
+
+@dataclass(frozen=True)
+class FitError:
+    """What independent completions do to L[q](x_n): its `variance` in nats squared, and how much too low it is on
+    average, `bias` in nats; `(B,)` each.
+    """
+
+    variance: Tensor
+    bias: Tensor
 
 
 def completions_error(
@@ -34,8 +56,8 @@ def completions_error(
     which: Tensor,
     block: Chunk,
     stream: Stream,
-) -> Tensor:
-    """The mean square error `(B,)` of L[q](x_n), nats squared, that comes from completions `which` that q is fitted to.
+) -> FitError:
+    """The error of L[q](x_n) that comes from the completions `which` that q is fitted to.
 
     It is estimated from a few of them, evenly spaced, and from draws of q.
     """
@@ -49,20 +71,24 @@ def completions_error(
     shift = shift - shift.mean(1, keepdim=True)
     misfit = at_data.double() - each.mean(0)
     covariance = (shift * (misfit - misfit.mean(0))).mean(1)
-    number, bias = len(which), shift.square().mean((0, 1)) * len(some) / (len(some) - 1) / (2 * len(which))
-    return covariance.var(0) / number + 2 * bias.square()  # the bias varies by as much as its mean
+    bias = shift.square().mean((0, 1)) * len(some) / (len(some) - 1) / (2 * len(which))
+    return FitError(covariance.var(0) / len(which), bias)
 
 
-def mean_of_halves(first: Estimate, second: Estimate, errors: list[Tensor], ess: Tensor, number: int) -> Estimate:
+def mean_of_halves(first: Estimate, second: Estimate, errors: list[FitError], ess: Tensor, number: int) -> Estimate:
     """The mean of the estimates of two halves, its error that of the completions, of the refinements and of the draws.
 
-    `errors` are the halves' mean square errors from completions; `ess` of the `number` completions count. The halves'
-    differences, half of which have the same error, correct both parts where they are too small: that of completions on
-    the whole, and that of draws datapoint by datapoint, because the noise of a refinement has the form of its draws.
+    `errors` are the halves' errors from completions, of which `ess` of `number` are independent. The mean varies by
+    half the variance of a half, and is as much too low as each. The halves' differences, half of which have the same
+    variance, correct both parts where they are too small: that of completions on the whole, and that of draws
+    datapoint by datapoint, because the noise of a refinement has the form of its draws.
     """
     measured = ((first.value - second.value) / 2).square()
     draws = (first.mcse.square() + second.mcse.square()) / 4
-    fitted = (errors[0] + errors[1]) / 4 * (number / ess.to(draws.device))
+    copies = number / ess.to(draws.device)
+    biases = torch.stack([error.bias for error in errors]) * copies
+    variances = torch.stack([error.variance for error in errors]) * copies + 2 * biases.square()
+    fitted = STUDENT**2 * (variances.mean(0) / len(errors) + biases.mean(0).square())
     total = (measured.sum() / (fitted + draws).sum()).nan_to_num(1.0).clamp(min=1.0)
     factors = FACTORS.to(draws)[:, None]
     ratios = (measured / (total * fitted + factors * draws)).nan_to_num(0.0).mean(1)

@@ -39,7 +39,11 @@ class LatentsGiven:
     mode: Mode
 
     def draw(self, block: Chunk, start: Start, number: int, run: Run) -> tuple[Tensor, Tensor]:
-        """Draws `z` `(number, B, dim)` and their effective sample size `(B,)`; the anchor is refined from `start`."""
+        """Draws `z` `(number, B, dim)` and their effective sample size `(B,)`; the anchor is refined from `start`.
+
+        That is Kish's, with the number of copies of each chain as its weight: copies are not independent, and
+        resampling copies some chains even where all weights are nearly alike.
+        """
         settings = replace(self.settings, num_chains=number)
         runs = [self._from_prior(block, settings, run.derived("prior run"))]
         if settings.initial != "prior":
@@ -51,7 +55,7 @@ class LatentsGiven:
         position = torch.stack([result.position for result in runs], 2)[:, columns, best]
         run.stream("resample").reseed(block.start // BLOCK)
         which = systematic(log_weights, number).to(position.device)
-        return position[which, columns.to(position.device)], effective_sample_size(log_weights)
+        return position[which, columns.to(position.device)], number_of_distinct(which).to(log_weights.device)
 
     def _anchored(self, block: Chunk, start: Start, settings: AIS, run: Run) -> AISRun:
         evaluator = self._evaluator
@@ -84,6 +88,13 @@ def _anchored_is_better(prior: AISRun, anchored: AISRun) -> Tensor:
     error = torch.hypot(mcse_of_log_mean_exp(anchored.log_weights), mcse_of_log_mean_exp(prior.log_weights))
     worse: Tensor = too_few | (gain > 2 * error)
     return worse.long()
+
+
+def number_of_distinct(which: Tensor) -> Tensor:
+    r"""Effective number of different indices in each column of `which` `(K, B)`, $K^2 / \sum_i n_i^2$: `(B,)`."""
+    copies = torch.zeros(int(which.max()) + 1, which.shape[1], dtype=torch.float64, device=which.device)
+    copies.scatter_add_(0, which, torch.ones_like(which, dtype=torch.float64))
+    return len(which) ** 2 / copies.square().sum(0)
 
 
 def systematic(log_weights: Tensor, number: int) -> Tensor:

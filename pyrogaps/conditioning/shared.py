@@ -16,7 +16,7 @@ from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import BoundDensity, GradientEvaluator
 from pyrogaps.conditioning.completions import Completions, completed
 from pyrogaps.conditioning.conditions import Shown
-from pyrogaps.conditioning.errors import completions_error, mean_of_halves, mean_over_completions
+from pyrogaps.conditioning.errors import FitError, completions_error, mean_of_halves, mean_over_completions
 from pyrogaps.conditioning.latents import LatentsGiven
 from pyrogaps.conditioning.partial import partially_observed
 from pyrogaps.conditioning.settings import Conditioning
@@ -138,7 +138,7 @@ class Sharing:
             weights = _on_completions(on, guide, block, self.num_particles, stream)
             return mean_over_completions(weights, len(on.which))
 
-        nothing = [torch.zeros_like(error) for error in errors]
+        nothing = [FitError(*[torch.zeros_like(error.bias)] * 2) for error in errors]
         (own_1, other_1), (other_2, own_2) = [[elbo_on(guide, name) for guide in halves] for name in names]
         return SharedBlock(
             mean_of_halves(at_data[0], at_data[1], errors, completions.ess, len(completions)),
