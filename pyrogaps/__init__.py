@@ -5,7 +5,7 @@ from pyrogaps.calibration import Calibration, calibrate
 from pyrogaps.conditioning import Conditioning, SimulatedData, reference_guide, shared_posterior
 from pyrogaps.density import GuideDensity, IndexedData, JointDensity
 from pyrogaps.errors import InputError
-from pyrogaps.evidence import AIS, Evidence, Ladder, Measured, Measurement, ais, bdmc, log_evidence
+from pyrogaps.evidence import AIS, Bridge, Evidence, Ladder, Measured, Measurement, ais, bdmc, log_evidence
 from pyrogaps.export import loo, to_datatree
 from pyrogaps.family import AmortizedGuide, LocalFamily
 from pyrogaps.gaps import TERMS, Certificate, GapLedger, Retraining, Split, Term, decompose
@@ -33,6 +33,7 @@ __all__ = [
     "TERMS",
     "AmortizedGuide",
     "BernoulliKernel",
+    "Bridge",
     "Calibration",
     "Certificate",
     "Conditioning",

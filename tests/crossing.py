@@ -114,6 +114,7 @@ EVIDENCE: dict[str, Any] = {
 AIS = functools.partial(pg.AIS, **EVIDENCE)
 REFINEMENT = pg.Refinement(num_steps=2, num_particles=2, num_selection=4)
 LADDER = pg.Ladder(max_evaluations=200, num_pilot_draws=100, temperatures=(2,), num_chains=16, tolerance=1.0)
+BRIDGE = pg.Bridge(num_draws=16, num_chains=16, num_temperatures=1)
 RETRAINING = pg.Retraining(Training(num_epochs=1), max_rounds=1, num_datapoints=NUM_DATAPOINTS)
 
 
@@ -201,6 +202,7 @@ FEATURES: dict[str, Callable[[Case], Any]] = {
     "AIS from the guide": lambda case: decompose(case, evidence=AIS(initial="guide")),
     "AIS from the prior": lambda case: decompose(case, evidence=AIS(initial="prior")),
     "ladder": lambda case: decompose(case, evidence=LADDER),
+    "bridge": lambda case: decompose(case, evidence=BRIDGE),
     "certificate": certified,
     "split": split,
     "families": lambda case: decompose(case, families=OF_ONE if case.plate is False else LOCAL),

@@ -1,5 +1,6 @@
 """The benchmarks whose runs take hours, on digits and for seconds: that they run, continue, and write what they say."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks import (
     half_images,
     inference_suboptimality,
     inference_suboptimality_length,
+    peers,
     reporting,
     suboptimality_studies,
     training,
@@ -275,3 +277,16 @@ def test_conditioning(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: 
         monkeypatch.setattr(chain, "rows", None)
     assert (tmp_path / "runs" / "quick" / "conditioning.png").stat().st_size > 0
     assert table["known"].round(4).tolist() == [0.6044, 0.6044, 0.0]
+
+
+@pytest.mark.slow
+def test_peers_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    """On digits; BlackJAX where it is installed."""
+    cores = os.sched_getaffinity(0)
+    run(peers, monkeypatch, "--quick", "--runs", tmp_path / "runs")
+    assert os.sched_getaffinity(0) == cores
+    table = pd.read_csv(results / "peers-quick.csv", index_col=0)
+    own = {"ladder", "bridge sampling", "AIS from the prior (BDMC)", "IWAE from the guide", "IWAE-128 from the guide"}
+    assert own <= {*table.index}
+    assert table.loc["ladder", "error / ladder's"] == 1.0
+    assert (table["rms error"] < 2).all()

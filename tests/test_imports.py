@@ -19,6 +19,7 @@ PUBLIC = {
     "MAPA_IWAE_ELBO",
     "TERMS",
     "BernoulliKernel",
+    "Bridge",
     "Calibration",
     "Certificate",
     "Conditioning",

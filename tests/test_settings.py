@@ -44,8 +44,9 @@ PUBLIC = {name: getattr(pg, name) for name in pg.__all__ if name not in HOLDERS}
 PUBLIC |= {target.__qualname__: target for target in FURTHER}
 # The names by which messages know the classes that are sections of recipes.
 SECTIONS = {
-    "AIS": "evidence", "Ladder": "evidence", "Refinement": "refinement", "Conditioning": "conditioning",
-    "Certificate": "certificate", "Retraining": "retraining", "Split": "split", "Training": "training", "Mapa": "mapa",
+    "AIS": "evidence", "Bridge": "evidence", "Ladder": "evidence", "Refinement": "refinement",
+    "Conditioning": "conditioning", "Certificate": "certificate", "Retraining": "retraining", "Split": "split",
+    "Training": "training", "Mapa": "mapa",
     "Cosine": "schedule", "Exponential": "schedule", "Staircase": "schedule", "JointDensity": "", "GuideDensity": "",
 }  # fmt: skip
 # No settings: data, programs of several kinds, results to draw or export, and what a class keeps for itself.

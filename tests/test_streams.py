@@ -80,6 +80,13 @@ def examined() -> Callable[[], Any]:
     return lambda: pg.decompose(parabola, Slope(), x, **{**TINY, "evidence": ladder, "referee": NUMBER})
 
 
+def bridged() -> Callable[[], Any]:
+    model = anisotropic(4, 2)
+    x, guide = draws_of(model, NUMBER)[0], WrongEncoder(model)
+    bridge = pg.Bridge(num_draws=130, num_chains=32, num_temperatures=2)
+    return lambda: pg.decompose(model, guide, x, evidence=bridge, **TINY)
+
+
 def conditioned() -> Callable[[], Any]:
     """With completions doubled once."""
     model = anisotropic(4, 2)
@@ -115,7 +122,7 @@ def trained() -> Callable[[], Any]:
     return lambda: pg.train(model, guide, x[:100], validation=x[100:], **options)
 
 
-RUNS = {run.__name__: run for run in (plain, escalated, examined, conditioned, split, calibrated, trained)}
+RUNS = {run.__name__: run for run in (plain, escalated, examined, bridged, conditioned, split, calibrated, trained)}
 
 # Every stream, by what it is for; numbers in names, such as those of rungs and groups of chains, left out.
 REFINING = {"refine own", "refine further own", "select own"}
@@ -157,6 +164,7 @@ PURPOSES = {
     | LADDER
     | {"sample"}
     | under("examined", {"explore", "explore prior", "refined own", *REFINING} | LADDER),
+    "bridged": STRUCTURE | BOUNDS | under("bridge", {"ladder pilot", "ladder draws", "ladder chains"}),
     "conditioned": STRUCTURE
     | {"shown", "leak"}
     | BOUNDS

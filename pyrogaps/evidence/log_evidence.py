@@ -42,7 +42,8 @@ def log_evidence(
     Args:
         model, guide, data, plate: as for `ais`, or a `Problem` alone. Without a guide (None) the Gaussian is fitted
             from the prior.
-        evidence: how, `Ladder()` by default; or `AIS(...)`, or another `Evidence`.
+        evidence: how, `Ladder()` by default; or `AIS(...)`; or `Bridge(...)`, whose value is an estimate and no bound;
+            or another `Evidence`.
         refinement: settings of the refinement, for an evidence that needs it.
         referee: how many datapoints are examined for modes that the estimator misses; False examines none. They are a
             random sample, or all if there are no more. Where an examined posterior has several modes, the ladder

@@ -62,7 +62,8 @@ def assemble(
 def with_gaps(ledger: GapLedger, terms: Sequence[Term]) -> GapLedger:
     """`ledger` with its gaps, which are differences along one chain of estimates."""
     training = xr.Dataset() if ledger.training is None else ledger.training
-    columns = Columns(ledger.per_datapoint, training, ledger.provenance["amortized"])
+    amortized, quantities = ledger.provenance["amortized"], ledger.provenance["quantities"]
+    columns = Columns(ledger.per_datapoint, training, amortized, quantities["log_evidence"]["direction"])
     gaps, per_datapoint = measured_gaps(columns, terms)
     variables = {
         name: ("datapoint", value, {"units": "nats"})

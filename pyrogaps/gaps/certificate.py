@@ -41,8 +41,8 @@ def lines_of(certificate: xr.Dataset) -> Iterator[str]:
     middle, most = np.quantile(width, [0.5, 0.9])
     certain = width.mean() + math.log(1 / (1 - CERTAIN)) / len(width)
     yield (
-        f"BDMC on {counted(len(width), 'datapoint')} simulated from the model: log p(x) exceeds its lower bound by at "
-        f"most {_mean(width)} nats on average ({certain:.3f} with {CERTAIN:.0%} confidence). Per datapoint: median "
+        f"BDMC on {counted(len(width), 'datapoint')} simulated from the model: log p(x) exceeds what is measured by "
+        f"at most {_mean(width)} nats on average ({certain:.3f} with {CERTAIN:.0%} confidence). Per datapoint: median "
         f"{middle:.3f}, 90th percentile {most:.3f}, maximum {width.max():.3f}"
     )
     gain = certificate["gain"].values
@@ -62,7 +62,10 @@ def cautions(certificate: xr.Dataset, inference_gap: float, last_gap: str) -> It
     width = float((certificate["upper"] - certificate["lower"]).mean())
     gain = float(certificate["gain"].mean())
     if width > abs(inference_gap) / 10:
-        yield f"log p(x) may be {width:.3f} nats higher than measured (BDMC). Raise num_temperatures of AIS"
+        yield (
+            f"log p(x) may be {width:.3f} nats higher than measured (BDMC). Raise num_temperatures of AIS, or spend "
+            "more on the evidence that you chose"
+        )
     if gain > abs(inference_gap) / 10:
         yield (
             f"a longer refinement gains {gain:.3f} nats; the approximation gap is too large and the {last_gap} too "

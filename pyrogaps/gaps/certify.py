@@ -29,8 +29,9 @@ def check_certifiable(measure: Measure) -> None:
 
 
 def certify(measure: Measure, per_datapoint: xr.Dataset, settings: Certificate, run: Run) -> xr.Dataset:
-    """The certificate of a ledger: `lower` and `upper` bounds of log p(x), with `lower_mcse`, over "simulated"
-    datapoints; `gain` of L[q*], with `gain_mcse`, over "refined_again" datapoints, whose coordinates are their indices.
+    """The certificate of a ledger, over "simulated" datapoints: `lower`, log p(x) by the ledger's evidence, which is a
+    lower bound where the evidence gives one, with `lower_mcse`, and its upper bound `upper`. Over "refined_again"
+    datapoints, whose coordinates are their indices: `gain` of L[q*], with `gain_mcse`.
 
     Raises `InputError` where the model cannot be simulated.
     """

@@ -68,7 +68,8 @@ def decompose(
       A_D(\phi) = \frac{1}{|D|} \sum_{n \in D} \mathcal L[q^*_C](x_n) - \mathcal L[q_\phi](x_n)$$
 
     Every estimate uses draws of its own. log p(x) and L[q*] are bounded from below, so gaps are understated where AIS
-    or the refinement fell short: see the directions in the ledger.
+    or the refinement fell short. `Bridge` estimates log p(x), and the inference gap with it, without bounding either:
+    see the directions in the ledger.
 
     Args:
         model: a Pyro model, called with the arguments that `data` gives; or a `Problem`, in place of model, guide and
@@ -77,7 +78,7 @@ def decompose(
         data: a tensor or array, or a tuple of them, whose first axis is the data plate, or an `IndexedData`.
         families: further families, `name -> family(model) -> guide`, each refined per datapoint, beside the tree.
         evidence: how log p(x) is measured: `Ladder(...)`, which measures each datapoint to a stated standard error;
-            `AIS(...)`, with the same settings for all; or another `Evidence`. None: `Ladder()`.
+            `AIS(...)` or `Bridge(...)`, with the same settings for all; or another `Evidence`. None: `Ladder()`.
         refinement: settings of the per-datapoint refinement.
         conditioning: settings of the shared posterior that measures the conditioning gap of `conditions`.
         reference: for a `lookahead`, a guide with the same one, trained as well as can be for this model

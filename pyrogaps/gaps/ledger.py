@@ -45,10 +45,12 @@ class GapLedger:
             standard error `<name>_mcse`; `khat` and `ess` of the guide's importance weights, `khat_refined` and
             `ess_refined` of each refined family's; what the evidence adds: of AIS and the ladder `log_evidence_draws`
             and `log_evidence_ess`, draws or chains behind log p(x), and `acceptance`, NaN for importance sampling; of
-            the ladder also `log_evidence_method` (as in `pyrogaps.evidence.METHODS`), `log_evidence_temperatures` and
-            `log_evidence_evaluations`; `examined`, whether other starts were tried; `converged` and `kept_start` of the refinements. Where a conditioning gap was
-            measured: `elbo_shared`, `conditioning_gap`, and of a shared posterior `elbo_on_completions`,
-            `overfitting`, `shared_converged`, `completions_ess` and `num_completions`.
+            the ladder and the bridge `log_evidence_low` and `log_evidence_high`, a 95% interval,
+            `log_evidence_reliable` and `log_evidence_evaluations`; of the ladder also `log_evidence_method` (as in
+            `pyrogaps.evidence.METHODS`) and `log_evidence_temperatures`; `examined`, whether other starts were tried;
+            `converged` and `kept_start` of the refinements. Where a conditioning gap was measured: `elbo_shared`,
+            `conditioning_gap`, and of a shared posterior `elbo_on_completions`, `overfitting`, `shared_converged`,
+            `completions_ess` and `num_completions`.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
         observed: the data, where they are one tensor of moderate size.
         provenance: which estimator, direction of bound and settings each number has; seed and versions.
@@ -56,8 +58,9 @@ class GapLedger:
             guide trained on, `elbo_target` (L[q*_C]), each with `<name>_mcse`; else None.
         gaps: the tree of gaps, a row for each over "gap": `mean`, `standard_error` and `mcse` in nats, `parent` and
             what its `Term` says of it.
-        certificate: where asked for, how wrong the bounds can be: `lower` and `upper` bounds of log p(x) over
-            "simulated" datapoints, `gain` of L[q*] by a longer refinement over "refined_again" ones; else None.
+        certificate: where asked for, how wrong the bounds can be: `lower`, log p(x) by the ledger's evidence, and its
+            upper bound `upper` over "simulated" datapoints; `gain` of L[q*] by a longer refinement over "refined_again"
+            ones; else None.
     """
 
     per_datapoint: xr.Dataset

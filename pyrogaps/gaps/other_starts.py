@@ -56,7 +56,9 @@ def with_other_starts(results: Results, measure: Measure, number: int, run: Run)
             arrays[name][places[rows] - chunk.start] = np.where(accepted, after[name][rows], old)
         if evidence.count and RELIABLE in arrays:
             arrays[DOUBTED] = ~arrays[EXAMINED]
-            arrays[RELIABLE] = arrays[RELIABLE] & arrays[EXAMINED]
+            if not ladder:  # whose value stays as it was
+                arrays[DOUBTED][places[rows][evidence.found.numpy()[rows]] - chunk.start] = True
+            arrays[RELIABLE] = arrays[RELIABLE] & ~arrays[DOUBTED]
     families = {} if refined is None else dict(zip((OWN, *measure.families), refined.by_column, strict=True))
     found = {"contested": len(places), "log_evidence": _plain(evidence)}
     return results, {**summary, **found, "refined": {name: _plain(gain) for name, gain in families.items()}}

@@ -25,11 +25,13 @@ class Columns:
             each with its Monte Carlo standard error `<name>_mcse`.
         training: of the training datapoints, where the amortization gap is split; else empty.
         amortized: whether one network serves all datapoints.
+        evidence_direction: what the measured log p(x) is in expectation.
     """
 
     per_datapoint: xr.Dataset
     training: xr.Dataset = field(default_factory=xr.Dataset)
     amortized: bool = True
+    evidence_direction: str = "lower bound of log p(x)"
 
     @property
     def finite(self) -> "Columns":
@@ -74,8 +76,8 @@ class Term:
         id: the name of its column and of its row in `summary()`; no two terms have the same one.
         label: what tables and plots call it.
         parent: the id of the term that it is a part of; None for the root. Children sum to their parent.
-        estimator, direction: the difference that it is, as text or as a function from the columns to text, and
-            whether that is a bound of the gap.
+        estimator, direction: the difference that it is, and whether that is a bound of the gap; as text, or as a
+            function from the columns to text.
         value: from the columns, per datapoint or, for what is a difference between data sets, as means.
         applies: whether there is such a gap, from the columns.
         cause, remedy: what a large gap says, and what usually helps.
@@ -86,7 +88,7 @@ class Term:
     label: Name
     parent: Name | None
     estimator: str | Callable[[Columns], str]
-    direction: str
+    direction: str | Callable[[Columns], str]
     value: Callable[[Columns], Values | Mean]
     applies: Callable[[Columns], bool] = lambda columns: True
     cause: str = ""
@@ -97,9 +99,10 @@ class Term:
     def __repr__(self) -> str:
         return f"Term({self.id!r})"
 
-    def estimator_of(self, columns: Columns) -> str:
-        """What stands beside the gap of these columns in a table."""
-        return self.estimator if isinstance(self.estimator, str) else self.estimator(columns)
+    def described(self, name: str, columns: Columns) -> str:
+        """`estimator` or another text of the gap of these columns, as it stands beside it in a table."""
+        text: str | Callable[[Columns], str] | None = getattr(self, name)
+        return text(columns) if callable(text) else text or ""
 
 
 def values_of(dataset: xr.Dataset, name: str) -> Values:
@@ -116,6 +119,10 @@ def _target(columns: Columns) -> Values:
 
 def _has_shared(columns: Columns) -> bool:
     return "elbo_shared" in columns.per_datapoint
+
+
+def _inference_direction(columns: Columns) -> str:
+    return LOWER_BOUND if columns.evidence_direction.startswith("lower bound") else ESTIMATE
 
 
 def _inference(columns: Columns) -> Values:
@@ -152,7 +159,7 @@ def _is_split(columns: Columns) -> bool:
 
 
 TERMS: tuple[Term, ...] = (
-    Term(INFERENCE, "inference gap", None, "log p(x) - L[q]", LOWER_BOUND, _inference, colour="#d9d9d9"),
+    Term(INFERENCE, "inference gap", None, "log p(x) - L[q]", _inference_direction, _inference, colour="#d9d9d9"),
     Term(
         "approximation_gap",
         "approximation gap",
@@ -250,7 +257,7 @@ TERMS: tuple[Term, ...] = (
         hatch="xxxx",
     ),
 )
-DESCRIPTION = ("label", "parent", "direction", "cause", "remedy", "colour", "hatch")
+DESCRIPTION = ("label", "parent", "estimator", "direction", "cause", "remedy", "colour", "hatch")
 
 
 def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.Dataset, dict[str, Values]]:
@@ -267,8 +274,7 @@ def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.D
     finite = columns.finite
     means = [value.mean if isinstance(value, Values) else value for value in (t.value(finite) for t in ordered)]
     variables: dict[str, Any] = {name: ("gap", [getattr(mean, name) for mean in means]) for name in Mean._fields}
-    variables |= {name: ("gap", [getattr(term, name) or "" for term in ordered]) for name in DESCRIPTION}
-    variables["estimator"] = ("gap", [term.estimator_of(columns) for term in ordered])
+    variables |= {name: ("gap", [term.described(name, columns) for term in ordered]) for name in DESCRIPTION}
     gaps = xr.Dataset(variables, {"gap": [term.id for term in ordered]})
     per_datapoint = {term.id: value for term, value in zip(ordered, values, strict=True) if isinstance(value, Values)}
     return gaps, per_datapoint
