@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrogaps.log_weights import log_mean_exp
+from pyrogaps.log_weights import log_mean_exp, mcse_of_log_mean_exp
 
 NUM_GROUPS = 8
 NUM_GROUPINGS = 2  # with each group first in turn, 16 orderings
@@ -44,7 +44,7 @@ class TwoSided:
             have not met within the fresh draws allowed, or some group has no weight above zero. A mean over datapoints
             is then +infinity too; these datapoints must be counted, not left out.
         upper_mcse: Monte Carlo standard error of `upper`, by a jackknife that deletes an eighth of the weights at a
-            time; +infinity where there is no upper bound.
+            time, or that of the log-mean-exp of the weights, if that is larger; +infinity where there is no upper bound.
         num_fresh: draws taken beside the weights.
     """
 
@@ -99,7 +99,9 @@ def two_sided(
     upper = (value[0] + chains.sum).mean(0)
     variance = variance + (chains.sum - tail[0]).mean(0).square()
     absent = ~known | chains.alive.any(0)
-    upper, error = (torch.where(absent, math.inf, part) for part in (upper, variance.sqrt()))
+    # Eight replicates say little of a skewed estimate. It is hardly known better than the mean of the same weights.
+    error = variance.sqrt().maximum(mcse_of_log_mean_exp(log_weights))
+    upper, error = (torch.where(absent, math.inf, part) for part in (upper, error))
     return TwoSided(whole.mean((0, 1)), upper, error, chains.num_fresh)
 
 

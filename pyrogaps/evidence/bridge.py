@@ -30,6 +30,7 @@ from pyrogaps.evidence.importance import Sampler
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined
 from pyrogaps.evidence.rungs import Annealer
+from pyrogaps.evidence.tails import vouched
 from pyrogaps.gaussians import Curvature, anchor_of
 from pyrogaps.log_weights import (
     MAX_KHAT,
@@ -161,7 +162,7 @@ class BridgeEstimate(Estimate):
     def reliable(self) -> Tensor:
         """Whether `interval` covers as often as it says, `(N,)`.
 
-        The Gaussian must have the measured curvature in every direction, the standard error be 0.2 nats or less, and
+        The Gaussian must have the measured curvature in every direction, the posterior light tails, the standard error be 0.2 nats or less, and
         the chains' weights have an effective sample size of 16 or more. `khat`, the larger of that of p(x, z) / g(z)
         over the draws and that of the chains' weights, must be at most 0.5: the terms of a bridge are bounded, but
         where the posterior has a tail beyond the Gaussian's, neither the draws nor the chains have been there. A mode
@@ -208,6 +209,7 @@ class BridgeMeasurement(Measurement):
         drawn = Sampler(slots, start, run).log_weights(everyone, settings.num_draws, "draws")
         result, number = bridged(drawn, ends, ran.log_weights), len(ends)
         rounding = rounding_error(drawn.to(start.loc.dtype), start.peak[None])
+        light, looked = vouched(slots, anchor)
         spent = anchor.num_gradients + annealer.pilot_cost(PILOT_TEMPERATURES) + settings.num_draws
         return {
             "": result.value,
@@ -216,8 +218,8 @@ class BridgeMeasurement(Measurement):
             "khat": result.khat,
             "degrees": result.degrees,
             "draws": torch.full((len(block),), number),
-            "evaluations": torch.full((len(block),), spent + number * (annealer.cost(length) + 1)),
-            "vouched": anchor.agrees,
+            "evaluations": looked + spent + number * (annealer.cost(length) + 1),
+            "vouched": light,
             "acceptance": ran.acceptance.to(result.value.device),
         }
 

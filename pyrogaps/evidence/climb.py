@@ -13,7 +13,7 @@ from pyrogaps.capture.slots import Slots
 from pyrogaps.evidence.importance import Sampler, pilot_sampling
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.rungs import Annealer
-from pyrogaps.evidence.tails import heavy_tails
+from pyrogaps.evidence.tails import vouched
 from pyrogaps.gaussians import Curvature
 from pyrogaps.log_weights import rounding_error
 from pyrogaps.run import Run
@@ -90,24 +90,14 @@ class Climb:
         self.temperatures = torch.zeros(number, dtype=torch.long)
         self.pilots = torch.zeros(number, dtype=torch.long)
         self.steps: dict[int, Tensor] = {}
-        self.vouched = anchor.agrees.cpu().clone()
+        self.vouched, cost = vouched(slots, anchor)
+        self.evaluations += cost
 
     def climbed(self) -> Climbed:
         """Pilots decide on the rungs; then fresh draws are made for the estimate."""
-        self._look_at_tails()
         self._pilot_sampling()
         self._pilot_annealing()
         return self._measured()
-
-    def _look_at_tails(self) -> None:
-        """What vouches for the weights, beside themselves: the anchor has the curvature of the middle, and the tails
-        are light.
-        """
-        positions = self.vouched.nonzero()[:, 0]
-        if len(positions):
-            heavy, cost = heavy_tails(self.sampler.slots, self.anchor.gaussian, positions)
-            self.evaluations[positions] += cost
-            self.vouched[positions] = ~heavy.cpu()
 
     def _pilot_sampling(self) -> None:
         candidates = (~self.anchor.cut).nonzero()[:, 0].cpu()

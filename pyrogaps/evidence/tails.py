@@ -23,12 +23,24 @@ import torch
 from torch import Tensor
 
 from pyrogaps.capture.slots import Slots
-from pyrogaps.gaussians import Gaussian
+from pyrogaps.gaussians import Curvature, Gaussian
 
 # Distances in standard deviations, to which sqrt(k) - 1 is added: most of a Gaussian's mass lies that much further out.
 NEAR, FAR = 6.0, 9.0
 NUM_DIAGONALS = 4
 MAX_MASS = 0.005
+
+
+def vouched(slots: Slots, anchor: Curvature) -> tuple[Tensor, Tensor]:
+    """Where something other than weights says that these have light tails: the Gaussian has the measured curvature in
+    every direction, and the posterior's tails are light too. `(B,)` for a block, on the CPU; and what each took.
+    """
+    agrees = anchor.agrees.cpu().clone()
+    positions, cost = agrees.nonzero()[:, 0], torch.zeros(len(agrees), dtype=torch.long)
+    if len(positions):
+        heavy, taken = heavy_tails(slots, anchor.gaussian, positions)
+        agrees[positions], cost[positions] = ~heavy.cpu(), taken.cpu()
+    return agrees, cost
 
 
 def heavy_tails(slots: Slots, anchor: Gaussian, positions: Tensor) -> tuple[Tensor, Tensor]:
