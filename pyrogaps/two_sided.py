@@ -44,7 +44,7 @@ class TwoSided:
             have not met within the fresh draws allowed, or some group has no weight above zero. A mean over datapoints
             is then +infinity too; these datapoints must be counted, not left out.
         upper_mcse: Monte Carlo standard error of `upper`, by a jackknife that deletes an eighth of the weights at a
-            time, or that of the log-mean-exp of the weights, if that is larger; +infinity where there is no upper bound.
+            time, or that of the log-mean-exp of the weights if larger; +infinity where there is no upper bound.
         num_fresh: draws taken beside the weights.
     """
 
