@@ -163,10 +163,10 @@ class BridgeEstimate(Estimate):
         """Whether `interval` covers as often as it says, `(N,)`.
 
         The Gaussian must have the measured curvature in every direction, the posterior light tails, the standard error
-        be 0.2 nats or less, and the chains' weights have an effective sample size of 16 or more. `khat`, the larger of that of p(x, z) / g(z)
-        over the draws and that of the chains' weights, must be at most 0.5: the terms of a bridge are bounded, but
-        where the posterior has a tail beyond the Gaussian's, neither the draws nor the chains have been there. A mode
-        that no draw has reached stays unseen, unless other starts find it (`doubted`).
+        be 0.2 nats or less, and the chains' weights have an effective sample size of 16 or more. `khat`, the larger of
+        that of p(x, z) / g(z) over the draws and that of the chains' weights, must be at most 0.5: the terms of a
+        bridge are bounded, but where the posterior has a tail beyond the Gaussian's, neither the draws nor the chains
+        have been there. A mode that no draw has reached stays unseen, unless other starts find it (`doubted`).
         """
         assert self.ess is not None
         assert self.khat is not None
