@@ -177,8 +177,9 @@ def test_batches_and_neighbours_change_nothing(start: str) -> None:
     x, _ = draws_of(model, 128)
     settings = Refinement(num_steps=30)
     guide = AutoLocalMultivariateNormal if start == "family" else WrongEncoder(model)
+    options: dict[str, Any] = {"settings": settings, "referee": False}  # the sample examined depends on their number
     values = [
-        elbo(model, refine(model, guide, data, settings=settings, batch_size=size), data, num_particles=100).value
+        elbo(model, refine(model, guide, data, batch_size=size, **options), data, num_particles=100).value
         for data, size in ((x, 128), (x, 64), (x[:64], 64))
     ]
     torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-9)
