@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path(__file__).parent / "runs")
     options = parser.parse_args()
     options.reference, options.schedules, options.num_iwae = REFERENCE, ("sigmoid",), NUM_IWAE
-    # What was worse on these images in equal time: SMC with 1 or 10 leapfrog steps, other step sizes from 0.2 to 0.8, and
+    # What was worse on these images, in equal time: SMC with 1 or 10 leapfrog steps, other steps from 0.2 to 0.8, and
     # an effective share of 50%; AIS with 3 or 10 leapfrog steps, and linear.
     options.num_leapfrog, options.step_sizes, options.target_ess = 3, (0.4,), (0.8, 0.9, 0.95)
     options.chains = (4, 16)
