@@ -131,8 +131,7 @@ def check_stated_error(problem: Callable[[], Exact], evidence: pg.Bridge, number
     covered = float(((low <= estimate.value - errors) & (estimate.value - errors <= high)).double().mean())
     assert 0.8 <= stated / spread <= 1.25
     assert abs(float(errors.mean())) < 4 * spread / math.sqrt(number)
-    least = 0.5 if problem is heavy_tails else 0.9
-    assert float(estimate.reliable.double().mean()) >= least
+    assert float(estimate.reliable.double().mean()) >= 0.95
     assert covered >= 0.93 - 2 * math.sqrt(0.93 * 0.07 / number)
     return f"spread {spread:.4f}, stated {stated:.4f}, ratio {stated / spread:.2f}, covered {covered:.3f}"
 
@@ -153,7 +152,7 @@ def test_tails_that_no_draw_has_reached_are_not_trusted() -> None:
     """There the bridge is low by more than its error says, and so would be AIS of as many temperatures."""
     estimate, errors = replicates(long_tails(), pg.Bridge())
     assert float(errors.mean()) < -4 * float(errors.std()) / math.sqrt(REPLICATES)
-    assert float(estimate.reliable.double().mean()) < 0.05
+    assert not estimate.reliable.any()
 
 
 def test_ends_count_by_their_weights() -> None:
@@ -281,7 +280,7 @@ def test_a_ledger_calls_it_an_estimate_and_no_bound(ledger: pg.GapLedger) -> Non
     error = data["log_evidence"].values - model.log_evidence(draws_of(model, 40, seed=3)[0]).detach().numpy()
     assert np.abs(error / data["log_evidence_mcse"].values).max() < 4.5
     assert (data["log_evidence_low"] < data["log_evidence"]).all()
-    assert float(data["log_evidence_reliable"].mean()) > 0.9
+    assert data["log_evidence_reliable"].all()
     summary = ledger.summary()
     assert summary.loc["log_evidence", "direction"] == "estimate of log p(x) (either way)"
     assert summary.loc["inference_gap", "direction"] == "estimate (either way)"

@@ -33,13 +33,11 @@ from pyrogaps.evidence.rungs import Annealer
 from pyrogaps.evidence.tails import vouched
 from pyrogaps.gaussians import Curvature, anchor_of
 from pyrogaps.log_weights import (
-    MAX_KHAT,
     MAX_MCSE,
     MIN_DRAWS,
     Estimate,
     effective_sample_size,
     normalised,
-    pareto_khat,
     rounding_error,
 )
 from pyrogaps.problem import Problem
@@ -89,14 +87,13 @@ class Bridge(Evidence):
 
 class Bridged(NamedTuple):
     """Bridge estimates for M datapoints, `(M,)` each: log r in nats, its standard error, the degrees of freedom of that
-    error, the effective sample size of the weighted draws, and the larger Pareto k-hat of the ratios and the weights.
+    error, and the effective sample size of the weighted draws.
     """
 
     value: Tensor
     mcse: Tensor
     degrees: Tensor
     ess: Tensor
-    khat: Tensor
 
 
 def bridged(drawn: Tensor, ends: Tensor, log_weights: Tensor) -> Bridged:
@@ -136,7 +133,6 @@ def bridged(drawn: Tensor, ends: Tensor, log_weights: Tensor) -> Bridged:
         torch.where(known, (first + second).nan_to_num(nan=torch.inf).sqrt(), torch.nan),
         torch.nan_to_num(degrees, nan=1.0, posinf=float(number)).clamp(min=1.0),
         ess,
-        torch.fmax(pareto_khat(drawn), pareto_khat(log_weights)).to(ess.device),
     )
 
 
@@ -162,16 +158,14 @@ class BridgeEstimate(Estimate):
     def reliable(self) -> Tensor:
         """Whether `interval` covers as often as it says, `(N,)`.
 
-        The Gaussian must have the measured curvature in every direction, the posterior light tails, the standard error
-        be 0.2 nats or less, and the chains' weights have an effective sample size of 16 or more. `khat`, the larger of
-        that of p(x, z) / g(z) over the draws and that of the chains' weights, must be at most 0.5: the terms of a
-        bridge are bounded, but where the posterior has a tail beyond the Gaussian's, neither the draws nor the chains
-        have been there. A mode that no draw has reached stays unseen, unless other starts find it (`doubted`).
+        The Gaussian must have the measured curvature in every direction and the posterior light tails (`vouched`), the
+        standard error be 0.2 nats or less, and the chains' weights have an effective sample size of 16 or more. The
+        terms of a bridge are bounded, but where tails are heavy neither the draws nor the chains have been there. A
+        mode that no draw has reached stays unseen, unless other starts find it (`doubted`).
         """
         assert self.ess is not None
-        assert self.khat is not None
         assert self.vouched is not None
-        reliable = torch.isfinite(self.value) & (self.mcse <= MAX_MCSE) & ~(self.khat > MAX_KHAT)
+        reliable = torch.isfinite(self.value) & (self.mcse <= MAX_MCSE)
         reliable = reliable & (self.ess >= MIN_DRAWS) & self.vouched.bool()
         return reliable if self.doubted is None else reliable & ~self.doubted.to(reliable.device)
 
@@ -215,7 +209,6 @@ class BridgeMeasurement(Measurement):
             "": result.value,
             "mcse": result.mcse.maximum(rounding),
             "ess": result.ess,
-            "khat": result.khat,
             "degrees": result.degrees,
             "draws": torch.full((len(block),), number),
             "evaluations": looked + spent + number * (annealer.cost(length) + 1),
@@ -256,7 +249,6 @@ def _estimate(columns: dict[str, Tensor]) -> BridgeEstimate:
         columns["mcse"],
         "estimate",
         ess=columns["ess"],
-        khat=columns["khat"],
         acceptance=columns["acceptance"],
         vouched=columns["vouched"],
         degrees=columns["degrees"],
