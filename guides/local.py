@@ -161,3 +161,11 @@ class AutoLocalMultivariateNormal(AutoLocal):
     def get_posterior(self) -> MarginalMultivariateNormal:
         scale_tril = self.scale[..., None] * self.unit_scale_tril
         return MarginalMultivariateNormal(self.loc, scale_tril=scale_tril)
+
+    def location_scale(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Set means `(N, dim)` and covariance factors `(N, dim, dim)`."""
+        scale = scale_tril.diagonal(dim1=-2, dim2=-1)
+        self.start_at(loc, scale)
+        with torch.no_grad():
+            unit = dict(self.named_parameters())["unit_scale_tril_unconstrained"]
+            unit.copy_((scale_tril / scale[..., None]).reshape(unit.shape))

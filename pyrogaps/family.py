@@ -43,11 +43,14 @@ class LocalFamily:
     Attributes:
         starts_from: another family, which is refined first; this one starts at the Gaussian that it ends at.
         start_at: `start_at(loc, scale)` starts the guide at a factorised Gaussian, `(B, dim)` each.
+        location_scale: `location_scale(loc, scale_tril)` sets a guide that is a Gaussian with correlations, in
+            unconstrained space, to these means `(B, dim)` and factors `(B, dim, dim)`. Natural gradients refine it then.
         units: `units()`, natural steps of its parameters by name, by which refinement scales its own.
     """
 
     starts_from: Callable[..., Any] | None = None
     start_at: Callable[..., None] | None = None
+    location_scale: Callable[..., None] | None = None
     units: Callable[[], dict[str, Any]] | None = None
 
     @staticmethod
@@ -69,6 +72,7 @@ class _DeclaredByAnyFamily(LocalFamily):
     def __init__(self, guide: Any) -> None:
         self.starts_from = getattr(guide, "starts_from", None)
         self.start_at = getattr(guide, "start_at", None)
+        self.location_scale = getattr(guide, "location_scale", None)
         self.units = getattr(guide, "units", None)
 
 

@@ -12,6 +12,7 @@ from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.local import Draws, LocalGuide
 from pyrogaps.density.runs import evaluating
 from pyrogaps.family import LocalFamily
+from pyrogaps.gaussians import Gaussian
 from pyrogaps.guard import failures_named
 from pyrogaps.refine.families import Family, Start, data_axes, instantiate, restrict
 from pyrogaps.run import Run
@@ -67,6 +68,14 @@ class FamilyGuide:
                     start_local(part.guide, *args)
         self._take_units()
 
+    def move_to(self, gaussian: Gaussian) -> bool:
+        """Set all guides to Gaussians; False where the family has no way to."""
+        return all([part.move_to(gaussian.loc[part.rows], gaussian.scale[part.rows]) for part in self._parts])
+
+    def free_columns(self, dim: int) -> tuple[Tensor, Tensor]:
+        """All means and all scales are free."""
+        return tuple(torch.ones(dim, dtype=torch.bool, device=self.joint.device) for _ in range(2))  # type: ignore[return-value]
+
     def _take_units(self) -> None:
         self.units = [unit for part in self._parts for unit in part.units()]
 
@@ -88,6 +97,18 @@ class _Part:
         elif (start_at := LocalFamily.of(self.guide).start_at) is not None:
             with failures_named(f"{type(self.guide).__name__}.start_at"):
                 start_at(loc, scale)
+
+    def move_to(self, loc: Tensor, scale: Tensor) -> bool:
+        """Set the guide to Gaussians with these scales, `(B, dim)` or factors `(B, dim, dim)`, where it can."""
+        family = LocalFamily.of(self.guide)
+        if isinstance(self.guide, AutoNormal) or (scale.dim() == 2 and family.start_at is not None):
+            self.start_at(loc, scale)
+        elif scale.dim() == 3 and family.location_scale is not None:
+            with failures_named(f"{type(self.guide).__name__}.location_scale"):
+                family.location_scale(loc, scale)
+        else:
+            return False
+        return True
 
     def units(self) -> list[Tensor | float]:
         units: dict[str, Any] = _auto_normal_units(self.guide) if isinstance(self.guide, AutoNormal) else {}

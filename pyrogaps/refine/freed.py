@@ -11,6 +11,7 @@ from torch.distributions import transform_to
 from pyrogaps.density import JointDensity
 from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import FactorisedGuide, GuideSite
+from pyrogaps.gaussians import Gaussian
 from pyrogaps.refine.families import Start
 
 FREE_PARAMETERS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -31,6 +32,8 @@ FREE_PARAMETERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "Dirichlet": (dist.Dirichlet, ("concentration",)),
 }
 
+# Those that are Gaussian in unconstrained space.
+GAUSSIAN = (dist.Normal, dist.LogNormal, dist.MultivariateNormal)
 CONSTRAINTS = {"cov_factor": dist.constraints.real}
 
 
@@ -115,6 +118,31 @@ class FreedGuide:
                     parameter.copy_(site.transforms[name].inv(shaped[name].reshape(parameter.shape)))
             self.units[site.freed["loc"]] = shaped["scale"].reshape(self.parameters[site.freed["loc"]].shape).clone()
         return True
+
+    def move_to(self, gaussian: Gaussian) -> bool:
+        """Set the means and scales that are free; False where a site is not Gaussian in unconstrained space."""
+        if any(site.build not in GAUSSIAN for site in self.sites):
+            return False
+        correlated = gaussian.scale.dim() == 3
+        diagonal = gaussian.scale.diagonal(dim1=-2, dim2=-1) if correlated else gaussian.scale
+        for site in self.sites:
+            layout = site.term.site
+            values = {"loc": layout.unflatten(gaussian.loc), "scale": layout.unflatten(diagonal)}
+            if correlated:
+                values["scale_tril"] = gaussian.scale[:, layout.columns, layout.columns]
+            with torch.no_grad():
+                for name, position in site.freed.items():
+                    parameter = self.parameters[position]
+                    parameter.copy_(site.transforms[name].inv(values[name].reshape(parameter.shape)))
+        return True
+
+    def free_columns(self, dim: int) -> tuple[Tensor, Tensor]:
+        """Which means, and which scales, are free: booleans `(dim,)` each."""
+        loc, scale = (torch.zeros(dim, dtype=torch.bool, device=self.joint.device) for _ in range(2))
+        for site in self.sites:
+            loc[site.term.site.columns] = "loc" in site.freed
+            scale[site.term.site.columns] = "scale" in site.freed or "scale_tril" in site.freed
+        return loc, scale
 
     def at(self, indices: Tensor) -> FactorisedGuide:
         """The guide at datapoints `indices` of the chunk, differentiable in `parameters`."""

@@ -62,7 +62,7 @@ class Optimisation:
         finish, before = _copy(refinable), self._scores(refinable)
         self._ascend(further_steps, f"refine further {self.name}", share)
         further = self._scores(refinable)
-        converged = _no_gain(before, further, self.settings.tolerance)
+        converged = no_gain(before, further, self.settings.tolerance)
         better = further.mean(0) > before.mean(0)
         keep_where(~better, finish, refinable)
         best, highest = _copy(refinable), torch.where(better, further, before).mean(0)
@@ -151,7 +151,7 @@ def _copy(refinable: Refinable) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in refinable.parameters]
 
 
-def _no_gain(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
+def no_gain(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
     """Whether `after`, `(rounds, B)`, is not above `before` by more than the tolerance and two standard errors: `(B,)`.
 
     Both are on the same draws, so their difference is known far better than either. What cannot be compared has not

@@ -1,6 +1,7 @@
 """`refine`: per-datapoint guides for a whole data set."""
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pyro
@@ -12,6 +13,7 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError, counted
+from pyrogaps.gaussians import anchor_of
 from pyrogaps.guard import guarded
 from pyrogaps.modes import Gain
 from pyrogaps.problem import Problem
@@ -139,7 +141,7 @@ def refine_all(problem: Problem, refiner: Refiner, run: Run, referee: int = 0) -
     evaluator = problem.evaluator
 
     def measure(chunk: Chunk) -> tuple[Chunk, Refinable, Progress]:
-        return chunk, *refiner(evaluator, chunk, run)
+        return chunk, *refiner(evaluator, chunk, run, anchor=partial(anchor_of, problem, chunk, run))
 
     chunks, parts, progress = zip(*run.map_alone(measure, problem.joint), strict=True)
     examined = gain = None

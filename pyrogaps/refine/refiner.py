@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 
+from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density.data import part_of
 from pyrogaps.density.simulate import ToData
 from pyrogaps.family import LocalFamily
+from pyrogaps.gaussians import Curvature
 from pyrogaps.problem import Problem, Simulated
 from pyrogaps.refine.families import Family, Start
 from pyrogaps.refine.family_guide import FamilyGuide
+from pyrogaps.refine.gaussian_form import gaussian_form
 from pyrogaps.refine.local import Refinable
+from pyrogaps.refine.natural_refinement import NaturalRefinement
 from pyrogaps.refine.objective import Evaluator
 from pyrogaps.refine.optimise import Optimisation, Progress
 from pyrogaps.refine.own import OwnFamily, start_of
@@ -20,6 +24,9 @@ from pyrogaps.refine.restarts import prior_start
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
+
+# Gives the curvature Gaussians of a chunk, which are fitted when they are used.
+Anchor = Callable[[], Curvature]
 
 
 @dataclass(frozen=True)
@@ -42,49 +49,41 @@ class Refiner:
         name: str = "own",
         start: Start | None = None,
         others: Sequence[Start] = (),
+        anchor: Anchor | None = None,
     ) -> tuple[Refinable, Progress]:
         """q* of the datapoints of a chunk, and how its optimisation went. It is begun at `others` too.
 
-        A further family starts at the Gaussian `start`. Where guides of a family have `starts_from`, another family,
-        that one is refined first: a further family starts at the Gaussian which this amounts to; the guide's own
-        starts there or at the guide's output, whichever bound is higher.
+        Guides that are Gaussian in unconstrained space start at the Gaussians with the curvature of log p(x, z), if
+        `anchor` gives these, and are refined by natural gradients, see `NaturalRefinement`.
+
+        A further family starts at the Gaussian `start`. Where other guides of a family have `starts_from`, another
+        family, that one is refined first: a further family starts at the Gaussian which this amounts to; the guide's
+        own starts there or at the guide's output, whichever bound is higher.
         """
-        evaluate = evaluator.bind(chunk.indices, self.settings.num_particles)
-
-        def optimisation(refinable: Refinable, name: str, run: Run = run) -> Optimisation:
-            return Optimisation(refinable, evaluate, chunk, self.settings, run, name)
-
-        def refined_first(family: Family) -> Start:
-            refined, _ = replace(self, family=family)(evaluator, chunk, run.quiet(), f"{name} start", start, others)
-            return start_of(refined, chunk, run)
-
-        restart = True
+        fit = _Fit(self, evaluator, chunk, run, name)
         if isinstance(self.family, OwnFamily):
             refinable = self.family.start(evaluator.joint, chunk, run)
-            if before := _starts_from(refinable):
-                there = self.family.start_at(refined_first(before), evaluator.joint, chunk, run)
-                optimisation(refinable, name).take_better(there)
-                restart = False
         else:
             # Where guides start at random, those of two families, or two starts, must not start alike.
             refinable = FamilyGuide(self.family, evaluator.joint, chunk, run.derived(name))
-            if before := _starts_from(refinable):
-                start = start if start and start.fitted else refined_first(before)
-                restart = False
-            if start is not None:
-                refinable.start_at(start)
-        progress = optimisation(refinable, name).maximise()
-        # A family that starts from another one has had its further starts there.
+        restart, natural = True, fit.natural(refinable, anchor)
+        if natural is None and (before := _starts_from(refinable)):
+            # Its further starts have been had there.
+            restart = False
+            if isinstance(self.family, OwnFamily):
+                first = fit.refined_first(before, start, others, anchor)
+                fit.optimisation(refinable).take_better(self.family.start_at(first, evaluator.joint, chunk, run))
+            elif start is None or not start.fitted:
+                start = fit.refined_first(before, start, others, anchor)
+        if start is not None and isinstance(refinable, FamilyGuide) and not isinstance(self.family, OwnFamily):
+            refinable.start_at(start)
+        progress = (natural or fit.optimisation(refinable)).maximise()
         for attempt in range(1, self.settings.num_starts + len(others) if restart else 1):
             place = attempt - self.settings.num_starts
             point = others[place] if place >= 0 else prior_start(evaluator, chunk, run.stream(f"start {name}"), attempt)
             other = self._started(point, evaluator, chunk, run.derived(name, attempt))
-            if other is None:
-                continue
-            its_progress = optimisation(other, f"{name} {attempt}", run.quiet()).maximise()
-            better = optimisation(refinable, name).take_better(other)
-            converged = torch.where(better, its_progress.converged, progress.converged)
-            progress = replace(progress, converged=converged, kept_start=progress.kept_start & ~better)
+            if other is not None:
+                progress = fit.begun_at(other, refinable, progress, attempt)
         for parameter in refinable.parameters:
             parameter.requires_grad_(False)
         return refinable, progress
@@ -119,6 +118,50 @@ class Refiner:
         guide = FamilyGuide(self.family, evaluator.joint, chunk, run)
         guide.start_at(start)
         return guide
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A family fitted to the datapoints of a chunk: what its optimisations have in common."""
+
+    refiner: Refiner
+    evaluator: Evaluator
+    chunk: Chunk
+    run: Run
+    name: str
+
+    def optimisation(self, refinable: Refinable, attempt: int = 0) -> Optimisation:
+        """By Adam; of a further `attempt`, without the progress bar."""
+        settings, run = self.refiner.settings, self.run.quiet() if attempt else self.run
+        density = self.evaluator.bind(self.chunk.indices, settings.num_particles)
+        return Optimisation(
+            refinable, density, self.chunk, settings, run, f"{self.name} {attempt}" if attempt else self.name
+        )
+
+    def natural(self, refinable: Refinable, anchor: Anchor | None) -> NaturalRefinement | None:
+        """By natural gradients; None for guides that are not Gaussian, or where no curvature is known."""
+        if anchor is None or not isinstance(self.evaluator, GradientEvaluator):
+            return None
+        form = gaussian_form(refinable, self.evaluator.joint, self.chunk)
+        # A curvature that took no gradients is none, see `anchor_of`.
+        if form is None or not (curvature := anchor()).num_gradients:
+            return None
+        return NaturalRefinement(form, curvature, self.evaluator, self.refiner.settings, self.run, self.name)
+
+    def refined_first(
+        self, family: Family, start: Start | None, others: Sequence[Start], anchor: Anchor | None
+    ) -> Start:
+        """The Gaussians that another family's refined guides amount to."""
+        first, run = replace(self.refiner, family=family), self.run.quiet()
+        refined, _ = first(self.evaluator, self.chunk, run, f"{self.name} start", start, others, anchor)
+        return start_of(refined, self.chunk, self.run)
+
+    def begun_at(self, other: Refinable, refinable: Refinable, progress: Progress, attempt: int) -> Progress:
+        """Optimise `other`, a further start, and set `refinable` to it where its bound is higher."""
+        its_progress = self.optimisation(other, attempt).maximise()
+        better = self.optimisation(refinable).take_better(other)
+        converged = torch.where(better, its_progress.converged, progress.converged)
+        return replace(progress, converged=converged, kept_start=progress.kept_start & ~better)
 
 
 def _starts_from(refinable: Refinable) -> Callable[..., Any] | None:

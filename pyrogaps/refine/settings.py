@@ -4,23 +4,30 @@ from dataclasses import dataclass
 
 from pyrogaps.settings import Count, NonNegative, Positive, checked
 
+# A natural-gradient step does the work of so many of Adam's; there are so many at least.
+STEPS_OF_ADAM, MIN_NATURAL_STEPS = 40, 8
+
 
 @checked("refinement")
 @dataclass(frozen=True)
 class Refinement:
     """Settings of the per-datapoint refinement.
 
+    Guides that are Gaussian in unconstrained space are refined by natural gradients, all others, and those for which
+    these do not converge, by Adam.
+
     Attributes:
-        num_steps: Adam steps.
-        num_particles: draws per step and datapoint, in mirrored pairs where the family is symmetric.
-        learning_rate: the first step's, in units of the posterior's own scale where the family knows it; it decays by a
+        num_steps: Adam steps. Natural gradients need a fortieth as many, `num_natural_steps`, each with 16 draws.
+        num_particles: draws per step of Adam and datapoint, in mirrored pairs where the family is symmetric.
+        learning_rate: of Adam. The first step's, in units of the posterior's own scale where the family knows it; it decays by a
             cosine to a thousandth.
         num_starts: how often refinement is begun: at the guide's own output first, then each time at the best of 256
             draws from the prior; of the optima found the best is kept. For posteriors with several modes.
         num_selection: draws on which the refined and the starting guide are compared; where refinement ended below its
             start, the start is kept.
-        tolerance: a datapoint counts as converged when another tenth of the steps (50 at least), begun at the full
-            rate, does not raise its ELBO by more than this, in nats (and two standard errors of that comparison).
+        tolerance: a datapoint counts as converged when further steps, begun at the full rate, do not raise its ELBO by
+            more than this, in nats (and two standard errors of that comparison): a tenth as many of Adam (50 at least),
+            or a third as many natural gradients.
     """
 
     num_steps: Count = 1000
@@ -29,3 +36,8 @@ class Refinement:
     num_starts: Count = 1
     num_selection: Count = 256
     tolerance: NonNegative = 0.02
+
+    @property
+    def num_natural_steps(self) -> int:
+        """Natural-gradient steps of the first round: a fortieth of `num_steps`, and 8 at least."""
+        return max(MIN_NATURAL_STEPS, self.num_steps // STEPS_OF_ADAM)

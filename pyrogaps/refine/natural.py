@@ -1,0 +1,148 @@
+"""Natural gradients of the ELBO for Gaussians, with the curvature of log p(x, z) as control variate."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyrogaps.gaussians import Gaussian
+from pyrogaps.refine.gaussian_form import GaussianForm
+
+# The rate of a step: fast at first, then 1/t, so that the end is a mean over the steps.
+FASTEST, NUM_FAST = 0.5, 4
+# No step changes the mean by more than this, in units of sqrt(dim) standard deviations of the posterior, or of one.
+LONGEST, LONGEST_FEW = 0.5, 1.5
+NUM_POWER = 5
+
+
+def rate(step: int) -> float:
+    """The rate of step 0, 1, ..."""
+    return FASTEST if step < NUM_FAST else 1 / (step - NUM_FAST + 1 / FASTEST)
+
+
+def fitted_to(form: GaussianForm, own: Gaussian, anchor: Gaussian) -> Gaussian:
+    """The family's Gaussians of highest ELBO where log p(x, z) is the Gaussian `anchor`; `own` in what is not free.
+
+    Their precision is that of the anchor, with 0 between coordinates that the family holds independent.
+    """
+    precision = _precision(anchor)
+    loc = torch.where(form.free_loc, anchor.loc, own.loc)
+    if form.blocks is None:
+        scale = precision.diagonal(dim1=-2, dim2=-1).rsqrt().to(own.scale.dtype)
+        return replace(own, loc=loc, scale=torch.where(form.free_scale, scale, own.scale))
+    factor = _factor(precision * form.blocks).to(own.scale.dtype)
+    return replace(own, loc=loc, scale=torch.where(form.free_scale[:, None], factor, own.scale))
+
+
+@dataclass(frozen=True)
+class NaturalGradient:
+    r"""Natural-gradient ascent of the ELBO of Gaussians N(m, L L^T), with precision P, for M datapoints.
+
+    In coordinates whitened by L, let $u_\pm$ be the gradients of log p(x, z) at $m \pm L\epsilon$,
+    $s = \tfrac12 (u_- - u_+)$ the secant and R the anchor's precision, scaled to unit diagonal (blocks). Then
+
+    $$W = \overline{\operatorname{sym}(s - R\epsilon) \epsilon^T}, \qquad \mathbb E[W] = L^T H L - I,$$
+
+    with H the mean of $-\nabla^2 \log p(x, z)$ under q (Stein's identity) and $\mathbb E[R \epsilon \epsilon^T]$ the
+    identity in all that the family frees: R, which is set before any draw, is a control variate with a known mean. A
+    step of rate r is
+
+    $$P \leftarrow L^{-T} (I + r W + \tfrac12 r^2 W^2) L^{-1}, \qquad m \leftarrow m + r L R^{-1} \bar u .$$
+
+    The factor in brackets is $\tfrac12 (I + (I + rW)^2)$: it never takes more than half of a precision, so precisions
+    stay positive (Lin, Schmidt and Khan, 2020, arXiv:2002.10060). It is a Newton step in the mean.
+
+    Attributes:
+        correlation: R, `(M, dim, dim)`, in double precision.
+        inverse: of R among the means that are free, 0 elsewhere, `(M, dim, dim)`.
+        mask: what of W is free: `(M, dim)` of its diagonal for independent coordinates, else `(M, dim, dim)`.
+    """
+
+    correlation: Tensor
+    inverse: Tensor
+    mask: Tensor
+
+    @classmethod
+    def about(cls, form: GaussianForm, start: Gaussian, anchor: Gaussian) -> "NaturalGradient":
+        """For the family of `form` with fixed parts as in `start`, by the curvature of `anchor`."""
+        precision = _precision(anchor)
+        own = start.scale.double()
+        free = form.free_scale if form.blocks is None else form.free_scale[:, None]
+        if form.blocks is None:
+            own = torch.where(free, precision.diagonal(dim1=-2, dim2=-1).rsqrt(), own)
+            correlation = own[:, :, None] * precision * own[:, None, :]
+        else:
+            own = torch.where(free, _factor(precision * form.blocks), own)
+            correlation = own.mT @ precision @ own
+        active = torch.ones_like(start.loc, dtype=torch.bool) if start.active is None else start.active
+        moved = (form.free_loc & active).double()
+        both = moved[:, :, None] * moved[:, None, :]
+        among = correlation * both + torch.diag_embed(1 - moved)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(among)) * both
+        spread = (form.free_scale & active).double()
+        mask = spread if form.blocks is None else form.blocks * spread[:, :, None] * spread[:, None, :]
+        return cls(correlation, inverse, mask)
+
+    def at(self, positions: Tensor) -> "NaturalGradient":
+        """That of the datapoints at `positions`."""
+        return NaturalGradient(self.correlation[positions], self.inverse[positions], self.mask[positions])
+
+    def step(self, q: Gaussian, noise: Tensor, gradients: Callable[[Tensor], Tensor], rate: float) -> Gaussian:
+        """One step from `q`, with gradients `(2S, M, dim)` at the mirrored points of `noise` `(S, M, dim)`.
+
+        A datapoint with a gradient that is not finite stays where it is.
+        """
+        slopes = gradients(torch.cat([q.draw(noise), q.draw(-noise)])).double()
+        finite = torch.isfinite(slopes).all(-1).all(0)
+        slopes = torch.where(finite[:, None], slopes, torch.zeros_like(slopes))
+        noise, scale = noise.double(), q.scale.double()
+        upper, lower = (_whitened(scale, part) for part in slopes.chunk(2))
+        residual = 0.5 * (lower - upper) - torch.einsum("bij,sbj->sbi", self.correlation, noise)
+        rates = rate * finite.double()
+        slope = 0.5 * (upper + lower).mean(0)
+        step = torch.einsum("bij,bj->bi", self.inverse, slope)
+        longest = max(LONGEST * step.shape[-1] ** 0.5, LONGEST_FEW)
+        length = (slope * step).sum(-1).clamp(min=0.0).sqrt()
+        step = step * (rates * (longest / length.clamp(min=1e-300)).clamp(max=1.0))[:, None]
+        loc = q.loc + _spread(scale, step).to(q.loc.dtype)
+        if scale.dim() == 2:
+            change = (residual * noise).mean(0) * self.mask * rates[:, None]
+            change = change.clamp(-1.0, 1.0)
+            scale = scale * (1 + change + 0.5 * change.square()).rsqrt()
+        else:
+            change = torch.einsum("sbi,sbj->bij", residual, noise) / len(noise)
+            change = 0.5 * (change + change.mT) * self.mask * rates[:, None, None]
+            change = change / _norm(change, noise[0]).clamp(min=1.0)[:, None, None]
+            unit = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
+            scale = scale @ _factor(unit + change + 0.5 * change @ change)
+        return replace(q, loc=loc, scale=scale.to(q.scale.dtype))
+
+
+def _precision(gaussian: Gaussian) -> Tensor:
+    return torch.cholesky_inverse(gaussian.factor().double())
+
+
+def _factor(precision: Tensor) -> Tensor:
+    """The lower factor of the inverse."""
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
+    return factor
+
+
+def _whitened(scale: Tensor, slopes: Tensor) -> Tensor:
+    """L^T times slopes `(S, M, dim)`."""
+    return slopes * scale if scale.dim() == 2 else torch.einsum("bji,sbj->sbi", scale, slopes)
+
+
+def _spread(scale: Tensor, step: Tensor) -> Tensor:
+    """L times steps `(M, dim)`."""
+    return step * scale if scale.dim() == 2 else torch.einsum("bij,bj->bi", scale, step)
+
+
+def _norm(matrices: Tensor, start: Tensor) -> Tensor:
+    """The largest absolute eigenvalues of symmetric `matrices` `(M, dim, dim)`, nearly, by the power method: `(M,)`."""
+    vector = start[..., None]
+    for _ in range(NUM_POWER):
+        vector = matrices @ vector
+        vector = vector / vector.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    return (matrices @ vector).norm(dim=1)[:, 0]
