@@ -43,8 +43,8 @@ class LocalFamily:
     Attributes:
         starts_from: another family, which is refined first; this one starts at the Gaussian that it ends at.
         start_at: `start_at(loc, scale)` starts the guide at a factorised Gaussian, `(B, dim)` each.
-        location_scale: `location_scale(loc, scale_tril)` sets a guide that is a Gaussian with correlations, in
-            unconstrained space, to these means `(B, dim)` and factors `(B, dim, dim)`. Natural gradients refine it then.
+        location_scale: `location_scale(loc, scale_tril)` sets a guide that is Gaussian in unconstrained space to
+            these means `(B, dim)` and factors `(B, dim, dim)`, so that it is refined by natural gradients.
         units: `units()`, natural steps of its parameters by name, by which refinement scales its own.
     """
 

@@ -70,11 +70,13 @@ class FamilyGuide:
 
     def move_to(self, gaussian: Gaussian) -> bool:
         """Set all guides to Gaussians; False where the family has no way to."""
-        return all([part.move_to(gaussian.loc[part.rows], gaussian.scale[part.rows]) for part in self._parts])
+        moved = [part.move_to(gaussian.loc[part.rows], gaussian.scale[part.rows]) for part in self._parts]
+        return all(moved)
 
     def free_columns(self, dim: int) -> tuple[Tensor, Tensor]:
         """All means and all scales are free."""
-        return tuple(torch.ones(dim, dtype=torch.bool, device=self.joint.device) for _ in range(2))  # type: ignore[return-value]
+        free = torch.ones(dim, dtype=torch.bool, device=self.joint.device)
+        return free, free
 
     def _take_units(self) -> None:
         self.units = [unit for part in self._parts for unit in part.units()]

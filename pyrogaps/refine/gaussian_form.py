@@ -93,7 +93,7 @@ def _columns(refinable: Refinable, chunk: Chunk) -> _Columns | None:
     if len(known) < len(parts):
         return None
     return [
-        (same_site[0][0], *(torch.cat([each[k] for each in same_site]).detach() for k in (1, 2)))  # type: ignore[misc]
+        (same_site[0][0], *(torch.cat([each[k] for each in same_site]).detach() for k in (1, 2)))
         for same_site in zip(*known, strict=True)
     ]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density import JointDensity
-from pyrogaps.density.local import Draws
+from pyrogaps.density.local import Draws, LocalGuide
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.refine.gaussian_form import GaussianForm
 from pyrogaps.streams import Chunk
@@ -56,20 +56,23 @@ class GaussianGuides:
         self.units: list[Tensor | float] = [loc_unit * spread, raw_unit]
         self.axes, self.rows = [0, 0], [slice(None), slice(None)]
 
-    def at(self, indices: Tensor) -> "LocalGaussian":
+    def at(self, indices: Tensor) -> LocalGuide:
         """The Gaussians at `indices` of the subset, differentiable in `parameters`."""
+        return self._at(indices)
+
+    def gaussian(self) -> Gaussian:
+        """The Gaussians of all datapoints of the subset."""
+        with torch.no_grad():
+            return self._at(self._subset.indices).gaussian
+
+    def _at(self, indices: Tensor) -> "LocalGaussian":
         rows = torch.searchsorted(self._subset.indices, indices).to(self.parameters[0].device)
         loc, raw = (parameter[rows] for parameter in self.parameters)
         scale = raw.exp() if raw.dim() == 2 else raw.tril(-1) + torch.diag_embed(raw.diagonal(dim1=-2, dim2=-1).exp())
         return LocalGaussian(self.joint, indices, replace(self._start.at(rows), loc=loc, scale=scale))
 
-    def gaussian(self) -> Gaussian:
-        """The Gaussians of all datapoints of the subset."""
-        with torch.no_grad():
-            return self.at(self._subset.indices).gaussian
 
-
-@dataclass(frozen=True)
+@dataclass
 class LocalGaussian:
     """Gaussians at some datapoints, see `LocalGuide`."""
 

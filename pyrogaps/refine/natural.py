@@ -88,35 +88,41 @@ class NaturalGradient:
         """That of the datapoints at `positions`."""
         return NaturalGradient(self.correlation[positions], self.inverse[positions], self.mask[positions])
 
-    def step(self, q: Gaussian, noise: Tensor, gradients: Callable[[Tensor], Tensor], rate: float) -> Gaussian:
-        """One step from `q`, with gradients `(2S, M, dim)` at the mirrored points of `noise` `(S, M, dim)`.
+    def step(
+        self, q: Gaussian, noise: Tensor, gradients: Callable[[Tensor], Tensor], rate: float
+    ) -> tuple[Gaussian, Tensor]:
+        r"""One step from `q` at `rate`, with gradients at the mirrored points of `noise` `(S, M, dim)`.
 
-        A datapoint with a gradient that is not finite stays where it is.
+        Also returns the nats, `(M,)`, by which the ELBO would fall short if m and P were off by as much as these draws
+        say: $\tfrac12 \bar u^T R^{-1} \bar u + \tfrac14 \|W\|^2$. A datapoint with a gradient that is not finite stays
+        where it is.
         """
         slopes = gradients(torch.cat([q.draw(noise), q.draw(-noise)])).double()
         finite = torch.isfinite(slopes).all(-1).all(0)
         slopes = torch.where(finite[:, None], slopes, torch.zeros_like(slopes))
-        noise, scale = noise.double(), q.scale.double()
+        noise, scale, rates = noise.double(), q.scale.double(), rate * finite.double()
         upper, lower = (_whitened(scale, part) for part in slopes.chunk(2))
         residual = 0.5 * (lower - upper) - torch.einsum("bij,sbj->sbi", self.correlation, noise)
-        rates = rate * finite.double()
         slope = 0.5 * (upper + lower).mean(0)
         step = torch.einsum("bij,bj->bi", self.inverse, slope)
+        square = (slope * step).sum(-1).clamp(min=0.0)
         longest = max(LONGEST * step.shape[-1] ** 0.5, LONGEST_FEW)
-        length = (slope * step).sum(-1).clamp(min=0.0).sqrt()
-        step = step * (rates * (longest / length.clamp(min=1e-300)).clamp(max=1.0))[:, None]
-        loc = q.loc + _spread(scale, step).to(q.loc.dtype)
+        shrink = (longest / square.sqrt().clamp(min=1e-300)).clamp(max=1.0)
+        loc = q.loc + _spread(scale, step * (rates * shrink)[:, None]).to(q.loc.dtype)
         if scale.dim() == 2:
-            change = (residual * noise).mean(0) * self.mask * rates[:, None]
-            change = change.clamp(-1.0, 1.0)
+            change = (residual * noise).mean(0) * self.mask
+            excess = change.square().sum(-1)
+            change = (change * rates[:, None]).clamp(-1.0, 1.0)
             scale = scale * (1 + change + 0.5 * change.square()).rsqrt()
         else:
             change = torch.einsum("sbi,sbj->bij", residual, noise) / len(noise)
-            change = 0.5 * (change + change.mT) * self.mask * rates[:, None, None]
+            change = 0.5 * (change + change.mT) * self.mask
+            excess = change.square().sum((-1, -2))
+            change = change * rates[:, None, None]
             change = change / _norm(change, noise[0]).clamp(min=1.0)[:, None, None]
             unit = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
             scale = scale @ _factor(unit + change + 0.5 * change @ change)
-        return replace(q, loc=loc, scale=scale.to(q.scale.dtype))
+        return replace(q, loc=loc, scale=scale.to(q.scale.dtype)), 0.5 * square + 0.25 * excess
 
 
 def _precision(gaussian: Gaussian) -> Tensor:
@@ -145,4 +151,5 @@ def _norm(matrices: Tensor, start: Tensor) -> Tensor:
     for _ in range(NUM_POWER):
         vector = matrices @ vector
         vector = vector / vector.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    return (matrices @ vector).norm(dim=1)[:, 0]
+    norm: Tensor = (matrices @ vector).norm(dim=1)[:, 0]
+    return norm

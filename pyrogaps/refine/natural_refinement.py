@@ -6,23 +6,32 @@ import torch
 from torch import Tensor
 
 from pyrogaps.capture import GradientEvaluator
+from pyrogaps.capture.slots import Slots
 from pyrogaps.gaussians import Curvature, Gaussian
 from pyrogaps.refine.gaussian_form import GaussianForm
 from pyrogaps.refine.gaussian_guides import GaussianGuides, Subset
-from pyrogaps.refine.natural_rounds import Ends, NaturalRounds
-from pyrogaps.refine.optimise import NUM_TRACE, Optimisation, Progress
+from pyrogaps.refine.natural import NaturalGradient
+from pyrogaps.refine.natural_rounds import Ends, Rounds
+from pyrogaps.refine.optimise import NUM_TRACE, Optimisation, Progress, no_gain
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
+
+# Further rounds, in units of the first.
+LENGTHS = (2, 4)
 
 
 @dataclass(frozen=True)
 class NaturalRefinement:
     """Maximises the ELBO over the Gaussians of a family, for every datapoint of a chunk.
 
-    Natural gradients start at the curvature Gaussians, see `NaturalRounds`. The datapoints for which they do not
-    converge are refined by Adam, from the best that was found. All that is compared is compared on the same selection
-    draws; no bound that is reported uses these.
+    A first round of natural gradients starts at the family's best Gaussians for the curvature of log p(x, z), and where
+    that was cut, another one at the guide itself. A datapoint that has converged takes no more gradients, unless the
+    noise of its steps still costs more than the tolerance: then it goes on with them. The others take further,
+    longer rounds; those that have not converged then, or are below the guide itself, are refined by Adam from the best
+    that was found.
+
+    All that is compared is compared on the same selection draws, which no reported bound uses.
 
     Attributes:
         form: the guides, and what their family frees.
@@ -41,25 +50,66 @@ class NaturalRefinement:
     def maximise(self) -> Progress:
         """Refine the guides where that raises their ELBO."""
         with torch.no_grad():
-            chunk, own = self.form.chunk, self.form.read()
-            ends, histories = zip(*(self._ascended(block, own) for block in chunk.blocks()), strict=True)
-            gaussians = [end.gaussian for end in ends]
-            loc, scale = (torch.cat([getattr(each, name) for each in gaussians]) for name in ("loc", "scale"))
-            best, converged = replace(own, loc=loc, scale=scale), torch.cat([end.converged for end in ends])
+            own = self.form.read()
+            before, ends, history = self._first(own)
+            rounds = self._rounds(self.form.chunk, [])
+            ends = self._lasting(rounds, own, self._from_guide(rounds, own, ends))
+            # Where the guide itself is better by more than the tolerance, the rounds have failed.
+            failed = (before.elbo > ends.elbo) & ~no_gain(ends.scores, before.scores, self.settings.tolerance)
+            converged = ends.converged & ~failed
+            best = ends.better(before).gaussian
+            history = torch.cat([history, ends.better(before).elbo[None]])
         left = (~converged).nonzero()[:, 0]
         if len(left):
             best, converged[left] = self._by_adam(best, left)
         kept = (best.loc == own.loc).all(-1) & (best.scale == own.scale).flatten(1).all(-1)
         self.form.write(best, ~kept)
-        return Progress(converged, kept, _stretched(torch.cat(histories, 1)))
+        return Progress(converged, kept, _stretched(history))
 
-    def _ascended(self, block: Chunk, own: Gaussian) -> tuple[Ends, Tensor]:
-        chunk = self.form.chunk
-        positions = torch.arange(block.start - chunk.start, block.stop - chunk.start)
-        rounds = NaturalRounds(self.evaluator, self.form, self.settings, self.run, self.name, own.at(positions), block)
-        ends = rounds.ascend(self.curvature.within(chunk, block))
-        self.run.bar.advance(len(block) / len(chunk), ends.elbo)
-        return ends, torch.stack(rounds.history)
+    def _first(self, own: Gaussian) -> tuple[Ends, Ends, Tensor]:
+        """The guides themselves, and the ends of the first rounds, block by block; ELBOs along the way `(some, B)`."""
+        chunk, before, ends, histories = self.form.chunk, [], [], []
+        for block in chunk.blocks():
+            rounds, everyone = self._rounds(block, []), torch.arange(len(block))
+            its_own = own.at(everyone + block.start - chunk.start)
+            before.append(rounds.scored(its_own, everyone))
+            curvature = self.curvature.within(chunk, block).gaussian
+            ends.append(rounds.begin("natural", its_own, curvature, everyone))
+            histories.append(torch.stack([before[-1].elbo, *rounds.history]))
+            self.run.bar.advance(len(block) / len(chunk), ends[-1].elbo)
+        return Ends.joined(before), Ends.joined(ends), torch.cat(histories, 1)
+
+    def _from_guide(self, rounds: Rounds, own: Gaussian, ends: Ends) -> Ends:
+        """With the ends of a round from the guide itself, where that is better, of the datapoints that were cut."""
+        cut = self.curvature.cut.nonzero()[:, 0].cpu()
+        if not len(cut):
+            return ends
+        own = own.at(cut)
+        return ends.with_replaced(cut, ends.at(cut).better(rounds.begin("natural from guide", own, own, cut)))
+
+    def _lasting(self, rounds: Rounds, own: Gaussian, ends: Ends) -> Ends:
+        """After further rounds, of the datapoints that need these."""
+        for length in LENGTHS:
+            number = length * rounds.num_steps
+            noisy = ends.converged & (ends.shortfall > self.settings.tolerance)
+            for which, name in ((noisy, "longer"), (~ends.converged, "again")):
+                positions = which.nonzero()[:, 0].cpu()
+                if not len(positions):
+                    continue
+                old, curvature = ends.at(positions), self.curvature.gaussian.at(positions)
+                natural = NaturalGradient.about(self.form, own.at(positions), curvature)
+                purpose = f"natural {name} {length}"
+                if name == "again":
+                    new = rounds.round(purpose, old.gaussian, natural, positions, number)
+                else:
+                    new = rounds.steps(purpose, old.gaussian, natural, positions, (number // 2, number))
+                    new = replace(new, converged=old.converged)
+                best = replace(old.better(new), converged=new.converged, shortfall=new.shortfall)
+                ends = ends.with_replaced(positions, best)
+        return ends
+
+    def _rounds(self, chunk: Chunk, history: list[Tensor]) -> Rounds:
+        return Rounds(Slots(self.evaluator, chunk), self.form, self.settings, self.run, self.name, history)
 
     def _by_adam(self, start: Gaussian, positions: Tensor) -> tuple[Gaussian, Tensor]:
         """The Gaussians with those at `positions` refined by Adam, and whether that converged."""

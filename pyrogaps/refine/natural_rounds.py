@@ -1,146 +1,152 @@
-"""Rounds of natural-gradient steps for a block of datapoints."""
+"""Rounds of natural-gradient steps, for datapoints of a chunk."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pyrogaps.capture import GradientEvaluator
 from pyrogaps.capture.slots import POINTS, Slots
-from pyrogaps.gaussians import Curvature, Gaussian
+from pyrogaps.gaussians import Gaussian
 from pyrogaps.refine.gaussian_form import GaussianForm
-from pyrogaps.refine.natural import NaturalGradient, fitted_to, rate
+from pyrogaps.refine.natural import NUM_FAST, NaturalGradient, fitted_to, rate
 from pyrogaps.refine.optimise import MEASURE_EVERY, no_gain
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.run import Run
-from pyrogaps.streams import Chunk, Noise
+from pyrogaps.streams import Noise
 
-# A round is checked by a third as many further steps; the next one is twice as long.
-NUM_ROUNDS, FURTHER = 3, 3
+# A round is checked by a third as many further steps.
+FURTHER = 3
 # The start is moved by so many standard deviations, because mirrored draws never leave a saddle.
 NUDGE = 0.1
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Where M datapoints ended: Gaussians, their ELBOs on the selection draws `(rounds, M)`, and `converged` `(M,)`."""
+    """Where the rounds of M datapoints ended.
+
+    Attributes:
+        gaussian: the Gaussians.
+        scores: their ELBOs on the selection draws, `(rounds, M)`, in nats; -inf where not finite.
+        converged: `(M,)`, where further steps at the full rate did not raise the ELBO.
+        shortfall: `(M,)`, nats, by how much the noise of the steps lowers the ELBO, estimated from their spread.
+    """
 
     gaussian: Gaussian
     scores: Tensor
     converged: Tensor
+    shortfall: Tensor
 
     @property
     def elbo(self) -> Tensor:
         """The mean over the selection draws, `(M,)`, in nats."""
         return self.scores.mean(0)
 
-    def improved(self, positions: Tensor, other: "Ends") -> "Ends":
-        """With those of `other`, which are of the datapoints at `positions`, where their ELBOs are higher."""
-        better = (other.elbo > self.elbo[positions]).cpu()
-        places, which = positions[better], better.nonzero()[:, 0]
-        loc, scale = self.gaussian.loc.clone(), self.gaussian.scale.clone()
-        loc[places], scale[places] = other.gaussian.loc[which], other.gaussian.scale[which]
-        scores, converged = self.scores.clone(), self.converged.clone()
-        scores[:, places], converged[places] = other.scores[:, which], other.converged[which]
-        return Ends(replace(self.gaussian, loc=loc, scale=scale), scores, converged)
+    def at(self, positions: Tensor) -> "Ends":
+        """Those of the datapoints at `positions`."""
+        converged, shortfall = self.converged[positions], self.shortfall[positions]
+        return Ends(self.gaussian.at(positions), self.scores[:, positions], converged, shortfall)
+
+    def with_replaced(self, positions: Tensor, other: "Ends") -> "Ends":
+        """With `other` for the datapoints at `positions`."""
+        loc, scale, scores = self.gaussian.loc.clone(), self.gaussian.scale.clone(), self.scores.clone()
+        converged, shortfall = self.converged.clone(), self.shortfall.clone()
+        loc[positions], scale[positions], scores[:, positions] = other.gaussian.loc, other.gaussian.scale, other.scores
+        converged[positions], shortfall[positions] = other.converged, other.shortfall
+        return Ends(replace(self.gaussian, loc=loc, scale=scale), scores, converged, shortfall)
+
+    def better(self, other: "Ends") -> "Ends":
+        """Those of the same datapoints that have the higher ELBO."""
+        places = (other.elbo > self.elbo).nonzero()[:, 0].cpu()
+        return self.with_replaced(places, other.at(places))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Ends"]) -> "Ends":
+        """Those of all parts, one after the other."""
+        first, gaussians = parts[0].gaussian, [part.gaussian for part in parts]
+        active = None if first.active is None else torch.cat([each.active for each in gaussians])  # type: ignore[misc]
+        loc, scale = (torch.cat([getattr(each, name) for each in gaussians]) for name in ("loc", "scale"))
+        converged, shortfall = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("converged", "shortfall")
+        )
+        return cls(Gaussian(loc, scale, active), torch.cat([part.scores for part in parts], 1), converged, shortfall)
 
 
-class NaturalRounds:
-    """Natural-gradient ascent for the datapoints of a block, whose guides are the Gaussians `own`.
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of natural-gradient steps for datapoints of a chunk: see `NaturalGradient`.
 
-    A round takes steps of `POINTS` mirrored draws, see `NaturalGradient`, and compares their end with that of further
-    steps at the full rate. A datapoint whose ELBO these do not raise by more than the tolerance has converged, and
-    takes no more gradients. The others go on from the better end, for twice as long. Streams are named after `name`.
+    Attributes:
+        slots: evaluates log p(x, z) of the datapoints of the chunk.
+        form: what the family frees.
+        settings, run: as for `Refiner`.
+        name: of the refinement, after which streams are named.
+        history: takes ELBOs along the first steps, `(M,)` each, for the trace.
     """
 
-    def __init__(
-        self,
-        evaluator: GradientEvaluator,
-        form: GaussianForm,
-        settings: Refinement,
-        run: Run,
-        name: str,
-        own: Gaussian,
-        block: Chunk,
-    ) -> None:
-        self.form, self.settings, self.run, self.name, self.own, self.block = form, settings, run, name, own, block
-        self.slots, self.everyone = Slots(evaluator, block), torch.arange(len(block))
-        self.history: list[Tensor] = []
+    slots: Slots
+    form: GaussianForm
+    settings: Refinement
+    run: Run
+    name: str
+    history: list[Tensor]
 
-    def ascend(self, curvature: Curvature) -> Ends:
-        """The best of the guides themselves and the ends of the ascent. `history` then holds ELBOs along the way.
+    @property
+    def num_steps(self) -> int:
+        """Of the first round. A full covariance has more to learn, and takes twice as many."""
+        return self.settings.num_natural_steps * (1 if self.form.blocks is None else 2)
 
-        It starts at the family's best Gaussians for the curvature. Where that was cut, it starts at the guide as well.
+    def begin(self, purpose: str, own: Gaussian, curvature: Gaussian, positions: Tensor) -> Ends:
+        """A first round for the datapoints at `positions`, from the family's best Gaussians for a curvature.
+
+        `own` are their guides themselves, which stay in what the family does not free.
         """
-        own = self._scored(self.own, self.everyone)
-        self.history.append(own.elbo)
-        best = self._rounds(self.everyone, curvature.gaussian, "natural")
-        cut = curvature.cut.nonzero()[:, 0].cpu()
-        if len(cut):
-            best = best.improved(cut, self._rounds(cut, self.own, "natural from guide"))
-        # Where the guide itself is better by more than the tolerance, the ascent has failed.
-        failed = (own.elbo > best.elbo) & ~no_gain(best.scores, own.scores, self.settings.tolerance)
-        converged = best.converged & ~failed
-        best = best.improved(self.everyone, replace(own, converged=converged))
-        self.history.append(best.elbo)
-        return replace(best, converged=converged)
+        start, noise = fitted_to(self.form, own, curvature), self.noise(f"{purpose} start")
+        nudged = start.draw(NUDGE * noise.normal(1, self.slots.dim)[:, positions])[0]
+        start = replace(start, loc=torch.where(self.form.free_loc, nudged, start.loc))
+        return self.round(purpose, start, NaturalGradient.about(self.form, own, curvature), positions, self.num_steps)
 
-    def _rounds(self, positions: Tensor, curvature: Gaussian, purpose: str) -> Ends:
-        """Rounds for the datapoints at `positions`, by Gaussians with the curvature of all datapoints of the block."""
-        own, curvature = self.own.at(positions), curvature.at(positions)
-        natural = NaturalGradient.about(self.form, own, curvature)
-        noises = [self._noise(purpose), self._noise(f"{purpose} further")]
-        start = self._nudged(fitted_to(self.form, own, curvature), noises[0], positions)
-        num_steps = self.settings.num_natural_steps
-        best = self._round(start, natural, positions, noises, num_steps)
-        for _ in range(NUM_ROUNDS - 1):
-            left = (~best.converged).nonzero()[:, 0].cpu()
-            if not len(left):
-                break
-            num_steps *= 2
-            ends = self._round(best.gaussian.at(left), natural.at(left), positions[left], noises, num_steps)
-            converged = best.converged.clone()
-            converged[left] = ends.converged
-            best = replace(best.improved(left, ends), converged=converged)
-        return best
+    def round(self, purpose: str, start: Gaussian, natural: NaturalGradient, positions: Tensor, num_steps: int) -> Ends:
+        """A round at the full rate, and a third as many further steps at the full rate again: the better end.
 
-    def _round(
-        self, start: Gaussian, natural: NaturalGradient, positions: Tensor, noises: list[Noise], num_steps: int
+        A datapoint has converged where further steps do not raise the ELBO by more than the tolerance.
+        """
+        end = self.steps(purpose, start, natural, positions, (0, num_steps))
+        checks = max(FURTHER, num_steps // FURTHER)
+        further = self.steps(f"{purpose} further", end.gaussian, natural, positions, (0, checks))
+        converged = no_gain(end.scores, further.scores, self.settings.tolerance)
+        return replace(end.better(further), converged=converged)
+
+    def steps(
+        self, purpose: str, start: Gaussian, natural: NaturalGradient, positions: Tensor, span: tuple[int, int]
     ) -> Ends:
-        end = self._steps(start, natural, positions, noises[0], num_steps)
-        further = self._steps(end, natural, positions, noises[1], max(FURTHER, num_steps // FURTHER))
-        before, after = (self._scored(gaussian, positions) for gaussian in (end, further))
-        converged = no_gain(before.scores, after.scores, self.settings.tolerance)
-        return replace(before.improved(torch.arange(len(positions)), after), converged=converged)
-
-    def _steps(
-        self, start: Gaussian, natural: NaturalGradient, positions: Tensor, noise: Noise, num_steps: int
-    ) -> Gaussian:
-        q, watched = start, len(self.history) == 1  # the first steps of all datapoints
-        for step in range(num_steps):
+        """Steps number `span[0]` to `span[1] - 1`, which counts for the rate, and where they end."""
+        noise, q, excess = self.noise(purpose), start, []
+        for step in range(*span):
             draws = noise.normal(POINTS // 2, self.slots.dim)[:, positions]
-            if watched and step % MEASURE_EVERY == 0:
+            if purpose == "natural" and step % MEASURE_EVERY == 0:
                 self.history.append(self._elbo(q, draws, positions).mean(0))
-            q = natural.step(q, draws, lambda points: self.slots.gradients(positions, points), rate(step))
-        return q
+            q, missing = natural.step(q, draws, lambda points: self.slots.gradients(positions, points), rate(step))
+            excess.append(missing)
+        # The end is a mean over all steps after the first, fast ones; the later half of them is near it.
+        late = torch.stack(excess[-max(1, len(excess) // 2) :]).mean(0)
+        return replace(self.scored(q, positions), shortfall=late / max(1, span[1] - NUM_FAST))
 
-    def _nudged(self, start: Gaussian, noise: Noise, positions: Tensor) -> Gaussian:
-        moved = start.draw(NUDGE * noise.normal(1, self.slots.dim)[:, positions])[0]
-        return replace(start, loc=torch.where(self.form.free_loc, moved, start.loc))
-
-    def _scored(self, q: Gaussian, positions: Tensor) -> Ends:
-        """With ELBOs on the selection draws, the same for all that are compared, -inf where not finite."""
+    def scored(self, q: Gaussian, positions: Tensor) -> Ends:
+        """Gaussians of the datapoints at `positions` with their ELBOs on the selection draws, the same for all."""
         rounds = max(2, self.settings.num_selection // POINTS)
-        draws = self._noise("select").normal(rounds * POINTS, self.slots.dim)[:, positions]
+        draws = self.noise("select").normal(rounds * POINTS, self.slots.dim)[:, positions]
         scores = self._elbo(q, draws, positions).unflatten(0, (rounds, POINTS)).mean(1)
         scores = torch.where(torch.isfinite(scores), scores, torch.full_like(scores, -math.inf))
-        return Ends(q, scores, torch.zeros(len(positions), dtype=torch.bool, device=scores.device))
+        return Ends(q, scores, torch.zeros_like(scores[0], dtype=torch.bool), torch.zeros_like(scores[0]))
+
+    def noise(self, purpose: str) -> Noise:
+        """Standard noise for the whole chunk, block by block."""
+        chunk, loc = self.slots.block, self.form.free_loc
+        return self.run.stream(f"{purpose} {self.name}").noise(chunk, dtype=self.form.joint.dtype, device=loc.device)
 
     def _elbo(self, q: Gaussian, noise: Tensor, positions: Tensor) -> Tensor:
         """log p(x, z) - log q(z) at the points of `noise` `(S, M, dim)`, `(S, M)`."""
         log_q = q.peak - 0.5 * q.kept(noise).square().sum(-1)
         return (self.slots.values(positions, q.draw(noise)) - log_q).double()
-
-    def _noise(self, purpose: str) -> Noise:
-        return self.slots.noise(self.run.stream(f"{purpose} {self.name}"), len(self.block), self.own.loc.dtype)

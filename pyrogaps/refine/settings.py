@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pyrogaps.settings import Count, NonNegative, Positive, checked
 
 # A natural-gradient step does the work of so many of Adam's; there are so many at least.
-STEPS_OF_ADAM, MIN_NATURAL_STEPS = 40, 8
+STEPS_OF_ADAM, MIN_NATURAL_STEPS = 45, 8
 
 
 @checked("refinement")
@@ -17,10 +17,10 @@ class Refinement:
     these do not converge, by Adam.
 
     Attributes:
-        num_steps: Adam steps. Natural gradients need a fortieth as many, `num_natural_steps`, each with 16 draws.
+        num_steps: Adam steps. Natural gradients take `num_natural_steps` of 16 draws, far fewer.
         num_particles: draws per step of Adam and datapoint, in mirrored pairs where the family is symmetric.
-        learning_rate: of Adam. The first step's, in units of the posterior's own scale where the family knows it; it decays by a
-            cosine to a thousandth.
+        learning_rate: of Adam's first step, in units of the posterior's own scale where the family knows it; it decays
+            by a cosine to a thousandth.
         num_starts: how often refinement is begun: at the guide's own output first, then each time at the best of 256
             draws from the prior; of the optima found the best is kept. For posteriors with several modes.
         num_selection: draws on which the refined and the starting guide are compared; where refinement ended below its
@@ -39,5 +39,5 @@ class Refinement:
 
     @property
     def num_natural_steps(self) -> int:
-        """Natural-gradient steps of the first round: a fortieth of `num_steps`, and 8 at least."""
+        """Natural-gradient steps of the first round: `num_steps` / 45, and 8 at least."""
         return max(MIN_NATURAL_STEPS, self.num_steps // STEPS_OF_ADAM)
