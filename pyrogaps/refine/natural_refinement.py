@@ -10,7 +10,7 @@ from pyrogaps.capture.slots import Slots
 from pyrogaps.gaussians import Curvature, Gaussian
 from pyrogaps.refine.gaussian_form import GaussianForm
 from pyrogaps.refine.gaussian_guides import GaussianGuides, Subset
-from pyrogaps.refine.natural import NaturalGradient
+from pyrogaps.refine.natural import NaturalGradient, fitted_to
 from pyrogaps.refine.natural_rounds import Ends, Rounds
 from pyrogaps.refine.optimise import NUM_TRACE, Optimisation, Progress, no_gain
 from pyrogaps.refine.settings import Refinement
@@ -25,11 +25,11 @@ LENGTHS = (2, 4)
 class NaturalRefinement:
     """Maximises the ELBO over the Gaussians of a family, for every datapoint of a chunk.
 
-    A first round of natural gradients starts at the family's best Gaussians for the curvature of log p(x, z), and where
-    that was cut, another one at the guide itself. A datapoint that has converged takes no more gradients, unless the
-    noise of its steps still costs more than the tolerance: then it goes on with them. The others take further,
-    longer rounds; those that have not converged then, or are below the guide itself, are refined by Adam from the best
-    that was found.
+    Natural gradients start at the family's best Gaussians for the curvature of log p(x, z); where that was cut, at the
+    guide itself if its ELBO is higher. A datapoint that has converged in the first round takes no more gradients,
+    unless the noise of its steps still costs more than the tolerance: then it goes on with them. The others take
+    further, longer rounds. Those that have not converged then, or are below the guide itself, are refined by Adam from
+    the best that was found.
 
     All that is compared is compared on the same selection draws, which no reported bound uses.
 
@@ -53,7 +53,7 @@ class NaturalRefinement:
             own = self.form.read()
             before, ends, history = self._first(own)
             rounds = self._rounds(self.form.chunk, [])
-            ends = self._lasting(rounds, own, self._from_guide(rounds, own, ends))
+            ends = self._lasting(rounds, own, ends)
             # Where the guide itself is better by more than the tolerance, the rounds have failed.
             failed = (before.elbo > ends.elbo) & ~no_gain(ends.scores, before.scores, self.settings.tolerance)
             converged = ends.converged & ~failed
@@ -73,19 +73,21 @@ class NaturalRefinement:
             rounds, everyone = self._rounds(block, []), torch.arange(len(block))
             its_own = own.at(everyone + block.start - chunk.start)
             before.append(rounds.scored(its_own, everyone))
-            curvature = self.curvature.within(chunk, block).gaussian
+            curvature = self._curvature(rounds, before[-1], self.curvature.within(chunk, block))
             ends.append(rounds.begin("natural", its_own, curvature, everyone))
             histories.append(torch.stack([before[-1].elbo, *rounds.history]))
             self.run.bar.advance(len(block) / len(chunk), ends[-1].elbo)
         return Ends.joined(before), Ends.joined(ends), torch.cat(histories, 1)
 
-    def _from_guide(self, rounds: Rounds, own: Gaussian, ends: Ends) -> Ends:
-        """With the ends of a round from the guide itself, where that is better, of the datapoints that were cut."""
-        cut = self.curvature.cut.nonzero()[:, 0].cpu()
+    def _curvature(self, rounds: Rounds, own: Ends, curvature: Curvature) -> Gaussian:
+        """Gaussians with the curvature to start at: the guide itself where it was cut and the guide is better."""
+        cut = curvature.cut.nonzero()[:, 0].cpu()
         if not len(cut):
-            return ends
-        own = own.at(cut)
-        return ends.with_replaced(cut, ends.at(cut).better(rounds.begin("natural from guide", own, own, cut)))
+            return curvature.gaussian
+        start = rounds.scored(fitted_to(self.form, own.gaussian.at(cut), curvature.gaussian.at(cut)), cut)
+        worse = cut[(start.elbo < own.elbo[cut]).cpu()]
+        guide = own.gaussian.at(worse)
+        return curvature.gaussian.with_replaced(worse, replace(guide, scale=guide.factor()))
 
     def _lasting(self, rounds: Rounds, own: Gaussian, ends: Ends) -> Ends:
         """After further rounds, of the datapoints that need these."""

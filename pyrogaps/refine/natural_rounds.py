@@ -108,15 +108,17 @@ class Rounds:
         return self.round(purpose, start, NaturalGradient.about(self.form, own, curvature), positions, self.num_steps)
 
     def round(self, purpose: str, start: Gaussian, natural: NaturalGradient, positions: Tensor, num_steps: int) -> Ends:
-        """A round at the full rate, and a third as many further steps at the full rate again: the better end.
+        """A round at the full rate, and a third as many further steps at the full rate again.
 
-        A datapoint has converged where further steps do not raise the ELBO by more than the tolerance.
+        A datapoint has converged where further steps do not raise the ELBO by more than the tolerance; the others end
+        where it is higher.
         """
         end = self.steps(purpose, start, natural, positions, (0, num_steps))
         checks = max(FURTHER, num_steps // FURTHER)
         further = self.steps(f"{purpose} further", end.gaussian, natural, positions, (0, checks))
         converged = no_gain(end.scores, further.scores, self.settings.tolerance)
-        return replace(end.better(further), converged=converged)
+        left = (~converged).nonzero()[:, 0].cpu()
+        return replace(end.with_replaced(left, end.at(left).better(further.at(left))), converged=converged)
 
     def steps(
         self, purpose: str, start: Gaussian, natural: NaturalGradient, positions: Tensor, span: tuple[int, int]
