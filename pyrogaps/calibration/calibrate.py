@@ -132,7 +132,7 @@ def _posterior_of(
     refiner = Refiner(family, refinement).over(problem)
 
     def refined(chunk: Chunk) -> Fitted:
-        posterior, progress = refiner(problem.evaluator, chunk, run)
+        posterior, progress = refiner.fit(problem, chunk, run)
         return posterior, progress.converged
 
     return refined

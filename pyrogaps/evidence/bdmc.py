@@ -99,7 +99,7 @@ def two_sided(
     def measure(chunk: Chunk) -> tuple[Measured, Tensor]:
         refined: Posterior | None = None
         if needed and refiner is not None:
-            refined, _ = refiner(problem.evaluator, chunk, run)
+            refined, _ = refiner.fit(problem, chunk, run)
         exact = z[chunk.start : chunk.stop]
         measured, negative_log_weights = below.two_sided(chunk, refined, exact, above)
         return measured, negative_log_weights.cpu()

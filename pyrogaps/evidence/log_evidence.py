@@ -123,7 +123,7 @@ def measured(
     measurement = evidence.prepare(problem, run, refiner)
 
     def measure(chunk: Chunk) -> Measured:
-        refined = posterior if refiner is None else refiner(problem.evaluator, chunk, run)[0]
+        refined = posterior if refiner is None else refiner.fit(problem, chunk, run)[0]
         return measurement.measure(chunk, refined)
 
     parts = run.map(measure, problem.joint)

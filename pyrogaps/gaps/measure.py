@@ -90,7 +90,7 @@ class Measure:
         for name, family in families.items():
             run.bar.stage("refining the guide's own family" if name == OWN else f"refining {name}")
             refiner = Refiner(family, self.refiner.settings)
-            posterior, its_progress = refiner(problem.evaluator, chunk, run, name, start, others(refiner))
+            posterior, its_progress = refiner.fit(problem, chunk, run, name, start, others(refiner))
             start = start_of(posterior, chunk, run) if name == OWN else start
             weights = chunk_log_weights(problem.evaluator, posterior, chunk, number, run.stream(f"refined {name}"))
             posteriors.append(posterior)

@@ -74,7 +74,7 @@ def _improved(contested: Contested, refiner: Refiner, run: Run, rows: Sequence[R
     """
     problem, chunk = contested.problem, Chunk(0, len(rows))
     starts = starts_at(contested.modes, own=isinstance(refiner.family, OwnFamily))
-    other, _ = refiner(problem.evaluator, chunk, run, "other starts", None, starts)
+    other, _ = refiner.fit(problem, chunk, run, "other starts", None, starts)
     new, old = (
         mean_estimate(chunk_log_weights(problem.evaluator, guide, chunk, NUM_COMPARED, run.stream(f"compared {name}")))
         for name, guide in (("new", other), ("old", _Rows(problem.joint, rows)))

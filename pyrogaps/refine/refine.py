@@ -1,7 +1,6 @@
 """`refine`: per-datapoint guides for a whole data set."""
 
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import pyro
@@ -13,7 +12,6 @@ from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError, counted
-from pyrogaps.gaussians import anchor_of
 from pyrogaps.guard import guarded
 from pyrogaps.modes import Gain
 from pyrogaps.problem import Problem
@@ -138,10 +136,9 @@ def refine(
 
 def refine_all(problem: Problem, refiner: Refiner, run: Run, referee: int = 0) -> RefinedGuide:
     """The family of `refiner` fitted to every datapoint of `problem`, and from other starts to some of them."""
-    evaluator = problem.evaluator
 
     def measure(chunk: Chunk) -> tuple[Chunk, Refinable, Progress]:
-        return chunk, *refiner(evaluator, chunk, run, anchor=partial(anchor_of, problem, chunk, run))
+        return chunk, *refiner.fit(problem, chunk, run)
 
     chunks, parts, progress = zip(*run.map_alone(measure, problem.joint), strict=True)
     examined = gain = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density.data import part_of
 from pyrogaps.density.simulate import ToData
 from pyrogaps.family import LocalFamily
-from pyrogaps.gaussians import Curvature
+from pyrogaps.gaussians import Curvature, anchor_of
 from pyrogaps.problem import Problem, Simulated
 from pyrogaps.refine.families import Family, Start
 from pyrogaps.refine.family_guide import FamilyGuide
@@ -40,6 +41,18 @@ class Refiner:
 
     family: OwnFamily | Family
     settings: Refinement
+
+    def fit(
+        self,
+        problem: Problem,
+        chunk: Chunk,
+        run: Run,
+        name: str = "own",
+        start: Start | None = None,
+        others: Sequence[Start] = (),
+    ) -> tuple[Refinable, Progress]:
+        """As `__call__`, for a chunk of a problem; the curvature of log p(x, z) is known there, see `anchor_of`."""
+        return self(problem.evaluator, chunk, run, name, start, others, partial(anchor_of, problem, chunk, run))
 
     def __call__(
         self,
