@@ -5,6 +5,7 @@ probability 6e-5 (four standard errors, Normal); seeds are fixed, so a suite tha
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pyro
@@ -13,9 +14,13 @@ import torch
 from scipy import integrate, optimize
 from torch import Tensor, nn
 
+from pyrogaps import Problem, Refinement
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.models.sequences import SequenceModel
 from pyrogaps.models.state_space import LinearGaussianStateSpace
+from pyrogaps.refine import RefinedGuide, Refiner, own_family
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk, seeded
 
 STANDARD_ERRORS = 4.0
 MCSE = 0.05
@@ -247,3 +252,12 @@ class RaggedWalk(SequenceModel):
         """By Kalman, sequence by sequence."""
         exact = LinearGaussianStateSpace(float(self.decay), 0.49, 1.0, 1.0, 1.0)
         return torch.cat([exact.log_evidence(s[None, :n].float()).double() for s, n in zip(x, lengths, strict=True)])
+
+
+def refined_by_adam(model: Any, guide: Any, x: Tensor, settings: Refinement) -> RefinedGuide:
+    """A guide's own family refined by Adam, also where natural gradients would do."""
+    problem = Problem.of(model, guide, x)
+    chunk, run, refiner = Chunk(0, len(x)), Run(), Refiner(own_family(problem.guide_density()), settings)
+    with seeded(0, "by Adam"):
+        part, progress = refiner(problem.evaluator, chunk, run)
+    return RefinedGuide(problem.joint, [chunk], [part], [progress])

@@ -110,15 +110,15 @@ class Rounds:
     def round(self, purpose: str, start: Gaussian, natural: NaturalGradient, positions: Tensor, num_steps: int) -> Ends:
         """A round at the full rate, and a third as many further steps at the full rate again.
 
-        A datapoint has converged where further steps do not raise the ELBO by more than the tolerance; the others end
-        where it is higher.
+        A datapoint has converged where further steps do not raise the ELBO by more than the tolerance. It ends there if
+        they raise it by more than chance: on the selection draws, the better of two equals is so by chance.
         """
         end = self.steps(purpose, start, natural, positions, (0, num_steps))
         checks = max(FURTHER, num_steps // FURTHER)
         further = self.steps(f"{purpose} further", end.gaussian, natural, positions, (0, checks))
         converged = no_gain(end.scores, further.scores, self.settings.tolerance)
-        left = (~converged).nonzero()[:, 0].cpu()
-        return replace(end.with_replaced(left, end.at(left).better(further.at(left))), converged=converged)
+        gained = (~no_gain(end.scores, further.scores, 0.0)).nonzero()[:, 0].cpu()
+        return replace(end.with_replaced(gained, further.at(gained)), converged=converged)
 
     def steps(
         self, purpose: str, start: Gaussian, natural: NaturalGradient, positions: Tensor, span: tuple[int, int]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrogaps import Refinement, refine
+from pyrogaps import Refinement
 from pyrogaps.refine.optimise import Optimisation
-from tests.references import WrongEncoder, anisotropic, draws_of
+from tests.references import WrongEncoder, anisotropic, draws_of, refined_by_adam
 
 # Distances from the optimum in standard deviations: of the start, the end, and the further end, in every order.
 START = 1.0
@@ -34,7 +34,7 @@ def refined_to(ends: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Optimisation, "_ascend", moved)
     guide = WrongEncoder(model, shrink=1.0, shift=START, width=1.0)
-    refined = refine(model, guide, x, settings=Refinement(num_steps=10))
+    refined = refined_by_adam(model, guide, x, Refinement(num_steps=10))
     kept = refined.at(torch.arange(len(ends))).distributions["z"].mean
     return refined, ((kept.detach() - best) / scale).mean(-1)
 
