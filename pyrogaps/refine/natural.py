@@ -16,9 +16,9 @@ LONGEST, LONGEST_FEW = 0.5, 1.5
 NUM_POWER = 5
 
 
-def rate(step: int) -> float:
-    """The rate of step 0, 1, ..."""
-    return FASTEST if step < NUM_FAST else 1 / (step - NUM_FAST + 1 / FASTEST)
+def rate(age: Tensor) -> Tensor:
+    """The rates after `age` `(M,)` steps: `FASTEST` for the first few, then 1/2, 1/3, ..."""
+    return 1 / (age - NUM_FAST + 1 / FASTEST).clamp(min=1 / FASTEST)
 
 
 def fitted_to(form: GaussianForm, own: Gaussian, anchor: Gaussian) -> Gaussian:
@@ -89,25 +89,25 @@ class NaturalGradient:
         return NaturalGradient(self.correlation[positions], self.inverse[positions], self.mask[positions])
 
     def step(
-        self, q: Gaussian, noise: Tensor, gradients: Callable[[Tensor], Tensor], rate: float
-    ) -> tuple[Gaussian, Tensor]:
-        r"""One step from `q` at `rate`, with gradients at the mirrored points of `noise` `(S, M, dim)`.
+        self, q: Gaussian, noise: Tensor, gradients: Callable[[Tensor], Tensor], rates: Tensor
+    ) -> tuple[Gaussian, Tensor, Tensor]:
+        r"""One step from `q` at `rates` `(M,)`, with gradients at the mirrored points of `noise` `(S, M, dim)`.
 
         Also returns the nats, `(M,)`, by which the ELBO would fall short if m and P were off by as much as these draws
         say: $\tfrac12 \bar u^T R^{-1} \bar u + \tfrac14 \|W\|^2$. A datapoint with a gradient that is not finite stays
-        where it is.
+        where it is. Last, whether the mean was so far off that its step was cut short, `(M,)`.
         """
         slopes = gradients(torch.cat([q.draw(noise), q.draw(-noise)])).double()
         finite = torch.isfinite(slopes).all(-1).all(0)
         slopes = torch.where(finite[:, None], slopes, torch.zeros_like(slopes))
-        noise, scale, rates = noise.double(), q.scale.double(), rate * finite.double()
+        noise, scale, rates = noise.double(), q.scale.double(), rates * finite.double()
         upper, lower = (_whitened(scale, part) for part in slopes.chunk(2))
         residual = 0.5 * (lower - upper) - torch.einsum("bij,sbj->sbi", self.correlation, noise)
         slope = 0.5 * (upper + lower).mean(0)
         step = torch.einsum("bij,bj->bi", self.inverse, slope)
         square = (slope * step).sum(-1).clamp(min=0.0)
         longest = max(LONGEST * step.shape[-1] ** 0.5, LONGEST_FEW)
-        shrink = (longest / square.sqrt().clamp(min=1e-300)).clamp(max=1.0)
+        shrink = (longest / (rates * square.sqrt()).clamp(min=1e-300)).clamp(max=1.0)
         loc = q.loc + _spread(scale, step * (rates * shrink)[:, None]).to(q.loc.dtype)
         if scale.dim() == 2:
             change = (residual * noise).mean(0) * self.mask
@@ -122,7 +122,7 @@ class NaturalGradient:
             change = change / _norm(change, noise[0]).clamp(min=1.0)[:, None, None]
             unit = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
             scale = scale @ _factor(unit + change + 0.5 * change @ change)
-        return replace(q, loc=loc, scale=scale.to(q.scale.dtype)), 0.5 * square + 0.25 * excess
+        return replace(q, loc=loc, scale=scale.to(q.scale.dtype)), 0.5 * square + 0.25 * excess, shrink < 1
 
 
 def _precision(gaussian: Gaussian) -> Tensor:

@@ -123,17 +123,22 @@ class Rounds:
     def steps(
         self, purpose: str, start: Gaussian, natural: NaturalGradient, positions: Tensor, span: tuple[int, int]
     ) -> Ends:
-        """Steps number `span[0]` to `span[1] - 1`, which counts for the rate, and where they end."""
+        """Steps number `span[0]` to `span[1] - 1`, which counts for the rate, and where they end.
+
+        A step does not count where the mean is still far off.
+        """
         noise, q, excess = self.noise(purpose), start, []
+        age = torch.full_like(natural.mask.flatten(1)[:, 0], span[0])
         for step in range(*span):
             draws = noise.normal(POINTS // 2, self.slots.dim)[:, positions]
             if purpose == "natural" and step % MEASURE_EVERY == 0:
                 self.history.append(self._elbo(q, draws, positions).mean(0))
-            q, missing = natural.step(q, draws, lambda points: self.slots.gradients(positions, points), rate(step))
+            q, missing, far = natural.step(q, draws, lambda points: self.slots.gradients(positions, points), rate(age))
+            age += ~far
             excess.append(missing)
         # The end is a mean over all steps after the first, fast ones; the later half of them is near it.
         late = torch.stack(excess[-max(1, len(excess) // 2) :]).mean(0)
-        return replace(self.scored(q, positions), shortfall=late / max(1, span[1] - NUM_FAST))
+        return replace(self.scored(q, positions), shortfall=late / (age - NUM_FAST).clamp(min=1.0))
 
     def scored(self, q: Gaussian, positions: Tensor) -> Ends:
         """Gaussians of the datapoints at `positions` with their ELBOs on the selection draws, the same for all."""

@@ -151,12 +151,12 @@ def test_a_step_is_unbiased(kind: str) -> None:
     anchor = Gaussian(loc, wrong)
     q = fitted_to(form, Gaussian(loc, wrong if blocks is not None else wrong.diagonal(dim1=-2, dim2=-1)), anchor)
     q = Gaussian(q.loc, 0.7 * q.scale)  # the control variate's mean holds for the current q
-    natural, rate = NaturalGradient.about(form, q, anchor), 1e-4
+    natural, rate = NaturalGradient.about(form, q, anchor), torch.full((2000,), 1e-4, dtype=torch.float64)
     noise = torch.randn(8, 2000, 3, generator=generator, dtype=torch.float64)
-    after, _ = natural.step(q, noise, skewed, rate)
+    after, *_ = natural.step(q, noise, skewed, rate)
     factor = q.factor()
     change = torch.cholesky_inverse(after.factor()) - torch.cholesky_inverse(factor)
-    whitened = (factor.mT @ change @ factor) / rate
+    whitened = (factor.mT @ change @ factor) / 1e-4
     expected = factor.mT @ mean_curvature(q) @ factor - torch.eye(3, dtype=torch.float64)
     if kind == "diagonal":
         whitened, expected = (torch.diag_embed(part.diagonal(dim1=-2, dim2=-1)) for part in (whitened, expected))
@@ -175,7 +175,7 @@ def test_precisions_stay_positive() -> None:
         q = Gaussian(loc, torch.ones_like(loc) if blocks is None else torch.diag_embed(torch.ones_like(loc)))
         natural = NaturalGradient.about(form, q, q)
         noise = torch.randn(8, 5, 3, generator=generator, dtype=torch.float64)
-        after, _ = natural.step(q, noise, lambda z: 100 * z, 0.5)
+        after, *_ = natural.step(q, noise, lambda z: 100 * z, torch.full((5,), 0.5).double())
         values = torch.linalg.eigvalsh(torch.cholesky_inverse(after.factor()))
         assert float(values.min()) > 0.5 - 1e-9
 
@@ -185,8 +185,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     form = GaussianForm(None, None, Chunk(0, 2), None, free, free)  # type: ignore[arg-type]
     q = Gaussian(loc, torch.ones_like(loc))
     broken = torch.tensor([1.0, torch.nan], dtype=torch.float64)[:, None]
-    after, _ = NaturalGradient.about(form, q, q).step(
-        q, torch.ones(4, 2, 3, dtype=torch.float64), lambda z: -3 * z * broken, 0.5
+    after, *_ = NaturalGradient.about(form, q, q).step(
+        q, torch.ones(4, 2, 3, dtype=torch.float64), lambda z: -3 * z * broken, torch.full((2,), 0.5).double()
     )
     assert not torch.equal(after.loc[0], q.loc[0])
     assert torch.equal(after.loc[1], q.loc[1]) and torch.equal(after.scale[1], q.scale[1])
