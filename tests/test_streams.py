@@ -126,8 +126,8 @@ RUNS = {run.__name__: run for run in (plain, escalated, examined, bridged, condi
 
 # Every stream, by what it is for; numbers in names, such as those of rungs and groups of chains, left out.
 REFINING = {"natural start own", "natural own", "natural further own", "select own"}
-# Of the datapoints alone whose refinement needs more than a first round: which, is a matter of luck.
-LASTING = r"(natural (longer|again)|refine)( \d+)?( further)? (own|one|other)"
+# Of further starts, and of the datapoints alone whose refinement needs more than a first round, a matter of luck.
+LASTING = r"(natural (longer|again)|refine)( \d+)?( further)? (own|one|other)( \d+)?"
 BOUNDS = {"elbo", "refined own", "unused", *REFINING}
 ANNEALING = {"pilot", "pilot start", "ais", "ais start"}
 LADDER = {
