@@ -52,8 +52,7 @@ class NaturalRefinement:
         with torch.no_grad():
             own = self.form.read()
             before, ends, history = self._first(own)
-            rounds = self._rounds(self.form.chunk, [])
-            ends = self._lasting(rounds, own, ends)
+            ends = self._lasting(own, ends)
             # Where the guide itself is better by more than the tolerance, the rounds have failed.
             failed = (before.elbo > ends.elbo) & ~no_gain(ends.scores, before.scores, self.settings.tolerance)
             converged = ends.converged & ~failed
@@ -70,7 +69,7 @@ class NaturalRefinement:
         """The guides themselves, and the ends of the first rounds, block by block; ELBOs along the way `(some, B)`."""
         chunk, before, ends, histories = self.form.chunk, [], [], []
         for block in chunk.blocks():
-            rounds, everyone = self._rounds(block, []), torch.arange(len(block))
+            rounds, everyone = self._rounds(block), torch.arange(len(block))
             its_own = own.at(everyone + block.start - chunk.start)
             before.append(rounds.scored(its_own, everyone))
             curvature = self._curvature(rounds, before[-1], self.curvature.within(chunk, block))
@@ -89,8 +88,12 @@ class NaturalRefinement:
         guide = own.gaussian.at(worse)
         return curvature.gaussian.with_replaced(worse, replace(guide, scale=guide.factor()))
 
-    def _lasting(self, rounds: Rounds, own: Gaussian, ends: Ends) -> Ends:
+    def _lasting(self, own: Gaussian, ends: Ends) -> Ends:
         """After further rounds, of the datapoints that need these."""
+        noisy = ends.converged & (ends.shortfall > self.settings.tolerance)
+        if not bool((noisy | ~ends.converged).any()):
+            return ends
+        rounds = self._rounds(self.form.chunk)
         for length in LENGTHS:
             number = length * rounds.num_steps
             noisy = ends.converged & (ends.shortfall > self.settings.tolerance)
@@ -110,8 +113,8 @@ class NaturalRefinement:
                 ends = ends.with_replaced(positions, best)
         return ends
 
-    def _rounds(self, chunk: Chunk, history: list[Tensor]) -> Rounds:
-        return Rounds(Slots(self.evaluator, chunk), self.form, self.settings, self.run, self.name, history)
+    def _rounds(self, chunk: Chunk) -> Rounds:
+        return Rounds(Slots(self.evaluator, chunk), self.form, self.settings, self.run, self.name, [])
 
     def _by_adam(self, start: Gaussian, positions: Tensor) -> tuple[Gaussian, Tensor]:
         """The Gaussians with those at `positions` refined by Adam, and whether that converged."""
