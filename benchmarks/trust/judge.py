@@ -158,7 +158,7 @@ def judged(call: str, quantity: str, found: Values, truth: Array, *, flagged: bo
         error,
         stated,
         flagged,
-        bool(_off(error, stated)) and not flagged,
+        bool(kept.any() and _off(error, stated)) and not flagged,
         easy and flagged and abs(error) <= min(NATS, RIGHT_ERRORS * stated),
         len(truth),
         int(found.declared.sum()),
