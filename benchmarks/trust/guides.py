@@ -13,14 +13,13 @@ Encoder = Callable[[Tensor], Tensor]
 class NormalGuide(nn.Module):
     """q(z|x) = T(N(mean(x) + shift, scale)), with T the composition of `transforms`, none by default.
 
-    `mean` maps data to `(N, d)`; `scale` `(d,)` is the same for all datapoints. `event` False: z is `(N,)`, d is 1.
+    `mean` maps data to `(N, d)`; `scale` `(d,)` is the same for all datapoints.
     """
 
-    def __init__(self, mean: Encoder, scale: Tensor, transforms: Sequence[object] = (), shift: float = 0.0) -> None:
+    def __init__(self, mean: Encoder, scale: Tensor, transforms: Sequence[object] = ()) -> None:
         super().__init__()
         self.mean, self.transforms = mean, list(transforms)
-        self.log_scale = nn.Parameter(scale.log())
-        self.shift = nn.Parameter(torch.full_like(scale, shift))
+        self.log_scale, self.shift = nn.Parameter(scale.log()), nn.Parameter(torch.zeros_like(scale))
 
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and scale before the bijection, `(N, d)` each."""
@@ -34,8 +33,19 @@ class NormalGuide(nn.Module):
 
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            base = dist.Normal(*self.parameters_of(x)).to_event(1)
-            pyro.sample("z", dist.TransformedDistribution(base, self.transforms) if self.transforms else base)
+            pyro.sample("z", self.distribution(*self.parameters_of(x)))
+
+    def distribution(self, mean: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """q(z|x)."""
+        base = dist.Normal(mean, scale).to_event(1)
+        return dist.TransformedDistribution(base, self.transforms) if self.transforms else base
+
+
+class LogNormalGuide(NormalGuide):
+    """q(z|x) = exp N(mean(x) + shift, scale)."""
+
+    def distribution(self, mean: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        return dist.LogNormal(mean, scale).to_event(1)
 
 
 def constant(*values: float) -> Encoder:
