@@ -26,31 +26,30 @@ from benchmarks import reporting
 from benchmarks.reporting import machine, write
 from benchmarks.trust import judge
 from benchmarks.trust.page import page, rows_in_words
-from benchmarks.trust.problem import Problem
+from benchmarks.trust.problem import Instance, Problem
 from benchmarks.trust.problems import PROBLEMS
 
 SEEDS = (0, 1, 2)
+BRIEF = pg.Refinement(num_steps=20)
 QUICK = "gamma", "two-modes-unequal", "conditioned-1", "schools-known-scale"
+
+
+def drawn(problem: Problem, number: int, seed: int) -> Instance:
+    return problem.make(number, torch.Generator().manual_seed(seed))
 
 
 def measured(problem: Problem, seed: int, *, quick: bool) -> list[dict[str, Any]]:
     """A row for each quantity; data and draws come from the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    whole = problem.make(8 if quick else max(problem.number, problem.number_of_evidence), generator)
-    settings: dict[str, Any] = {"seed": seed} if whole.plate is None else {"seed": seed, "plate": whole.plate}
-    number = len(whole.log_evidence)
-    used = torch.arange(number) if whole.plate is False else torch.arange(min(number, problem.number))
-    few = {"refinement": pg.Refinement(num_steps=20), "num_particles": 100} if quick else {}
-    few |= {"conditioning": pg.Conditioning(4, 4)} if quick else {}
+    instance = drawn(problem, 8 if quick else problem.number, seed)
+    settings: dict[str, Any] = {"seed": seed} if instance.plate is None else {"seed": seed, "plate": instance.plate}
+    few = {"refinement": BRIEF, "conditioning": pg.Conditioning(4, 4), "num_particles": 100} if quick else {}
     begin = time.perf_counter()
-    data = whole.data if whole.plate is False else whole.data[used]
-    ledger = pg.decompose(whole.model, whole.guide, data, progress=False, **few, **settings)
+    ledger = pg.decompose(instance.model, instance.guide, instance.data, progress=False, **few, **settings)
     seconds = time.perf_counter() - begin
-    bounds = whole.bounds()
-    cut = type(bounds)(**{name: None if value is None else value[used] for name, value in vars(bounds).items()})
-    judgements = [*judge.of_ledger(ledger, whole.log_evidence[used], cut, easy=problem.easy)]
-    estimate = pg.log_evidence(whole.model, whole.guide, whole.data, **settings)
-    judgements.append(judge.of_estimate(estimate, whole.log_evidence))
+    judgements = [*judge.of_ledger(ledger, instance.log_evidence, instance.bounds(), easy=problem.easy)]
+    more = instance if quick else drawn(problem, problem.number_of_evidence, seed)
+    estimate = pg.log_evidence(more.model, more.guide, more.data, **settings)
+    judgements.append(judge.of_estimate(estimate, more.log_evidence))
     facts = {"problem": problem.name, "easy": problem.easy, "seed": seed, "seconds": round(seconds, 2)}
     words = " | ".join(ledger.diagnose().warnings)
     return [facts | asdict(judgement) | {"warnings": words} for judgement in judgements]

@@ -56,7 +56,21 @@ def bit(number: int, generator: Generator) -> Instance:
 
 
 PROBLEMS = (
-    Problem("conditioned-1", partial(gaussian, 2, 1, 1), "one latent, the guide sees one of two observations", 352, 352, easy=True),
-    Problem("conditioned-4", partial(gaussian, 8, 4, 3), "four latents, the guide sees three of eight observations", 64, 352, easy=True),
+    Problem(
+        "conditioned-1",
+        partial(gaussian, 2, 1, 1),
+        "one latent, the guide sees one of two observations",
+        352,
+        352,
+        easy=True,
+    ),
+    Problem(
+        "conditioned-4",
+        partial(gaussian, 8, 4, 3),
+        "four latents, the guide sees three of eight observations",
+        64,
+        352,
+        easy=True,
+    ),
     Problem("conditioned-bit", bit, "the guide sees nothing, and is refined for both modes of one latent", 64, 64),
 )

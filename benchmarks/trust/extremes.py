@@ -38,9 +38,7 @@ def _instance(exact: LinearGaussian, model: LinearGaussian, guide: NormalGuide, 
     return Instance(model, guide, x, exact.log_evidence(wide).detach(), bounds)
 
 
-def mean_field(
-    width: float, shift: float, outlier: float, number: int, generator: Generator
-) -> Instance:
+def mean_field(width: float, shift: float, outlier: float, number: int, generator: Generator) -> Instance:
     """A guide with `width` times the best scales, its mean off by `shift` of them; one datapoint with an `outlier`."""
     model = _model(8, 3, generator)
     x = _data(model, number, generator)
@@ -54,10 +52,14 @@ def single(number: int, generator: Generator) -> Instance:
     """2,000 observations of each datapoint, ten times as noisy as the model says: log p(x) is near -1e5, in float32."""
     double = _model(2000, 4, generator)
     model = LinearGaussian(double.weight.float(), 0.3, double.noise_scale.float(), double.prior_scale.float())
-    exact = LinearGaussian(model.weight.double(), model.bias.double(), model.noise_scale.double(), model.prior_scale.double())
+    exact = LinearGaussian(
+        model.weight.double(), model.bias.double(), model.noise_scale.double(), model.prior_scale.double()
+    )
     x = _data(double, number, generator, 10.0).float()
     best = exact.precision.diagonal().rsqrt().detach()
-    guide = NormalGuide(lambda x: (exact.posterior(x.double())[0].detach() + 0.5 * best).to(x.dtype), 1.2 * best.float())
+    guide = NormalGuide(
+        lambda x: (exact.posterior(x.double())[0].detach() + 0.5 * best).to(x.dtype), 1.2 * best.float()
+    )
     return _instance(exact, model, guide, x)
 
 
@@ -84,9 +86,28 @@ def exact_guide(number: int, generator: Generator) -> Instance:
 
 PROBLEMS = (
     Problem("exact-guide", exact_guide, "the guide is the posterior, of 5 dimensions", 64, 400, easy=True),
-    Problem("narrow-guide", partial(mean_field, 0.05, 0.0, 0.0), "the guide's scales are 20 times too small", 64, 400, easy=True),
+    Problem(
+        "narrow-guide",
+        partial(mean_field, 0.05, 0.0, 0.0),
+        "the guide's scales are 20 times too small",
+        64,
+        400,
+        easy=True,
+    ),
     Problem("wide-guide", partial(mean_field, 20.0, 0.0, 0.0), "the guide's scales are 20 times too large", 64, 400),
-    Problem("far-guide", partial(mean_field, 1.0, 20.0, 0.0), "the guide is 20 standard deviations off in each dimension", 64, 400),
-    Problem("outlier", partial(mean_field, 1.0, 0.1, 50.0), "one observation of one datapoint at 50 standard deviations", 64, 400),
+    Problem(
+        "far-guide",
+        partial(mean_field, 1.0, 20.0, 0.0),
+        "the guide is 20 standard deviations off in each dimension",
+        64,
+        400,
+    ),
+    Problem(
+        "outlier",
+        partial(mean_field, 1.0, 0.1, 50.0),
+        "one observation of one datapoint at 50 standard deviations",
+        64,
+        400,
+    ),
     Problem("float32", single, "log p(x) near -1e5 in float32", 32, 32),
 )

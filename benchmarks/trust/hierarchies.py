@@ -36,7 +36,9 @@ def known_scale(number: int, generator: Generator) -> Instance:
                 pyro.sample("y", dist.Normal(theta, WITHIN), obs=y)
 
     # Of (m, theta_1, ..., theta_6).
-    precision = torch.diag(torch.cat([_c(TOP**-2 + GROUPS / BETWEEN**2), _c(BETWEEN**-2 + EACH / WITHIN**2).expand(GROUPS)]))
+    precision = torch.diag(
+        torch.cat([_c(TOP**-2 + GROUPS / BETWEEN**2), _c(BETWEEN**-2 + EACH / WITHIN**2).expand(GROUPS)])
+    )
     precision[0, 1:] = precision[1:, 0] = -(BETWEEN**-2)
     information = torch.cat([_c(0.0), y.sum(-1) / WITHIN**2])
     mean = torch.linalg.solve(precision, information)
@@ -83,6 +85,19 @@ class SchoolsGuide(nn.Module):
             pyro.sample("theta", dist.Normal(self.loc[2:], scale[2:]))
 
 
+def schools_elbo(y: Tensor, t: Tensor, s: Tensor, m: Tensor, s_m: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    r"""The ELBO of N(t, s) for log tau and N(m, s_m) for m, `(*,)`, N(mean, scale) for the effects, `(*, 8)`."""
+    size = len(SIGMAS)
+    inverse = (-2 * t + 2 * s**2).exp()  # E[1 / tau^2]
+    spread = ((mean - m[..., None]) ** 2 + scale**2).sum(-1) + size * s_m**2
+    top = -0.5 * (m**2 + s_m**2) / TOP**2 - math.log(TOP) - 0.5 * (t**2 + s**2) - LOG_2PI
+    effects = -0.5 * inverse * spread - size * (t + 0.5 * LOG_2PI)
+    error = ((y - mean) ** 2 + scale**2) / SIGMAS**2
+    likelihood = (-0.5 * error - SIGMAS.log()).sum(-1) - 0.5 * size * LOG_2PI
+    entropy = s.log() + s_m.log() + scale.log().sum(-1) + 0.5 * (size + 2) * (1 + LOG_2PI)
+    return top + effects + likelihood + entropy
+
+
 def schools(number: int, generator: Generator) -> Instance:
     """Eight schools, centred: m ~ N(0, 5), log tau ~ N(0, 1), theta_j ~ N(m, tau), y_j ~ N(theta_j, sigma_j)."""
     size = len(SIGMAS)
@@ -100,19 +115,11 @@ def schools(number: int, generator: Generator) -> Instance:
         """Of log tau, the rest integrated in closed form."""
         spread = (2 * t[..., 0]).exp()[..., None] + SIGMAS**2
         covariance = torch.diag_embed(spread) + TOP**2
-        return dist.MultivariateNormal(torch.zeros(size).double(), covariance).log_prob(y) + dist.Normal(0.0, 1.0).log_prob(t[..., 0])
+        return dist.MultivariateNormal(torch.zeros(size).double(), covariance).log_prob(y) + dist.Normal(
+            0.0, 1.0
+        ).log_prob(t[..., 0])
 
     guide = SchoolsGuide(y)
-
-    def of_mean_field(t: Tensor, s: Tensor, m: Tensor, s_m: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-        inverse = (-2 * t + 2 * s**2).exp()
-        spread = ((mean - m[..., None]) ** 2 + scale**2).sum(-1) + size * s_m**2
-        top = -0.5 * (m**2 + s_m**2) / TOP**2 - math.log(TOP) - 0.5 * (t**2 + s**2) - LOG_2PI
-        effects = -0.5 * inverse * spread - size * (t + 0.5 * LOG_2PI)
-        error = ((y - mean) ** 2 + scale**2) / SIGMAS**2
-        likelihood = (-0.5 * error - SIGMAS.log()).sum(-1) - 0.5 * size * LOG_2PI
-        entropy = s.log() + s_m.log() + scale.log().sum(-1) + 0.5 * (size + 2) * (1 + LOG_2PI)
-        return top + effects + likelihood + entropy
 
     def objective(theta: Tensor) -> Tensor:
         """Of (mean, log scale) of log tau and the mean of m; the rest is at its best."""
@@ -120,11 +127,11 @@ def schools(number: int, generator: Generator) -> Instance:
         inverse = (-2 * t + 2 * s**2).exp()[..., None]
         precision = inverse + SIGMAS**-2
         mean = (inverse * m[..., None] + y / SIGMAS**2) / precision
-        return of_mean_field(t, s, m, (TOP**-2 + size * inverse[..., 0]).rsqrt(), mean, precision.rsqrt())
+        return schools_elbo(y, t, s, m, (TOP**-2 + size * inverse[..., 0]).rsqrt(), mean, precision.rsqrt())
 
     def bounds() -> Bounds:
         loc, scale = guide.loc.detach(), guide.log_scale.detach().exp()
-        elbo = of_mean_field(loc[1], scale[1], loc[0], scale[0], loc[2:], scale[2:])
+        elbo = schools_elbo(y, loc[1], scale[1], loc[0], scale[0], loc[2:], scale[2:])
         lines = [torch.linspace(*side, dtype=torch.float64) for side in ((-6, 3, 19), (-2, 1, 7), (-2, 4, 13))]
         grid = torch.cartesian_prod(*lines)
         best = maximised(objective, grid[objective(grid).topk(6).indices]).amax()
@@ -149,7 +156,14 @@ def funnel(number: int, generator: Generator) -> Instance:
 
 
 PROBLEMS = (
-    Problem("schools-known-scale", known_scale, "a Gaussian hierarchy of 7 latents, plate=False, AutoNormal", 1, 1, easy=True),
+    Problem(
+        "schools-known-scale",
+        known_scale,
+        "a Gaussian hierarchy of 7 latents, plate=False, AutoNormal",
+        1,
+        1,
+        easy=True,
+    ),
     Problem("schools", schools, "eight schools, centred, plate=False", 1, 1),
     Problem("funnel-9", funnel, "Neal's funnel of 10 dimensions, plate=False", 1, 1),
 )

@@ -61,7 +61,7 @@ def mixture(
     of_each = torch.logsumexp(w.log() + dist.Normal(means, total).log_prob(x[..., None]), -1)
     shrink = 1 / (1 + noise**2)
     first = (columns < mixed).double()
-    scale = torch.where(first > 0, start_scale, noise * math.sqrt(shrink))
+    scale = first * start_scale + (1 - first) * noise * math.sqrt(shrink)
     guide = NormalGuide(lambda x: first * start + (1 - first) * 0.9 * shrink * x, scale)
 
     def bounds() -> Bounds:
@@ -104,13 +104,76 @@ def _problem(
 
 
 PROBLEMS = (
-    _problem("two-modes-near", "modes 2.8 standard deviations apart, weights 0.6 and 0.4", (0.6, 0.4), (-1, 1), (0.7, 0.7), -1, 0.7),
-    _problem("two-modes-equal", "modes 16 standard deviations apart, the guide in one", (0.5, 0.5), (-4, 4), (0.5, 0.5), -4, 0.5),
-    _problem("two-modes-unequal", "the same with weights 0.7 and 0.3, the guide in the heavier", (0.7, 0.3), (-4, 4), (0.5, 0.5), -4, 0.5),
-    _problem("three-modes", "weights 0.5, 0.3, 0.2, the guide in the middle", (0.5, 0.3, 0.2), (0, -5, 5), (0.5, 0.5, 0.5), 0, 0.5),
-    _problem("four-modes", "two modes in each of two dimensions, the guide in one of four", (0.6, 0.4), (-3, 3), (0.5, 0.5), -3, 0.5, mixed=2, dim=2),
-    _problem("two-modes-20", "two modes in one of 20 dimensions, the guide in one", (0.5, 0.5), (-4, 4), (0.5, 0.5), -4, 0.5, dim=20, noise=2.5, number_of_evidence=64),
+    _problem(
+        "two-modes-near",
+        "modes 2.8 standard deviations apart, weights 0.6 and 0.4",
+        (0.6, 0.4),
+        (-1, 1),
+        (0.7, 0.7),
+        -1,
+        0.7,
+    ),
+    _problem(
+        "two-modes-equal",
+        "modes 16 standard deviations apart, the guide in one",
+        (0.5, 0.5),
+        (-4, 4),
+        (0.5, 0.5),
+        -4,
+        0.5,
+    ),
+    _problem(
+        "two-modes-unequal",
+        "the same with weights 0.7 and 0.3, the guide in the heavier",
+        (0.7, 0.3),
+        (-4, 4),
+        (0.5, 0.5),
+        -4,
+        0.5,
+    ),
+    _problem(
+        "three-modes",
+        "weights 0.5, 0.3, 0.2, the guide in the middle",
+        (0.5, 0.3, 0.2),
+        (0, -5, 5),
+        (0.5, 0.5, 0.5),
+        0,
+        0.5,
+    ),
+    _problem(
+        "four-modes",
+        "two modes in each of two dimensions, the guide in one of four",
+        (0.6, 0.4),
+        (-3, 3),
+        (0.5, 0.5),
+        -3,
+        0.5,
+        mixed=2,
+        dim=2,
+    ),
+    _problem(
+        "two-modes-20",
+        "two modes in one of 20 dimensions, the guide in one",
+        (0.5, 0.5),
+        (-4, 4),
+        (0.5, 0.5),
+        -4,
+        0.5,
+        dim=20,
+        noise=2.5,
+        number_of_evidence=64,
+    ),
     _problem("two-modes-between", "the guide wide and between both modes", (0.5, 0.5), (-4, 4), (0.5, 0.5), 0, 4.0),
-    _problem("wrong-mode", "the guide in a mode with a twentieth of the mass", (0.05, 0.95), (-4, 4), (0.5, 0.5), -4, 0.5),
-    _problem("spike-and-slab", "a mode 0.1 wide with half of the mass inside one 3 wide", (0.5, 0.5), (1.0, 0.0), (0.1, 3.0), 0.0, 2.5),
+    _problem(
+        "wrong-mode", "the guide in a mode with a twentieth of the mass", (0.05, 0.95), (-4, 4), (0.5, 0.5), -4, 0.5
+    ),
+    _problem(
+        "spike-and-slab",
+        "a mode 0.1 wide with half of the mass inside one 3 wide",
+        (0.5, 0.5),
+        (1.0, 0.0),
+        (0.1, 3.0),
+        0.0,
+        2.5,
+    ),
 )

@@ -100,7 +100,11 @@ def _wrong(table: pd.DataFrame) -> Iterator[str]:
     yield "| problem | quantity | seed | mean: error ± stated | datapoints wrong | worst: error ± stated |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for row in bad.to_dict("records"):
-        mean = f"**{row['error']:.3f}** ± {row['stated']:.4f}" if row["wrong"] else f"{row['error']:.3f} ± {row['stated']:.4f}" + (" (flagged)" if row["flagged"] else "")
+        mean = (
+            f"**{row['error']:.3f}** ± {row['stated']:.4f}"
+            if row["wrong"]
+            else f"{row['error']:.3f} ± {row['stated']:.4f}" + (" (flagged)" if row["flagged"] else "")
+        )
         name = label(row["quantity"]) + ("" if row["call"] == LEDGER else f" (`{ALONE}`)")
         worst = f"{row['worst']:.3f} ± {row['worst_stated']:.4f}" if row["wrong_datapoints"] else ""
         yield f"| {row['problem']} | {name} | {row['seed']} | {mean} | {row['wrong_datapoints']} of {row['declared']} | {worst} |"

@@ -86,7 +86,9 @@ class Scales:
         def objective(theta: Tensor) -> Tensor:
             m, s = theta[..., 0], theta[..., 1].exp()
             precision = (-m + s**2 / 2).exp()[..., None] + self.noise**-2
-            return self.of_mean_field(x, m, s, x / self.noise**2 / precision, precision.rsqrt().expand(*m.shape, x.shape[-1]))
+            return self.of_mean_field(
+                x, m, s, x / self.noise**2 / precision, precision.rsqrt().expand(*m.shape, x.shape[-1])
+            )
 
         centres = torch.linspace(-4 * self.width, 4 * self.width, 65, dtype=torch.float64)
         log_scales = torch.linspace(-2.5, 1.5, 17, dtype=torch.float64)

@@ -59,9 +59,7 @@ def best_gaussian(log_joint: LogDensity, means: Tensor, scales: Sequence[float],
     of the global optimum.
     """
     centres = means.double().expand(-1, number, -1)
-    tried = [
-        gaussian_elbo(log_joint, centre, torch.full_like(centre, scale)) for centre in centres for scale in scales
-    ]
+    tried = [gaussian_elbo(log_joint, centre, torch.full_like(centre, scale)) for centre in centres for scale in scales]
     best = torch.stack(tried).topk(min(NUM_POLISHED, len(tried)), 0).indices
     mean = centres[best // len(scales), torch.arange(number)]
     log_scale = torch.tensor(scales, dtype=torch.float64).log()[best % len(scales)][..., None].expand_as(mean)
