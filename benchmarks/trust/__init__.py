@@ -1,1 +1,1 @@
-"""Exact problems on which the library's numbers, their errors and its warnings are judged: `python -m benchmarks.trust`."""
+"""Exact problems on which numbers, their errors and warnings are judged: `python -m benchmarks.trust`."""

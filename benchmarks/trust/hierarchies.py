@@ -141,7 +141,7 @@ def schools(number: int, generator: Generator) -> Instance:
 
 
 def funnel(number: int, generator: Generator) -> Instance:
-    """Neal's funnel with a weak look at it: v ~ N(0, 3), nine variables of scale exp(v / 2), each seen once, noise 1."""
+    """Neal's funnel: v ~ N(0, 3), nine variables of scale exp(v / 2), each seen once, noise 1."""
     of, dim = Scales(3.0, 1.0), 9
 
     def model(x: Tensor) -> None:

@@ -33,21 +33,20 @@ def rows_in_words(rows: list[dict[str, Any]]) -> Iterator[str]:
         if row["outside"]:
             marks.append(f"{row['outside']} outside both bounds")
         where = "" if row["call"] == LEDGER else f" by {ALONE}"
-        yield (
-            f"   {label(row['quantity']) + where:28} {row['truth']:12.4f} {row['estimate']:12.4f} {row['error']:9.4f} ± "
-            f"{row['stated']:.4f}  {row['declared']}/{row['number']}  {', '.join(marks)}"
-        )
+        means = f"{row['truth']:12.4f} {row['estimate']:12.4f} {row['error']:9.4f} ± {row['stated']:.4f}"
+        yield f"   {label(row['quantity']) + where:28} {means}  {row['declared']}/{row['number']}  {', '.join(marks)}"
 
 
 def page(table: pd.DataFrame) -> str:
     """All of it."""
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
+    seconds = table.groupby(["problem", "seed"])["seconds"].first().sum()
     parts = [
         "# How far to trust the numbers",
         "",
         f"{table['problem'].nunique()} problems with exact answers, at the defaults of `decompose` and `log_evidence`. "
         f"Command: `python -m benchmarks.trust`; seeds {seeds}, fixed before the first run, each for data and draws. "
-        f"Machine: {table['machine'].iloc[0]}. Measured in {table.groupby(['problem', 'seed'])['seconds'].first().sum():,.0f} s.",
+        f"Machine: {table['machine'].iloc[0]}. The ledgers took {seconds:,.0f} s.",
         "",
         f"*Confidently wrong*: off by more than {ERRORS:g} stated errors and {NATS} nats, and not flagged. A mean is "
         "flagged where a warning of the diagnosis or the table names it; a datapoint where its column "
@@ -62,6 +61,9 @@ def page(table: pd.DataFrame) -> str:
         "",
         "## Intervals",
         "",
+        f"Of the datapoints declared reliable, over all seeds, wherever there are {MANY:,}: how many 95% intervals "
+        "hold the truth.",
+        "",
         *_intervals(table),
         "",
         "## Every problem",
@@ -75,21 +77,33 @@ def page(table: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _head(*cells: str) -> Iterator[str]:
+    yield _row(*cells)
+    yield _row(*["---"] * len(cells))
+
+
 def _totals(table: pd.DataFrame) -> Iterator[str]:
     own = table[table["call"] == LEDGER]
-    wrong, datapoints = int(own["wrong"].sum()), int(table["wrong_datapoints"].sum())
+    evidence, easy = own[own["quantity"] == "log_evidence"], own[own["easy"]]
+    amiss = table[table["wrong"] | (table["wrong_datapoints"] > 0)]
     chance = BEYOND_FOUR * int(table["comparable"].sum())
-    problems = table[table["wrong"] | (table["wrong_datapoints"] > 0)]["problem"].nunique()
-    easy = own[own["easy"] & (own["quantity"] == "log_evidence")]
-    yield "| | |"
-    yield "| --- | --- |"
-    yield f"| means, confidently wrong | {wrong} of {len(own)} |"
-    yield f"| datapoints declared reliable, confidently wrong | {datapoints:,} of {int(table['declared'].sum()):,}; by chance {chance:.1f} |"
-    yield f"| problems with any of these | {problems} of {table['problem'].nunique()} |"
-    yield f"| false alarms, on {easy['problem'].nunique()} easy problems | {int(own['false_alarm'].sum())} means of {int(own['easy'].sum())} |"
-    two = own[own["quantity"] == "log_evidence"]
-    yield f"| log p(x) outside of both bounds by {ERRORS:g} errors, declared reliable | {int(two['outside'].sum()):,} of {int(two['declared'].sum()):,} |"
-    yield f"| log p(x) declared reliable | {int(two['declared'].sum()):,} of {int(two['number'].sum()):,} |"
+    declared = int(evidence["declared"].sum())
+    yield from _head("", "")
+    yield _row("means of ledgers, confidently wrong", f"{int(own['wrong'].sum())} of {len(own)}")
+    of_datapoints = f"{int(table['wrong_datapoints'].sum()):,} of {int(table['declared'].sum()):,}"
+    yield _row("values declared reliable, confidently wrong", f"{of_datapoints}; by chance {chance:.1f}")
+    yield _row("problems with any of these", f"{amiss['problem'].nunique()} of {table['problem'].nunique()}")
+    alarms = f"{int(own['false_alarm'].sum())} of {len(easy)} means"
+    yield _row(f"false alarms on the {easy['problem'].nunique()} easy problems", alarms)
+    yield _row(
+        "log p(x) of a ledger declared reliable", f"{declared:,} of {int(evidence['number'].sum()):,} datapoints"
+    )
+    outside = f"{int(evidence['outside'].sum()):,} of {declared:,} datapoints"
+    yield _row(f"of these, truth outside both bounds by {ERRORS:g} of their errors", outside)
 
 
 def _wrong(table: pd.DataFrame) -> Iterator[str]:
@@ -97,24 +111,19 @@ def _wrong(table: pd.DataFrame) -> Iterator[str]:
     if bad.empty:
         yield "None."
         return
-    yield "| problem | quantity | seed | mean: error ± stated | datapoints wrong | worst: error ± stated |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield from _head(
+        "problem", "quantity", "seed", "mean: error ± stated", "datapoints wrong", "worst of them: error ± stated"
+    )
     for row in bad.to_dict("records"):
-        mean = (
-            f"**{row['error']:.3f}** ± {row['stated']:.4f}"
-            if row["wrong"]
-            else f"{row['error']:.3f} ± {row['stated']:.4f}" + (" (flagged)" if row["flagged"] else "")
-        )
+        error = f"**{row['error']:.3f}**" if row["wrong"] else f"{row['error']:.3f}"
+        mean = f"{error} ± {row['stated']:.4f}{' (flagged)' if row['flagged'] else ''}"
         name = label(row["quantity"]) + ("" if row["call"] == LEDGER else f" (`{ALONE}`)")
         worst = f"{row['worst']:.3f} ± {row['worst_stated']:.4f}" if row["wrong_datapoints"] else ""
-        yield f"| {row['problem']} | {name} | {row['seed']} | {mean} | {row['wrong_datapoints']} of {row['declared']} | {worst} |"
+        yield _row(row["problem"], name, row["seed"], mean, f"{row['wrong_datapoints']} of {row['declared']}", worst)
 
 
 def _intervals(table: pd.DataFrame) -> Iterator[str]:
-    yield f"Of datapoints declared reliable, over all seeds, wherever there are {MANY:,}: how many 95% intervals hold the truth."
-    yield ""
-    yield "| problem | quantity | declared | covered | at least |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield from _head("problem", "quantity", "declared", "covered", "at least")
     chosen = table[table["quantity"].isin(COVERED)]
     sums = chosen.groupby(["problem", "call", "quantity"], sort=False)[["declared", "covered"]].sum()
     for (problem, call, quantity), row in sums.iterrows():
@@ -122,19 +131,20 @@ def _intervals(table: pd.DataFrame) -> Iterator[str]:
             continue
         share = row["covered"] / row["declared"]
         least = NOMINAL - 2 * math.sqrt(NOMINAL * (1 - NOMINAL) / row["declared"])
-        mark = "" if share >= least else " **below**"
-        yield f"| {problem} | {label(quantity)}, `{call}` | {row['declared']:,} | {share:.1%}{mark} | {least:.1%} |"
+        covered = f"{share:.1%}{'' if share >= least else ' **below**'}"
+        yield _row(problem, f"{label(quantity)}, `{call}`", f"{row['declared']:,}", covered, f"{least:.1%}")
 
 
 def _all(table: pd.DataFrame) -> Iterator[str]:
-    yield "| problem | | truth | estimate | error | stated error | flagged | datapoints declared | wrong |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield from _head(
+        "problem", "", "truth", "estimate", "error", "stated error", "flagged", "datapoints declared", "wrong"
+    )
     own = table[(table["call"] == LEDGER) & ~table["quantity"].isin([*PARTS, "elbo"])]
     for (name, quantity), rows in own.groupby(["problem", "quantity"], sort=False):
-        row = rows.loc[rows["error"].abs().idxmax()]
-        problem = PROBLEMS[name]
+        worst, problem = rows.loc[rows["error"].abs().idxmax()], PROBLEMS[name]
         title = f"**{name}**{'*' if problem.easy else ''}: {problem.about}" if quantity == "log_evidence" else ""
-        flags = f"{int(rows['flagged'].sum())}/{len(rows)}"
-        declared = f"{int(rows['declared'].sum()):,}/{int(rows['number'].sum()):,}"
-        numbers = f"{row['truth']:.3f} | {row['estimate']:.3f} | {row['error']:.3f} | {row['stated']:.4f}"
-        yield f"| {title} | {label(quantity)} | {numbers} | {flags} | {declared} | {int(rows['wrong_datapoints'].sum()) or ''} |"
+        means = (f"{worst[column]:.3f}" for column in ("truth", "estimate", "error"))
+        flags = f"{int(rows['flagged'].sum())} of {len(rows)}"
+        declared = f"{int(rows['declared'].sum()):,} of {int(rows['number'].sum()):,}"
+        wrong = int(rows["wrong_datapoints"].sum()) or ""
+        yield _row(title, label(quantity), *means, f"{worst['stated']:.4f}", flags, declared, wrong)

@@ -205,7 +205,7 @@ def truncated(low: float, high: float, noise: float, number: int, generator: Gen
 
 
 def half_normal(number: int, generator: Generator) -> Instance:
-    """z ~ HalfNormal(1), x ~ N(z, 0.5): cut off at 0, where many posteriors have most of their mass; a LogNormal guide."""
+    """z ~ HalfNormal(1), x ~ N(z, 0.5): cut off at 0, where many posteriors have their mass; a LogNormal guide."""
     noise = 0.5
 
     def model(x: Tensor) -> None:
