@@ -45,8 +45,8 @@ def ring(number: int, generator: Generator) -> Instance:
 
     def bounds() -> Bounds:
         # A little off the axis, where the second coordinate's gradient is not zero by symmetry.
-        starts = torch.cat([plane((0.0, 4.0, 21), (0.03, 0.03, 1)), plane((0.0, 3.0, 16), (0.0, 3.0, 16))])
-        best = best_gaussian(log_joint, starts, (0.1, 0.2, 0.4, 0.8), number)
+        starts = plane((0.0, 3.0, 25), (0.03, 0.03, 1))
+        best = best_gaussian(log_joint, starts, (0.1, 0.2, 0.3, 0.4, 0.6, 0.8), number, polished=8)
         return Bounds(gaussian_elbo(log_joint, *guide.exact_parameters(x)), best)
 
     return Instance(model, guide, x, log_evidence, bounds)
@@ -74,7 +74,7 @@ def banana(number: int, generator: Generator) -> Instance:
 
     def bounds() -> Bounds:
         # z_2 lies near x - z_1^2.
-        first = torch.linspace(-3.5, 3.5, 29, dtype=torch.float64)[:, None].expand(-1, number)
+        first = torch.linspace(-3.2, 3.2, 17, dtype=torch.float64)[:, None].expand(-1, number)
         starts = torch.cat([torch.stack([first, x - first**2 + off], -1) for off in (-0.6, -0.3, 0.0, 0.3)])
         best = best_gaussian(log_joint, starts, (0.1, 0.2, 0.3, 0.5), number)
         return Bounds(gaussian_elbo(log_joint, *guide.exact_parameters(x)), best)

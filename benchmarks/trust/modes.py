@@ -73,7 +73,7 @@ def mixture(
         size = number * mixed
         grid = line(float((c - 2 * s).min()), float((c + 2 * s).max()), 121)
         smallest, largest = float(s.min()) / 2, float(max(s.max(), c.std(correction=0))) * 1.5
-        scales = torch.logspace(math.log10(smallest), math.log10(largest), 7).tolist()
+        scales = torch.logspace(math.log10(smallest), math.log10(largest), 5).tolist()
         best = best_gaussian(log_joint, grid, scales, size)
         ones = torch.ones(size, 1, dtype=torch.float64)
         given = gaussian_elbo(log_joint, start * ones, start_scale * ones)

@@ -16,7 +16,8 @@ LogDensity = Callable[[Tensor], Tensor]
 # Of the grid on which expectations under a Gaussian are taken, in standard deviations: 9 are 1e-19 of its mass.
 REACH = 9.0
 SPACING = {1: 0.03, 2: 0.4}
-NUM_NEWTON, NUM_POLISHED = 60, 4
+# Newton's method ends when no datapoint has more than this left to gain, nats.
+NUM_NEWTON, TOLERANCE = 60, 1e-9
 
 
 def log_integral(log_joint: LogDensity, low: float, high: float, points: int = 20001) -> Tensor:
@@ -49,18 +50,20 @@ def gaussian_elbo(log_joint: LogDensity, mean: Tensor, scale: Tensor) -> Tensor:
     return (weight.reshape(shape) * values).sum(0) + entropy
 
 
-def best_gaussian(log_joint: LogDensity, means: Tensor, scales: Sequence[float], number: int) -> Tensor:
+def best_gaussian(
+    log_joint: LogDensity, means: Tensor, scales: Sequence[float], number: int, polished: int = 3
+) -> Tensor:
     r"""The ELBO of the best independent Normals, `(N,)` for N = `number`, searched from `means` `(G, 1 or N, d)`:
 
     $$\max_{m, s} \mathbb E_{\mathcal N(m, \mathrm{diag}(s)^2)}[\log p(x_n, z)] + \text{entropy}$$
 
-    Every pair of a mean and a scale is tried for every datapoint, then the best four are improved by Newton's method,
+    Every pair of a mean and a scale is tried for every datapoint, then the `polished` best are improved by Newton's method,
     damped until each step gains. The grid must be as fine as the modes are wide: the best of it is then in the basin
     of the global optimum.
     """
     centres = means.double().expand(-1, number, -1)
     tried = [gaussian_elbo(log_joint, centre, torch.full_like(centre, scale)) for centre in centres for scale in scales]
-    best = torch.stack(tried).topk(min(NUM_POLISHED, len(tried)), 0).indices
+    best = torch.stack(tried).topk(min(polished, len(tried)), 0).indices
     mean = centres[best // len(scales), torch.arange(number)]
     log_scale = torch.tensor(scales, dtype=torch.float64).log()[best % len(scales)][..., None].expand_as(mean)
 
@@ -77,17 +80,15 @@ def maximised(objective: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
     value = objective(theta).detach()
     for _ in range(NUM_NEWTON):
         gradient, hessian = _derivatives(objective, theta)
-        if float(gradient.abs().max()) < 1e-9:
-            break
         eigenvalues, vectors = torch.linalg.eigh(-hessian)
         # Against saddles: every direction counts as curved downwards.
-        curvature = eigenvalues.abs() + damping[..., None]
-        along = (vectors.mT @ gradient[..., None])[..., 0] / curvature
-        step = (vectors @ along[..., None])[..., 0].clamp(-2.0, 2.0)
+        curvature, along = eigenvalues.abs(), (vectors.mT @ gradient[..., None])[..., 0]
+        left = (along**2 / curvature.clamp(min=1e-6)).sum(-1)
+        if float(left.max()) < TOLERANCE:
+            break
+        step = (vectors @ (along / (curvature + damping[..., None]))[..., None])[..., 0].clamp(-2.0, 2.0)
         reached = objective(theta + step).detach()
         gains = reached >= value
-        if float((reached - value).abs().max()) < 1e-13:
-            break
         theta = torch.where(gains[..., None], theta + step, theta)
         value = torch.where(gains, reached, value)
         damping = torch.where(gains, damping * 0.2, damping * 8)
