@@ -103,7 +103,7 @@ def funnel(number: int, generator: Generator) -> Instance:
 
 
 PROBLEMS = (
-    Problem("ring", ring, "a ring in the plane", 64, 400),
-    Problem("banana", banana, "a banana in the plane", 64, 400),
-    Problem("funnel", funnel, "a scale and five variables of that scale, each seen once", 64, 400),
+    Problem("ring", ring, "a ring in the plane", 64, 64),
+    Problem("banana", banana, "a banana in the plane", 64, 64),
+    Problem("funnel", funnel, "a scale and five variables of that scale, each seen once", 64, 64),
 )

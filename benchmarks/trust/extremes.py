@@ -85,7 +85,7 @@ def exact_guide(number: int, generator: Generator) -> Instance:
 
 
 PROBLEMS = (
-    Problem("exact-guide", exact_guide, "the guide is the posterior, of 5 dimensions", 64, 400, easy=True),
+    Problem("exact-guide", exact_guide, "the guide is the posterior, of 5 dimensions", 64, 352, easy=True),
     Problem(
         "narrow-guide",
         partial(mean_field, 0.05, 0.0, 0.0),
@@ -94,7 +94,7 @@ PROBLEMS = (
         400,
         easy=True,
     ),
-    Problem("wide-guide", partial(mean_field, 20.0, 0.0, 0.0), "the guide's scales are 20 times too large", 64, 400),
+    Problem("wide-guide", partial(mean_field, 20.0, 0.0, 0.0), "the guide's scales are 20 times too large", 64, 352),
     Problem(
         "far-guide",
         partial(mean_field, 1.0, 20.0, 0.0),

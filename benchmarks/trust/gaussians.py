@@ -52,10 +52,10 @@ def _problem(dim: int, decades: int, number: int, number_of_evidence: int, *, ea
 
 
 PROBLEMS = (
-    _problem(6, 2, 128, 400, easy=True),
-    _problem(6, 4, 128, 400),
-    _problem(20, 2, 64, 400, easy=True),
-    _problem(20, 4, 64, 400),
+    _problem(6, 2, 64, 352, easy=True),
+    _problem(6, 4, 64, 64),
+    _problem(20, 2, 64, 352, easy=True),
+    _problem(20, 4, 64, 64),
     _problem(50, 2, 64, 64, easy=True),
     _problem(50, 4, 64, 64),
     _problem(200, 2, 32, 32),

@@ -101,10 +101,10 @@ def conflict(number: int, generator: Generator) -> Instance:
 
 
 PROBLEMS = (
-    Problem("student-5", partial(student, 5, 1.0), "five Student-t (3) latents, noise 1", 64, 400, easy=True),
+    Problem("student-5", partial(student, 5, 1.0), "five Student-t (3) latents, noise 1", 64, 352, easy=True),
     Problem(
-        "student-5-weak", partial(student, 5, 4.0), "the same, noise 4: the posterior has the prior's tails", 64, 400
+        "student-5-weak", partial(student, 5, 4.0), "the same, noise 4: the posterior has the prior's tails", 64, 352
     ),
-    Problem("cauchy", cauchy, "Cauchy latent and Cauchy noise: two modes with heavy tails where x is large", 64, 400),
-    Problem("conflict", conflict, "two observations 10 apart under Student-t noise of scale 0.2", 32, 400),
+    Problem("cauchy", cauchy, "Cauchy latent and Cauchy noise: two modes with heavy tails where x is large", 64, 64),
+    Problem("conflict", conflict, "two observations 10 apart under Student-t noise of scale 0.2", 32, 32),
 )

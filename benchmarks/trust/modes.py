@@ -97,7 +97,7 @@ def _problem(
     mixed: int = 1,
     dim: int = 1,
     noise: float = 5.0,
-    number_of_evidence: int = 400,
+    number_of_evidence: int = 352,
 ) -> Problem:
     make = partial(mixture, weights, centres, widths, start, start_scale, mixed, dim, noise)
     return Problem(name, make, about, 64, number_of_evidence)

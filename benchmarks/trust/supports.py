@@ -235,12 +235,12 @@ def half_normal(number: int, generator: Generator) -> Instance:
 
 
 PROBLEMS = (
-    Problem("beta", partial(beta, 2.0, 3.0, 10), "a Beta latent, 10 trials, a Beta guide", 64, 400, easy=True),
-    Problem("beta-sparse", partial(beta, 0.5, 0.5, 2), "a U-shaped Beta latent, 2 trials, a Beta guide", 64, 400),
-    Problem("gamma", partial(gamma, 1.5, 0.5, 2), "a Gamma latent, 2 counts, a LogNormal guide", 64, 400, easy=True),
-    Problem("gamma-sparse", partial(gamma, 0.1, 0.1, 1), "a Gamma latent of shape 0.1, one count, mostly 0", 64, 400),
-    Problem("dirichlet", dirichlet, "a Dirichlet latent, 20 trials, a Dirichlet guide", 64, 400, easy=True),
-    Problem("ordered", ordered, "two ordered latents, each seen once", 12, 400),
+    Problem("beta", partial(beta, 2.0, 3.0, 10), "a Beta latent, 10 trials, a Beta guide", 64, 352, easy=True),
+    Problem("beta-sparse", partial(beta, 0.5, 0.5, 2), "a U-shaped Beta latent, 2 trials, a Beta guide", 64, 352),
+    Problem("gamma", partial(gamma, 1.5, 0.5, 2), "a Gamma latent, 2 counts, a LogNormal guide", 64, 352, easy=True),
+    Problem("gamma-sparse", partial(gamma, 0.1, 0.1, 1), "a Gamma latent of shape 0.1, one count, mostly 0", 64, 352),
+    Problem("dirichlet", dirichlet, "a Dirichlet latent, 20 trials, a Dirichlet guide", 64, 352, easy=True),
+    Problem("ordered", ordered, "two ordered latents, each seen once", 12, 352),
     Problem(
         "truncated",
         partial(truncated, -1.0, 2.0, 0.5),
@@ -248,5 +248,5 @@ PROBLEMS = (
         12,
         400,
     ),
-    Problem("half-normal", half_normal, "a Normal posterior cut off at 0, a LogNormal guide", 64, 400),
+    Problem("half-normal", half_normal, "a Normal posterior cut off at 0, a LogNormal guide", 64, 352),
 )
