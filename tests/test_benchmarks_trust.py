@@ -224,8 +224,8 @@ def test_no_gaussian_of_a_fine_search_is_better(name: str) -> None:
     best = instance.bounds().elbo_refined
     assert best is not None
     with torch.no_grad():
-        for mean in torch.linspace(-6, 6, 61, dtype=torch.float64):
-            for scale in (0.05, 0.1, 0.2, 0.45, 0.55, 1.0, 2.0, 4.0):
+        for mean in torch.linspace(-6, 6, 41, dtype=torch.float64):
+            for scale in (0.1, 0.2, 0.5, 1.5, 4.0):
                 centre = torch.full((FEW, 1), float(mean), dtype=torch.float64)
                 value = gaussian_elbo(lambda z: joint_of(joint, z), centre, torch.full_like(centre, scale))
                 assert float((value - best).max()) < 1e-4

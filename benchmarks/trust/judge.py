@@ -106,7 +106,8 @@ def of_ledger(ledger: GapLedger, log_evidence: Tensor, bounds: Bounds, *, easy: 
         if quantity not in ledger.per_datapoint:
             continue
         flagged = any(named(part, warned) for part in _with_parts(quantity, truths))
-        yield judged(LEDGER, quantity, _values(ledger, quantity, truths), truth, flagged=flagged, easy=easy)
+        values = _values(ledger, quantity, truths, flagged=flagged)
+        yield judged(LEDGER, quantity, values, truth, flagged=flagged, easy=easy)
 
 
 def of_estimate(estimate: Estimate, log_evidence: Tensor) -> Judgement:
@@ -171,7 +172,8 @@ def judged(call: str, quantity: str, found: Values, truth: Array, *, flagged: bo
     )
 
 
-def _values(ledger: GapLedger, quantity: str, truths: dict[str, Array]) -> Values:
+def _values(ledger: GapLedger, quantity: str, truths: dict[str, Array], *, flagged: bool) -> Values:
+    """A quantity's columns. A warning that names it holds for all datapoints but those examined from other starts."""
     data = ledger.per_datapoint
     value, mcse = values_of(data, quantity)
     declared = np.ones(len(value), dtype=bool)
@@ -179,6 +181,8 @@ def _values(ledger: GapLedger, quantity: str, truths: dict[str, Array]) -> Value
         if part in DECLARED:
             column = data[DECLARED[part]]
             declared &= (column.isel(family=0) if "family" in column.dims else column).values == 1
+    if flagged and "examined" in data:
+        declared &= data["examined"].values == 1
     if quantity != "log_evidence":
         return Values(value, mcse, declared, value - 1.96 * mcse, value + 1.96 * mcse)
     names = ("log_evidence_low", "log_evidence_high", "log_evidence_upper", "log_evidence_upper_mcse")
