@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from scipy import optimize
 from torch import Generator, Tensor
 
@@ -319,6 +322,43 @@ def test_means_of_an_estimate_are_over_those_declared() -> None:
 )
 def test_warnings_name_quantities(warning: str, quantities: set[str]) -> None:
     assert {name for name in judge.NAMES if judge.named(name, [warning.lower()])} == quantities
+
+
+def made_up_ledger(*warnings: str) -> Any:
+    """Three datapoints of which the first was examined from other starts, and all are low by a nat."""
+    columns = {"log_evidence": -1.0, "elbo": -2.0, "elbo_refined": -1.5, "inference_gap": 1.0, "approximation_gap": 0.5}
+    variables: dict[str, Any] = {name: ("datapoint", np.full(3, value)) for name, value in columns.items()}
+    variables |= {f"{name}_mcse": ("datapoint", np.full(3, 0.01)) for name in columns}
+    variables |= {name: ("datapoint", [True, True, False]) for name in ("log_evidence_reliable", "converged")}
+    ends = {"low": -1.02, "high": -0.98, "upper": -0.9, "upper_mcse": 0.01}
+    variables |= {f"log_evidence_{name}": ("datapoint", np.full(3, value)) for name, value in ends.items()}
+    data = xr.Dataset({**variables, "examined": ("datapoint", [True, False, False])})
+
+    class Ledger:
+        per_datapoint = data
+
+        def diagnose(self) -> SimpleNamespace:
+            return SimpleNamespace(warnings=warnings)
+
+        def __str__(self) -> str:
+            return "a table"
+
+    return Ledger()
+
+
+def test_judge_of_a_ledger() -> None:
+    """Reliable columns decide; a warning that names a quantity holds for those that were not examined."""
+    zero = torch.zeros(3).double()
+    bounds = Bounds(zero - 2, zero - 1.5)
+    silent = {row.quantity: row for row in judge.of_ledger(made_up_ledger(), zero, bounds, easy=False)}
+    assert [silent[name].declared for name in ("log_evidence", "elbo", "elbo_refined", "inference_gap")] == [2, 3, 2, 2]
+    assert [silent[name].wrong for name in ("log_evidence", "elbo", "elbo_refined", "inference_gap")] == [1, 0, 0, 1]
+    assert silent["log_evidence"].wrong_datapoints == silent["log_evidence"].outside == 2
+    warned = made_up_ledger("log p(x) is too low: other starts found more")
+    loud = {row.quantity: row for row in judge.of_ledger(warned, zero, bounds, easy=False)}
+    assert [name for name, row in loud.items() if row.flagged] == ["log_evidence", "inference_gap", "approximation_gap"]
+    assert [loud[name].declared for name in ("log_evidence", "elbo", "elbo_refined", "inference_gap")] == [1, 3, 2, 1]
+    assert not any(row.wrong for row in loud.values())
 
 
 def test_truths_of_gaps_are_differences_and_sum() -> None:
