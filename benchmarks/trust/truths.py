@@ -58,9 +58,8 @@ def best_gaussian(
     $$\max_{m, s} \mathbb E_{\mathcal N(m, \mathrm{diag}(s)^2)}[\log p(x_n, z)] + \text{entropy}$$
 
     Every pair of a mean and a scale is tried for every datapoint, then the `polished` best are improved by Newton's
-    method, damped until each step gains.
-    The grid must be as fine as the modes are wide: the best of it is then in the basin
-    of the global optimum.
+    method, damped until each step gains. The grid must be as fine as the modes are wide: the best of it is then in the
+    basin of the global optimum.
     """
     centres = means.double().expand(-1, number, -1)
     tried = [gaussian_elbo(log_joint, centre, torch.full_like(centre, scale)) for centre in centres for scale in scales]
