@@ -246,7 +246,7 @@ PROBLEMS = (
         partial(truncated, -1.0, 2.0, 0.5),
         "a Normal posterior cut off at both ends, a logit-Normal guide",
         12,
-        400,
+        352,
     ),
     Problem("half-normal", half_normal, "a Normal posterior cut off at 0, a LogNormal guide", 64, 352),
 )
