@@ -46,6 +46,8 @@ NAMES = {
 }
 # The column that declares a datapoint's value reliable.
 DECLARED = {"log_evidence": "log_evidence_reliable", "elbo_refined": "converged", "elbo_shared": "shared_converged"}
+# What other starts found wanting, a warning calls by this; no column says so of those that were not examined.
+OTHER_STARTS = "l[q*]"
 LEDGER, ALONE = "decompose", "log_evidence"
 
 
@@ -106,7 +108,7 @@ def of_ledger(ledger: GapLedger, log_evidence: Tensor, bounds: Bounds, *, easy: 
         if quantity not in ledger.per_datapoint:
             continue
         flagged = any(named(part, warned) for part in _with_parts(quantity, truths))
-        values = _values(ledger, quantity, truths, flagged=flagged)
+        values = _values(ledger, quantity, truths, doubted=any(OTHER_STARTS in text for text in warned))
         yield judged(LEDGER, quantity, values, truth, flagged=flagged, easy=easy)
 
 
@@ -172,8 +174,8 @@ def judged(call: str, quantity: str, found: Values, truth: Array, *, flagged: bo
     )
 
 
-def _values(ledger: GapLedger, quantity: str, truths: dict[str, Array], *, flagged: bool) -> Values:
-    """A quantity's columns. A warning that names it holds for all datapoints but those examined from other starts."""
+def _values(ledger: GapLedger, quantity: str, truths: dict[str, Array], *, doubted: bool) -> Values:
+    """A quantity's columns. Where L[q*] is `doubted`, its datapoints that were not examined are not declared reliable."""
     data = ledger.per_datapoint
     value, mcse = values_of(data, quantity)
     declared = np.ones(len(value), dtype=bool)
@@ -181,7 +183,7 @@ def _values(ledger: GapLedger, quantity: str, truths: dict[str, Array], *, flagg
         if part in DECLARED:
             column = data[DECLARED[part]]
             declared &= (column.isel(family=0) if "family" in column.dims else column).values == 1
-    if flagged and "examined" in data:
+    if doubted and "elbo_refined" in _with_parts(quantity, truths) and "examined" in data:
         declared &= data["examined"].values == 1
     if quantity != "log_evidence":
         return Values(value, mcse, declared, value - 1.96 * mcse, value + 1.96 * mcse)
