@@ -175,7 +175,7 @@ def judged(call: str, quantity: str, found: Values, truth: Array, *, flagged: bo
 
 
 def _values(ledger: GapLedger, quantity: str, truths: dict[str, Array], *, doubted: bool) -> Values:
-    """A quantity's columns. Where L[q*] is `doubted`, its datapoints that were not examined are not declared reliable."""
+    """A quantity's columns. Where L[q*] is `doubted`, datapoints that were not examined are not declared reliable."""
     data = ledger.per_datapoint
     value, mcse = values_of(data, quantity)
     declared = np.ones(len(value), dtype=bool)

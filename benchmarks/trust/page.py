@@ -50,9 +50,9 @@ def page(table: pd.DataFrame) -> str:
         "",
         f"*Confidently wrong*: off by more than {ERRORS:g} stated errors and {NATS} nats, and not flagged. A mean is "
         "flagged where a warning of the diagnosis or the table names it; a datapoint where its column "
-        "(`log_evidence_reliable`, `converged`, `shared_converged`) is False, or for L[q*], where a warning says "
-        "that other starts found more, and the datapoint was not examined. A gap is flagged with its parts. *False alarm*: a "
-        f"flagged mean on an easy problem that is right within two stated errors and {NATS} nats.",
+        "(`log_evidence_reliable`, `converged`, `shared_converged`) is False, or for L[q*] where a warning says that "
+        "other starts found more, and the datapoint was not examined. A gap is flagged with its parts. *False alarm*: "
+        f"a flagged mean on an easy problem that is right within two stated errors and {NATS} nats.",
         "",
         *_totals(table),
         "",
