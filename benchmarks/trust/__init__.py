@@ -1,0 +1,1 @@
+"""Exact problems on which numbers, their errors and warnings are judged: `python -m benchmarks.trust`."""
