@@ -39,7 +39,7 @@ def vouched(slots: Slots, anchor: Curvature) -> tuple[Tensor, Tensor]:
     """
     agrees = anchor.agrees.cpu().clone()
     positions, cost = agrees.nonzero()[:, 0], torch.zeros(len(agrees), dtype=torch.long)
-    for some in positions.split(max(1, MAX_SQUARES // slots.dim**2)):
+    for some in positions.split(max(1, MAX_SQUARES // slots.dim**2)) if len(positions) else ():
         heavy, taken = heavy_tails(slots, anchor.gaussian, some)
         agrees[some], cost[some] = ~heavy.cpu(), taken.cpu()
     return agrees, cost

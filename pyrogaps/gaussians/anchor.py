@@ -18,8 +18,8 @@ from pyrogaps.streams import BLOCK, Chunk, Noise, Stream
 # On the scales of the guide, because a mean-field guide is narrower than the posterior.
 WIDEN_GUIDE = 1.2
 NUM_PRIOR_DRAWS = 256
-# Up to this many latents a full covariance is fitted at once, by 6 dim gradients, and holds any correlations. One of low
-# rank takes 960. Evaluations of the ladder in all, with errors alike, on Gaussians with 8 strong directions: 1,640
+# Up to this many latents a full covariance, which holds any correlations, is fitted at once, by 6 dim gradients. One of
+# low rank takes 960. Evaluations of the ladder in all, with errors alike, on Gaussians with 8 strong directions: 1,640
 # against 2,096 in 64 dimensions, 1,960 against 2,096 in 128, 2,792 against 2,491 in 256.
 MAX_DIM = 256
 # Up to this many, it is fitted where low rank does not do: 0.3 s of linear algebra a datapoint, and 3,900 evaluations
@@ -50,7 +50,8 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
     """Gaussians by curvature of B datapoints, with full covariances up to `MAX_DIM` latents.
 
     Above, they are of low rank plus diagonal. Where such a fit is cut, a full covariance is fitted up to
-    `MAX_DIM_AGAIN` latents; above, one that `start` has is kept. The factors of all are full then.
+    `MAX_DIM_AGAIN` latents, and kept unless it is cut as well; above, one that `start` has is kept. The factors of all
+    are full then.
 
     Args:
         start: where the fits begin.
@@ -70,8 +71,10 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
         return replace(fits, gaussian=gaussian.with_replaced(again, start.at(again)))
     for positions in again.split(FEW):
         fit = gaussian_by_curvature(gaussian.at(positions), partial(gradients, positions))
-        gaussian = gaussian.with_replaced(positions, fit.gaussian)
-        cut[positions], agrees[positions] = fit.cut, fit.agrees
+        better = (~fit.cut).nonzero()[:, 0]
+        places = positions.to(better.device)[better]
+        gaussian = gaussian.with_replaced(places, fit.gaussian.at(better))
+        cut[places], agrees[places] = False, fit.agrees[better]
     return Curvature(gaussian, cut, agrees, fits.num_gradients + fit.num_gradients)
 
 
