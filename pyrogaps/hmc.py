@@ -26,6 +26,27 @@ class Integrator(Protocol[State]):
         ...
 
 
+class Factor(Protocol):
+    """A factor L of the covariance of B datapoints that is not held as a matrix, such as one of low rank."""
+
+    @property
+    def diagonal(self) -> Tensor:
+        """`(B, dim)`, in the precision and on the device of the factor."""
+        ...
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """`L v` for v `(S, B, dim)`."""
+        ...
+
+    def apply_transpose(self, vector: Tensor) -> Tensor:
+        """`L^T v`, as `apply`."""
+        ...
+
+
+# Standard deviations `(B, dim)`, lower-triangular factors `(B, dim, dim)`, or a `Factor`.
+Scale = Tensor | Factor
+
+
 class HMCInfo(NamedTuple):
     """What happened in a transition: acceptance probability and decision, each `(S, B)`."""
 
@@ -89,13 +110,13 @@ class Leapfrog:
 
     Attributes:
         evaluate: positions to state, called once a step; an `Evaluation` gives gradients alone until the last one.
-        scale: the preconditioner, standard deviations `(B, dim)` or a lower Cholesky factor `(B, dim, dim)`: the mass
-            matrix is the inverse of the covariance it stands for.
+        scale: the preconditioner, standard deviations `(B, dim)`, a lower Cholesky factor `(B, dim, dim)` or a
+            `Factor`: the mass matrix is the inverse of the covariance it stands for.
         num_steps: of a trajectory.
     """
 
     evaluate: Evaluate
-    scale: Tensor
+    scale: Scale
     num_steps: int
 
     def propose(
@@ -117,21 +138,25 @@ class Leapfrog:
         return sum(terms[1:], start=terms[0]) - 0.5 * velocity.square().sum(-1)
 
 
-def apply_scale(scale: Tensor, vector: Tensor) -> Tensor:
-    """`L v` for a diagonal `(B, dim)` or lower-triangular `(B, dim, dim)` scale and `v` `(S, B, dim)`."""
+def apply_scale(scale: Scale, vector: Tensor) -> Tensor:
+    """`L v` for a `Scale` and v `(S, B, dim)`."""
+    if not isinstance(scale, Tensor):
+        return scale.apply(vector)
     if scale.dim() == 2:
         return scale * vector
     return torch.einsum("bij,sbj->sbi", scale, vector)
 
 
-def apply_transpose(scale: Tensor, vector: Tensor) -> Tensor:
+def apply_transpose(scale: Scale, vector: Tensor) -> Tensor:
     """`L^T v`, as `apply_scale`."""
+    if not isinstance(scale, Tensor):
+        return scale.apply_transpose(vector)
     if scale.dim() == 2:
         return scale * vector
     return torch.einsum("bij,sbi->sbj", scale, vector)
 
 
-def _push(gradients: tuple[Tensor, ...], weights: tuple[Tensor, ...], scale: Tensor) -> Tensor:
+def _push(gradients: tuple[Tensor, ...], weights: tuple[Tensor, ...], scale: Scale) -> Tensor:
     force = sum(
         (weight[..., None] * gradient for weight, gradient in zip(weights[1:], gradients[1:], strict=True)),
         start=weights[0][..., None] * gradients[0],

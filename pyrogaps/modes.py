@@ -8,6 +8,7 @@ passes of curvature; and what ends apart from the anchor, and from each other, i
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from pyrogaps.annealing.loop import WARM_UP, AdaptedStepSizes, pilot, schedule
 from pyrogaps.annealing.rotations import Rotation
 from pyrogaps.capture.slots import POINTS, Slots
 from pyrogaps.errors import InputError
-from pyrogaps.gaussians import MAX_DIM, Curvature, Gaussian, anchor_of, gaussian_by_curvature, prior_gaussian
+from pyrogaps.gaussians import Curvature, Gaussian, anchor_of, bhattacharyya, fitted, prior_gaussian
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk, derive_seed
@@ -94,12 +95,10 @@ def examine(
     """Look for modes of a random sample of `number` datapoints of a problem, all if there are no more.
 
     Returns the indices of the sample `(n,)`, and of those of it with more than one mode, some at a time, their indices
-    and what `measure` made of them, with a run of its own. Nothing is examined above `MAX_DIM` latents, where curvature
-    costs too much, nor where the prior cannot be drawn from. `alone`: every process does it all, see `Run.map_alone`.
+    and what `measure` made of them, with a run of its own. Nothing is examined where the prior cannot be drawn from.
+    `alone`: every process does it all, see `Run.map_alone`.
     """
     nothing: tuple[Tensor, list[tuple[Tensor, Result]]] = torch.empty(0, dtype=torch.long), []
-    if problem.dim > MAX_DIM:
-        return nothing
     indices, run = sample(problem.num_datapoints, number, run.seed), replace(run.derived("examined"), batch_size=BLOCK)
     sampled = problem.at(indices)
 
@@ -132,14 +131,12 @@ def explore(problem: Problem, block: Chunk, run: Run, wide: Gaussian) -> Modes:
     ends = _chain_ends(slots, wide, run)
     everyone = torch.arange(len(block))
     # An anchor that was cut says nothing about scales: those of the prior stand in.
-    narrow = wide.widened(NARROW)
-    scale = torch.where(anchor.cut[:, None, None], narrow.factor(), anchor.gaussian.factor())
-    scales = replace(anchor.gaussian, scale=scale)
+    scales = anchor.gaussian.scaled_as(wide.widened(NARROW), anchor.cut)
     owners, points = _starts(scales, anchor.cut, ends, slots.values(everyone, ends))
     evaluations = torch.full((len(block),), NUM_CHAINS * (NUM_TEMPERATURES + WARM_UP + 2))
     found = [anchor]
     if len(owners):
-        found.append(_polished(slots, replace(scales.at(owners), loc=points), owners))
+        found.append(_polished(slots, replace(scales.at(owners), loc=points), owners, run))
         evaluations += torch.bincount(owners, minlength=len(block)) * found[-1].num_gradients
     owners, curvature = torch.cat([everyone, owners]), Curvature.joined(found)
     heights = slots.values(owners, curvature.gaussian.loc[None])[0].double()
@@ -190,40 +187,41 @@ def _starts(scales: Gaussian, cut: Tensor, ends: Tensor, values: Tensor) -> tupl
     return torch.tensor(owners, dtype=torch.long), torch.stack(points) if points else ends[0, :0]
 
 
-def _polished(slots: Slots, start: Gaussian, owners: Tensor) -> Curvature:
+def _polished(slots: Slots, start: Gaussian, owners: Tensor, run: Run) -> Curvature:
     """Gaussians by curvature from `start`, one for each of `owners` `(K,)`, by passes that move to the mode nearby."""
-    number = 0
-    for _ in range(NUM_ROUNDS):
-        polished = gaussian_by_curvature(start, lambda at: slots.gradients(owners, at))
-        start, number = polished.gaussian, number + polished.num_gradients
-    return replace(polished, num_gradients=number)
+    parts = []
+    for part, positions in enumerate(torch.arange(len(owners)).split(BLOCK)):
+        own, fit, number = owners[positions], start.at(positions), 0
+        for attempt in range(NUM_ROUNDS):
+            noise = slots.noise(run.stream(f"explore probes {attempt} {part}"), len(own), start.loc.dtype)
+            polished = fitted(fit, partial(_gradients, slots, own), noise)
+            fit, number = polished.gaussian, number + polished.num_gradients
+        parts.append(replace(polished, num_gradients=number))
+    return Curvature.joined(parts)
+
+
+def _gradients(slots: Slots, owners: Tensor, places: Tensor, points: Tensor) -> Tensor:
+    return slots.gradients(owners[places], points)
 
 
 def _distinct(owners: Tensor, gaussian: Gaussian, log_masses: Tensor) -> Tensor:
     """The first Gaussian of every owner and, from the largest mass down, those that are distinct from all before:
     places `(M,)`, owner by owner.
     """
+
+    def apart(place: int, other: int) -> float:
+        return bhattacharyya(gaussian.at(torch.tensor([place])), gaussian.at(torch.tensor([other])))
+
     kept: list[int] = []
     for owner in range(int(owners.max()) + 1):
         first, *others = (owners == owner).nonzero()[:, 0].tolist()
         own, finite = [first], [place for place in others if math.isfinite(log_masses[place])]
         least = max(map(float, log_masses[[first, *finite]].nan_to_num(-math.inf))) - NEGLIGIBLE
         for place in sorted(finite, key=lambda place: -float(log_masses[place])):
-            if log_masses[place] >= least and all(_apart(gaussian, place, other) > DISTINCT for other in own):
+            if log_masses[place] >= least and all(apart(place, other) > DISTINCT for other in own):
                 own.append(place)
         kept += own
     return torch.tensor(kept)
-
-
-def _apart(gaussian: Gaussian, first: int, second: int) -> float:
-    """The Bhattacharyya distance of two Gaussians."""
-    pair = gaussian.at(torch.tensor([first, second]))
-    factors = pair.factor().double()
-    covariances = factors @ factors.mT
-    middle = torch.linalg.cholesky(covariances.mean(0))
-    shift = torch.linalg.solve_triangular(middle, (pair.loc[0] - pair.loc[1]).double()[:, None], upper=False)
-    log_scales = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
-    return float(shift.square().sum() / 8 + middle.diagonal().log().sum() - log_scales)
 
 
 @dataclass(frozen=True)

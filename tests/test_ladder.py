@@ -297,8 +297,11 @@ def test_one_datapoint_without_a_plate() -> None:
     torch.testing.assert_close(estimate.value, exact[None], atol=5 * float(estimate.mcse), rtol=0)
 
 
-def test_above_the_largest_dimension_the_guide_is_the_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_cover_where_the_anchor_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single probe and a single axis for two latents that are correlated."""
     monkeypatch.setattr("pyrogaps.gaussians.anchor.MAX_DIM", 1)
+    monkeypatch.setattr("pyrogaps.gaussians.anchor.MAX_DIM_AGAIN", 1)
+    monkeypatch.setattr("pyrogaps.gaussians.low_rank_curvature.NUM_LOW_RANK_PASSES", 1)
     model = anisotropic(4, 2, dtype=torch.float64)
     x, _ = draws_of(model, 512, seed=2024)
     estimate, exact = log_evidence(model, WrongEncoder(model), x, referee=False), model.log_evidence(x).detach()

@@ -87,6 +87,18 @@ def bridged() -> Callable[[], Any]:
     return lambda: pg.decompose(model, guide, x, evidence=bridge, **TINY)
 
 
+def probed() -> Callable[[], Any]:
+    """As `examined`, with Gaussians of low rank."""
+    measure = examined()
+
+    def run() -> Any:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr("pyrogaps.gaussians.anchor.MAX_DIM", 0)
+            return measure()
+
+    return run
+
+
 def conditioned() -> Callable[[], Any]:
     """With completions doubled once."""
     model = anisotropic(4, 2)
@@ -122,7 +134,8 @@ def trained() -> Callable[[], Any]:
     return lambda: pg.train(model, guide, x[:100], validation=x[100:], **options)
 
 
-RUNS = {run.__name__: run for run in (plain, escalated, examined, bridged, conditioned, split, calibrated, trained)}
+MEASUREMENTS = (plain, escalated, examined, probed, bridged, conditioned, split, calibrated, trained)
+RUNS = {run.__name__: run for run in MEASUREMENTS}
 
 # Every stream, by what it is for; numbers in names, such as those of rungs and groups of chains, left out.
 REFINING = {"natural start own", "natural own", "natural further own", "select own"}
@@ -168,6 +181,13 @@ PURPOSES = {
     | {"sample"}
     | under("examined", {"explore", "explore prior", "refined own", *REFINING} | LADDER),
     "bridged": STRUCTURE | BOUNDS | under("bridge", {"ladder pilot", "ladder draws", "ladder chains"}),
+    "probed": STRUCTURE
+    | BOUNDS
+    | LADDER
+    | {"sample", "anchor probes"}
+    | under(
+        "examined", {"explore", "explore prior", "explore probes", "anchor probes", "refined own", *REFINING} | LADDER
+    ),
     "conditioned": STRUCTURE
     | {"shown", "leak"}
     | BOUNDS
@@ -239,7 +259,7 @@ def test_every_block_of_datapoints_has_a_stream(run: tuple[str, RecordedDraws]) 
     kind, draws = run
     blocks = blocks_of(draws.names)
     # Each rung of the ladder, and each further mode, is for some datapoints only; training has epochs, not blocks.
-    some = f"ladder|epoch|fresh|examined.* own|{LASTING}"
+    some = f"ladder|epoch|fresh|examined.* own|explore probes|{LASTING}"
     expected = {purpose for purpose in blocks if blocks[purpose] and not re.search(some, purpose)}
     smaller = {"certificate": {0, 1}}  # of 66 datapoints
     assert kind == "trained" or "natural own" in expected

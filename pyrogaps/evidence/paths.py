@@ -11,7 +11,7 @@ from pyrogaps.annealing.loop import Adaptation
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import JointDensity
 from pyrogaps.gaussians import Gaussian
-from pyrogaps.hmc import Evaluate, Evaluation, HMCState, Leapfrog
+from pyrogaps.hmc import Evaluate, Evaluation, HMCState, Leapfrog, Scale
 from pyrogaps.streams import BLOCK, Chunk, Stream
 
 NUM_SCALE_DRAWS = 256
@@ -32,7 +32,7 @@ class Path:
     joint: JointDensity
     draw: Callable[[int, Stream], Tensor]
     evaluate: Callable[[int], Evaluate]
-    scale: Tensor
+    scale: Scale
     start: str = "start"
 
     def move(self, num_chains: int, num_leapfrog: int) -> "LeapfrogMove":
@@ -46,10 +46,14 @@ class LeapfrogMove(Leapfrog):
 
     @property
     def adaptation(self) -> Adaptation:
-        return Adaptation(first=self.scale.shape[1] ** -0.25, warm_up_rate=1.0, rate=0.5)
+        return Adaptation(first=self._like.shape[1] ** -0.25, warm_up_rate=1.0, rate=0.5)
+
+    @property
+    def _like(self) -> Tensor:
+        return self.scale if isinstance(self.scale, Tensor) else self.scale.diagonal
 
     def target(self, beta: Tensor) -> tuple[Tensor, Tensor]:
-        beta = beta.to(self.scale)
+        beta = beta.to(self._like)
         return 1 - beta, beta
 
     def difference(self, state: HMCState) -> Tensor:

@@ -29,6 +29,8 @@ from pyrogaps.gaussians import Curvature, Gaussian
 NEAR, FAR = 6.0, 9.0
 NUM_DIAGONALS = 4
 MAX_MASS = 0.005
+# Datapoints times dim^2 at a time: each has about 2 dim points of length dim.
+MAX_SQUARES = 1 << 22
 
 
 def vouched(slots: Slots, anchor: Curvature) -> tuple[Tensor, Tensor]:
@@ -37,9 +39,9 @@ def vouched(slots: Slots, anchor: Curvature) -> tuple[Tensor, Tensor]:
     """
     agrees = anchor.agrees.cpu().clone()
     positions, cost = agrees.nonzero()[:, 0], torch.zeros(len(agrees), dtype=torch.long)
-    if len(positions):
-        heavy, taken = heavy_tails(slots, anchor.gaussian, positions)
-        agrees[positions], cost[positions] = ~heavy.cpu(), taken.cpu()
+    for some in positions.split(max(1, MAX_SQUARES // slots.dim**2)) if len(positions) else ():
+        heavy, taken = heavy_tails(slots, anchor.gaussian, some)
+        agrees[some], cost[some] = ~heavy.cpu(), taken.cpu()
     return agrees, cost
 
 

@@ -28,7 +28,7 @@ class Curvature:
         cut: `(B,)`, where the last pass met a curvature that is not positive, or beyond what a pass may change. Weights
             of draws from such a Gaussian are not to be trusted.
         agrees: `(B,)`, where the last two passes agree in every direction: the covariance is that of the curvature.
-        num_gradients: that each datapoint took.
+        num_gradients: that each datapoint took at most.
     """
 
     gaussian: Gaussian
@@ -48,15 +48,9 @@ class Curvature:
     @classmethod
     def joined(cls, parts: Sequence["Curvature"]) -> "Curvature":
         """That of the datapoints of all parts, one after the other."""
-        gaussians = [part.gaussian for part in parts]
-        active = [gaussian.active for gaussian in gaussians if gaussian.active is not None]
-        gaussian = Gaussian(
-            torch.cat([each.loc for each in gaussians]),
-            torch.cat([each.scale for each in gaussians]),
-            torch.cat(active) if active else None,
-        )
+        gaussian = Gaussian.joined([part.gaussian for part in parts])
         cut, agrees = torch.cat([part.cut for part in parts]), torch.cat([part.agrees for part in parts])
-        return cls(gaussian, cut, agrees, parts[0].num_gradients)
+        return cls(gaussian, cut, agrees, max(part.num_gradients for part in parts))
 
 
 def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]) -> Curvature:

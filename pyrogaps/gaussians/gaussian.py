@@ -1,12 +1,14 @@
 """`Gaussian`: one for each datapoint, with its density, draws and factor."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pyrogaps.gaussians.low_rank import LowRank
 from pyrogaps.hmc import apply_scale
 
 
@@ -14,14 +16,14 @@ from pyrogaps.hmc import apply_scale
 class Gaussian:
     """N(loc, L L^T) for each of B datapoints, with `loc (B, dim)`.
 
-    `scale` is a diagonal `(B, dim)` or factors L `(B, dim, dim)`.
+    `scale` is a diagonal `(B, dim)`, lower-triangular factors L `(B, dim, dim)`, or factors of low rank.
 
     Coordinates that are not `active` `(B, dim)`, such as those past the end of a sequence, are in no density: they are
     0 in draws and count for nothing in the density, and L does not mix them with others.
     """
 
     loc: Tensor
-    scale: Tensor
+    scale: Tensor | LowRank
     active: Tensor | None = None
 
     def draw(self, noise: Tensor) -> Tensor:
@@ -35,6 +37,8 @@ class Gaussian:
     def whiten(self, z: Tensor) -> Tensor:
         """L^-1 (z - loc), `(S, B, dim)`."""
         centred = self.kept(z - self.loc)
+        if isinstance(self.scale, LowRank):
+            return self.scale.solve(centred)
         if self.scale.dim() == 2:
             return centred / self.scale
         # Not by the precision: its rounding errors grow with the square of the correlations.
@@ -43,35 +47,78 @@ class Gaussian:
     def gradient(self, z: Tensor) -> Tensor:
         """The gradient of the log density, `(S, B, dim)`."""
         centred = self.kept(self.loc - z)
+        if isinstance(self.scale, LowRank):
+            return self.scale.precision(centred)
         if self.scale.dim() == 2:
             return centred * self._precision
         return torch.einsum("bij,sbj->sbi", self._precision, centred)
 
     def at(self, positions: Tensor) -> "Gaussian":
         """The Gaussians of the datapoints at `positions`, which may repeat."""
-        return Gaussian(
-            self.loc[positions], self.scale[positions], None if self.active is None else self.active[positions]
-        )
+        scale = self.scale.at(positions) if isinstance(self.scale, LowRank) else self.scale[positions]
+        return Gaussian(self.loc[positions], scale, None if self.active is None else self.active[positions])
 
     def widened(self, factor: float) -> "Gaussian":
         """The same Gaussians with all scales times `factor`."""
+        if isinstance(self.scale, LowRank):
+            return replace(self, scale=self.scale.widened(factor))
         return replace(self, scale=factor * self.scale)
+
+    def scaled_as(self, other: "Gaussian", where: Tensor) -> "Gaussian":
+        """The same, with the scales of `other`, which are diagonal, at the datapoints `where` `(B,)`."""
+        diagonal = other.scale
+        assert isinstance(diagonal, Tensor)
+        if isinstance(own := self.scale, LowRank):
+            flat = LowRank(diagonal, own.axes, torch.ones_like(own.factors))
+            scale: Tensor | LowRank = flat.where(where, own)
+        else:
+            scale = torch.where(where[:, None, None], torch.diag_embed(diagonal), self.factor())
+        return replace(self, scale=scale)
 
     def with_replaced(self, positions: Tensor, other: "Gaussian") -> "Gaussian":
         """The same Gaussians, with `other` `(M, ...)` for the datapoints at `positions` `(M,)`, as factors."""
         loc, scale = self.loc.clone(), self.factor()
-        loc[positions], scale[positions] = other.loc, other.scale
+        loc[positions], scale[positions] = other.loc, other.factor()
         return replace(self, loc=loc, scale=scale)
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Gaussian]") -> "Gaussian":
+        """Those of the datapoints of all parts, one after the other, as triangular factors where forms differ."""
+        low_rank = [part.scale for part in parts if isinstance(part.scale, LowRank)]
+        if len(low_rank) < len(parts):
+            low_rank, parts = [], [part.triangular() for part in parts]
+        scales = [part.scale for part in parts if isinstance(part.scale, Tensor)]
+        active = [part.active for part in parts if part.active is not None]
+        scale = LowRank.joined(low_rank) if low_rank else torch.cat(scales)
+        return cls(torch.cat([part.loc for part in parts]), scale, torch.cat(active) if active else None)
+
+    def triangular(self) -> "Gaussian":
+        """The same Gaussians, with triangular factors in place of those of low rank."""
+        if not isinstance(self.scale, LowRank):
+            return self
+        factor = self.scale.to(torch.float64).dense()
+        return replace(self, scale=torch.linalg.cholesky(factor @ factor.mT).to(self.loc.dtype))
+
     def factor(self) -> Tensor:
-        """L of every datapoint, `(B, dim, dim)`, a copy."""
+        """L of every datapoint, `(B, dim, dim)`, a copy: for few latents, or few datapoints."""
+        if isinstance(self.scale, LowRank):
+            return self.scale.dense()
         return torch.diag_embed(self.scale) if self.scale.dim() == 2 else self.scale.clone()
 
+    @property
+    def precision_diagonal(self) -> Tensor:
+        """The diagonal of the precision, `(B, dim)`."""
+        if isinstance(self.scale, LowRank):
+            return self.scale.precision_diagonal
+        return self._precision if self.scale.dim() == 2 else self._precision.diagonal(dim1=-2, dim2=-1)
+
     @cached_property
-    def moves(self) -> Tensor:
+    def moves(self) -> Tensor | LowRank:
         """`scale` as the preconditioner of moves: those that are not active stay where they are."""
         if self.active is None:
             return self.scale
+        if isinstance(self.scale, LowRank):
+            return replace(self.scale, diagonal=self.kept(self.scale.diagonal))
         active = self.active if self.scale.dim() == 2 else self.active[..., None]
         return torch.where(active, self.scale, torch.zeros_like(self.scale))
 
@@ -81,12 +128,14 @@ class Gaussian:
 
     @cached_property
     def _inverse(self) -> Tensor:
-        identity = torch.eye(self.scale.shape[-1], dtype=self.scale.dtype, device=self.scale.device)
-        inverse: Tensor = torch.linalg.solve_triangular(self.scale, identity.expand_as(self.scale), upper=False)
+        factor = self.factor()
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        inverse: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         return inverse
 
     @cached_property
     def _precision(self) -> Tensor:
+        assert isinstance(self.scale, Tensor)
         if self.scale.dim() == 2:
             return self.scale.square().reciprocal()
         return torch.cholesky_inverse(self.scale)
@@ -94,5 +143,9 @@ class Gaussian:
     @cached_property
     def peak(self) -> Tensor:
         """The log density at the mean, `(B,)`."""
-        diagonal = self.scale if self.scale.dim() == 2 else self.scale.diagonal(dim1=-2, dim2=-1)
-        return -self.kept(diagonal.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+        rest: Tensor | float = 0.0
+        if isinstance(self.scale, LowRank):
+            diagonal, rest = self.scale.diagonal, self.scale.log_factors
+        else:
+            diagonal = self.scale if self.scale.dim() == 2 else self.scale.diagonal(dim1=-2, dim2=-1)
+        return -self.kept(diagonal.log() + 0.5 * math.log(2 * math.pi)).sum(-1) - rest

@@ -113,8 +113,7 @@ def _take_row(row: Row, source: Refinable, place: int, *, whole: bool) -> None:
 
 
 def _factorised(gaussian: Gaussian) -> Start:
-    precision = torch.cholesky_inverse(gaussian.factor()).diagonal(dim1=-2, dim2=-1)
-    return Start(gaussian.loc, precision.rsqrt(), fitted=False)
+    return Start(gaussian.loc, gaussian.precision_diagonal.rsqrt(), fitted=False)
 
 
 def _entries(guide: Refinable, row: int) -> list[tuple[Tensor, int, int]]:
