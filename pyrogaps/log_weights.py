@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pyrogaps.errors import counted
 
+# A share of the largest weight below which a draw does not count in their mean.
+NEGLIGIBLE = 1e-13
 # Limits of `Estimate.reliable` where something vouches for the weights: standard error, k-hat, draws of each.
 MAX_MCSE, MAX_KHAT = 0.2, 0.5
 MIN_DRAWS, MIN_KHAT_DRAWS = 16, 100
@@ -123,6 +125,13 @@ def trusted_by_pilot(pilot: Tensor, number: int) -> Tensor:
     heavy = pareto_khat(pilot[:, passed.to(pilot.device)]) > MAX_KHAT_ALONE + KHAT_ALLOWANCE / len(pilot)
     passed[passed.clone()] = ~heavy
     return passed.to(pilot.device)
+
+
+def that_count(log_weights: Tensor) -> Tensor:
+    """Log-weights `(S, N)`, -infinity where a weight is less than `NEGLIGIBLE` of the largest: its rounding, like
+    itself, does not reach the mean of the weights.
+    """
+    return log_weights.where(log_weights >= log_weights.amax(0) + math.log(NEGLIGIBLE), -math.inf)
 
 
 def rounding_error(*terms: Tensor) -> Tensor:
@@ -259,7 +268,7 @@ def log_mean_exp_estimate(
     `rounding` is `rounding_error` of the terms that log-weights are differences of; by default it is that of the
     log-weights, which is too small where large terms cancel.
     """
-    rounding = _rounding(log_weights, rounding)
+    rounding = _rounding(that_count(log_weights), rounding)
     return Estimate(
         log_mean_exp(log_weights),
         mcse_of_log_mean_exp(log_weights).maximum(rounding),

@@ -29,7 +29,9 @@ NUM_CHAINS, NUM_TEMPERATURES, ACCEPTANCE = 2 * POINTS, 32, 0.8
 # An end is far from the anchor where its whitened distance exceeds that of typical draws, sqrt(dim), by this.
 FAR = 3.0
 MAX_STARTS = 4
-# Of the prior's scales, where the anchor's are not known.
+# Nats by which log p(x, z) at an end may exceed the anchor's, of one latent; log-weights spread as sqrt(dim).
+EXCESS = 1.25
+# Of the prior's scales, where the anchor's are not known; of the anchor's, to look for a mode within its reach.
 NARROW = 0.1
 NUM_ROUNDS = 2
 # Two Gaussians are distinct from this Bhattacharyya distance on, where they overlap by less than exp(-1).
@@ -132,12 +134,18 @@ def explore(problem: Problem, block: Chunk, run: Run, wide: Gaussian) -> Modes:
     everyone = torch.arange(len(block))
     # An anchor that was cut says nothing about scales: those of the prior stand in.
     scales = anchor.gaussian.scaled_as(wide.widened(NARROW), anchor.cut)
-    owners, points = _starts(scales, anchor.cut, ends, slots.values(everyone, ends))
+    values, peaks = slots.values(everyone, ends), slots.values(everyone, anchor.gaussian.loc[None])
+    # Where p(x, z) exceeds what the anchor's Gaussian makes of it, a narrower mode may lie within its reach.
+    excess = values.double() - peaks.double() + 0.5 * anchor.gaussian.whiten(ends).double().square().sum(-1)
+    unexplained = anchor.cut | (excess > EXCESS * (1 + slots.dim**0.5))
+    owners, points, inside = _starts(scales, unexplained, ends, values)
     evaluations = torch.full((len(block),), NUM_CHAINS * (NUM_TEMPERATURES + WARM_UP + 2))
     found = [anchor]
     if len(owners):
-        found.append(_polished(slots, replace(scales.at(owners), loc=points), owners, run))
-        evaluations += torch.bincount(owners, minlength=len(block)) * found[-1].num_gradients
+        narrower = torch.where(inside & ~anchor.cut[owners], NARROW, 1.0).to(points)
+        start = replace(scales.at(owners), loc=points).widened(narrower)
+        found.append(_polished(slots, start, owners, run))
+        evaluations.index_add_(0, owners, found[-1].num_gradients)
     owners, curvature = torch.cat([everyone, owners]), Curvature.joined(found)
     heights = slots.values(owners, curvature.gaussian.loc[None])[0].double()
     log_masses = heights - curvature.gaussian.peak.double()
@@ -161,19 +169,20 @@ def _chain_ends(slots: Slots, wide: Gaussian, run: Run) -> Tensor:
     return by_chain
 
 
-def _starts(scales: Gaussian, cut: Tensor, ends: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends far from the anchor, or any where that was `cut` `(B,)`, and far from each other, in units of `scales`.
+def _starts(scales: Gaussian, unexplained: Tensor, ends: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ends far from the anchor, or `unexplained` by it `(NUM_CHAINS, B)`, and far from each other, in `scales`.
 
-    There are at most `MAX_STARTS` of a datapoint, as owners `(K,)` and points `(K, dim)`. The highest is first; next
-    comes the one that is farthest from those chosen.
+    There are at most `MAX_STARTS` of a datapoint, as owners `(K,)`, points `(K, dim)`, and whether they are within
+    reach of the anchor `(K,)`. The highest is first; next comes the one that is farthest from those chosen.
     """
-    owners, points = [], []
+    owners, points, inside = [], [], []
     for owner in range(ends.shape[1]):
         own = scales.at(torch.tensor([owner]))
         whitened = own.whiten(ends[:, owner : owner + 1])[:, 0].double()
         typical = math.sqrt(ends.shape[-1] if own.active is None else float(own.active.sum()))
         distances = whitened.norm(dim=-1)
-        far = (((distances > typical + FAR) | cut[owner]) & torch.isfinite(values[:, owner])).nonzero()[:, 0]
+        eligible = (distances > typical + FAR) | unexplained[:, owner]
+        far = (eligible & torch.isfinite(values[:, owner])).nonzero()[:, 0]
         if not len(far):
             continue
         chosen = [int(far[values[far, owner].argmax()])]
@@ -184,14 +193,16 @@ def _starts(scales: Gaussian, cut: Tensor, ends: Tensor, values: Tensor) -> tupl
             chosen.append(int(far[apart.argmax()]))
         owners += [owner] * len(chosen)
         points += [ends[end, owner] for end in chosen]
-    return torch.tensor(owners, dtype=torch.long), torch.stack(points) if points else ends[0, :0]
+        inside += [not bool(distances[end] > typical + FAR) for end in chosen]
+    starts = torch.stack(points) if points else ends[0, :0]
+    return torch.tensor(owners, dtype=torch.long), starts, torch.tensor(inside, dtype=torch.bool)
 
 
 def _polished(slots: Slots, start: Gaussian, owners: Tensor, run: Run) -> Curvature:
     """Gaussians by curvature from `start`, one for each of `owners` `(K,)`, by passes that move to the mode nearby."""
     parts = []
     for part, positions in enumerate(torch.arange(len(owners)).split(BLOCK)):
-        own, fit, number = owners[positions], start.at(positions), 0
+        own, fit, number = owners[positions], start.at(positions), torch.zeros(len(positions), dtype=torch.long)
         for attempt in range(NUM_ROUNDS):
             noise = slots.noise(run.stream(f"explore probes {attempt} {part}"), len(own), start.loc.dtype)
             polished = fitted(fit, partial(_gradients, slots, own), noise)

@@ -115,7 +115,10 @@ def test_no_error_is_below_the_rounding_of_the_terms(estimate: Callable[..., Est
     low, high = near.interval()
     assert float((high - near.value).min()) >= least
     assert float((near.value - low).min()) >= least
-    # A draw of weight zero has no size.
+    # Draws of weight zero, or next to it, have no size.
+    far = torch.full((30, 2), -3.0)
+    far[0] = -1e30
+    assert float(log_mean_exp_estimate(far).mcse.max()) < 1
     assert torch.equal(rounding_error(torch.tensor([[-math.inf], [2.0]])), torch.tensor([2 * 2**-23]).double())
 
 

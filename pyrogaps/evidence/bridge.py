@@ -39,6 +39,7 @@ from pyrogaps.log_weights import (
     effective_sample_size,
     normalised,
     rounding_error,
+    that_count,
 )
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refiner
@@ -202,7 +203,7 @@ class BridgeMeasurement(Measurement):
         ends = slots.values(everyone, ran.ends).double() - start.log_density(ran.ends)[0].double()
         drawn = Sampler(slots, start, run).log_weights(everyone, settings.num_draws, "draws")
         result, number = bridged(drawn, ends, ran.log_weights), len(ends)
-        rounding = rounding_error(drawn.to(start.loc.dtype), start.peak[None])
+        rounding = rounding_error(that_count(drawn).to(start.loc.dtype), start.peak[None])
         light, looked = vouched(slots, anchor)
         spent = anchor.num_gradients + annealer.pilot_cost(PILOT_TEMPERATURES) + settings.num_draws
         return {

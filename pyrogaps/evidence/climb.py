@@ -15,7 +15,7 @@ from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.rungs import Annealer
 from pyrogaps.evidence.tails import vouched
 from pyrogaps.gaussians import Curvature
-from pyrogaps.log_weights import rounding_error
+from pyrogaps.log_weights import rounding_error, that_count
 from pyrogaps.run import Run
 from pyrogaps.streams import PARTICLE_BLOCK
 from pyrogaps.two_sided import MAX_FRESH, TwoSided, two_sided
@@ -84,7 +84,7 @@ class Climb:
         start = anchor.gaussian.widened(widening(slots.dim))
         self.settings, self.anchor = settings, anchor
         self.sampler, self.annealer = Sampler(slots, start, run), Annealer(slots, start, settings, run)
-        self.evaluations = torch.full((number,), anchor.num_gradients)
+        self.evaluations = anchor.num_gradients.clone()
         # Decisions: draws of importance sampling, 0 where there is none; temperatures of AIS, and their pilot's number.
         self.draws = torch.zeros(number, dtype=torch.long)
         self.temperatures = torch.zeros(number, dtype=torch.long)
@@ -173,7 +173,8 @@ class Climb:
     def _rounding(self, drawn: Drawn) -> Tensor:
         """The rounding error of log p(x, z) - log q(z), in the precision that they are computed in."""
         start = self.sampler.start
-        return rounding_error(drawn.log_weights.to(start.loc.dtype), start.peak[drawn.positions][None]).cpu()
+        weights = that_count(drawn.log_weights).to(start.loc.dtype)
+        return rounding_error(weights, start.peak[drawn.positions][None]).cpu()
 
     def _sampled(self) -> Iterator[Drawn]:
         for number in self.draws[self.draws > 0].unique().tolist():

@@ -49,9 +49,10 @@ def _fit(problem: Problem, block: Chunk, run: Run) -> Curvature:
 def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise: Noise) -> Curvature:
     """Gaussians by curvature of B datapoints, with full covariances up to `MAX_DIM` latents.
 
-    Above, they are of low rank plus diagonal. Where such a fit is cut, a full covariance is fitted up to
-    `MAX_DIM_AGAIN` latents, and kept unless it is cut as well; above, one that `start` has is kept. The factors of all
-    are full then.
+    Where the last two passes do not agree, because the start was far off, there are three more, which are kept if they
+    settle. Above `MAX_DIM`, covariances are of low rank plus diagonal. Where such a fit is cut, a full covariance is
+    fitted up to `MAX_DIM_AGAIN` latents, and kept unless it is cut as well; above, one that `start` has is kept. The
+    factors of all are full then.
 
     Args:
         start: where the fits begin.
@@ -60,7 +61,11 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
     """
     dim, everyone = start.loc.shape[-1], arange(len(start.loc))
     if dim <= MAX_DIM:
-        return gaussian_by_curvature(start, partial(gradients, everyone))
+        fit = gaussian_by_curvature(start, partial(gradients, everyone))
+        left = (~fit.agrees).nonzero()[:, 0].cpu()
+        if not len(left):
+            return fit
+        return fit.settled_by(left, gaussian_by_curvature(fit.gaussian.at(left), partial(gradients, left)))
     fits = gaussian_by_low_rank_curvature(start, partial(gradients, everyone), noise)
     again = fits.cut.cpu().nonzero()[:, 0]
     correlated = isinstance(start.scale, Tensor) and start.scale.dim() == 3
@@ -75,7 +80,9 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
         places = positions.to(better.device)[better]
         gaussian = gaussian.with_replaced(places, fit.gaussian.at(better))
         cut[places], agrees[places] = False, fit.agrees[better]
-    return Curvature(gaussian, cut, agrees, fits.num_gradients + fit.num_gradients)
+    number = fits.num_gradients.clone()
+    number[again] += fit.num_gradients[0]
+    return Curvature(gaussian, cut, agrees, number)
 
 
 def _start(problem: Problem, block: Chunk, run: Run) -> Gaussian:

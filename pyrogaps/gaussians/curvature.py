@@ -28,13 +28,13 @@ class Curvature:
         cut: `(B,)`, where the last pass met a curvature that is not positive, or beyond what a pass may change. Weights
             of draws from such a Gaussian are not to be trusted.
         agrees: `(B,)`, where the last two passes agree in every direction: the covariance is that of the curvature.
-        num_gradients: that each datapoint took at most.
+        num_gradients: `(B,)`, that each datapoint took.
     """
 
     gaussian: Gaussian
     cut: Tensor
     agrees: Tensor
-    num_gradients: int
+    num_gradients: Tensor
 
     def within(self, chunk: Chunk, block: Chunk) -> "Curvature":
         """That of a block of the chunk that this is of."""
@@ -43,14 +43,25 @@ class Curvature:
     def at(self, positions: Tensor) -> "Curvature":
         """That of the datapoints at `positions`."""
         gaussian = self.gaussian.at(positions)
-        return replace(self, gaussian=gaussian, cut=self.cut[positions], agrees=self.agrees[positions])
+        cut, agrees, number = self.cut[positions], self.agrees[positions], self.num_gradients[positions.cpu()]
+        return Curvature(gaussian, cut, agrees, number)
+
+    def settled_by(self, positions: Tensor, other: "Curvature") -> "Curvature":
+        """With `other`, further passes of the datapoints at `positions`, where these settled."""
+        kept = other.agrees.nonzero()[:, 0]
+        places, number = positions.to(kept.device)[kept], self.num_gradients.clone()
+        number[positions.cpu()] += other.num_gradients
+        cut, agrees = self.cut.clone(), self.agrees.clone()
+        cut[places], agrees[places] = False, True
+        gaussian = self.gaussian.with_replaced(places, other.gaussian.at(kept)) if len(kept) else self.gaussian
+        return Curvature(gaussian, cut, agrees, number)
 
     @classmethod
     def joined(cls, parts: Sequence["Curvature"]) -> "Curvature":
         """That of the datapoints of all parts, one after the other."""
         gaussian = Gaussian.joined([part.gaussian for part in parts])
         cut, agrees = torch.cat([part.cut for part in parts]), torch.cat([part.agrees for part in parts])
-        return cls(gaussian, cut, agrees, max(part.num_gradients for part in parts))
+        return cls(gaussian, cut, agrees, torch.cat([part.num_gradients for part in parts]))
 
 
 def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]) -> Curvature:
@@ -79,7 +90,8 @@ def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]
         cut, agrees = found.cut | broken, found.agrees & ~broken
     loc = torch.where(broken[:, None], start.loc, loc)
     factor = torch.where(broken[:, None, None], start.factor(), factor)
-    return Curvature(replace(start, loc=loc, scale=factor), cut, agrees, 2 * dim * NUM_PASSES)
+    number = torch.full((len(loc),), 2 * dim * NUM_PASSES)
+    return Curvature(replace(start, loc=loc, scale=factor), cut, agrees, number)
 
 
 @dataclass(frozen=True)

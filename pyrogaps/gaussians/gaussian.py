@@ -26,6 +26,12 @@ class Gaussian:
     scale: Tensor | LowRank
     active: Tensor | None = None
 
+    @property
+    def matrix(self) -> Tensor:
+        """`scale`, where it is not of low rank."""
+        assert isinstance(self.scale, Tensor)
+        return self.scale
+
     def draw(self, noise: Tensor) -> Tensor:
         """Points `(S, B, dim)` from standard noise of that shape."""
         return self.kept(self.loc + apply_scale(self.scale, noise))
@@ -58,10 +64,12 @@ class Gaussian:
         scale = self.scale.at(positions) if isinstance(self.scale, LowRank) else self.scale[positions]
         return Gaussian(self.loc[positions], scale, None if self.active is None else self.active[positions])
 
-    def widened(self, factor: float) -> "Gaussian":
-        """The same Gaussians with all scales times `factor`."""
+    def widened(self, factor: float | Tensor) -> "Gaussian":
+        """The same Gaussians with all scales times `factor`, a number or `(B,)`."""
         if isinstance(self.scale, LowRank):
             return replace(self, scale=self.scale.widened(factor))
+        if isinstance(factor, Tensor):
+            factor = factor.view(-1, *[1] * (self.scale.dim() - 1))
         return replace(self, scale=factor * self.scale)
 
     def scaled_as(self, other: "Gaussian", where: Tensor) -> "Gaussian":

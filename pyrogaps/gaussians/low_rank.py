@@ -63,8 +63,9 @@ class LowRank:
         """Those of the datapoints at `positions`, which may repeat."""
         return LowRank(self.diagonal[positions], self.axes[positions], self.factors[positions])
 
-    def widened(self, factor: float) -> "LowRank":
-        """The same times `factor`."""
+    def widened(self, factor: float | Tensor) -> "LowRank":
+        """The same times `factor`, a number or `(B,)`."""
+        factor = factor[:, None] if isinstance(factor, Tensor) else factor
         return replace(self, diagonal=factor * self.diagonal)
 
     def dense(self) -> Tensor:

@@ -59,7 +59,7 @@ def gaussian_by_low_rank_curvature(start: Gaussian, gradients: Callable[[Tensor]
     agrees = ~cut & (probed.flattest > 1 / AGREES) & (probed.steepest < AGREES) & (update.length < settled)
     kept = first.padded(rank).where(away, scale.to(dtype).padded(rank))
     loc = torch.where(away[:, None], start.loc, loc.to(dtype))
-    return Curvature(replace(start, loc=loc, scale=kept), cut, agrees, number)
+    return Curvature(replace(start, loc=loc, scale=kept), cut, agrees, torch.full((len(loc),), number))
 
 
 def _low_rank(gaussian: Gaussian) -> LowRank:

@@ -70,7 +70,7 @@ class FamilyGuide:
 
     def move_to(self, gaussian: Gaussian) -> bool:
         """Set all guides to Gaussians; False where the family has no way to."""
-        moved = [part.move_to(gaussian.loc[part.rows], gaussian.scale[part.rows]) for part in self._parts]
+        moved = [part.move_to(gaussian.loc[part.rows], gaussian.matrix[part.rows]) for part in self._parts]
         return all(moved)
 
     def free_columns(self, dim: int) -> tuple[Tensor, Tensor]:

@@ -123,13 +123,13 @@ class FreedGuide:
         """Set the means and scales that are free; False where a site is not Gaussian in unconstrained space."""
         if any(site.build not in GAUSSIAN for site in self.sites):
             return False
-        correlated = gaussian.scale.dim() == 3
-        diagonal = gaussian.scale.diagonal(dim1=-2, dim2=-1) if correlated else gaussian.scale
+        correlated = gaussian.matrix.dim() == 3
+        diagonal = gaussian.matrix.diagonal(dim1=-2, dim2=-1) if correlated else gaussian.matrix
         for site in self.sites:
             layout = site.term.site
             values = {"loc": layout.unflatten(gaussian.loc), "scale": layout.unflatten(diagonal)}
             if correlated:
-                values["scale_tril"] = gaussian.scale[:, layout.columns, layout.columns]
+                values["scale_tril"] = gaussian.matrix[:, layout.columns, layout.columns]
             with torch.no_grad():
                 for name, position in site.freed.items():
                     parameter = self.parameters[position]

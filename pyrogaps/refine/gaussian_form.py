@@ -158,15 +158,15 @@ def _can_be_set(form: GaussianForm, gaussian: Gaussian) -> bool:
     """Whether the guides can be set to other Gaussians than they are, and are then read as these."""
     dim, dtype, device = form.joint.dim, gaussian.loc.dtype, gaussian.loc.device
     step = torch.linspace(0.1, 0.3, dim, dtype=dtype, device=device)
-    diagonal = gaussian.scale.dim() == 2
-    scale = gaussian.scale if diagonal else gaussian.scale.diagonal(dim1=-2, dim2=-1)
+    diagonal = gaussian.matrix.dim() == 2
+    scale = gaussian.matrix if diagonal else gaussian.matrix.diagonal(dim1=-2, dim2=-1)
     loc = torch.where(form.free_loc, gaussian.loc + step * scale, gaussian.loc)
     wider = torch.where(form.free_scale, 1 + step, torch.ones_like(step))
-    other = replace(gaussian, loc=loc, scale=gaussian.scale * (wider if diagonal else wider[:, None]))
+    other = replace(gaussian, loc=loc, scale=gaussian.matrix * (wider if diagonal else wider[:, None]))
     if form.blocks is not None:
         # Below the diagonal, correlations of about a tenth.
         free = (form.blocks & form.free_scale[:, None]).tril(-1)
-        other = replace(other, scale=other.scale + 0.1 / dim * free * scale[..., None])
+        other = replace(other, scale=other.matrix + 0.1 / dim * free * scale[..., None])
     before = [parameter.detach().clone() for parameter in form.refinable.parameters]
     assert isinstance(form.refinable, Settable)
     if not form.refinable.move_to(other):
@@ -174,7 +174,7 @@ def _can_be_set(form: GaussianForm, gaussian: Gaussian) -> bool:
     read = form.read()
     keep_where(torch.ones(len(gaussian.loc), dtype=torch.bool, device=device), before, form.refinable)
     unit = scale if diagonal else scale[..., None]
-    return _agree(read.loc, loc, scale + loc.abs()) and _agree(read.scale, other.scale, unit)
+    return _agree(read.loc, loc, scale + loc.abs()) and _agree(read.matrix, other.matrix, unit)
 
 
 def _agree(left: Tensor, right: Tensor, size: Tensor) -> bool:

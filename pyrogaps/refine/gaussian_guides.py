@@ -44,12 +44,12 @@ class GaussianGuides:
         self.joint, self._start, self._subset = form.joint, start, subset
         loc_unit, scale_unit = (free.to(start.loc.dtype) for free in (form.free_loc, form.free_scale))
         if form.blocks is None:
-            raw, spread = start.scale.log(), start.scale
+            raw, spread = start.matrix.log(), start.matrix
             raw_unit = scale_unit.expand_as(raw)
         else:
-            diagonal = start.scale.diagonal(dim1=-2, dim2=-1)
-            spread = start.scale.norm(dim=-1)
-            raw = start.scale.tril(-1) + torch.diag_embed(diagonal.log())
+            diagonal = start.matrix.diagonal(dim1=-2, dim2=-1)
+            spread = start.matrix.norm(dim=-1)
+            raw = start.matrix.tril(-1) + torch.diag_embed(diagonal.log())
             lower = (spread[..., None] * form.blocks).tril(-1) + torch.eye(raw.shape[-1], dtype=raw.dtype).to(raw)
             raw_unit = lower * scale_unit[:, None]
         self.parameters: list[Tensor] = [value.clone().requires_grad_() for value in (start.loc, raw)]

@@ -29,10 +29,10 @@ def fitted_to(form: GaussianForm, own: Gaussian, anchor: Gaussian) -> Gaussian:
     precision = _precision(anchor)
     loc = torch.where(form.free_loc, anchor.loc, own.loc)
     if form.blocks is None:
-        scale = precision.diagonal(dim1=-2, dim2=-1).rsqrt().to(own.scale.dtype)
-        return replace(own, loc=loc, scale=torch.where(form.free_scale, scale, own.scale))
-    factor = _factor(precision * form.blocks).to(own.scale.dtype)
-    return replace(own, loc=loc, scale=torch.where(form.free_scale[:, None], factor, own.scale))
+        scale = precision.diagonal(dim1=-2, dim2=-1).rsqrt().to(own.matrix.dtype)
+        return replace(own, loc=loc, scale=torch.where(form.free_scale, scale, own.matrix))
+    factor = _factor(precision * form.blocks).to(own.matrix.dtype)
+    return replace(own, loc=loc, scale=torch.where(form.free_scale[:, None], factor, own.matrix))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class NaturalGradient:
     def about(cls, form: GaussianForm, start: Gaussian, anchor: Gaussian) -> "NaturalGradient":
         """For the family of `form` with fixed parts as in `start`, by the curvature of `anchor`."""
         precision = _precision(anchor)
-        own = start.scale.double()
+        own = start.matrix.double()
         free = form.free_scale if form.blocks is None else form.free_scale[:, None]
         if form.blocks is None:
             own = torch.where(free, precision.diagonal(dim1=-2, dim2=-1).rsqrt(), own)
@@ -100,7 +100,7 @@ class NaturalGradient:
         slopes = gradients(torch.cat([q.draw(noise), q.draw(-noise)])).double()
         finite = torch.isfinite(slopes).all(-1).all(0)
         slopes = torch.where(finite[:, None], slopes, torch.zeros_like(slopes))
-        noise, scale, rates = noise.double(), q.scale.double(), rates * finite.double()
+        noise, scale, rates = noise.double(), q.matrix.double(), rates * finite.double()
         upper, lower = (_whitened(scale, part) for part in slopes.chunk(2))
         residual = 0.5 * (lower - upper) - torch.einsum("bij,sbj->sbi", self.correlation, noise)
         slope = 0.5 * (upper + lower).mean(0)
@@ -122,7 +122,7 @@ class NaturalGradient:
             change = change / _norm(change, noise[0]).clamp(min=1.0)[:, None, None]
             unit = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
             scale = scale @ _factor(unit + change + 0.5 * change @ change)
-        return replace(q, loc=loc, scale=scale.to(q.scale.dtype)), 0.5 * square + 0.25 * excess, shrink < 1
+        return replace(q, loc=loc, scale=scale.to(q.matrix.dtype)), 0.5 * square + 0.25 * excess, shrink < 1
 
 
 def _precision(gaussian: Gaussian) -> Tensor:

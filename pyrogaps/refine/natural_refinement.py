@@ -61,7 +61,7 @@ class NaturalRefinement:
         left = (~converged).nonzero()[:, 0]
         if len(left):
             best, converged[left] = self._by_adam(best, left)
-        kept = (best.loc == own.loc).all(-1) & (best.scale == own.scale).flatten(1).all(-1)
+        kept = (best.loc == own.loc).all(-1) & (best.matrix == own.matrix).flatten(1).all(-1)
         self.form.write(best, ~kept)
         return Progress(converged, kept, _stretched(history))
 
@@ -124,8 +124,8 @@ class NaturalRefinement:
         density = self.evaluator.bind(subset.indices, self.settings.num_particles)
         progress = Optimisation(guides, density, subset, self.settings, self.run.quiet(), self.name).maximise()
         found, moved = guides.gaussian(), ~progress.kept_start
-        loc, scale = start.loc.clone(), start.scale.clone()
-        loc[positions[moved]], scale[positions[moved]] = found.loc[moved], found.scale[moved]
+        loc, scale = start.loc.clone(), start.matrix.clone()
+        loc[positions[moved]], scale[positions[moved]] = found.loc[moved], found.matrix[moved]
         return replace(start, loc=loc, scale=scale), progress.converged
 
 

@@ -50,9 +50,9 @@ class Ends:
 
     def with_replaced(self, positions: Tensor, other: "Ends") -> "Ends":
         """With `other` for the datapoints at `positions`."""
-        loc, scale, scores = self.gaussian.loc.clone(), self.gaussian.scale.clone(), self.scores.clone()
+        loc, scale, scores = self.gaussian.loc.clone(), self.gaussian.matrix.clone(), self.scores.clone()
         converged, shortfall = self.converged.clone(), self.shortfall.clone()
-        loc[positions], scale[positions], scores[:, positions] = other.gaussian.loc, other.gaussian.scale, other.scores
+        loc[positions], scale[positions], scores[:, positions] = other.gaussian.loc, other.gaussian.matrix, other.scores
         converged[positions], shortfall[positions] = other.converged, other.shortfall
         return Ends(replace(self.gaussian, loc=loc, scale=scale), scores, converged, shortfall)
 

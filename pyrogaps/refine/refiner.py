@@ -11,7 +11,7 @@ from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density.data import part_of
 from pyrogaps.density.simulate import ToData
 from pyrogaps.family import LocalFamily
-from pyrogaps.gaussians import Curvature, anchor_of
+from pyrogaps.gaussians import MAX_DIM, Curvature, anchor_of
 from pyrogaps.problem import Problem, Simulated
 from pyrogaps.refine.families import Family, Start
 from pyrogaps.refine.family_guide import FamilyGuide
@@ -156,9 +156,9 @@ class _Fit:
         if anchor is None or not isinstance(self.evaluator, GradientEvaluator):
             return None
         form = gaussian_form(refinable, self.evaluator.joint, self.chunk)
-        # A curvature that took no gradients is none, see `anchor_of`.
-        if form is None or not (curvature := anchor()).num_gradients:
+        if form is None or form.joint.dim > MAX_DIM:  # there are no full covariances above
             return None
+        curvature = anchor()
         return NaturalRefinement(form, curvature, self.evaluator, self.refiner.settings, self.run, self.name)
 
     def refined_first(
