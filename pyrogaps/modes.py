@@ -33,7 +33,7 @@ MAX_STARTS = 4
 EXCESS = 1.25
 # Of the prior's scales, where the anchor's are not known; of the anchor's, to look for a mode within its reach.
 NARROW = 0.1
-NUM_ROUNDS = 2
+NUM_ROUNDS = 3
 # Two Gaussians are distinct from this Bhattacharyya distance on, where they overlap by less than exp(-1).
 DISTINCT = 1.0
 # Nats below the largest mass of a datapoint from which on a mode does not count, with a margin for Laplace's error.
@@ -144,8 +144,12 @@ def explore(problem: Problem, block: Chunk, run: Run, wide: Gaussian) -> Modes:
     if len(owners):
         narrower = torch.where(inside & ~anchor.cut[owners], NARROW, 1.0).to(points)
         start = replace(scales.at(owners), loc=points).widened(narrower)
-        found.append(_polished(slots, start, owners, run))
-        evaluations.index_add_(0, owners, found[-1].num_gradients)
+        polished = _polished(slots, start, owners, run)
+        evaluations.index_add_(0, owners, polished.num_gradients)
+        # What has not settled is no mode, but on its way to one. Where the anchor has not either, nothing better is known.
+        settled = (polished.agrees | ~anchor.agrees[owners]).nonzero()[:, 0].cpu()
+        owners = owners[settled]
+        found.append(polished.at(settled))
     owners, curvature = torch.cat([everyone, owners]), Curvature.joined(found)
     heights = slots.values(owners, curvature.gaussian.loc[None])[0].double()
     log_masses = heights - curvature.gaussian.peak.double()
@@ -207,6 +211,8 @@ def _polished(slots: Slots, start: Gaussian, owners: Tensor, run: Run) -> Curvat
             noise = slots.noise(run.stream(f"explore probes {attempt} {part}"), len(own), start.loc.dtype)
             polished = fitted(fit, partial(_gradients, slots, own), noise)
             fit, number = polished.gaussian, number + polished.num_gradients
+            if polished.agrees.all():
+                break
         parts.append(replace(polished, num_gradients=number))
     return Curvature.joined(parts)
 
