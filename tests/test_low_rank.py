@@ -226,10 +226,10 @@ def test_gradients_that_are_not_finite_leave_the_start() -> None:
 
 
 def few_observations(dim: int, number: int, seed: int = 0) -> LinearGaussian:
-    """Five precise observations of many latents: the posterior is narrow in five directions."""
+    """Five observations of many latents: the posterior is narrow in five directions."""
     weight = torch.randn(5, dim, generator=generator(seed), dtype=torch.float64)
     prior = torch.linspace(0.5, 2.0, dim, dtype=torch.float64)
-    return LinearGaussian(weight, 0.0, 1.0, prior)
+    return LinearGaussian(weight, 0.0, 3.0, prior)
 
 
 @pytest.mark.parametrize("dim", [300, 600])
