@@ -147,7 +147,7 @@ def test_few_directions_and_a_diagonal_are_found(condition: float, wide: bool, w
     assert float(fit.gaussian.whiten(torch.zeros(1, 2, 150, dtype=torch.float64)).norm(dim=-1).max()) < 0.01
     assert fit.agrees.all()
     assert not fit.cut.any()
-    assert fit.num_gradients == 960
+    assert fit.num_gradients.tolist() == [960] * 2
 
 
 def test_more_directions_than_axes_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_a_long_chain_is_cut_and_fitted_again(monkeypatch: pytest.MonkeyPatch) -
     fit = fitted(start, lambda _, points: gradients(points), noise(2))
     assert float((eigenvalues(fit, precision) - 1).abs().max()) < 0.1
     assert fit.agrees.all()
-    assert fit.num_gradients == 960 + 600
+    assert fit.num_gradients.tolist() == [960 + 600] * 2
     monkeypatch.setattr("pyrogaps.gaussians.anchor.MAX_DIM_AGAIN", 99)
     assert fitted(start, lambda _, points: gradients(points), noise(2)).cut.all()
 
@@ -226,10 +226,10 @@ def test_gradients_that_are_not_finite_leave_the_start() -> None:
 
 
 def few_observations(dim: int, number: int, seed: int = 0) -> LinearGaussian:
-    """Five precise observations of many latents: the posterior is narrow in five directions."""
+    """Five observations of many latents: the posterior is narrow in five directions."""
     weight = torch.randn(5, dim, generator=generator(seed), dtype=torch.float64)
     prior = torch.linspace(0.5, 2.0, dim, dtype=torch.float64)
-    return LinearGaussian(weight, 0.0, 1.0, prior)
+    return LinearGaussian(weight, 0.0, 3.0, prior)
 
 
 @pytest.mark.parametrize("dim", [300, 600])

@@ -185,9 +185,8 @@ PURPOSES = {
     | BOUNDS
     | LADDER
     | {"sample", "anchor probes"}
-    | under(
-        "examined", {"explore", "explore prior", "explore probes", "anchor probes", "refined own", *REFINING} | LADDER
-    ),
+    | under("examined", {"explore", "explore prior", "explore probes", "anchor probes", "refined own", *REFINING})
+    | under("examined", LADDER - {"ladder fresh run"}),  # no bounds need fresh chains there
     "conditioned": STRUCTURE
     | {"shown", "leak"}
     | BOUNDS

@@ -46,7 +46,7 @@ def gaussian_by_low_rank_curvature(start: Gaussian, gradients: Callable[[Tensor]
         return torch.nan_to_num(at_points, nan=0.0, posinf=0.0, neginf=0.0).double() * active
 
     first, loc, misfits = _low_rank(start), start.loc.double(), []
-    scale, longest = first.to(torch.float64), max(dim**0.5, LONGEST_FEW)
+    scale, longest = first.to(torch.float64), max(LONGEST * dim**0.5, LONGEST_FEW)
     settled = SETTLED * max(LONGEST * dim**0.5, LONGEST_FEW)
     for _ in range(NUM_LOW_RANK_PASSES):
         signs = (noise.uniform(probes, dim) < 0.5).double() * 2 - 1
