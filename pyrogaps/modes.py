@@ -146,7 +146,7 @@ def explore(problem: Problem, block: Chunk, run: Run, wide: Gaussian) -> Modes:
         start = replace(scales.at(owners), loc=points).widened(narrower)
         polished = _polished(slots, start, owners, run)
         evaluations.index_add_(0, owners, polished.num_gradients)
-        # What has not settled is no mode, but on its way to one. Where the anchor has not either, nothing better is known.
+        # What has not settled is on its way to a mode. Where the anchor has not either, nothing better is known.
         settled = (polished.agrees | ~anchor.agrees[owners]).nonzero()[:, 0].cpu()
         owners = owners[settled]
         found.append(polished.at(settled))

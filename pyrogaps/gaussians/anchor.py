@@ -22,8 +22,8 @@ NUM_PRIOR_DRAWS = 256
 # low rank takes 960. Evaluations of the ladder in all, with errors alike, on Gaussians with 8 strong directions: 1,640
 # against 2,096 in 64 dimensions, 1,960 against 2,096 in 128, 2,792 against 2,491 in 256.
 MAX_DIM = 256
-# Up to this many, it is fitted where low rank does not do: 0.3 s of linear algebra a datapoint, and 3,900 evaluations
-# for a Gaussian chain of 300 latents, against 46,000 that were 24 nats off. FEW datapoints at a time, for memory.
+# Up to this many, it is fitted where low rank does not do, which takes 0.3 s of linear algebra a datapoint. FEW
+# datapoints at a time, for memory.
 MAX_DIM_AGAIN, FEW = 512, 16
 
 
