@@ -11,7 +11,7 @@ from pyrogaps.capture.slots import POINTS, Slots
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.refine.gaussian_form import GaussianForm
 from pyrogaps.refine.natural import NUM_FAST, NaturalGradient, fitted_to, rate
-from pyrogaps.refine.optimise import MEASURE_EVERY, no_gain
+from pyrogaps.refine.optimise import MEASURE_EVERY, no_gain, settled
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.run import Run
 from pyrogaps.streams import Noise
@@ -116,7 +116,7 @@ class Rounds:
         end = self.steps(purpose, start, natural, positions, (0, num_steps))
         checks = max(FURTHER, num_steps // FURTHER)
         further = self.steps(f"{purpose} further", end.gaussian, natural, positions, (0, checks))
-        converged = no_gain(end.scores, further.scores, self.settings.tolerance)
+        converged = settled(end.scores, further.scores, self.settings.tolerance)
         gained = (~no_gain(end.scores, further.scores, 0.0)).nonzero()[:, 0].cpu()
         return replace(end.with_replaced(gained, further.at(gained)), converged=converged)
 

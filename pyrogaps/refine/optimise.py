@@ -23,6 +23,7 @@ PLAIN_FRACTION = 0.1  # mirrored draws never leave a saddle between two modes
 NUM_TRACE = 50
 MEASURE_EVERY = 5
 MIN_FURTHER_STEPS = 50
+MAX_ERROR = 0.1  # nats, of the difference by which convergence is judged
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,15 @@ class Optimisation:
         finish, before = _copy(refinable), self._scores(refinable)
         self._ascend(further_steps, f"refine further {self.name}", share)
         further = self._scores(refinable)
-        converged = no_gain(before, further, self.settings.tolerance)
+        converged = settled(before, further, self.settings.tolerance)
         better = further.mean(0) > before.mean(0)
         keep_where(~better, finish, refinable)
-        best, highest = _copy(refinable), torch.where(better, further, before).mean(0)
+        best, highest = _copy(refinable), torch.where(better, further, before)
         keep_where(torch.ones_like(better), start, refinable)
-        kept = self._scores(refinable).mean(0) > highest
+        at_start = self._scores(refinable)
+        kept = at_start.mean(0) > highest.mean(0)
+        # A start that is kept because refinement made it worse is no optimum that anything is known of.
+        converged = converged & ~(kept & ~settled(highest, at_start, self.settings.tolerance))
         keep_where(~kept, best, refinable)
         return Progress(converged, kept, _thin(trace))
 
@@ -151,15 +155,25 @@ def _copy(refinable: Refinable) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in refinable.parameters]
 
 
+def settled(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
+    """Whether further steps, from scores `before` to `after`, gained nothing, see `no_gain`: `(B,)`.
+
+    What cannot be compared, because the ELBO has heavy tails there, has not settled.
+    """
+    return no_gain(before, after, tolerance) & (_error(after - before) <= MAX_ERROR)
+
+
 def no_gain(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
     """Whether `after`, `(rounds, B)`, is not above `before` by more than the tolerance and two standard errors: `(B,)`.
 
-    Both are on the same draws, so their difference is known far better than either. What cannot be compared has not
-    converged.
+    Both are on the same draws, so their difference is known far better than either.
     """
     gain = after - before
-    error = gain.std(0) / math.sqrt(len(gain))
-    return gain.mean(0) <= tolerance + 2 * error  # False for NaN
+    return gain.mean(0) <= tolerance + 2 * _error(gain)  # False for NaN
+
+
+def _error(gain: Tensor) -> Tensor:
+    return gain.std(0) / math.sqrt(len(gain))
 
 
 def _thin(trace: Tensor) -> Tensor:
