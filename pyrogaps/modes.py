@@ -101,15 +101,17 @@ def examine(
     `alone`: every process does it all, see `Run.map_alone`.
     """
     nothing: tuple[Tensor, list[tuple[Tensor, Result]]] = torch.empty(0, dtype=torch.long), []
-    indices, run = sample(problem.num_datapoints, number, run.seed), replace(run.derived("examined"), batch_size=BLOCK)
-    sampled = problem.at(indices)
+    indices, before = sample(problem.num_datapoints, number, run.seed), run
+    sampled, run = problem.at(indices), replace(run.derived("examined"), batch_size=BLOCK)
 
     def examined(chunk: Chunk) -> list[tuple[Tensor, Result]] | None:
         try:
             wide = prior_gaussian(sampled, chunk, run.stream("explore prior"))
         except InputError:
             return None
-        modes = explore(sampled, chunk, run, wide)
+        # Where all are examined, their anchors may be known already.
+        anchor = anchor_of(sampled, chunk, before if sampled is problem else run)
+        modes = explore(sampled, anchor, chunk, run, wide)
         if not len(several := modes.several):
             return []
         places = chunk.indices[several]
@@ -127,9 +129,9 @@ def sample(num_datapoints: int, number: int, seed: int) -> Tensor:
     return torch.randperm(num_datapoints, generator=generator)[:number].sort().values
 
 
-def explore(problem: Problem, block: Chunk, run: Run, wide: Gaussian) -> Modes:
-    """The modes of the datapoints of a block, the anchor of each first; chains start at the Gaussians `wide`."""
-    anchor, slots = anchor_of(problem, block, run), Slots(problem.evaluator, block)
+def explore(problem: Problem, anchor: Curvature, block: Chunk, run: Run, wide: Gaussian) -> Modes:
+    """The modes of the datapoints of a block, the `anchor` of each first; chains start at the Gaussians `wide`."""
+    slots = Slots(problem.evaluator, block)
     ends = _chain_ends(slots, wide, run)
     everyone = torch.arange(len(block))
     # An anchor that was cut says nothing about scales: those of the prior stand in.

@@ -14,7 +14,7 @@ import pyrogaps as pg
 from pyrogaps.capture.slots import POINTS
 from pyrogaps.evidence.parts import PartSlots
 from pyrogaps.evidence.referee import ByModes
-from pyrogaps.gaussians import prior_gaussian
+from pyrogaps.gaussians import anchor_of, prior_gaussian
 from pyrogaps.modes import Contested, Gain, Modes, examine, explore, sample
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
@@ -55,7 +55,8 @@ class OneMode(nn.Module):
 
 def modes_of(problem: Problem, run: Run) -> Modes:
     block = Chunk(0, problem.num_datapoints)
-    return explore(problem, block, run, prior_gaussian(problem, block, run.stream("test")))
+    wide = prior_gaussian(problem, block, run.stream("test"))
+    return explore(problem, anchor_of(problem, block, run), block, run, wide)
 
 
 @pytest.fixture(scope="module")
