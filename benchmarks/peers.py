@@ -1,15 +1,15 @@
-"""log p(x) of an image by the ladder and by its peers, in equal time: root mean square error per image.
+"""Error of log p(x) per image (root mean square), by the ladder and other methods in equal time.
 
-Test images under the MNIST VAE of `mnist_vae.py`, in one process, everybody on one thread of one core. Beside the
+Test images under the MNIST VAE of `mnist_vae.py`, in one process, all methods on one thread and core. Beside the
 ladder at its defaults: adaptive tempered SMC of BlackJAX from the prior, with its HMC kernel and a diagonal mass matrix
 from the particles; AIS from the prior by HMC along a sigmoid schedule, as in bidirectional Monte Carlo
 (Grosse et al., 2015, arXiv:1511.02543); IWAE from the guide with 5,000 draws, and with as many as time allows; and this
 library's bridge sampling.
 
-Each peer's size (particles, temperatures, draws) is raised until it takes at least the ladder's CPU time, and of the
-settings in `smc_settings` and `ais_settings` it gets those with the least error against the reference, in a run that is
-not counted. Recording, compiling and loading are not timed, and nothing is examined from other starts
-(`referee=False`). Then they take turns, with other seeds in every round. The reference is a long run of AIS, whose own
+Each peer's size (particles, temperatures, draws) is raised until it takes at least the ladder's CPU time. A separate
+run chooses the settings of `smc_settings` and `ais_settings` with the least error against the reference; it does not
+count. Recording, compiling and loading are not timed, and no datapoint is examined from other starts
+(`referee=False`). The rounds are interleaved, each with a new seed. The reference is a long run of AIS, whose own
 error must be at most 0.02 nats.
 
     PYROGAPS_DATA=... python -m benchmarks.peers    # 15 minutes after training
@@ -212,9 +212,9 @@ def reference(problem: Problem, settings: AIS, file: Path) -> tuple[Tensor, floa
 def compare(problem: Problem, model: torch.nn.Module, x: Tensor, options: argparse.Namespace) -> None:
     """Sizes, then rounds in turns."""
     truth, error = reference(problem, options.reference, options.runs / options.file)
-    print(f"reference: root mean square of its errors {error:.4f}, largest allowed {REFERENCE_ERROR}", flush=True)
+    print(f"reference: root mean square standard error {error:.4f}, at most {REFERENCE_ERROR} allowed", flush=True)
     if error > REFERENCE_ERROR and not options.quick:
-        raise SystemExit("the reference is not known well enough")
+        raise SystemExit("the reference is too noisy; raise num_chains of REFERENCE")
     ladder = Peer("ladder", "defaults", by_evidence(problem, lambda size: Ladder()), 1)
     bridge = Peer("bridge sampling", "defaults", by_evidence(problem, lambda size: Bridge()), 1)
     for peer in (ladder, bridge):

@@ -1,8 +1,8 @@
-r"""Where else a posterior has mass: the modes that chains from the prior find, with a Gaussian at each.
+r"""Further modes of a posterior, found by chains from the prior, with a Gaussian at each.
 
-A fit that starts at the guide's output knows one mode, and draws from it cannot tell whether there are others. Here
-chains are annealed from the prior, which the guide has no part in; those that end far from the anchor are polished by
-passes of curvature; and what ends apart from the anchor, and from each other, is another mode.
+The anchor, a fit that starts at the guide, finds one mode, and its draws do not show whether there are others. Here
+chains are annealed from the prior, independently of the guide. Those that end far from the anchor are polished by
+passes of curvature. Ends that are distinct from the anchor, and from each other, are further modes.
 """
 
 import math
@@ -24,21 +24,21 @@ from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk, derive_seed
 
 Result = TypeVar("Result")
-# Chains of each datapoint, in whole slots: a mode with a tenth of the mass is missed by 3% of such sets of chains.
+# Chains per datapoint, in whole slots. A mode with a tenth of the mass is missed with probability 3%.
 NUM_CHAINS, NUM_TEMPERATURES, ACCEPTANCE = 2 * POINTS, 32, 0.8
 # An end is far from the anchor where its whitened distance exceeds that of typical draws, sqrt(dim), by this.
 FAR = 3.0
 MAX_STARTS = 4
-# Nats by which log p(x, z) at an end may exceed the anchor's, of one latent; log-weights spread as sqrt(dim).
+# Nats, times 1 + sqrt(dim), by which log p(x, z) at an end may exceed the anchor's Gaussian.
 EXCESS = 1.25
-# Of the prior's scales, where the anchor's are not known; of the anchor's, to look for a mode within its reach.
+# First scales: this share of the prior's where the anchor's are unknown, of the anchor's for modes inside it.
 NARROW = 0.1
 NUM_ROUNDS = 3
-# Two Gaussians are distinct from this Bhattacharyya distance on, where they overlap by less than exp(-1).
+# Gaussians above this Bhattacharyya distance are distinct: they overlap by less than exp(-1).
 DISTINCT = 1.0
-# Nats below the largest mass of a datapoint from which on a mode does not count, with a margin for Laplace's error.
+# Modes this many nats below the largest of their datapoint are ignored; the margin allows for Laplace's error.
 NEGLIGIBLE = 10.0
-# A gain in nats, and in standard errors, from which on a mode has been missed.
+# A mode was missed where the gain exceeds this many nats and this many standard errors.
 LEAST, CERTAIN = 0.03, 3.0
 
 
@@ -64,7 +64,7 @@ class Modes:
         return (torch.bincount(self.owners, minlength=len(self.num_evaluations)) > 1).nonzero()[:, 0]
 
     def of(self, positions: Tensor) -> "Modes":
-        """The modes of the datapoints at `positions`, increasing, which are counted from 0 then."""
+        """The modes of the datapoints at `positions` (increasing), renumbered from 0."""
         places = torch.full((len(self.num_evaluations),), -1)
         places[positions] = torch.arange(len(positions))
         kept = (places[self.owners] >= 0).nonzero()[:, 0]
@@ -72,7 +72,7 @@ class Modes:
         return Modes(places[self.owners[kept]], curvature, self.log_masses[kept], self.num_evaluations[positions])
 
     def ranked(self, rank: int) -> Gaussian:
-        """The Gaussian number `rank` of every datapoint; its anchor where it has no more than that."""
+        """The Gaussian number `rank` of every datapoint; its anchor where there are fewer."""
         places = [(self.owners == owner).nonzero()[:, 0].tolist() for owner in range(len(self.num_evaluations))]
         return self.curvature.gaussian.at(torch.tensor([own[rank] if rank < len(own) else own[0] for own in places]))
 
@@ -96,9 +96,9 @@ def examine(
 ) -> tuple[Tensor, list[tuple[Tensor, Result]]]:
     """Look for modes of a random sample of `number` datapoints of a problem, all if there are no more.
 
-    Returns the indices of the sample `(n,)`, and of those of it with more than one mode, some at a time, their indices
-    and what `measure` made of them, with a run of its own. Nothing is examined where the prior cannot be drawn from.
-    `alone`: every process does it all, see `Run.map_alone`.
+    Returns the indices of the sample `(n,)` and, for datapoints with more than one mode, in parts, their indices and
+    the result of `measure`, with a run of its own. Nothing is examined if the prior cannot be sampled.
+    `alone`: every process does all of it, see `Run.map_alone`.
     """
     nothing: tuple[Tensor, list[tuple[Tensor, Result]]] = torch.empty(0, dtype=torch.long), []
     indices, before = sample(problem.num_datapoints, number, run.seed), run
@@ -248,7 +248,7 @@ class Gain:
     """By how much a bound rises at contested datapoints when all modes are taken into account, in nats.
 
     Attributes:
-        value, error: `(m,)`, of the contested, with standard errors; those of the other examined datapoints are 0. Or
+        value, error: `(m,)`, of the contested datapoints, with standard errors; others examined gain 0. Or
             `(m, F)`, of several bounds, see `by_column`.
         number: of datapoints examined.
     """
@@ -279,13 +279,13 @@ class Gain:
 
     @property
     def count(self) -> int:
-        """Datapoints that gain; at least one where the mean over the examined does so, if no single one does."""
+        """Number of datapoints that gain; at least 1 if their mean over the examined does."""
         together = self.mean > CERTAIN * float(self.error.norm()) / max(self.number, 1) and self.mean > LEAST / 2
         return max(int(self.found.sum()), int(together))
 
     @property
     def accepted(self) -> Tensor:
-        """Where what all modes give may stand in place of what one gave, `(m,)`: not where that is clearly lower.
+        """Where the value from all modes replaces that from one, `(m,)`: unless it is clearly lower.
 
         Always taking the higher of two estimates would be biased.
         """

@@ -244,7 +244,7 @@ def test_a_mode_that_other_starts_find_takes_the_trust_away() -> None:
     options = {"refinement": BRIEF, "num_particles": 50, "progress": False}
     ledger = pg.decompose(parabola, OneMode(), x, evidence=pg.Bridge(), **options)
     assert not ledger.per_datapoint["log_evidence_reliable"].any()
-    assert "cannot be trusted for 16 of 16 datapoints" in str(ledger.diagnose())
+    assert "other starts raise it at 16 of 16 examined datapoints" in str(ledger.diagnose())
 
 
 def test_batches_and_seeds() -> None:

@@ -1,13 +1,13 @@
 """`python -m benchmarks.trust`: is the library ever confidently wrong?
 
-Every problem of `problems.py` has log p(x), and where there is a deterministic way L[q], L[q*] and L[q*_C], by closed
-form or quadrature. `decompose` and `log_evidence` measure them at their defaults, and `judge.py` holds mean and
-datapoints against the truth: off by more than 4 stated errors and 0.03 nats without a flag is confidently wrong.
+Each problem of `problems.py` has an exact log p(x) and, where closed forms or quadrature give them, L[q], L[q*] and
+L[q*_C]. `decompose` and `log_evidence` measure them with default settings; `judge.py` compares means and datapoints
+with the truth. A value off by more than both 4 stated errors and 0.03 nats, without a flag, is confidently wrong.
 Problems, easy marks and seeds were fixed before the first run. `results/trust.csv` has a row for each quantity of each
-run, `results/trust.md` is the page made of it.
+run; `results/trust.md` is the page made from it.
 
-With `--problem` the page is printed, and no file is written. `--runs` keeps what is finished in a folder and continues
-there; leave it out, or give a new one, for a library that has changed.
+With `--problem` the page is printed, and no file is written. `--runs` stores finished runs in a folder and continues
+from there. Give a new folder, or none, after the library has changed.
 """
 
 import argparse
@@ -69,14 +69,14 @@ def finished(problem: Problem, seed: int, options: argparse.Namespace) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", nargs="*", help=f"of {', '.join(PROBLEMS)} (default: all)")
+    parser.add_argument("--problem", nargs="*", help=f"names among {', '.join(PROBLEMS)} (default: all)")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--quick", action="store_true", help="three problems, 8 datapoints, one seed: does it run?")
-    parser.add_argument("--runs", type=Path, help="a folder to keep what is finished, and to continue from")
+    parser.add_argument("--runs", type=Path, help="folder that stores finished runs, to continue from")
     options = parser.parse_args()
     names = options.problem or (QUICK if options.quick else list(PROBLEMS))
     if unknown := sorted({*names} - {*PROBLEMS}):
-        parser.error(f"no problem {unknown[0]}; there are {', '.join(PROBLEMS)}")
+        parser.error(f"no problem {unknown[0]}; choose from {', '.join(PROBLEMS)}")
     seeds = options.seeds[:1] if options.quick else options.seeds
     if options.runs is not None:
         options.runs.mkdir(parents=True, exist_ok=True)

@@ -45,14 +45,14 @@ def page(table: pd.DataFrame) -> str:
         "# How far to trust the numbers",
         "",
         f"{table['problem'].nunique()} problems with exact answers, at the defaults of `decompose` and `log_evidence`. "
-        f"Command: `python -m benchmarks.trust`; seeds {seeds}, fixed before the first run, each for data and draws. "
+        f"Command: `python -m benchmarks.trust`; seeds {seeds}, fixed before the first run, for data and draws. "
         f"Machine: {table['machine'].iloc[0]}. The ledgers took {seconds:,.0f} s.",
         "",
-        f"*Confidently wrong*: off by more than {ERRORS:g} stated errors and {NATS} nats, and not flagged. A mean is "
-        "flagged where a warning of the diagnosis or the table names it; a datapoint where its column "
-        "(`log_evidence_reliable`, `converged`, `shared_converged`) is False, or for L[q*] where a warning says that "
-        "other starts found more, and the datapoint was not examined. A gap is flagged with its parts. *False alarm*: "
-        f"a flagged mean on an easy problem that is right within two stated errors and {NATS} nats.",
+        f"*Confidently wrong*: off by more than both {ERRORS:g} stated errors and {NATS} nats, not flagged. A mean is "
+        "flagged if a warning of the diagnosis or the table names it. A datapoint is flagged if its column "
+        "(`log_evidence_reliable`, `converged`, `shared_converged`) is False; for L[q*] also if a warning says that "
+        "other starts raise it and it was not examined. A gap is flagged if one of its parts is. *False alarm*: "
+        f"a flag on the mean of an easy problem that is right to within 2 stated errors and {NATS} nats.",
         "",
         *_totals(table),
         "",
@@ -62,15 +62,15 @@ def page(table: pd.DataFrame) -> str:
         "",
         "## Intervals",
         "",
-        f"Of the datapoints declared reliable, over all seeds, wherever there are {MANY:,}: how many 95% intervals "
-        "hold the truth.",
+        f"Coverage of 95% intervals over all seeds, where {MANY:,} or more datapoints are declared reliable: the share "
+        "that contains the truth.",
         "",
         *_intervals(table),
         "",
         "## Every problem",
         "",
-        "Means over datapoints in nats, of the seed with the largest error; flags and datapoints over all seeds. Gaps "
-        "are differences of these, and stand in `trust.csv`. Easy problems are marked *.",
+        "Means over datapoints (nats) for the seed with the largest error; flags and counts over all seeds. Gaps "
+        "are differences of these, listed in `trust.csv`. Easy problems are marked *.",
         "",
         *_all(table),
         "",
@@ -96,7 +96,7 @@ def _totals(table: pd.DataFrame) -> Iterator[str]:
     yield from _head("", "")
     yield _row("means of ledgers, confidently wrong", f"{int(own['wrong'].sum())} of {len(own)}")
     of_datapoints = f"{int(table['wrong_datapoints'].sum()):,} of {int(table['declared'].sum()):,}"
-    yield _row("values declared reliable, confidently wrong", f"{of_datapoints}; by chance {chance:.1f}")
+    yield _row("values declared reliable, confidently wrong", f"{of_datapoints}; expected by chance: {chance:.1f}")
     yield _row("problems with any of these", f"{amiss['problem'].nunique()} of {table['problem'].nunique()}")
     alarms = f"{int(own['false_alarm'].sum())} of {len(easy)} means"
     yield _row(f"false alarms on the {easy['problem'].nunique()} easy problems", alarms)
@@ -104,7 +104,7 @@ def _totals(table: pd.DataFrame) -> Iterator[str]:
         "log p(x) of a ledger declared reliable", f"{declared:,} of {int(evidence['number'].sum()):,} datapoints"
     )
     outside = f"{int(evidence['outside'].sum()):,} of {declared:,} datapoints"
-    yield _row(f"of these, truth outside both bounds by {ERRORS:g} of their errors", outside)
+    yield _row(f"of these, truth more than {ERRORS:g} errors outside the two bounds", outside)
 
 
 def _wrong(table: pd.DataFrame) -> Iterator[str]:
@@ -113,7 +113,7 @@ def _wrong(table: pd.DataFrame) -> Iterator[str]:
         yield "None."
         return
     yield from _head(
-        "problem", "quantity", "seed", "mean: error ± stated", "datapoints wrong", "worst of them: error ± stated"
+        "problem", "quantity", "seed", "mean: error ± stated", "datapoints wrong", "worst datapoint: error ± stated"
     )
     for row in bad.to_dict("records"):
         error = f"**{row['error']:.3f}**" if row["wrong"] else f"{row['error']:.3f}"
@@ -124,7 +124,7 @@ def _wrong(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _intervals(table: pd.DataFrame) -> Iterator[str]:
-    yield from _head("problem", "quantity", "declared", "covered", "at least")
+    yield from _head("problem", "quantity", "declared reliable", "covered", "expected at least")
     chosen = table[table["quantity"].isin(COVERED)]
     sums = chosen.groupby(["problem", "call", "quantity"], sort=False)[["declared", "covered"]].sum()
     for (problem, call, quantity), row in sums.iterrows():
@@ -138,7 +138,7 @@ def _intervals(table: pd.DataFrame) -> Iterator[str]:
 
 def _all(table: pd.DataFrame) -> Iterator[str]:
     yield from _head(
-        "problem", "", "truth", "estimate", "error", "stated error", "flagged", "datapoints declared", "wrong"
+        "problem", "", "truth", "estimate", "error", "stated error", "flagged", "declared reliable", "wrong"
     )
     own = table[(table["call"] == LEDGER) & ~table["quantity"].isin([*PARTS, "elbo"])]
     for (name, quantity), rows in own.groupby(["problem", "quantity"], sort=False):

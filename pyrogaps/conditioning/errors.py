@@ -1,7 +1,7 @@
 r"""The Monte Carlo error of L[q*_C]: by how much it would change with other completions.
 
-q is fitted to K completions, of log densities $g_k(z) = \log p(C_n, \bar C_k, z)$, and shifts by a K-th of
-$g_k - \bar g$ in the log density where one of them is added. To first order in 1 / K,
+q is fitted to K completions with log densities $g_k(z) = \log p(C_n, \bar C_k, z)$. Each of them shifts
+log q by $(g_k - \bar g) / K$. To first order in 1 / K,
 
 $$\mathrm{Var}(\mathcal L[\hat q](x_n)) =
   \frac 1K \mathrm{Var}_k \, \mathrm{Cov}_q(\log p(x_n, z), g_k(z) - \bar g(z))$$
@@ -13,8 +13,8 @@ mean, which it reaches where all completions shift q in one direction. K counts 
 from copies of one latent, which resampling makes, are not: their number is the effective sample size of the latents.
 
 A family that cannot follow every such shift, or a noisy refinement, makes another error; the difference of two halves
-of the completions has that error too, but a single one is no measure of it. The differences of a block of datapoints
-are.
+of the completions has that error too. One difference does not measure it; the differences of a block of datapoints
+do.
 """
 
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ def mean_of_halves(first: Estimate, second: Estimate, errors: list[FitError], es
 
 
 def mean_over_completions(log_weights: Tensor, number: int) -> Estimate:
-    """The mean of log-weights `(S, B)` of which the s-th has the completion s modulo `number`.
+    """The mean of log-weights `(S, B)`; draw s uses the completion s modulo `number`.
 
     Draws with the same completion are not independent, so the completions are what the error counts.
     """

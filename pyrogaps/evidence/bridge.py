@@ -9,7 +9,7 @@ $$r = \frac{\frac1{n_1} \sum_i \ell_i / (s_2 \ell_i + s_1 r)}{\sum_j W_j / (s_2 
 
 Here the second draws are the ends of AIS chains, W their self-normalised weights, and $n_2$ the effective sample size
 of these. No term exceeds $1 / s_2$ or $1 / s_1$, so that one far draw cannot decide the result, as it can in importance
-sampling. But a ratio of means is no mean: the result is consistent and may be off either way. It bounds nothing.
+sampling. As a ratio of means, the result is consistent but biased, in either direction. It is not a bound.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from pyrogaps.evidence.ais import Temperatures
 from pyrogaps.evidence.climb import widening
 from pyrogaps.evidence.importance import Sampler
 from pyrogaps.evidence.ladder_settings import LadderSettings
-from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined
+from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined, number_unreliable
 from pyrogaps.evidence.rungs import Annealer
 from pyrogaps.evidence.tails import vouched
 from pyrogaps.gaussians import Curvature, anchor_of
@@ -59,15 +59,15 @@ MAX_SHARE_UNRELIABLE = 0.1
 class Bridge(Evidence):
     """log p(x) by bridge sampling, with the same settings for every datapoint.
 
-    The bridge is between draws of the Gaussian with the curvature of log p(x, z), as of `Ladder`, and the ends of AIS
-    chains from that Gaussian, which carry their weights. The result is an estimate, not a bound. It can have a smaller
+    It combines draws of the Gaussian with the curvature of log p(x, z), as in `Ladder`, with the weighted ends of AIS
+    chains from that Gaussian. The result is an estimate, not a bound. It can have a smaller
     error than either the draws or the chains alone. A mode that no chain has reached is missing from it.
 
     Args:
-        num_draws: of the Gaussian, each an evaluation of log p(x, z) without its gradient.
-        num_chains: of AIS, rounded up to a multiple of 16.
-        num_temperatures, num_leapfrog: of a chain, and steps of each of its transitions.
-        target_acceptance: what the pilot, whose chains are not used in the estimate, aims at.
+        num_draws: draws of the Gaussian, each one evaluation of log p(x, z) without its gradient.
+        num_chains: AIS chains, rounded up to a multiple of 16.
+        num_temperatures, num_leapfrog: temperatures of a chain; leapfrog steps per transition.
+        target_acceptance: acceptance rate to which a pilot run tunes step sizes. Its chains are not used.
 
     Raises `InputError` for a setting out of range.
     """
@@ -102,14 +102,14 @@ def bridged(drawn: Tensor, ends: Tensor, log_weights: Tensor) -> Bridged:
 
     With $u = \log \ell + \log (s_2 / s_1) - \log r$ the fixed point solves
     $s_1 \frac1{n_1} \sum_i \sigma(u_i) = s_2 \sum_j W_j \sigma(-u'_j)$. The left side falls in r and the right side
-    rises, so that halving a bracket finds it from anywhere. Its relative mean-square error (Frühwirth-Schnatter, 2004,
-    doi:10.1111/j.1368-423X.2004.00125.x) is the sum of those of the two means, of which the weighted one has
+    rises, so bisection always finds it. Its relative mean-square error (Frühwirth-Schnatter, 2004,
+    doi:10.1111/j.1368-423X.2004.00125.x) is the sum of those of the two means. That of the weighted mean is
     $\sum_j W_j^2 (\sigma(-u'_j) - \bar\sigma)^2 / \bar\sigma^2$.
 
     Args:
         drawn: log ratios `(S, M)` at draws of g.
-        ends: those `(T, M)` at draws of the posterior,
-        log_weights: which have these log-weights `(T, M)`.
+        ends: log ratios `(T, M)` at weighted draws of the posterior.
+        log_weights: log-weights `(T, M)` of these draws.
     """
     weights, ess = normalised(log_weights), effective_sample_size(log_weights)
     number = len(drawn)
@@ -139,7 +139,7 @@ def bridged(drawn: Tensor, ends: Tensor, log_weights: Tensor) -> Bridged:
 
 @dataclass(frozen=True, repr=False)
 class BridgeEstimate(Estimate):
-    """As `Estimate`, of a bridge: it has no weights whose mean it is, and may be off either way.
+    """An `Estimate` by bridge sampling. It is not a mean of weights, and may be too high or too low.
 
     Attributes:
         degrees: `(N,)`, the degrees of freedom of `mcse`.
@@ -157,12 +157,12 @@ class BridgeEstimate(Estimate):
 
     @property
     def reliable(self) -> Tensor:
-        """Whether `interval` covers as often as it says, `(N,)`.
+        """Whether `interval` has its nominal coverage, `(N,)`.
 
         The Gaussian must have the measured curvature in every direction and the posterior light tails (`vouched`), the
         standard error be 0.2 nats or less, and the chains' weights have an effective sample size of 16 or more. The
-        terms of a bridge are bounded, but where tails are heavy neither the draws nor the chains have been there. A
-        mode that no draw has reached stays unseen, unless other starts find it (`doubted`).
+        terms of a bridge are bounded, but neither the draws nor the chains reach heavy tails. A
+        mode that no draw has reached is missed, unless other starts find it (`doubted`).
         """
         assert self.ess is not None
         assert self.vouched is not None
@@ -230,13 +230,13 @@ class BridgeMeasurement(Measurement):
         ]
 
     def cautions(self, columns: Columns) -> list[str]:
-        number, unreliable = len(columns["log_evidence"]), int((~columns["log_evidence_reliable"].astype(bool)).sum())
+        number, unreliable = len(columns["log_evidence"]), number_unreliable(columns)
         if unreliable <= MAX_SHARE_UNRELIABLE * number:
             return []
         return [
             f"log p(x), and the gaps measured from it, cannot be trusted for {unreliable:,} of "
-            f"{counted(number, 'datapoint')}: their posteriors have tails beyond the Gaussian's, or the weights of the "
-            "chains are too uneven. Raise num_temperatures of Bridge, and compare with Ladder"
+            f"{counted(number, 'datapoint')}: their posteriors have tails heavier than Gaussian, or the weights of the "
+            "chains are too uneven. Raise num_temperatures of Bridge; if that does not help, use Ladder"
         ]
 
     def estimate(self, parts: Sequence[Measured]) -> BridgeEstimate:

@@ -14,7 +14,7 @@ from pyrogaps.evidence.ais import AIS
 from pyrogaps.evidence.climb import COLUMNS, Climb, Climbed
 from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate, ladder_estimate
 from pyrogaps.evidence.ladder_settings import LadderSettings
-from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined
+from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined, number_unreliable
 from pyrogaps.gaussians import anchor_of
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refiner
@@ -132,8 +132,7 @@ class LadderMeasurement(Measurement):
                 f"the standard error of log p(x) exceeds twice the tolerance for {above:.0%} of the datapoints. Raise "
                 "max_evaluations of Ladder"
             )
-        doubted = columns.get("log_evidence_doubted", np.zeros(number, dtype=bool))  # which has its own caution
-        unreliable = int((~columns["log_evidence_reliable"].astype(bool) & ~doubted).sum())
+        unreliable = number_unreliable(columns)
         if unreliable > MAX_SHARE_UNRELIABLE * number:
             cautions.append(
                 f"log p(x), and the gaps measured from it, cannot be trusted for {unreliable:,} of "

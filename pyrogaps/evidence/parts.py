@@ -56,8 +56,8 @@ class PartSlots(Slots):
 
 @dataclass(frozen=True)
 class PartDensity:
-    """log p(x, z) + log r_k(z) of B parts: `gaussians` of all K parts of their datapoints, with the logarithms of their
-    masses `(B, K)`, and which of these each part is, `own` `(B,)`.
+    """log p(x, z) + log r_k(z) of B parts: `gaussians` of all K parts of the same datapoint, the logarithms of their
+    masses `(B, K)`, and the index of each part among them, `own` `(B,)`.
     """
 
     whole: PointDensity
@@ -116,7 +116,7 @@ def _whole(name: str, parts: Climbed, place: Tensor) -> Tensor:
 
 
 def _summed(log_weights: list[Tensor]) -> Tensor:
-    """Log-weights of the sum of the integrals: as many as the part with the fewest has, each part's in groups."""
+    """Log-weights of the sum of the integrals, as many as the smallest part has; the others are averaged in groups."""
     number = min(map(len, log_weights))
     parts = [column[: len(column) // number * number].unflatten(0, (-1, number)) for column in log_weights]
     return torch.stack([log_mean_exp(part) for part in parts]).logsumexp(0)

@@ -125,3 +125,12 @@ def settings_of(evidence: Any) -> dict[str, Any]:
 def joined(parts: Sequence[Measured]) -> dict[str, Tensor]:
     """The columns of all chunks, one after the other, on the CPU."""
     return {name: torch.cat([part.columns[name].cpu() for part in parts]) for name in parts[0].columns}
+
+
+def number_unreliable(columns: Columns) -> int:
+    """How many datapoints are not reliable by their own weights. Those that other starts doubt have a caution of their
+    own.
+    """
+    unreliable = ~columns["log_evidence_reliable"].astype(bool)
+    doubted = columns.get("log_evidence_doubted")
+    return int((unreliable if doubted is None else unreliable & ~doubted.astype(bool)).sum())

@@ -1,4 +1,4 @@
-"""A second opinion on log p(x): is there mass that its estimator has missed, as far as other starts can tell?"""
+"""A check of log p(x) from other starts: has the estimator missed modes?"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class ByModes(LadderMeasurement):
 
 
 def by_modes(measurement: Measurement, contested: Contested, run: Run) -> Measured:
-    """log p(x_n) of contested datapoints, all their modes included: by the ladder that `measurement` is of, or one with
+    """log p(x_n) of contested datapoints, all their modes included, by the ladder of `measurement`, or else one with
     default settings.
     """
     ladder = measurement.evidence if isinstance(measurement.evidence, Ladder) else Ladder()
@@ -35,7 +35,7 @@ def by_modes(measurement: Measurement, contested: Contested, run: Run) -> Measur
 
 def refereed(measurement: Measurement, parts: list[Measured], number: int, run: Run) -> tuple[list[Measured], Tensor]:
     """Measurements of a whole data set, those of examined datapoints with several modes replaced; and where log p(x) is
-    doubted, `(N,)`: at datapoints that were not examined, if others turned out to have been measured too low.
+    doubted, `(N,)`: at all datapoints that were not examined, if any examined one was too low.
     """
     problem, before = measurement.problem, joined(parts)
     indices, measured = examine(problem, number, run, lambda contested, run: by_modes(measurement, contested, run))

@@ -1,9 +1,9 @@
 r"""Whether the tails of a posterior are light enough that a few dozen weights can be trusted.
 
 Curvature over one standard deviation says nothing about the tails, and neither do few weights: draws of an anchor that
-fits the middle seldom reach them, and look better the fewer have. So log p(x, z) is looked at where no draw comes,
-along rays from the mean: either way along the axes $L_i$ of the anchor, which find a coordinate with heavy tails, and
-along a few diagonals, which find heavy tails of the radius. With $r(t) = p(x, \mu + t L u) / p(x, \mu)$, the mass
+fits the middle seldom reach them, and weights look best if none does. So log p(x, z) is evaluated beyond the draws,
+along rays from the mean: both ways along the axes $L_i$ of the anchor, which detect a coordinate's heavy tails, and
+along a few diagonals, which detect those of the radius. With $r(t) = p(x, \mu + t L u) / p(x, \mu)$, the mass
 between two distances, in units of the Gaussian's, is
 
 $$\frac{S_k}{(2\pi)^{k/2}} \int_{t_1}^{t_2} t^{k-1} r(t) \, dt$$
@@ -34,8 +34,8 @@ MAX_SQUARES = 1 << 22
 
 
 def vouched(slots: Slots, anchor: Curvature) -> tuple[Tensor, Tensor]:
-    """Where something other than weights says that these have light tails: the Gaussian has the measured curvature in
-    every direction, and the posterior's tails are light too. `(B,)` for a block, on the CPU; and what each took.
+    """Where a few weights can be trusted: the Gaussian has the measured curvature in
+    every direction, and the posterior has light tails. `(B,)` for a block, on the CPU; and the evaluations of each.
     """
     agrees = anchor.agrees.cpu().clone()
     positions, cost = agrees.nonzero()[:, 0], torch.zeros(len(agrees), dtype=torch.long)
@@ -49,7 +49,7 @@ def heavy_tails(slots: Slots, anchor: Gaussian, positions: Tensor) -> tuple[Tens
     """Whether the posteriors of the datapoints at `positions` `(M,)` of a block have heavy tails, and the values of
     log p(x, z) that each took, `(M,)` each.
 
-    Those that the integrand at the nearer distance clears by itself are spared the values at the other.
+    Where the integrand at the nearer distance is small enough, the farther one is not evaluated.
     """
     rays = Rays(slots, anchor.at(positions), positions)
     near = rays.log_integrand(NEAR)
@@ -70,7 +70,7 @@ class Rays:
     def __init__(self, slots: Slots, anchor: Gaussian, positions: Tensor) -> None:
         self.slots, self.anchor, self.positions = slots, anchor, positions
         loc, dim = anchor.loc, slots.dim
-        # Alike for all datapoints, and so in no stream.
+        # The same for all datapoints, so of no stream.
         signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (NUM_DIAGONALS, dim))).to(loc)
         active = torch.ones_like(loc) if anchor.active is None else anchor.active.to(loc)
         size = active.sum(1).clamp(min=1)
@@ -90,7 +90,7 @@ class Rays:
         steps = t.to(self._directions)[..., None] * self._directions
         points = self.anchor.draw(torch.cat([steps, -steps]))
         fall = (self.slots.values(self.positions, points).double() - self._peak).unflatten(0, (2, -1))
-        # Along what is in no density there is no mass.
+        # Inactive coordinates have no mass.
         fall = torch.where(self._directions.any(-1), fall, -math.inf)
         # The surface of the unit sphere is 2 pi^(k/2) / Gamma(k/2).
         return fall + (k - 1) * t.log() - torch.lgamma(k / 2) - k / 2 * math.log(2)
@@ -105,7 +105,7 @@ class Rays:
 
 def log_integral(near: Tensor, far: Tensor) -> Tensor:
     """The logarithm of an integral between the two distances, exponential in between, from logarithms at either end."""
-    fall = torch.where(near > -math.inf, near - far, 1.0)  # of nothing, nothing is left
+    fall = torch.where(near > -math.inf, near - far, 1.0)  # an integral of 0 stays 0
     flat = fall.abs() < 1e-6
     share = torch.where(flat, 1.0, -torch.expm1(-fall) / torch.where(flat, 1.0, fall))
     return near + math.log(FAR - NEAR) + share.log()

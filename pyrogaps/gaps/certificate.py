@@ -63,8 +63,8 @@ def cautions(certificate: xr.Dataset, inference_gap: float, last_gap: str) -> It
     gain = float(certificate["gain"].mean())
     if width > abs(inference_gap) / 10:
         yield (
-            f"log p(x) may be {width:.3f} nats higher than measured (BDMC). Raise num_temperatures of AIS, or spend "
-            "more on the evidence that you chose"
+            f"log p(x) may be {width:.3f} nats higher than measured (BDMC). Raise num_temperatures of AIS or Bridge, "
+            "or lower tolerance of Ladder"
         )
     if gain > abs(inference_gap) / 10:
         yield (

@@ -86,8 +86,8 @@ def decompose(
         split: the training data, and how to train the guide on; None leaves the amortization gap whole.
         certificate: what to spend on finding out how wrong the bounds can be; None spends nothing.
         referee: how many datapoints are examined from other starts, for modes that log p(x) and the refinement miss: a
-            random sample, or all if there are no more. What is found is included for these; the ledger says what it
-            means for the others. False examines none.
+            random sample, or all if there are fewer. Results of these include the modes found; a warning states by how
+            much the others are too low. False examines none.
         terms: the gaps of the tree; `TERMS + (mine,)` adds one.
         num_particles: draws for each ELBO and for the IWAE bound.
         plate: the data plate's name, see `JointDensity`.

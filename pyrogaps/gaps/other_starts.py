@@ -92,26 +92,26 @@ def lines_of(examined: Mapping[str, Any]) -> list[str]:
     """Lines below a ledger's table: how many datapoints were examined, and what other starts found."""
     number, total = examined["number"], examined["total"]
     if not number:
-        return ["modes: no datapoint was examined from other starts, so any could have been missed"]
+        return ["modes: the prior cannot be sampled, so no datapoint was examined; modes may be missed"]
     of = f"all {counted(total, 'datapoint')}" if number == total else f"{number:,} of {counted(total, 'datapoint')}"
     found = [f"{name} was too low at {gain['count']:,}" for name, gain in _found(examined)]
     if found:
         return [f"modes: {of} examined from other starts. {' and '.join(found)} of them"]
     bound = 1 - (1 - CONFIDENCE) ** (1 / number)
-    rest = "" if number == total else f". At most {bound:.0%} of all datapoints have one ({CONFIDENCE:.0%} confidence)"
-    return [f"modes: {of} examined from other starts, and no missed mode found{rest}"]
+    rest = "" if number == total else f". At most {bound:.0%} of all have a findable one ({CONFIDENCE:.0%} confidence)"
+    return [f"modes: {of} examined from other starts; no missed mode found{rest}"]
 
 
 def cautions_of(examined: Mapping[str, Any]) -> list[str]:
     """Reasons not to trust the datapoints that were not examined."""
     number, total, cautions = examined["number"], examined["total"], []
     for name, gain in _found(examined):
-        where = f"{name} is too low: other starts found more at {gain['count']:,} of {number:,} examined datapoints"
+        where = f"{name} is too low: other starts raise it at {gain['count']:,} of {number:,} examined datapoints"
         if name == EVIDENCE and not examined["included"]:
-            cautions.append(f"{where}, by {gain['mean']:.2f} nats on average. Use evidence=Ladder(), which includes it")
+            cautions.append(f"{where}, by {gain['mean']:.2f} nats on average. Use evidence=Ladder(), referee={total}")
         elif number < total:
             cautions.append(
-                f"{where}, and included it. The other {total - number:,} are low by about {gain['mean']:.2f} nats on "
+                f"{where} (included). The other {total - number:,} are low by about {gain['mean']:.2f} nats on "
                 f"average. Pass referee={total} to examine all"
             )
     return cautions

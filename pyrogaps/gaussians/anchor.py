@@ -19,10 +19,10 @@ from pyrogaps.streams import BLOCK, Chunk, Noise, Stream
 WIDEN_GUIDE = 1.2
 NUM_PRIOR_DRAWS = 256
 # Up to this many latents a full covariance, which holds any correlations, is fitted at once, by 6 dim gradients. One of
-# low rank takes 960. Evaluations of the ladder in all, with errors alike, on Gaussians with 8 strong directions: 1,640
+# low rank takes 960. The ladder's evaluations, full against low rank, for Gaussians with 8 strong directions: 1,640
 # against 2,096 in 64 dimensions, 1,960 against 2,096 in 128, 2,792 against 2,491 in 256.
 MAX_DIM = 256
-# Up to this many, it is fitted where low rank does not do, which takes 0.3 s of linear algebra a datapoint. FEW
+# Up to this many, it is fitted where low rank fails; that takes 0.3 s of linear algebra per datapoint. FEW
 # datapoints at a time, for memory.
 MAX_DIM_AGAIN, FEW = 512, 16
 
@@ -30,7 +30,7 @@ MAX_DIM_AGAIN, FEW = 512, 16
 def anchor_of(problem: Problem, chunk: Chunk, run: Run) -> Curvature:
     """The Gaussian with the curvature of log p(x, z) about each datapoint of a chunk.
 
-    It starts from the guide, or from the prior where there is none. Whoever asks again for the same chunk gets the same
+    It starts from the guide, or from the prior where there is none. Repeated calls for a chunk return the same
     Gaussians.
     """
     key = problem.joint, problem.posterior, chunk, run.seed
@@ -51,8 +51,8 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
 
     Where the last two passes do not agree, because the start was far off, there are three more, which are kept if they
     settle. Above `MAX_DIM`, covariances are of low rank plus diagonal. Where such a fit is cut, a full covariance is
-    fitted up to `MAX_DIM_AGAIN` latents, and kept unless it is cut as well; above, one that `start` has is kept. The
-    factors of all are full then.
+    fitted up to `MAX_DIM_AGAIN` latents, and kept unless it is cut as well; above, a full one of `start` is kept. All
+    factors are then full.
 
     Args:
         start: where the fits begin.

@@ -7,7 +7,7 @@ so that, with $M(h) = I + U \,\mathrm{diag}(h - 1)\, U^T$,
 $$L^T = M(f) D, \quad L^{-1} = M(1/f) D^{-1}, \quad L^{-T} L^{-1} = D^{-1} M(f^{-2}) D^{-1}, \quad
   \log |L| = \sum_i \log D_i + \sum_r \log f_r$$
 
-Each costs 2 dim R multiplications a vector. L is no triangle.
+Each costs 2 dim R multiplications per vector. L is not triangular.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class LowRank:
     Attributes:
         diagonal: D, positive, `(B, dim)`.
         axes: U, orthonormal columns or columns of zeros, `(B, dim, R)`; 0 in coordinates that are not active.
-        factors: f, positive, `(B, R)`; where it is 1 an axis counts for nothing.
+        factors: f, positive, `(B, R)`; an axis with factor 1 has no effect.
     """
 
     diagonal: Tensor
@@ -75,7 +75,7 @@ class LowRank:
         return self.diagonal[..., None] * (identity + stretch)
 
     def padded(self, rank: int) -> "LowRank":
-        """The same with `rank` axes, at least as many as there are; the further ones count for nothing."""
+        """The same with `rank` axes, at least as many as there are; the added ones have no effect."""
         more = rank - self.factors.shape[-1]
         return LowRank(self.diagonal, pad(self.axes, (0, more)), pad(self.factors, (0, more), value=1.0))
 

@@ -1,4 +1,4 @@
-r"""Curvature along probes, for fits that cannot afford one along every latent.
+r"""Curvature along random probes, where one per latent would cost too much.
 
 With $N = D H D$, H the mean secant curvature of -log p(x, z) and $L = D\,(I + U\,\mathrm{diag}(f - 1)\,U^T)$ the factor
 of the Gaussian at hand, a pass measures N along
@@ -25,12 +25,12 @@ from torch import Tensor
 from pyrogaps.gaussians.low_rank import LowRank
 
 NUM_PROBES = 16
-# A lone direction is in the mean of K squares by chi-squared / K, which is below this for one in a thousand, K = 16.
-# Many directions together are missed by less.
+# One direction adds chi-squared / K to a mean of K squares: less than this with probability 0.001 for K = 16.
+# Several directions are underestimated by less.
 UNLUCKY = 3.94 / NUM_PROBES
 # Columns shorter than this, relative to the longest, are rounding errors.
 ROUNDING = 1e-7
-# What stands on the diagonal of T for a column of zeros: any curvature that is far from cut.
+# The diagonal entry of T for a column of zeros: any curvature that does not count as cut.
 UNUSED = 2.0
 
 

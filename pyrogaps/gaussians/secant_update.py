@@ -1,4 +1,4 @@
-r"""The precision that a pass of probes amounts to: a diagonal, corrected so that it has every secant measured.
+r"""The precision estimated by a pass of probes: a diagonal, corrected to reproduce every measured secant.
 
 With NS measured and $T = S^T N S$, the block form of the BFGS update of a diagonal $\Delta$ is
 
@@ -8,8 +8,8 @@ It is positive where $\Delta$ and T are, and has every secant that was measured,
 It is exact where N differs from $\Delta$ along a few directions only, and $\Delta^{-1}$ times these lie within S.
 Scaled by $\Delta^{-1/2}$ it is of the form $I + Z E Z^T$; the axes with the largest |log eigenvalue| are kept.
 
-$\Delta$ is the diagonal of N off S as random signs g see it, the mean of $g_i (N g)_i$, shrunk towards the mean over
-coordinates by as much as its noise explains of the differences.
+$\Delta$ estimates the diagonal of N off S by the mean of $g_i (N g)_i$ over signs g, shrunk towards the mean over
+coordinates according to its noise.
 
 Block BFGS: Schnabel (1983), University of Colorado, CU-CS-247-83.
 """

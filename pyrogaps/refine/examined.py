@@ -25,7 +25,7 @@ NUM_COMPARED = 1024  # draws on which two refined guides are compared
 
 
 def starts_at(modes: Modes, *, own: bool) -> list[Start]:
-    """The best factorised Gaussians at the modes: of all, the nearest to one of precision H has variances 1 / H_ii.
+    """The best factorised Gaussians at the modes: for one of precision H, the variances are 1 / H_ii.
 
     A guide's `own` family needs no start at the first mode, where it starts anyway.
     """
@@ -39,7 +39,7 @@ def can_be_taken(refiner: Refiner) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """Where the refined guide of a datapoint is: `guide` is that of `chunk`, and `index` the datapoint."""
+    """The refined guide of one datapoint: that at `index` of `guide`, which is the guide of `chunk`."""
 
     guide: Refinable
     chunk: Chunk
@@ -50,7 +50,7 @@ def refined_from_modes(
     problem: Problem, refiner: Refiner, run: Run, number: int, guides: Sequence[tuple[Chunk, Refinable]]
 ) -> tuple[Tensor, Gain]:
     """Examine `number` datapoints of a problem, and refine those with several modes from each; the refined guides of
-    its chunks, `guides`, take the result where it is better. Returns who was examined, `(n,)`, and what it gained.
+    its chunks, `guides`, take the result where it is better. Returns the indices examined, `(n,)`, and the gain.
     """
 
     def measure(contested: Contested, run: Run) -> Gain:
@@ -69,8 +69,8 @@ def refined_from_modes(
 
 
 def _improved(contested: Contested, refiner: Refiner, run: Run, rows: Sequence[Row]) -> Gain:
-    """Refine the contested datapoints from all modes; where the ELBO is higher then, set the guides at `rows` to the
-    result. What was gained.
+    """Refine the contested datapoints from all modes; where that raises the ELBO, set the guides at `rows` to the
+    result. Returns the gain.
     """
     problem, chunk = contested.problem, Chunk(0, len(rows))
     starts = starts_at(contested.modes, own=isinstance(refiner.family, OwnFamily))

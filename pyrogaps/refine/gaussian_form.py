@@ -67,8 +67,8 @@ class GaussianForm:
 def gaussian_form(refinable: Refinable, joint: JointDensity, chunk: Chunk) -> GaussianForm | None:
     """The form of guides that are Gaussian in unconstrained space and can be set to any Gaussian of their family.
 
-    It is found by what the guides do. Their site distributions must be Normal, LogNormal or multivariate Normal, log q
-    must be the Gaussian's log density, and other Gaussians must be read as they were set. Returns None for other
+    It is detected by tests. The site distributions must be Normal, LogNormal or multivariate Normal, log q
+    must be the Gaussian's log density, and a Gaussian that is set must be read back. Returns None for other
     guides.
     """
     if not isinstance(refinable, Settable):
@@ -155,7 +155,7 @@ def _is_density(gaussian: Gaussian, refinable: Refinable, chunk: Chunk) -> bool:
 
 
 def _can_be_set(form: GaussianForm, gaussian: Gaussian) -> bool:
-    """Whether the guides can be set to other Gaussians than they are, and are then read as these."""
+    """Whether the guides can be set to other Gaussians, and are read back as these."""
     dim, dtype, device = form.joint.dim, gaussian.loc.dtype, gaussian.loc.device
     step = torch.linspace(0.1, 0.3, dim, dtype=dtype, device=device)
     diagonal = gaussian.matrix.dim() == 2

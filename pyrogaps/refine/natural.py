@@ -11,7 +11,7 @@ from pyrogaps.refine.gaussian_form import GaussianForm
 
 # The rate of a step: fast at first, then 1/t, so that the end is a mean over the steps.
 FASTEST, NUM_FAST = 0.5, 4
-# No step changes the mean by more than this, in units of sqrt(dim) standard deviations of the posterior, or of one.
+# Longest step of the mean in posterior standard deviations: the first times sqrt(dim), but at least the second.
 LONGEST, LONGEST_FEW = 0.5, 1.5
 NUM_POWER = 5
 
@@ -50,8 +50,8 @@ class NaturalGradient:
 
     $$P \leftarrow L^{-T} (I + r W + \tfrac12 r^2 W^2) L^{-1}, \qquad m \leftarrow m + r L R^{-1} \bar u .$$
 
-    The factor in brackets is $\tfrac12 (I + (I + rW)^2)$: it never takes more than half of a precision, so precisions
-    stay positive (Lin, Schmidt and Khan, 2020, arXiv:2002.10060). It is a Newton step in the mean.
+    The factor in brackets is $\tfrac12 (I + (I + rW)^2)$: it halves a precision at most, so precisions
+    stay positive (Lin, Schmidt and Khan, 2020, arXiv:2002.10060). The step of m is a Newton step.
 
     Attributes:
         correlation: R, `(M, dim, dim)`, in double precision.
@@ -93,7 +93,7 @@ class NaturalGradient:
     ) -> tuple[Gaussian, Tensor, Tensor]:
         r"""One step from `q` at `rates` `(M,)`, with gradients at the mirrored points of `noise` `(S, M, dim)`.
 
-        Also returns the nats, `(M,)`, by which the ELBO would fall short if m and P were off by as much as these draws
+        Also returns the shortfall of the ELBO, in nats, `(M,)`, if m and P are off by as much as these draws
         say: $\tfrac12 \bar u^T R^{-1} \bar u + \tfrac14 \|W\|^2$. A datapoint with a gradient that is not finite stays
         where it is. Last, whether the mean was so far off that its step was cut short, `(M,)`.
         """

@@ -27,11 +27,11 @@ class NaturalRefinement:
 
     Natural gradients start at the family's best Gaussians for the curvature of log p(x, z); where that was cut, at the
     guide itself if its ELBO is higher. A datapoint that has converged in the first round takes no more gradients,
-    unless the noise of its steps still costs more than the tolerance: then it goes on with them. The others take
+    unless the noise of its steps still costs more than the tolerance; then its steps continue. The others take
     further, longer rounds. Those that have not converged then, or are below the guide itself, are refined by Adam from
     the best that was found.
 
-    All that is compared is compared on the same selection draws, which no reported bound uses.
+    All comparisons are on the same selection draws, which no reported bound uses.
 
     Attributes:
         form: the guides, and what their family frees.
@@ -89,7 +89,7 @@ class NaturalRefinement:
         return curvature.gaussian.with_replaced(worse, replace(guide, scale=guide.factor()))
 
     def _lasting(self, own: Gaussian, ends: Ends) -> Ends:
-        """After further rounds, of the datapoints that need these."""
+        """The ends after further rounds, where these are needed."""
         noisy = ends.converged & (ends.shortfall > self.settings.tolerance)
         if not bool((noisy | ~ends.converged).any()):
             return ends

@@ -94,7 +94,7 @@ class Rounds:
 
     @property
     def num_steps(self) -> int:
-        """Of the first round. A full covariance has more to learn, and takes twice as many."""
+        """Steps of the first round; twice as many for a full covariance."""
         return self.settings.num_natural_steps * (1 if self.form.blocks is None else 2)
 
     def begin(self, purpose: str, own: Gaussian, curvature: Gaussian, positions: Tensor) -> Ends:
@@ -110,8 +110,8 @@ class Rounds:
     def round(self, purpose: str, start: Gaussian, natural: NaturalGradient, positions: Tensor, num_steps: int) -> Ends:
         """A round at the full rate, and a third as many further steps at the full rate again.
 
-        A datapoint has converged where further steps do not raise the ELBO by more than the tolerance. It ends there if
-        they raise it by more than chance: on the selection draws, the better of two equals is so by chance.
+        A datapoint has converged where further steps do not raise the ELBO by more than the tolerance. Their end is
+        kept only if they raise it by more than the noise of the selection draws.
         """
         end = self.steps(purpose, start, natural, positions, (0, num_steps))
         checks = max(FURTHER, num_steps // FURTHER)

@@ -13,21 +13,21 @@ STEPS_OF_ADAM, MIN_NATURAL_STEPS = 45, 8
 class Refinement:
     """Settings of the per-datapoint refinement.
 
-    Guides that are Gaussian in unconstrained space are refined by natural gradients, all others, and those for which
-    these do not converge, by Adam.
+    Natural gradients refine guides that are Gaussian in unconstrained space. Adam refines all others, and the
+    datapoints for which natural gradients do not converge.
 
     Attributes:
-        num_steps: Adam steps. Natural gradients take `num_natural_steps` of 16 draws, far fewer.
+        num_steps: Adam steps. Natural gradients take only `num_natural_steps`, of 16 draws each.
         num_particles: draws per step of Adam and datapoint, in mirrored pairs where the family is symmetric.
         learning_rate: of Adam's first step, in units of the posterior's own scale where the family knows it; it decays
             by a cosine to a thousandth.
-        num_starts: how often refinement is begun: at the guide's own output first, then each time at the best of 256
-            draws from the prior; of the optima found the best is kept. For posteriors with several modes.
+        num_starts: number of starts: the first at the guide's output, each further one at the best of 256
+            draws from the prior. The best optimum is kept. For posteriors with several modes.
         num_selection: draws on which the refined and the starting guide are compared; where refinement ended below its
             start, the start is kept.
         tolerance: a datapoint counts as converged when further steps, begun at the full rate, do not raise its ELBO by
-            more than this, in nats (and two standard errors of that comparison): a tenth as many of Adam (50 at least),
-            or a third as many natural gradients.
+            more than this, in nats (and two standard errors of that comparison). The check takes a tenth of the Adam
+            steps (at least 50), or a third of the natural-gradient steps.
     """
 
     num_steps: Count = 1000
