@@ -222,7 +222,8 @@ def test_gradients_are_few() -> None:
     problem, settings = Problem.of(LINEAR, WrongEncoder(LINEAR), x), Refinement()
     refined = refine(problem, settings=settings, referee=False)
     steps = settings.num_natural_steps + settings.num_natural_steps // 3
-    assert problem.evaluator.num_gradients == 64 * (3 * 16 + 16 * steps)
+    further = problem.evaluator.num_gradients - 64 * (3 * 16 + 16 * steps)
+    assert 0 <= further <= 64 * 3 * 16  # of the curvature, where three passes had not settled
     assert refined.converged.all()
 
 
