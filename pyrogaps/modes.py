@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 NUM_CHAINS, NUM_TEMPERATURES, ACCEPTANCE = 2 * POINTS, 32, 0.8
 # An end is far from the anchor where its whitened distance exceeds that of typical draws, sqrt(dim), by this.
 FAR = 3.0
-MAX_STARTS = 4
+MAX_STARTS = 8
 # Nats, times 1 + sqrt(dim), by which log p(x, z) at an end may exceed the anchor's Gaussian.
 EXCESS = 1.25
 # First scales: this share of the prior's where the anchor's are unknown, of the anchor's for modes inside it.
@@ -51,12 +51,14 @@ class Modes:
         curvature: the Gaussians.
         log_masses: `(M,)`, the logarithm of the integral of p(x, z) about each, in nats, by Laplace's method.
         num_evaluations: `(B,)`, what finding them took.
+        complete: `(B,)`, whether every chain that counts ended near one of them: else there may be more.
     """
 
     owners: Tensor
     curvature: Curvature
     log_masses: Tensor
     num_evaluations: Tensor
+    complete: Tensor
 
     @property
     def several(self) -> Tensor:
@@ -69,7 +71,8 @@ class Modes:
         places[positions] = torch.arange(len(positions))
         kept = (places[self.owners] >= 0).nonzero()[:, 0]
         curvature = self.curvature.at(kept)
-        return Modes(places[self.owners[kept]], curvature, self.log_masses[kept], self.num_evaluations[positions])
+        evaluations, complete = self.num_evaluations[positions], self.complete[positions]
+        return Modes(places[self.owners[kept]], curvature, self.log_masses[kept], evaluations, complete)
 
     def ranked(self, rank: int) -> Gaussian:
         """The Gaussian number `rank` of every datapoint; its anchor where there are fewer."""
@@ -156,7 +159,9 @@ def explore(problem: Problem, anchor: Curvature, block: Chunk, run: Run, wide: G
     heights = slots.values(owners, curvature.gaussian.loc[None])[0].double()
     log_masses = heights - curvature.gaussian.peak.double()
     kept = _distinct(owners, curvature.gaussian, log_masses.cpu())
-    return Modes(owners[kept], curvature.at(kept), log_masses.cpu()[kept], evaluations)
+    owners, curvature = owners[kept], curvature.at(kept)
+    complete = _complete(owners, curvature.gaussian, ends, values)
+    return Modes(owners, curvature, log_masses.cpu()[kept], evaluations, complete)
 
 
 def _chain_ends(slots: Slots, wide: Gaussian, run: Run) -> Tensor:
@@ -202,6 +207,17 @@ def _starts(scales: Gaussian, unexplained: Tensor, ends: Tensor, values: Tensor)
         inside += [not bool(distances[end] > typical + FAR) for end in chosen]
     starts = torch.stack(points) if points else ends[0, :0]
     return torch.tensor(owners, dtype=torch.long), starts, torch.tensor(inside, dtype=torch.bool)
+
+
+def _complete(owners: Tensor, gaussian: Gaussian, ends: Tensor, values: Tensor) -> Tensor:
+    """Whether all ends of each datapoint, but those whose log p(x, z) is negligible, lie near one of its Gaussians."""
+    dim = ends.shape[-1]
+    distances = gaussian.whiten(ends[:, owners]).double().norm(dim=-1)  # (S, M)
+    nearest = torch.full(ends.shape[:2], math.inf, dtype=torch.float64, device=ends.device)
+    nearest = nearest.index_reduce(1, owners.to(ends.device), distances, "amin")
+    counts = values > values.nan_to_num(-math.inf).amax(0) - (NEGLIGIBLE + dim)
+    complete: Tensor = ((nearest <= dim**0.5 + FAR) | ~counts).all(0)
+    return complete.cpu()
 
 
 def _polished(slots: Slots, start: Gaussian, owners: Tensor, run: Run) -> Curvature:

@@ -28,6 +28,8 @@ REVERSE_TEMPERATURES, REVERSE_TOLERANCE = 50, 0.1
 MAX_SHARE_ABOVE = 0.2
 # The share of the datapoints that may be unreliable without one.
 MAX_SHARE_UNRELIABLE = 0.1
+# The effective sample size below which weights say nothing of the value, not even how wrong it is.
+MIN_ESS = 2.0
 
 
 @checked("evidence")
@@ -138,6 +140,12 @@ class LadderMeasurement(Measurement):
                 f"log p(x), and the gaps measured from it, cannot be trusted for {unreliable:,} of "
                 f"{counted(number, 'datapoint')}: their posteriors are far from Gaussian, or their weights too uneven. "
                 "Lower tolerance and raise max_evaluations of Ladder, and compare with a richer guide"
+            )
+        collapsed = int((columns["log_evidence_ess"] < MIN_ESS).sum())
+        if collapsed:
+            cautions.append(
+                f"log p(x) may be far too low for {collapsed:,} of {counted(number, 'datapoint')}, where fewer than "
+                f"{MIN_ESS:g} weights count, and so may its mean. Raise max_evaluations of Ladder or use a better guide"
             )
         unbounded = int(np.isinf(columns["log_evidence_upper"]).sum())
         if unbounded:

@@ -98,6 +98,7 @@ def climbed_by_parts(evaluator: GradientEvaluator, modes: Modes, settings: Ladde
     places = [(modes.owners == owner).nonzero()[:, 0] for owner in range(len(modes.num_evaluations))]
     columns = {name: torch.stack([_whole(name, parts, place) for place in places]) for name in parts.columns}
     columns["evaluations"] = columns["evaluations"] + modes.num_evaluations
+    columns["vouched"] = columns["vouched"] * modes.complete  # weights say nothing of modes that were not found
     return Climbed([_summed([parts.log_weights[k] for k in place.tolist()]) for place in places], columns)
 
 

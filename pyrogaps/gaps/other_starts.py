@@ -88,15 +88,17 @@ def _plain(gain: Gain) -> dict[str, Any]:
     return {"count": gain.count, "mean": gain.mean}
 
 
-def lines_of(examined: Mapping[str, Any]) -> list[str]:
+def lines_of(examined: Mapping[str, Any] | None) -> list[str]:
     """Lines below a ledger's table: how many datapoints were examined, and what other starts found."""
+    if examined is None:
+        return ["modes: no datapoint was examined from other starts (referee=False); modes may be missed"]
     number, total = examined["number"], examined["total"]
     if not number:
         return ["modes: the prior cannot be sampled, so no datapoint was examined; modes may be missed"]
     of = f"all {counted(total, 'datapoint')}" if number == total else f"{number:,} of {counted(total, 'datapoint')}"
     found = [f"{name} was too low at {gain['count']:,}" for name, gain in _found(examined)]
     if found:
-        return [f"modes: {of} examined from other starts. {' and '.join(found)} of them"]
+        return [f"modes: {of} examined from other starts. Without them, {' and '.join(found)}"]
     bound = 1 - (1 - CONFIDENCE) ** (1 / number)
     rest = "" if number == total else f". At most {bound:.0%} of all have a findable one ({CONFIDENCE:.0%} confidence)"
     return [f"modes: {of} examined from other starts; no missed mode found{rest}"]

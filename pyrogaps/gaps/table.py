@@ -89,7 +89,7 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     shares = zip(converged["family"].values, converged.values, strict=True)
     notes = ["refinement converged: " + ", ".join(f"{_family(name)} {float(share):.0%}" for name, share in shares)]
     notes += provenance.get("notes", [])
-    notes += other_starts.lines_of(provenance["examined"]) if "examined" in provenance else []
+    notes += other_starts.lines_of(provenance.get("examined"))
     notes += _proposals(per_datapoint, provenance)
     khat = per_datapoint["khat"].values
     unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0

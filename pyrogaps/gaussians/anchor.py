@@ -65,7 +65,8 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
         left = (~fit.agrees).nonzero()[:, 0].cpu()
         if not len(left):
             return fit
-        return fit.settled_by(left, gaussian_by_curvature(fit.gaussian.at(left), partial(gradients, left)))
+        further = gaussian_by_curvature(fit.gaussian.at(left), partial(gradients, left), far=True)
+        return fit.settled_by(left, further)
     fits = gaussian_by_low_rank_curvature(start, partial(gradients, everyone), noise)
     again = fits.cut.cpu().nonzero()[:, 0]
     correlated = isinstance(start.scale, Tensor) and start.scale.dim() == 3

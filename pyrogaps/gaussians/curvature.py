@@ -64,7 +64,7 @@ class Curvature:
         return cls(gaussian, cut, agrees, torch.cat([part.num_gradients for part in parts]))
 
 
-def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]) -> Curvature:
+def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor], *, far: bool = False) -> Curvature:
     r"""The Gaussian whose precision is the mean curvature of log p(x, z) over its own breadth.
 
     With L the factor of a Gaussian, the columns of L give secants
@@ -77,6 +77,7 @@ def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]
     Args:
         start: the first Gaussian of each of B datapoints.
         gradients: of log p(x, z) at points `(S, B, dim)`, of the same shape.
+        far: whether the mean may be far off: then its steps are not limited where a pass has confirmed the curvature.
     """
     loc, factor = start.loc, start.factor()
     agrees = broken = torch.zeros(len(loc), dtype=torch.bool, device=loc.device)
@@ -85,7 +86,8 @@ def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]
         steps = factor.permute(2, 0, 1)  # column i of every datapoint's factor
         at_points = gradients(torch.cat([loc + steps, loc - steps]))
         broken = broken | ~torch.isfinite(at_points).all(-1).all(0)
-        found = _refitted(factor, torch.nan_to_num(at_points, nan=0.0, posinf=0.0, neginf=0.0), start.active)
+        finite = torch.nan_to_num(at_points, nan=0.0, posinf=0.0, neginf=0.0)
+        found = _refitted(factor, finite, start.active, far=far)
         factor, loc = found.factor, loc + found.shift
         cut, agrees = found.cut | broken, found.agrees & ~broken
     loc = torch.where(broken[:, None], start.loc, loc)
@@ -104,7 +106,7 @@ class _Refitted:
     agrees: Tensor
 
 
-def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None) -> _Refitted:
+def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None, *, far: bool) -> _Refitted:
     dim = factor.shape[-1]
     secants = 0.5 * (gradients[dim:] - gradients[:dim])
     curvature = torch.einsum("bji,kbj->bik", factor, secants).double()
@@ -119,10 +121,12 @@ def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None) -> _Refi
     step = along / values.abs().clamp(min=FLATTEST**2)
     longest = max(LONGEST * dim**0.5, LONGEST_FEW)
     length = step.norm(dim=-1, keepdim=True)
-    step = step * (longest / length.clamp(min=1e-300)).clamp(max=1.0)
+    steady = ((values > 1 / AGREES) & (values < AGREES)).all(-1)
+    limited = step * (longest / length.clamp(min=1e-300)).clamp(max=1.0)
+    step = torch.where((steady & far)[:, None], step, limited)
     shift = torch.einsum("bij,bj->bi", whitened, step)
     if active is not None:
         shift = shift * active
     cut = ((values < FLATTEST) | (values > STEEPEST)).any(-1)
-    agrees = ((values > 1 / AGREES) & (values < AGREES)).all(-1) & (length[:, 0] < SETTLED * longest)
+    agrees = steady & (length[:, 0] < SETTLED * longest)
     return _Refitted(new.to(factor.dtype), shift.to(factor.dtype), cut, agrees)
