@@ -213,8 +213,7 @@ def _complete(owners: Tensor, gaussian: Gaussian, ends: Tensor, values: Tensor) 
     """Whether all ends of each datapoint, but those whose log p(x, z) is negligible, lie near one of its Gaussians."""
     dim = ends.shape[-1]
     distances = gaussian.whiten(ends[:, owners]).double().norm(dim=-1)  # (S, M)
-    nearest = torch.full(ends.shape[:2], math.inf, dtype=torch.float64, device=ends.device)
-    nearest = nearest.index_reduce(1, owners.to(ends.device), distances, "amin")
+    nearest = torch.stack([distances[:, owners == owner].amin(1) for owner in range(ends.shape[1])], 1)
     counts = values > values.nan_to_num(-math.inf).amax(0) - (NEGLIGIBLE + dim)
     complete: Tensor = ((nearest <= dim**0.5 + FAR) | ~counts).all(0)
     return complete.cpu()

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from tests.references import anisotropic, draws_of
 
+REFINER = import_module("pyrogaps.refine.refiner")  # the package has a function of the name `refine`
 STANDARD_ERRORS = 4.0
 CERTIFICATE = pg.Certificate(num_simulated=24, num_refined_again=16)
 EVIDENCE = pg.AIS(num_chains=8, num_temperatures=20, num_leapfrog=3)
@@ -38,12 +40,15 @@ def pair() -> tuple[LinearGaussian, AmortizedNormal, Tensor]:
 def ledger_of(num_steps: int, certificate: pg.Certificate = CERTIFICATE, **options: Any) -> pg.GapLedger:
     model, guide, x = pair()
     chosen = {"refinement": pg.Refinement(num_steps=num_steps), "evidence": EVIDENCE, "num_particles": 400, **options}
-    return pg.decompose(model, guide, x, certificate=certificate, progress=False, **chosen)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # By Adam: the fewest natural gradients leave nothing to gain.
+        monkeypatch.setattr(REFINER, "gaussian_form", lambda *arguments: None)
+        return pg.decompose(model, guide, x, certificate=certificate, progress=False, **chosen)
 
 
 @pytest.mark.parametrize("num_steps", [10, 300])
 def test_gain_is_what_the_refinement_had_left(num_steps: int) -> None:
-    """To the best diagonal Gaussian, which thirty times as many steps reach."""
+    """To the best diagonal Gaussian, which thirty times as many steps of Adam reach."""
     model, _, x = pair()
     ledger = ledger_of(num_steps, replace(CERTIFICATE, longer=30) if num_steps == 10 else CERTIFICATE)
     certificate = ledger.certificate

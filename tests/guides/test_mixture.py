@@ -152,7 +152,7 @@ def test_refined_mixture_keeps_both_modes() -> None:
     guide.fit(model, model.draw(500)[0], **QUICK)
     gaps = []
     for family in (AutoNormal, guide):
-        bound = elbo(model, refine(model, family, x, settings=Refinement(num_steps=150)), x, num_particles=2000)
+        bound = elbo(model, refine(model, family, x, settings=Refinement(num_steps=150)), x, num_particles=4000)
         assert float(bound.mcse.max()) < 0.05
         gaps.append(model.log_evidence(x) - bound.value)
     assert (gaps[0] > math.log(2) - 0.1).all()
