@@ -209,6 +209,7 @@ PURPOSES = {
 REPEATED = {
     r"select .*": "guides that compete, and the ends of one refinement, are scored on the same draws",
     r"completions, .* half": "both halves' guides are judged on the same draws, so that their difference is known best",
+    r"anchor probes": "where all are examined, their anchors are the ledger's own, which may have to be fitted again",
     r"retraining": "the bounds of all rounds and starts of a retraining are compared on the same draws",
     r"validation": "the bounds of all epochs are compared on the same draws",
     r"family axes": "a family is set up on two and on three datapoints to see which axes differ; no guide is kept",
@@ -258,7 +259,7 @@ def test_every_block_of_datapoints_has_a_stream(run: tuple[str, RecordedDraws]) 
     kind, draws = run
     blocks = blocks_of(draws.names)
     # Each rung of the ladder, and each further mode, is for some datapoints only; training has epochs, not blocks.
-    some = f"ladder|epoch|fresh|examined.* own|explore probes|{LASTING}"
+    some = f"ladder|epoch|fresh|examined.* own|examined / anchor|explore probes|{LASTING}"
     expected = {purpose for purpose in blocks if blocks[purpose] and not re.search(some, purpose)}
     smaller = {"certificate": {0, 1}}  # of 66 datapoints
     assert kind == "trained" or "natural own" in expected

@@ -160,7 +160,10 @@ def settled(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
 
     What cannot be compared, because the ELBO has heavy tails there, has not settled.
     """
-    return no_gain(before, after, tolerance) & (_error(after - before) <= MAX_ERROR)
+    gain = after - before
+    error = _error(gain)
+    known = (error <= MAX_ERROR) | (gain.mean(0) + 2 * error <= tolerance)
+    return no_gain(before, after, tolerance) & known
 
 
 def no_gain(before: Tensor, after: Tensor, tolerance: float) -> Tensor:

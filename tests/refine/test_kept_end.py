@@ -47,5 +47,6 @@ def test_the_best_of_start_end_and_further_end_is_kept(monkeypatch: pytest.Monke
 
 
 def test_an_end_that_a_further_run_improves_has_not_converged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor has a start that is kept because both ends are worse."""
     refined, _ = refined_to(ENDS, monkeypatch)
-    assert refined.converged.tolist() == [second > first for first, second in ENDS]
+    assert refined.converged.tolist() == [second > first and first < START for first, second in ENDS]
