@@ -284,8 +284,9 @@ class Gain:
 
     @property
     def mean(self) -> float:
-        """Over all examined."""
-        return float(self.value.sum()) / max(self.number, 1)
+        """Over all examined: of what is found or, where only all together are, of all."""
+        gained = self.value[self.found] if self.found.any() else self.value
+        return float(gained.sum()) / max(self.number, 1)
 
     @property
     def found(self) -> Tensor:
@@ -295,8 +296,9 @@ class Gain:
     @property
     def count(self) -> int:
         """Number of datapoints that gain; at least 1 if their mean over the examined does."""
-        together = self.mean > CERTAIN * float(self.error.norm()) / max(self.number, 1) and self.mean > LEAST / 2
-        return max(int(self.found.sum()), int(together))
+        if self.found.any():
+            return int(self.found.sum())
+        return int(self.mean > CERTAIN * float(self.error.norm()) / max(self.number, 1) and self.mean > LEAST / 2)
 
     @property
     def accepted(self) -> Tensor:

@@ -264,5 +264,5 @@ def test_a_gain_is_found_by_one_or_by_all_together() -> None:
     assert Gain(small, error, 32).count == 1 and not Gain(small, error, 32).found.any()
     assert Gain(small[:2], error[:2], 32).count == 0
     single = Gain(torch.tensor([0.5, 0.0, -0.3]), torch.tensor([0.1, 0.1, 0.05]), 32)
-    assert single.count == 1 and single.mean == pytest.approx(0.2 / 32)
+    assert single.count == 1 and single.mean == pytest.approx(0.5 / 32)
     assert torch.equal(single.accepted, torch.tensor([True, True, False]))
