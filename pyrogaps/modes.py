@@ -107,7 +107,7 @@ def examine(
     indices, before = sample(problem.num_datapoints, number, run.seed), run
     sampled, run = problem.at(indices), replace(run.derived("examined"), batch_size=BLOCK)
 
-    def examined(chunk: Chunk) -> list[tuple[Tensor, Result]] | None:
+    def examined(chunk: Chunk) -> tuple[list[tuple[Tensor, Result]], Tensor] | None:
         try:
             wide = prior_gaussian(sampled, chunk, run.stream("explore prior"))
         except InputError:
@@ -115,15 +115,20 @@ def examine(
         # Where all are examined, their anchors may be known already.
         anchor = anchor_of(sampled, chunk, before if sampled is problem else run)
         modes = explore(sampled, anchor, chunk, run, wide)
+        done = indices[chunk.indices]
         if not len(several := modes.several):
-            return []
+            return [], done
         places = chunk.indices[several]
         contested = Contested(sampled.at(places), modes.of(several), indices[places])
-        return [(contested.indices, measure(contested, run.derived(chunk.start)))]
+        try:
+            return [(contested.indices, measure(contested, run.derived(chunk.start)))], done
+        except InputError:  # a density that fails far out must not cost the ledger: these count as not examined
+            return [], done[~torch.isin(done, contested.indices)]
 
-    parts = (run.map_alone if alone else run.map)(examined, sampled.joint)
-    done = [results for results in parts if results is not None]
-    return nothing if len(done) < len(parts) else (indices, [result for results in done for result in results])
+    parts = [part for part in (run.map_alone if alone else run.map)(examined, sampled.joint) if part is not None]
+    if not parts:
+        return nothing
+    return torch.cat([done for _, done in parts]), [result for results, _ in parts for result in results]
 
 
 def sample(num_datapoints: int, number: int, seed: int) -> Tensor:

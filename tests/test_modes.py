@@ -105,6 +105,14 @@ def test_shares_of_the_parts_add_up_and_have_the_gradients_they_say(problem: Pro
     assert torch.equal(density.gradients(z)[0], gradients)
 
 
+def test_shares_are_known_beyond_the_reach_of_all_parts(problem: Problem, modes: Modes) -> None:
+    slots = PartSlots(problem.at(torch.tensor([2])).evaluator, modes.of(torch.tensor([2])))
+    far = torch.full((POINTS, 2, 1), 1e160, dtype=torch.float64)
+    share, slope = slots.at(torch.arange(2))._log_share(far)
+    assert torch.allclose(share, torch.tensor(0.5, dtype=torch.float64).log())
+    assert not slope.isnan().any()
+
+
 def test_the_parts_sum_to_the_evidence(problem: Problem, modes: Modes) -> None:
     estimate_of = ByModes(pg.Ladder(), problem, Run(), modes)
     measured = estimate_of.measure(Chunk(0, len(X)))

@@ -85,6 +85,9 @@ class PartDensity:
         pairs = [gaussian.log_density(z) for gaussian in self.gaussians]
         masses = self.log_masses.to(z)
         joint = torch.stack([value for value, _ in pairs], -1) + masses  # (S, B, K)
+        # Beyond the reach of all Gaussians in this precision, the parts that there are share alike.
+        beyond = (joint == -torch.inf).all(-1, keepdim=True)
+        joint = torch.where(beyond, torch.where(masses > -torch.inf, 0.0, masses), joint)
         slopes = torch.stack([slope for _, slope in pairs], -1)  # (S, B, dim, K)
         own = self.own[None, :, None].expand(*joint.shape[:2], 1)
         share = joint.gather(-1, own)[..., 0] - joint.logsumexp(-1)

@@ -94,7 +94,7 @@ def lines_of(examined: Mapping[str, Any] | None) -> list[str]:
         return ["modes: no datapoint was examined from other starts (referee=False); modes may be missed"]
     number, total = examined["number"], examined["total"]
     if not number:
-        return ["modes: the prior cannot be sampled, so no datapoint was examined; modes may be missed"]
+        return ["modes: no datapoint could be examined from other starts; modes may be missed"]
     of = f"all {counted(total, 'datapoint')}" if number == total else f"{number:,} of {counted(total, 'datapoint')}"
     found = [f"{name} was too low at {gain['count']:,}" for name, gain in _found(examined)]
     if found:
