@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyrogaps.annealing.loop import WARM_UP, AdaptedStepSizes, pilot, schedule
 from pyrogaps.annealing.rotations import Rotation
-from pyrogaps.capture.slots import POINTS, Slots
+from pyrogaps.capture.slots import POINTS, Slots, of_datapoints
 from pyrogaps.errors import InputError
 from pyrogaps.gaussians import Curvature, Gaussian, anchor_of, bhattacharyya, fitted, prior_gaussian
 from pyrogaps.problem import Problem
@@ -181,8 +181,7 @@ def _chain_ends(slots: Slots, wide: Gaussian, run: Run) -> Tensor:
         for reached in pilot(move, state, betas, steps, noise):
             state = reached.state
         ends.append(move.points(state)[:, :kept])
-    by_chain: Tensor = torch.cat(ends, 1).unflatten(1, (-1, each)).movedim(2, 0).flatten(0, 1)
-    return by_chain
+    return of_datapoints(torch.cat(ends, 1), each)
 
 
 def _starts(scales: Gaussian, unexplained: Tensor, ends: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,6 +280,12 @@ class Gain:
     def none(cls, number: int = 0) -> "Gain":
         """Of `number` datapoints without several modes."""
         return cls(torch.empty(0), torch.empty(0), number)
+
+    @classmethod
+    def between(cls, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], number: int) -> "Gain":
+        """From two estimates with their standard errors; what is infinite in both gains nothing."""
+        value = torch.nan_to_num(new[0].double() - old[0].double(), nan=0.0)
+        return cls(value, new[1].double().hypot(old[1].double()), number)
 
     @property
     def by_column(self) -> "list[Gain]":

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple, rows_of, whole
+from pyrogaps.density.data import as_tuple, rows_of, selected, whole
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program, check_callable
@@ -183,8 +183,7 @@ class Problem:
         """
         if self.plate is None or torch.equal(indices, torch.arange(self.num_datapoints)):
             return self
-        data = self.joint.data
-        rows = IndexedData(len(indices), lambda positions: data.fetch(indices[positions]))
+        rows = selected(self.joint.data, indices)
         joint, posterior = self.joint.over(rows), self.posterior
         if isinstance(posterior, GuideDensity) and not posterior.bound:
             same = posterior.joint is self.joint

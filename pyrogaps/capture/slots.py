@@ -82,9 +82,15 @@ class Slots:
         columns, owners, parts = torch.arange(flat.shape[1]), positions.repeat_interleave(each), []
         for batch, kept in self.batches(columns):
             parts.append(evaluate(self.at(owners[batch]), flat[:, batch].contiguous())[:, :kept])
-        # (POINTS, M * each, *) -> (S, M, *)
-        result: Tensor = torch.cat(parts, 1).unflatten(1, (len(positions), each)).movedim(2, 0).flatten(0, 1)
-        return result[: len(points)]
+        return of_datapoints(torch.cat(parts, 1), each)[: len(points)]
+
+
+def of_datapoints(slots: Tensor, each: int) -> Tensor:
+    """Values at points of slots `(POINTS, M * each, *)`, as those of M datapoints with `each` slots side by side,
+    `(each * POINTS, M, *)`.
+    """
+    values: Tensor = slots.unflatten(1, (-1, each)).movedim(2, 0).flatten(0, 1)
+    return values
 
 
 def _padded(slots: Tensor, width: int) -> Tensor:

@@ -153,7 +153,12 @@ def evenly_spaced(num_datapoints: int, number: int) -> Tensor:
 def part_of(data: IndexedData, number: int) -> tuple[IndexedData, Tensor]:
     """`number` datapoints of `data`, evenly spaced, as a data set, and their indices in `data`."""
     chosen = evenly_spaced(len(data), number)
-    return IndexedData(len(chosen), lambda indices: data.fetch(chosen[indices])), chosen
+    return selected(data, chosen), chosen
+
+
+def selected(data: IndexedData, indices: Tensor) -> IndexedData:
+    """The datapoints `indices` of `data` as a data set, counted from 0."""
+    return IndexedData(len(indices), lambda rows: data.fetch(indices[rows]))
 
 
 def _from_numpy(array: Any) -> Tensor:

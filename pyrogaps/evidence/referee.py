@@ -1,6 +1,5 @@
 """A check of log p(x) from other starts: has the estimator missed modes?"""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,17 +38,15 @@ def refereed(measurement: Measurement, parts: list[Measured], number: int, run: 
     """
     problem, before = measurement.problem, joined(parts)
     indices, measured = examine(problem, number, run, lambda contested, run: by_modes(measurement, contested, run))
-    doubted = torch.zeros(problem.num_datapoints, dtype=torch.bool)
     if not measured:
-        return parts, doubted
+        return parts, torch.zeros(problem.num_datapoints, dtype=torch.bool)
     contested, results = torch.cat([places for places, _ in measured]), [result for _, result in measured]
     after = joined(results)
-    gain = gain_of(before, after, contested, len(indices))
-    if gain.count:
-        doubted[:] = True
-        doubted[indices] = False
-    if not isinstance(measurement.evidence, Ladder):
-        doubted[contested] = gain.found
+    old, new = ((columns["log_evidence"], columns["log_evidence_mcse"]) for columns in (before, after))
+    gain = Gain.between((old[0][contested], old[1][contested]), new, len(indices))
+    included = isinstance(measurement.evidence, Ladder)
+    doubted = doubted_by(gain, indices, contested, problem.num_datapoints, included=included)
+    if not included:
         return parts, doubted
     kept = gain.accepted.nonzero()[:, 0]
     draws = [column for part in parts for column in part.log_weights or ()]
@@ -60,11 +57,17 @@ def refereed(measurement: Measurement, parts: list[Measured], number: int, run: 
     return [Measured(columns, tuple(draws))], doubted
 
 
-def gain_of(before: Mapping[str, Tensor], after: Mapping[str, Tensor], contested: Tensor, number: int) -> Gain:
-    """What all modes add to log p(x) at the contested datapoints."""
-    value = after["log_evidence"] - before["log_evidence"][contested]
-    error = after["log_evidence_mcse"].hypot(before["log_evidence_mcse"][contested])
-    return Gain(value.double(), error.double(), number)
+def doubted_by(gain: Gain, indices: Tensor, contested: Tensor, total: int, *, included: bool) -> Tensor:
+    """Where a gain casts doubt on log p(x), `(total,)`: at all that were not examined, and unless what was found is
+    `included`, at the contested that gain.
+    """
+    doubted = torch.zeros(total, dtype=torch.bool)
+    if gain.count:
+        doubted[:] = True
+        doubted[indices] = False
+    if not included:
+        doubted[contested] = gain.found
+    return doubted
 
 
 def _with(column: Tensor, places: Tensor, values: Tensor) -> Tensor:

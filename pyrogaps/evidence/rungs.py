@@ -9,7 +9,7 @@ from torch import Tensor
 from pyrogaps.annealing.loop import WARM_UP, AdaptedStepSizes, StepSizes, anneal, pilot, schedule
 from pyrogaps.annealing.rotations import Rotation
 from pyrogaps.bounds import refuse_nan
-from pyrogaps.capture.slots import POINTS, Slots
+from pyrogaps.capture.slots import POINTS, Slots, of_datapoints
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.run import Run
@@ -75,8 +75,8 @@ class Annealer:
             torch.cat(columns, -1 if k != 1 else 1) for k, columns in enumerate(zip(*parts, strict=True))
         )
         return Annealed(
-            weights.unflatten(1, (-1, each)).movedim(2, 0).flatten(0, 1),
-            ends.unflatten(1, (-1, each)).movedim(2, 0).flatten(0, 1),
+            of_datapoints(weights, each),
+            of_datapoints(ends, each),
             acceptance.unflatten(0, (-1, each)).mean(1).cpu(),
         )
 

@@ -10,7 +10,7 @@ import torch
 from pyrogaps.chunk_cache import Arrays
 from pyrogaps.errors import counted
 from pyrogaps.evidence import Ladder
-from pyrogaps.evidence.referee import by_modes
+from pyrogaps.evidence.referee import by_modes, doubted_by
 from pyrogaps.gaps.measure import OWN, Measure, as_arrays
 from pyrogaps.modes import Contested, Gain, examine
 from pyrogaps.refine import OwnFamily
@@ -39,12 +39,14 @@ def with_other_starts(results: Results, measure: Measure, number: int, run: Run)
     summary: dict[str, Any] = {"number": len(indices), "total": measure.problem.num_datapoints, "included": ladder}
     if not parts:
         return results, {**summary, "contested": 0, "log_evidence": None, "refined": {}}
-    places = torch.cat([places for places, _ in parts]).numpy()
+    contested = torch.cat([places for places, _ in parts])
+    places = contested.numpy()
     known = {*results[0][1]} & {*parts[0][1]}
     after = {name: np.concatenate([arrays[name] for _, arrays in parts]) for name in known}
     before = {name: np.concatenate([arrays[name] for _, arrays in results])[places] for name in known}
     evidence = _gain("log_evidence", before, after, len(indices))
     refined = _gain("elbo_refined", before, after, len(indices)) if "elbo_refined" in after else None
+    doubted = doubted_by(evidence, indices, contested, summary["total"], included=ladder).numpy()
     for chunk, arrays in results:
         rows = ((chunk.start <= places) & (places < chunk.stop)).nonzero()[0]
         for name in known if ladder else known & {*REFINED}:
@@ -55,9 +57,7 @@ def with_other_starts(results: Results, measure: Measure, number: int, run: Run)
             arrays[name] = arrays[name].copy()
             arrays[name][places[rows] - chunk.start] = np.where(accepted, after[name][rows], old)
         if evidence.count and RELIABLE in arrays:
-            arrays[DOUBTED] = ~arrays[EXAMINED]
-            if not ladder:  # whose value stays as it was
-                arrays[DOUBTED][places[rows][evidence.found.numpy()[rows]] - chunk.start] = True
+            arrays[DOUBTED] = doubted[chunk.start : chunk.stop]
             arrays[RELIABLE] = arrays[RELIABLE] & ~arrays[DOUBTED]
     families = {} if refined is None else dict(zip((OWN, *measure.families), refined.by_column, strict=True))
     found = {"contested": len(places), "log_evidence": _plain(evidence)}
@@ -78,10 +78,10 @@ def _measured(measure: Measure, contested: Contested, run: Run) -> Arrays:
 
 
 def _gain(name: str, before: Arrays, after: Arrays, number: int) -> Gain:
-    new, old, error, old_error = (
-        torch.as_tensor(arrays[column]).double() for column in (name, f"{name}_mcse") for arrays in (after, before)
+    old, new = (
+        (torch.as_tensor(columns[name]), torch.as_tensor(columns[f"{name}_mcse"])) for columns in (before, after)
     )
-    return Gain(torch.nan_to_num(new - old, nan=0.0), error.hypot(old_error), number)
+    return Gain.between(old, new, number)
 
 
 def _plain(gain: Gain) -> dict[str, Any]:

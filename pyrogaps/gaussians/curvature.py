@@ -1,5 +1,6 @@
 """A Gaussian with the curvature of log p(x, z) over the breadth of a posterior."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,11 @@ FLATTEST, STEEPEST = 0.1, 10.0
 LONGEST, LONGEST_FEW = 0.5, 1.5
 # Two passes agree where no curvature has changed by more than this factor, and the mean by a quarter of the limit.
 AGREES, SETTLED = 3.0, 0.25
+
+
+def longest_step(dim: int) -> float:
+    """The limit on a step of the mean, in standard deviations."""
+    return max(LONGEST * math.sqrt(dim), LONGEST_FEW)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None, *, far: 
     new = torch.linalg.cholesky(half @ half.mT)
     along = torch.einsum("bji,bj->bi", whitened, gradients.mean(0).double())
     step = along / values.abs().clamp(min=FLATTEST**2)
-    longest = max(LONGEST * dim**0.5, LONGEST_FEW)
+    longest = longest_step(dim)
     length = step.norm(dim=-1, keepdim=True)
     steady = ((values > 1 / AGREES) & (values < AGREES)).all(-1)
     limited = step * (longest / length.clamp(min=1e-300)).clamp(max=1.0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyrogaps.gaussians.curvature import AGREES, FLATTEST, LONGEST, LONGEST_FEW, SETTLED, STEEPEST, Curvature
+from pyrogaps.gaussians.curvature import AGREES, FLATTEST, SETTLED, STEEPEST, Curvature, longest_step
 from pyrogaps.gaussians.gaussian import Gaussian
 from pyrogaps.gaussians.low_rank import LowRank
 from pyrogaps.gaussians.probes import NUM_PROBES, probe
@@ -46,8 +46,7 @@ def gaussian_by_low_rank_curvature(start: Gaussian, gradients: Callable[[Tensor]
         return torch.nan_to_num(at_points, nan=0.0, posinf=0.0, neginf=0.0).double() * active
 
     first, loc, misfits = _low_rank(start), start.loc.double(), []
-    scale, longest = first.to(torch.float64), max(LONGEST * dim**0.5, LONGEST_FEW)
-    settled = SETTLED * max(LONGEST * dim**0.5, LONGEST_FEW)
+    scale, longest = first.to(torch.float64), longest_step(dim)
     for _ in range(NUM_LOW_RANK_PASSES):
         signs = (noise.uniform(probes, dim) < 0.5).double() * 2 - 1
         probed = probe(loc, scale, signs * active, measured)
@@ -56,7 +55,7 @@ def gaussian_by_low_rank_curvature(start: Gaussian, gradients: Callable[[Tensor]
         misfits.append((1 - probed.flattest).maximum(probed.steepest - 1))
     away = broken | (misfits[-1] > misfits[0].clamp(min=STEEPEST)) | ~torch.isfinite(loc).all(-1)
     cut = away | (probed.flattest < FLATTEST) | (probed.steepest > STEEPEST)
-    agrees = ~cut & (probed.flattest > 1 / AGREES) & (probed.steepest < AGREES) & (update.length < settled)
+    agrees = ~cut & (probed.flattest > 1 / AGREES) & (probed.steepest < AGREES) & (update.length < SETTLED * longest)
     kept = first.padded(rank).where(away, scale.to(dtype).padded(rank))
     loc = torch.where(away[:, None], start.loc, loc.to(dtype))
     return Curvature(replace(start, loc=loc, scale=kept), cut, agrees, torch.full((len(loc),), number))

@@ -11,7 +11,8 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrogaps.density import IndexedData, JointDensity
+from pyrogaps.density import JointDensity
+from pyrogaps.density.data import selected
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
@@ -105,7 +106,7 @@ def restrict(joint: JointDensity, indices: Tensor) -> JointDensity:
     """The density of the datapoints `indices` alone, counted from 0; no checks are run again."""
     if joint.plate is None:
         return joint
-    return joint.over(IndexedData(len(indices), lambda rows: joint.data.fetch(indices[rows])))
+    return joint.over(selected(joint.data, indices))
 
 
 def _name(family: Any) -> str:

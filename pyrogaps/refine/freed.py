@@ -100,14 +100,9 @@ class FreedGuide:
             self.units.append(_unit(inner, name, value))
         return _FreedSite(term, build, event_dims, constants, freed, transforms, axis)
 
-    @property
-    def starts_anywhere(self) -> bool:
-        """Whether it can start at any factorised Gaussian: all its sites are free Normals."""
-        return all(site.build is dist.Normal and set(site.freed) == {"loc", "scale"} for site in self.sites)
-
     def start_at(self, start: Start) -> bool:
-        """Start at a factorised Gaussian; whether it can, see `starts_anywhere`."""
-        if not self.starts_anywhere:
+        """Start at a factorised Gaussian; whether it can, which it does where all its sites are free Normals."""
+        if any(site.build is not dist.Normal or set(site.freed) != {"loc", "scale"} for site in self.sites):
             return False
         for site in self.sites:
             values = {"loc": start.loc, "scale": start.scale.clamp(min=1e-6)}

@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyrogaps.gaussians import Gaussian
+from pyrogaps.gaussians import Gaussian, longest_step
 from pyrogaps.refine.gaussian_form import GaussianForm
 
 # The rate of a step: fast at first, then 1/t, so that the end is a mean over the steps.
 FASTEST, NUM_FAST = 0.5, 4
-# Longest step of the mean in posterior standard deviations: the first times sqrt(dim), but at least the second.
-LONGEST, LONGEST_FEW = 0.5, 1.5
 NUM_POWER = 5
 
 
@@ -106,8 +104,7 @@ class NaturalGradient:
         slope = 0.5 * (upper + lower).mean(0)
         step = torch.einsum("bij,bj->bi", self.inverse, slope)
         square = (slope * step).sum(-1).clamp(min=0.0)
-        longest = max(LONGEST * step.shape[-1] ** 0.5, LONGEST_FEW)
-        shrink = (longest / (rates * square.sqrt()).clamp(min=1e-300)).clamp(max=1.0)
+        shrink = (longest_step(step.shape[-1]) / (rates * square.sqrt()).clamp(min=1e-300)).clamp(max=1.0)
         loc = q.loc + _spread(scale, step * (rates * shrink)[:, None]).to(q.loc.dtype)
         if scale.dim() == 2:
             change = (residual * noise).mean(0) * self.mask

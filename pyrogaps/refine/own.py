@@ -13,7 +13,6 @@ from pyrogaps.density.data import evenly_spaced
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
-from pyrogaps.errors import InputError
 from pyrogaps.family import AmortizedGuide, LocalFamily
 from pyrogaps.problem import Problem
 from pyrogaps.refine.families import Family, Start, restrict
@@ -91,26 +90,14 @@ class OwnFamily:
             return FreedGuide(local, joint, chunk.start, self.varies)
         return FinetunedGuide(self.density, joint, chunk.indices)
 
-    def starts_anywhere(self, joint: JointDensity, chunk: Chunk, run: Run) -> bool:
-        """Whether the family can start at a Gaussian other than the guide's output."""
-        if self.family is not None:
-            return True
-        freed = self.start(joint, chunk, run) if self.kind == "freed" else None
-        return isinstance(freed, FreedGuide) and freed.starts_anywhere
-
-    def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, run: Run) -> Refinable:
-        """A refinable guide for `chunk` at the Gaussian `start`; raises `InputError` where it cannot start there."""
+    def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, run: Run) -> Refinable | None:
+        """A refinable guide for `chunk` at the Gaussian `start`; None where it cannot start there."""
         if self.family is not None:
             guide = FamilyGuide(self.family, joint, chunk, run)
             guide.start_at(start)
             return guide
         freed = self.start(joint, chunk, run)
-        if not (isinstance(freed, FreedGuide) and freed.start_at(start)):
-            raise InputError(
-                "refinement.num_starts: several starts need a guide that consists of Normals with free parameters, and "
-                "this guide does not. Leave num_starts at 1"
-            )
-        return freed
+        return freed if isinstance(freed, FreedGuide) and freed.start_at(start) else None
 
 
 def own_family(density: GuideDensity) -> OwnFamily:

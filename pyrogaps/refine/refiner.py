@@ -10,6 +10,7 @@ import torch
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density.data import part_of
 from pyrogaps.density.simulate import ToData
+from pyrogaps.errors import InputError
 from pyrogaps.family import LocalFamily
 from pyrogaps.gaussians import MAX_DIM, Curvature, anchor_of
 from pyrogaps.problem import Problem, Simulated
@@ -85,7 +86,9 @@ class Refiner:
             restart = False
             if isinstance(self.family, OwnFamily):
                 first = fit.refined_first(before, start, others, anchor)
-                fit.optimisation(refinable).take_better(self.family.start_at(first, evaluator.joint, chunk, run))
+                there = self.family.start_at(first, evaluator.joint, chunk, run)
+                assert there is not None  # what starts from another family can start at a Gaussian
+                fit.optimisation(refinable).take_better(there)
             elif start is None or not start.fitted:
                 start = fit.refined_first(before, start, others, anchor)
         if start is not None and isinstance(refinable, FamilyGuide) and not isinstance(self.family, OwnFamily):
@@ -125,9 +128,13 @@ class Refiner:
     def _started(self, start: Start, evaluator: Evaluator, chunk: Chunk, run: Run) -> Refinable | None:
         """The family at the Gaussian `start`; None where it cannot start there, which `num_starts` refuses."""
         if isinstance(self.family, OwnFamily):
-            if not self.family.starts_anywhere(evaluator.joint, chunk, run) and self.settings.num_starts == 1:
-                return None
-            return self.family.start_at(start, evaluator.joint, chunk, run)
+            started = self.family.start_at(start, evaluator.joint, chunk, run)
+            if started is None and self.settings.num_starts > 1:
+                raise InputError(
+                    "refinement.num_starts: several starts need a guide that consists of Normals with free parameters, "
+                    "and this guide does not. Leave num_starts at 1"
+                )
+            return started
         guide = FamilyGuide(self.family, evaluator.joint, chunk, run)
         guide.start_at(start)
         return guide
