@@ -110,6 +110,12 @@ class Problem:
         return self.joint.num_datapoints
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """Short sentences about what the numbers are of: what of model and guide is left out of their densities."""
+        guide = self.posterior.remarks if isinstance(self.posterior, GuideDensity) else ()
+        return tuple(dict.fromkeys([*self.joint.remarks, *guide]))
+
+    @property
     def scored(self) -> JointDensity:
         """The density that the guide's draws are scored with: `joint`, or that with the guide's reverse model."""
         return self.posterior.joint if isinstance(self.posterior, GuideDensity) else self.joint

@@ -1,5 +1,6 @@
 """Programs with some of their sites set to given values."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,9 +27,9 @@ def given(program: Program, values: Mapping[str, Tensor]) -> Program:
     """`program` with its sites in `values` set to these: its density given them, without theirs."""
     values = dict(values)
 
+    @functools.wraps(program, assigned=(), updated=())
     def conditioned(*args: Any, **kwargs: Any) -> Any:
         with SetSites(values):
             return program(*args, **kwargs)
 
-    conditioned.__wrapped__ = program  # type: ignore[attr-defined]
     return conditioned

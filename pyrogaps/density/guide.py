@@ -27,6 +27,7 @@ from pyrogaps.density.local import (
 from pyrogaps.density.mapped import MappedGuide, affine_map
 from pyrogaps.density.plates import BoundPlate, whole_plates
 from pyrogaps.density.reading import ANY_PLATE
+from pyrogaps.density.remarks import on_modes, on_scales, scales_of
 from pyrogaps.density.rows import rows_are_independent, same_density
 from pyrogaps.density.runs import Program, check_callable, evaluating
 from pyrogaps.density.score import log_prob
@@ -54,6 +55,7 @@ class GuideStructure:
         mapped: whether the terms lie in coordinates of the guide's own, see `mapped`.
         factorised: whether its site distributions are known before any draw.
         origin: for a part of the data, the indices of its datapoints in the guide's data set; else None.
+        remarks: what of the guide is left out of the density, in short sentences.
     """
 
     size: int
@@ -62,6 +64,7 @@ class GuideStructure:
     mapped: bool = False
     factorised: bool = False
     origin: Tensor | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class GuideDensity:
@@ -112,7 +115,8 @@ class GuideDensity:
             # On a number of rows other than the data set's, which reveals a plate of its full size.
             messages = self._first_run(self.joint.probe.indices)
             terms, mapped = read_terms(messages, self.joint, self._place_at)
-            self.structure = replace(self.structure, terms=tuple(terms), mapped=mapped)
+            remarks = (*on_scales(scales_of(messages), "guide"), *on_modes(guide, "guide"))
+            self.structure = replace(self.structure, terms=tuple(terms), mapped=mapped, remarks=remarks)
             self._check_draws(messages)
 
     @property
@@ -129,6 +133,11 @@ class GuideDensity:
     def factorised(self) -> bool:
         """Whether the guide's site distributions are known before any draw, in the model's coordinates."""
         return self.structure.factorised and not self.structure.mapped
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What of the guide is left out of the density, in short sentences."""
+        return self.structure.remarks
 
     @property
     def num_datapoints(self) -> int:

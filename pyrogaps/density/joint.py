@@ -114,6 +114,11 @@ class JointDensity:
         return self.structure.unnormalised
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What of the model is left out of the density, in short sentences."""
+        return self.structure.remarks
+
+    @property
     def num_datapoints(self) -> int:
         """N, the number of datapoints."""
         return self.data.num_datapoints

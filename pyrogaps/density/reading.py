@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from pyrogaps.density.data import Data, IndexedData, as_indexed, check_tensor, whole
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
+from pyrogaps.density.remarks import Scales, joined, on_modes, on_scales, scales_of
 from pyrogaps.density.rows import CHECK_ROWS, PAD_REMEDY
 from pyrogaps.density.runs import Program
 from pyrogaps.density.structure import (
@@ -46,6 +47,7 @@ class ModelStructure:
         dtype, device: of the latents.
         vectorized: without a data plate, whether many particles can be evaluated in one run.
         make_whole: without a data plate, whether subsampled plates get their full size rather than being refused.
+        remarks: what of the model is left out of the density, in short sentences.
     """
 
     plate: str | None
@@ -58,6 +60,7 @@ class ModelStructure:
     device: torch.device
     vectorized: bool = True
     make_whole: bool = False
+    remarks: tuple[str, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -80,6 +83,7 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
     layout: dict[str, Site] | None = None
     unnormalised: set[str] = set()
     masked = False
+    scales: Scales = {}
     for batch in batches:
         args = finite_arguments(indexed.fetch(batch))
         if read is None:
@@ -93,6 +97,7 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
         observed = {site: message for site, message in sites.items() if message["is_observed"]}
         latent = latent_sites(sites)
         unnormalised |= {site for site, message in observed.items() if not check_observed(site, message)}
+        scales = joined([scales, scales_of(sites)])
         masked |= any(is_masked(message) for message in latent.values())
         nesting = max((-f.dim for m in sites.values() for f in m["cond_indep_stack"] if f.vectorized), default=0)
         batch_layout = lay_out(sites, name, -1 - max(nesting, batch_dims(sites)))
@@ -111,6 +116,7 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
         dtype=value.dtype,
         device=value.device,
         make_whole=make_whole,
+        remarks=(*on_scales(scales, "model"), *on_modes(model, "model")),
     )
 
 

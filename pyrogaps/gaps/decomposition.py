@@ -165,6 +165,7 @@ def _provenance(measure: Measure, run: Run) -> dict[str, Any]:
         "mode": problem.mode,
         "shown": None if (shown := declared(problem.guide)) is None else str(shown),
         "conditioning": None if conditioned is None else conditioned.settings,
+        "remarks": list(problem.remarks),
         "unnormalised_likelihood": list(problem.joint.unnormalised),
         "seed": run.seed,
         "dtype": str(problem.joint.dtype).removeprefix("torch."),

@@ -54,6 +54,7 @@ class Diagnosis:
         warnings: reasons not to trust the numbers.
         finite: whether all datapoints have finite bounds; the gaps are means over those that have.
         total: the inference gap and its error, nats.
+        remarks: what of model and guide is left out of the numbers.
     """
 
     findings: tuple[Finding, ...]
@@ -61,6 +62,7 @@ class Diagnosis:
     warnings: tuple[str, ...]
     finite: bool = True
     total: tuple[float, float] = (float("nan"), float("nan"))
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = self._head(self.findings[0])
@@ -69,6 +71,7 @@ class Diagnosis:
             head,
             *_without_shares(*self.total),
             *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)),
+            *(f"Note: {remark}." for remark in self.remarks),
         ]
         return "\n".join(lines)
 
@@ -88,13 +91,15 @@ class Diagnosis:
     __repr__ = __str__
 
 
-def diagnosis(gaps: xr.Dataset, warnings: tuple[str, ...], *, finite: bool = True) -> Diagnosis:
+def diagnosis(
+    gaps: xr.Dataset, warnings: tuple[str, ...], *, finite: bool = True, remarks: tuple[str, ...] = ()
+) -> Diagnosis:
     """The leaves of a ledger's tree of gaps, ranked; see `Diagnosis`."""
     total = _size(gaps.sel(gap=INFERENCE))
     findings = sorted((_finding(gaps.sel(gap=name), total) for name in leaves(gaps)), key=lambda f: -f.nats)
     first, others = findings[0], findings[1:]
     dominant = first.certain and all(_exceeds(first, other) for other in others)
-    return Diagnosis(tuple(findings), first.gap if dominant else None, warnings, finite, total)
+    return Diagnosis(tuple(findings), first.gap if dominant else None, warnings, finite, total, remarks)
 
 
 def _finding(row: xr.Dataset, total: tuple[float, float]) -> Finding:

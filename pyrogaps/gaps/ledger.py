@@ -53,7 +53,8 @@ class GapLedger:
             `completions_ess` and `num_completions`.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
         observed: the data, where they are one tensor of moderate size.
-        provenance: which estimator, direction of bound and settings each number has; seed and versions.
+        provenance: which estimator, direction of bound and settings each number has; `remarks`, what of model and guide
+            is left out; seed and versions.
         training: of a split amortization gap, over "training_datapoint": `elbo` of the guide, `elbo_retrained` of the
             guide trained on, `elbo_target` (L[q*_C]), each with `<name>_mcse`; else None.
         gaps: the tree of gaps, a row for each over "gap": `mean`, `standard_error` and `mcse` in nats, `parent` and
@@ -97,7 +98,8 @@ class GapLedger:
         if self.certificate is not None:
             inference_gap = float(self.gaps["mean"].sel(gap=INFERENCE))
             warnings += certificates.cautions(self.certificate, inference_gap, last_gap(self.provenance))
-        return diagnosis(self.gaps, tuple(warnings), finite=not infinite)
+        remarks = tuple(self.provenance.get("remarks", []))
+        return diagnosis(self.gaps, tuple(warnings), finite=not infinite, remarks=remarks)
 
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`

@@ -53,7 +53,7 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
         lines.append(f"{labels[name]:{width}}  {figures}  {rest}{row['direction']}: {row['estimator']}{doubt}")
     reasons = [*infinite_lines(per_datapoint, provenance), *cautions(finite, provenance)]
     warnings = [f"Warning: {line}" for line in reasons]
-    return "\n".join([*lines, "", *warnings, *_notes(finite, provenance)])
+    return "\n".join([*lines, "", *warnings, *provenance.get("remarks", []), *_notes(finite, provenance)])
 
 
 def _doubt(row: Any) -> str:

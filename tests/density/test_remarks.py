@@ -1,0 +1,110 @@
+"""What a problem says of what is left out of its densities."""
+
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro import poutine
+from torch import Tensor, nn
+
+import pyrogaps as pg
+from pyrogaps.density.remarks import WRITTEN
+
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+
+
+class Linear(nn.Module):
+    """q(z | x), with modules that training would treat differently and with scales."""
+
+    def __init__(self, *layers: nn.Module, scale: float | None = None) -> None:
+        super().__init__()
+        self.net, self.scale = nn.Sequential(*layers, nn.Linear(3, 2)), scale
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("d", len(x)), poutine.scale(scale=self.scale or 1.0):
+            pyro.sample("z", dist.Normal(self.net(x), 0.8).to_event(1))
+
+
+def model_of(prior: Any = 1.0, likelihood: Any = 1.0, size: int | None = None) -> Any:
+    def model(x: Tensor) -> None:
+        with pyro.plate("d", size or len(x), subsample_size=len(x) if size else None):
+            with poutine.scale(scale=prior):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with poutine.scale(scale=likelihood):
+                pyro.sample("x", dist.Normal(z @ torch.ones(2, 3), 1.0).to_event(1), obs=x)
+
+    return model
+
+
+def test_scales_are_named_and_left_out() -> None:
+    torch.manual_seed(0)
+    guide = Linear(scale=4.0)
+    problem = pg.Problem.of(model_of(4.0), guide, X)
+    assert problem.remarks == tuple(f"scale 4 at 'z' in the {what} ignored: {WRITTEN}" for what in ("model", "guide"))
+    plain = Linear()
+    plain.load_state_dict(guide.state_dict())
+    kept, expected = pg.elbo(problem).value, pg.elbo(model_of(), plain, X).value
+    torch.testing.assert_close(kept, expected, rtol=0, atol=0)
+
+
+def test_scales_of_a_tensor_and_of_several_sites() -> None:
+    scale = torch.linspace(0.1, 0.7, 6)[:, None].squeeze(-1)
+    guide = Linear()
+
+    def model(x: Tensor) -> None:
+        model_of(1.0, scale[: len(x)] if len(x) == 6 else 0.1)(x)
+
+    assert pg.Problem.of(model, guide, X).remarks == (f"scales from 0.1 to 0.7 at 'x' in the model ignored: {WRITTEN}",)
+    assert pg.Problem.of(poutine.scale(model_of(), 0.25), guide, X).remarks == (
+        f"scale 0.25 at 'z' and 'x' in the model ignored: {WRITTEN}",
+    )
+    assert pg.Problem.of(poutine.scale(model_of(size=6), 0.25), poutine.scale(guide, 0.5), X).remarks == (
+        f"scale 0.25 at 'z' and 'x' in the model ignored: {WRITTEN}",
+        f"scale 0.5 at 'z' in the guide ignored: {WRITTEN}",
+    )
+
+
+def test_subsampled_plates_are_no_scale() -> None:
+    assert pg.Problem.of(model_of(size=6), Linear(), X).remarks == ()
+    guide = pyro.infer.autoguide.AutoNormal(model_of(size=6))
+    guide(X)
+    assert pg.Problem.of(model_of(size=6), guide, X).remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("layer", "remark"),
+    [
+        (nn.Dropout(0.2), "dropout in the guide is off (evaluation mode)"),
+        (nn.BatchNorm1d(3), "batch normalisation in the guide uses its running statistics (evaluation mode)"),
+        (nn.Dropout(0.0), None),
+        (nn.LayerNorm(3), None),
+    ],
+)
+def test_modules_in_evaluation_mode_are_named(layer: nn.Module, remark: str | None) -> None:
+    guide = Linear(layer)
+    assert pg.Problem.of(model_of(), guide, X).remarks == (() if remark is None else (remark,))
+    assert layer.training
+
+
+def test_what_depends_on_the_batch_is_refused() -> None:
+    with pytest.raises(pg.InputError, match="no batch statistics"):
+        pg.Problem.of(model_of(), Linear(nn.BatchNorm1d(3, track_running_stats=False)), X)
+
+
+@pytest.mark.usefixtures("brief_check")
+def test_a_ledger_prints_and_keeps_them(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"refinement": pg.Refinement(num_steps=20), "evidence": pg.AIS(4, 5)}
+    ledger = pg.decompose(model_of(4.0), Linear(), X, num_particles=50, progress=False, **settings)
+    remark = f"scale 4 at 'z' in the model ignored: {WRITTEN}"
+    assert ledger.provenance["remarks"] == [remark]
+    assert remark in str(ledger).splitlines()
+    assert f"Note: {remark}." in str(ledger.diagnose()).splitlines()
+    ledger.to_datatree().to_netcdf(tmp_path / "gaps.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path / "gaps.nc", engine="h5netcdf") as tree:
+        again = pg.GapLedger.from_datatree(tree.load())
+    assert remark in str(again).splitlines()
+    assert again.diagnose().remarks == (remark,)
