@@ -112,9 +112,11 @@ class GradientEvaluator:
             arguments = list(leaves)
             for position, value in zip(positions, inputs, strict=True):
                 arguments[position] = value
-            log_prior, log_likelihood = joint.score(flat, tree_unflatten(arguments, tree), rows)
-            total = log_prior + log_likelihood
-            return (log_prior, total) if self.split else (total,)
+            args = tree_unflatten(arguments, tree)
+            if not self.split:
+                return (joint.total(flat, args, rows),)
+            log_prior, log_likelihood = joint.score(flat, args, rows)
+            return log_prior, log_prior + log_likelihood
 
         constants = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         key = (num_particles, len(indices), constants, tuple((tuple(t.shape), t.dtype) for t in tensors))

@@ -63,7 +63,7 @@ def bytes_per_point(joint: JointDensity) -> int:
     with evaluating(joint.model), LiveMemory() as live, torch.enable_grad():
         flat = joint.zeros(number).requires_grad_()
         try:
-            total = torch.stack(joint.score(flat, joint.fetch(indices), indices)).sum()
+            total = joint.total(flat, joint.fetch(indices), indices).sum()
             torch.autograd.grad(total, flat, allow_unused=True)
         except Exception:  # only values may be needed
             return memory.WORKING_SET // MAX_POINTS

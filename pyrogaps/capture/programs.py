@@ -59,10 +59,10 @@ def elementwise_elements(joint: JointDensity) -> int:
         with evaluating(joint.model):
             args = joint.fetch(indices)
             flat = joint.zeros(number)
-            joint.score(flat, args, indices)  # the model registers its parameters before the recording
+            joint.total(flat, args, indices)  # the model registers its parameters before the recording
 
             def density(point: Tensor) -> Values:
-                return (torch.stack(joint.score(point, args, indices)).sum(0),)
+                return (joint.total(point, args, indices),)
 
             module = record(lambda point: value_and_gradients(density, point), flat)
     except Exception:  # the model will run eagerly

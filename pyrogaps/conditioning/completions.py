@@ -56,7 +56,7 @@ class CompleteData(ScoreModel):
     """Draws the withheld part of every observed site, keeps the shown part, and scores both."""
 
     def __init__(self, joint: JointDensity, flat: Tensor, shown: ShownElements) -> None:
-        super().__init__(joint.sites, joint.plate, flat)
+        super().__init__(flat, joint.structure)
         self.shown = shown
         self.drawn: dict[str, Tensor] = {}
         self.observed: dict[str, Tensor] = {}

@@ -100,7 +100,7 @@ def _check_independence(joint: JointDensity, partial: JointDensity, conditions: 
     flat = 0.1 * torch.linspace(-1, 1, len(indices) * joint.dim, dtype=joint.dtype).reshape(len(indices), joint.dim)
     flat = flat.to(joint.device)
     with evaluating(joint.model), torch.no_grad():
-        before, after = (sum(partial.score(flat, given, indices)) for given in (args, other))
+        before, after = (partial.total(flat, given, indices) for given in (args, other))
     assert isinstance(before, Tensor)
     assert isinstance(after, Tensor)
     if not same_density(before, after):

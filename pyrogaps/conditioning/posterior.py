@@ -72,8 +72,8 @@ class SharedPosterior:
                 repeated = tuple(
                     arg.repeat(len(points), *[1] * (arg.dim() - 1)) if has_rows(arg, number) else arg for arg in args
                 )
-                terms = self.joint.score(points.repeat_interleave(number, 0), repeated, rows)
-                parts.append((terms[0] + terms[1]).double().reshape(-1, number).mean(1))
+                log_joint = self.joint.total(points.repeat_interleave(number, 0), repeated, rows)
+                parts.append(log_joint.double().reshape(-1, number).mean(1))
         return torch.cat(parts)
 
     def _block_of(self, datapoint: int) -> tuple[Chunk, SharedBlock]:

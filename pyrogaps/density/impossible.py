@@ -16,10 +16,9 @@ def impossible_sites(joint: JointDensity, z: Tensor, index: int) -> set[str]:
     with evaluating(joint.model), torch.no_grad():
         for row in z:  # one at a time, as a model without a plate takes them
             indices = torch.tensor([index])
-            handler = _ScoreSites(joint.sites, joint.plate, row[None], vectorized=joint.structure.vectorized)
-            with joint.plates(indices), handler:
-                joint.model(*joint.fetch(indices))
-            names |= handler.impossible
+            handler = _ScoreSites(row[None], joint.structure)
+            joint.scored_by(handler, joint.fetch(indices), indices)
+            names |= handler.impossible | handler.impossible_factors()
     return names
 
 
@@ -29,6 +28,13 @@ class _ScoreSites(ScoreModel):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.impossible: set[str] = set()
+
+    def impossible_factors(self) -> set[str]:
+        """Names of the sites that no value of the discrete latents makes possible."""
+        if self.factors is None:
+            return set()
+        held = self.factors.factors
+        return {factor.message["name"] for factor in held if not bool(torch.isfinite(self.factors.best(factor)).all())}
 
     def _per_row(self, term: Tensor, message: Any) -> Tensor:
         total = super()._per_row(term, message)

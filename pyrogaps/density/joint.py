@@ -1,6 +1,6 @@
 """`JointDensity`: a Pyro model as a density over one flat unconstrained vector per datapoint."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,18 +10,29 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed, whole
+from pyrogaps.density.discrete import Discrete
+from pyrogaps.density.enumeration import Enumerate
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.reading import ANY_PLATE, ModelStructure, finite_arguments, read_model
 from pyrogaps.density.rows import PAD_REMEDY, probe_rows, rows_are_independent, same_density
 from pyrogaps.density.runs import Program, check_callable, evaluating
-from pyrogaps.density.score import ScoreModel, stack_runs
+from pyrogaps.density.score import ScoreModel, first_dim, stack_runs
+from pyrogaps.density.states import SetStates, random_states
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
-from pyrogaps.guard import failures_named, guarded
+from pyrogaps.guard import ProgramError, failures_named, guarded
 from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
+
+
+BROADCAST_REMEDY = (
+    "An enumerated value has a dimension of its own left of all plates: use operations that broadcast it and act on the "
+    "last dimensions only, pyro.ops.indexing.Vindex to index by it, and pyro.markov(history=) as long as a chain looks "
+    "back"
+)
+NUM_STATES = 3  # states of discrete latents at which their enumeration is checked
 
 
 class Probe(NamedTuple):
@@ -41,6 +52,9 @@ class JointDensity:
 
     $$\log p(x_n, z) = \sum_{\text{sites}} \log p(\cdot) + \log |\partial \text{sites} / \partial z| \;\text{[nats]}$$
 
+    Discrete latents y are summed out exactly, $\log p(x_n, z) = \log \sum_y p(x_n, y, z)$, and have no columns in `z`;
+    `infer={"enumerate": ...}` is not needed. See `enumeration`.
+
     Args:
         model: a Pyro model, called with the positional arguments that `data` gives.
         data: a tensor or array, or a tuple of them, whose first axis is the data plate, or an `IndexedData`.
@@ -51,8 +65,8 @@ class JointDensity:
 
     Raises:
         InputError: naming the site, plate or argument, where the density per datapoint is not defined or not
-            supported (a latent outside the data plate, a discrete latent, a hard-coded plate size, data outside the
-            likelihood's support, NaN in data or parameters, ...).
+            supported (a latent outside the data plate, a discrete latent with too many states, a hard-coded plate
+            size, data outside the likelihood's support, NaN in data or parameters, ...).
     """
 
     @guarded
@@ -87,8 +101,13 @@ class JointDensity:
 
     @property
     def sites(self) -> dict[str, Site]:
-        """The latent sites with their layout in `z`."""
+        """The continuous latent sites with their layout in `z`."""
         return self.structure.sites
+
+    @property
+    def enumerated(self) -> dict[str, Discrete]:
+        """The discrete latent sites, which are summed out."""
+        return self.structure.enumerated
 
     @property
     def dim(self) -> int:
@@ -126,12 +145,18 @@ class JointDensity:
     @guarded
     def __call__(self, z: Tensor, indices: Tensor | None = None) -> Tensor:
         """log p(x_n, z_sn) in nats, shape `(S, N)`, for unconstrained `z` `(S, N, dim)` of `indices` (default: all)."""
-        log_prior, log_likelihood = self.terms(z, indices)
-        return log_prior + log_likelihood
+        return self._run_at(z, indices).log_joint.reshape(z.shape[:2])
 
     @guarded
     def terms(self, z: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """log p(z_sn) (in unconstrained space) and log p(x_n | z_sn), each `(S, N)`."""
+        r"""log p(z_sn) (in unconstrained space) and log p(x_n | z_sn), each `(S, N)`.
+
+        Discrete latents are summed out of both: $p(z) = \sum_y p(y, z)$ and $p(x | z) = \sum_y p(x, y, z) / p(z)$.
+        """
+        log_prior, log_likelihood = self._run_at(z, indices).terms
+        return log_prior.reshape(z.shape[:2]), log_likelihood.reshape(z.shape[:2])
+
+    def _run_at(self, z: Tensor, indices: Tensor | None) -> ScoreModel:
         indices = self._indices(indices)
         if z.dim() != 3 or z.shape[1:] != (len(indices), self.dim):
             raise InputError(
@@ -139,9 +164,7 @@ class JointDensity:
                 "space, as sample_prior(S, indices) returns them, with the indices of their datapoints"
             )
         with evaluating(self.model):
-            args = self.fetch(indices, len(z))
-            parts = self.score(z.flatten(0, 1), args, indices.repeat(len(z)))
-        return parts[0].reshape(z.shape[:2]), parts[1].reshape(z.shape[:2])
+            return self.run(z.flatten(0, 1), self.fetch(indices, len(z)), indices.repeat(len(z)))
 
     def fetch(self, indices: Tensor, num_particles: int = 1) -> tuple[Any, ...]:
         """The model's arguments for `indices`, which are repeated as a whole `num_particles` times."""
@@ -152,8 +175,11 @@ class JointDensity:
 
         A pure function of `flat` and the tensors in `args`, for use inside `evaluating(model)`.
         """
-        handler = self.run(flat, args, indices)
-        return handler.log_prior, handler.log_likelihood
+        return self.run(flat, args, indices).terms
+
+    def total(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> Tensor:
+        """log p(x, z) `(R,)`, the sum of `score`, which need not be computed one by one."""
+        return self.run(flat, args, indices).log_joint
 
     def run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         """Run the model with `flat` in its latent sites; the handler holds the terms, site values and masks."""
@@ -162,8 +188,23 @@ class JointDensity:
         return self._run(flat, args, indices)
 
     def _run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
-        handler = ScoreModel(self.sites, self.plate, flat, vectorized=self.structure.vectorized)
-        with self.plates(indices), handler, failures_named("model"):
+        return self.scored_by(ScoreModel(flat, self.structure), args, indices)
+
+    def run_at(
+        self, flat: Tensor, args: tuple[Any, ...], indices: Tensor, states: dict[str, Tensor]
+    ) -> tuple[Tensor, SetStates]:
+        """log p(x, y, z) `(R,)` with the discrete latents at the values number `states[name]` `(R, *shape)`, and the
+        handler that put them there. Without a data plate and not `vectorized`, for one row.
+        """
+        vectorized = self.plate is not None or self.structure.vectorized
+        handler, placed = ScoreModel(flat, self.structure), SetStates(self.enumerated, states, drop_rows=not vectorized)
+        with self.plates(indices), handler, placed, failures_named("model"):
+            self.model(*args)
+        return handler.log_joint, placed
+
+    def scored_by(self, handler: ScoreModel, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
+        """`handler` after a run of the model inside it, discrete latents enumerated."""
+        with self.plates(indices), handler, self.enumeration(), failures_named("model"):
             self.model(*args)
         missing = [name for name in self.sites if name not in handler.values]
         if missing:
@@ -176,6 +217,12 @@ class JointDensity:
         """A context in which the model's data plate holds the rows of `indices`."""
         plate = ANY_PLATE if self.structure.make_whole else self.plate
         return whole_plates(plate, indices, num_datapoints=self.num_datapoints, bound=self.structure.bound)
+
+    def enumeration(self) -> AbstractContextManager[Any]:
+        """A context in which discrete latents have all their values, inside a `ScoreModel`."""
+        if not self.enumerated:
+            return nullcontext()
+        return Enumerate(self.enumerated, first_dim(self.plate, self.structure.lead))
 
     @guarded
     def constrain(self, z: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
@@ -236,7 +283,7 @@ class JointDensity:
                 columns.append(unconstrained.reshape(1, -1))
             else:
                 columns.append(site.flatten(unconstrained))
-        return torch.cat(columns, -1)
+        return torch.cat(columns, -1) if columns else self.zeros(rows)
 
     def columns_of(self, z: Tensor, other: "JointDensity") -> Tensor:
         """The columns of `z` `(*, dim)` that belong to the sites of `other`, in its order."""
@@ -266,12 +313,15 @@ class JointDensity:
             active = self.active(indices)
             z = z if active is None else torch.where(active, z, torch.zeros_like(z))
             handler = self.run(z, self.fetch(indices), indices)
-        return Probe(indices, z, handler.values, handler.log_prior + handler.log_likelihood)
+        return Probe(indices, z, handler.values, handler.log_joint)
 
     def _check_rows(self) -> None:
         """Check that a row's density does not depend on its position or on other rows."""
         if self.plate is None:
             self._choose_vectorized()
+        if self.enumerated:
+            self._check_enumeration()
+        if self.plate is None:
             return
         # Not in a block of its own: parameters that the model draws at its first run would not be those of the next.
         self.probe = probe = self._probed()
@@ -287,17 +337,33 @@ class JointDensity:
                 "fetch(indices) must keep the order, and the model must treat rows independently (no batch statistics)"
             )
 
+    def _check_enumeration(self) -> None:
+        """Check that the model runs with discrete latents enumerated, and computes what it does at single states."""
+        indices = torch.zeros(1, dtype=torch.long) if self.plate is None else probe_rows(self.num_datapoints)
+        args, z = self.fetch(indices), 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
+        try:
+            enumerated = self.run(z, args, indices)
+        except ProgramError as error:
+            raise InputError(f"{error}. It failed with discrete latents enumerated. {BROADCAST_REMEDY}") from error
+        for _ in range(NUM_STATES):
+            alone, placed = self.run_at(z, args, indices, random_states(self.enumerated, len(indices)))
+            if not same_density(enumerated.log_joint_at(placed.positions), alone):
+                raise InputError(
+                    f"site '{next(iter(self.enumerated))}': with discrete latents enumerated the model has another "
+                    f"density than at their single values. {BROADCAST_REMEDY}"
+                )
+
     def _total(self, z: Tensor, indices: Tensor) -> Tensor:
-        return torch.stack(self.score(z, self.fetch(indices), indices)).sum(0)
+        return self.total(z, self.fetch(indices), indices)
 
     def _choose_vectorized(self) -> None:
         """Without a data plate, run particles at once only if the result equals one run per particle."""
         indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
         z, args = z.to(self.device), self.fetch(indices[:1])
         alone = replace(self.structure, vectorized=False)
-        one_by_one = torch.stack(JointDensity(self.model, self.data, structure=alone).score(z, args, indices)).sum(0)
+        one_by_one = JointDensity(self.model, self.data, structure=alone).total(z, args, indices)
         try:
-            together = torch.stack(self.score(z, args, indices)).sum(0)
+            together = self.total(z, args, indices)
             same = same_density(together, one_by_one)
         except Exception:
             same = False

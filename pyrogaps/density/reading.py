@@ -1,6 +1,7 @@
 """`read_model`: the structure of a model, checked for every datapoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed, check_tensor, whole
+from pyrogaps.density.discrete import Discrete, is_discrete, read_discrete
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
 from pyrogaps.density.remarks import Scales, joined, on_modes, on_scales, scales_of
@@ -39,12 +41,14 @@ class ModelStructure:
 
     Attributes:
         plate: the data plate's name; None where the whole data set is one datapoint.
-        sites: the latent sites with their layout in a flat vector.
+        sites: the continuous latent sites with their layout in a flat vector.
+        enumerated: the discrete latent sites, by name, which are summed out and have no columns.
         observed: names of the observed sites.
         unnormalised: observed sites with values outside their support, which the model does not validate.
         bound: whether the data plate has the data set's full size.
         masked: whether some latents are masked.
         dtype, device: of the latents.
+        lead: the first batch dimension (negative) left of all plates: without a data plate that of the rows.
         vectorized: without a data plate, whether many particles can be evaluated in one run.
         make_whole: without a data plate, whether subsampled plates get their full size rather than being refused.
         remarks: what of the model is left out of the density, in short sentences.
@@ -58,6 +62,8 @@ class ModelStructure:
     masked: bool
     dtype: torch.dtype
     device: torch.device
+    lead: int
+    enumerated: dict[str, Discrete] = field(default_factory=dict)
     vectorized: bool = True
     make_whole: bool = False
     remarks: tuple[str, ...] = ()
@@ -81,6 +87,7 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
         batches = [_first_rows(number), *torch.arange(number).split(CHECK_ROWS)]
     bound: bool | None = None
     layout: dict[str, Site] | None = None
+    discrete: dict[str, Discrete] = {}
     unnormalised: set[str] = set()
     masked = False
     scales: Scales = {}
@@ -95,17 +102,23 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
             raise InputError(f"plate: the model has no plate named '{name}' ({known})")
         check_model_sites(sites, name)
         observed = {site: message for site, message in sites.items() if message["is_observed"]}
-        latent = latent_sites(sites)
+        latent = {site: m for site, m in latent_sites(sites).items() if not is_discrete(m["fn"])}
         unnormalised |= {site for site, message in observed.items() if not check_observed(site, message)}
         scales = joined([scales, scales_of(sites)])
         masked |= any(is_masked(message) for message in latent.values())
         nesting = max((-f.dim for m in sites.values() for f in m["cond_indep_stack"] if f.vectorized), default=0)
-        batch_layout = lay_out(sites, name, -1 - max(nesting, batch_dims(sites)))
-        if layout is not None and batch_layout != layout:
-            raise _differing(layout, batch_layout)
-        layout = batch_layout
+        lead = -1 - max(nesting, batch_dims(sites))
+        batch_layout = lay_out(sites, name, lead)
+        batch_discrete = {
+            site: read_discrete(site, message, name, lead)
+            for site, message in sites.items()
+            if not message["is_observed"] and is_discrete(message["fn"])
+        }
+        if layout is not None and (batch_layout != layout or batch_discrete != discrete):
+            raise _differing({**layout, **discrete}, {**batch_layout, **batch_discrete})
+        layout, discrete = batch_layout, batch_discrete
     assert layout is not None
-    value = next(iter(latent.values()))["value"]
+    value = _like([*latent.values(), *observed.values()])
     return ModelStructure(
         plate=name,
         sites=layout,
@@ -115,12 +128,21 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
         masked=masked,
         dtype=value.dtype,
         device=value.device,
+        lead=lead,
+        enumerated=discrete,
         make_whole=make_whole,
         remarks=(*on_scales(scales, "model"), *on_modes(model, "model")),
     )
 
 
-def _differing(layout: dict[str, Site], other: dict[str, Site]) -> InputError:
+def _like(sites: list[Any]) -> Tensor:
+    """A tensor whose dtype and device the latents have: the first value of a site that is not of whole numbers."""
+    values: list[Tensor] = [site["value"] for site in sites]
+    first = next((value for value in values if value.is_floating_point()), None)
+    return values[0].to(torch.get_default_dtype()) if first is None else first
+
+
+def _differing(layout: Mapping[str, Site | Discrete], other: Mapping[str, Site | Discrete]) -> InputError:
     """The error for latent sites that differ between batches of datapoints."""
     if some := [name for name in {**layout, **other} if (name in layout) != (name in other)]:
         return InputError(
@@ -128,7 +150,7 @@ def _differing(layout: dict[str, Site], other: dict[str, Site]) -> InputError:
             "mask it where it is not used"
         )
     for name, site in layout.items():
-        if site.shape != other[name].shape:
+        if site.shape != other[name].shape or isinstance(site, Discrete) and site != other[name]:
             return InputError(f"site '{name}': the shape of this latent differs between datapoints. {PAD_REMEDY}")
     return InputError("model: the order of its latent sites differs between datapoints. Keep one order for all inputs")
 

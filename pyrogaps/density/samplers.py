@@ -24,15 +24,16 @@ class ExactDraws(Messenger):
 def exact(fn: Any) -> Any:
     """`fn`, or a copy of it that draws from its density where its own sampler does not."""
     if (draw := SAMPLERS.get(type(fn).__name__)) is not None:
-        return _copy(fn, "sample", partial(draw, fn))
+        return with_method(fn, "sample", partial(draw, fn))
     for name in ("base_dist", "_component_distribution"):
         inner = getattr(fn, "__dict__", {}).get(name)
         if inner is not None and (better := exact(inner)) is not inner:
-            return _copy(fn, name, better)
+            return with_method(fn, name, better)
     return fn
 
 
-def _copy(fn: Any, name: str, value: Any) -> Any:
+def with_method(fn: Any, name: str, value: Any) -> Any:
+    """A copy of `fn` with another method or part of this name."""
     other = copy.copy(fn)
     other.__dict__[name] = value
     return other

@@ -1,7 +1,8 @@
 """Effect handlers that score a program's sites per row."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pyro.distributions.util import sum_rightmost
@@ -10,6 +11,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform
 
+from pyrogaps.density.discrete import Discrete
+from pyrogaps.density.enumeration import one_value
+from pyrogaps.density.factors import Factors
 from pyrogaps.density.layout import Site, distribution_mask, plate_dim, rows_first, unconstrained_mask, unmasked
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
@@ -72,6 +76,21 @@ def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> T
     return total
 
 
+class Structure(Protocol):
+    """What scoring needs of a model's structure, see `ModelStructure`."""
+
+    @property
+    def sites(self) -> Mapping[str, Site]: ...
+    @property
+    def enumerated(self) -> Mapping[str, Discrete]: ...
+    @property
+    def plate(self) -> str | None: ...
+    @property
+    def lead(self) -> int: ...
+    @property
+    def vectorized(self) -> bool: ...
+
+
 class ScoreModel(Messenger):
     """Sets the model's latent sites to unconstrained rows `(R, dim)` and sums log-probabilities per row.
 
@@ -79,12 +98,17 @@ class ScoreModel(Messenger):
     latent sites' terms with their log-Jacobians (also alone in `log_jacobian`), `log_likelihood` the observed
     sites', all `(R,)`; `values`, `masks` and `frames` (of plates) are the latent sites'. Without a plate and not
     `vectorized`, the model gets the one row's values in exactly the shapes that it draws.
+
+    Terms that depend on discrete latents, to which a handler inside gives all their values, are held in `factors`
+    instead: `log_joint` and `terms` sum over these latents.
     """
 
-    def __init__(self, sites: Mapping[str, Site], plate: str | None, flat: Tensor, *, vectorized: bool = True) -> None:
+    def __init__(self, flat: Tensor, structure: Structure) -> None:
         super().__init__()
-        self.drop_rows = plate is None and not vectorized
-        self.sites, self.plate, self.flat = sites, plate, flat
+        self.sites, self.plate, self.lead, self.flat = structure.sites, structure.plate, structure.lead, flat
+        self.enumerated = structure.enumerated
+        self.factors = Factors(self.plate, len(flat), first_dim(self.plate, self.lead)) if self.enumerated else None
+        self.drop_rows = self.plate is None and not structure.vectorized
         self.rows = len(flat)
         self.log_prior: Tensor = flat.new_zeros(self.rows)
         self.log_likelihood: Tensor = flat.new_zeros(self.rows)
@@ -97,6 +121,8 @@ class ScoreModel(Messenger):
         if is_bookkeeping(message) or message["is_observed"]:
             return
         name, fn = message["name"], message["fn"]
+        if name in self.enumerated:
+            return
         if name not in self.sites:
             raise InputError(
                 f"site '{name}': the model has this latent site only for some inputs. Keep it for all inputs, and mask "
@@ -116,7 +142,13 @@ class ScoreModel(Messenger):
         message["value"], message["done"] = value, True
         self.values[name], self.masks[name] = value.reshape(*lead, *value.shape) if self.drop_rows else value, active
         self.frames[name] = [frame for frame in message["cond_indep_stack"] if frame.vectorized]
-        jacobian = self._per_row(log_jacobian(transform, unconstrained, value, mask, fn.event_dim), message)
+        term = log_jacobian(transform, unconstrained, value, mask, fn.event_dim)
+        if self.factors is not None and self.factors.holds(term):
+            raise InputError(
+                f"site '{name}': its support depends on a discrete latent. Use a distribution with a fixed support, and "
+                "transform its draws"
+            )
+        jacobian = self._per_row(term, message)
         self.log_jacobian = self.log_jacobian + jacobian
         self.log_prior = self.log_prior + jacobian
 
@@ -127,7 +159,11 @@ class ScoreModel(Messenger):
         if message["mask"] is not None:
             keep = torch.as_tensor(message["mask"], dtype=torch.bool, device=term.device)
             term = torch.where(keep, term, torch.zeros_like(term))
-        if message["is_observed"]:
+        if message["infer"].get("_enumerate_dim") is not None:
+            term = one_value(term, message)
+        if self.factors is not None and self.factors.holds(term):
+            self.factors.add(term, message, is_prior=not message["is_observed"])
+        elif message["is_observed"]:
             self.log_likelihood = self.log_likelihood + self._per_row(term, message)
         else:
             self.log_prior = self.log_prior + self._per_row(term, message)
@@ -137,18 +173,53 @@ class ScoreModel(Messenger):
         assert axis is not None
         return rows_first(term, axis, self.rows)
 
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, z) `(R,)`, enumerated latents summed out."""
+        total = self.log_prior + self.log_likelihood
+        return total + self.factors.total() if self.factors else total
+
+    def log_joint_at(self, positions: Mapping[str, Tensor]) -> Tensor:
+        """log p(x, y, z) `(R,)` at one state y of the enumerated latents, see `Factors.at`."""
+        total = self.log_prior + self.log_likelihood
+        for term, message in self.factors.at(positions) if self.factors else ():
+            total = total + self._per_row(term, message)
+        return total
+
+    @property
+    def terms(self) -> tuple[Tensor, Tensor]:
+        """log p(z) and log p(x | z) `(R,)`. Enumerated latents y are summed out of both: of p(y, z), and of p(x, y, z),
+        which is divided by the first.
+        """
+        if not self.factors:
+            return self.log_prior, self.log_likelihood
+        prior, rest = self.factors.total(prior=True), self.factors.total()
+        return self.log_prior + prior, self.log_likelihood + ratio(rest, prior)
+
     def append_rows(self, others: "list[ScoreModel]") -> None:
         """Take over the rows of other runs."""
         runs = [self, *others]
-        self.log_prior = torch.cat([run.log_prior for run in runs])
-        self.log_likelihood = torch.cat([run.log_likelihood for run in runs])
+        terms = [run.terms for run in runs]
+        self.log_prior, self.log_likelihood = (torch.cat([pair[k] for pair in terms]) for k in (0, 1))
+        self.factors = None
         self.log_jacobian = torch.cat([run.log_jacobian for run in runs])
         for name, site in self.sites.items():
             self.values[name] = torch.cat([run.values[name] for run in runs], site.batch_axis - site.event_dim)
 
     @property
     def _lead_axis(self) -> int:
-        return next(iter(self.sites.values())).batch_axis
+        return self.lead
+
+
+def ratio(log_joint: Tensor, log_prior: Tensor) -> Tensor:
+    """log p(x | z) from log p(x, z) and log p(z): -infinity where the first is, also if the second is too."""
+    nowhere = log_joint == -math.inf
+    return torch.where(nowhere, log_joint, log_joint - torch.where(nowhere, torch.zeros_like(log_prior), log_prior))
+
+
+def first_dim(plate: str | None, lead: int) -> int:
+    """The first tensor dimension that enumerated latents may have."""
+    return lead if plate is not None else lead - 1
 
 
 def stack_runs(runs: list[ScoreModel]) -> ScoreModel:

@@ -1,6 +1,6 @@
 """Draw latents and data from a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from pyrogaps.density.data import as_tuple
 from pyrogaps.density.joint import JointDensity
-from pyrogaps.density.layout import Site, distribution_mask, unconstrained_mask
+from pyrogaps.density.layout import distribution_mask, unconstrained_mask
 from pyrogaps.density.runs import evaluating
 from pyrogaps.density.samplers import exact
-from pyrogaps.density.score import ScoreModel, is_bookkeeping, log_jacobian
+from pyrogaps.density.score import ScoreModel, Structure, is_bookkeeping, log_jacobian
 from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError, counted
@@ -24,12 +24,12 @@ CHUNK = 256
 class DrawModel(ScoreModel):
     """Draws every site that `fixed` does not hold, observed ones too, and scores the draws as `ScoreModel` does."""
 
-    def __init__(self, sites: Mapping[str, Site], plate: str | None, flat: Tensor, fixed: dict[str, Tensor]) -> None:
-        super().__init__(sites, plate, flat)
+    def __init__(self, flat: Tensor, structure: Structure, fixed: dict[str, Tensor]) -> None:
+        super().__init__(flat, structure)
         self.fixed = fixed
         self.drawn: dict[str, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
-        self.terms: dict[str, Tensor] = {}
+        self.scores: dict[str, Tensor] = {}
 
     def _pyro_sample(self, message: Any) -> None:
         if is_bookkeeping(message):
@@ -51,7 +51,7 @@ class DrawModel(ScoreModel):
     def _pyro_post_sample(self, message: Any) -> None:
         before = self.log_prior + self.log_likelihood
         super()._pyro_post_sample(message)
-        self.terms[message["name"]] = self.log_prior + self.log_likelihood - before
+        self.scores[message["name"]] = self.log_prior + self.log_likelihood - before
 
     def _place(self, name: str, fn: Any, message: Any, value: Tensor) -> Tensor:
         site, transform, mask = self.sites[name], bijection(fn, name), distribution_mask(fn, message["mask"])
@@ -111,7 +111,7 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
     with evaluating(joint.model), torch.no_grad():
         while True:
             draw = _run(joint, args, indices, fixed)
-            causal = all(_close(draw, draw.terms[name], score) for name, score in scores.items())
+            causal = all(_close(draw, draw.scores[name], score) for name, score in scores.items())
             args = feed_back(draw.drawn, draw.observed, args, to_data)
             if causal and _scores_agree(joint, draw, args, indices):
                 return args, draw.flat
@@ -124,13 +124,13 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
                     "not depend on its own value"
                 )
             for name, value in draw.drawn.items():
-                fixed[name], scores[name] = value, draw.terms[name]
+                fixed[name], scores[name] = value, draw.scores[name]
                 if name == pending[0]:
                     break
 
 
 def _run(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, fixed: dict[str, Tensor]) -> DrawModel:
-    handler = DrawModel(joint.sites, joint.plate, joint.zeros(len(indices)), fixed)
+    handler = DrawModel(joint.zeros(len(indices)), joint.structure, fixed)
     with joint.plates(indices), handler, failures_named("model"):
         joint.model(*args)
     return handler

@@ -8,11 +8,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrogaps.density.discrete import is_discrete
 from pyrogaps.density.layout import Site, distribution_mask, leaf, plate_dim
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.density.samplers import ExactDraws
 from pyrogaps.density.score import is_bookkeeping
-from pyrogaps.density.supports import bijection, support_of
+from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named
 
@@ -88,7 +89,7 @@ def latent_sites(sites: dict[str, Message]) -> dict[str, Message]:
 
 
 def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
-    """Refuse models without latent or observed sites, discrete latents, and sites outside the data plate."""
+    """Refuse models without latent or observed sites, and sites outside the data plate."""
     latent = latent_sites(sites)
     for name, site in sites.items():
         check_in_plate(name, site, plate, "model")
@@ -97,11 +98,6 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
             raise InputError(
                 f"site '{name}': a Delta latent in the model has no density. Use pyro.deterministic, or pyro.factor "
                 "for its log_density"
-            )
-        if site["fn"].has_enumerate_support or support_of(site["fn"]).is_discrete:
-            raise InputError(
-                f"site '{name}': discrete latents are not supported, even when enumerated. Sum the site out in the "
-                "model"
             )
 
 
@@ -114,6 +110,11 @@ def check_in_plate(name: str, site: Message, plate: str | None, program: str) ->
             f"pyro.plate('{plate}', len(x))"
         )
     kind = "observed" if site["is_observed"] else "latent"
+    if kind == "latent" and is_discrete(site["fn"]):
+        raise InputError(
+            f"site '{name}': a discrete latent outside the data plate '{plate}' in the {program}. Move it inside the "
+            "plate, or pass plate=False to sum it out with the whole data set as one datapoint"
+        )
     raise InputError(
         f"site '{name}': {kind} outside the data plate '{plate}' in the {program}. Move it inside the plate"
         + ("" if kind == "observed" else ", or make it a parameter (pyro.param)")
@@ -121,14 +122,14 @@ def check_in_plate(name: str, site: Message, plate: str | None, program: str) ->
 
 
 def lay_out(sites: dict[str, Message], plate: str | None, lead: int) -> dict[str, Site]:
-    """Give each latent site its columns of the flat vector.
+    """Give each continuous latent site its columns of the flat vector.
 
     Without a plate, rows have their own batch dimension `lead` (negative), left of every plate.
     """
     layout: dict[str, Site] = {}
     start = 0
     for name, message in sites.items():
-        if message["is_observed"]:
+        if message["is_observed"] or is_discrete(message["fn"]):
             continue
         fn, value = message["fn"], message["value"]
         unconstrained = bijection(fn, name).inv(value)

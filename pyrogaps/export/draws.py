@@ -171,4 +171,4 @@ def sites_of(joint: JointDensity, flat: Tensor, args: tuple[Any, ...], indices: 
     """Sites and log p `(R,)` of the model with the rows of `flat` `(R, dim)` in its latents."""
     with RecordSites() as recorder:
         handler = joint.run(flat, args, indices)
-    return recorder.sites, (handler.log_prior + handler.log_likelihood).double()
+    return recorder.sites, handler.log_joint.double()
