@@ -21,6 +21,7 @@ SET_ATTRIBUTES = {
     "capture/graphs.py": {"output.args", "node.target", "node.args"},
     "capture/products.py": {"product.meta", "call.meta"},
     "cli/console.py": {"warnings.showwarning"},
+    "density/contraction.py": {"view._pyro_dims"},  # where Pyro's contraction reads the names of dimensions
     "density/plates.py": {"SubsampleMessenger._subsample", "SubsampleMessenger._process_message"},
     "datasets/chorales.py": {"setattr(self)"},  # in __post_init__, by the names of the parts
     "density/runs.py": {"module.training"},

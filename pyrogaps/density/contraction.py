@@ -1,19 +1,30 @@
 """Sums and products of log-densities over named dimensions, in log space throughout.
 
-Pyro's own ring multiplies exponentials: where two factors of one state differ by more than the exponent's range (88 nats
-in single precision), their product is 0 although their sum in log space is not. Here factors are added as logarithms,
-and one variable is summed out after the other.
+Pyro's own ring multiplies exponentials: where two factors of one state differ by more than an exponent's range (88
+nats in single precision), their product is 0 although their sum in log space is not. Here factors are added as
+logarithms, and one variable is summed out after the other.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from pyro.ops.rings import LogRing
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyrogaps.errors import InputError
 
 # Elements of a tensor for each datapoint, above which a sum over states is refused: 64 MB in single precision.
 MAX_ELEMENTS = 1 << 24
+
+
+MARKOV_REMEDY = (
+    "Write chains as `for t in pyro.markov(range(T))`, with history= as many steps as a site looks back, or sum the "
+    "site out in the model"
+)
 
 
 class TooManyStates(Exception):
@@ -22,6 +33,22 @@ class TooManyStates(Exception):
     def __init__(self, elements: int) -> None:
         super().__init__()
         self.elements = elements
+
+
+class BoundedStates(TorchDispatchMode):
+    """Refuses operations whose broadcast result has more than `MAX_ELEMENTS` for each of `rows`, before they run."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rows = rows
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if torch.Tag.pointwise in getattr(func, "tags", ()) and shapes:
+            elements = math.prod(torch.broadcast_shapes(*shapes)) // self._rows
+            if elements > MAX_ELEMENTS:
+                raise TooManyStates(elements)
+        return func(*args, **(kwargs or {}))
 
 
 class LogSumRing(LogRing):
@@ -97,3 +124,12 @@ def _aligned(term: Tensor, symbols: str) -> Tensor:
     ordered = term.permute([own.index(symbol) for symbol in symbols if symbol in own])
     sizes = iter(ordered.shape)
     return ordered.reshape([next(sizes) if symbol in own else 1 for symbol in symbols])
+
+
+def too_many(names: list[str], elements: int, element_size: int) -> InputError:
+    """The error for a sum over states that needs too large a tensor."""
+    gigabytes = elements * element_size / 1e9
+    return InputError(
+        f"site '{names[0]}': summing out the discrete latents needs {elements:,} joint states at once for each "
+        f"datapoint, {gigabytes:,.1f} GB. {MARKOV_REMEDY}"
+    )

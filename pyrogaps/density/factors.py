@@ -9,15 +9,11 @@ from opt_einsum import get_symbol  # type: ignore[import-untyped]
 from pyro.ops.contract import contract_to_tensor
 from torch import Tensor
 
-from pyrogaps.density.contraction import LogSumRing, TooManyStates, named
+from pyrogaps.density.contraction import MARKOV_REMEDY, LogSumRing, TooManyStates, named, too_many
 from pyrogaps.errors import InputError
 
 # The symbol of the datapoints' dimension. `get_symbol` gives letters to all others.
 ROWS = "*"
-MARKOV_REMEDY = (
-    "Write chains as `for t in pyro.markov(range(T))`, with history= as many steps as a site looks back, or sum the "
-    "site out in the model"
-)
 
 
 class Factor(NamedTuple):
@@ -44,9 +40,9 @@ class Factors:
     def __bool__(self) -> bool:
         return bool(self.factors)
 
-    def holds(self, term: Tensor) -> bool:
+    def holds(self, term: Tensor, event_dim: int = 0) -> bool:
         """Whether `term` has a dimension of an enumerated latent."""
-        return any(size > 1 for size in term.shape[: max(0, term.dim() + self.first_dim + 1)])
+        return any(size > 1 for size in term.shape[: max(0, term.dim() - event_dim + self.first_dim + 1)])
 
     def add(self, term: Tensor, message: Any, *, is_prior: bool) -> None:
         """Hold a factor; the dimensions of `message` are read when all are there."""
@@ -165,12 +161,3 @@ def _expanded(term: Tensor, sizes: Mapping[int, int]) -> Tensor:
     for dim, size in sizes.items():
         shape[dim] = max(size, shape[dim])
     return term.expand(shape)
-
-
-def too_many(names: list[str], elements: int, element_size: int) -> InputError:
-    """The error for a sum over states that needs too large a tensor."""
-    gigabytes = elements * element_size / 1e9
-    return InputError(
-        f"site '{names[0]}': summing out the discrete latents needs {elements:,} joint states at once for each "
-        f"datapoint, {gigabytes:,.1f} GB. {MARKOV_REMEDY}"
-    )

@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyrogaps.density.contraction import BoundedStates, TooManyStates, too_many
 from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed, whole
 from pyrogaps.density.discrete import Discrete
 from pyrogaps.density.enumeration import Enumerate
@@ -18,7 +19,7 @@ from pyrogaps.density.reading import ANY_PLATE, ModelStructure, finite_arguments
 from pyrogaps.density.rows import PAD_REMEDY, probe_rows, rows_are_independent, same_density
 from pyrogaps.density.runs import Program, check_callable, evaluating
 from pyrogaps.density.score import ScoreModel, first_dim, stack_runs
-from pyrogaps.density.states import SetStates, random_states
+from pyrogaps.density.states import DrawStates, SetStates, random_states
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
@@ -26,10 +27,9 @@ from pyrogaps.guard import ProgramError, failures_named, guarded
 from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
 
-
 BROADCAST_REMEDY = (
-    "An enumerated value has a dimension of its own left of all plates: use operations that broadcast it and act on the "
-    "last dimensions only, pyro.ops.indexing.Vindex to index by it, and pyro.markov(history=) as long as a chain looks "
+    "An enumerated value has a dimension of its own left of all plates: use operations that broadcast it and act on "
+    "the last dimensions only, pyro.ops.indexing.Vindex to index by it, and pyro.markov(history=) as long as a chain looks "
     "back"
 )
 NUM_STATES = 3  # states of discrete latents at which their enumeration is checked
@@ -192,15 +192,15 @@ class JointDensity:
 
     def run_at(
         self, flat: Tensor, args: tuple[Any, ...], indices: Tensor, states: dict[str, Tensor]
-    ) -> tuple[Tensor, SetStates]:
-        """log p(x, y, z) `(R,)` with the discrete latents at the values number `states[name]` `(R, *shape)`, and the
-        handler that put them there. Without a data plate and not `vectorized`, for one row.
+    ) -> tuple[ScoreModel, SetStates]:
+        """Run the model with the discrete latents at the values number `states[name]` `(R, *shape)`: the handler with
+        the terms of log p(x, y, z), and the one that put them there. Without a data plate and not `vectorized`, R = 1.
         """
         vectorized = self.plate is not None or self.structure.vectorized
         handler, placed = ScoreModel(flat, self.structure), SetStates(self.enumerated, states, drop_rows=not vectorized)
         with self.plates(indices), handler, placed, failures_named("model"):
             self.model(*args)
-        return handler.log_joint, placed
+        return handler, placed
 
     def scored_by(self, handler: ScoreModel, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         """`handler` after a run of the model inside it, discrete latents enumerated."""
@@ -269,7 +269,7 @@ class JointDensity:
         return flat.reshape(num_particles, len(indices), self.dim)
 
     def _draw(self, args: tuple[Any, ...], indices: Tensor) -> Tensor:
-        with self.plates(indices):
+        with self.plates(indices), DrawStates(self.enumerated):
             messages = sample_sites(self.model, args)
         return self.flatten({name: messages[name] for name in self.sites}, len(indices))
 
@@ -317,11 +317,10 @@ class JointDensity:
 
     def _check_rows(self) -> None:
         """Check that a row's density does not depend on its position or on other rows."""
+        if self.enumerated:
+            (self if self.plate is not None else self.one_by_one())._check_enumeration()
         if self.plate is None:
             self._choose_vectorized()
-        if self.enumerated:
-            self._check_enumeration()
-        if self.plate is None:
             return
         # Not in a block of its own: parameters that the model draws at its first run would not be those of the next.
         self.probe = probe = self._probed()
@@ -342,12 +341,15 @@ class JointDensity:
         indices = torch.zeros(1, dtype=torch.long) if self.plate is None else probe_rows(self.num_datapoints)
         args, z = self.fetch(indices), 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
         try:
-            enumerated = self.run(z, args, indices)
+            with BoundedStates(len(indices)):
+                enumerated = self._run(z, args, indices)
+        except TooManyStates as error:
+            raise too_many([*self.enumerated], error.elements, z.element_size()) from None
         except ProgramError as error:
             raise InputError(f"{error}. It failed with discrete latents enumerated. {BROADCAST_REMEDY}") from error
         for _ in range(NUM_STATES):
             alone, placed = self.run_at(z, args, indices, random_states(self.enumerated, len(indices)))
-            if not same_density(enumerated.log_joint_at(placed.positions), alone):
+            if not same_density(enumerated.log_joint_at(placed.positions), alone.log_joint):
                 raise InputError(
                     f"site '{next(iter(self.enumerated))}': with discrete latents enumerated the model has another "
                     f"density than at their single values. {BROADCAST_REMEDY}"

@@ -1,7 +1,7 @@
 """`read_model`: the structure of a model, checked for every datapoint."""
 
-from dataclasses import dataclass, field
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ def _differing(layout: Mapping[str, Site | Discrete], other: Mapping[str, Site |
             "mask it where it is not used"
         )
     for name, site in layout.items():
-        if site.shape != other[name].shape or isinstance(site, Discrete) and site != other[name]:
+        if site.shape != other[name].shape or (isinstance(site, Discrete) and site != other[name]):
             return InputError(f"site '{name}': the shape of this latent differs between datapoints. {PAD_REMEDY}")
     return InputError("model: the order of its latent sites differs between datapoints. Keep one order for all inputs")
 

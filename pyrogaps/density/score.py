@@ -142,13 +142,12 @@ class ScoreModel(Messenger):
         message["value"], message["done"] = value, True
         self.values[name], self.masks[name] = value.reshape(*lead, *value.shape) if self.drop_rows else value, active
         self.frames[name] = [frame for frame in message["cond_indep_stack"] if frame.vectorized]
-        term = log_jacobian(transform, unconstrained, value, mask, fn.event_dim)
-        if self.factors is not None and self.factors.holds(term):
+        if self.factors is not None and self.factors.holds(value, fn.event_dim):
             raise InputError(
-                f"site '{name}': its support depends on a discrete latent. Use a distribution with a fixed support, and "
-                "transform its draws"
+                f"site '{name}': its support depends on a discrete latent. Use a distribution with a fixed support, "
+                "and transform its draws"
             )
-        jacobian = self._per_row(term, message)
+        jacobian = self._per_row(log_jacobian(transform, unconstrained, value, mask, fn.event_dim), message)
         self.log_jacobian = self.log_jacobian + jacobian
         self.log_prior = self.log_prior + jacobian
 

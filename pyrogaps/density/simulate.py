@@ -29,6 +29,7 @@ class DrawModel(ScoreModel):
         self.fixed = fixed
         self.drawn: dict[str, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
+        self.states: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
 
     def _pyro_sample(self, message: Any) -> None:
@@ -43,6 +44,10 @@ class DrawModel(ScoreModel):
         if message["is_observed"]:
             self.observed[name] = message["value"]
             value = value.to(message["value"].dtype)
+        elif name in self.enumerated:
+            site = self.enumerated[name]
+            value = site.unmasked(value, message)
+            self.states[name] = site.rows_of(site.number_of(value))
         else:
             value = self._place(name, fn, message, value)
         self.drawn[name] = value
@@ -78,7 +83,7 @@ def simulate(joint: JointDensity, to_data: ToData | None = None) -> tuple[Any, T
     is a view of; `to_data(values)`, a function from drawn values by site to the model's arguments, overrides this.
 
     Returns the data, in the form that `joint` was given (fetched data: the model's arguments), and `z` `(N, dim)`, an
-    exact posterior draw for each datapoint.
+    exact posterior draw for each datapoint. Discrete latents that are summed out are drawn too, and not returned.
 
     Raises `InputError` where re-scoring the simulated data gives a different score than drawing them.
     """
@@ -137,7 +142,7 @@ def _run(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, fixed: dic
 
 
 def _scores_agree(joint: JointDensity, draw: DrawModel, args: tuple[Any, ...], indices: Tensor) -> bool:
-    again = joint.run(draw.flat, args, indices)
+    again, _ = joint.run_at(draw.flat, args, indices, draw.states)
     return _close(draw, draw.log_prior, again.log_prior) and _close(draw, draw.log_likelihood, again.log_likelihood)
 
 

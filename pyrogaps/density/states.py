@@ -8,7 +8,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrogaps.density.discrete import Discrete
-from pyrogaps.density.layout import distribution_mask
+from pyrogaps.density.samplers import exact
 
 
 class SetStates(Messenger):
@@ -23,18 +23,27 @@ class SetStates(Messenger):
         self.positions: dict[str, Tensor] = {}
 
     def _pyro_sample(self, message: Any) -> None:
-        name, fn = message["name"], message["fn"]
+        name = message["name"]
         site = self.discrete.get(name)
         if site is None or message["is_observed"]:
             return
-        states = site.placed(self.states[name], drop_rows=self.drop_rows)
-        value = site.values[states]
-        keep = distribution_mask(fn, message["mask"])
-        if keep is not None:
-            value = torch.where(keep, value, site.values[0])
-            states = site.number_of(value)
+        value = site.unmasked(site.values[site.placed(self.states[name], drop_rows=self.drop_rows)], message)
         message["value"], message["done"] = value, True
-        self.positions[name] = states
+        self.positions[name] = site.number_of(value)
+
+
+class DrawStates(Messenger):
+    """Draws every discrete latent; masked elements have the first value."""
+
+    def __init__(self, discrete: Mapping[str, Discrete]) -> None:
+        super().__init__()
+        self.discrete = discrete
+
+    def _pyro_sample(self, message: Any) -> None:
+        site = self.discrete.get(message["name"])
+        if site is not None and not message["is_observed"] and not message["done"]:
+            message["value"] = site.unmasked(exact(message["fn"]).sample(), message)
+            message["done"] = True
 
 
 def random_states(discrete: Mapping[str, Discrete], rows: int) -> dict[str, Tensor]:

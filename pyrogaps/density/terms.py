@@ -137,6 +137,11 @@ def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
             f"site '{name}': a pyro.factor in the guide can leave log q unnormalised. Remove it, and draw the latent "
             "from a distribution that already has the intended density"
         )
+    if name in joint.enumerated:
+        raise InputError(
+            f"site '{name}': discrete in the guide, but the model's discrete latents are summed out exactly. Leave the "
+            "site out of the guide"
+        )
     if message["is_observed"]:
         raise InputError(f"site '{name}': observed in the guide. Remove obs=, because a guide must draw it")
     if name in joint.observed:

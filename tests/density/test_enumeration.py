@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from pyrogaps import IndexedData, InputError, JointDensity
 from pyrogaps.capture import GradientEvaluator
+from pyrogaps.density.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -415,6 +416,37 @@ def test_elements_outside_any_plate() -> None:
     parts = [(p if k else 1 - p).log() + normal(k + z[..., 0], 0.5, x) for k in (0, 1)]
     expected = torch.stack(parts).logsumexp(0).sum(-1) + normal(0.0, 1.0, z[:, 0, 0])
     agree(JointDensity(model, x), z, expected[:, None])
+
+
+# Draws.
+
+
+def test_simulated_data_follow_the_mixture() -> None:
+    """Discrete latents are drawn, and drawing gives the score that scoring again does."""
+    joint = JointDensity(mixture, torch.randn(4000))
+    data, z = simulate(joint)
+    assert z.shape == (4000, 1)
+    mean = sum(w * m for w, m in zip(WEIGHTS, MEANS, strict=True))
+    variance = sum(w * m**2 for w, m in zip(WEIGHTS, MEANS, strict=True)) - mean**2 + 0.25
+    assert abs(float((data - z[:, 0]).mean()) - mean) < 4 * math.sqrt(variance / 4000)
+    assert abs(float((data - z[:, 0]).var() / variance) - 1) < 4 * math.sqrt(2 / 4000)
+
+
+def test_simulated_chain_and_whole_data_set() -> None:
+    y, lengths = torch.randn(N, 4), torch.tensor([4, 3, 2, 4, 1])
+    (data, _), z = simulate(JointDensity(ragged_chain, (y, lengths)))
+    assert data.shape == (N, 4)
+    assert z.shape == (N, 1)
+
+    def whole(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor(WEIGHTS)))
+            pyro.sample("x", dist.Normal(torch.tensor(MEANS)[k] + z, 0.5), obs=x)
+
+    data, z = simulate(JointDensity(whole, torch.randn(N), plate=False))
+    assert data.shape == (N,)
+    assert z.shape == (1, 1)
 
 
 # Refusals.

@@ -8,7 +8,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.infer import config_enumerate
 from torch import Tensor, nn
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical as TorchExpRelaxedCategorical
 
@@ -73,38 +72,6 @@ def test_factor_outside_the_data_plate() -> None:
         pyro.factor("penalty", torch.tensor(-1.0))
 
     refused(model, X, "site 'penalty'", "outside the data plate", plate="data")
-
-
-@pytest.mark.parametrize(
-    "annotate", [lambda model: model, config_enumerate, lambda model: config_enumerate(model, "parallel")]
-)
-def test_discrete_latent(annotate: Callable[..., Any]) -> None:
-    @annotate
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Categorical(torch.ones(3)))
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
-
-    refused(model, X, "site 'k'", "discrete", "enumerated", "Sum the site out")
-
-
-def test_discrete_latent_without_enumeration() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Poisson(torch.tensor(3.0)))
-            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
-
-    refused(model, X, "site 'k'", "discrete")
-
-
-def test_discrete_event_latent() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Bernoulli(torch.full((4,), 0.5)).to_event(1))
-            pyro.sample("x", dist.Normal(k.sum(-1), 1.0), obs=x)
-
-    refused(model, X, "site 'k'", "discrete")
 
 
 def test_delta_latent_in_the_model() -> None:
