@@ -104,6 +104,8 @@ def examine(
     `alone`: every process does all of it, see `Run.map_alone`.
     """
     nothing: tuple[Tensor, list[tuple[Tensor, Result]]] = torch.empty(0, dtype=torch.long), []
+    if not problem.dim:
+        return nothing
     indices, before = sample(problem.num_datapoints, number, run.seed), run
     sampled, run = problem.at(indices), replace(run.derived("examined"), batch_size=BLOCK)
 
@@ -154,12 +156,12 @@ def explore(problem: Problem, anchor: Curvature, block: Chunk, run: Run, wide: G
     if len(owners):
         narrower = torch.where(inside & ~anchor.cut[owners], NARROW, 1.0).to(points)
         start = replace(scales.at(owners), loc=points).widened(narrower)
-        polished = _polished(slots, start, owners, run)
-        evaluations.index_add_(0, owners, polished.num_gradients)
+        fits = polished(slots, start, owners, run)
+        evaluations.index_add_(0, owners, fits.num_gradients)
         # What has not settled is on its way to a mode. Where the anchor has not either, nothing better is known.
-        settled = (polished.agrees | ~anchor.agrees[owners]).nonzero()[:, 0].cpu()
+        settled = (fits.agrees | ~anchor.agrees[owners]).nonzero()[:, 0].cpu()
         owners = owners[settled]
-        found.append(polished.at(settled))
+        found.append(fits.at(settled))
     owners, curvature = torch.cat([everyone, owners]), Curvature.joined(found)
     heights = slots.values(owners, curvature.gaussian.loc[None])[0].double()
     log_masses = heights - curvature.gaussian.peak.double()
@@ -223,18 +225,18 @@ def _complete(owners: Tensor, gaussian: Gaussian, ends: Tensor, values: Tensor) 
     return complete.cpu()
 
 
-def _polished(slots: Slots, start: Gaussian, owners: Tensor, run: Run) -> Curvature:
+def polished(slots: Slots, start: Gaussian, owners: Tensor, run: Run) -> Curvature:
     """Gaussians by curvature from `start`, one for each of `owners` `(K,)`, by passes that move to the mode nearby."""
     parts = []
     for part, positions in enumerate(torch.arange(len(owners)).split(BLOCK)):
         own, fit, number = owners[positions], start.at(positions), torch.zeros(len(positions), dtype=torch.long)
         for attempt in range(NUM_ROUNDS):
             noise = slots.noise(run.stream(f"explore probes {attempt} {part}"), len(own), start.loc.dtype)
-            polished = fitted(fit, partial(_gradients, slots, own), noise)
-            fit, number = polished.gaussian, number + polished.num_gradients
-            if polished.agrees.all():
+            settled = fitted(fit, partial(_gradients, slots, own), noise)
+            fit, number = settled.gaussian, number + settled.num_gradients
+            if settled.agrees.all():
                 break
-        parts.append(replace(polished, num_gradients=number))
+        parts.append(replace(settled, num_gradients=number))
     return Curvature.joined(parts)
 
 

@@ -77,6 +77,8 @@ def value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> 
         values = densities(point, *inputs)
         # Constants, not ones_like(values), so that the record of the gradients does not depend on the values.
         weights = [torch.ones(value.shape, dtype=value.dtype, device=value.device) for value in values]
+        if not point.shape[-1]:  # without latents there is no gradient
+            return tuple(value.detach() for value in values), tuple(torch.zeros_like(point) for _ in values)
         last = len(values) - 1
         gradients = [
             torch.autograd.grad(value, point, weight, retain_graph=k < last)[0]

@@ -29,8 +29,8 @@ from pyrogaps.streams import seeded
 
 BROADCAST_REMEDY = (
     "An enumerated value has a dimension of its own left of all plates: use operations that broadcast it and act on "
-    "the last dimensions only, pyro.ops.indexing.Vindex to index by it, and pyro.markov(history=) as long as a chain looks "
-    "back"
+    "the last dimensions only, pyro.ops.indexing.Vindex to index by it, and pyro.markov(history=) as long as a chain "
+    "looks back"
 )
 NUM_STATES = 3  # states of discrete latents at which their enumeration is checked
 

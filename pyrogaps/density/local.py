@@ -118,6 +118,9 @@ class FactorisedGuide:
 
     def _assemble(self, num_particles: int, parts: list[tuple[GuideSite, Any, Tensor]]) -> Draws:
         shape = (num_particles, len(self.indices))
+        if not parts:  # every latent is summed out: there is one point, of probability 1
+            nothing = self.joint.zeros(num_particles * len(self.indices)).reshape(*shape, 0)
+            return nothing, nothing.sum(-1)
         scored = [score_term(t, fn, value, self.active, self.joint.plate is not None, shape) for t, fn, value in parts]
         return join_terms(self.terms, scored, self.active)
 

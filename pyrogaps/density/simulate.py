@@ -143,7 +143,9 @@ def _run(joint: JointDensity, args: tuple[Any, ...], indices: Tensor, fixed: dic
 
 def _scores_agree(joint: JointDensity, draw: DrawModel, args: tuple[Any, ...], indices: Tensor) -> bool:
     again, _ = joint.run_at(draw.flat, args, indices, draw.states)
-    return _close(draw, draw.log_prior, again.log_prior) and _close(draw, draw.log_likelihood, again.log_likelihood)
+    if not draw.states:
+        return _close(draw, draw.log_prior, again.log_prior) and _close(draw, draw.log_likelihood, again.log_likelihood)
+    return _close(draw, draw.log_joint, again.log_joint)
 
 
 def _close(draw: DrawModel, left: Tensor, right: Tensor) -> bool:

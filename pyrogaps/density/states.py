@@ -12,7 +12,8 @@ from pyrogaps.density.samplers import exact
 
 
 class SetStates(Messenger):
-    """Sets every discrete latent to the values number `states[name]` `(R, *shape)`; masked elements to the first.
+    """Sets every discrete latent to the values number `states[name]` `(R, *shape)`, masked elements to the first, as
+    if they were observed.
 
     Enter it inside a `ScoreModel`, in the place of `Enumerate`. `positions` holds the numbers as the model has them.
     """
@@ -28,7 +29,7 @@ class SetStates(Messenger):
         if site is None or message["is_observed"]:
             return
         value = site.unmasked(site.values[site.placed(self.states[name], drop_rows=self.drop_rows)], message)
-        message["value"], message["done"] = value, True
+        message["value"], message["done"], message["is_observed"] = value, True, True
         self.positions[name] = site.number_of(value)
 
 

@@ -12,6 +12,8 @@ from pyrogaps.density.draws import Posterior
 from pyrogaps.errors import counted
 from pyrogaps.evidence.ais import AIS
 from pyrogaps.evidence.climb import COLUMNS, Climb, Climbed
+from pyrogaps.evidence.components import climbed_by_components
+from pyrogaps.evidence.exact import exactly
 from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate, ladder_estimate
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined, number_unreliable
@@ -106,7 +108,12 @@ class LadderMeasurement(Measurement):
         return Measured({**named, "acceptance": columns["acceptance"]}, draws)
 
     def _climbed(self, chunk: Chunk) -> list[Climbed]:
-        anchor, evaluator = anchor_of(self.problem, chunk, self.run), self.problem.evaluator
+        problem, evaluator = self.problem, self.problem.evaluator
+        if not problem.dim:
+            return [exactly(problem, block) for block in chunk.blocks()]
+        if problem.joint.enumerated:
+            return [climbed_by_components(problem, chunk, block, self.evidence, self.run) for block in chunk.blocks()]
+        anchor = anchor_of(problem, chunk, self.run)
         return [
             Climb(Slots(evaluator, block), anchor.within(chunk, block), self.evidence, self.run).climbed()
             for block in chunk.blocks()

@@ -16,7 +16,7 @@ from pyrogaps.capture import GradientEvaluator
 from pyrogaps.capture.slots import PointDensity, Slots
 from pyrogaps.evidence.climb import Climb, Climbed
 from pyrogaps.evidence.ladder_settings import LadderSettings
-from pyrogaps.gaussians import Gaussian
+from pyrogaps.gaussians import Curvature, Gaussian
 from pyrogaps.log_weights import log_mean_exp
 from pyrogaps.modes import Modes
 from pyrogaps.run import Run
@@ -95,9 +95,13 @@ class PartDensity:
         return share, slopes.gather(-1, own[:, :, None].expand(*slopes.shape[:3], 1))[..., 0] - mean
 
 
-def climbed_by_parts(evaluator: GradientEvaluator, modes: Modes, settings: LadderSettings, run: Run) -> Climbed:
-    """The ladder for every part of each datapoint, and what they add up to."""
-    parts = Climb(PartSlots(evaluator, modes), modes.curvature, settings, run).climbed()
+def climbed_by_parts(
+    evaluator: GradientEvaluator, modes: Modes, settings: LadderSettings, run: Run, anchor: Curvature | None = None
+) -> Climbed:
+    """The ladder for every part of each datapoint, from `anchor` or the Gaussians of `modes`, and what they add up
+    to.
+    """
+    parts = Climb(PartSlots(evaluator, modes), anchor or modes.curvature, settings, run).climbed()
     places = [(modes.owners == owner).nonzero()[:, 0] for owner in range(len(modes.num_evaluations))]
     columns = {name: torch.stack([_whole(name, parts, place) for place in places]) for name in parts.columns}
     columns["evaluations"] = columns["evaluations"] + modes.num_evaluations
