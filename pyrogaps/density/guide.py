@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
+from pyrogaps.density.carried import carried, drawn, on_carried
 from pyrogaps.density.data import Data
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import (
@@ -113,11 +114,14 @@ class GuideDensity:
         self.structure = GuideStructure(self.joint.num_datapoints, bound)
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
             # On a number of rows other than the data set's, which reveals a plate of its full size.
-            messages = self._first_run(self.joint.probe.indices)
+            everything = self._first_run(self.joint.probe.indices)
+            left_out, messages = carried(everything, self.joint), drawn(everything)
             terms, mapped = read_terms(messages, self.joint, self._place_at)
-            remarks = (*on_scales(scales_of(messages), "guide"), *on_modes(guide, "guide"))
-            self.structure = replace(self.structure, terms=tuple(terms), mapped=mapped, remarks=remarks)
+            self.structure = replace(self.structure, terms=tuple(terms), mapped=mapped)
             self._check_draws(messages)
+            remarks = [*on_scales(scales_of(everything), "guide"), *on_modes(guide, "guide")]
+            remarks += on_carried(left_out, self._alone, self.joint)
+            self.structure = replace(self.structure, remarks=tuple(remarks))
 
     @property
     def bound(self) -> bool:
@@ -179,14 +183,16 @@ class GuideDensity:
         return torch.arange(self.num_datapoints) if indices is None else indices
 
     def messages(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
-        """Run the guide on `indices` repeated `num_particles` times; its random sites by name."""
+        """Run the guide on `indices` repeated `num_particles` times; the sites that it draws by name."""
+        return drawn(self._run(indices, num_particles, handler))
+
+    def _run(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
+        """As `messages`, with observed sites and factors."""
         args = self.joint.fetch(indices, num_particles)
         rows = indices.repeat(num_particles)
         with self.plates(rows), supports_at(self.guide, self.joint.plate, self._origin(rows)), handler or nullcontext():
             sites = sample_sites(self.guide, args, "guide")
-        if isinstance(self.guide, GuideMessenger):  # it runs the model, likelihood and all
-            return {name: site for name, site in sites.items() if not site["is_observed"]}
-        return sites
+        return drawn(sites) if isinstance(self.guide, GuideMessenger) else sites  # that runs the model, likelihood too
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
         """A context in which the guide's data plate holds the rows of `indices`."""
@@ -245,9 +251,9 @@ class GuideDensity:
         return True
 
     def _alone(self, indices: Tensor) -> dict[str, Any]:
-        """`messages`; parameters that the guide makes, perhaps of this size, do not stay for the next run."""
+        """`_run`; parameters that the guide makes, perhaps of this size, do not stay for the next run."""
         with evaluating(self.guide):
-            return self.messages(indices)
+            return self._run(indices)
 
     def _place_at(self, terms: list[GuideSite], flat: Tensor, rows: Tensor) -> dict[str, Any]:
         """A run on the datapoints `rows` `(R,)` with `terms` at the points `flat` `(R, dim)`."""

@@ -12,7 +12,6 @@ from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
 from pyrogaps.density.mapped import affine_map, check_stated, image_of
-from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
 
@@ -132,13 +131,6 @@ def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
 
 
 def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
-    if is_factor(message["fn"]):
-        raise InputError(
-            f"site '{name}': a pyro.factor in the guide can leave log q unnormalised. Remove it, and draw the latent "
-            "from a distribution that already has the intended density"
-        )
-    if message["is_observed"]:
-        raise InputError(f"site '{name}': observed in the guide. Remove obs=, because a guide must draw it")
     if name in joint.observed:
         raise InputError(f"site '{name}': observed in the model. Remove it from the guide")
     if name not in joint.sites and not message["infer"].get("is_auxiliary"):

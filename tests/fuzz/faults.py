@@ -18,8 +18,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "hard-coded plate": ("plate", "hard-coded"),
     "site missing from the guide": ("site 'a'", "missing"),
     "site missing from the model": ("site 'extra'",),
-    "observed in the guide": ("observed",),
-    "factor in the guide": ("factor",),
     "another support": ("site 'a'", "support"),
     "NaN in the data": ("NaN",),
     "NaN in a parameter": ("NaN",),

@@ -290,10 +290,6 @@ class Guide(nn.Module):
                     drawn = self._draw(latent, x, drawn)
             if spec.fault == "site missing from the model":
                 pyro.sample("extra", dist.Normal(x[:, 0], 1.0))
-            if spec.fault == "observed in the guide":
-                pyro.sample("seen", dist.Normal(x[:, 0], 1.0), obs=x[:, 0])
-            if spec.fault == "factor in the guide":
-                pyro.factor("tilt", x[:, 0])
 
     def _parameters_of(self, latent: Latent, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.spec.guide != "per datapoint":
