@@ -55,23 +55,24 @@ def on_carried(names: list[str], run: Callable[[torch.Tensor], Messages], joint:
 
 
 def _remark(name: str, messages: list[Any], joint: JointDensity) -> str:
-    values = torch.stack([_nats(message, joint) for message in messages]).double()
+    values = torch.stack([nats_of(message, joint)[0] for message in messages]).double()
     mean, error = float(values.mean()), float(values.std()) / len(values) ** 0.5
     size = f"{mean:.4g}" if error <= 1e-3 * abs(mean) else f"{mean:.4g} ± {error:.1g}"
-    inside = joint.plate is None or plate_dim(messages[0], joint.plate) is not None
-    unit = "nats" if joint.plate is None else "nats per datapoint" if inside else "nats for the data set"
+    unit = nats_of(messages[0], joint)[1]
     what = f"the factor '{name}' in" if is_factor(messages[0]["fn"]) else f"the observed site '{name}' of"
     return f"{what} the guide is left out of log q, to which it adds {size} {unit}"
 
 
-def _nats(message: Any, joint: JointDensity) -> torch.Tensor:
-    """The mean over rows of a site's log-probability, masked and not scaled; its sum outside the data plate."""
+def nats_of(message: Any, joint: JointDensity) -> tuple[torch.Tensor, str]:
+    """A site's log-probability, masked and not scaled, with its unit: the mean over datapoints, or, outside the data
+    plate, the sum.
+    """
     term = log_prob(message["fn"], message["value"], message["name"])
     if message["mask"] is not None:
         keep = torch.as_tensor(message["mask"], dtype=torch.bool, device=term.device)
         term = torch.where(keep, term, torch.zeros_like(term))
     axis = None if joint.plate is None else plate_dim(message, joint.plate)
     if axis is None:
-        return term.sum()
+        return term.sum(), "nats" if joint.plate is None else "nats for the data set"
     rows = next(frame.size for frame in message["cond_indep_stack"] if frame.name == joint.plate)
-    return rows_first(term, axis, int(rows)).mean()
+    return rows_first(term, axis, int(rows)).mean(), "nats per datapoint"

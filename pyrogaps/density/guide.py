@@ -1,6 +1,6 @@
 """`GuideDensity`: a Pyro guide as a density over the model's flat unconstrained vectors."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -114,13 +114,13 @@ class GuideDensity:
         self.structure = GuideStructure(self.joint.num_datapoints, bound)
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
             # On a number of rows other than the data set's, which reveals a plate of its full size.
-            everything = self._first_run(self.joint.probe.indices)
+            everything = self.first_run(self.joint.probe.indices)
             left_out, messages = carried(everything, self.joint), drawn(everything)
             terms, mapped = read_terms(messages, self.joint, self._place_at)
             self.structure = replace(self.structure, terms=tuple(terms), mapped=mapped)
             self._check_draws(messages)
             remarks = [*on_scales(scales_of(everything), "guide"), *on_modes(guide, "guide")]
-            remarks += on_carried(left_out, self._alone, self.joint)
+            remarks += on_carried(left_out, self.run_on, self.joint)
             self.structure = replace(self.structure, remarks=tuple(remarks))
 
     @property
@@ -188,10 +188,11 @@ class GuideDensity:
 
     def _run(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
         """As `messages`, with observed sites and factors."""
-        args = self.joint.fetch(indices, num_particles)
+        guide, args = self.joint.given(self.guide, self.joint.fetch(indices, num_particles))
         rows = indices.repeat(num_particles)
-        with self.plates(rows), supports_at(self.guide, self.joint.plate, self._origin(rows)), handler or nullcontext():
-            sites = sample_sites(self.guide, args, "guide")
+        supports = supports_at(self.guide, self.joint.plate, self._origin(rows))
+        with self.plates(rows), supports, handler or nullcontext():
+            sites = sample_sites(guide, args, "guide")
         return drawn(sites) if isinstance(self.guide, GuideMessenger) else sites  # that runs the model, likelihood too
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
@@ -222,7 +223,7 @@ class GuideDensity:
         structure = replace(self.structure, origin=None, size=joint.num_datapoints)
         return GuideDensity(self.guide, None, joint, structure=structure)
 
-    def _first_run(self, indices: Tensor) -> dict[str, Any]:
+    def first_run(self, indices: Tensor) -> dict[str, Any]:
         """The guide's sites, after which it is known whether its plate has the data set's full size."""
         try:
             messages = self._run_subset(indices)
@@ -233,24 +234,33 @@ class GuideDensity:
         return messages
 
     def _run_subset(self, indices: Tensor) -> dict[str, Any]:
-        """The guide's sites on a few rows; refuses a guide that runs only on the whole data set."""
+        """The guide's sites on a few rows; refuses a guide that runs only on the whole data set.
+
+        One that makes a plate of the rows at hand around parameters for each datapoint runs with those of the rows.
+        """
         try:
-            return self._alone(indices)
+            return self.run_on(indices)
         except ProgramError as error:
             if not self._runs_on_all():
                 raise
+            unbound = self.structure
+            if not self.bound and self.joint.plate is not None:
+                self.structure = replace(unbound, bound=True)
+                with suppress(ProgramError):
+                    return self.run_on(indices)
+                self.structure = unbound
             raise InputError(
                 f"guide: it runs on the whole data set but not on other numbers of its rows ({error}). {INDEX_REMEDY}"
             ) from error
 
     def _runs_on_all(self) -> bool:
         try:
-            self._alone(torch.arange(self.num_datapoints))
+            self.run_on(torch.arange(self.num_datapoints))
         except ProgramError:
             return False
         return True
 
-    def _alone(self, indices: Tensor) -> dict[str, Any]:
+    def run_on(self, indices: Tensor) -> dict[str, Any]:
         """`_run`; parameters that the guide makes, perhaps of this size, do not stay for the next run."""
         with evaluating(self.guide):
             return self._run(indices)

@@ -316,7 +316,8 @@ class Guide(nn.Module):
         anchor = 0.3 * x[:, 0]
         with _nested_plate(latent, x):
             fn = self._distribution(latent, *(_expand(latent, u, shape) for u in (location, log_scale, anchor)), shape)
-            value = pyro.sample(latent.name, fn)
+            seen = fn.sample() if first and spec.fault == "observed in the guide" else None
+            value = pyro.sample(latent.name, fn, obs=seen)
         return _summary(Latent("", "", shape, latent.nested), value)
 
     def _distribution(self, latent: Latent, location: Tensor, log_scale: Tensor, anchor: Tensor, shape: Any) -> Any:
