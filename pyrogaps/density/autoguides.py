@@ -52,10 +52,6 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
                 f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density per "
                 f"datapoint of the plate '{plate}'. {REMEDY}"
             )
-        if isinstance(part, AutoStructured):
-            raise InputError(
-                f"guide: the density of AutoStructured cannot be evaluated. {REMEDY}, or AutoMultivariateNormal"
-            )
         frame = part._prototype_frames.get(plate)
         if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
             raise OtherDataError(

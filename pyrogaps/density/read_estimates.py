@@ -171,7 +171,7 @@ def _in_model(model: Program, joint: JointDensity, rows: Tensor, values: dict[st
     runs = []
     for seed in range(NUM_PRIOR_DRAWS):
         recorded = _Recorded(values)
-        with seeded(seed, "estimates"):
+        with seeded(seed, "estimates, priors"):
             model_sites(under(recorded, model), joint.fetch(rows), rows, joint.plate, joint.num_datapoints, None)
         runs.append(recorded.log_probs)
     first = runs[0]
@@ -187,14 +187,14 @@ def _read(model: Program, guide: Program, data: Data, plate: str | None, names: 
     bound = True if is_autoguide(guide) and plate is not None else None
     density = GuideDensity(guide, None, joint, structure=GuideStructure(number, bound))
     rows = torch.tensor([0]) if plate is None else first_rows(number)
-    with seeded(0, "estimates"):
+    with seeded(0, "estimates, first rows"):
         first = density.first_run(rows)
     found = _in_model(model, joint, rows, {name: first[name]["value"] for name in names})
     if not found:
         return None
     local = [name for name in found if plate is not None and plate_dim(first[name], plate) is not None]
     constants = {name: first[name]["value"].detach().clone() for name in found if name not in local}
-    with seeded(0, "estimates"):
+    with seeded(0, "estimates, all rows"):
         if constants and plate is not None and number > 1:
             _check_shared(constants, density.run_on(torch.tensor([0, number // 2, number - 1, number // 2, 0])))
         axes = {name: plate_dim(first[name], str(plate)) - first[name]["fn"].event_dim for name in local}

@@ -95,7 +95,10 @@ def _own_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt)
     if start > joint.dim:
         raise _no_reverse(next(term.name for term in terms if term.name not in joint.sites))
     if start < joint.dim:
-        raise no_density(delta)
+        raise InputError(
+            f"site '{delta}': a Delta in the guide has no density of its own, and the guide has draws of {start} "
+            f"dimensions for latents of {joint.dim}. Give every latent a draw of its own"
+        )
     if joint.structure.masked:
         raise InputError(
             f"site '{delta}': a Delta whose auxiliary draw is another vector than the latents in unconstrained space "
