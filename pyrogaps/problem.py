@@ -265,8 +265,10 @@ class PosteriorAt:
 
 
 def _estimates(model: Program, guide: Any, data: Data, plate: Plate) -> PointEstimates | None:
-    """The latents that a guide sets to values; None without a guide that is a program."""
-    return read_estimates(model, guide, data, plate) if callable(guide) and not is_posterior(guide) else None
+    """The latents that a guide sets to values, or that a refined guide was refined given."""
+    if is_posterior(guide):
+        return cast(PointEstimates | None, guide.joint.structure.estimates)
+    return read_estimates(model, guide, data, plate) if callable(guide) else None
 
 
 def _extends_model(guide: Any) -> bool:

@@ -16,6 +16,7 @@ from pyrogaps.density.data import Data, IndexedData, as_indexed
 from pyrogaps.density.given import SetSites
 from pyrogaps.density.remarks import quoted
 from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError, counted
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class PointEstimates:
         if not self.values:
             return data
         indexed, values = as_indexed(data), [*self.values.values()]
+        if len(values[0]) != len(indexed):
+            raise InputError(
+                f"guide: it has point estimates for {counted(len(values[0]), 'datapoint')}, but the data have "
+                f"{len(indexed)}. Pass the data that it was refined on"
+            )
 
         def fetch(indices: Tensor) -> tuple[Any, ...]:
             return *indexed.fetch(indices), *(value[indices.to(value.device)] for value in values)

@@ -285,7 +285,7 @@ class GuideDensity:
             for term in self.terms
         )
         self.structure = replace(self.structure, factorised=factorised)
-        if self.joint.plate is None:
+        if self.joint.plate is None and factorised:
             return
         if factorised and not self.structure.mapped:
             local = self._factorised(second, indices, self.joint.active(indices))
@@ -298,8 +298,9 @@ class GuideDensity:
         def log_q(rows: Tensor) -> Tensor:
             return self.log_prob(z[:, rows], indices[rows])[0]
 
-        if not rows_are_independent(log_q, together):
-            everything = torch.arange(len(indices))
+        everything = torch.arange(len(indices))
+        alone = self.joint.plate is None
+        if not (same_density(log_q(everything), together) if alone else rows_are_independent(log_q, together)):
             if not torch.equal(log_q(everything), log_q(everything)):
                 raise InputError(
                     "guide: it is random beyond its sample sites: log q of one draw changed between two identical "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed, whole
 from pyrogaps.density.estimates import PointEstimates
@@ -298,6 +299,7 @@ class JointDensity:
         indices, z, together = probe.indices, probe.z, probe.log_density
         if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), together):
             if not torch.equal(self._total(z, indices), together):
+                self._refuse_random(indices)
                 raise InputError(
                     "data: the density of a datapoint changed between two identical calls; fetch(indices) or the model "
                     "is random. Draw the data once (SimulatedData(...).fetch(indices)) and pass the tensors"
@@ -305,6 +307,16 @@ class JointDensity:
             raise InputError(
                 "data: the density of a datapoint changes with its position or with other rows of the batch. "
                 "fetch(indices) must keep the order, and the model must treat rows independently (no batch statistics)"
+            )
+
+    def _refuse_random(self, indices: Tensor) -> None:
+        """Refuse a model that is random, unless the data are: two calls gave different densities."""
+        pairs = zip(tree_leaves(self.fetch(indices)), tree_leaves(self.fetch(indices)), strict=True)
+        if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
+            raise InputError(
+                "model: it is random beyond its sample sites: log p(x, z) of one point changed between two identical "
+                "calls. Switch dropout off in evaluation mode (F.dropout(x, p, training=self.training)), and draw "
+                "other noise with pyro.sample"
             )
 
     def _total(self, z: Tensor, indices: Tensor) -> Tensor:
@@ -315,7 +327,10 @@ class JointDensity:
         indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
         z, args = z.to(self.device), self.fetch(indices[:1])
         alone = replace(self.structure, vectorized=False)
-        one_by_one = torch.stack(JointDensity(self.model, self.data, structure=alone).score(z, args, indices)).sum(0)
+        density = JointDensity(self.model, self.data, structure=alone)
+        one_by_one = torch.stack(density.score(z, args, indices)).sum(0)
+        if not same_density(torch.stack(density.score(z[:1], args, indices[:1])).sum(0), one_by_one[:1]):
+            self._refuse_random(indices[:1])
         try:
             together = torch.stack(self.score(z, args, indices)).sum(0)
             same = same_density(together, one_by_one)

@@ -223,7 +223,9 @@ def test_auto_structured_with_a_point_estimate() -> None:
     guide = AutoStructured(hierarchy, conditionals=conditionals, dependencies={"s": {"m": "linear"}})
     guide(y)
     guide.deps.s.m.weight.data.fill_(0.4)
-    with pytest.raises(InputError, match="draws of 5 dimensions for latents of .*. Give every latent a draw of its own"):
+    with pytest.raises(
+        InputError, match=r"draws of 5 dimensions for latents of .*\. Give every latent a draw of its own"
+    ):
         pg.elbo(hierarchy, guide, (y,), plate=False)
 
 

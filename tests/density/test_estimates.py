@@ -319,8 +319,13 @@ def test_other_functions_given_point_estimates() -> None:
     found = pg.ais(model, guide, X, settings=settings, initial="prior").value
     assert found.shape == (N,)
     assert pg.calibrate(model, guide, X, num_simulated=8, num_draws=100).ranks is not None
-    tree = pg.to_datatree(model, guide, X, num_draws=5)
-    assert set(tree["posterior"].data_vars) == {"z"}
+    refined = pg.refine(model, guide, X, settings=pg.Refinement(num_steps=20))
+    for fitted in (guide, refined):
+        tree = pg.to_datatree(model, fitted, X, num_draws=5)
+        assert set(tree["posterior"].data_vars) == {"z"}
+    assert pg.Problem.of(model, refined, X).joint.remarks == problem.joint.remarks
+    with pytest.raises(pg.InputError, match="point estimates for 6 datapoints, but the data have 4"):
+        pg.elbo(model, refined, X[:4])
 
 
 # Refusals.
