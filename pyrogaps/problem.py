@@ -1,5 +1,6 @@
 """`Problem`: a model, a guide and data, whose structure is read once."""
 
+import inspect
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Union, cast
 
@@ -10,7 +11,9 @@ from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, rows_of, selected, whole
 from pyrogaps.density.draws import Posterior
+from pyrogaps.density.estimates import PointEstimates
 from pyrogaps.density.local import LocalGuide
+from pyrogaps.density.read_estimates import read_estimates
 from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError, counted
@@ -89,10 +92,23 @@ class Problem:
             check_callable(guide, "guide")
         if data is None:
             raise InputError("data: missing. Pass the model, the guide and the data, or a Problem")
+        estimates = _estimates(model, guide, data, plate)
         if not _extends_model(guide):
-            return cls(model, None, JointDensity(model, data, plate), None, mode).with_guide(guide)
-        extended = JointDensity(augmented(model, guide), data, plate)
+            return cls(model, None, JointDensity(model, data, plate, estimates=estimates), None, mode)._with(guide)
+        extended = JointDensity(augmented(model, guide), data, plate, estimates=estimates)
         return cls(model, guide, extended, GuideDensity(cast(Program, guide), None, extended), mode)
+
+    @classmethod
+    def without_guide(
+        cls, model: Union[Program, "Problem"], guide: Any, data: Data | None = None, plate: Plate = None
+    ) -> "Problem":
+        """As `of` with no guide, but given the point estimates of `guide`, which is not read beyond them."""
+        if isinstance(model, Problem):
+            return cls.of(model, guide, data, plate).with_guide(None)
+        check_callable(model, "model")
+        if data is None or (estimates := _estimates(model, guide, data, plate)) is None:
+            return cls.of(model, None, data, plate)
+        return cls(model, None, JointDensity(model, data, plate, estimates=estimates), None)
 
     @property
     def plate(self) -> str | None:
@@ -155,9 +171,21 @@ class Problem:
 
     @guarded
     def with_guide(self, guide: Program | Posterior | None) -> "Problem":
-        """The same model and data with another guide, or with none. The model is read again only where it is extended
-        by the guide's reverse model.
+        """The same model and data with another guide, or with none.
+
+        The model is read again only where it is extended by the guide's reverse model, or where the guide has point
+        estimates. Without a guide, or with one that draws the same latents, those of this problem remain.
         """
+        if guide is not None and not is_posterior(guide):
+            given = self.joint.structure.estimates
+            data = self.joint.data if given is None else given.without(self.joint.data)
+            if (estimates := _estimates(self.model, guide, data, self.plate or False)) is not None:
+                joint = JointDensity(self.model, data, self.plate or False, estimates=estimates)
+                return replace(self, joint=joint, posterior=None, _evaluators={})._with(guide)
+        return self._with(guide)
+
+    def _with(self, guide: Program | Posterior | None) -> "Problem":
+        """As `with_guide`, with the point estimates of this problem."""
         if is_posterior(guide):  # it belongs to the space that it was refined in, which is that of `joint`
             return replace(self, guide=guide, posterior=cast(Posterior, guide))
         scored = self._density_of(augmented(self.model, guide))
@@ -167,8 +195,12 @@ class Problem:
 
     def _density_of(self, model: Program) -> JointDensity:
         """log p(x_n, z) of the same data under `model`, which is read where it has not been yet."""
-        joint = self.joint
-        return joint if joint.model is model else JointDensity(model, joint.data, joint.plate or False)
+        joint, given = self.joint, self.joint.structure.estimates
+        own = joint.model if given is None else inspect.unwrap(joint.model, stop=lambda program: program is model)
+        if own is model:
+            return joint
+        data = joint.data if given is None else given.without(joint.data)
+        return JointDensity(model, data, joint.plate or False, estimates=given)
 
     def over(self, data: IndexedData) -> "Problem":
         """The same problem on other data of the same form. No program is run, and nothing is checked again.
@@ -214,6 +246,8 @@ class Problem:
             data, z = simulate(self.joint, to_data)
         args = as_tuple(data)
         held = whole(args) if self.plate is None else rows_of(args, self.num_datapoints)
+        if (number := self.joint.num_given) > 0:
+            data = args[0] if len(args) == number + 1 else args[:-number]
         return Simulated(self.over(held), data, z)
 
 
@@ -228,6 +262,13 @@ class PosteriorAt:
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at `indices` of these datapoints."""
         return self.posterior.at(self.indices[indices])
+
+
+def _estimates(model: Program, guide: Any, data: Data, plate: Plate) -> PointEstimates | None:
+    """The latents that a guide sets to values, or that a refined guide was refined given."""
+    if is_posterior(guide):
+        return cast(PointEstimates | None, guide.joint.structure.estimates)
+    return read_estimates(model, guide, data, plate) if callable(guide) else None
 
 
 def _extends_model(guide: Any) -> bool:

@@ -20,7 +20,7 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, AutoStructured
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.infer.reparam import ProjectedNormalReparam
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
@@ -758,15 +758,6 @@ def test_the_remedy_for_directions_is_a_program_that_runs() -> None:
     likelihood = dist.Normal(circle[:, None], 0.5).log_prob(X).sum(-1)
     exact = torch.logsumexp((density + likelihood).double(), 0) + np.log(2 * np.pi / 4000)
     assert bool(((value.value - exact).abs() < 4 * value.mcse).all())
-
-
-def test_the_remedy_for_a_structured_autoguide() -> None:
-    structured = AutoStructured(model, conditionals="normal", dependencies={})
-    structured(X)
-    with pytest.raises(pg.InputError, match=r"Use AutoNormal or .*, or AutoMultivariateNormal"):
-        pg.elbo(model, structured, (X,), plate=False)
-    for kind in (AutoNormal, AutoMultivariateNormal):
-        assert torch.isfinite(pg.elbo(model, trained(kind), (X,), plate=False).value).all()
 
 
 def test_an_auxiliary_draw_that_a_delta_scales() -> None:

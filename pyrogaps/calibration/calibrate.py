@@ -18,7 +18,7 @@ from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
-from pyrogaps.refine import OwnFamily, Refinement, Refiner
+from pyrogaps.refine import OwnFamily, Refinement, Refiner, is_family
 from pyrogaps.refine.families import Family
 from pyrogaps.run import Run
 from pyrogaps.settings import Count, Plate, Seed, Several, checked, within
@@ -88,7 +88,7 @@ def calibrate(
     if isinstance(model, Problem):
         guide, plain = model.guide, Problem.of(model, guide, data, plate).with_guide(None)
     else:
-        plain = Problem.of(model, None, data, plate)
+        plain = Problem.without_guide(model, None if is_family(guide) else guide, data, plate)
     joint = plain.joint
     if joint.plate is None:
         raise InputError(

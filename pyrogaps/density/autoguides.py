@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import (
     AutoGaussian,
     AutoGuide,
@@ -38,23 +39,18 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
 
     Raises `InputError` where it was never run, belongs to other data, or is one distribution over all datapoints.
     """
-    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-        raise InputError(f"guide: this {_name(guide)} has never been run. Train it on these data first")
-    plate, first = joint.plate, next(iter(joint.sites))
-    for part in _parts(guide):
+    refuse_never_run(guide)
+    plate, first = joint.plate, next(iter(joint.sites), None)
+    for part in autoguides_in(guide):
         if isinstance(part, AutoLaplaceApproximation) and plate is None:
             raise InputError(
                 "guide: AutoLaplaceApproximation is a Delta, which has no density. Pass the result of its "
                 "laplace_approximation(*args)"
             )
-        if isinstance(part, AutoContinuous | AutoGaussian | AutoStructured) and plate is not None:
+        if isinstance(part, AutoContinuous | AutoGaussian | AutoStructured) and plate is not None and first:
             raise InputError(
                 f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density per "
                 f"datapoint of the plate '{plate}'. {REMEDY}"
-            )
-        if isinstance(part, AutoStructured):
-            raise InputError(
-                f"guide: the density of AutoStructured cannot be evaluated. {REMEDY}, or AutoMultivariateNormal"
             )
         frame = part._prototype_frames.get(plate)
         if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
@@ -68,7 +64,7 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
 @contextmanager
 def supports_at(guide: Any, plate: str | None, rows: Tensor) -> Iterator[None]:
     """Let an autoguide use the supports of the datapoints `rows`: it keeps those of its setup run, of all of them."""
-    nodes = [node for part in _parts(guide) for node in _latents(part, plate)] if plate is not None else []
+    nodes = [node for part in autoguides_in(guide) for node in _latents(part, plate)] if plate is not None else []
     before = [node["fn"] for node in nodes]
     try:
         for node in nodes:
@@ -125,14 +121,20 @@ def _within(guide: nn.Module) -> list[Any]:
     return [module for module in guide.modules() if isinstance(module, AutoGuide)]
 
 
+def refuse_never_run(guide: Any) -> None:
+    """Refuse a guide that still has to run the model to make its parameters."""
+    if isinstance(guide, AutoGuide | EasyGuide) and guide.prototype_trace is None:
+        raise InputError(f"guide: this {_name(guide)} has never been run. Train it on these data first")
+
+
 def is_autoguide(guide: Any) -> bool:
     return isinstance(guide, AutoGuide | AutoMessenger)
 
 
-def _parts(guide: Any) -> Iterator[AutoGuide]:
+def autoguides_in(guide: Any) -> Iterator[AutoGuide]:
     if isinstance(guide, AutoGuideList):
         for part in guide:
-            yield from _parts(part)
+            yield from autoguides_in(part)
     elif isinstance(guide, AutoGuide):
         yield guide
 

@@ -1,7 +1,7 @@
 """Programs with some of their sites set to given values."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
@@ -11,25 +11,48 @@ from pyrogaps.density.runs import Program
 
 
 class SetSites(Messenger):
-    """Sets sites to `values` and hides them from every handler outside: they are constants, and have no density."""
+    """Sets sites to `values` and hides them from every handler outside: they are constants, and have no density.
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    Those in `scored` are observed at their values instead, so that their density counts.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], scored: Collection[str] = ()) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.scored = values, scored
 
     def _pyro_sample(self, message: Any) -> None:
-        if message["name"] in self.values:
-            message["value"] = self.values[message["name"]]
-            message["done"] = message["stop"] = True
+        name = message["name"]
+        if name not in self.values:
+            return
+        message["value"], message["done"] = self.values[name], True
+        if name in self.scored:
+            message["is_observed"] = True
+        else:
+            message["stop"] = True
+
+
+class HideSites(Messenger):
+    """Hides sites from every handler outside; they are drawn."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, message: Any) -> None:
+        message["stop"] = message["stop"] or message["name"] in self.names
 
 
 def given(program: Program, values: Mapping[str, Tensor]) -> Program:
     """`program` with its sites in `values` set to these: its density given them, without theirs."""
-    values = dict(values)
+    return under(SetSites(dict(values)), program)
+
+
+def under(handler: Messenger, program: Program) -> Program:
+    """`program` run inside a handler."""
 
     @functools.wraps(program, assigned=(), updated=())
-    def conditioned(*args: Any, **kwargs: Any) -> Any:
-        with SetSites(values):
+    def handled(*args: Any, **kwargs: Any) -> Any:
+        with handler:
             return program(*args, **kwargs)
 
-    return conditioned
+    return handled

@@ -1,6 +1,6 @@
 """`GuideDensity`: a Pyro guide as a density over the model's flat unconstrained vectors."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
+from pyrogaps.density.carried import carried, drawn, on_carried
 from pyrogaps.density.data import Data
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import (
@@ -113,11 +114,14 @@ class GuideDensity:
         self.structure = GuideStructure(self.joint.num_datapoints, bound)
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
             # On a number of rows other than the data set's, which reveals a plate of its full size.
-            messages = self._first_run(self.joint.probe.indices)
+            everything = self.first_run(self.joint.probe.indices)
+            left_out, messages = carried(everything, self.joint), drawn(everything)
             terms, mapped = read_terms(messages, self.joint, self._place_at)
-            remarks = (*on_scales(scales_of(messages), "guide"), *on_modes(guide, "guide"))
-            self.structure = replace(self.structure, terms=tuple(terms), mapped=mapped, remarks=remarks)
+            self.structure = replace(self.structure, terms=tuple(terms), mapped=mapped)
             self._check_draws(messages)
+            remarks = [*on_scales(scales_of(everything), "guide"), *on_modes(guide, "guide")]
+            remarks += on_carried(left_out, self.run_on, self.joint)
+            self.structure = replace(self.structure, remarks=tuple(remarks))
 
     @property
     def bound(self) -> bool:
@@ -179,14 +183,17 @@ class GuideDensity:
         return torch.arange(self.num_datapoints) if indices is None else indices
 
     def messages(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
-        """Run the guide on `indices` repeated `num_particles` times; its random sites by name."""
-        args = self.joint.fetch(indices, num_particles)
+        """Run the guide on `indices` repeated `num_particles` times; the sites that it draws by name."""
+        return drawn(self._run(indices, num_particles, handler))
+
+    def _run(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
+        """As `messages`, with observed sites and factors."""
+        guide, args = self.joint.given(self.guide, self.joint.fetch(indices, num_particles))
         rows = indices.repeat(num_particles)
-        with self.plates(rows), supports_at(self.guide, self.joint.plate, self._origin(rows)), handler or nullcontext():
-            sites = sample_sites(self.guide, args, "guide")
-        if isinstance(self.guide, GuideMessenger):  # it runs the model, likelihood and all
-            return {name: site for name, site in sites.items() if not site["is_observed"]}
-        return sites
+        supports = supports_at(self.guide, self.joint.plate, self._origin(rows))
+        with self.plates(rows), supports, handler or nullcontext():
+            sites = sample_sites(guide, args, "guide")
+        return drawn(sites) if isinstance(self.guide, GuideMessenger) else sites  # that runs the model, likelihood too
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
         """A context in which the guide's data plate holds the rows of `indices`."""
@@ -216,7 +223,7 @@ class GuideDensity:
         structure = replace(self.structure, origin=None, size=joint.num_datapoints)
         return GuideDensity(self.guide, None, joint, structure=structure)
 
-    def _first_run(self, indices: Tensor) -> dict[str, Any]:
+    def first_run(self, indices: Tensor) -> dict[str, Any]:
         """The guide's sites, after which it is known whether its plate has the data set's full size."""
         try:
             messages = self._run_subset(indices)
@@ -227,27 +234,36 @@ class GuideDensity:
         return messages
 
     def _run_subset(self, indices: Tensor) -> dict[str, Any]:
-        """The guide's sites on a few rows; refuses a guide that runs only on the whole data set."""
+        """The guide's sites on a few rows; refuses a guide that runs only on the whole data set.
+
+        One that makes a plate of the rows at hand around parameters for each datapoint runs with those of the rows.
+        """
         try:
-            return self._alone(indices)
+            return self.run_on(indices)
         except ProgramError as error:
             if not self._runs_on_all():
                 raise
+            unbound = self.structure
+            if not self.bound and self.joint.plate is not None:
+                self.structure = replace(unbound, bound=True)
+                with suppress(ProgramError):
+                    return self.run_on(indices)
+                self.structure = unbound
             raise InputError(
                 f"guide: it runs on the whole data set but not on other numbers of its rows ({error}). {INDEX_REMEDY}"
             ) from error
 
     def _runs_on_all(self) -> bool:
         try:
-            self._alone(torch.arange(self.num_datapoints))
+            self.run_on(torch.arange(self.num_datapoints))
         except ProgramError:
             return False
         return True
 
-    def _alone(self, indices: Tensor) -> dict[str, Any]:
-        """`messages`; parameters that the guide makes, perhaps of this size, do not stay for the next run."""
+    def run_on(self, indices: Tensor) -> dict[str, Any]:
+        """`_run`; parameters that the guide makes, perhaps of this size, do not stay for the next run."""
         with evaluating(self.guide):
-            return self.messages(indices)
+            return self._run(indices)
 
     def _place_at(self, terms: list[GuideSite], flat: Tensor, rows: Tensor) -> dict[str, Any]:
         """A run on the datapoints `rows` `(R,)` with `terms` at the points `flat` `(R, dim)`."""
@@ -269,7 +285,7 @@ class GuideDensity:
             for term in self.terms
         )
         self.structure = replace(self.structure, factorised=factorised)
-        if self.joint.plate is None:
+        if self.joint.plate is None and factorised:
             return
         if factorised and not self.structure.mapped:
             local = self._factorised(second, indices, self.joint.active(indices))
@@ -282,8 +298,9 @@ class GuideDensity:
         def log_q(rows: Tensor) -> Tensor:
             return self.log_prob(z[:, rows], indices[rows])[0]
 
-        if not rows_are_independent(log_q, together):
-            everything = torch.arange(len(indices))
+        everything = torch.arange(len(indices))
+        alone = self.joint.plate is None
+        if not (same_density(log_q(everything), together) if alone else rows_are_independent(log_q, together)):
             if not torch.equal(log_q(everything), log_q(everything)):
                 raise InputError(
                     "guide: it is random beyond its sample sites: log q of one draw changed between two identical "

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.contraction import BoundedStates, TooManyStates, too_many
 from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed, whole
 from pyrogaps.density.discrete import Discrete
 from pyrogaps.density.enumeration import Enumerate
+from pyrogaps.density.estimates import PointEstimates
+from pyrogaps.density.given import given
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.reading import ANY_PLATE, ModelStructure, finite_arguments, read_model
@@ -61,6 +64,7 @@ class JointDensity:
         plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
             without any plate, makes the whole data set one datapoint (N = 1).
         make_whole: with `plate=False`, use the full size of subsampled plates, which are refused otherwise.
+        estimates: latents that are given; `model` and `data` are the caller's own.
         structure: that of a density of the same model on data of the same form; the model is not read again.
 
     Raises:
@@ -78,15 +82,19 @@ class JointDensity:
         plate: Plate = None,
         *,
         make_whole: bool = False,
+        estimates: PointEstimates | None = None,
         structure: ModelStructure | None = None,
     ) -> None:
         check_callable(model, "model")
         data = as_given(data)
+        if estimates is not None:
+            model, data = estimates.conditioned(model), estimates.beside(data)
         self.model, self.caller_data = model, data
         if structure is None:
             check_parameters(model)
             with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
-                self.structure = read_model(model, data, plate, make_whole=make_whole)
+                read = read_model(model, data, plate, make_whole=make_whole)
+            self.structure = replace(read, estimates=estimates)
         else:
             self.structure = structure
         self.data = whole(data) if self.plate is None else as_indexed(data)
@@ -134,8 +142,9 @@ class JointDensity:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What of the model is left out of the density, in short sentences."""
-        return self.structure.remarks
+        """What the density is of, and what of the model is left out of it, in short sentences."""
+        of = () if self.structure.estimates is None else self.structure.estimates.remarks
+        return *of, *self.structure.remarks
 
     @property
     def num_datapoints(self) -> int:
@@ -169,6 +178,18 @@ class JointDensity:
     def fetch(self, indices: Tensor, num_particles: int = 1) -> tuple[Any, ...]:
         """The model's arguments for `indices`, which are repeated as a whole `num_particles` times."""
         return finite_arguments(self.data.fetch(indices.repeat(num_particles) if self.plate is not None else indices))
+
+    @property
+    def num_given(self) -> int:
+        """How many of the model's last arguments are values of given latents, and not the caller's."""
+        return 0 if self.structure.estimates is None else len(self.structure.estimates.values)
+
+    def given(self, guide: Program, args: tuple[Any, ...]) -> tuple[Program, tuple[Any, ...]]:
+        """A guide without the latents that are given, and its arguments, from those of `model`."""
+        if self.structure.estimates is None:
+            return guide, args
+        own, values = self.structure.estimates.split(args)
+        return given(guide, values), own
 
     def score(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> tuple[Tensor, Tensor]:
         """`terms` for rows: `flat` `(R, dim)` and the arguments of those R rows give two tensors `(R,)`.
@@ -327,6 +348,7 @@ class JointDensity:
         indices, z, together = probe.indices, probe.z, probe.log_density
         if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), together):
             if not torch.equal(self._total(z, indices), together):
+                self._refuse_random(indices)
                 raise InputError(
                     "data: the density of a datapoint changed between two identical calls; fetch(indices) or the model "
                     "is random. Draw the data once (SimulatedData(...).fetch(indices)) and pass the tensors"
@@ -355,6 +377,16 @@ class JointDensity:
                     f"density than at their single values. {BROADCAST_REMEDY}"
                 )
 
+    def _refuse_random(self, indices: Tensor) -> None:
+        """Refuse a model that is random, unless the data are: two calls gave different densities."""
+        pairs = zip(tree_leaves(self.fetch(indices)), tree_leaves(self.fetch(indices)), strict=True)
+        if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
+            raise InputError(
+                "model: it is random beyond its sample sites: log p(x, z) of one point changed between two identical "
+                "calls. Switch dropout off in evaluation mode (F.dropout(x, p, training=self.training)), and draw "
+                "other noise with pyro.sample"
+            )
+
     def _total(self, z: Tensor, indices: Tensor) -> Tensor:
         return self.total(z, self.fetch(indices), indices)
 
@@ -363,7 +395,10 @@ class JointDensity:
         indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
         z, args = z.to(self.device), self.fetch(indices[:1])
         alone = replace(self.structure, vectorized=False)
-        one_by_one = JointDensity(self.model, self.data, structure=alone).total(z, args, indices)
+        density = JointDensity(self.model, self.data, structure=alone)
+        one_by_one = density.total(z, args, indices)
+        if not same_density(density.total(z[:1], args, indices[:1]), one_by_one[:1]):
+            self._refuse_random(indices[:1])
         try:
             together = self.total(z, args, indices)
             same = same_density(together, one_by_one)

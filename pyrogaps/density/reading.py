@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed, check_tensor, whole
 from pyrogaps.density.discrete import Discrete, is_discrete, read_discrete
+from pyrogaps.density.estimates import PointEstimates
 from pyrogaps.density.layout import Site
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
 from pyrogaps.density.remarks import Scales, joined, on_modes, on_scales, scales_of
@@ -52,6 +53,7 @@ class ModelStructure:
         vectorized: without a data plate, whether many particles can be evaluated in one run.
         make_whole: without a data plate, whether subsampled plates get their full size rather than being refused.
         remarks: what of the model is left out of the density, in short sentences.
+        estimates: latents that are given, see `PointEstimates`.
     """
 
     plate: str | None
@@ -67,6 +69,7 @@ class ModelStructure:
     vectorized: bool = True
     make_whole: bool = False
     remarks: tuple[str, ...] = ()
+    estimates: PointEstimates | None = None
 
     @property
     def dim(self) -> int:
@@ -84,7 +87,7 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
     number = indexed.num_datapoints
     batches = [torch.tensor([0])]
     if name is not None:
-        batches = [_first_rows(number), *torch.arange(number).split(CHECK_ROWS)]
+        batches = [first_rows(number), *torch.arange(number).split(CHECK_ROWS)]
     bound: bool | None = None
     layout: dict[str, Site] | None = None
     discrete: dict[str, Discrete] = {}
@@ -94,7 +97,7 @@ def read_model(model: Program, data: Data, plate: Plate, *, make_whole: bool = F
     for batch in batches:
         args = finite_arguments(indexed.fetch(batch))
         if read is None:
-            sites, bound = _sites(model, args, batch, ANY_PLATE if make_whole else name, number, bound)
+            sites, bound = model_sites(model, args, batch, ANY_PLATE if make_whole else name, number, bound)
         else:
             sites, bound, read = read, False, None
         if name is not None and name not in (names := frames_of(sites)):
@@ -165,18 +168,23 @@ def finite_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args
 
 
-def _first_rows(number: int) -> Tensor:
+def first_rows(number: int) -> Tensor:
     """A few rows, first and last datapoints among them; never as many as there are datapoints, so that a hard-coded
     plate size shows.
     """
     return torch.tensor([number - 1, 0, 0] + [0] * (number == 3))
 
 
+def find_data_plate(model: Program, data: IndexedData) -> str | None:
+    """The data plate's name; None where there is none."""
+    return _find_plate(model, data)[0]
+
+
 def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str, Any] | None]:
     """The data plate's name, and the model's sites at the first rows where they need not be read again."""
     number = data.num_datapoints
     # A program with hard-coded sizes fails on a few rows; it is refused later.
-    for rows in (_first_rows(number), torch.arange(number)):
+    for rows in (first_rows(number), torch.arange(number)):
         with steady_plates():
             sites, error = first_sites(model, finite_arguments(data.fetch(rows)))
         if error is None:
@@ -192,7 +200,7 @@ def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str
     return name, sites if as_they_are and of_rows and name is not None else None
 
 
-def _sites(
+def model_sites(
     model: Program, args: tuple[Any, ...], batch: Tensor, plate: str | None, number: int, bound: bool | None
 ) -> tuple[dict[str, Any], bool]:
     """The model's sites on a batch, and whether its data plate has the data set's full size (None: not known)."""
@@ -202,4 +210,4 @@ def _sites(
     except BoundPlate as refusal:
         if not refusal.subsampled:
             raise wrong_size(str(plate), number, len(batch)) from None
-        return _sites(model, args, batch, plate, number, True)
+        return model_sites(model, args, batch, plate, number, True)

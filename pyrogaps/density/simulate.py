@@ -117,7 +117,8 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
         while True:
             draw = _run(joint, args, indices, fixed)
             causal = all(_close(draw, draw.scores[name], score) for name, score in scores.items())
-            args = feed_back(draw.drawn, draw.observed, args, to_data)
+            own = len(args) - joint.num_given
+            args = *feed_back(draw.drawn, draw.observed, args[:own], to_data), *args[own:]
             if causal and _scores_agree(joint, draw, args, indices):
                 return args, draw.flat
             # A later site used data that had not been drawn yet: keep one more observed site and all sites before it.

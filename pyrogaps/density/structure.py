@@ -6,6 +6,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
 from torch import Tensor
 
 from pyrogaps.density.discrete import is_discrete
@@ -22,12 +23,17 @@ Message = Any
 
 def sample_sites(program: Program, args: tuple[Any, ...], what: str = "model") -> dict[str, Message]:
     """The random variables of one run of `program(*args)`, in program order; `what` names it in errors."""
-    with (
-        poutine.trace() as tracer,
-        ExactDraws(),
-        failures_named(what),
-    ):  # poutine.trace(program) would rewrite its errors
-        program(*args)
+    try:
+        with (
+            poutine.trace() as tracer,
+            ExactDraws(),
+            failures_named(what),
+        ):  # poutine.trace(program) would rewrite its errors
+            program(*args)
+    finally:
+        for module in modules_of(program):
+            if isinstance(module, EasyGuide):  # it keeps the plates of a run that failed for the next
+                module.plates.clear()
     return _random_variables(tracer)
 
 

@@ -12,7 +12,6 @@ from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
 from pyrogaps.density.mapped import affine_map, check_stated, image_of
-from pyrogaps.density.structure import is_factor
 from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError
 
@@ -34,7 +33,7 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt)
         message = messages.get(name)
         if message is None:
             raise InputError(f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it")
-        if not _is_delta(message):
+        if not is_delta(message):
             if support_of(message["fn"]).is_discrete:
                 raise InputError(f"site '{name}': discrete in the guide. Discrete latents are not supported")
             terms.append(_term(name, message, site, joint, unconstrained=False))
@@ -63,7 +62,7 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt)
     return terms, False
 
 
-def _is_delta(message: Any) -> bool:
+def is_delta(message: Any) -> bool:
     return type(leaf(message["fn"])).__name__ == "Delta"
 
 
@@ -87,16 +86,19 @@ def _check_stated(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
 def _own_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt) -> list[GuideSite]:
     """The guide's sites in coordinates of its own, from which an affine map leads to the model's latents."""
     terms: list[GuideSite] = []
-    start, delta = 0, next(name for name in joint.sites if _is_delta(messages[name]))
+    start, delta = 0, next(name for name in joint.sites if is_delta(messages[name]))
     for name, message in messages.items():
-        if not _is_delta(message):
+        if not is_delta(message):
             site = _laid_out(Site(name, start, (), -1, 0, 0, 0), message, joint, unconstrained=False)
             terms.append(GuideSite(name, site, False))
             start += site.size
     if start > joint.dim:
         raise _no_reverse(next(term.name for term in terms if term.name not in joint.sites))
     if start < joint.dim:
-        raise _no_density(delta)
+        raise InputError(
+            f"site '{delta}': a Delta in the guide has no density of its own, and the guide has draws of {start} "
+            f"dimensions for latents of {joint.dim}. Give every latent a draw of its own"
+        )
     if joint.structure.masked:
         raise InputError(
             f"site '{delta}': a Delta whose auxiliary draw is another vector than the latents in unconstrained space "
@@ -132,18 +134,11 @@ def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
 
 
 def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
-    if is_factor(message["fn"]):
-        raise InputError(
-            f"site '{name}': a pyro.factor in the guide can leave log q unnormalised. Remove it, and draw the latent "
-            "from a distribution that already has the intended density"
-        )
     if name in joint.enumerated:
         raise InputError(
             f"site '{name}': discrete in the guide, but the model's discrete latents are summed out exactly. Leave the "
             "site out of the guide"
         )
-    if message["is_observed"]:
-        raise InputError(f"site '{name}': observed in the guide. Remove obs=, because a guide must draw it")
     if name in joint.observed:
         raise InputError(f"site '{name}': observed in the model. Remove it from the guide")
     if name not in joint.sites and not message["infer"].get("is_auxiliary"):
@@ -196,7 +191,7 @@ def _flat_term(deltas: list[str], auxiliary: dict[str, Any], joint: JointDensity
     Raises `InputError` where the guide has no auxiliary draws at all.
     """
     if not auxiliary:
-        raise _no_density(deltas[0])
+        raise no_density(deltas[0])
     size = sum(joint.sites[name].size for name in deltas)
     for name in list(auxiliary):
         helper = auxiliary[name]
@@ -210,7 +205,7 @@ def _flat_term(deltas: list[str], auxiliary: dict[str, Any], joint: JointDensity
     return None
 
 
-def _no_density(name: str) -> InputError:
+def no_density(name: str) -> InputError:
     return InputError(
         f"site '{name}': a Delta in the guide has no density, so no gap is defined. Use a guide with a density, such "
         "as AutoNormal instead of AutoDelta"

@@ -74,7 +74,9 @@ def bdmc(
     settings = settings or AIS()
     settings = settings if initial is None else replace(settings, initial=initial)
     unused = settings.initial == "prior" or is_family(guide_or_family)
-    simulated = Problem.of(model, None if unused else guide_or_family, data, plate).simulated(seed, to_data)
+    guide = None if is_family(guide_or_family) else guide_or_family
+    given = (Problem.without_guide if unused else Problem.of)(model, guide, data, plate)
+    simulated = given.simulated(seed, to_data)
     problem, refiner = simulated.problem, None
     if settings.initial != "prior" and problem.posterior is None:  # a family has nothing but its refined guides
         settings = replace(settings, initial="refined")

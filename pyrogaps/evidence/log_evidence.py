@@ -107,7 +107,7 @@ def ais(
     settings = settings or AIS()
     settings = settings if initial is None else replace(settings, initial=initial)
     unused = settings.initial == "prior" and not isinstance(model, Problem)
-    problem = Problem.of(model, None if unused else guide, data, plate)
+    problem = (Problem.without_guide if unused else Problem.of)(model, guide, data, plate)
     if settings.initial in ("refined", "guide"):
         problem.guided()
     return measured(problem, settings, refinement, Run(seed, batch_size))

@@ -11,6 +11,7 @@ from typing import Any
 from pyrogaps import memory, processes
 from pyrogaps.chunk_cache import chunk_size
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
+from pyrogaps.density.remarks import quoted
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence, Ladder, Measurement
@@ -64,6 +65,11 @@ class Decomposition:
             raise InputError(f"families: '{OWN}' is the name of the guide's own family. Choose another")
         if self.split is not None and self.problem.plate is None:
             raise InputError("split: the model has no data plate, so its guide is not amortized. Leave split out")
+        if self.split is not None and (given := self.problem.joint.structure.estimates) is not None:
+            raise InputError(
+                f"split: the guide has point estimates of {quoted(given.names)}, which retraining would move. Leave "
+                "split out, or make them parameters of the model (pyro.param)"
+            )
 
     def ledger(self, terms: Sequence[Term]) -> GapLedger:
         """Measure everything."""

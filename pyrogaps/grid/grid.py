@@ -71,7 +71,7 @@ def posterior_grid(
     """
     if TRUE in guides:
         raise InputError(f"guides: '{TRUE}' is reserved for the exact posterior. Choose another name")
-    problem = Problem.of(model, None, data, plate)
+    problem = Problem.without_guide(model, next(iter(guides.values()), None), data, plate)
     joint = problem.joint
     _refuse_other_dimensions(joint)
     number = joint.num_datapoints

@@ -65,7 +65,7 @@ class FamilyGuide:
             for part in self._parts:
                 args = part.joint.fetch(torch.arange(part.joint.num_datapoints))
                 with failures_named("guide.start_local"):
-                    start_local(part.guide, *args)
+                    start_local(part.guide, *args[: len(args) - part.joint.num_given])
         self._take_units()
 
     def move_to(self, gaussian: Gaussian) -> bool:

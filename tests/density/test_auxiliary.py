@@ -9,6 +9,7 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import (
     AutoDiagonalNormal,
     AutoGaussian,
@@ -18,6 +19,7 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
     AutoNormalizingFlow,
+    AutoStructured,
 )
 from torch import Tensor
 
@@ -180,6 +182,8 @@ AUTOGUIDES = {
     "AutoIAFNormal": AutoIAFNormal,
     "AutoNormalizingFlow": lambda program: AutoNormalizingFlow(program, T.affine_autoregressive),
     "AutoLaplaceApproximation": AutoLaplaceApproximation,
+    "AutoStructured": AutoStructured,
+    "AutoStructured of Normals": lambda program: AutoStructured(program, conditionals="normal"),
     "AutoLocalMultivariateNormal": AutoLocalMultivariateNormal,
 }
 
@@ -197,8 +201,78 @@ def test_autoguides_of_one_data_set(name: str) -> None:
     if name == "AutoGaussian":  # its scales are those of the map from its draw to the latents
         for scale in guide.scales.parameters():
             scale.data.add_(0.3 * torch.randn_like(scale))
+    if name.startswith("AutoStructured"):
+        for weight in guide.deps.parameters():
+            weight.data.add_(0.3 * torch.randn_like(weight))
     found = pg.elbo(program, guide, (y,), plate=False, num_particles=2000)
     agree(found, log_weights(program, guide, 300, y))
+
+
+def test_auto_structured_with_a_point_estimate() -> None:
+    """The site without a draw is given; where it depends on others, there is no density."""
+    y, conditionals = torch.tensor([0.3, -1.2, 0.8]), {"m": "normal", "s": "delta", "b": "normal", "z": "mvn"}
+    guide = AutoStructured(hierarchy, conditionals=conditionals, dependencies={"z": {"m": "linear"}})
+    guide(y)
+    guide.deps.z.m.weight.data.fill_(0.4)
+    problem = pg.Problem.of(hierarchy, guide, (y,), plate=False)
+    assert problem.remarks[0].startswith("given 's' at its point estimate")
+    assert {*problem.joint.sites} == {"m", "b", "z"}
+    s = guide.median()["s"].detach()
+    terms = dist.LogNormal(0.0, 0.5).log_prob(s)
+    agree(pg.elbo(problem, num_particles=2000), log_weights(hierarchy, guide, 300, y) - terms)
+    guide = AutoStructured(hierarchy, conditionals=conditionals, dependencies={"s": {"m": "linear"}})
+    guide(y)
+    guide.deps.s.m.weight.data.fill_(0.4)
+    with pytest.raises(
+        InputError, match=r"draws of 5 dimensions for latents of .*\. Give every latent a draw of its own"
+    ):
+        pg.elbo(hierarchy, guide, (y,), plate=False)
+
+
+def grouped(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.LogNormal(0.0, 0.5))
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        c = pyro.sample("c", dist.Beta(2.0, 2.0))
+        loc = torch.stack([a, b.sum(-1), c], -1)
+        pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+class Groups(EasyGuide):
+    """A group of some sites; the others are drawn themselves, in a group, or set to a value."""
+
+    def __init__(self, rest: str) -> None:
+        super().__init__(grouped)
+        self.rest = rest
+
+    def guide(self, x: Tensor) -> None:
+        with self.plate("data", len(x)):
+            tril = 0.7 * torch.eye(3) + 0.3 * torch.ones(3, 3).tril(-1)
+            if self.rest == "all in one":
+                loc = 0.1 * torch.cat([x, x[:, :1]], -1)
+                self.group().sample("all", dist.Normal(loc, 0.7).to_event(1))
+                return
+            self.group(match="[ab]").sample("ab", dist.MultivariateNormal(0.1 * x, scale_tril=tril))
+            if self.rest == "itself":
+                pyro.sample("c", dist.Beta(2.0 + x[:, 0].abs(), 2.0))
+            elif self.rest == "group":
+                self.group(match="c").sample("cc", dist.Normal(0.3 * x[:, :1], 0.7).to_event(1))
+            else:
+                self.map_estimate("c")
+
+
+@pytest.mark.parametrize("rest", ["all in one", "itself", "group", "a value"])
+def test_groups_of_an_easy_guide(rest: str) -> None:
+    x, guide = 0.5 * torch.randn(5, 3), Groups(rest)
+    guide(x)
+    problem = pg.Problem.of(grouped, guide, x)
+    weights = log_weights(grouped, guide, 300, x)
+    if rest == "a value":
+        assert problem.remarks[0].startswith("given 'c' at its point estimate")
+        weights = weights - dist.Beta(2.0, 2.0).log_prob(guide.c.detach()).sum()
+    agree(pg.elbo(problem, num_particles=2000), weights)
+    z, log_q = problem.guide_density().sample(3)
+    torch.testing.assert_close(problem.guide_density().log_prob(z), log_q)
 
 
 def test_auto_gaussian_over_a_data_plate() -> None:

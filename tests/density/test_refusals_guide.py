@@ -109,13 +109,13 @@ def test_guide_samples_an_observed_site() -> None:
     refused(guide, "site 'x'", "observed in the model", "Remove it")
 
 
-def test_factor_in_the_guide() -> None:
+def test_the_model_as_its_guide() -> None:
     def guide(x: Tensor) -> None:
         sites(x)
         with pyro.plate("data", len(x)):
-            pyro.factor("correction", x, has_rsample=True)
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
-    refused(guide, "site 'correction'", "pyro.factor", "guide", "normalised")
+    refused(guide, "site 'x'", "observed in the guide", "pass the guide where this is the model")
 
 
 def test_observed_site_in_the_guide() -> None:

@@ -108,3 +108,34 @@ def test_a_ledger_prints_and_keeps_them(tmp_path: Path) -> None:
         again = pg.GapLedger.from_datatree(tree.load())
     assert remark in str(again).splitlines()
     assert again.diagnose().remarks == (remark,)
+
+
+# Randomness beyond the sites, which no evaluation mode switches off.
+
+
+def noisy_model(x: Tensor) -> None:
+    with pyro.plate("d", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc = nn.functional.dropout(z @ torch.ones(2, 3), 0.5)
+        pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+class Noisy(Linear):
+    def forward(self, x: Tensor) -> None:
+        super().forward(nn.functional.dropout(x, 0.5))
+
+
+class NoisyDelta(nn.Module):
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("d", len(x)):
+            pyro.sample("z", dist.Delta(nn.functional.dropout(x[:, :2], 0.5), event_dim=1))
+
+
+@pytest.mark.parametrize("plate", [None, False])
+def test_functional_dropout_is_refused(plate: Any) -> None:
+    with pytest.raises(pg.InputError, match=r"model: it is random beyond its sample sites: log p.*Switch dropout off"):
+        pg.Problem.of(noisy_model, Linear(), X, plate)
+    with pytest.raises(pg.InputError, match=r"guide: it is random beyond its sample sites: log q .*Switch dropout off"):
+        pg.Problem.of(model_of(), Noisy(), X, plate)
+    with pytest.raises(pg.InputError, match=r"site 'z': the guide's Delta is random beyond .* switch dropout off"):
+        pg.Problem.of(model_of(), NoisyDelta(), X, plate)

@@ -18,8 +18,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "hard-coded plate": ("plate", "hard-coded"),
     "site missing from the guide": ("site 'a'", "missing"),
     "site missing from the model": ("site 'extra'",),
-    "observed in the guide": ("observed",),
-    "factor in the guide": ("factor",),
+    "observed in the guide": ("site 'a'", "observed"),
+    "the model as the guide": ("observed in the guide",),
     "another support": ("site 'a'", "support"),
     "NaN in the data": ("NaN",),
     "NaN in a parameter": ("NaN",),
@@ -125,6 +125,7 @@ CHANGES: dict[str, Callable[[Pair], Pair]] = {
     "guide without arguments": lambda pair: Pair(pair.model, lambda: None, pair.data, pair.x),
     "lengths differ": lambda pair: Pair(pair.model, pair.guide, (pair.data, pair.data[1:]), pair.x),
     "no datapoints": lambda pair: Pair(pair.model, pair.guide, pair.data[:0], pair.x),
+    "the model as the guide": lambda pair: Pair(pair.model, pair.model, pair.data, pair.x),
     "swapped": lambda pair: Pair(pair.guide, pair.model, pair.data, pair.x),
 }
 

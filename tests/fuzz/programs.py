@@ -290,10 +290,6 @@ class Guide(nn.Module):
                     drawn = self._draw(latent, x, drawn)
             if spec.fault == "site missing from the model":
                 pyro.sample("extra", dist.Normal(x[:, 0], 1.0))
-            if spec.fault == "observed in the guide":
-                pyro.sample("seen", dist.Normal(x[:, 0], 1.0), obs=x[:, 0])
-            if spec.fault == "factor in the guide":
-                pyro.factor("tilt", x[:, 0])
 
     def _parameters_of(self, latent: Latent, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.spec.guide != "per datapoint":
@@ -320,7 +316,8 @@ class Guide(nn.Module):
         anchor = 0.3 * x[:, 0]
         with _nested_plate(latent, x):
             fn = self._distribution(latent, *(_expand(latent, u, shape) for u in (location, log_scale, anchor)), shape)
-            value = pyro.sample(latent.name, fn)
+            seen = fn.sample() if first and spec.fault == "observed in the guide" else None
+            value = pyro.sample(latent.name, fn, obs=seen)
         return _summary(Latent("", "", shape, latent.nested), value)
 
     def _distribution(self, latent: Latent, location: Tensor, log_scale: Tensor, anchor: Tensor, shape: Any) -> Any:
