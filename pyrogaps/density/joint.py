@@ -1,6 +1,7 @@
 """`JointDensity`: a Pyro model as a density over one flat unconstrained vector per datapoint."""
 
-from contextlib import AbstractContextManager
+import warnings
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed, whole
 from pyrogaps.density.layout import Site
+from pyrogaps.density.particles import Particles, mapped_rows, one_by_one_note, seconds_of
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.reading import ANY_PLATE, ModelStructure, finite_arguments, read_model
 from pyrogaps.density.rows import PAD_REMEDY, probe_rows, rows_are_independent, same_density
@@ -22,6 +24,9 @@ from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named, guarded
 from pyrogaps.settings import Plate, checked
 from pyrogaps.streams import seeded
+
+# Ways to evaluate particles together, as they are tried.
+TOGETHER: tuple[Particles, ...] = ("broadcast", "mapped", "mapped buffers")
 
 
 class Probe(NamedTuple):
@@ -157,9 +162,12 @@ class JointDensity:
 
     def run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         """Run the model with `flat` in its latent sites; the handler holds the terms, site values and masks."""
-        if self.plate is None and not self.structure.vectorized:
+        particles = self.structure.particles
+        if self.plate is not None or particles == "broadcast":
+            return self._run(flat, args, indices)
+        if particles == "one by one" or len(flat) == 1:
             return stack_runs([self._run(row[None], args, indices[:1]) for row in flat])
-        return self._run(flat, args, indices)
+        return mapped_rows(lambda row: self._run(row, args, indices[:1]), flat, particles)
 
     def _run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         handler = ScoreModel(self.sites, self.plate, flat, vectorized=self.structure.vectorized)
@@ -248,7 +256,7 @@ class JointDensity:
 
     def one_by_one(self) -> "JointDensity":
         """The same density; without a plate, particles are evaluated one after the other."""
-        return JointDensity(self.model, self.caller_data, structure=replace(self.structure, vectorized=False))
+        return JointDensity(self.model, self.caller_data, structure=replace(self.structure, particles="one by one"))
 
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.num_datapoints) if indices is None else indices
@@ -271,7 +279,7 @@ class JointDensity:
     def _check_rows(self) -> None:
         """Check that a row's density does not depend on its position or on other rows."""
         if self.plate is None:
-            self._choose_vectorized()
+            self._choose_particles()
             return
         # Not in a block of its own: parameters that the model draws at its first run would not be those of the next.
         self.probe = probe = self._probed()
@@ -290,15 +298,36 @@ class JointDensity:
     def _total(self, z: Tensor, indices: Tensor) -> Tensor:
         return torch.stack(self.score(z, self.fetch(indices), indices)).sum(0)
 
-    def _choose_vectorized(self) -> None:
-        """Without a data plate, run particles at once only if the result equals one run per particle."""
+    def _choose_particles(self) -> None:
+        """Without a data plate, evaluate particles together only if the result equals one run per particle."""
         indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
         z, args = z.to(self.device), self.fetch(indices[:1])
-        alone = replace(self.structure, vectorized=False)
-        one_by_one = torch.stack(JointDensity(self.model, self.data, structure=alone).score(z, args, indices)).sum(0)
-        try:
-            together = torch.stack(self.score(z, args, indices)).sum(0)
-            same = same_density(together, one_by_one)
-        except Exception:
-            same = False
-        self.structure = self.structure if same else alone
+        alone, reason = self._evaluating("one by one"), None
+        expected = _with_slopes(alone, z, args, indices)
+        for particles in TOGETHER:
+            try:
+                together = _with_slopes(self._evaluating(particles), z, args, indices)
+            except Exception as error:
+                reason = error
+                continue
+            if same_density(together, expected):
+                self.structure = replace(self.structure, particles=particles)
+                return
+            reason = None
+        self.structure = alone.structure
+        seconds = seconds_of(lambda: alone.score(z[:1], args, indices))
+        warnings.warn(one_by_one_note(seconds, reason), stacklevel=2)
+
+    def _evaluating(self, particles: Particles) -> "JointDensity":
+        return JointDensity(self.model, self.data, structure=replace(self.structure, particles=particles))
+
+
+def _with_slopes(joint: JointDensity, z: Tensor, args: tuple[Any, ...], indices: Tensor) -> Tensor:
+    """log p(x, z) `(R,)` and its gradients, flat; zeros where it cannot be differentiated."""
+    slopes = torch.zeros_like(z)
+    with torch.enable_grad():
+        point = z.detach().requires_grad_()
+        values = torch.stack(joint.score(point, args, indices)).sum(0)
+        with suppress(RuntimeError):
+            (slopes,) = torch.autograd.grad(values.sum(), point)
+    return torch.cat([values.detach(), slopes.flatten()])

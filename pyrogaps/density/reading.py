@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.data import Data, IndexedData, as_indexed, check_tensor, whole
 from pyrogaps.density.layout import Site
+from pyrogaps.density.particles import Particles
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
 from pyrogaps.density.remarks import Scales, joined, on_modes, on_scales, scales_of
 from pyrogaps.density.rows import CHECK_ROWS, PAD_REMEDY
@@ -45,7 +46,7 @@ class ModelStructure:
         bound: whether the data plate has the data set's full size.
         masked: whether some latents are masked.
         dtype, device: of the latents.
-        vectorized: without a data plate, whether many particles can be evaluated in one run.
+        particles: without a data plate, how many particles are evaluated.
         make_whole: without a data plate, whether subsampled plates get their full size rather than being refused.
         remarks: what of the model is left out of the density, in short sentences.
     """
@@ -58,9 +59,14 @@ class ModelStructure:
     masked: bool
     dtype: torch.dtype
     device: torch.device
-    vectorized: bool = True
+    particles: Particles = "broadcast"
     make_whole: bool = False
     remarks: tuple[str, ...] = ()
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether the model's own operations broadcast over particles, or over the rows of its data plate."""
+        return self.particles == "broadcast"
 
     @property
     def dim(self) -> int:
