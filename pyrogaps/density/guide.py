@@ -323,21 +323,28 @@ class SequentialGuide:
     mean_field = False
 
     def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
-        return self._run(num_particles, None)
+        return self._run(num_particles, None, antithetic)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self._run(len(z), z)[1]
 
-    def _run(self, num_particles: int, z: Tensor | None) -> Draws:
+    def handler(self, num_particles: int, z: Tensor | None, antithetic: bool) -> Messenger | None:
+        """What the guide runs under, with its draws at the rows `z` `(R, dim)`, or None for new draws.
+
+        A subclass may mirror half of these if `antithetic`.
+        """
+        return None if z is None else PlaceValues(self.density.terms, z, self.joint.plate is not None)
+
+    def _run(self, num_particles: int, z: Tensor | None, antithetic: bool = False) -> Draws:
         """All particles as rows of one run; one at a time where there is no plate."""
         if self.joint.plate is None:
             pairs = [self._run_rows(1, None if z is None else z[s : s + 1]) for s in range(num_particles)]
             return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
-        return self._run_rows(num_particles, z)
+        return self._run_rows(num_particles, z, antithetic)
 
-    def _run_rows(self, num_particles: int, z: Tensor | None) -> Draws:
+    def _run_rows(self, num_particles: int, z: Tensor | None, antithetic: bool = False) -> Draws:
         terms, rows = self.density.terms, num_particles * len(self.indices)
-        handler = None if z is None else PlaceValues(terms, z.reshape(-1, z.shape[-1]), self.joint.plate is not None)
+        handler = self.handler(num_particles, None if z is None else z.reshape(-1, z.shape[-1]), antithetic)
         with evaluating(self.density.guide):
             messages = self.density.messages(self.indices, num_particles, handler)
         active = None if self.active is None else self.active.repeat(num_particles, 1)
