@@ -1,6 +1,6 @@
 """A handler that adds residuals to the parameters of a guide's sites, in their order, given earlier draws."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class Added:
     slopes: Slopes | None
     values: Tensor
 
+    def detached(self) -> "Added":
+        """The same, out of the reach of gradients."""
+        return replace(self, residual=self.residual.detach(), values=self.values.detach())
+
     def at(self, deviations: Tensor | None) -> Tensor:
         """The sum `(R, K)`, with earlier draws that deviate from their centres by `(R, dim)`."""
         total = self.residual
@@ -56,7 +60,8 @@ class ResidualSites(PlaceValues):
     """Adds residuals to the parameters of a guide's sites.
 
     Draws are placed at the rows `flat` `(R, dim)`; where that is None, they are new, and those of Normals are mirrored
-    in the later half of the rows if `mirrored`.
+    in the later half of the rows if `mirrored`. After a run `frozen` holds each site's distribution with residuals that
+    no gradient reaches: a function of earlier draws alone.
     """
 
     def __init__(
@@ -71,13 +76,16 @@ class ResidualSites(PlaceValues):
         super().__init__(terms, centre if flat is None else flat, in_plate)
         self.drawing, self.added, self.centre, self.mirrored = flat is None, added, centre, mirrored
         self.columns: dict[str, Tensor] = {}
+        self.frozen: dict[str, Any] = {}
 
     def _pyro_sample(self, message: Any) -> None:
         term = self.terms.get(message["name"])
         if term is None:
             return
         fn = message["fn"]
-        message["fn"] = rebuilt(fn, lambda inner: self._moved(term, fn, inner), masks=True)
+        live, frozen = self._moved(term, fn, free_leaf(fn))
+        message["fn"] = rebuilt(fn, lambda inner: live, masks=True)
+        self.frozen[term.name] = rebuilt(fn, lambda inner: frozen, masks=True)
         if not self.drawing:
             super()._pyro_sample(message)
         elif self.mirrored and (value := _mirrored_draw(term, message["fn"])) is not None:
@@ -92,17 +100,24 @@ class ResidualSites(PlaceValues):
                 term.site.flatten(unconstrained) if self.in_plate else unconstrained.reshape(1, -1)
             )
 
-    def _moved(self, term: GuideSite, fn: Any, inner: Any) -> Any:
-        values = {}
+    def _moved(self, term: GuideSite, fn: Any, inner: Any) -> tuple[Any, Any]:
+        """The distribution with residuals, and the same with residuals that no gradient reaches."""
+        values, frozen = {}, {}
         for name in names_of(inner):
             value = value_of(inner, name)
             added = self.added.get((term.name, name))
             if added is not None:
                 transform, axis = transform_of(inner, name), axis_of(term, fn, inner, name) if self.in_plate else None
                 deviations = None if added.slopes is None else self._drawn() - self.centre
-                value = transform(from_rows(to_rows(transform.inv(value), axis) + added.at(deviations), value, axis))
-            values[name] = value
-        return build_of(inner)(**values, validate_args=False)
+                own = to_rows(transform.inv(value), axis)
+                frozen[name], values[name] = (
+                    transform(from_rows(own + change.at(deviations), value, axis))
+                    for change in (added.detached(), added)
+                )
+            else:
+                frozen[name] = values[name] = value
+        build = build_of(inner)
+        return build(**values, validate_args=False), build(**frozen, validate_args=False)
 
     def _drawn(self) -> Tensor:
         """The draws so far, `(R, dim)`; the centres in sites that come later."""

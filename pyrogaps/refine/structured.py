@@ -18,12 +18,11 @@ changes with earlier draws in another way) is left out: L[q*] is a lower bound o
 from dataclasses import dataclass
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.guide import SequentialGuide
-from pyrogaps.density.local import LocalGuide, PlaceValues
+from pyrogaps.density.local import Draws, LocalGuide, PlaceValues
 from pyrogaps.density.runs import evaluating
 from pyrogaps.refine.families import Start
 from pyrogaps.refine.freedom import Freedom, Key, Slopes
@@ -136,7 +135,7 @@ class StructuredGuide:
 
     def sites_with(
         self, positions: Tensor, num_particles: int, z: Tensor | None, *, mirrored: bool = False
-    ) -> Messenger:
+    ) -> ResidualSites:
         """The handler that adds the residuals of datapoints at `positions`, all of them `num_particles` times."""
         added = {
             key: Added(
@@ -165,6 +164,21 @@ class _Structured(SequentialGuide):
         super().__init__(guide.density, positions, active)
         self.guide = guide
 
-    def handler(self, num_particles: int, z: Tensor | None, antithetic: bool) -> Messenger:
+    def sample_path(self, num_particles: int, antithetic: bool = False) -> Draws:
+        """As `sample`, with log q as a function of the draws alone: gradients reach the residuals through these."""
+        if self.joint.plate is None:
+            pairs = [self._path(1, False) for _ in range(num_particles)]
+            return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+        return self._path(num_particles, antithetic)
+
+    def _path(self, num_particles: int, antithetic: bool) -> Draws:
+        handler = self.handler(num_particles, None, antithetic)
+        with evaluating(self.density.guide):
+            messages = self.density.messages(self.indices, num_particles, handler)
+        return self.scored(
+            num_particles, {name: (handler.frozen[name], messages[name]["value"]) for name in handler.frozen}
+        )
+
+    def handler(self, num_particles: int, z: Tensor | None, antithetic: bool) -> ResidualSites:
         mirrored = antithetic and num_particles % 2 == 0
         return self.guide.sites_with(self.indices, num_particles, z, mirrored=mirrored)
