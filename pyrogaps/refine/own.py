@@ -131,7 +131,7 @@ def own_family(density: GuideDensity) -> OwnFamily:
                 return OwnFamily(density, "freed", None, varies, freedom_of(density))
     if isinstance(guide, AutoGuide):
         return OwnFamily(density, "autoguide", type(guide))
-    if can_be_structured(density):
+    if can_be_structured(density) and used_weights(density):
         freedom = freedom_of(density)
         if any(bool((labels >= 0).any()) for labels in freedom.labels.values()):
             return OwnFamily(density, "structured", freedom=freedom)

@@ -28,7 +28,7 @@ from pyrogaps.refine.families import Start
 from pyrogaps.refine.freedom import Freedom, Key, Slopes
 from pyrogaps.refine.parameters import axis_of, free_leaf, names_of, to_rows, transform_of, unit_of, value_of
 from pyrogaps.refine.residuals import Added, ResidualSites
-from pyrogaps.streams import seeded
+from pyrogaps.streams import Chunk, seeded
 
 NUM_MOMENTS = 256
 
@@ -54,10 +54,11 @@ class StructuredGuide:
     def __init__(self, density: GuideDensity, joint: JointDensity, indices: Tensor, freedom: Freedom) -> None:
         self.density, self.joint = density.restrict(joint, indices), joint
         self._first, self.count = int(indices[0]), len(indices)
-        everyone = torch.arange(self.count)
-        with seeded(0, "structured"), torch.no_grad():
-            draws = torch.cat([self.density.at(part).sample(NUM_MOMENTS)[0] for part in everyone.split(64)], 1)
-        self.centre, spread = draws.mean(0), draws.std(0)
+        draws = []
+        for block in Chunk(self._first, self._first + self.count).blocks():
+            with seeded(0, "structured", block.start), torch.no_grad():
+                draws.append(self.density.at(block.indices - self._first).sample(NUM_MOMENTS)[0])
+        self.centre, spread = torch.cat(draws, 1).mean(0), torch.cat(draws, 1).std(0)
         self._spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         self.parameters: list[Tensor] = []
         self.units: list[Tensor | float] = []
@@ -175,9 +176,8 @@ class _Structured(SequentialGuide):
         handler = self.handler(num_particles, None, antithetic)
         with evaluating(self.density.guide):
             messages = self.density.messages(self.indices, num_particles, handler)
-        return self.scored(
-            num_particles, {name: (handler.frozen[name], messages[name]["value"]) for name in handler.frozen}
-        )
+        sites = {name: (fn, messages[name]["value"]) for name, fn in handler.frozen.items()}
+        return self.scored(num_particles, sites)
 
     def handler(self, num_particles: int, z: Tensor | None, antithetic: bool) -> ResidualSites:
         mirrored = antithetic and num_particles % 2 == 0
