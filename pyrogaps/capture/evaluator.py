@@ -94,6 +94,8 @@ class GradientEvaluator:
 
     def _shape(self, number: int, num_particles: int, whole: bool) -> tuple[int, int]:
         """Number of datapoints in a piece, and of points for each."""
+        if self.joint.plate is None and self.joint.structure.particles == "one by one":
+            return 1, 1  # the record of one particle's run is replayed for each
         if self.joint.plate is None:
             return 1, num_particles if whole else min(num_particles, self.rows)
         if whole or number * num_particles <= self.rows:

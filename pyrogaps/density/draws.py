@@ -18,6 +18,13 @@ class Posterior(Protocol):
     def at(self, indices: Tensor) -> LocalGuide: ...
 
 
+@runtime_checkable
+class KnowsPath(Protocol):
+    """A `LocalGuide` that knows the gradients of its draws, and of log q at the draws alone, from one run."""
+
+    def sample_path(self, num_particles: int, antithetic: bool = False) -> Draws: ...
+
+
 class BlockedGuide:
     """A guide at the datapoints of a chunk; each block has its own random numbers.
 
@@ -39,6 +46,19 @@ class BlockedGuide:
             stream.reseed(block.start // BLOCK, first)
             draw = local.sample_extended if isinstance(local, FactorisedGuide) else local.sample
             pairs.append(draw(num_particles, antithetic))
+        return _join(pairs)
+
+    def sample_path(
+        self, num_particles: int, stream: Stream, first: int = 0, *, antithetic: bool = False
+    ) -> Draws | None:
+        """As `sample`, with log q as a function of the draws alone, for guides that know it from one run; else None."""
+        if not all(isinstance(local, KnowsPath) for _, local in self.blocks):
+            return None
+        pairs = []
+        for block, local in self.blocks:
+            assert isinstance(local, KnowsPath)
+            stream.reseed(block.start // BLOCK, first)
+            pairs.append(local.sample_path(num_particles, antithetic))
         return _join(pairs)
 
     def sample_all(self, num_particles: int, stream: Stream) -> Draws:

@@ -284,10 +284,10 @@ class GuideDensity:
             )
             for term in self.terms
         )
-        self.structure = replace(self.structure, factorised=factorised)
-        if self.joint.plate is None and factorised:
+        self.structure = replace(self.structure, factorised=factorised and not self._reads_draws())
+        if self.joint.plate is None and self.structure.factorised:
             return
-        if factorised and not self.structure.mapped:
+        if self.factorised:
             local = self._factorised(second, indices, self.joint.active(indices))
             z = local.sample_extended(1)[0]
             together = local.log_prob(z)[0]
@@ -311,6 +311,26 @@ class GuideDensity:
                 "guide: log q of a datapoint changes with its position in the batch or with other rows. Treat rows "
                 f"independently (no batch statistics). {INDEX_REMEDY}"
             )
+
+    def _reads_draws(self) -> bool:
+        """Whether a site distribution is computed from earlier draws, though these may have no effect yet: a network's
+        weights may start at zero. True where autograd knows a path from a draw to the log-density of another site.
+        """
+        if self.structure.mapped or len(self.terms) == 1:
+            return False
+        indices, z = self.joint.probe.indices, self.joint.probe.z
+        with torch.enable_grad():
+            point = z.detach().requires_grad_()
+            try:
+                messages = self.messages(indices, 1, PlaceValues(self.terms, point, self.joint.plate is not None))
+            except ProgramError:  # such as z.numpy(): what the run computes is no function that autograd knows
+                return False
+            sites = [messages[term.name] for term in self.terms]
+            total = sum(log_prob(site["fn"], site["value"].detach(), site["name"]).sum() for site in sites)
+            if not isinstance(total, Tensor) or not total.requires_grad:
+                return False
+            (path,) = torch.autograd.grad(total, point, allow_unused=True)
+        return path is not None
 
     def _check_own_draws(self, first: dict[str, Any]) -> None:
         """As `_check_draws`, for a guide that scores its own draws alone: they may not change with other rows."""
@@ -340,28 +360,39 @@ class SequentialGuide:
     mean_field = False
 
     def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
-        return self._run(num_particles, None)
+        return self._run(num_particles, None, antithetic)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self._run(len(z), z)[1]
 
-    def _run(self, num_particles: int, z: Tensor | None) -> Draws:
+    def handler(self, num_particles: int, z: Tensor | None, antithetic: bool) -> Messenger | None:
+        """What the guide runs under, with its draws at the rows `z` `(R, dim)`, or None for new draws.
+
+        A subclass may mirror half of these if `antithetic`.
+        """
+        return None if z is None else PlaceValues(self.density.terms, z, self.joint.plate is not None)
+
+    def _run(self, num_particles: int, z: Tensor | None, antithetic: bool = False) -> Draws:
         """All particles as rows of one run; one at a time where there is no plate."""
         if self.joint.plate is None:
             pairs = [self._run_rows(1, None if z is None else z[s : s + 1]) for s in range(num_particles)]
             return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
-        return self._run_rows(num_particles, z)
+        return self._run_rows(num_particles, z, antithetic)
 
-    def _run_rows(self, num_particles: int, z: Tensor | None) -> Draws:
-        terms, rows = self.density.terms, num_particles * len(self.indices)
-        handler = None if z is None else PlaceValues(terms, z.reshape(-1, z.shape[-1]), self.joint.plate is not None)
+    def _run_rows(self, num_particles: int, z: Tensor | None, antithetic: bool = False) -> Draws:
+        handler = self.handler(num_particles, None if z is None else z.reshape(-1, z.shape[-1]), antithetic)
         with evaluating(self.density.guide):
             messages = self.density.messages(self.indices, num_particles, handler)
+        return self.scored(num_particles, {name: (site["fn"], site["value"]) for name, site in messages.items()})
+
+    def scored(self, num_particles: int, sites: dict[str, tuple[Any, Tensor]]) -> Draws:
+        """Draws and log q of a run, from the distribution and the value of each site."""
+        terms, rows = self.density.terms, num_particles * len(self.indices)
         active = None if self.active is None else self.active.repeat(num_particles, 1)
         scored = [
-            score_term(t, m["fn"], m["value"][None], active, self.joint.plate is not None, (1, rows))
+            score_term(t, fn, value[None], active, self.joint.plate is not None, (1, rows))
             for t in terms
-            for m in [messages[t.name]]
+            for fn, value in [sites[t.name]]
         ]
         flat, log_q = join_terms(terms, scored, active)
         shape = (num_particles, len(self.indices))

@@ -1,6 +1,7 @@
 """`JointDensity`: a Pyro model as a density over one flat unconstrained vector per datapoint."""
 
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from pyrogaps.density.enumeration import Enumerate
 from pyrogaps.density.estimates import PointEstimates
 from pyrogaps.density.given import given
 from pyrogaps.density.layout import Site
+from pyrogaps.density.particles import Particles, mapped_rows, one_by_one_note, seconds_of
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.reading import ANY_PLATE, ModelStructure, finite_arguments, read_model
 from pyrogaps.density.rows import PAD_REMEDY, probe_rows, rows_are_independent, same_density
@@ -36,6 +38,8 @@ BROADCAST_REMEDY = (
     "looks back"
 )
 NUM_STATES = 3  # states of discrete latents at which their enumeration is checked
+# Ways to evaluate particles together, as they are tried.
+TOGETHER: tuple[Particles, ...] = ("broadcast", "mapped", "mapped buffers")
 
 
 class Probe(NamedTuple):
@@ -204,9 +208,12 @@ class JointDensity:
 
     def run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         """Run the model with `flat` in its latent sites; the handler holds the terms, site values and masks."""
-        if self.plate is None and not self.structure.vectorized:
+        particles = self.structure.particles
+        if self.plate is not None or particles == "broadcast":
+            return self._run(flat, args, indices)
+        if particles == "one by one" or len(flat) == 1:
             return stack_runs([self._run(row[None], args, indices[:1]) for row in flat])
-        return self._run(flat, args, indices)
+        return mapped_rows(lambda row: self._run(row, args, indices[:1]), flat, particles)
 
     def _run(self, flat: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
         return self.scored_by(ScoreModel(flat, self.structure), args, indices)
@@ -316,7 +323,7 @@ class JointDensity:
 
     def one_by_one(self) -> "JointDensity":
         """The same density; without a plate, particles are evaluated one after the other."""
-        return JointDensity(self.model, self.caller_data, structure=replace(self.structure, vectorized=False))
+        return JointDensity(self.model, self.caller_data, structure=replace(self.structure, particles="one by one"))
 
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.num_datapoints) if indices is None else indices
@@ -341,7 +348,7 @@ class JointDensity:
         if self.enumerated:
             (self if self.plate is not None else self.one_by_one())._check_enumeration()
         if self.plate is None:
-            self._choose_vectorized()
+            self._choose_particles()
             return
         # Not in a block of its own: parameters that the model draws at its first run would not be those of the next.
         self.probe = probe = self._probed()
@@ -390,18 +397,38 @@ class JointDensity:
     def _total(self, z: Tensor, indices: Tensor) -> Tensor:
         return self.total(z, self.fetch(indices), indices)
 
-    def _choose_vectorized(self) -> None:
-        """Without a data plate, run particles at once only if the result equals one run per particle."""
+    def _choose_particles(self) -> None:
+        """Without a data plate, evaluate particles together only if the result equals one run per particle."""
         indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
         z, args = z.to(self.device), self.fetch(indices[:1])
-        alone = replace(self.structure, vectorized=False)
-        density = JointDensity(self.model, self.data, structure=alone)
-        one_by_one = density.total(z, args, indices)
-        if not same_density(density.total(z[:1], args, indices[:1]), one_by_one[:1]):
+        alone, reason = self._evaluating("one by one"), None
+        expected = _with_slopes(alone, z, args, indices)
+        if not same_density(alone.total(z[:1], args, indices[:1]), expected[:1]):
             self._refuse_random(indices[:1])
-        try:
-            together = self.total(z, args, indices)
-            same = same_density(together, one_by_one)
-        except Exception:
-            same = False
-        self.structure = self.structure if same else alone
+        for particles in TOGETHER:
+            try:
+                together = _with_slopes(self._evaluating(particles), z, args, indices)
+            except Exception as error:
+                reason = error
+                continue
+            if same_density(together, expected):
+                self.structure = replace(self.structure, particles=particles)
+                return
+            reason = None
+        self.structure = alone.structure
+        seconds = seconds_of(lambda: alone.total(z[:1], args, indices))
+        warnings.warn(one_by_one_note(seconds, reason), stacklevel=2)
+
+    def _evaluating(self, particles: Particles) -> "JointDensity":
+        return JointDensity(self.model, self.data, structure=replace(self.structure, particles=particles))
+
+
+def _with_slopes(joint: JointDensity, z: Tensor, args: tuple[Any, ...], indices: Tensor) -> Tensor:
+    """log p(x, z) `(R,)` and its gradients, flat; zeros where it cannot be differentiated."""
+    slopes = torch.zeros_like(z)
+    with torch.enable_grad():
+        point = z.detach().requires_grad_()
+        values = joint.total(point, args, indices)
+        with suppress(RuntimeError):
+            (slopes,) = torch.autograd.grad(values.sum(), point)
+    return torch.cat([values.detach(), slopes.flatten()])

@@ -12,6 +12,7 @@ from pyrogaps.density.data import Data, IndexedData, as_indexed, check_tensor, w
 from pyrogaps.density.discrete import Discrete, is_discrete, read_discrete
 from pyrogaps.density.estimates import PointEstimates
 from pyrogaps.density.layout import Site
+from pyrogaps.density.particles import Particles
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
 from pyrogaps.density.remarks import Scales, joined, on_modes, on_scales, scales_of
 from pyrogaps.density.rows import CHECK_ROWS, PAD_REMEDY
@@ -50,7 +51,7 @@ class ModelStructure:
         masked: whether some latents are masked.
         dtype, device: of the latents.
         lead: the first batch dimension (negative) left of all plates: without a data plate that of the rows.
-        vectorized: without a data plate, whether many particles can be evaluated in one run.
+        particles: without a data plate, how many particles are evaluated.
         make_whole: without a data plate, whether subsampled plates get their full size rather than being refused.
         remarks: what of the model is left out of the density, in short sentences.
         estimates: latents that are given, see `PointEstimates`.
@@ -66,10 +67,15 @@ class ModelStructure:
     device: torch.device
     lead: int
     enumerated: dict[str, Discrete] = field(default_factory=dict)
-    vectorized: bool = True
+    particles: Particles = "broadcast"
     make_whole: bool = False
     remarks: tuple[str, ...] = ()
     estimates: PointEstimates | None = None
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether the model's own operations broadcast over particles, or over the rows of its data plate."""
+        return self.particles == "broadcast"
 
     @property
     def dim(self) -> int:

@@ -205,6 +205,18 @@ class ScoreModel(Messenger):
         for name, site in self.sites.items():
             self.values[name] = torch.cat([run.values[name] for run in runs], site.batch_axis - site.event_dim)
 
+    def take_rows(self, terms: dict[str, Tensor], values: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        """Take over the results of `torch.func.vmap` over runs with one row each: they have an axis of rows first."""
+        self.rows, self.factors = len(terms["log_prior"]), None
+        self.log_prior, self.log_likelihood, self.log_jacobian = (
+            terms[name][:, 0] for name in ("log_prior", "log_likelihood", "log_jacobian")
+        )
+        for name, site in self.sites.items():
+            axis = site.batch_axis - site.event_dim
+            if name in values:
+                self.values[name] = values[name].squeeze(axis).movedim(0, axis)
+        self.masks = {name: masks[name][0] if name in masks else None for name in self.masks}
+
     @property
     def _lead_axis(self) -> int:
         return self.lead

@@ -1,5 +1,6 @@
-"""A guide's own family, kind (c): its own weights, fine-tuned datapoint by datapoint."""
+"""A guide's own family, kind (d): its own weights, fine-tuned datapoint by datapoint."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrogaps.density import GuideDensity, JointDensity
-from pyrogaps.density.local import Draws, LocalGuide
+from pyrogaps.density.local import Draws, LocalGuide, NoInverseError
 from pyrogaps.density.runs import evaluating, modules_of
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
+from pyrogaps.refine.settings import Refinement
 from pyrogaps.streams import seeded
+
+MIN_ANNOUNCED = 60.0  # seconds
 
 
 @dataclass
@@ -126,8 +130,35 @@ class FinetunedGuide:
         self.axes, self.rows = [0] * len(self.parameters), [slice(None)] * len(self.parameters)
         self.units: list[Tensor | float] = [0.1] * len(self.parameters)
 
+    def seconds_per_step(self, num_particles: int) -> float:
+        """How long a gradient step takes for one datapoint: draws, their log q, and the gradients of both."""
+        start = time.perf_counter()
+        with seeded(0, "announced"), torch.enable_grad():
+            local = self.at(torch.tensor([self._first]))
+            z, _ = local.sample(num_particles)
+            try:
+                total = z.sum() + local.log_prob(z.detach()).sum()
+            except NoInverseError:
+                total = z.sum()
+            if total.requires_grad:
+                torch.autograd.grad(total, self.parameters, allow_unused=True)
+        return time.perf_counter() - start
+
     def at(self, indices: Tensor) -> LocalGuide:
         return _OneByOne(self, indices - self._first)
+
+
+def announcement(guide: FinetunedGuide, num_datapoints: int, settings: Refinement) -> str | None:
+    """What a long refinement datapoint by datapoint will take, and the remedy; None for a short one."""
+    seconds = num_datapoints * settings.num_steps * guide.seconds_per_step(settings.num_particles)
+    if seconds < MIN_ANNOUNCED:
+        return None
+    return (
+        f"guide: it is refined datapoint by datapoint, which takes about {seconds / 60:.0f} min for "
+        f"{counted(num_datapoints, 'datapoint')}, because its distributions have no parameters that can be freed, as "
+        "flows. Give its class a local_family(model) with parameters for each datapoint (pyrogaps.LocalFamily), or "
+        "pass fewer datapoints or refinement=Refinement(num_steps=...)"
+    )
 
 
 def _copies(value: Tensor, count: int) -> Tensor:

@@ -9,10 +9,10 @@ from torch.distributions import LogNormal, MultivariateNormal, Normal
 
 from pyrogaps.density import JointDensity
 from pyrogaps.density.draws import BlockedGuide
-from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import FactorisedGuide, GuideSite
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.refine.local import Refinable, keep_where
+from pyrogaps.refine.parameters import free_leaf
 from pyrogaps.streams import Chunk
 
 # Two densities agree to this, in units of the square root of the machine's precision and of their own size.
@@ -101,7 +101,7 @@ def _columns(refinable: Refinable, chunk: Chunk) -> _Columns | None:
 def _columns_at(local: Any) -> _Columns | None:
     if not isinstance(local, FactorisedGuide) or local.num_auxiliary:
         return None
-    sites = [_columns_of(term, leaf(local.distributions[term.name]), local) for term in local.terms]
+    sites = [_columns_of(term, free_leaf(local.distributions[term.name]), local) for term in local.terms]
     known = [site for site in sites if site is not None]
     return known if len(known) == len(sites) else None
 

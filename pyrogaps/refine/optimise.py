@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrogaps.capture import BoundDensity
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import NoInverseError
 from pyrogaps.errors import InputError
@@ -109,6 +110,9 @@ class Optimisation:
         num_particles, density, log_joint = self.settings.num_particles, self.density.at_step(step), None
         with torch.enable_grad():  # which the caller may have switched off
             guide = BlockedGuide(self.refinable, self.chunk)
+            path_draws = guide.sample_path(num_particles, stream, step, antithetic=mirrored)
+            if path_draws is not None:
+                return self._gradient_along(*path_draws, density, measure=measure)
             draws, own_log_q = guide.sample_extended(num_particles, stream, step, antithetic=mirrored)
             if not draws.requires_grad:
                 raise InputError(
@@ -136,6 +140,21 @@ class Optimisation:
             # A guide may use some of its parameters for some of the data only.
             parameters = self.refinable.parameters
             gradients = torch.autograd.grad(target, parameters, allow_unused=True, materialize_grads=True)
+        return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients
+
+    def _gradient_along(
+        self, draws: Tensor, log_q: Tensor, density: BoundDensity, *, measure: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """As `_path_gradient`, from draws and log q as a function of the draws alone."""
+        z = draws.detach().contiguous()
+        log_joint = None
+        if measure:
+            (log_joint,), (gradient,) = density(z)
+        else:
+            (gradient,) = density.gradients(z)
+        gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        target = ((gradient * draws).sum() - log_q.sum()) / self.settings.num_particles
+        gradients = torch.autograd.grad(target, self.refinable.parameters, allow_unused=True, materialize_grads=True)
         return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients
 
     def _scores(self, refinable: Refinable) -> Tensor:

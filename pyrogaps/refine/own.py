@@ -19,7 +19,9 @@ from pyrogaps.refine.families import Family, Start, restrict
 from pyrogaps.refine.family_guide import FamilyGuide
 from pyrogaps.refine.finetune import FinetunedGuide, substituted, used_weights
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, is_learned, varying_parameters
+from pyrogaps.refine.freedom import Freedom, freedom_of
 from pyrogaps.refine.local import Refinable
+from pyrogaps.refine.structured import StructuredGuide, can_be_structured
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, seeded
 
@@ -31,13 +33,15 @@ class OwnFamily:
     """How to free a guide for the datapoints of a chunk, starting at the guide itself.
 
     `kind` is "autoguide" (a fresh one of its class), "local_family" (what its class brings), "freed" (its site
-    distributions with free parameters) or "fine-tuned" (its own weights, datapoint by datapoint).
+    distributions with free parameters), "structured" (the same where they depend on earlier draws) or "fine-tuned"
+    (its own weights, datapoint by datapoint). `freedom` says what stays tied.
     """
 
     density: GuideDensity
     kind: str
     family: Callable[[Any], Any] | None = None
     varies: dict[str, set[str]] = field(default_factory=dict)
+    freedom: Freedom | None = None
 
     @property
     def fresh(self) -> Family | None:
@@ -87,7 +91,10 @@ class OwnFamily:
             with torch.no_grad():
                 local = self.density.at(chunk.indices)
             assert isinstance(local, FactorisedGuide)
-            return FreedGuide(local, joint, chunk.start, self.varies)
+            return FreedGuide(local, joint, chunk.start, self.varies, self.freedom)
+        if self.kind == "structured":
+            assert self.freedom is not None
+            return StructuredGuide(self.density, joint, chunk.indices, self.freedom)
         return FinetunedGuide(self.density, joint, chunk.indices)
 
     def start_at(self, start: Start, joint: JointDensity, chunk: Chunk, run: Run) -> Refinable | None:
@@ -97,7 +104,7 @@ class OwnFamily:
             guide.start_at(start)
             return guide
         freed = self.start(joint, chunk, run)
-        return freed if isinstance(freed, FreedGuide) and freed.start_at(start) else None
+        return freed if isinstance(freed, FreedGuide | StructuredGuide) and freed.start_at(start) else None
 
 
 def own_family(density: GuideDensity) -> OwnFamily:
@@ -121,9 +128,13 @@ def own_family(density: GuideDensity) -> OwnFamily:
         if can_be_freed(local):
             varies = varying_parameters(local)
             if any(varies.values()):
-                return OwnFamily(density, "freed", None, varies)
+                return OwnFamily(density, "freed", None, varies, freedom_of(density))
     if isinstance(guide, AutoGuide):
         return OwnFamily(density, "autoguide", type(guide))
+    if can_be_structured(density) and used_weights(density):
+        freedom = freedom_of(density)
+        if any(bool((labels >= 0).any()) for labels in freedom.labels.values()):
+            return OwnFamily(density, "structured", freedom=freedom)
     return OwnFamily(density, "fine-tuned")
 
 

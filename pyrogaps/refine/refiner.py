@@ -1,5 +1,6 @@
 """`Refiner`: a family, fitted to every datapoint of a chunk."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from pyrogaps.gaussians import MAX_DIM, Curvature, anchor_of
 from pyrogaps.problem import Problem, Simulated
 from pyrogaps.refine.families import Family, Start
 from pyrogaps.refine.family_guide import FamilyGuide
+from pyrogaps.refine.finetune import FinetunedGuide, announcement
 from pyrogaps.refine.gaussian_form import gaussian_form
 from pyrogaps.refine.local import Refinable
 from pyrogaps.refine.natural_refinement import NaturalRefinement
@@ -77,6 +79,10 @@ class Refiner:
         fit = _Fit(self, evaluator, chunk, run, name)
         if isinstance(self.family, OwnFamily):
             refinable = self.family.start(evaluator.joint, chunk, run)
+            if isinstance(refinable, FinetunedGuide) and chunk.start == 0:
+                note = announcement(refinable, evaluator.joint.num_datapoints, self.settings)
+                if note is not None:
+                    warnings.warn(note, stacklevel=2)
         else:
             # Where guides start at random, those of two families, or two starts, must not start alike.
             refinable = FamilyGuide(self.family, evaluator.joint, chunk, run.derived(name))

@@ -1,0 +1,185 @@
+r"""What the weights of a guide are free to do with the parameters of its site distributions.
+
+The guide is run at the same draws with slightly different weights, and for different datapoints. Parameters are
+compared as real numbers, $\eta$: scales by their logarithms. Two elements of a parameter that always change alike are
+*tied*: a single number per datapoint for all latent dimensions stays a single number. An element that never changes is
+fixed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyrogaps.density import GuideDensity
+from pyrogaps.density.data import evenly_spaced
+from pyrogaps.density.local import PlaceValues
+from pyrogaps.density.runs import evaluating
+from pyrogaps.refine.finetune import Weight, substituted, used_weights
+from pyrogaps.refine.parameters import axis_of, free_leaf, names_of, to_rows, transform_of, value_of
+from pyrogaps.streams import seeded
+
+NUM_ROWS, NUM_PERTURBED = 64, 2
+# Weights move by this share of their size. Rounding is told apart by a multiple of the machine's precision.
+RELATIVE, ROUNDING = 0.01, 100.0
+# Beyond so many elements, slopes in earlier draws are not freed. A combination of slopes counts as free where the
+# weights move it by this share of what they move the others.
+MAX_SLOPES, MIN_FREE = 64, 0.01
+NUM_DRAWS = 64
+
+Key = tuple[str, str]  # a term and a parameter of its distribution
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Which slopes of a location in earlier draws are free: pairs of a coordinate of z and an element, `(E,)` each."""
+
+    coordinates: Tensor
+    elements: Tensor
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """For each parameter of each term, the number of each element among the free ones, -1 where it is fixed: `(K,)`.
+
+    `slopes`: of the locations that depend on earlier draws.
+    """
+
+    labels: dict[Key, Tensor]
+    slopes: dict[str, Slopes]
+
+    def tied(self, key: Key) -> Tensor | None:
+        """The labels where some elements are tied or fixed and others are free; None else."""
+        labels = self.labels[key]
+        count = int(labels.max()) + 1
+        return labels if 0 < count < len(labels) else None
+
+
+def freedom_of(density: GuideDensity) -> Freedom:
+    """The freedom of a guide of which all site distributions have a `free_leaf`."""
+    weights = used_weights(density)
+    with seeded(0, "freedom"), evaluating(density.guide), torch.no_grad():
+        indices = evenly_spaced(density.num_datapoints, NUM_ROWS) if density.joint.plate else torch.zeros(1).long()
+        z = density.at(indices).sample(1)[0][0]
+        z = z[:1].expand_as(z)  # so that rows differ by their data alone
+        before = _read(density, z, indices)
+        changes = {key: [value - value.mean(0)] for key, value in before.items()}
+        for _ in range(NUM_PERTURBED if weights else 0):
+            with _perturbed(weights):
+                for key, value in _read(density, z, indices).items():
+                    changes[key].append(value - before[key])
+        labels = {key: _labels(torch.cat(parts).T, before[key]) for key, parts in changes.items()}
+        slopes = {} if density.factorised or not weights else _slopes(density, weights, labels)
+    return Freedom(labels, slopes)
+
+
+def _read(density: GuideDensity, z: Tensor, indices: Tensor) -> dict[Key, Tensor]:
+    """Each parameter as real numbers, by rows, `(R, K)`, with the draws `z` `(R, dim)` in the guide's sites."""
+    in_plate = density.joint.plate is not None
+    runs = [(z, indices)] if in_plate else [(row[None], indices[:1]) for row in z]
+    read: dict[Key, list[Tensor]] = {}
+    for points, rows in runs:
+        messages = density.messages(rows, 1, PlaceValues(density.terms, points, in_plate))
+        for term in density.terms:
+            fn = messages[term.name]["fn"]
+            inner = free_leaf(fn)
+            for name in names_of(inner):
+                axis = axis_of(term, fn, inner, name) if in_plate else None
+                value = to_rows(transform_of(inner, name).inv(value_of(inner, name)), axis)
+                read.setdefault((term.name, name), []).append(value)
+    return {key: torch.cat(parts) for key, parts in read.items()}
+
+
+@contextmanager
+def _perturbed(weights: list[Weight]) -> Iterator[None]:
+    """Run a guide with slightly different weights, drawn anew each time."""
+    values = []
+    for weight in weights:
+        value = weight.value.detach()
+        size = value.square().mean().sqrt()
+        typical = torch.where(size > 0, 0.1 * size, torch.ones_like(size))
+        values.append(value + RELATIVE * torch.maximum(value.abs(), typical) * torch.randn_like(value))
+    with substituted(weights, values):
+        yield
+
+
+def _labels(changes: Tensor, values: Tensor) -> Tensor:
+    """Elements with equal `changes` `(K, F)` have one label; those without any have -1."""
+    changes = torch.nan_to_num(changes)
+    tolerance = _rounding(values)
+    labels = torch.full((len(changes),), -1)
+    moved = (changes.abs().amax(1) > tolerance).nonzero()[:, 0]
+    # Candidates for equality are neighbours along a random direction.
+    direction = torch.randn(changes.shape[1], dtype=changes.dtype, device=changes.device)
+    along = changes[moved] @ direction
+    order = along.argsort()
+    reach = tolerance * float(direction.abs().sum())
+    starts = torch.cat([order.new_zeros(1), (along[order].diff() > reach).nonzero()[:, 0] + 1]).tolist()
+    count = 0
+    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+        left = moved[order[start:stop]]
+        while len(left):
+            same = (changes[left] - changes[left[0]]).abs().amax(1) <= tolerance
+            labels[left[same].cpu()] = count
+            left, count = left[~same], count + 1
+    return _in_order(labels)
+
+
+def _in_order(labels: Tensor) -> Tensor:
+    """The same labels, numbered as they first appear."""
+    numbers: dict[int, int] = {-1: -1}
+    for label in labels.tolist():
+        numbers.setdefault(label, len(numbers) - 1)
+    return torch.tensor([numbers[label] for label in labels.tolist()])
+
+
+def _rounding(values: Tensor) -> float:
+    size = torch.nan_to_num(values, posinf=0.0, neginf=0.0).abs().max()
+    return float(ROUNDING * torch.finfo(values.dtype).eps * (1 + size))
+
+
+def _slopes(density: GuideDensity, weights: list[Weight], labels: dict[Key, Tensor]) -> dict[str, Slopes]:
+    """The slopes of locations in earlier draws that the weights are free to choose.
+
+    Slopes are differences over a step as long as the draws spread. They count as free only where the weights move all
+    of them independently: those of a bottleneck, or of a single number for all dimensions, stay the network's.
+    """
+    joint = density.joint
+    everyone = torch.arange(density.num_datapoints) if joint.plate else torch.zeros(1).long()
+    active = joint.active(everyone[:NUM_ROWS])
+    index = everyone[:1] if active is None else everyone[active.sum(1).argmax()][None]
+    draws = density.at(index).sample(NUM_DRAWS)[0][:, 0]
+    step = draws.std(0)
+    points = draws[:1] + torch.cat([torch.zeros_like(draws[:1]), torch.diag(torch.where(step > 0, step, 1.0))])
+    locations = [key for key in labels if key[1] == "loc" and bool((labels[key] >= 0).any())]
+
+    def differences() -> dict[Key, Tensor]:
+        read = _read(density, points, index.expand(len(points)))
+        return {key: read[key][1:] - read[key][:1] for key in locations}
+
+    before = differences()
+    moved: dict[Key, list[Tensor]] = {key: [] for key in locations}
+    number = NUM_PERTURBED
+    while len(moved[locations[0]]) < number if locations else False:
+        with _perturbed(weights):
+            for key, value in differences().items():
+                moved[key].append(value - before[key])
+        if len(moved[locations[0]]) == NUM_PERTURBED:  # now it is known how many slopes there are
+            counts = [int(_free(moved[key], before[key]).sum()) for key in locations]
+            number = 2 * max([count for count in counts if count <= MAX_SLOPES], default=0)
+    result = {}
+    for key in locations:
+        free = _free(moved[key], before[key])
+        if 0 < int(free.sum()) <= MAX_SLOPES:
+            changes = torch.stack([change[free] for change in moved[key]])
+            sizes = torch.linalg.svdvals(changes / changes.norm(dim=0))
+            if sizes[-1] > MIN_FREE * sizes[0]:
+                coordinates, elements = free.nonzero().unbind(1)
+                result[key[0]] = Slopes(coordinates, elements)
+    return result
+
+
+def _free(moved: list[Tensor], before: Tensor) -> Tensor:
+    return torch.stack(moved).abs().amax(0) > _rounding(before)

@@ -1,0 +1,141 @@
+"""A handler that adds residuals to the parameters of a guide's sites, in their order, given earlier draws."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import TransformedDistribution
+
+from pyrogaps.density.layout import leaf
+from pyrogaps.density.local import GuideSite, PlaceValues
+from pyrogaps.density.supports import bijection
+from pyrogaps.refine.freedom import Key, Slopes
+from pyrogaps.refine.parameters import (
+    axis_of,
+    build_of,
+    free_leaf,
+    from_rows,
+    names_of,
+    rebuilt,
+    to_rows,
+    transform_of,
+    value_of,
+)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What is added to the K elements of a parameter, as real numbers, in R rows.
+
+    Attributes:
+        labels: the place of each element in `residual`, -1 for none; None where they are in order.
+        residual: `(R, free elements)`.
+        slopes: which slopes there are, if any.
+        values: theirs, `(R, E)`.
+    """
+
+    labels: Tensor | None
+    residual: Tensor
+    slopes: Slopes | None
+    values: Tensor
+
+    def detached(self) -> "Added":
+        """The same, out of the reach of gradients."""
+        return replace(self, residual=self.residual.detach(), values=self.values.detach())
+
+    def at(self, deviations: Tensor | None) -> Tensor:
+        """The sum `(R, K)`, with earlier draws that deviate from their centres by `(R, dim)`."""
+        total = self.residual
+        if self.labels is not None:
+            total = torch.cat([total, torch.zeros_like(total[:, :1])], 1)[:, self.labels]
+        if self.slopes is not None:
+            assert deviations is not None
+            terms = self.values * deviations[:, self.slopes.coordinates]
+            total = total.index_add(1, self.slopes.elements, terms)
+        return total
+
+
+class ResidualSites(PlaceValues):
+    """Adds residuals to the parameters of a guide's sites.
+
+    Draws are placed at the rows `flat` `(R, dim)`; where that is None, they are new, and those of Normals are mirrored
+    in the later half of the rows if `mirrored`. After a run `frozen` holds each site's distribution with residuals that
+    no gradient reaches: a function of earlier draws alone.
+    """
+
+    def __init__(
+        self,
+        terms: list[GuideSite],
+        flat: Tensor | None,
+        added: dict[Key, Added],
+        centre: Tensor,
+        in_plate: bool,
+        mirrored: bool,
+    ) -> None:
+        super().__init__(terms, centre if flat is None else flat, in_plate)
+        self.drawing, self.added, self.centre, self.mirrored = flat is None, added, centre, mirrored
+        self.columns: dict[str, Tensor] = {}
+        self.frozen: dict[str, Any] = {}
+
+    def _pyro_sample(self, message: Any) -> None:
+        term = self.terms.get(message["name"])
+        if term is None:
+            return
+        fn = message["fn"]
+        live, frozen = self._moved(term, fn, free_leaf(fn))
+        message["fn"] = rebuilt(fn, lambda inner: live, masks=True)
+        self.frozen[term.name] = rebuilt(fn, lambda inner: frozen, masks=True)
+        if not self.drawing:
+            super()._pyro_sample(message)
+        elif self.mirrored and (value := _mirrored_draw(term, message["fn"])) is not None:
+            message["value"], message["done"] = value, True
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        term = self.terms.get(message["name"])
+        if term is not None:
+            value = message["value"]
+            unconstrained = value if term.unconstrained else bijection(message["fn"], term.name).inv(value)
+            self.columns[term.name] = (
+                term.site.flatten(unconstrained) if self.in_plate else unconstrained.reshape(1, -1)
+            )
+
+    def _moved(self, term: GuideSite, fn: Any, inner: Any) -> tuple[Any, Any]:
+        """The distribution with residuals, and the same with residuals that no gradient reaches."""
+        values, frozen = {}, {}
+        for name in names_of(inner):
+            value = value_of(inner, name)
+            added = self.added.get((term.name, name))
+            if added is not None:
+                transform, axis = transform_of(inner, name), axis_of(term, fn, inner, name) if self.in_plate else None
+                deviations = None if added.slopes is None else self._drawn() - self.centre
+                own = to_rows(transform.inv(value), axis)
+                frozen[name], values[name] = (
+                    transform(from_rows(own + change.at(deviations), value, axis))
+                    for change in (added.detached(), added)
+                )
+            else:
+                frozen[name] = values[name] = value
+        build = build_of(inner)
+        return build(**values, validate_args=False), build(**frozen, validate_args=False)
+
+    def _drawn(self) -> Tensor:
+        """The draws so far, `(R, dim)`; the centres in sites that come later."""
+        order = sorted(self.terms.values(), key=lambda term: term.site.start)
+        return torch.cat([self.columns.get(term.name, self.centre[:, term.site.columns]) for term in order], -1)
+
+
+def _mirrored_draw(term: GuideSite, fn: Any) -> Tensor | None:
+    """A draw of a Normal, or of one behind fixed transforms, with the noise of the later half of the rows mirrored."""
+    inner, outer = free_leaf(fn), leaf(fn)
+    if type(inner).__name__ != "Normal" or not (outer is inner or leaf(getattr(outer, "base_dist", None)) is inner):
+        return None
+    axis = axis_of(term, fn, inner, "loc")
+    shape = list(inner.loc.shape)
+    shape[axis] //= 2
+    noise = torch.randn(shape, dtype=inner.loc.dtype, device=inner.loc.device)
+    value: Tensor = inner.loc + inner.scale * torch.cat([noise, -noise], axis)
+    if isinstance(outer, TransformedDistribution) and outer is not inner:
+        for transform in outer.transforms:
+            value = transform(value)
+    return value
