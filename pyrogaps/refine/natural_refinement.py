@@ -29,8 +29,8 @@ class NaturalRefinement:
     Natural gradients start at the family's best Gaussians for the curvature of log p(x, z); where that was cut, at the
     guide itself if its ELBO is higher. A datapoint that has converged in the first round takes no more gradients,
     unless the noise of its steps still costs more than the tolerance; then its steps continue. The others take
-    further, longer rounds, compared on more draws. Those that have not converged then, or are below the guide itself, are
-    refined by Adam from the best that was found, unless it stands at a cliff, which Adam's draws do not see either.
+    further, longer rounds, compared on more draws. Those that have not converged then, or are below the guide itself,
+    are refined by Adam from the best that was found, unless it stands at a cliff, which Adam's draws do not see either.
 
     All comparisons are on the same selection draws, which no reported bound uses. An end that loses more than the
     tolerance where plain draws do not reach, see `unseen`, has not converged.
@@ -57,13 +57,14 @@ class NaturalRefinement:
             before, ends = self._lasting(own, before, ends)
             # Where the guide itself is better by more than the tolerance, the rounds have failed.
             failed = (before.elbo > ends.elbo) & ~no_gain(ends.scores, before.scores, self.settings.tolerance)
-            best = ends.better(before)
+            higher = ends.better(before)
             if len(kept := (before.elbo > ends.elbo).nonzero()[:, 0].cpu()):
-                best = best.with_replaced(kept, self._rounds(self.form.chunk).looked_at(best.at(kept), kept))
-            converged, cliff = ends.converged & ~failed, best.steep.any(1)
-            history = torch.cat([history, best.elbo[None]])
-            left = (~converged & ~cliff).nonzero()[:, 0]
-            converged, best = converged & self._seen(best), best.gaussian
+                looked = self._rounds(self.form.chunk).looked_at(higher.at(kept), kept)
+                higher = higher.with_replaced(kept, looked)
+            converged = ends.converged & ~failed
+            history = torch.cat([history, higher.elbo[None]])
+            left = (~converged & ~higher.steep.any(1)).nonzero()[:, 0]
+            converged, best = converged & self._seen(higher), higher.gaussian
         if len(left):
             best, converged[left] = self._by_adam(best, left)
         kept = (best.loc == own.loc).all(-1) & (best.matrix == own.matrix).flatten(1).all(-1)

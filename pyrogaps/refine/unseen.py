@@ -20,7 +20,7 @@ STRETCH = 3.0
 
 
 class Unseen(NamedTuple):
-    """Of M datapoints: the nats that lie beyond the reach of draws, `(M,)`, and the axes that are `steep`, `(M, dim)`."""
+    """Of M datapoints: the nats that lie beyond the reach of draws, `(M,)`, and which axes are `steep`, `(M, dim)`."""
 
     nats: Tensor
     steep: Tensor
@@ -64,6 +64,11 @@ class Draws(NamedTuple):
     weights: Tensor
     steep: Tensor
 
+    @classmethod
+    def standard(cls, noise: Tensor) -> "Draws":
+        """Standard noise, where no axis is steep."""
+        return cls(noise, torch.ones_like(noise[..., 0]), torch.zeros_like(noise[0], dtype=torch.bool))
+
 
 def reaching(noise: Noise, choices: Noise, number: int, positions: Tensor, steep: Tensor) -> Draws:
     r"""Noise for the datapoints at `positions` that reaches far along their `steep` axes, chosen by `choices`.
@@ -73,7 +78,7 @@ def reaching(noise: Noise, choices: Noise, number: int, positions: Tensor, steep
     """
     axes = noise.normal(number, steep.shape[-1])[:, positions]
     if not steep.any():
-        return Draws(axes, torch.ones_like(axes[..., 0]), steep)
+        return Draws.standard(axes)
     choice, which = choices.uniform(number, 2)[:, positions].unbind(-1)
     places = steep.cumsum(-1)
     axis = (places[None] <= (which * places[:, -1]).floor()[..., None]).sum(-1)  # one of the steep ones
