@@ -31,8 +31,12 @@ FAR = 3.0
 MAX_STARTS = 8
 # Nats, times 1 + sqrt(dim), by which log p(x, z) at an end may exceed the anchor's Gaussian.
 EXCESS = 1.25
-# First scales: this share of the prior's where the anchor's are unknown, of the anchor's for modes inside it.
-NARROW = 0.1
+# First scales: this share of the prior's where the anchor's are unknown; of the anchor's for modes inside it. Passes
+# widen what is too narrow, and leave a mode that they are wider than.
+NARROW, INSIDE = 0.1, 0.03
+# Of what the anchor's Gaussian makes of p(x, z) at its mean, and at this share of the ends, the lower counts: some of
+# these may lie in a narrower mode.
+LOWER = 0.25
 NUM_ROUNDS = 3
 # Gaussians above this Bhattacharyya distance are distinct: they overlap by less than exp(-1).
 DISTINCT = 1.0
@@ -148,13 +152,14 @@ def explore(problem: Problem, anchor: Curvature, block: Chunk, run: Run, wide: G
     scales = anchor.gaussian.scaled_as(wide.widened(NARROW), anchor.cut)
     values, peaks = slots.values(everyone, ends), slots.values(everyone, anchor.gaussian.loc[None])
     # Where p(x, z) exceeds what the anchor's Gaussian makes of it, a narrower mode may lie within its reach.
-    excess = values.double() - peaks.double() + 0.5 * anchor.gaussian.whiten(ends).double().square().sum(-1)
-    unexplained = anchor.cut | (excess > EXCESS * (1 + slots.dim**0.5))
+    levels = values.double() + 0.5 * anchor.gaussian.whiten(ends).double().square().sum(-1)
+    level = levels.nan_to_num(-math.inf).quantile(LOWER, dim=0, interpolation="lower").minimum(peaks[0].double())
+    unexplained = anchor.cut | (levels - level > EXCESS * (1 + slots.dim**0.5))
     owners, points, inside = _starts(scales, unexplained, ends, values)
     evaluations = torch.full((len(block),), NUM_CHAINS * (NUM_TEMPERATURES + WARM_UP + 2))
     found = [anchor]
     if len(owners):
-        narrower = torch.where(inside & ~anchor.cut[owners], NARROW, 1.0).to(points)
+        narrower = torch.where(inside & ~anchor.cut[owners], INSIDE, 1.0).to(points)
         start = replace(scales.at(owners), loc=points).widened(narrower)
         fits = polished(slots, start, owners, run)
         evaluations.index_add_(0, owners, fits.num_gradients)

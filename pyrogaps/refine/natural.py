@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyrogaps.gaussians import Gaussian, longest_step
 from pyrogaps.refine.gaussian_form import GaussianForm
+from pyrogaps.refine.unseen import Draws
 
 # The rate of a step: fast at first, then 1/t, so that the end is a mean over the steps.
 FASTEST, NUM_FAST = 0.5, 4
@@ -87,22 +88,28 @@ class NaturalGradient:
         return NaturalGradient(self.correlation[positions], self.inverse[positions], self.mask[positions])
 
     def step(
-        self, q: Gaussian, noise: Tensor, gradients: Callable[[Tensor], Tensor], rates: Tensor
+        self, q: Gaussian, draws: Draws, gradients: Callable[[Tensor], Tensor], rates: Tensor
     ) -> tuple[Gaussian, Tensor, Tensor]:
-        r"""One step from `q` at `rates` `(M,)`, with gradients at the mirrored points of `noise` `(S, M, dim)`.
+        r"""One step from `q` at `rates` `(M,)`, with gradients at the mirrored points of the draws' noise.
+
+        Along steep axes the step of m is divided by the curvature that these draws show, where that is larger.
 
         Also returns the shortfall of the ELBO, in nats, `(M,)`, if m and P are off by as much as these draws
         say: $\tfrac12 \bar u^T R^{-1} \bar u + \tfrac14 \|W\|^2$. A datapoint with a gradient that is not finite stays
         where it is. Last, whether the mean was so far off that its step was cut short, `(M,)`.
         """
+        noise, weights = draws.noise, draws.weights.double()[..., None]
         slopes = gradients(torch.cat([q.draw(noise), q.draw(-noise)])).double()
         finite = torch.isfinite(slopes).all(-1).all(0)
         slopes = torch.where(finite[:, None], slopes, torch.zeros_like(slopes))
         noise, scale, rates = noise.double(), q.matrix.double(), rates * finite.double()
         upper, lower = (_whitened(scale, part) for part in slopes.chunk(2))
         residual = 0.5 * (lower - upper) - torch.einsum("bij,sbj->sbi", self.correlation, noise)
-        slope = 0.5 * (upper + lower).mean(0)
+        residual, slope = residual * weights, 0.5 * ((upper + lower) * weights).mean(0)
         step = torch.einsum("bij,bj->bi", self.inverse, slope)
+        if draws.steep.any():
+            further = (residual * noise).mean(0).clamp(min=0.0)
+            step = torch.where(draws.steep, step / (1 + further), step)
         square = (slope * step).sum(-1).clamp(min=0.0)
         shrink = (longest_step(step.shape[-1]) / (rates * square.sqrt()).clamp(min=1e-300)).clamp(max=1.0)
         loc = q.loc + _spread(scale, step * (rates * shrink)[:, None]).to(q.loc.dtype)

@@ -12,13 +12,14 @@ from pyrogaps.refine.gaussian_form import GaussianForm
 from pyrogaps.refine.gaussian_guides import GaussianGuides, Subset
 from pyrogaps.refine.natural import NaturalGradient, fitted_to
 from pyrogaps.refine.natural_rounds import Ends, Rounds
-from pyrogaps.refine.optimise import NUM_TRACE, Optimisation, Progress, no_gain
+from pyrogaps.refine.optimise import MAX_ERROR, NUM_TRACE, Optimisation, Progress, error_of, no_gain
 from pyrogaps.refine.settings import Refinement
+from pyrogaps.refine.unseen import Unseen, unseen
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
-# Further rounds, in units of the first.
-LENGTHS = (2, 4)
+# Further rounds, in units of the first; what has not converged is scored on so many times as many draws.
+LENGTHS, PRECISION = (2, 4), 16
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class NaturalRefinement:
     Natural gradients start at the family's best Gaussians for the curvature of log p(x, z); where that was cut, at the
     guide itself if its ELBO is higher. A datapoint that has converged in the first round takes no more gradients,
     unless the noise of its steps still costs more than the tolerance; then its steps continue. The others take
-    further, longer rounds. Those that have not converged then, or are below the guide itself, are refined by Adam from
-    the best that was found.
+    further, longer rounds, compared on more draws. Those that have not converged then, or are below the guide itself,
+    are refined by Adam from the best that was found, unless it stands at a cliff, which Adam's draws do not see either.
 
-    All comparisons are on the same selection draws, which no reported bound uses.
+    All comparisons are on the same selection draws, which no reported bound uses. An end that loses more than the
+    tolerance where plain draws do not reach, see `unseen`, has not converged.
 
     Attributes:
         form: the guides, and what their family frees.
@@ -52,13 +54,17 @@ class NaturalRefinement:
         with torch.no_grad():
             own = self.form.read()
             before, ends, history = self._first(own)
-            ends = self._lasting(own, ends)
+            before, ends = self._lasting(own, before, ends)
             # Where the guide itself is better by more than the tolerance, the rounds have failed.
             failed = (before.elbo > ends.elbo) & ~no_gain(ends.scores, before.scores, self.settings.tolerance)
+            higher = ends.better(before)
+            if len(kept := (before.elbo > ends.elbo).nonzero()[:, 0].cpu()):
+                looked = self._rounds(self.form.chunk).looked_at(higher.at(kept), kept)
+                higher = higher.with_replaced(kept, looked)
             converged = ends.converged & ~failed
-            best = ends.better(before).gaussian
-            history = torch.cat([history, ends.better(before).elbo[None]])
-        left = (~converged).nonzero()[:, 0]
+            history = torch.cat([history, higher.elbo[None]])
+            left = (~converged & ~higher.steep.any(1)).nonzero()[:, 0]
+            converged, best = converged & self._seen(higher), higher.gaussian
         if len(left):
             best, converged[left] = self._by_adam(best, left)
         kept = (best.loc == own.loc).all(-1) & (best.matrix == own.matrix).flatten(1).all(-1)
@@ -71,7 +77,7 @@ class NaturalRefinement:
         for block in chunk.blocks():
             rounds, everyone = self._rounds(block), torch.arange(len(block))
             its_own = own.at(everyone + block.start - chunk.start)
-            before.append(rounds.scored(its_own, everyone))
+            before.append(rounds.scored(its_own, everyone, Unseen.none(its_own)))
             curvature = self._curvature(rounds, before[-1], self.curvature.within(chunk, block))
             ends.append(rounds.begin("natural", its_own, curvature, everyone))
             histories.append(torch.stack([before[-1].elbo, *rounds.history]))
@@ -83,17 +89,27 @@ class NaturalRefinement:
         cut = curvature.cut.nonzero()[:, 0].cpu()
         if not len(cut):
             return curvature.gaussian
-        start = rounds.scored(fitted_to(self.form, own.gaussian.at(cut), curvature.gaussian.at(cut)), cut)
+        fitted = fitted_to(self.form, own.gaussian.at(cut), curvature.gaussian.at(cut))
+        start = rounds.scored(fitted, cut, unseen(rounds.slots, fitted, cut))
         worse = cut[(start.elbo < own.elbo[cut]).cpu()]
         guide = own.gaussian.at(worse)
         return curvature.gaussian.with_replaced(worse, replace(guide, scale=guide.factor()))
 
-    def _lasting(self, own: Gaussian, ends: Ends) -> Ends:
-        """The ends after further rounds, where these are needed."""
+    def _seen(self, ends: Ends) -> Tensor:
+        """Where the ELBO lies within reach of its draws, `(M,)`."""
+        return ends.unseen <= self.settings.tolerance
+
+    def _lasting(self, own: Gaussian, before: Ends, ends: Ends) -> tuple[Ends, Ends]:
+        """The guides themselves and the ends, compared on more draws and after further rounds where that is needed."""
         noisy = ends.converged & (ends.shortfall > self.settings.tolerance)
-        if not bool((noisy | ~ends.converged).any()):
-            return ends
+        error, gain = error_of(before.scores, ends.scores), ends.elbo - before.elbo
+        vague = ~ends.converged | ~((error <= MAX_ERROR) | (gain > 2 * error))
+        if not bool((noisy | vague).any()):
+            return before, ends
         rounds = self._rounds(self.form.chunk)
+        if len(positions := vague.nonzero()[:, 0].cpu()):
+            precise = replace(rounds, precision=PRECISION)
+            before, ends = (precise.scored_again(each, positions) for each in (before, ends))
         for length in LENGTHS:
             number = length * rounds.num_steps
             noisy = ends.converged & (ends.shortfall > self.settings.tolerance)
@@ -105,13 +121,13 @@ class NaturalRefinement:
                 natural = NaturalGradient.about(self.form, own.at(positions), curvature)
                 purpose = f"natural {name} {length}"
                 if name == "again":
-                    new = rounds.round(purpose, old.gaussian, natural, positions, number)
+                    new = precise.round(purpose, old.gaussian, natural, positions, number, old.steep)
                 else:
-                    new = rounds.steps(purpose, old.gaussian, natural, positions, (number // 2, number))
+                    new = rounds.steps(purpose, old.gaussian, natural, positions, (number // 2, number), old.steep)
                     new = replace(new, converged=old.converged)
                 best = replace(old.better(new), converged=new.converged, shortfall=new.shortfall)
                 ends = ends.with_replaced(positions, best)
-        return ends
+        return before, ends
 
     def _rounds(self, chunk: Chunk) -> Rounds:
         return Rounds(Slots(self.evaluator, chunk), self.form, self.settings, self.run, self.name, [])
@@ -122,11 +138,20 @@ class NaturalRefinement:
         subset = Subset(chunk.start, chunk.stop, chunk.indices[positions.cpu()])
         guides = GaussianGuides(self.form, start.at(positions), subset)
         density = self.evaluator.bind(subset.indices, self.settings.num_particles)
-        progress = Optimisation(guides, density, subset, self.settings, self.run.quiet(), self.name).maximise()
-        found, moved = guides.gaussian(), ~progress.kept_start
+        settings = replace(self.settings, num_selection=PRECISION * self.settings.num_selection)
+        progress = Optimisation(guides, density, subset, settings, self.run.quiet(), self.name).maximise()
+        with torch.no_grad():
+            rounds = replace(self._rounds(chunk), precision=PRECISION)
+            before, after = (
+                rounds.scored(each, positions.cpu(), unseen(rounds.slots, each, positions.cpu()))
+                for each in (start.at(positions), guides.gaussian())
+            )
+            # Adam's own choice was made on other draws; here what they do not see counts too.
+            lost = (before.elbo > after.elbo) & ~no_gain(after.scores, before.scores, 0.0)
+            end = after.with_replaced(places := lost.nonzero()[:, 0].cpu(), before.at(places))
         loc, scale = start.loc.clone(), start.matrix.clone()
-        loc[positions[moved]], scale[positions[moved]] = found.loc[moved], found.matrix[moved]
-        return replace(start, loc=loc, scale=scale), progress.converged
+        loc[positions], scale[positions] = end.gaussian.loc, end.gaussian.matrix
+        return replace(start, loc=loc, scale=scale), progress.converged & ~lost & self._seen(end)
 
 
 def _stretched(history: Tensor) -> Tensor:

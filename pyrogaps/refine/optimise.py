@@ -24,7 +24,7 @@ PLAIN_FRACTION = 0.1  # mirrored draws never leave a saddle between two modes
 NUM_TRACE = 50
 MEASURE_EVERY = 5
 MIN_FURTHER_STEPS = 50
-MAX_ERROR = 0.1  # nats, of the difference by which convergence is judged
+MAX_ERROR = 0.02  # nats, of the difference by which convergence is judged
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,7 @@ def settled(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
 
     What cannot be compared, because the ELBO has heavy tails there, has not settled.
     """
-    gain = after - before
-    error = _error(gain)
+    gain, error = after - before, error_of(before, after)
     known = (error <= MAX_ERROR) | (gain.mean(0) + 2 * error <= tolerance)
     return no_gain(before, after, tolerance) & known
 
@@ -190,12 +189,12 @@ def no_gain(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
 
     Both are on the same draws, so their difference is known far better than either.
     """
-    gain = after - before
-    return gain.mean(0) <= tolerance + 2 * _error(gain)  # False for NaN
+    return (after - before).mean(0) <= tolerance + 2 * error_of(before, after)  # False for NaN
 
 
-def _error(gain: Tensor) -> Tensor:
-    return gain.std(0) / math.sqrt(len(gain))
+def error_of(before: Tensor, after: Tensor) -> Tensor:
+    """The standard error of the mean gain from `before` to `after`, `(rounds, B)` on the same draws: `(B,)`."""
+    return (after - before).std(0) / math.sqrt(len(after))
 
 
 def _thin(trace: Tensor) -> Tensor:

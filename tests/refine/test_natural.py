@@ -18,6 +18,7 @@ from pyrogaps.guides.local import AutoLocal, AutoLocalMultivariateNormal
 from pyrogaps.refine import Refiner, own_family
 from pyrogaps.refine.gaussian_form import GaussianForm, gaussian_form
 from pyrogaps.refine.natural import NaturalGradient, fitted_to
+from pyrogaps.refine.unseen import Draws
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, seeded
 from tests.references import (
@@ -153,7 +154,7 @@ def test_a_step_is_unbiased(kind: str) -> None:
     q = Gaussian(q.loc, 0.7 * q.scale)  # the control variate's mean holds for the current q
     natural, rate = NaturalGradient.about(form, q, anchor), torch.full((2000,), 1e-4, dtype=torch.float64)
     noise = torch.randn(8, 2000, 3, generator=generator, dtype=torch.float64)
-    after, *_ = natural.step(q, noise, skewed, rate)
+    after, *_ = natural.step(q, Draws.standard(noise), skewed, rate)
     factor = q.factor()
     change = torch.cholesky_inverse(after.factor()) - torch.cholesky_inverse(factor)
     whitened = (factor.mT @ change @ factor) / 1e-4
@@ -175,7 +176,7 @@ def test_precisions_stay_positive() -> None:
         q = Gaussian(loc, torch.ones_like(loc) if blocks is None else torch.diag_embed(torch.ones_like(loc)))
         natural = NaturalGradient.about(form, q, q)
         noise = torch.randn(8, 5, 3, generator=generator, dtype=torch.float64)
-        after, *_ = natural.step(q, noise, lambda z: 100 * z, torch.full((5,), 0.5).double())
+        after, *_ = natural.step(q, Draws.standard(noise), lambda z: 100 * z, torch.full((5,), 0.5).double())
         values = torch.linalg.eigvalsh(torch.cholesky_inverse(after.factor()))
         assert float(values.min()) > 0.5 - 1e-9
 
