@@ -10,10 +10,9 @@ from torch import Tensor
 from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, rows_of, selected, whole
-from pyrogaps.density.draws import Posterior
-from pyrogaps.density.estimates import PointEstimates
+from pyrogaps.density.draws import Posterior, is_posterior
 from pyrogaps.density.local import LocalGuide
-from pyrogaps.density.read_estimates import read_estimates
+from pyrogaps.density.read_estimates import estimates_of
 from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError, counted
@@ -92,7 +91,7 @@ class Problem:
             check_callable(guide, "guide")
         if data is None:
             raise InputError("data: missing. Pass the model, the guide and the data, or a Problem")
-        estimates = _estimates(model, guide, data, plate)
+        estimates = estimates_of(model, guide, data, plate)
         if not _extends_model(guide):
             return cls(model, None, JointDensity(model, data, plate, estimates=estimates), None, mode)._with(guide)
         extended = JointDensity(augmented(model, guide), data, plate, estimates=estimates)
@@ -106,7 +105,7 @@ class Problem:
         if isinstance(model, Problem):
             return cls.of(model, guide, data, plate).with_guide(None)
         check_callable(model, "model")
-        if data is None or (estimates := _estimates(model, guide, data, plate)) is None:
+        if data is None or (estimates := estimates_of(model, guide, data, plate)) is None:
             return cls.of(model, None, data, plate)
         return cls(model, None, JointDensity(model, data, plate, estimates=estimates), None)
 
@@ -179,7 +178,7 @@ class Problem:
         if guide is not None and not is_posterior(guide):
             given = self.joint.structure.estimates
             data = self.joint.data if given is None else given.without(self.joint.data)
-            if (estimates := _estimates(self.model, guide, data, self.plate or False)) is not None:
+            if (estimates := estimates_of(self.model, guide, data, self.plate or False)) is not None:
                 joint = JointDensity(self.model, data, self.plate or False, estimates=estimates)
                 return replace(self, joint=joint, posterior=None, _evaluators={})._with(guide)
         return self._with(guide)
@@ -264,13 +263,6 @@ class PosteriorAt:
         return self.posterior.at(self.indices[indices])
 
 
-def _estimates(model: Program, guide: Any, data: Data, plate: Plate) -> PointEstimates | None:
-    """The latents that a guide sets to values, or that a refined guide was refined given."""
-    if is_posterior(guide):
-        return cast(PointEstimates | None, guide.joint.structure.estimates)
-    return read_estimates(model, guide, data, plate) if callable(guide) else None
-
-
 def _extends_model(guide: Any) -> bool:
     """Whether the guide's auxiliary variables are latents of the problem: no local family takes care of them."""
     declared = AmortizedGuide.of(guide)
@@ -289,11 +281,3 @@ class Simulated(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Simulated({counted(len(self.z), 'datapoint')}, {counted(self.z.shape[-1], 'latent dimension')})"
-
-
-def is_posterior(guide: Any) -> bool:
-    """Whether this is a posterior per datapoint already, such as what `refine` returns.
-
-    A caller's guide may well have a method `at`, of another meaning.
-    """
-    return isinstance(guide, Posterior) and hasattr(guide, "joint")

@@ -3,8 +3,9 @@
 from typing import Any
 
 from pyrogaps.density.autoguides import is_autoguide
+from pyrogaps.density.draws import is_posterior
 from pyrogaps.errors import InputError
-from pyrogaps.problem import Problem, is_posterior
+from pyrogaps.problem import Problem
 from pyrogaps.refine import OwnFamily, is_family, own_family
 from pyrogaps.refine.families import Family
 

@@ -1,7 +1,7 @@
 """Reproducible draws from a guide, block by block of datapoints."""
 
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ class Posterior(Protocol):
     """A guide that can be taken at some datapoints: a `GuideDensity`, or the result of a refinement."""
 
     def at(self, indices: Tensor) -> LocalGuide: ...
+
+
+def is_posterior(guide: Any) -> bool:
+    """Whether this is a posterior per datapoint already, such as what `refine` returns.
+
+    A caller's guide may well have a method `at`, of another meaning.
+    """
+    return isinstance(guide, Posterior) and hasattr(guide, "joint")
 
 
 @runtime_checkable

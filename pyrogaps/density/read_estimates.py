@@ -1,6 +1,6 @@
 """`read_estimates`: the latents that a guide sets to values, found by running it."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation
@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrogaps.density.autoguides import autoguides_in, check_autoguide, is_autoguide, refuse_never_run
 from pyrogaps.density.carried import drawn, nats_of
 from pyrogaps.density.data import Data, IndexedData, as_indexed, whole
+from pyrogaps.density.draws import is_posterior
 from pyrogaps.density.estimates import PointEstimates, same_values
 from pyrogaps.density.given import HideSites, SetSites, under
 from pyrogaps.density.guide import GuideDensity, GuideStructure
@@ -35,6 +36,13 @@ from pyrogaps.streams import seeded
 
 Messages = dict[str, Any]
 NUM_PRIOR_DRAWS = 4
+
+
+def estimates_of(model: Program, guide: Any, data: Data, plate: Plate) -> PointEstimates | None:
+    """The latents that a guide sets to values, see `read_estimates`, or that a refined guide was refined given."""
+    if is_posterior(guide):
+        return cast(PointEstimates | None, guide.joint.structure.estimates)
+    return read_estimates(model, guide, data, plate) if callable(guide) else None
 
 
 def read_estimates(model: Program, guide: Program, data: Data, plate: Plate) -> PointEstimates | None:
@@ -180,7 +188,7 @@ def _in_model(model: Program, joint: JointDensity, rows: Tensor, values: dict[st
 
 def _read(model: Program, guide: Program, data: Data, plate: str | None, names: list[str]) -> PointEstimates | None:
     """The values of the guide's Deltas `names`: those that all datapoints share, and those of each datapoint."""
-    nothing = ModelStructure(plate, {}, (), (), False, False, torch.get_default_dtype(), torch.device("cpu"))
+    nothing = ModelStructure(plate, {}, (), (), False, False, torch.get_default_dtype(), torch.device("cpu"), -1)
     joint = JointDensity(model, data, structure=nothing)
     number = joint.num_datapoints
     check_autoguide(guide, joint)

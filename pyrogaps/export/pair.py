@@ -7,13 +7,13 @@ from torch import Tensor
 
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import whole
-from pyrogaps.density.draws import Posterior
+from pyrogaps.density.draws import Posterior, is_posterior
 from pyrogaps.density.plates import steady_plates
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import first_sites
 from pyrogaps.errors import InputError
 from pyrogaps.family import augmented
-from pyrogaps.problem import Problem, is_posterior
+from pyrogaps.problem import Problem
 from pyrogaps.settings import Plate
 from pyrogaps.streams import seeded
 
