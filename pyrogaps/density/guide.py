@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
+from pyrogaps.density.bijective import BijectiveGuide, BijectiveMap
 from pyrogaps.density.carried import carried, drawn, on_carried
 from pyrogaps.density.data import Data
 from pyrogaps.density.joint import JointDensity
@@ -33,7 +34,7 @@ from pyrogaps.density.rows import rows_are_independent, same_density
 from pyrogaps.density.runs import Program, check_callable, evaluating
 from pyrogaps.density.score import log_prob
 from pyrogaps.density.structure import check_parameters, sample_sites
-from pyrogaps.density.terms import read_terms
+from pyrogaps.density.terms import Mapped, read_terms
 from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import ProgramError, guarded
 from pyrogaps.settings import Plate, checked
@@ -53,7 +54,7 @@ class GuideStructure:
         size: number of datapoints in the data set that the guide was made for.
         bound: whether it has parameters for each of these datapoints; None while not known.
         terms: its sites that carry density.
-        mapped: whether the terms lie in coordinates of the guide's own, see `mapped`.
+        mapped: where the terms lie in coordinates of the guide's own, the kind of map to the model's; else None.
         factorised: whether its site distributions are known before any draw.
         origin: for a part of the data, the indices of its datapoints in the guide's data set; else None.
         remarks: what of the guide is left out of the density, in short sentences.
@@ -62,7 +63,7 @@ class GuideStructure:
     size: int
     bound: bool | None
     terms: tuple[GuideSite, ...] = ()
-    mapped: bool = False
+    mapped: Mapped | None = None
     factorised: bool = False
     origin: Tensor | None = None
     remarks: tuple[str, ...] = ()
@@ -154,6 +155,8 @@ class GuideDensity:
         own = self._own(indices)
         if not self.structure.mapped:
             return own
+        if self.structure.mapped == "bijective":
+            return BijectiveGuide(own, BijectiveMap(self._evaluated_at, self.terms, self.joint, indices))
         with evaluating(self.guide):
             return MappedGuide(own, affine_map(partial(self._place_at, self.terms), self.terms, self.joint, indices))
 
@@ -268,6 +271,11 @@ class GuideDensity:
     def _place_at(self, terms: list[GuideSite], flat: Tensor, rows: Tensor) -> dict[str, Any]:
         """A run on the datapoints `rows` `(R,)` with `terms` at the points `flat` `(R, dim)`."""
         return self.messages(rows, 1, PlaceValues(terms, flat, self.joint.plate is not None))
+
+    def _evaluated_at(self, flat: Tensor, rows: Tensor) -> dict[str, Any]:
+        """As `_place_at` of its own terms, in evaluation mode."""
+        with evaluating(self.guide):
+            return self._place_at(self.terms, flat, rows)
 
     def _check_draws(self, first: dict[str, Any]) -> None:
         """Find out whether site distributions depend on earlier draws, by a second run; check that rows do not depend
