@@ -140,12 +140,18 @@ RUNS = {run.__name__: run for run in MEASUREMENTS}
 # Every stream, by what it is for; numbers in names, such as those of rungs and groups of chains, left out.
 REFINING = {"natural start own", "natural own", "natural further own", "select own"}
 # Of further starts, and of the datapoints alone whose refinement needs more than a first round, a matter of luck.
-LASTING = r"(natural (longer|again)|refine)( \d+)?( further)? (own|one|other)( \d+)?"
+LASTING = (
+    r"((natural (longer|again)|refine)( \d+)?( further)?( axes)?|natural( further)? axes|select far( axes)?)"
+    r" (own|one|other)( \d+)?"
+)
 BOUNDS = {"elbo", "refined own", "unused", *REFINING}
 ANNEALING = {"pilot", "pilot start", "ais", "ais start"}
 LADDER = {
     f"ladder {rung}"
-    for rung in ("first pilot", "second pilot", "sample", "pilot", "run", "bounds sample", "bounds run", "fresh run")
+    for rung in (
+        *("first pilot", "second pilot", "third pilot", "sample", "pilot", "run"),
+        *("bounds sample", "bounds run", "fresh run"),
+    )
 }
 STRUCTURE = {"structure", "estimates", "probe", "guide structure", "own family"}
 
