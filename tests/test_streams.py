@@ -68,7 +68,7 @@ def plain() -> Callable[[], Any]:
 def escalated() -> Callable[[], Any]:
     """Posteriors of one mode and of two: every rung is climbed. With a certificate."""
     x = torch.linspace(-2, 5, NUMBER, dtype=torch.float64)
-    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=150, max_evaluations=2000)
+    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=250, max_evaluations=2000)
     options = {**TINY, "evidence": ladder, "certificate": pg.Certificate(66, 66, 2)}
     return lambda: pg.decompose(parabola, Slope(), x, **options)
 
@@ -76,7 +76,7 @@ def escalated() -> Callable[[], Any]:
 def examined() -> Callable[[], Any]:
     """Every datapoint from other starts; the posteriors of the last have two modes."""
     x = torch.linspace(-2, 5, NUMBER, dtype=torch.float64)
-    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=150, max_evaluations=2000)
+    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=250, max_evaluations=2000)
     return lambda: pg.decompose(parabola, Slope(), x, **{**TINY, "evidence": ladder, "referee": NUMBER})
 
 
