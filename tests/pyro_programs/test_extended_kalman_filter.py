@@ -1,0 +1,47 @@
+"""An extended Kalman filter whose covariances are latent: all else is integrated out by the filter."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.contrib.tracking.distributions import EKFDistribution
+from pyro.contrib.tracking.dynamic_models import NcvContinuous
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch import Tensor
+
+from pyrogaps import InputError
+from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
+
+FRAMES = 5
+
+
+def model(track: Tensor) -> None:
+    start = pyro.sample("pv_cov", dist.HalfCauchy(0.5)) * torch.eye(4)
+    noise = pyro.sample("measurement_cov", dist.HalfCauchy(0.5)) * torch.eye(2)
+    state = torch.cat([track[0], torch.tensor([1.0, 0.5])])
+    motion = NcvContinuous(dimension=4, sa2=0.5)
+    filtered = EKFDistribution(state, start, motion, noise, time_steps=FRAMES)
+    pyro.sample("track", filtered, obs=track)
+
+
+def track() -> Tensor:
+    return torch.stack([torch.arange(FRAMES) + 0.3 * torch.randn(FRAMES), 0.5 * torch.arange(FRAMES)], -1)
+
+
+def test_point_estimates_alone_are_refused() -> None:
+    """`AutoDelta` over both covariances, as in the tutorial, leaves nothing latent."""
+    data = track()
+    guide = AutoDelta(model)
+    guide(data)
+    with pytest.raises(InputError, match="nothing else is latent") as refusal:
+        Pair(model, guide, (data,), 1, plate=False).ledger()
+    assert "\n" not in str(refusal.value)
+    assert "'pv_cov'" in str(refusal.value)
+
+
+def test_ledger_of_a_guide_with_distributions() -> None:
+    data = track()
+    guide = AutoNormal(model, init_scale=0.3)
+    guide(data)
+    pair = Pair(model, guide, (data,), 1, plate=False)
+    assert_same(elbo_of(pair.ledger()), pair.elbo_of_pyro())
