@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 import pyrogaps as pg
@@ -58,17 +59,20 @@ class Pair:
     repeats: int = 1
     data: Any = None
 
+    @property
+    def objective(self) -> Any:
+        """Pyro's own."""
+        return Trace_ELBO() if self.nesting is None else TraceEnum_ELBO(max_plate_nesting=self.nesting)
+
     def elbo_of_pyro(self, *, raw: bool = False) -> Mean:
         """Pyro's own ELBO per datapoint of the twin, or of the program as it is."""
         model, guide = (self.model, self.guide) if raw or self.clean is None else self.clean
-        options: Any = {} if self.nesting is None else {"max_plate_nesting": self.nesting}
-        objective = (Trace_ELBO if self.nesting is None else TraceEnum_ELBO)(**options)
         args = tuple(arg.repeat(self.repeats, *[1] * (arg.dim() - 1)) for arg in self.args)
         pyro.set_rng_seed(1)
         with torch.no_grad():
             values: list[float] = []
             while len(values) < MAX_RUNS and (len(values) < MIN_RUNS or mean_of(values).error > TARGET):
-                loss = objective.loss(model, guide, *args) / self.repeats
+                loss = self.objective.loss(model, guide, *args) / self.repeats
                 values.append((-loss - self.surplus) / self.num_datapoints)
         return mean_of(values)
 
@@ -83,6 +87,32 @@ class Pair:
         }
         data = self.args if self.data is None else self.data
         return pg.decompose(self.model, self.guide, data, plate=self.plate, **(small | settings))
+
+
+class Placed(Messenger):
+    """Sets sites of a guide to `values`; their terms stay."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] in self.values:
+            message["value"], message["done"] = self.values[message["name"]], True
+
+
+def assert_same_draws(pair: Pair, draws: int = 5) -> None:
+    """Every draw's total of log p(x, z) - log q(z | x) is Pyro's, to 1e-4 relative; of guides without discrete sites."""
+    problem = pg.Problem.of(pair.model, pair.guide, pair.args if pair.data is None else pair.data, pair.plate)
+    z, log_q = problem.guide_density().sample(draws)
+    with torch.no_grad():
+        ours = (problem.scored(z) - log_q).sum(1)
+    values = problem.scored.constrain(z)
+    model, guide = pair.clean or (pair.model, pair.guide)
+    for draw in range(draws):
+        rows = {name: value[draw] if problem.plate else value[draw, 0] for name, value in values.items()}
+        theirs = -pair.objective.loss(model, Placed(rows)(guide), *pair.args) - pair.surplus
+        assert abs(float(ours[draw]) - theirs) < 1e-4 * abs(theirs), f"draw {draw}: {float(ours[draw])} is not {theirs}"
 
 
 def elbo_of(ledger: pg.GapLedger) -> Mean:

@@ -7,13 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, init_to_median
 from torch import Tensor
 from torch.distributions.utils import clamp_probs
 
 from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
 
-ANIMALS, OCCASIONS = 8, 4
+ANIMALS, OCCASIONS = 32, 4
 HISTORY = torch.tensor(
     [
         [1, 1, 0, 1],
@@ -25,6 +25,7 @@ HISTORY = torch.tensor(
         [0, 1, 0, 1],
         [0, 0, 1, 0],
     ]
+    * 4
 ).float()
 PARALLEL = {"enumerate": "parallel"}
 
@@ -64,7 +65,7 @@ def masked_steps() -> int:
 @pytest.mark.parametrize("model", [constant, varying])
 @pytest.mark.parametrize("family", [AutoNormal, AutoDiagonalNormal])
 def test_ledger(model, family) -> None:  # type: ignore[no-untyped-def]
-    guide = family(poutine.block(model, hide_fn=lambda site: site["name"].startswith(("z_", "y_"))), init_scale=0.5)
+    guide = family(poutine.block(model, hide_fn=lambda site: site["name"].startswith(("z_", "y_"))), init_loc_fn=init_to_median, init_scale=0.2)
     guide(HISTORY)
     surplus = masked_steps() * math.log(2)
     pair = Pair(model, guide, (HISTORY,), ANIMALS, plate="animals", nesting=1, surplus=surplus)

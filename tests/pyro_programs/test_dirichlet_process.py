@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
 
-POINTS, COMPONENTS = 6, 3
-PHI = torch.tensor([[0.9, 0.02, 0.08], [0.9, 0.02, 0.08], [0.02, 0.9, 0.08], [0.02, 0.9, 0.08], [0.1, 0.1, 0.8], [0.9, 0.02, 0.08]])
-DATA = torch.tensor([[-1.5, -1.7], [-1.2, -1.6], [1.6, 1.1], [1.4, 1.7], [0.1, 0.4], [-1.7, -1.3]])
+POINTS, COMPONENTS = 24, 3
+PHI = torch.tensor([[0.9, 0.02, 0.08], [0.9, 0.02, 0.08], [0.02, 0.9, 0.08], [0.02, 0.9, 0.08], [0.1, 0.1, 0.8], [0.9, 0.02, 0.08]]).repeat(4, 1)
+DATA = torch.tensor([[-1.5, -1.7], [-1.2, -1.6], [1.6, 1.1], [1.4, 1.7], [0.1, 0.4], [-1.7, -1.3]]).repeat(4, 1)
 
 
 def stick_lengths(beta: Tensor) -> Tensor:
@@ -32,12 +32,12 @@ def model(data: Tensor) -> None:
 
 
 def shared_guide(data: Tensor) -> None:
-    kappa = pyro.param("kappa", lambda: 1.0 + torch.rand(COMPONENTS - 1), constraint=dist.constraints.positive)
+    kappa = pyro.param("kappa", torch.tensor([[12.0, 12.0], [8.0, 4.0]]), constraint=dist.constraints.positive)
     tau = pyro.param("tau", lambda: torch.tensor([[-1.4, -1.4], [1.4, 1.3], [0.0, 0.3]]))
     with pyro.plate("beta_plate", COMPONENTS - 1):
-        pyro.sample("beta", dist.Beta(torch.ones(COMPONENTS - 1), kappa))
+        pyro.sample("beta", dist.Beta(kappa[:, 0], kappa[:, 1]))
     with pyro.plate("mu_plate", COMPONENTS):
-        pyro.sample("mu", dist.MultivariateNormal(tau, 0.1 * torch.eye(2)))
+        pyro.sample("mu", dist.MultivariateNormal(tau, 0.05 * torch.eye(2)))
 
 
 def drawing_guide(data: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
 
-IMAGES, TOP, MIDDLE, BOTTOM, PIXELS = 16, 1, 2, 2, 3
+IMAGES, TOP, MIDDLE, BOTTOM, PIXELS = 40, 1, 2, 2, 3
 
 
 def gamma(shape: float, rate: Any, *size: int) -> dist.TorchDistribution:
@@ -55,16 +55,17 @@ class Easy(EasyGuide):
 
 def custom(x: Tensor) -> None:
     """Independent Gammas, as in the example's own guide, with parameters for each image."""
-    def site(name: str, *shape: int) -> None:
-        concentration = pyro.param(f"alpha_{name}", lambda: torch.rand(shape) + 2.0, event_dim=1)
+
+    def site(name: str, start: float, *shape: int) -> None:
+        concentration = pyro.param(f"alpha_{name}", lambda: torch.rand(shape) + start, event_dim=1)
         mean = pyro.param(f"mean_{name}", lambda: torch.rand(shape) + 0.5, event_dim=1)
         pyro.sample(name, dist.Gamma(concentration, concentration / mean).to_event(1))
 
     for name, size in (("w_top", TOP * MIDDLE), ("w_mid", MIDDLE * BOTTOM), ("w_bottom", BOTTOM * PIXELS)):
-        site(name, size)
+        site(name, 20.0, size)
     with pyro.plate("data", len(x)):
         for name, size in (("z_top", TOP), ("z_mid", MIDDLE), ("z_bottom", BOTTOM)):
-            site(name, len(x), size)
+            site(name, 3.0, len(x), size)
 
 
 def pair(guide: Any) -> Pair:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
 
-DOCUMENTS, WORDS, TOPICS, VOCABULARY = 10, 5, 2, 4
+DOCUMENTS, WORDS, TOPICS, VOCABULARY = 30, 5, 2, 4
 
 
 def topics_of(words: Tensor, network: nn.Module) -> Tensor:
@@ -41,15 +41,15 @@ class LDAGuide(nn.Module):
         self.topics()
         doc_topics = topics_of(words, self.predictor)
         with pyro.plate("documents", len(words)):
-            fn = dist.Delta(doc_topics, event_dim=1) if self.delta else dist.Dirichlet(3.0 + 4.0 * doc_topics)
+            fn = dist.Delta(doc_topics, event_dim=1) if self.delta else dist.Dirichlet(2.0 + 4.0 * doc_topics)
             pyro.sample("doc_topics", fn)
 
     def topics(self) -> None:
         positive, above = dist.constraints.positive, dist.constraints.greater_than(0.5)
-        weights = pyro.param("topic_weights_posterior", lambda: 4.0 + torch.rand(TOPICS), constraint=positive)
-        words = pyro.param("topic_words_posterior", lambda: 2.0 + torch.tensor([6.0, 3.0, 1.0, 1.0]).expand(TOPICS, VOCABULARY), constraint=above)
+        weights = pyro.param("topic_weights_posterior", lambda: 30.0 + torch.rand(TOPICS), constraint=positive)
+        words = pyro.param("topic_words_posterior", lambda: torch.tensor([36.0, 22.0, 8.0, 8.0]).expand(TOPICS, VOCABULARY), constraint=above)
         with pyro.plate("topics", TOPICS):
-            pyro.sample("topic_weights", dist.Gamma(weights, 1.0))
+            pyro.sample("topic_weights", dist.Gamma(weights, 8.0))
             pyro.sample("topic_words", dist.Dirichlet(words))
 
     def clean(self, words: Tensor) -> None:

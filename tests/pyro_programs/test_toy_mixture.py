@@ -1,4 +1,4 @@
-"""Pyro's toy mixture of Gaussians: weights, means and a scale shared by five points, and an enumerated assignment each."""
+"""Pyro's toy mixture of Gaussians: weights, means and a scale shared by all points, and an enumerated assignment each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.pyro_programs.pairs import Pair, assert_same, elbo_of, fixed
 
-POINTS = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
+POINTS = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0]).repeat(4)  # more of them, for precise means
 SHARED = ["weights", "locs", "scale"]
 
 
@@ -71,7 +71,7 @@ def test_assignments_given_point_estimates() -> None:
     """Nothing continuous is latent: the sum over assignments is log p(x), and there is no gap."""
     guide = shared_guide(AutoDelta)
     twin = (fixed(model, estimates()), lambda data: None)
-    pair = Pair(model, guide, (POINTS,), 5, plate="data", clean=twin, nesting=1)
+    pair = Pair(model, guide, (POINTS,), len(POINTS), plate="data", clean=twin, nesting=1)
     ledger = pair.ledger()
     assert_same(elbo_of(ledger), pair.elbo_of_pyro())
     assert abs(float(ledger.per_datapoint.inference_gap.mean())) < 1e-4
@@ -79,7 +79,7 @@ def test_assignments_given_point_estimates() -> None:
 
 
 def test_assignments_in_the_guide_given_point_estimates() -> None:
-    auto, probabilities = shared_guide(AutoDelta), torch.tensor([[0.9, 0.1]] * 2 + [[0.2, 0.8]] * 3)
+    auto, probabilities = shared_guide(AutoDelta), torch.tensor([[0.9, 0.1]] * 2 + [[0.2, 0.8]] * 3).repeat(4, 1)
 
     @config_enumerate
     def local(data: Tensor) -> None:
@@ -91,7 +91,7 @@ def test_assignments_in_the_guide_given_point_estimates() -> None:
         auto(data)
         local(data)
 
-    pair = Pair(model, guide, (POINTS,), 5, plate="data", clean=(fixed(model, estimates()), local), nesting=1)
+    pair = Pair(model, guide, (POINTS,), len(POINTS), plate="data", clean=(fixed(model, estimates()), local), nesting=1)
     assert_same(elbo_of(pair.ledger()), pair.elbo_of_pyro())
 
 
@@ -103,10 +103,10 @@ def test_shift_given_point_estimates() -> None:
         local(data)
 
     twin = (fixed(shifted, estimates()), local)
-    pair = Pair(shifted, guide, (POINTS,), 5, plate="data", clean=twin, nesting=1, repeats=50)
+    pair = Pair(shifted, guide, (POINTS,), len(POINTS), plate="data", clean=twin, nesting=1, repeats=50)
     assert_same(elbo_of(pair.ledger()), pair.elbo_of_pyro())
 
 
 def test_shared_latents_with_distributions() -> None:
-    pair = Pair(model, shared_guide(AutoNormal), (POINTS,), 5, plate="data", nesting=1)
+    pair = Pair(model, shared_guide(AutoNormal), (POINTS,), len(POINTS), plate="data", nesting=1)
     assert_same(elbo_of(pair.ledger()), pair.elbo_of_pyro())
