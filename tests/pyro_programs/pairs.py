@@ -81,7 +81,7 @@ class Pair:
         small: dict[str, Any] = {
             "refinement": pg.Refinement(num_steps=30, num_selection=32),
             "evidence": pg.AIS(num_chains=8, num_temperatures=8),
-            "num_particles": 1000,
+            "num_particles": 3000,
             "referee": False,
             "progress": False,
         }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
+from tests.pyro_programs.pairs import Pair, assert_same, assert_same_draws, elbo_of
 
 FEATURES, LATENT, UNITS = 3, 2, 6
 AUXILIARY = {"is_auxiliary": True}
@@ -53,6 +53,7 @@ def test_ledger() -> None:
     cevae = CEVAE()
     x, t, y = torch.randn(UNITS, FEATURES), (torch.arange(UNITS) % 2).float(), torch.randn(UNITS)
     pair = Pair(cevae.model, cevae.guide, (x, t, y), UNITS, clean=(cevae.model, cevae.clean_guide), repeats=50)
-    ledger = pair.ledger()
+    ledger = pair.ledger(num_particles=20_000)
     assert_same(elbo_of(ledger), pair.elbo_of_pyro())
+    assert_same_draws(pair)
     assert all(f"'{site}'" in str(ledger) for site in ("t", "y"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
+from tests.pyro_programs.pairs import Pair, assert_same, assert_same_draws, elbo_of
 
 SEQUENCES, STEPS, NOTES, LATENT, HIDDEN = 6, 5, 3, 2, 4
 LENGTHS = torch.tensor([5, 3, 4, 1, 5, 2])
@@ -61,7 +61,8 @@ class DMM(nn.Module):
 def test_ledger(rnn: type[nn.Module]) -> None:
     dmm, x = DMM(rnn), (torch.rand(SEQUENCES, STEPS, NOTES) < 0.5).float()
     pair = Pair(dmm.model, dmm.guide, (x, LENGTHS), SEQUENCES, repeats=20)
-    assert_same(elbo_of(pair.ledger(num_particles=500)), pair.elbo_of_pyro())
+    assert_same(elbo_of(pair.ledger()), pair.elbo_of_pyro())
+    assert_same_draws(pair)
 
 
 def test_annealing_factor() -> None:
@@ -69,6 +70,6 @@ def test_annealing_factor() -> None:
     twin.load_state_dict(dmm.state_dict())
     x = (torch.rand(SEQUENCES, STEPS, NOTES) < 0.5).float()
     pair = Pair(dmm.model, dmm.guide, (x, LENGTHS), SEQUENCES, clean=(twin.model, twin.guide), repeats=20)
-    ledger = pair.ledger(num_particles=500)
+    ledger = pair.ledger()
     assert_same(elbo_of(ledger), pair.elbo_of_pyro())
     assert "scale" in str(ledger)

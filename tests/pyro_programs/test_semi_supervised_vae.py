@@ -7,7 +7,7 @@ import torch
 from pyro.infer import config_enumerate
 from torch import Tensor, nn
 
-from tests.pyro_programs.pairs import Pair, assert_same, elbo_of, joined
+from tests.pyro_programs.pairs import Pair, assert_same, assert_same_draws, elbo_of, joined
 
 PIXELS, CLASSES, STYLES, IMAGES = 9, 3, 2, 6
 
@@ -54,3 +54,4 @@ def test_labelled() -> None:
     vae, x, y = SemiSupervisedVAE(), images(), torch.eye(CLASSES)[torch.arange(IMAGES) % CLASSES]
     pair = Pair(vae.model, vae.guide, (x, y), IMAGES, repeats=50)
     assert_same(elbo_of(pair.ledger()), pair.elbo_of_pyro())
+    assert_same_draws(pair)

@@ -4,7 +4,7 @@ import pyro.contrib.gp as gp
 import pytest
 import torch
 
-from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
+from tests.pyro_programs.pairs import Pair, assert_same, assert_same_draws, elbo_of
 
 POINTS, INDUCING = 8, 3
 
@@ -26,5 +26,6 @@ def process(*, whiten: bool) -> gp.models.VariationalSparseGP:
 def test_ledger(whiten: bool) -> None:
     own = process(whiten=whiten)
     pair = Pair(own.model, own.guide, (), 1)
-    ledger = pair.ledger(num_particles=20_000)
+    ledger = pair.ledger()
     assert_same(elbo_of(ledger), pair.elbo_of_pyro())
+    assert_same_draws(pair)

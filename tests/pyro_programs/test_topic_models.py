@@ -2,11 +2,12 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.infer import config_enumerate
 from torch import Tensor, nn
 
-from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
+from tests.pyro_programs.pairs import Pair, assert_same, assert_same_draws, elbo_of
 
 DOCUMENTS, WORDS, TOPICS, VOCABULARY = 30, 5, 2, 4
 
@@ -122,8 +123,10 @@ def test_prodlda() -> None:
     prodlda.guide(counts)  # as in training: batch statistics of some data
     prodlda.model(counts)
     pair = Pair(prodlda.model, prodlda.guide, (counts,), DOCUMENTS, repeats=50)
-    ledger = pair.ledger()
+    with pytest.warns(UserWarning, match="runs eagerly"):  # the number of words depends on the data
+        ledger = pair.ledger()
     assert prodlda.training
     prodlda.eval()
     assert_same(elbo_of(ledger), pair.elbo_of_pyro())
+    assert_same_draws(pair)
     assert "evaluation mode" in str(ledger)

@@ -11,7 +11,7 @@ from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
 
-from tests.pyro_programs.pairs import Pair, assert_same, elbo_of, fixed
+from tests.pyro_programs.pairs import Pair, assert_same, assert_same_draws, elbo_of, fixed
 
 POINTS = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0]).repeat(4)  # more of them, for precise means
 SHARED = ["weights", "locs", "scale"]
@@ -105,6 +105,7 @@ def test_shift_given_point_estimates() -> None:
     twin = (fixed(shifted, estimates()), local)
     pair = Pair(shifted, guide, (POINTS,), len(POINTS), plate="data", clean=twin, nesting=1, repeats=50)
     assert_same(elbo_of(pair.ledger()), pair.elbo_of_pyro())
+    assert_same_draws(pair)
 
 
 def test_shared_latents_with_distributions() -> None:
