@@ -26,7 +26,9 @@ class AIR(nn.Module):
             mean, present = torch.zeros(len(x), PIXELS), torch.ones(len(x), 1)
             for t in range(STEPS):
                 present = pyro.sample(f"z_pres_{t}", dist.Bernoulli(0.5 * present).to_event(1))
-                where = pyro.sample(f"z_where_{t}", dist.Normal(torch.zeros(len(x), WHERE), 1.0).mask(present).to_event(1))
+                where = pyro.sample(
+                    f"z_where_{t}", dist.Normal(torch.zeros(len(x), WHERE), 1.0).mask(present).to_event(1)
+                )
                 what = pyro.sample(f"z_what_{t}", dist.Normal(torch.zeros(len(x), WHAT), 1.0).mask(present).to_event(1))
                 mean = mean + present * torch.sigmoid(self.decoder(joined(where, what)))
             pyro.sample("obs", dist.Normal(mean, 0.3).to_event(1), obs=x)

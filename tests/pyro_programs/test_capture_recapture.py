@@ -1,6 +1,7 @@
 """Capture and recapture of animals (Cormack-Jolly-Seber): alive or not is a masked, enumerated Markov chain."""
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -64,9 +65,13 @@ def masked_steps() -> int:
 
 @pytest.mark.parametrize("model", [constant, varying])
 @pytest.mark.parametrize("family", [AutoNormal, AutoDiagonalNormal])
-def test_ledger(model, family) -> None:  # type: ignore[no-untyped-def]
-    guide = family(poutine.block(model, hide_fn=lambda site: site["name"].startswith(("z_", "y_"))), init_loc_fn=init_to_median, init_scale=0.2)
+def test_ledger(model, family, mode: Any) -> None:  # type: ignore[no-untyped-def]
+    guide = family(
+        poutine.block(model, hide_fn=lambda site: site["name"].startswith(("z_", "y_"))),
+        init_loc_fn=init_to_median,
+        init_scale=0.2,
+    )
     guide(HISTORY)
     surplus = masked_steps() * math.log(2)
     pair = Pair(model, guide, (HISTORY,), ANIMALS, plate="animals", nesting=1, surplus=surplus)
-    assert_same(elbo_of(pair.ledger()), pair.elbo_of_pyro())
+    assert_same(elbo_of(pair.ledger(mode)), pair.elbo_of_pyro())

@@ -1,5 +1,7 @@
 """CEVAE (Louizos et al., 2017): its guide observes treatment and outcome, in order to learn to predict them."""
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -17,7 +19,11 @@ class CEVAE(nn.Module):
         super().__init__()
         self.x_nn, self.t_nn = nn.Linear(LATENT, 2 * FEATURES), nn.Linear(LATENT, 1)
         self.y0_nn, self.y1_nn = nn.Linear(LATENT, 2), nn.Linear(LATENT, 2)
-        self.guide_t, self.guide_y0, self.guide_y1 = nn.Linear(FEATURES, 1), nn.Linear(FEATURES, 2), nn.Linear(FEATURES, 2)
+        self.guide_t, self.guide_y0, self.guide_y1 = (
+            nn.Linear(FEATURES, 1),
+            nn.Linear(FEATURES, 2),
+            nn.Linear(FEATURES, 2),
+        )
         self.guide_z0, self.guide_z1 = nn.Linear(FEATURES + 1, 2 * LATENT), nn.Linear(FEATURES + 1, 2 * LATENT)
 
     def model(self, x: Tensor, t: Tensor | None = None, y: Tensor | None = None) -> None:
@@ -49,11 +55,11 @@ def outcome(untreated: Tensor, treated: Tensor, t: Tensor) -> dist.Normal:
     return dist.Normal(loc, softplus(scale) + 0.1)
 
 
-def test_ledger() -> None:
+def test_ledger(mode: Any) -> None:
     cevae = CEVAE()
     x, t, y = torch.randn(UNITS, FEATURES), (torch.arange(UNITS) % 2).float(), torch.randn(UNITS)
     pair = Pair(cevae.model, cevae.guide, (x, t, y), UNITS, clean=(cevae.model, cevae.clean_guide), repeats=50)
-    ledger = pair.ledger(num_particles=20_000)
+    ledger = pair.ledger(mode, num_particles=20_000)
     assert_same(elbo_of(ledger), pair.elbo_of_pyro())
     assert_same_draws(pair)
     assert all(f"'{site}'" in str(ledger) for site in ("t", "y"))

@@ -1,5 +1,7 @@
 """An extended Kalman filter whose covariances are latent: all else is integrated out by the filter."""
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -28,18 +30,18 @@ def track() -> Tensor:
     return torch.stack([torch.arange(FRAMES) + 0.3 * torch.randn(FRAMES), 0.5 * torch.arange(FRAMES)], -1)
 
 
-def test_point_estimates_alone_are_refused() -> None:
+def test_point_estimates_alone_are_refused(mode: Any) -> None:
     """`AutoDelta` over both covariances, as in the tutorial, leaves nothing latent."""
     data = track()
     guide = AutoDelta(model)
     guide(data)
     with pytest.raises(InputError, match="nothing else is latent") as refusal:
-        Pair(model, guide, (data,), 1, plate=False).ledger()
+        Pair(model, guide, (data,), 1, plate=False).ledger(mode)
     assert "\n" not in str(refusal.value)
     assert "'pv_cov'" in str(refusal.value)
 
 
-def test_ledger_of_a_guide_with_distributions() -> None:
+def test_ledger_of_a_guide_with_distributions(mode: Any) -> None:
     data = track()
 
     def guide(track: Tensor) -> None:
@@ -47,5 +49,5 @@ def test_ledger_of_a_guide_with_distributions() -> None:
             pyro.sample(name, dist.LogNormal(pyro.param(f"loc_{name}", torch.tensor(loc)), 0.3))
 
     pair = Pair(model, guide, (data,), 1, plate=False)
-    pair.ledger()
+    pair.ledger(mode)
     assert_same_draws(pair)

@@ -1,5 +1,7 @@
 """scANVI (Xu et al., 2021), cells with and without a cell type: scales, a factor in the guide, z2 then y then z1."""
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -8,7 +10,7 @@ from pyro.infer import config_enumerate
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from tests.pyro_programs.pairs import Mean, Pair, assert_same, elbo_of, joined
+from tests.pyro_programs.pairs import Pair, assert_same, elbo_of, joined
 
 GENES, TYPES, LATENT, CELLS = 6, 3, 2, 6
 
@@ -44,7 +46,9 @@ class SCANVI(nn.Module):
             gate, shares = self.x_decoder(z2).chunk(2, -1)
             mean = size * shares.softmax(-1)
             counts = dist.ZeroInflatedNegativeBinomial(
-                gate_logits=gate, total_count=dispersion, logits=(mean + 1e-6).log() - (dispersion + 1e-6).log(),
+                gate_logits=gate,
+                total_count=dispersion,
+                logits=(mean + 1e-6).log() - (dispersion + 1e-6).log(),
                 validate_args=False,
             )
             pyro.sample("x", counts.to_event(1), obs=x)
@@ -76,16 +80,16 @@ def pair(labelled: bool) -> Pair:
     return Pair(scanvi.model, guides[0], args, CELLS, clean=(twin.model, guides[1]), nesting=1, repeats=50)
 
 
-def test_unlabelled() -> None:
+def test_unlabelled(mode: Any) -> None:
     given = pair(labelled=False)
-    ledger = given.ledger()
+    ledger = given.ledger(mode)
     assert_same(elbo_of(ledger), given.elbo_of_pyro())
     for site in ("x", "z1", "z2", "y", "l"):
         assert f"'{site}'" in str(ledger), "the scale is named at every site"
 
 
-def test_labelled() -> None:
+def test_labelled(mode: Any) -> None:
     given = pair(labelled=True)
-    ledger = given.ledger()
+    ledger = given.ledger(mode)
     assert_same(elbo_of(ledger), given.elbo_of_pyro())
     assert "classification_loss" in str(ledger)

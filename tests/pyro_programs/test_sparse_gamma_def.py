@@ -74,16 +74,16 @@ def pair(guide: Any) -> Pair:
     return Pair(model, guide, (x,), IMAGES, plate="data")
 
 
-def test_auto_normal() -> None:
+def test_auto_normal(mode: Any) -> None:
     given = pair(AutoNormal(model, init_loc_fn=init_to_feasible))
-    assert_same(elbo_of(given.ledger()), given.elbo_of_pyro())
+    assert_same(elbo_of(given.ledger(mode)), given.elbo_of_pyro())
 
 
-def test_easy_guide() -> None:
+def test_easy_guide(mode: Any) -> None:
     given = pair(Easy(model))
-    assert_same(elbo_of(given.ledger()), given.elbo_of_pyro())
+    assert_same(elbo_of(given.ledger(mode)), given.elbo_of_pyro())
 
 
-def test_custom_guide() -> None:
+def test_custom_guide(mode: Any) -> None:
     given = pair(custom)
-    assert_same(elbo_of(given.ledger()), given.elbo_of_pyro())
+    assert_same(elbo_of(given.ledger(mode)), given.elbo_of_pyro())

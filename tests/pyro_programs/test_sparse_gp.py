@@ -1,5 +1,7 @@
 """A Gaussian process with inducing points: the model and the guide of `VariationalSparseGP`, which take no arguments."""
 
+from typing import Any
+
 import pyro.contrib.gp as gp
 import pytest
 import torch
@@ -23,9 +25,9 @@ def process(*, whiten: bool) -> gp.models.VariationalSparseGP:
 
 
 @pytest.mark.parametrize("whiten", [False, True])
-def test_ledger(whiten: bool) -> None:
+def test_ledger(whiten: bool, mode: Any) -> None:
     own = process(whiten=whiten)
     pair = Pair(own.model, own.guide, (), 1)
-    ledger = pair.ledger()
+    ledger = pair.ledger(mode)
     assert_same(elbo_of(ledger), pair.elbo_of_pyro())
     assert_same_draws(pair)
