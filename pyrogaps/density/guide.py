@@ -110,9 +110,7 @@ class GuideDensity:
         else:
             self.joint = JointDensity(model, data, plate)
         check_autoguide(guide, self.joint)
-        # An autoguide has parameters for each datapoint, whatever the size of its plates.
-        bound = True if is_autoguide(guide) and self.joint.plate is not None else None
-        self.structure = GuideStructure(self.joint.num_datapoints, bound)
+        self.structure = _unread(guide, self.joint)
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
             # On a number of rows other than the data set's, which reveals a plate of its full size.
             everything = self.first_run(self.joint.probe.indices)
@@ -123,6 +121,11 @@ class GuideDensity:
             remarks = [*on_scales(scales_of(everything), "guide"), *on_modes(guide, "guide")]
             remarks += on_carried(left_out, self.run_on, self.joint)
             self.structure = replace(self.structure, remarks=tuple(remarks))
+
+    @classmethod
+    def unread(cls, guide: Program, joint: JointDensity) -> "GuideDensity":
+        """A guide whose sites have not been matched with the model's, for its `first_run` alone."""
+        return cls(guide, None, joint, structure=_unread(guide, joint))
 
     @property
     def bound(self) -> bool:
@@ -292,6 +295,8 @@ class GuideDensity:
             )
             for term in self.terms
         )
+        # Two runs may draw the same states, and then say nothing of what depends on these.
+        factorised = factorised and not any(term.site.num_states for term in self.terms)
         self.structure = replace(self.structure, factorised=factorised and not self._reads_draws())
         if self.joint.plate is None and self.structure.factorised:
             return
@@ -357,6 +362,11 @@ class GuideDensity:
     def _drawn(self, indices: Tensor) -> Draws:
         with seeded(0, "other rows", device=self.joint.device):
             return self.at(indices).sample(1)
+
+
+def _unread(guide: Program, joint: JointDensity) -> GuideStructure:
+    # An autoguide has parameters for each datapoint, whatever the size of its plates.
+    return GuideStructure(joint.num_datapoints, True if is_autoguide(guide) and joint.plate is not None else None)
 
 
 class SequentialGuide:

@@ -13,8 +13,9 @@ from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
 from pyrogaps.density.mapped import NotAffineError, affine_map, check_stated, image_of
+from pyrogaps.density.state_numbers import states_of
 from pyrogaps.density.supports import bijection, support_of
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 
 # Messages of the guide's sites with `terms` at the points `flat` `(R, dim)`, for the datapoints `indices` `(R,)`.
 PlaceAt = Callable[[list[GuideSite], Tensor, Tensor], dict[str, Any]]
@@ -39,8 +40,7 @@ def read_terms(
         if message is None:
             raise InputError(f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it")
         if not is_delta(message):
-            if support_of(message["fn"]).is_discrete:
-                raise InputError(f"site '{name}': discrete in the guide. Discrete latents are not supported")
+            _check_states(name, message["fn"], site)
             terms.append(_term(name, message, site, joint, unconstrained=False))
         elif f"{name}_unconstrained" in auxiliary:
             helper = auxiliary.pop(f"{name}_unconstrained")
@@ -65,6 +65,22 @@ def read_terms(
                 return _own_terms(messages, joint, place_at)
     _check_stated(terms, messages, joint)
     return terms, None
+
+
+def _check_states(name: str, fn: Any, site: Site) -> None:
+    """Refuse a site that is discrete in one program alone, or has another number of states in the guide."""
+    discrete = bool(support_of(fn).is_discrete)
+    if discrete != bool(site.num_states):
+        here, there = ("discrete", "continuous") if discrete else ("continuous", "discrete")
+        raise InputError(f"site '{name}': {here} in the guide, {there} in the model. Give it the model's support")
+    if not discrete:
+        return
+    number = len(states_of(fn, name))
+    if number != site.num_states:
+        raise InputError(
+            f"site '{name}': {counted(number, 'state')} in the guide, {site.num_states} in the model. Give its "
+            "distribution in the guide as many"
+        )
 
 
 def is_delta(message: Any) -> bool:

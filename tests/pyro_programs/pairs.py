@@ -105,7 +105,7 @@ class Placed(Messenger):
 
 
 def assert_same_draws(pair: Pair, draws: int = 5) -> None:
-    """Every draw's total of log p(x, z) - log q(z | x) is Pyro's, to 1e-4 relative; of guides without discrete sites."""
+    """Every draw of log p(x, z) - log q(z | x) is Pyro's, to 1e-4 relative; of guides that draw nothing discrete."""
     problem = pair.problem()
     z, log_q = problem.guide_density().sample(draws)
     with torch.no_grad():

@@ -51,7 +51,7 @@ class AIR(nn.Module):
 def test_refused_because_a_mask_depends_on_a_discrete_latent() -> None:
     """Where an object is absent, its place and shape have no density: their sum over presences does not exist."""
     air = AIR()
-    with pytest.raises(InputError, match="'z_(pres|where|what)_[01]'") as refusal:
+    with pytest.raises(InputError, match=r"'z_(pres|where|what)_[01]'") as refusal:
         Pair(air.model, air.guide, (torch.rand(IMAGES, PIXELS),), IMAGES).ledger()
     assert "\n" not in str(refusal.value)
     assert "mask" in str(refusal.value)

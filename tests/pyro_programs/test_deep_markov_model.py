@@ -1,4 +1,4 @@
-"""The deep Markov model: its guide reads packed sequences of different lengths backwards, then draws step after step."""
+"""The deep Markov model: its guide reads packed sequences of several lengths backwards, then draws step by step."""
 
 from typing import Any
 

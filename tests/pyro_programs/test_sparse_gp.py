@@ -1,4 +1,4 @@
-"""A Gaussian process with inducing points: the model and the guide of `VariationalSparseGP`, which take no arguments."""
+"""A Gaussian process with inducing points: model and guide of `VariationalSparseGP`, which take no arguments."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Pyro's toy mixture of Gaussians: weights, means and a scale shared by all points, and an enumerated assignment each."""
+"""Pyro's toy mixture of Gaussians: weights, means and a scale shared by all points, an enumerated assignment each."""
 
 from collections.abc import Callable
 from typing import Any
