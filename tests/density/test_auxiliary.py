@@ -252,7 +252,7 @@ def test_auto_structured_with_a_point_estimate() -> None:
     guide(y)
     guide.deps.s.m.weight.data.fill_(0.4)
     with pytest.raises(
-        InputError, match=r"draws of 5 dimensions for latents of .*\. Give every latent a draw of its own"
+        InputError, match=r"draws of 7 dimensions for latents of 8\. Give every latent a draw of its own"
     ):
         pg.elbo(hierarchy, guide, (y,), plate=False)
 
