@@ -10,8 +10,10 @@ from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, rows_of, selected, whole
 from pyrogaps.density.draws import Posterior
+from pyrogaps.density.hierarchy import Hierarchy, Inseparable
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.runs import Program, check_callable
+from pyrogaps.density.shared import SharedLatents
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError, counted
 from pyrogaps.family import AmortizedGuide, augmented
@@ -90,8 +92,8 @@ class Problem:
         if data is None:
             raise InputError("data: missing. Pass the model, the guide and the data, or a Problem")
         if not _extends_model(guide):
-            return cls(model, None, JointDensity(model, data, plate), None, mode).with_guide(guide)
-        extended = JointDensity(augmented(model, guide), data, plate)
+            return cls(model, None, _density(model, guide, data, plate), None, mode).with_guide(guide)
+        extended = _density(augmented(model, guide), guide, data, plate)
         return cls(model, guide, extended, GuideDensity(cast(Program, guide), None, extended), mode)
 
     @property
@@ -168,10 +170,13 @@ class Problem:
     def _density_of(self, model: Program) -> JointDensity:
         """log p(x_n, z) of the same data under `model`, which is read where it has not been yet."""
         joint = self.joint
-        return joint if joint.model is model else JointDensity(model, joint.data, joint.plate or False)
+        if joint.model is model:
+            return joint
+        return JointDensity(model, joint.data, joint.plate or False, make_whole=joint.structure.make_whole)
 
     def over(self, data: IndexedData) -> "Problem":
-        """The same problem on other data of the same form. No program is run, and nothing is checked again.
+        """The same problem on other data of the same form. No program is run, nothing is checked again, and what has
+        been recorded is used again.
 
         Raises `InputError` for a guide that holds parameters for each of other datapoints.
         """
@@ -181,7 +186,7 @@ class Problem:
             posterior = posterior.over(joint if same else posterior.joint.over(data))
         elif posterior is not None:
             raise InputError("guide: a refined guide fits only the data it was refined on. Pass the original guide")
-        return replace(self, joint=joint, posterior=posterior, _evaluators={})
+        return replace(self, joint=joint, posterior=posterior, _evaluators=self._recorded(joint))
 
     def at(self, indices: Tensor) -> "Problem":
         """The same problem at the datapoints `indices` `(M,)` alone, counted from 0. No program is run, and what has
@@ -196,11 +201,12 @@ class Problem:
             posterior = posterior.over(joint if same else posterior.joint.over(rows))
         elif posterior is not None:
             posterior = PosteriorAt(posterior, indices, joint)
-        evaluators = {}
-        for (recorded, split), evaluator in self._evaluators.items():
-            if recorded is self.joint:
-                evaluators[joint, split] = evaluator.over(joint)
-        return replace(self, joint=joint, posterior=posterior, _evaluators=evaluators)
+        return replace(self, joint=joint, posterior=posterior, _evaluators=self._recorded(joint))
+
+    def _recorded(self, joint: JointDensity) -> dict[tuple[JointDensity, bool], GradientEvaluator]:
+        """Evaluators of `joint`, the density of the same model at other data, with what has been recorded."""
+        evaluators = self._evaluators.items()
+        return {(joint, split): its.over(joint) for (recorded, split), its in evaluators if recorded is self.joint}
 
     @guarded
     def simulated(self, seed: int, to_data: ToData | None = None) -> "Simulated":
@@ -228,6 +234,22 @@ class PosteriorAt:
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at `indices` of these datapoints."""
         return self.posterior.at(self.indices[indices])
+
+
+def _density(model: Program, guide: Any, data: Data, plate: Plate) -> JointDensity:
+    """log p(x_n, z). The data set is one datapoint where the guide draws latents shared by datapoints and local latents
+    jointly; else `SharedLatents` is raised for a model that has both, with the parts of model and guide.
+    """
+    try:
+        return JointDensity(model, data, plate)
+    except SharedLatents as shared:
+        if guide is None or is_posterior(guide):
+            raise
+        try:
+            hierarchy = Hierarchy.of(model, guide, data, shared)
+        except Inseparable as reason:
+            return JointDensity(model, data, False, make_whole=True, why=str(reason))
+        raise shared.split_by(hierarchy) from None
 
 
 def _extends_model(guide: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.given import original
 from pyrogaps.density.layout import plate_dim
 from pyrogaps.errors import InputError, counted
 
@@ -41,12 +42,15 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
     if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
         raise InputError(f"guide: this {_name(guide)} has never been run. Train it on these data first")
     plate, first = joint.plate, next(iter(joint.sites))
-    for part in _parts(guide):
+    for part in parts_of(guide):
         if isinstance(part, AutoLaplaceApproximation) and plate is None:
             raise InputError(
                 "guide: AutoLaplaceApproximation is a Delta, which has no density. Pass the result of its "
                 "laplace_approximation(*args)"
             )
+        inside, every = ([], []) if plate is None else latents_in(part, plate)
+        if every and not inside:
+            continue  # of latents outside the data plate, which are given here
         if isinstance(part, AutoContinuous | AutoGaussian | AutoStructured) and plate is not None:
             raise InputError(
                 f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density per "
@@ -68,7 +72,7 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
 @contextmanager
 def supports_at(guide: Any, plate: str | None, rows: Tensor) -> Iterator[None]:
     """Let an autoguide use the supports of the datapoints `rows`: it keeps those of its setup run, of all of them."""
-    nodes = [node for part in _parts(guide) for node in _latents(part, plate)] if plate is not None else []
+    nodes = [node for part in parts_of(guide) for node in _latents(part, plate)] if plate is not None else []
     before = [node["fn"] for node in nodes]
     try:
         for node in nodes:
@@ -126,13 +130,24 @@ def _within(guide: nn.Module) -> list[Any]:
 
 
 def is_autoguide(guide: Any) -> bool:
+    guide = original(guide)
     return isinstance(guide, AutoGuide | AutoMessenger)
 
 
-def _parts(guide: Any) -> Iterator[AutoGuide]:
+def latents_in(part: AutoGuide, plate: str) -> tuple[list[str], list[str]]:
+    """Names of an autoguide's latents inside a plate, and of all its latents."""
+    nodes = {} if part.prototype_trace is None else part.prototype_trace.nodes
+    latents = {name: n for name, n in nodes.items() if n.get("type") == "sample" and not n.get("is_observed")}
+    inside = [name for name, n in latents.items() if any(f.name == plate for f in n.get("cond_indep_stack", ()))]
+    return inside, [*latents]
+
+
+def parts_of(guide: Any) -> Iterator[AutoGuide]:
+    """The autoguides that a guide consists of: itself, or those in its list; none for any other guide."""
+    guide = original(guide)
     if isinstance(guide, AutoGuideList):
         for part in guide:
-            yield from _parts(part)
+            yield from parts_of(part)
     elif isinstance(guide, AutoGuide):
         yield guide
 

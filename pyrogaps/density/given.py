@@ -1,6 +1,7 @@
 """Programs with some of their sites set to given values."""
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,3 +34,8 @@ def given(program: Program, values: Mapping[str, Tensor]) -> Program:
             return program(*args, **kwargs)
 
     return conditioned
+
+
+def original(program: Program) -> Program:
+    """The program that was wrapped here, or in another such way; itself for any other."""
+    return inspect.unwrap(program) if inspect.isfunction(program) else program

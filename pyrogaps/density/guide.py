@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
 from pyrogaps.density.data import Data
+from pyrogaps.density.given import original
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import (
     Draws,
@@ -184,7 +185,7 @@ class GuideDensity:
         rows = indices.repeat(num_particles)
         with self.plates(rows), supports_at(self.guide, self.joint.plate, self._origin(rows)), handler or nullcontext():
             sites = sample_sites(self.guide, args, "guide")
-        if isinstance(self.guide, GuideMessenger):  # it runs the model, likelihood and all
+        if isinstance(original(self.guide), GuideMessenger):  # it runs the model, likelihood and all
             return {name: site for name, site in sites.items() if not site["is_observed"]}
         return sites
 
