@@ -29,7 +29,7 @@ from pyrogaps.two_sided import two_sided
 
 FIRST_DRAWS, DRAWS_AT_ONCE, PILOT_DRAWS = 128, 64, 8
 # Shares of the tolerance: of the variance that a finite number of local weights adds, and of the standard errors.
-NOISE_SHARE, ERROR_SHARE = 0.2, 0.4
+NOISE_SHARE, ERROR_SHARE = 0.05, 0.4
 NUM_DELETED = 16  # groups of a jackknife
 LADDER, WEIGHTS = "ladder on all latents", "importance weights of the guide's draws"
 

@@ -26,7 +26,7 @@ from pyrogaps.two_sided import two_sided
 
 Values = dict[str, Tensor]
 # Weights for each datapoint and draw of theta: as many as a pilot asks for, within these.
-MIN_WEIGHTS, MAX_WEIGHTS, PILOT_WEIGHTS = 16, 1024, 64
+MIN_WEIGHTS, MAX_WEIGHTS, PILOT_WEIGHTS = 16, 2048, 64
 MAX_POINTS = 64  # of a datapoint at once
 # Fresh weights where chains have not met, times K.
 MAX_FRESH = 64

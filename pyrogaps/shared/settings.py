@@ -22,5 +22,5 @@ class Shared:
 
     num_draws: Several = 8
     tolerance: Positive = 0.1
-    max_draws: Several = 8192
+    max_draws: Several = 4096
     max_evaluations: Count = 20_000_000
