@@ -91,10 +91,14 @@ class Problem:
             check_callable(guide, "guide")
         if data is None:
             raise InputError("data: missing. Pass the model, the guide and the data, or a Problem")
-        if not _extends_model(guide):
-            return cls(model, None, _density(model, guide, data, plate), None, mode).with_guide(guide)
-        extended = _density(augmented(model, guide), guide, data, plate)
-        return cls(model, guide, extended, GuideDensity(cast(Program, guide), None, extended), mode)
+        extended = augmented(model, guide) if _extends_model(guide) else model
+        try:
+            joint = JointDensity(extended, data, plate)
+        except SharedLatents as shared:
+            joint = _as_one_datapoint(extended, guide, data, shared)
+        if extended is model:
+            return cls(model, None, joint, None, mode).with_guide(guide)
+        return cls(model, guide, joint, GuideDensity(cast(Program, guide), None, joint), mode)
 
     @property
     def plate(self) -> str | None:
@@ -236,20 +240,18 @@ class PosteriorAt:
         return self.posterior.at(self.indices[indices])
 
 
-def _density(model: Program, guide: Any, data: Data, plate: Plate) -> JointDensity:
-    """log p(x_n, z). The data set is one datapoint where the guide draws latents shared by datapoints and local latents
-    jointly; else `SharedLatents` is raised for a model that has both, with the parts of model and guide.
+def _as_one_datapoint(model: Program, guide: Any, data: Data, shared: SharedLatents) -> JointDensity:
+    """log p(x, z) of the data set, where a guide draws `shared` latents and those of datapoints jointly.
+
+    Raises `SharedLatents` where it does not, with the parts of model and guide, or where there is no guide.
     """
+    if guide is None or is_posterior(guide):
+        raise shared
     try:
-        return JointDensity(model, data, plate)
-    except SharedLatents as shared:
-        if guide is None or is_posterior(guide):
-            raise
-        try:
-            hierarchy = Hierarchy.of(model, guide, data, shared)
-        except Inseparable as reason:
-            return JointDensity(model, data, False, make_whole=True, why=str(reason))
-        raise shared.split_by(hierarchy) from None
+        hierarchy = Hierarchy.of(model, guide, data, shared)
+    except Inseparable as reason:
+        return JointDensity(model, data, False, make_whole=True, why=str(reason))
+    raise shared.split_by(hierarchy) from None
 
 
 def _extends_model(guide: Any) -> bool:

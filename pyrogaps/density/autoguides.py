@@ -18,8 +18,8 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
-from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.given import original
+from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import plate_dim
 from pyrogaps.errors import InputError, counted
 
@@ -60,13 +60,18 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
             raise InputError(
                 f"guide: the density of AutoStructured cannot be evaluated. {REMEDY}, or AutoMultivariateNormal"
             )
-        frame = part._prototype_frames.get(plate)
-        if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
-            raise OtherDataError(
-                f"guide: the plate '{plate}' of this {_name(part)} has size {size}, but the data set has "
-                f"{counted(joint.num_datapoints, 'datapoint')}",
-                "Train it on these data, because an autoguide has parameters for each datapoint",
-            )
+        check_size(part, plate, joint.num_datapoints)
+
+
+def check_size(part: AutoGuide, plate: str | None, number: int) -> None:
+    """Raise `OtherDataError` for an autoguide that was made for another number of datapoints."""
+    frame = part._prototype_frames.get(plate)
+    if frame is not None and (size := int(frame.full_size or frame.size)) != number:
+        raise OtherDataError(
+            f"guide: the plate '{plate}' of this {_name(part)} has size {size}, but the data set has "
+            f"{counted(number, 'datapoint')}",
+            "Train it on these data, because an autoguide has parameters for each datapoint",
+        )
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """`Hierarchy`: a model and a guide with latents shared by the datapoints of a plate, taken apart.
 
 The model is p(theta) prod_n p(x_n, z_n | theta), the guide q(theta) prod_n q(z_n | x_n, theta), with theta the latents
-outside the data plate. The parts are Pyro programs: those of theta alone, and those of the datapoints given theta, whose
-values come as the last of their arguments, so that a recorded density serves all draws of theta.
+outside the data plate. The parts are Pyro programs: those of theta alone, and those of the datapoints given theta. The
+values of theta are the last argument of these, so that a recorded density serves all draws.
 """
 
 import functools
@@ -17,7 +17,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrogaps.density.autoguides import latents_in, parts_of, supports_at
+from pyrogaps.density.autoguides import check_size, latents_in, parts_of, supports_at
 from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed
 from pyrogaps.density.guide import GuideDensity
 from pyrogaps.density.joint import JointDensity
@@ -101,9 +101,10 @@ class Hierarchy:
                 raise
             raise Inseparable("the guide runs only on all datapoints together") from error
         others = JointDensity(alone[1][0].of(model), NOTHING, structure=prior.structure)
-        _check_same(prior, others, f"the model's prior of {_named(shared.names)} depends on data or local latents")
+        depends = f"{_named(shared.names)} depends on data or local latents"
+        _check_same(prior, prior, others, f"the model's prior of {depends}")
         other = GuideDensity(alone[1][1].of(guide), None, prior, structure=posterior.structure)
-        _check_same(posterior.log_prob, other.log_prob, f"the guide's {_named(shared.names)} depends on data or local latents", prior)
+        _check_same(prior, posterior.log_prob, other.log_prob, f"the guide's {depends}")
         with seeded(0, "shared sites"), evaluating(guide), torch.no_grad():
             sites = posterior.messages(torch.zeros(1, dtype=torch.long))
         extra = () if posterior.structure.mapped else tuple(name for name in sites if name not in prior.sites)
@@ -211,26 +212,31 @@ def _check_guide(guide: Program, data: IndexedData, shared: SharedLatents) -> No
     """Raise `Inseparable` for a guide with one distribution over theta and local latents."""
     joint = Inseparable(f"the guide draws {_named(shared.names)} and the latents in plate '{shared.plate}' jointly")
     for part in parts_of(guide):
+        check_size(part, shared.plate, data.num_datapoints)
         inside, every = latents_in(part, shared.plate)
         if isinstance(part, AutoContinuous | AutoGaussian | AutoStructured) and 0 < len(inside) < len(every):
             raise joint
     rows = torch.arange(data.num_datapoints)
     try:
-        with seeded(0, "shared sites"), evaluating(guide), torch.no_grad():
-            with whole_plates(shared.plate, rows, num_datapoints=len(rows), bound=False):
-                sites = sample_sites(guide, data.fetch(rows), "guide")
+        with (
+            seeded(0, "shared sites"),
+            evaluating(guide),
+            torch.no_grad(),
+            whole_plates(shared.plate, rows, num_datapoints=len(rows), bound=False),
+        ):
+            sites = sample_sites(guide, data.fetch(rows), "guide")
     except InputError:  # raised, or explained, where the guide is read
         return
-    drawn = [name for name, site in sites.items() if not site["is_observed"] and type(leaf(site["fn"])).__name__ != "Delta"]
+    latents = {name: site for name, site in sites.items() if not site["is_observed"]}
+    drawn = [name for name, site in latents.items() if type(leaf(site["fn"])).__name__ != "Delta"]
     local = [name for name in sites if is_inside(sites[name], shared.plate)]
     further = [name for name in drawn if name not in shared.names and name not in local]
     if local and further and not set(local) & set(drawn):
         raise joint
 
 
-def _check_same(first: Any, second: Any, why: str, prior: JointDensity | None = None) -> None:
+def _check_same(prior: JointDensity, first: Any, second: Any, why: str) -> None:
     """Raise `Inseparable` where two densities of theta, of other data and other local draws, differ."""
-    prior = prior or first
     z = prior.probe.z[None]
     with torch.no_grad():
         values = []
@@ -259,4 +265,3 @@ def _rows(number: int) -> tuple[Tensor, Tensor]:
 
 def _named(names: tuple[str, ...]) -> str:
     return ", ".join(map(repr, names))
-

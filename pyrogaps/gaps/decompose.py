@@ -20,8 +20,8 @@ from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement
 from pyrogaps.refine.families import Family
-from pyrogaps.shared import Shared
 from pyrogaps.settings import Count, File, Plate, Sample, Seed, Several, checked
+from pyrogaps.shared import Shared
 
 
 @guarded
@@ -71,10 +71,11 @@ def decompose(
       \underbrace{A_{eval}(\phi) - A_{train}(\phi)}_{\text{generalization}}, \quad
       A_D(\phi) = \frac{1}{|D|} \sum_{n \in D} \mathcal L[q^*_C](x_n) - \mathcal L[q_\phi](x_n)$$
 
-    Latents outside the data plate, theta, are shared by all datapoints. Model and guide are then conditioned on draws of
-    theta from the guide, gaps per datapoint are means over these, and the gap of the data set has one more part:
+    Latents outside the data plate, theta, are shared by all datapoints. Model and guide are then conditioned on draws
+    of theta from the guide. Gaps per datapoint are means over these, and the gap of the data set has one more part:
 
-    $$\log p(x) - \mathcal L = KL(q(\theta) \| p(\theta|x)) + \sum_n E_{q(\theta)}[\log p(x_n|\theta) - \mathcal L_n(\theta)]$$
+    $$\log p(x) - \mathcal L = KL(q(\theta) \| p(\theta|x)) +
+      \sum_n \mathbb E_{q(\theta)}[\log p(x_n|\theta) - \mathcal L_n(\theta)]$$
 
     Every estimate uses draws of its own. log p(x) and L[q*] are bounded from below, so gaps are understated where AIS
     or the refinement fell short. `Bridge` estimates log p(x), and the inference gap with it, without bounding either:
@@ -135,7 +136,14 @@ def decompose(
         "cache": None if cache is None else Path(cache),
         "referee": int(referee),
     }
-    return _decomposition(model, guide, data, plate, shared or Shared(), options, compiled=compile).ledger(terms)
+    decomposition: Decomposition | SharedDecomposition
+    try:
+        problem = Problem.of(model, guide, data, plate)
+        decomposition = Decomposition(problem.compiled() if compile else problem, **options)
+    except SharedLatents as found:
+        pair = SharedDecomposition.of(found, model, guide, data)
+        decomposition = pair(shared or Shared(), options, compile)
+    return decomposition.ledger(terms)
 
 
 @guarded
@@ -146,24 +154,7 @@ def rehearse(
 
     Families are built and run, and the first datapoints are measured with a few steps and draws.
     """
-    _decomposition(model, guide, data, plate, shared or Shared(), settings).rehearse()
-
-
-def _decomposition(
-    model: Program | Problem,
-    guide: Program | None,
-    data: Data | None,
-    plate: Plate,
-    shared: Shared,
-    options: dict[str, Any],
-    *,
-    compiled: bool = False,
-) -> Decomposition | SharedDecomposition:
-    """What measures a problem: datapoint by datapoint, or given draws of the latents that they share."""
     try:
-        problem = Problem.of(model, guide, data, plate)
+        Decomposition(Problem.of(model, guide, data, plate), **settings).rehearse()
     except SharedLatents as found:
-        if found.hierarchy is None or isinstance(model, Problem) or guide is None or data is None:
-            raise
-        return SharedDecomposition(found.hierarchy, model, guide, data, shared, options, compiled)
-    return Decomposition(problem.compiled() if compiled else problem, **options)
+        SharedDecomposition.of(found, model, guide, data)(shared or Shared(), settings).rehearse()

@@ -34,9 +34,12 @@ class GapLedger:
        └─ generalization gap                    what it does worse on these data than on the training data
     ```
 
-    with q* the best of the guide's own family for each datapoint, and q*_C the best that is shown no more of x than the
-    guide (q* itself for a guide that is shown all). Children sum to their parent, because they are
-    differences along one chain of estimates.
+    Where datapoints share latents theta, that is the local gap, given theta, and with the global gap
+    KL(q(theta) || p(theta | x)) it makes up the inference gap of the data set.
+
+    Here q* is the best of the guide's own family for each datapoint, and q*_C the best that is shown no more of x than
+    the guide (q* itself for a guide that is shown all). Children sum to their parent, because they are differences
+    along one chain of estimates.
 
     Attributes:
         per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`,
@@ -78,9 +81,9 @@ class GapLedger:
 
     def summary(self) -> pd.DataFrame:
         """One row a quantity: mean over datapoints, its standard error over datapoints, its Monte Carlo standard error
-        (both of the mean, in nats), the estimator and the direction of the bound. Where datapoints share latents, also
-        `total`, that of the data set, and the Monte Carlo error is that of the draws of these latents. Where datapoints have no finite
-        bounds, also `finite_mean`, over the others, which all gaps are means of.
+        (both of the mean, in nats), the estimator and the direction of the bound. Where datapoints have no finite
+        bounds, also `finite_mean`, over the others, which all gaps are means of. Where datapoints share latents, also
+        `total`, that of the data set, and the Monte Carlo error is that of the draws of these latents.
         """
         rows = {label: self._row(name, family) for label, name, family in self._bounds()}
         for name in ids(self.gaps):
@@ -110,8 +113,8 @@ class GapLedger:
 
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`
-        where the amortization gap is split, `certificate` and `shared_latents` where there are any, the provenance as one JSON string in
-        the attribute "pyrogaps" and a checksum in "pyrogaps_sha256". Save it with
+        where the amortization gap is split, `certificate` and `shared_latents` where there are any, the provenance as
+        one JSON string in the attribute "pyrogaps" and a checksum in "pyrogaps_sha256". Save it with
         `.to_netcdf(path, engine="h5netcdf")`.
         """
         groups = dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed, self.gaps), strict=True))

@@ -37,7 +37,8 @@ def averaged(ledgers: Sequence[GapLedger]) -> xr.Dataset:
 
 def by_draw(ledgers: Sequence[GapLedger], per_datapoint: xr.Dataset) -> xr.Dataset:
     """Means over the datapoints whose bounds are finite in all draws, of every draw: over "draw", and "family"."""
-    finite, variables = is_finite(per_datapoint), {}
+    finite = is_finite(per_datapoint)
+    variables: dict[str, Any] = {}
     for name in (str(name) for name in per_datapoint):
         column = per_datapoint[name]
         if not name.endswith("_mcse") and column.dims[0] == "datapoint" and column.dtype.kind == "f":

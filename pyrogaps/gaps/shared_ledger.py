@@ -1,7 +1,8 @@
 """The ledger of a model with latents shared by datapoints: local gaps given draws of them, and the global gap."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from pyrogaps.density.data import as_given
 from pyrogaps.density.hierarchy import Hierarchy, SharedDraws
 from pyrogaps.density.remarks import quoted
 from pyrogaps.density.runs import Program
+from pyrogaps.density.shared import SharedLatents
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.assemble import observed_of
 from pyrogaps.gaps.decomposition import Decomposition
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.shared_columns import averaged, by_draw, gaps_of, with_global_gap
 from pyrogaps.gaps.terms import Columns, Term
+from pyrogaps.gaussians import MAX_DIM
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
-from pyrogaps.shared import Shared, global_gap
+from pyrogaps.shared import GlobalGap, Shared, global_gap
+from pyrogaps.shared.global_gap import WEIGHTS
 from pyrogaps.shared.whole import whole_evidence
 from pyrogaps.streams import derive_seed
 
@@ -51,6 +55,15 @@ class SharedDecomposition:
             if self.options.get(option) is not None:
                 raise InputError(f"{option}: not available where datapoints share latents ({names}). Leave it out")
 
+    @classmethod
+    def of(
+        cls, found: SharedLatents, model: Program | Problem, guide: Program | None, data: Data | None
+    ) -> Callable[..., "SharedDecomposition"]:
+        """One of these programs, where `found` has their parts, as a function of the other arguments; else raise it."""
+        if found.hierarchy is None or isinstance(model, Problem) or guide is None or data is None:
+            raise found
+        return partial(cls, found.hierarchy, model, guide, data)
+
     def rehearse(self) -> None:
         """Raise what `ledger` would raise, as far as a few steps and draws of the first datapoints can tell."""
         drawn = self._drawn()
@@ -77,6 +90,7 @@ class SharedDecomposition:
         traces = xr.concat([ledger.traces for ledger in ledgers], "draw", join="override").mean("draw")
         provenance = {**self._provenance(ledgers), "shared": {**shared.attrs, "settings": vars(self.settings)}}
         observed = observed_of(as_given(self.data))
+        provenance["remarks"] = [*provenance["remarks"], *_on_global_gap(gap)]
         return GapLedger(per_datapoint, traces, observed, provenance, gaps_of(columns, terms), shared=shared)
 
     def _ledgers(self, local: Problem, drawn: SharedDraws, terms: Sequence[Term]) -> Iterator[GapLedger]:
@@ -95,8 +109,8 @@ class SharedDecomposition:
         examined = max((ledger.provenance for ledger in ledgers), key=lambda p: _raised(p.get("examined", {})))
         names = quoted(self.hierarchy.names)
         remarks = [
-            f"gaps per datapoint are given {names}: means over {number} draws from the guide, whose spread the Monte Carlo "
-            "errors are of"
+            f"gaps per datapoint are given {names}: means over {number} draws from the guide, with the Monte Carlo "
+            "errors of these draws"
         ]
         if declared(self.guide) is not None:
             remarks.append("the conditioning gap is not measured where latents are shared; other gaps include it")
@@ -121,6 +135,17 @@ class SharedDecomposition:
     @property
     def _seed(self) -> int:
         return int(self.options.get("seed", 0))
+
+
+def _on_global_gap(gap: GlobalGap | None) -> list[str]:
+    """Remarks on what the global gap leaves out."""
+    if gap is None:
+        return [f"the global gap is not measured: a datapoint has more than {MAX_DIM} latents"]
+    if gap.method == WEIGHTS:
+        return [
+            "the global gap leaves out whatever the guide's draws never reach, such as further modes of the posterior"
+        ]
+    return []
 
 
 def _raised(examined: Any) -> int:

@@ -28,6 +28,8 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
     The fourth column says what the mean is in expectation, and the estimator behind it.
     """
     labels = {name: _label(str(name), provenance) for name in summary.index} | tree_labels(gaps)
+    if "shared" in provenance:
+        labels = {name: label.replace("log p(x)", "log p(x|theta)") for name, label in labels.items()}
     width = max(len(label) for label in labels.values())
     number_of = counted(provenance["num_datapoints"], "datapoint")
     means = summary["mean"][np.isfinite(summary["mean"])]

@@ -323,7 +323,11 @@ def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.D
     applying = [term for term in terms if term.applies(columns)]
     if any(term.id == DATA_SET for term in applying):  # of which the gaps per datapoint are the local part
         local = {"parent": DATA_SET, "label": "local gap"}
-        applying = [replace(term, **local) if term.id == INFERENCE else term for term in applying]
+        changed: dict[str, Any] = {
+            INFERENCE: local,
+            "amortization_gap": {"remedy": "a larger network, or longer training"},
+        }
+        applying = [replace(term, **changed.get(term.id, {})) for term in applying]
     ordered = [*_in_tree_order(applying, None)]
     with np.errstate(invalid="ignore"):  # infinity less infinity
         values = [term.value(columns) for term in ordered]

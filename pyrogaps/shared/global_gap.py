@@ -3,7 +3,7 @@ r"""The global gap, between two bounds.
 $$KL(q(\theta) \| p(\theta|x)) = \log p(x) - A, \quad
   A = E_{q(\theta)}\Bigl[\log \frac{p(\theta)}{q(\theta)} + \sum_n \log p(x_n|\theta)\Bigr]$$
 
-A is a mean over draws of theta, with lower and upper estimates of log p(x_n | theta) (`Marginals`). log p(x) of the whole
+A is a mean over draws of theta, with lower and upper estimates of log p(x_n | theta) (`Marginals`). log p(x) of the
 data set comes from the ladder on the space of theta and all local latents, where that is small; else from the weights
 $W_m = p(\theta_m) / q(\theta_m) \prod_n \hat p_n(\theta_m)$ of the same draws, whose mean is unbiased for p(x): their
 log-mean-exp from below, coupled chains from above. A noisy log-phat never stands in for an upper estimate: it is below
@@ -12,7 +12,6 @@ log p(x_n | theta) in expectation, so that it would make up a gap where there is
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ class GlobalGap:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of all draws of theta so far, `(D,)` each: log p(theta) - log q(theta) + log p(x | theta) from below and above."""
+    """log p(theta) - log q(theta) + log p(x | theta) from below and above, `(D,)` each, of all draws so far."""
 
     low: Tensor
     high: Tensor
@@ -123,8 +122,9 @@ def _gap(sums: _Sums, whole: WholeEvidence | None, settings: Shared, run: Run) -
 
 def _by_ladder(sums: _Sums, whole: WholeEvidence) -> GlobalGap:
     lower, upper = whole.lower - float(sums.high.mean()), whole.upper - float(sums.low.mean())
-    errors = [math.hypot(e, float(mcse_of_mean(s))) for e, s in ((whole.lower_mcse, sums.high), (whole.upper_mcse, sums.low))]
-    return GlobalGap(lower, errors[0], upper, errors[1], True, len(sums.low), LADDER, whole.lower, whole.upper)
+    lower_mcse = math.hypot(whole.lower_mcse, float(mcse_of_mean(sums.high)))
+    upper_mcse = math.hypot(whole.upper_mcse, float(mcse_of_mean(sums.low)))
+    return GlobalGap(lower, lower_mcse, upper, upper_mcse, True, len(sums.low), LADDER, whole.lower, whole.upper)
 
 
 def _by_weights(sums: _Sums, run: Run) -> GlobalGap:
@@ -137,9 +137,9 @@ def _by_weights(sums: _Sums, run: Run) -> GlobalGap:
     deleted = torch.tensor([_lower(sums.without(group)) for group in range(NUM_DELETED)])
     lower_mcse = float(deleted.std(correction=0)) * math.sqrt(NUM_DELETED - 1)
     upper_mcse = math.hypot(error, float(mcse_of_mean(sums.low)))
-    reliable: Any = estimate.reliable.all()
+    bounded = bool(estimate.reliable.all()) and math.isfinite(upper)
     values = float(estimate.value), above
-    return GlobalGap(lower, lower_mcse, upper, upper_mcse, bool(reliable) and math.isfinite(upper), number, WEIGHTS, *values)
+    return GlobalGap(lower, lower_mcse, upper, upper_mcse, bounded, number, WEIGHTS, *values)
 
 
 def _lower(sums: _Sums) -> float:

@@ -7,6 +7,7 @@ theta, so that the product over datapoints of their means is unbiased for p(x | 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class Marginals:
         for each in values:
             known = self._known(each)
             slopes, heights = (b.on((*args, known)) for b, args in zip(bound, data, strict=True))
-            fit = gaussian_by_curvature(reference, lambda z, slopes=slopes: slopes.gradients(z)[0])
+            fit = gaussian_by_curvature(reference, partial(_gradients, slopes))
             proposals.append(Proposal(fit.gaussian.widened(widening(dim)), heights, chunk))
         return torch.stack([proposal.weights(count, noise) for proposal in proposals], 1), proposals
 
@@ -141,6 +142,10 @@ class Marginals:
         generator = torch.Generator(self.evaluator.joint.device)
         stream = self.run.derived("shared", name).stream("local weights")
         return generator.manual_seed(stream.seed_of(place))
+
+
+def _gradients(density: BoundDensity, z: Tensor) -> Tensor:
+    return density.gradients(z)[0]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """log p(x) of the whole data set, by the ladder on the space of all its latents."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
-from pyrogaps.evidence import Ladder
+from pyrogaps.evidence import Ladder, LadderEstimate
 from pyrogaps.evidence.log_evidence import measured
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
@@ -40,11 +41,11 @@ def whole_evidence(
     if num_latents > MAX_WHOLE:
         return None
     problem = Problem(model, None, JointDensity(model, data, False, make_whole=True), None)
-    try:
+    with suppress(InputError):  # else it starts from the prior
         problem = problem.with_guide(guide)
-    except InputError:  # then it starts from the prior
-        pass
     ladder = Ladder(tolerance=ERROR_SHARE * tolerance)
     estimate = measured(problem, ladder, None, run.derived("whole data set"), 1)
-    values = (estimate.value, estimate.mcse, estimate.upper, getattr(estimate, "upper_mcse"))
-    return WholeEvidence(*(float(value) for value in values), bool(estimate.reliable.all()))
+    assert isinstance(estimate, LadderEstimate)
+    assert estimate.upper is not None
+    lower, upper = (float(value) for value in (estimate.value, estimate.upper))
+    return WholeEvidence(lower, float(estimate.mcse), upper, float(estimate.upper_mcse), bool(estimate.reliable.all()))
