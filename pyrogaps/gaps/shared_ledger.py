@@ -106,7 +106,7 @@ class SharedDecomposition:
         """That of the first draw; notes on quality are of the draw with the most cautions."""
         number, first = len(ledgers), ledgers[0].provenance
         worst = max(ledgers, key=lambda ledger: len(ledger.provenance.get("cautions", []))).provenance
-        examined = max((ledger.provenance for ledger in ledgers), key=lambda p: _raised(p.get("examined", {})))
+        examined = [ledger.provenance["examined"] for ledger in ledgers if "examined" in ledger.provenance]
         names = quoted(self.hierarchy.names)
         remarks = [
             f"gaps per datapoint are given {names}: means over {number} draws from the guide, with the Monte Carlo "
@@ -118,7 +118,7 @@ class SharedDecomposition:
             **first,
             "notes": [*worst.get("notes", [])],
             "cautions": [f"{line} (given one draw of {names})" for line in worst.get("cautions", [])],
-            "examined": examined.get("examined", {}),
+            **({"examined": max(examined, key=_raised)} if examined else {}),
             "remarks": [*remarks, *first.get("remarks", [])],
             "seed": self._seed,
         }
