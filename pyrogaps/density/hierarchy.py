@@ -94,6 +94,8 @@ class Hierarchy:
         _check_guide(guide, indexed, shared)
         alone = [(_Alone(indexed, plate, rows, True), _Alone(indexed, plate, rows, False)) for rows in _rows(number)]
         prior = JointDensity(alone[0][0].of(model), NOTHING, False)
+        if enumerated := [name for name in shared.names if name not in prior.sites]:
+            raise Inseparable(f"{_named(tuple(enumerated))}, shared by all datapoints, is discrete")
         try:
             posterior = GuideDensity(alone[0][1].of(guide), None, prior)
         except ProgramError as error:
@@ -209,7 +211,7 @@ def _given(program: Program, plate: str) -> Program:
 
 
 def _check_guide(guide: Program, data: IndexedData, shared: SharedLatents) -> None:
-    """Raise `Inseparable` for a guide with one distribution over theta and local latents."""
+    """Raise `Inseparable` for a guide with one distribution over theta and local latents, or without any of these."""
     joint = Inseparable(f"the guide draws {_named(shared.names)} and the latents in plate '{shared.plate}' jointly")
     for part in parts_of(guide):
         check_size(part, shared.plate, data.num_datapoints)
@@ -230,6 +232,8 @@ def _check_guide(guide: Program, data: IndexedData, shared: SharedLatents) -> No
     latents = {name: site for name, site in sites.items() if not site["is_observed"]}
     drawn = [name for name, site in latents.items() if type(leaf(site["fn"])).__name__ != "Delta"]
     local = [name for name in sites if is_inside(sites[name], shared.plate)]
+    if shared.summed_out and not local:  # given theta no gap is left
+        raise Inseparable(f"all latents in the plate '{shared.plate}' are discrete and summed out")
     further = [name for name in drawn if name not in shared.names and name not in local]
     if local and further and not set(local) & set(drawn):
         raise joint

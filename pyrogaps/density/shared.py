@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyrogaps.density.discrete import is_discrete
 from pyrogaps.density.structure import find_plate
 from pyrogaps.errors import InputError
 
@@ -13,11 +14,22 @@ class SharedLatents(InputError):
     Attributes:
         plate: the data plate's name.
         names: the latent sites outside.
+        subsampled: whether the plate is.
+        summed_out: whether all latents inside are discrete.
         hierarchy: what the model and the guide are given the shared latents, see `Hierarchy`; None without a guide.
     """
 
-    def __init__(self, plate: str, names: Sequence[str], *, subsampled: bool = False, hierarchy: Any = None) -> None:
-        self.plate, self.names, self.subsampled, self.hierarchy = plate, tuple(names), subsampled, hierarchy
+    def __init__(
+        self,
+        plate: str,
+        names: Sequence[str],
+        *,
+        subsampled: bool = False,
+        summed_out: bool = False,
+        hierarchy: Any = None,
+    ) -> None:
+        self.plate, self.names, self.hierarchy = plate, tuple(names), hierarchy
+        self.subsampled, self.summed_out = subsampled, summed_out
         several = len(self.names) > 1
         sites = ", ".join(map(repr, self.names))
         whole = "Remove the plate's subsampling and pass plate=False" if subsampled else "Pass plate=False"
@@ -29,7 +41,8 @@ class SharedLatents(InputError):
 
     def split_by(self, hierarchy: Any) -> "SharedLatents":
         """The same, with what the guide is given the shared latents."""
-        return SharedLatents(self.plate, self.names, subsampled=self.subsampled, hierarchy=hierarchy)
+        kept = {"subsampled": self.subsampled, "summed_out": self.summed_out}
+        return SharedLatents(self.plate, self.names, **kept, hierarchy=hierarchy)
 
 
 def data_plate(sites: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -85,4 +98,5 @@ def check_shared(sites: Mapping[str, Any], plate: str) -> str:
         return no_local_latent([plate])
     frames = [frame for site in sites.values() for frame in site["cond_indep_stack"] if frame.name == plate]
     subsampled = any(frame.full_size is not None and frame.size != frame.full_size for frame in frames)
-    raise SharedLatents(plate, outside, subsampled=subsampled)
+    summed_out = all(is_discrete(sites[name]["fn"]) for name in inside)
+    raise SharedLatents(plate, outside, subsampled=subsampled, summed_out=summed_out)

@@ -40,7 +40,7 @@ def decompose(
     certificate: Certificate | None = None,
     referee: Sample = 32,
     shared: Shared | None = None,
-    terms: Sequence[Term] = TERMS,
+    terms: Sequence[Term] | None = None,
     num_particles: Several = 1000,
     plate: Plate = None,
     batch_size: Count | None = None,
@@ -100,7 +100,7 @@ def decompose(
             much the others are too low. False examines none.
         shared: what to spend on latents outside the data plate, which all datapoints share: the draws of them that gaps
             per datapoint are given, and the global gap.
-        terms: the gaps of the tree; `TERMS + (mine,)` adds one.
+        terms: the gaps of the tree, by default `TERMS`; `TERMS + (mine,)` adds one.
         num_particles: draws for each ELBO and for the IWAE bound.
         plate: the data plate's name, see `JointDensity`.
         batch_size: datapoints worked on at once, in whole blocks of 64; it changes the ledger in rounding alone. None
@@ -143,7 +143,7 @@ def decompose(
     except SharedLatents as found:
         pair = SharedDecomposition.of(found, model, guide, data)
         decomposition = pair(shared or Shared(), options, compile)
-    return decomposition.ledger(terms)
+    return decomposition.ledger(TERMS if terms is None else terms)
 
 
 @guarded
