@@ -32,7 +32,7 @@ from pyrogaps.density.plates import BoundPlate, whole_plates
 from pyrogaps.density.reading import ANY_PLATE
 from pyrogaps.density.remarks import on_modes, on_scales, scales_of
 from pyrogaps.density.rows import rows_are_independent, same_density
-from pyrogaps.density.runs import Program, check_callable, evaluating
+from pyrogaps.density.runs import Program, RandomProgram, check_callable, evaluating
 from pyrogaps.density.score import log_prob
 from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import Mapped, read_terms
@@ -317,7 +317,7 @@ class GuideDensity:
         alone = self.joint.plate is None
         if not (same_density(log_q(everything), together) if alone else rows_are_independent(log_q, together)):
             if not torch.equal(log_q(everything), log_q(everything)):
-                raise InputError(
+                raise RandomProgram(
                     "guide: it is random beyond its sample sites: log q of one draw changed between two identical "
                     "calls. Switch dropout off in evaluation mode (F.dropout(x, p, training=self.training)), and draw "
                     "other noise with pyro.sample"

@@ -25,7 +25,7 @@ from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import PlaceValues
 from pyrogaps.density.plates import BoundPlate, whole_plates, wrong_size
 from pyrogaps.density.rows import same_density
-from pyrogaps.density.runs import Program, evaluating
+from pyrogaps.density.runs import Program, RandomProgram, evaluating
 from pyrogaps.density.score import is_bookkeeping
 from pyrogaps.density.shared import SharedLatents, is_inside
 from pyrogaps.density.structure import sample_sites
@@ -93,17 +93,22 @@ class Hierarchy:
         number = indexed.num_datapoints
         _check_guide(guide, indexed, shared)
         alone = [(_Alone(indexed, plate, rows, True), _Alone(indexed, plate, rows, False)) for rows in _rows(number)]
-        prior = JointDensity(alone[0][0].of(model), NOTHING, False)
+        depends = f"{_named(shared.names)} depends on data or local latents"
+        try:
+            prior = JointDensity(alone[0][0].of(model), NOTHING, False)
+        except RandomProgram as error:  # by the latents that are hidden
+            raise Inseparable(f"the model's prior of {depends}") from error
         if enumerated := [name for name in shared.names if name not in prior.sites]:
             raise Inseparable(f"{_named(tuple(enumerated))}, shared by all datapoints, is discrete")
         try:
             posterior = GuideDensity(alone[0][1].of(guide), None, prior)
+        except RandomProgram as error:
+            raise Inseparable(f"the guide's {depends}") from error
         except ProgramError as error:
             if not _runs(_Alone(indexed, plate, torch.arange(number), False).of(guide)):
                 raise
             raise Inseparable("the guide runs only on all datapoints together") from error
         others = JointDensity(alone[1][0].of(model), NOTHING, structure=prior.structure)
-        depends = f"{_named(shared.names)} depends on data or local latents"
         _check_same(prior, prior, others, f"the model's prior of {depends}")
         other = GuideDensity(alone[1][1].of(guide), None, prior, structure=posterior.structure)
         _check_same(prior, posterior.log_prob, other.log_prob, f"the guide's {depends}")

@@ -22,7 +22,7 @@ from pyrogaps.density.particles import Particles, mapped_rows, one_by_one_note, 
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.reading import ANY_PLATE, ModelStructure, finite_arguments, read_model
 from pyrogaps.density.rows import PAD_REMEDY, probe_rows, rows_are_independent, same_density
-from pyrogaps.density.runs import Program, check_callable, evaluating
+from pyrogaps.density.runs import Program, RandomProgram, check_callable, evaluating
 from pyrogaps.density.score import ScoreModel, first_dim, stack_runs
 from pyrogaps.density.states import DrawStates, SetStates, random_states
 from pyrogaps.density.structure import check_parameters, sample_sites
@@ -402,7 +402,7 @@ class JointDensity:
         """Refuse a model that is random, unless the data are: two calls gave different densities."""
         pairs = zip(tree_leaves(self.fetch(indices)), tree_leaves(self.fetch(indices)), strict=True)
         if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
-            raise InputError(
+            raise RandomProgram(
                 "model: it is random beyond its sample sites: log p(x, z) of one point changed between two identical "
                 "calls. Switch dropout off in evaluation mode (F.dropout(x, p, training=self.training)), and draw "
                 "other noise with pyro.sample"

@@ -17,6 +17,10 @@ Program = Callable[..., Any]
 MODULE_CALLS = (nn.Module.__call__, PyroModule.__call__)
 
 
+class RandomProgram(InputError):
+    """A program that is random beyond its sample sites."""
+
+
 def modules_of(program: Program) -> list[nn.Module]:
     """The torch modules that a program is, is a method of, or closes over."""
     program = inspect.unwrap(program) if inspect.isfunction(program) else program
