@@ -23,6 +23,7 @@ from pyrogaps.objectives import IWAE_ELBO
 from pyrogaps.plots import plot_calibration, plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement, refine
+from pyrogaps.shared import Shared
 from pyrogaps.training import Training, train
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "Problem",
     "Refinement",
     "Retraining",
+    "Shared",
     "SimulatedData",
     "Split",
     "Term",

@@ -63,7 +63,9 @@ def chunk_size(folder: str | os.PathLike[str] | None, num_datapoints: int) -> in
 
 
 def remove_chunks(folder: Path) -> None:
-    """Remove what caches wrote to `folder`, and the folder itself unless something else lies there."""
+    """Remove what caches wrote to `folder` and those in it, and the folders too unless something else lies there."""
+    for below in [path for path in folder.glob("*") if path.is_dir() and not path.is_symlink()]:
+        remove_chunks(below)
     remove_leftovers(folder, _NAME.fullmatch)
     for path in folder.glob("*.npz"):
         if _NAME.fullmatch(path.name):

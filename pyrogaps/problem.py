@@ -12,10 +12,12 @@ from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.data import as_tuple, rows_of, selected, whole
 from pyrogaps.density.drawn import drawn_by, with_drawn
 from pyrogaps.density.draws import Posterior, is_posterior
+from pyrogaps.density.hierarchy import Hierarchy, Inseparable
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.read_estimates import estimates_of
 from pyrogaps.density.remarks import on_drawn
 from pyrogaps.density.runs import Program, check_callable
+from pyrogaps.density.shared import SharedLatents
 from pyrogaps.density.simulate import ToData, simulate
 from pyrogaps.errors import InputError, counted
 from pyrogaps.family import AmortizedGuide, augmented
@@ -97,10 +99,16 @@ class Problem:
         if data is None:
             raise InputError("data: missing. Pass the model, the guide and the data, or a Problem")
         estimates = estimates_of(model, guide, data, plate)
+        extended = augmented(model, guide) if _extends_model(guide) else model
+        try:
+            joint = JointDensity(extended, data, plate, estimates=estimates)
+        except SharedLatents as shared:
+            if estimates is not None:
+                raise
+            joint = _as_one_datapoint(extended, guide, data, shared)
         if not _extends_model(guide):
-            return cls(model, None, JointDensity(model, data, plate, estimates=estimates), None, mode)._with(guide)
-        extended = JointDensity(augmented(model, guide), data, plate, estimates=estimates)
-        return cls(model, guide, extended, GuideDensity(cast(Program, guide), None, extended), mode)
+            return cls(model, None, joint, None, mode)._with(guide)
+        return cls(model, guide, joint, GuideDensity(cast(Program, guide), None, joint), mode)
 
     @classmethod
     def without_guide(
@@ -216,11 +224,12 @@ class Problem:
         own = joint.model if given is None else inspect.unwrap(joint.model, stop=lambda program: program is model)
         if own is model:
             return joint
-        data = joint.data if given is None else given.without(joint.data)
-        return JointDensity(model, data, joint.plate or False, estimates=given)
+        data, whole_too = joint.data if given is None else given.without(joint.data), joint.structure.make_whole
+        return JointDensity(model, data, joint.plate or False, make_whole=whole_too, estimates=given)
 
     def over(self, data: IndexedData) -> "Problem":
-        """The same problem on other data of the same form. No program is run, and nothing is checked again.
+        """The same problem on other data of the same form. No program is run, nothing is checked again, and what has
+        been recorded is used again.
 
         Raises `InputError` for a guide that holds parameters for each of other datapoints.
         """
@@ -230,7 +239,7 @@ class Problem:
             posterior = posterior.over(joint if same else posterior.joint.over(data))
         elif posterior is not None:
             raise InputError("guide: a refined guide fits only the data it was refined on. Pass the original guide")
-        return replace(self, joint=joint, posterior=posterior, _evaluators={})
+        return replace(self, joint=joint, posterior=posterior, _evaluators=self._recorded(joint))
 
     def at(self, indices: Tensor) -> "Problem":
         """The same problem at the datapoints `indices` `(M,)` alone, counted from 0. No program is run, and what has
@@ -246,11 +255,12 @@ class Problem:
         elif posterior is not None:
             own = None if self.scored is self.joint else self.scored.over(rows)
             posterior = PosteriorAt(posterior, indices, own or joint)
-        evaluators = {}
-        for (recorded, split), evaluator in self._evaluators.items():
-            if recorded is self.joint:
-                evaluators[joint, split] = evaluator.over(joint)
-        return replace(self, joint=joint, posterior=posterior, _scored=own, _evaluators=evaluators)
+        return replace(self, joint=joint, posterior=posterior, _scored=own, _evaluators=self._recorded(joint))
+
+    def _recorded(self, joint: JointDensity) -> dict[tuple[JointDensity, bool], GradientEvaluator]:
+        """Evaluators of `joint`, the density of the same model at other data, with what has been recorded."""
+        evaluators = self._evaluators.items()
+        return {(joint, split): its.over(joint) for (recorded, split), its in evaluators if recorded is self.joint}
 
     @guarded
     def simulated(self, seed: int, to_data: ToData | None = None) -> "Simulated":
@@ -280,6 +290,20 @@ class PosteriorAt:
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at `indices` of these datapoints."""
         return self.posterior.at(self.indices[indices])
+
+
+def _as_one_datapoint(model: Program, guide: Any, data: Data, shared: SharedLatents) -> JointDensity:
+    """log p(x, z) of the data set, where a guide draws `shared` latents and those of datapoints jointly.
+
+    Raises `SharedLatents` where it does not, with the parts of model and guide, or where there is no guide.
+    """
+    if guide is None or is_posterior(guide):
+        raise shared
+    try:
+        hierarchy = Hierarchy.of(model, guide, data, shared)
+    except Inseparable as reason:
+        return JointDensity(model, data, False, make_whole=True, why=str(reason))
+    raise shared.split_by(hierarchy) from None
 
 
 def _extends_model(guide: Any) -> bool:

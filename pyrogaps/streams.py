@@ -86,6 +86,10 @@ class Stream:
         """Seed torch's global generators for the block of datapoints, and of particles, numbered by `labels`."""
         reseed(self.seed, self.purpose, *labels)
 
+    def seed_of(self, *labels: int) -> int:
+        """The seed of the block of datapoints, and of particles, numbered by `labels`."""
+        return derive_seed(self.seed, self.purpose, *labels)
+
     @contextmanager
     def seeded(self, *labels: int, device: torch.device | str = "cpu") -> Iterator[None]:
         """Like `reseed`, within a `with` block; the caller's random state is restored."""

@@ -19,6 +19,7 @@ from pyrogaps.mapa import Mapa
 from pyrogaps.memory import Bytes
 from pyrogaps.refine import Refinement
 from pyrogaps.settings import Count, DeviceName, Name, Plate, Sample, Seed, Several, is_plain
+from pyrogaps.shared import Shared
 from pyrogaps.training import Training
 
 
@@ -56,6 +57,7 @@ class Recipe:
         retraining: settings of further training (phi-hat) that splits the amortization gap in three; null: no split.
         certificate: settings of the check of how wrong the bounds can be; null: no check.
         referee: how many datapoints are examined from other starts, for missed modes; false: none.
+        shared: settings for latents outside the data plate, which all datapoints share.
         num_particles: number of draws for each bound.
         batch_size: datapoints processed at once; null: chosen to suit the model.
         max_memory: memory that a process may use, such as 4GiB; null: four fifths of the free memory.
@@ -83,6 +85,7 @@ class Recipe:
     retraining: Retraining | None = None
     certificate: Certificate | None = None
     referee: Sample = 32
+    shared: Shared = field(default_factory=Shared)
     num_particles: Several = 1000
     batch_size: Count | None = None
     max_memory: Bytes | None = None

@@ -1,7 +1,7 @@
 """Raise before the training what would be raised after it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyro
@@ -13,6 +13,7 @@ from pyrogaps.cli.recipe import Recipe
 from pyrogaps.density.autoguides import OtherDataError
 from pyrogaps.density.data import as_indexed
 from pyrogaps.density.runs import Program
+from pyrogaps.density.shared import SharedLatents
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.decompose import rehearse
 from pyrogaps.guard import failures_named
@@ -30,7 +31,7 @@ def rehearse_run(recipe: Recipe, model: Program, guide: Program, data: DataSet, 
         load_model_weights(recipe.model_checkpoint, model, guide, data.example)
     for name, part in (("train", data.train), ("validation", data.validation), (recipe.evaluate.part, data.evaluated)):
         if part is not None:
-            with _part_named(name):
+            with _part_named(name), suppress(SharedLatents):  # which are seen to with the guide
                 Problem.of(model, None, part, recipe.plate)
     if recipe.checkpoint is not None or not isinstance(guide, AutoGuide):
         _rehearse(recipe, model, guide, data, settings)

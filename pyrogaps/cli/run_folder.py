@@ -23,7 +23,7 @@ TRAINING, REFERENCE, MAPA, PARTS = "training.pt", "reference-training.pt", "mapa
 # Fields of a recipe that change no number beyond its rounding, and those that only measuring depends on.
 FREE = {"batch_size", "max_memory", "device"}
 MEASURING = {"evaluate", "families", "evidence", "refinement", "conditioning", "retraining", "certificate"}
-MEASURING |= {"reference", "num_particles", "compile"}
+MEASURING |= {"reference", "num_particles", "compile", "shared"}
 # Files that nothing makes again but the work itself, and the one that users edit.
 ORIGINALS = (RECIPE, WEIGHTS, LEDGER)
 UNFINISHED = (TRAINING, REFERENCE, MAPA, PARTS)

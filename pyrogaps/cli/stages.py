@@ -126,6 +126,7 @@ def _settings(recipe: Recipe, built: _Built) -> dict[str, Any]:
         "split": _split(recipe, built.data),
         "certificate": recipe.certificate,
         "referee": recipe.referee,
+        "shared": recipe.shared,
         "num_particles": recipe.num_particles,
         "batch_size": recipe.batch_size,
         "max_memory": recipe.max_memory,

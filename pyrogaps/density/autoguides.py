@@ -20,6 +20,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
+from pyrogaps.density.given import original
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import plate_dim
 from pyrogaps.errors import InputError, counted
@@ -48,6 +49,9 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
                 "guide: AutoLaplaceApproximation is a Delta, which has no density. Pass the result of its "
                 "laplace_approximation(*args)"
             )
+        inside, every = ([], []) if plate is None else latents_in(part, plate)
+        if every and not inside:
+            continue  # of latents outside the data plate, which are given here
         if isinstance(part, AutoDiscreteParallel) and plate is not None:
             raise InputError(
                 "guide: AutoDiscreteParallel has the probabilities of all datapoints in one distribution and cannot be "
@@ -59,13 +63,18 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
                 f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density per "
                 f"datapoint of the plate '{plate}'. {REMEDY}"
             )
-        frame = part._prototype_frames.get(plate)
-        if frame is not None and (size := int(frame.full_size or frame.size)) != joint.num_datapoints:
-            raise OtherDataError(
-                f"guide: the plate '{plate}' of this {_name(part)} has size {size}, but the data set has "
-                f"{counted(joint.num_datapoints, 'datapoint')}",
-                "Train it on these data, because an autoguide has parameters for each datapoint",
-            )
+        check_size(part, plate, joint.num_datapoints)
+
+
+def check_size(part: AutoGuide, plate: str | None, number: int) -> None:
+    """Raise `OtherDataError` for an autoguide that was made for another number of datapoints."""
+    frame = part._prototype_frames.get(plate)
+    if frame is not None and (size := int(frame.full_size or frame.size)) != number:
+        raise OtherDataError(
+            f"guide: the plate '{plate}' of this {_name(part)} has size {size}, but the data set has "
+            f"{counted(number, 'datapoint')}",
+            "Train it on these data, because an autoguide has parameters for each datapoint",
+        )
 
 
 @contextmanager
@@ -135,10 +144,21 @@ def refuse_never_run(guide: Any) -> None:
 
 
 def is_autoguide(guide: Any) -> bool:
+    guide = original(guide)
     return isinstance(guide, AutoGuide | AutoMessenger)
 
 
+def latents_in(part: AutoGuide, plate: str) -> tuple[list[str], list[str]]:
+    """Names of an autoguide's latents inside a plate, and of all its latents."""
+    nodes = {} if part.prototype_trace is None else part.prototype_trace.nodes
+    latents = {name: n for name, n in nodes.items() if n.get("type") == "sample" and not n.get("is_observed")}
+    inside = [name for name, n in latents.items() if any(f.name == plate for f in n.get("cond_indep_stack", ()))]
+    return inside, [*latents]
+
+
 def autoguides_in(guide: Any) -> Iterator[AutoGuide]:
+    """The autoguides that a guide consists of: itself, or those in its list; none for any other guide."""
+    guide = original(guide)
     if isinstance(guide, AutoGuideList):
         for part in guide:
             yield from autoguides_in(part)

@@ -1,6 +1,7 @@
 """Programs with some of their sites set to given values."""
 
 import functools
+import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -56,3 +57,8 @@ def under(handler: Messenger, program: Program) -> Program:
             return program(*args, **kwargs)
 
     return handled
+
+
+def original(program: Program) -> Program:
+    """The program that was wrapped here, or in another such way; itself for any other."""
+    return inspect.unwrap(program) if inspect.isfunction(program) else program

@@ -14,6 +14,7 @@ from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_
 from pyrogaps.density.bijective import BijectiveGuide, BijectiveMap
 from pyrogaps.density.carried import carried, drawn, on_carried
 from pyrogaps.density.data import Data
+from pyrogaps.density.given import original
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import (
     Draws,
@@ -199,7 +200,8 @@ class GuideDensity:
         supports = supports_at(self.guide, self.joint.plate, self._origin(rows))
         with self.plates(rows), supports, handler or nullcontext():
             sites = sample_sites(guide, args, "guide")
-        return drawn(sites) if isinstance(self.guide, GuideMessenger) else sites  # that runs the model, likelihood too
+        # That runs the model, likelihood too.
+        return drawn(sites) if isinstance(original(self.guide), GuideMessenger) else sites
 
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
         """A context in which the guide's data plate holds the rows of `indices`."""

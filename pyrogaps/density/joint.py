@@ -65,12 +65,14 @@ class JointDensity:
     Args:
         model: a Pyro model, called with the positional arguments that `data` gives.
         data: a tensor or array, or a tuple of them, whose first axis is the data plate, or an `IndexedData`.
-        plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
-            without any plate, makes the whole data set one datapoint (N = 1).
+        plate: the data plate's name. None finds it: the one plate that encloses every observed site and some latent.
+            False, or a model without any plate or latents in such a plate, makes the whole data set one datapoint
+            (N = 1).
         make_whole: with `plate=False`, use the full size of subsampled plates, which are refused otherwise.
         drawn: discrete sites that have columns in `z`, because a guide draws them: the numbers of their states, in the
             order of `enumerate_support`.
         estimates: latents that are given; `model` and `data` are the caller's own.
+        why: why the whole data set is one datapoint, for `remarks`, where that was not asked for.
         structure: that of a density of the same model on data of the same form; the model is not read again.
 
     Raises:
@@ -90,6 +92,7 @@ class JointDensity:
         make_whole: bool = False,
         drawn: tuple[str, ...] = (),
         estimates: PointEstimates | None = None,
+        why: str = "",
         structure: ModelStructure | None = None,
     ) -> None:
         check_callable(model, "model")
@@ -100,8 +103,7 @@ class JointDensity:
         if structure is None:
             check_parameters(model)
             with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
-                read = read_model(model, data, plate, make_whole=make_whole, drawn=drawn)
-            self.structure = replace(read, estimates=estimates)
+                self.structure = read_model(model, data, plate, make_whole=make_whole, drawn=drawn, why=why)
         else:
             self.structure = structure
         self.data = whole(data) if self.plate is None else as_indexed(data)

@@ -14,15 +14,15 @@ from pyrogaps.density.estimates import PointEstimates
 from pyrogaps.density.layout import Site
 from pyrogaps.density.particles import Particles
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
-from pyrogaps.density.remarks import Scales, joined, on_modes, on_scales, scales_of
+from pyrogaps.density.remarks import Scales, joined, on_modes, on_one_datapoint, on_scales, scales_of
 from pyrogaps.density.rows import CHECK_ROWS, PAD_REMEDY
 from pyrogaps.density.runs import Program
+from pyrogaps.density.shared import check_shared, data_plate
 from pyrogaps.density.structure import (
     batch_dims,
     check_finite,
     check_model_sites,
     check_observed,
-    find_plate,
     first_sites,
     frames_of,
     is_masked,
@@ -86,13 +86,16 @@ class ModelStructure:
 
 
 def read_model(
-    model: Program, data: Data, plate: Plate, *, make_whole: bool = False, drawn: tuple[str, ...] = ()
+    model: Program, data: Data, plate: Plate, *, make_whole: bool = False, drawn: tuple[str, ...] = (), why: str = ""
 ) -> ModelStructure:
-    """Read a model's structure; all batches of datapoints must share it.
+    """Read a model's structure; all batches of datapoints must share it. `why` says why the data are one datapoint.
 
     Raises `InputError` naming the site, plate or argument; see `JointDensity`.
     """
-    name, read = (plate or None, None) if plate is not None else _find_plate(model, as_indexed(data))
+    name, read = plate or None, None
+    if plate is None:
+        name, read, why = _find_plate(model, as_indexed(data))
+        make_whole = make_whole or bool(why)
     indexed = whole(data) if name is None else as_indexed(data)
     number = indexed.num_datapoints
     batches = [torch.tensor([0])]
@@ -113,6 +116,8 @@ def read_model(
         if name is not None and name not in (names := frames_of(sites)):
             known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
             raise InputError(f"plate: the model has no plate named '{name}' ({known})")
+        if name is not None and (reason := check_shared(sites, name)):
+            return read_model(model, data, False, make_whole=True, drawn=drawn, why=reason)
         check_model_sites(sites, name)
         observed = {site: message for site, message in sites.items() if message["is_observed"]}
         latent = {site: m for site, m in latent_sites(sites).items() if site in drawn or not is_discrete(m["fn"])}
@@ -144,7 +149,7 @@ def read_model(
         lead=lead,
         enumerated=discrete,
         make_whole=make_whole,
-        remarks=(*on_scales(scales, "model"), *on_modes(model, "model")),
+        remarks=(*on_one_datapoint(why), *on_scales(scales, "model"), *on_modes(model, "model")),
         drawn=drawn,
     )
 
@@ -191,8 +196,10 @@ def find_data_plate(model: Program, data: IndexedData) -> str | None:
     return _find_plate(model, data)[0]
 
 
-def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str, Any] | None]:
-    """The data plate's name, and the model's sites at the first rows where they need not be read again."""
+def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str, Any] | None, str]:
+    """The data plate's name, the model's sites at the first rows where they need not be read again, and why the whole
+    data set is one datapoint, where a model with plates has no data plate.
+    """
     number = data.num_datapoints
     # A program with hard-coded sizes fails on a few rows; it is refused later.
     for rows in (first_rows(number), torch.arange(number)):
@@ -203,12 +210,12 @@ def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str
     else:
         raise error or AssertionError
     latent_sites(sites)  # before a remedy that would not help without them
-    name = find_plate(sites)
+    name, why = data_plate(sites)
     frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
     # Any other plate than one of these rows is made the data plate's by a run of its own.
     as_they_are = all(frame.size == frame.full_size for frame in frames)
     of_rows = all(frame.size == len(rows) != number for frame in frames if frame.name == name)
-    return name, sites if as_they_are and of_rows and name is not None else None
+    return name, sites if as_they_are and of_rows and name is not None else None, why
 
 
 def model_sites(

@@ -40,6 +40,11 @@ def joined(runs: Iterable[Scales]) -> Scales:
     return together
 
 
+def on_one_datapoint(why: str) -> list[str]:
+    """A remark on why the whole data set is one datapoint; none where there is nothing to say."""
+    return [f"the numbers are of the data set as one datapoint, because {why}"] if why else []
+
+
 def on_scales(scales: Scales, what: str) -> list[str]:
     """A remark for each scale that is ignored; `what` names the program."""
     sites: dict[tuple[float, float], list[str]] = {}

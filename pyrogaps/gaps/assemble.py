@@ -54,7 +54,7 @@ def assemble(
     if not finite.all():
         infinite = described(per_datapoint, measure.problem, run, measure.num_particles)
         provenance = {**provenance, "infinite": infinite}
-    observed = _observed(measure.problem.joint.caller_data)
+    observed = observed_of(measure.problem.joint.caller_data)
     ledger = GapLedger(per_datapoint, _traces(traces, families, provenance), observed, provenance, xr.Dataset())
     return with_gaps(ledger, terms)
 
@@ -86,7 +86,7 @@ def _traces(traces: Arrays, families: list[str], provenance: dict[str, Any]) -> 
     )
 
 
-def _observed(data: Data) -> xr.Dataset:
+def observed_of(data: Data) -> xr.Dataset:
     """The data, where they are one tensor of moderate size: pictures show the datapoints that are explained worst."""
     tensor = data[0] if isinstance(data, tuple) and len(data) == 1 else data
     if not isinstance(tensor, Tensor) or tensor.numel() > MAX_OBSERVED or tensor.dim() == 0:

@@ -8,17 +8,20 @@ from pyrogaps import memory
 from pyrogaps.conditioning import Conditioning
 from pyrogaps.density import Data
 from pyrogaps.density.runs import Program
+from pyrogaps.density.shared import SharedLatents
 from pyrogaps.evidence import Evidence, Ladder
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.decomposition import Decomposition
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.retrain import Split
+from pyrogaps.gaps.shared_ledger import SharedDecomposition
 from pyrogaps.gaps.terms import TERMS, Term
 from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement
 from pyrogaps.refine.families import Family
 from pyrogaps.settings import Count, File, Plate, Sample, Seed, Several, checked
+from pyrogaps.shared import Shared
 
 
 @guarded
@@ -36,7 +39,8 @@ def decompose(
     split: Split | None = None,
     certificate: Certificate | None = None,
     referee: Sample = 32,
-    terms: Sequence[Term] = TERMS,
+    shared: Shared | None = None,
+    terms: Sequence[Term] | None = None,
     num_particles: Several = 1000,
     plate: Plate = None,
     batch_size: Count | None = None,
@@ -67,6 +71,12 @@ def decompose(
       \underbrace{A_{eval}(\phi) - A_{train}(\phi)}_{\text{generalization}}, \quad
       A_D(\phi) = \frac{1}{|D|} \sum_{n \in D} \mathcal L[q^*_C](x_n) - \mathcal L[q_\phi](x_n)$$
 
+    Latents outside the data plate, theta, are shared by all datapoints. Model and guide are then conditioned on draws
+    of theta from the guide. Gaps per datapoint are means over these, and the gap of the data set has one more part:
+
+    $$\log p(x) - \mathcal L = KL(q(\theta) \| p(\theta|x)) +
+      \sum_n \mathbb E_{q(\theta)}[\log p(x_n|\theta) - \mathcal L_n(\theta)]$$
+
     Every estimate uses draws of its own. log p(x) and L[q*] are bounded from below, so gaps are understated where AIS
     or the refinement fell short. `Bridge` estimates log p(x), and the inference gap with it, without bounding either:
     see the directions in the ledger.
@@ -88,7 +98,9 @@ def decompose(
         referee: how many datapoints are examined from other starts, for modes that log p(x) and the refinement miss: a
             random sample, or all if there are fewer. Results of these include the modes found; a warning states by how
             much the others are too low. False examines none.
-        terms: the gaps of the tree; `TERMS + (mine,)` adds one.
+        shared: what to spend on latents outside the data plate, which all datapoints share: the draws of them that gaps
+            per datapoint are given, and the global gap.
+        terms: the gaps of the tree, by default `TERMS`; `TERMS + (mine,)` adds one.
         num_particles: draws for each ELBO and for the IWAE bound.
         plate: the data plate's name, see `JointDensity`.
         batch_size: datapoints worked on at once, in whole blocks of 64; it changes the ledger in rounding alone. None
@@ -108,31 +120,41 @@ def decompose(
     Raises:
         InputError: in one line that names the site, argument or family, for anything that has no gap per datapoint.
     """
-    problem = Problem.of(model, guide, data, plate)
-    decomposition = Decomposition(
-        problem.compiled() if compile else problem,
-        families or {},
-        evidence or Ladder(),
-        refinement or Refinement(),
-        conditioning or Conditioning(),
-        reference,
-        split,
-        certificate,
-        num_particles,
-        batch_size,
-        max_memory,
-        seed,
-        progress,
-        None if cache is None else Path(cache),
-        int(referee),
-    )
-    return decomposition.ledger(terms)
+    options: dict[str, Any] = {
+        "families": families or {},
+        "evidence": evidence or Ladder(),
+        "refinement": refinement or Refinement(),
+        "conditioning": conditioning or Conditioning(),
+        "reference": reference,
+        "split": split,
+        "certificate": certificate,
+        "num_particles": num_particles,
+        "batch_size": batch_size,
+        "max_memory": max_memory,
+        "seed": seed,
+        "progress": progress,
+        "cache": None if cache is None else Path(cache),
+        "referee": int(referee),
+    }
+    decomposition: Decomposition | SharedDecomposition
+    try:
+        problem = Problem.of(model, guide, data, plate)
+        decomposition = Decomposition(problem.compiled() if compile else problem, **options)
+    except SharedLatents as found:
+        pair = SharedDecomposition.of(found, model, guide, data)
+        decomposition = pair(shared or Shared(), options, compile)
+    return decomposition.ledger(TERMS if terms is None else terms)
 
 
 @guarded
-def rehearse(model: Program, guide: Program, data: Data, plate: Plate, **settings: Any) -> None:
+def rehearse(
+    model: Program, guide: Program, data: Data, plate: Plate, shared: Shared | None = None, **settings: Any
+) -> None:
     """Raise, in seconds, what `decompose` would raise with these `settings` for anything but the values of weights.
 
     Families are built and run, and the first datapoints are measured with a few steps and draws.
     """
-    Decomposition(Problem.of(model, guide, data, plate), **settings).rehearse()
+    try:
+        Decomposition(Problem.of(model, guide, data, plate), **settings).rehearse()
+    except SharedLatents as found:
+        SharedDecomposition.of(found, model, guide, data)(shared or Shared(), settings).rehearse()

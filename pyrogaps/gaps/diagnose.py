@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from pyrogaps.gaps.terms import INFERENCE, leaves
+from pyrogaps.gaps.terms import leaves, root
 
 # How many standard errors a gap, or what sets two apart, has to exceed before anything is said of it.
 CERTAIN = 2.0
@@ -95,7 +95,7 @@ def diagnosis(
     gaps: xr.Dataset, warnings: tuple[str, ...], *, finite: bool = True, remarks: tuple[str, ...] = ()
 ) -> Diagnosis:
     """The leaves of a ledger's tree of gaps, ranked; see `Diagnosis`."""
-    total = _size(gaps.sel(gap=INFERENCE))
+    total = _size(gaps.sel(gap=root(gaps)))
     findings = sorted((_finding(gaps.sel(gap=name), total) for name in leaves(gaps)), key=lambda f: -f.nats)
     first, others = findings[0], findings[1:]
     dominant = first.certain and all(_exceeds(first, other) for other in others)

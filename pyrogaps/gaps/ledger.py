@@ -12,12 +12,12 @@ from pyrogaps.gaps import certificate as certificates
 from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
 from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.table import cautions, last_gap, render
-from pyrogaps.gaps.terms import INFERENCE, Values, ids
+from pyrogaps.gaps.terms import Values, ids, root
 from pyrogaps.settings import checked
 from pyrogaps.trees import PROVENANCE, describe, provenance_of, saved
 
 GROUPS = ("per_datapoint", "traces", "observed_data", "gaps")
-TRAINING, CERTIFICATE = "training_data", "certificate"
+TRAINING, CERTIFICATE, SHARED = "training_data", "certificate", "shared_latents"
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,9 +34,12 @@ class GapLedger:
        └─ generalization gap                    what it does worse on these data than on the training data
     ```
 
-    with q* the best of the guide's own family for each datapoint, and q*_C the best that is shown no more of x than the
-    guide (q* itself for a guide that is shown all). Children sum to their parent, because they are
-    differences along one chain of estimates.
+    Where datapoints share latents theta, that is the local gap, given theta, and with the global gap
+    KL(q(theta) || p(theta | x)) it makes up the inference gap of the data set.
+
+    Here q* is the best of the guide's own family for each datapoint, and q*_C the best that is shown no more of x than
+    the guide (q* itself for a guide that is shown all). Children sum to their parent, because they are differences
+    along one chain of estimates.
 
     Attributes:
         per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`,
@@ -62,6 +65,9 @@ class GapLedger:
         certificate: where asked for, how wrong the bounds can be: `lower`, log p(x) by the ledger's evidence, and its
             upper bound `upper` over "simulated" datapoints; `gain` of L[q*] by a longer refinement over "refined_again"
             ones; else None.
+        shared: where datapoints share latents, the means over datapoints given each draw of these, over "draw", with
+            `global_gap_lower` and `global_gap_upper`, the bounds of the global gap in nats for the data set, and their
+            errors; else None.
     """
 
     per_datapoint: xr.Dataset
@@ -71,11 +77,13 @@ class GapLedger:
     gaps: xr.Dataset
     training: xr.Dataset | None = None
     certificate: xr.Dataset | None = None
+    shared: xr.Dataset | None = None
 
     def summary(self) -> pd.DataFrame:
         """One row a quantity: mean over datapoints, its standard error over datapoints, its Monte Carlo standard error
         (both of the mean, in nats), the estimator and the direction of the bound. Where datapoints have no finite
-        bounds, also `finite_mean`, over the others, which all gaps are means of.
+        bounds, also `finite_mean`, over the others, which all gaps are means of. Where datapoints share latents, also
+        `total`, that of the data set, and the Monte Carlo error is that of the draws of these latents.
         """
         rows = {label: self._row(name, family) for label, name, family in self._bounds()}
         for name in ids(self.gaps):
@@ -84,6 +92,8 @@ class GapLedger:
             rows[name] = numbers | {column: str(row[column].item()) for column in ("estimator", "direction")}
             if "infinite" in self.provenance:
                 rows[name]["finite_mean"] = numbers["mean"]
+            if self.shared is not None:
+                rows[name]["total"] = float(row["total"])
         for family in self.families[1:]:
             rows[f"approximation_gap[{family}]"] = self._row("family_approximation_gap", family)
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("quantity")
@@ -96,19 +106,19 @@ class GapLedger:
         infinite = [*infinite_lines(self.per_datapoint, self.provenance)]
         warnings = [*infinite, *cautions(finite_part(self.per_datapoint), self.provenance)]
         if self.certificate is not None:
-            inference_gap = float(self.gaps["mean"].sel(gap=INFERENCE))
+            inference_gap = float(self.gaps["mean"].sel(gap=root(self.gaps)))
             warnings += certificates.cautions(self.certificate, inference_gap, last_gap(self.provenance))
         remarks = tuple(self.provenance.get("remarks", []))
         return diagnosis(self.gaps, tuple(warnings), finite=not infinite, remarks=remarks)
 
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`
-        where the amortization gap is split, `certificate` where there is one, the provenance as one JSON string in
-        the attribute "pyrogaps" and a checksum in "pyrogaps_sha256". Save it with
+        where the amortization gap is split, `certificate` and `shared_latents` where there are any, the provenance as
+        one JSON string in the attribute "pyrogaps" and a checksum in "pyrogaps_sha256". Save it with
         `.to_netcdf(path, engine="h5netcdf")`.
         """
         groups = dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed, self.gaps), strict=True))
-        further = {TRAINING: self.training, CERTIFICATE: self.certificate}
+        further = {TRAINING: self.training, CERTIFICATE: self.certificate, SHARED: self.shared}
         groups |= {name: dataset for name, dataset in further.items() if dataset is not None}
         return describe(xr.DataTree.from_dict(groups), groups, self.provenance)
 
@@ -119,11 +129,12 @@ class GapLedger:
         missing = [name for name in GROUPS if name not in tree.children]
         if missing or PROVENANCE not in tree.attrs:
             raise InputError(f"ledger: not a tree written by GapLedger.to_datatree (missing {missing or PROVENANCE})")
-        names = [name for name in (*GROUPS, TRAINING, CERTIFICATE) if name in tree.children]
+        names = [name for name in (*GROUPS, TRAINING, CERTIFICATE, SHARED) if name in tree.children]
         groups = {name: tree.children[name].to_dataset() for name in names}
         provenance = provenance_of(tree, groups, "ledger")
         per_datapoint, traces, observed, gaps = (groups[name] for name in GROUPS)
-        return cls(per_datapoint, traces, observed, provenance, gaps, groups.get(TRAINING), groups.get(CERTIFICATE))
+        further = (groups.get(name) for name in (TRAINING, CERTIFICATE, SHARED))
+        return cls(per_datapoint, traces, observed, provenance, gaps, *further)
 
     @property
     def families(self) -> list[str]:
@@ -147,6 +158,10 @@ class GapLedger:
         row = {**_mean(data, name), **self.provenance["quantities"][name]}
         if "infinite" in self.provenance:
             row["finite_mean"] = _mean(finite_part(data), name)["mean"]
+        if self.shared is not None:
+            draws = self.shared[name] if family is None else self.shared[name].sel(family=family)
+            row["mcse"] = float(draws.values.std(ddof=1)) / len(draws) ** 0.5
+            row["total"] = row["mean"] * len(finite_part(data)["datapoint"])
         return row
 
     def __str__(self) -> str:

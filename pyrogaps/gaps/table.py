@@ -9,7 +9,7 @@ import xarray as xr
 from pyrogaps.errors import counted
 from pyrogaps.gaps import other_starts
 from pyrogaps.gaps.finite import finite_part, infinite_lines
-from pyrogaps.gaps.terms import INFERENCE, ids, standard_error, tree_labels
+from pyrogaps.gaps.terms import ids, root, standard_error, tree_labels
 
 BOUNDS = {
     "log_evidence": "log p(x)",
@@ -19,6 +19,7 @@ BOUNDS = {
     "elbo": "L[q]",
 }
 HEADINGS = ("mean", "s.e.", "MCSE", "direction: estimated by")
+TOTAL = "total"  # of the data set, where datapoints share latents
 
 
 def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> str:
@@ -27,20 +28,23 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
     The fourth column says what the mean is in expectation, and the estimator behind it.
     """
     labels = {name: _label(str(name), provenance) for name in summary.index} | tree_labels(gaps)
+    if "shared" in provenance:
+        labels = {name: label.replace("log p(x)", "log p(x|theta)") for name, label in labels.items()}
     width = max(len(label) for label in labels.values())
     number_of = counted(provenance["num_datapoints"], "datapoint")
     means = summary["mean"][np.isfinite(summary["mean"])]
     decimals = 3 if means.empty or float(means.abs().max()) < 100 else 2
     finite = finite_part(per_datapoint)
-    lines = [
-        f"Gap ledger: {number_of}, latent dimension {provenance['dim']}; means over datapoints in nats",
-        "",
-        f"{'':{width}}  {HEADINGS[0]:>9}  {HEADINGS[1]:>7}  {HEADINGS[2]:>7}  {HEADINGS[3]}",
-    ]
+    headings = "  ".join(f"{heading:>{size}}" for heading, size in zip(HEADINGS, (9, 7, 7, 0), strict=True))
+    title = f"Gap ledger: {number_of}, latent dimension {provenance['dim']}; means over datapoints in nats"
+    if shared := provenance.get("shared"):
+        title += f", given {shared['num_draws']} draws of {shared['names']}; totals of the data set"
+        headings = headings.replace(f"  {HEADINGS[3]}", f"  {TOTAL:>9}  {HEADINGS[3]}")
+    lines = [title, "", f"{'':{width}}  {headings}"]
     further = False
     for name, row in summary.iterrows():
         is_further = str(name).startswith("approximation_gap[")
-        if name == INFERENCE or (is_further and not further):
+        if name == root(gaps) or (is_further and not further):
             lines.append("")
         further = is_further
         figures = "  ".join(
@@ -48,6 +52,8 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
         )
         doubt = _doubt(row) if is_further or name in ids(gaps) else ""
         rest = ""
+        if shared:
+            figures += f"  {_number(row[TOTAL], 9, decimals)}"
         if np.isinf(row["mean"]) and len(finite["datapoint"]):
             rest = f"{row['finite_mean']:.{decimals}f} over the {len(finite['datapoint'])} with finite bounds; "
         lines.append(f"{labels[name]:{width}}  {figures}  {rest}{row['direction']}: {row['estimator']}{doubt}")

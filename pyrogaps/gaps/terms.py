@@ -13,6 +13,8 @@ from pyrogaps.settings import Name, checked
 
 Array = NDArray[np.float64]
 INFERENCE = "inference_gap"
+# Where latents are shared by datapoints: the gap of the data set, of which the inference gaps of datapoints are a part.
+DATA_SET, GLOBAL = "data_set_gap", "global_gap"
 ESTIMATE, LOWER_BOUND = "estimate (either way)", "lower bound of the gap"
 
 
@@ -26,12 +28,14 @@ class Columns:
         training: of the training datapoints, where the amortization gap is split; else empty.
         amortized: whether one network serves all datapoints.
         evidence_direction: what the measured log p(x) is in expectation.
+        shared: where datapoints share latents, means over datapoints given each draw of these, and the global gap.
     """
 
     per_datapoint: xr.Dataset
     training: xr.Dataset = field(default_factory=xr.Dataset)
     amortized: bool = True
     evidence_direction: str = "lower bound of log p(x)"
+    shared: xr.Dataset = field(default_factory=xr.Dataset)
 
     @property
     def finite(self) -> "Columns":
@@ -135,6 +139,33 @@ def _approximation(columns: Columns) -> Values:
     return values_of(data, "log_evidence").minus(values_of(data, "elbo_refined"))
 
 
+def _has_global(columns: Columns) -> bool:
+    return GLOBAL in columns.shared
+
+
+def _global(columns: Columns) -> Mean:
+    """Per datapoint, as all other gaps."""
+    number = len(columns.per_datapoint["datapoint"])
+    return Mean(float(columns.shared[GLOBAL]) / number, np.nan, float(columns.shared[f"{GLOBAL}_mcse"]) / number)
+
+
+def _global_direction(columns: Columns) -> str:
+    low, high = (float(columns.shared[f"{GLOBAL}_{end}"]) for end in ("lower", "upper"))
+    if columns.shared.attrs["bounded"]:
+        return f"total between {low:.3f} and {high:.3f} nats"
+    return f"total at least {max(low, 0.0):.3f} nats, not bounded above"
+
+
+def _data_set(columns: Columns) -> Mean:
+    own, draws = _global(columns), columns.shared[INFERENCE].values
+    error = float(draws.std(ddof=1)) / len(draws) ** 0.5
+    return Mean(own.mean + _inference(columns).mean.mean, np.nan, float(np.hypot(own.mcse, error)))
+
+
+def _data_set_direction(columns: Columns) -> str:
+    return ESTIMATE if columns.shared.attrs["bounded"] else LOWER_BOUND
+
+
 def _conditioning(columns: Columns) -> Values:
     data = columns.per_datapoint
     return values_of(data, "elbo_refined").minus(values_of(data, "elbo_shared"))
@@ -159,6 +190,28 @@ def _is_split(columns: Columns) -> bool:
 
 
 TERMS: tuple[Term, ...] = (
+    Term(
+        DATA_SET,
+        "inference gap",
+        None,
+        "log p(x) - ELBO of the data set",
+        _data_set_direction,
+        _data_set,
+        _has_global,
+        colour="#d9d9d9",
+    ),
+    Term(
+        GLOBAL,
+        "global gap",
+        DATA_SET,
+        lambda columns: f"KL(q(theta) || p(theta | x)) by {columns.shared.attrs['method']}",
+        _global_direction,
+        _global,
+        _has_global,
+        cause="the guide's distribution of the latents that datapoints share is not their posterior",
+        remedy="a richer guide for the shared latents (AutoMultivariateNormal over them, a flow), or longer training",
+        colour="#8a6fae",
+    ),
     Term(INFERENCE, "inference gap", None, "log p(x) - L[q]", _inference_direction, _inference, colour="#d9d9d9"),
     Term(
         "approximation_gap",
@@ -268,6 +321,13 @@ def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.D
     and the description of its term.
     """
     applying = [term for term in terms if term.applies(columns)]
+    if any(term.id == DATA_SET for term in applying):  # of which the gaps per datapoint are the local part
+        local = {"parent": DATA_SET, "label": "local gap"}
+        changed: dict[str, Any] = {
+            INFERENCE: local,
+            "amortization_gap": {"remedy": "a larger network, or longer training"},
+        }
+        applying = [replace(term, **changed.get(term.id, {})) for term in applying]
     ordered = [*_in_tree_order(applying, None)]
     with np.errstate(invalid="ignore"):  # infinity less infinity
         values = [term.value(columns) for term in ordered]
@@ -296,6 +356,11 @@ def leaves(gaps: xr.Dataset) -> list[str]:
 def ids(gaps: xr.Dataset) -> list[str]:
     """Of the gaps, in the order of the tree."""
     return [str(name) for name in gaps["gap"].values]
+
+
+def root(gaps: xr.Dataset) -> str:
+    """The id of the whole: the inference gap, or that of the data set."""
+    return DATA_SET if DATA_SET in ids(gaps) else INFERENCE
 
 
 def parent_of(gaps: xr.Dataset, name: str) -> str:

@@ -42,20 +42,20 @@ def global_latent(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-def test_latent_outside_the_data_plate() -> None:
-    refused(
-        global_latent,
-        X,
-        "site 'm'",
-        "latent outside the data plate 'data'",
-        "Move it inside",
-        "pyro.param",
-        plate="data",
-    )
+@pytest.mark.parametrize("plate", [None, "data"])
+def test_latent_outside_the_data_plate(plate: str | None) -> None:
+    words = ("site 'm'", "outside the data plate 'data'", "shared by all datapoints", "decompose", "plate=False")
+    refused(global_latent, X, *words, plate=plate)
 
 
-def test_global_latents_beside_local_plates_ask_for_the_plate() -> None:
-    refused(global_latent, X, "no plate encloses every site", "data", "outside any plate: m", "plate=", "plate=False")
+def test_two_plates_of_all_sites_ask_for_the_plate() -> None:
+    def model(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("one", 1, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[None])
+
+    refused(model, X, "no plate encloses every site", "data", "outside any plate: m", "plate=", "plate=False")
 
 
 def test_observed_site_outside_the_data_plate() -> None:

@@ -1,0 +1,154 @@
+"""The ledger of a model with latents shared by datapoints: local gaps given draws of them, and the global gap."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from pyrogaps.conditioning import declared
+from pyrogaps.density import Data
+from pyrogaps.density.data import as_given
+from pyrogaps.density.hierarchy import Hierarchy, SharedDraws
+from pyrogaps.density.remarks import quoted
+from pyrogaps.density.runs import Program
+from pyrogaps.density.shared import SharedLatents
+from pyrogaps.errors import InputError
+from pyrogaps.gaps.assemble import observed_of
+from pyrogaps.gaps.decomposition import Decomposition
+from pyrogaps.gaps.ledger import GapLedger
+from pyrogaps.gaps.shared_columns import averaged, by_draw, gaps_of, with_global_gap
+from pyrogaps.gaps.terms import Columns, Term
+from pyrogaps.gaussians import MAX_DIM
+from pyrogaps.problem import Problem
+from pyrogaps.run import Run
+from pyrogaps.shared import GlobalGap, Shared, global_gap
+from pyrogaps.shared.global_gap import WEIGHTS
+from pyrogaps.shared.whole import whole_evidence
+from pyrogaps.streams import derive_seed
+
+
+@dataclass(frozen=True)
+class SharedDecomposition:
+    """A hierarchy, and the arguments of `decompose` for it.
+
+    Attributes:
+        hierarchy: of `model` and `guide`, given `data`.
+        settings: what is spent on the shared latents.
+        options: of the `Decomposition` of the datapoints given them.
+        compiled: whether densities are given to `torch.compile`.
+    """
+
+    hierarchy: Hierarchy
+    model: Program
+    guide: Program
+    data: Data
+    settings: Shared
+    options: dict[str, Any]
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        names = quoted(self.hierarchy.names)
+        for option in ("split", "certificate"):
+            if self.options.get(option) is not None:
+                raise InputError(f"{option}: not available where datapoints share latents ({names}). Leave it out")
+
+    @classmethod
+    def of(
+        cls, found: SharedLatents, model: Program | Problem, guide: Program | None, data: Data | None
+    ) -> Callable[..., "SharedDecomposition"]:
+        """One of these programs, where `found` has their parts, as a function of the other arguments; else raise it."""
+        if found.hierarchy is None or isinstance(model, Problem) or guide is None or data is None:
+            raise found
+        return partial(cls, found.hierarchy, model, guide, data)
+
+    def rehearse(self) -> None:
+        """Raise what `ledger` would raise, as far as a few steps and draws of the first datapoints can tell."""
+        drawn = self._drawn()
+        Decomposition(self._local(drawn), **self.options).rehearse()
+
+    def ledger(self, terms: Sequence[Term]) -> GapLedger:
+        """Measure everything."""
+        drawn, hierarchy = self._drawn(), self.hierarchy
+        local = self._local(drawn)
+        ledgers = [*self._ledgers(local, drawn, terms)]
+        run = Run(self._seed)
+        number = hierarchy.dim + local.num_datapoints * local.dim
+        whole = whole_evidence(self.model, self.guide, self.data, number, self.settings.tolerance, run)
+        gap = global_gap(hierarchy, local, drawn.values, whole, self.settings, run)
+        per_datapoint = averaged(ledgers)
+        shared = with_global_gap(by_draw(ledgers, per_datapoint), gap, hierarchy.names, hierarchy.dim)
+        first = ledgers[0].provenance
+        columns = Columns(
+            per_datapoint,
+            amortized=first["amortized"],
+            evidence_direction=first["quantities"]["log_evidence"]["direction"],
+            shared=shared,
+        )
+        traces = xr.concat([ledger.traces for ledger in ledgers], "draw", join="override").mean("draw")
+        provenance = {**self._provenance(ledgers), "shared": {**shared.attrs, "settings": vars(self.settings)}}
+        observed = observed_of(as_given(self.data))
+        provenance["remarks"] = [*provenance["remarks"], *_on_global_gap(gap)]
+        return GapLedger(per_datapoint, traces, observed, provenance, gaps_of(columns, terms), shared=shared)
+
+    def _ledgers(self, local: Problem, drawn: SharedDraws, terms: Sequence[Term]) -> Iterator[GapLedger]:
+        """The ledger of the datapoints given each draw. What the first has recorded serves the others."""
+        cache = self.options.get("cache")
+        for place, values in enumerate(drawn.values):
+            problem = local if place == 0 else local.over(self.hierarchy.at(values))
+            folder = None if cache is None else Path(cache) / f"draw-{place}"
+            options = {**self.options, "seed": derive_seed(self._seed, "shared draw", place), "cache": folder}
+            yield Decomposition(problem, **options).ledger(terms)
+
+    def _provenance(self, ledgers: Sequence[GapLedger]) -> dict[str, Any]:
+        """That of the first draw; notes on quality are of the draw with the most cautions."""
+        number, first = len(ledgers), ledgers[0].provenance
+        worst = max(ledgers, key=lambda ledger: len(ledger.provenance.get("cautions", []))).provenance
+        examined = [ledger.provenance["examined"] for ledger in ledgers if "examined" in ledger.provenance]
+        names = quoted(self.hierarchy.names)
+        remarks = [
+            f"gaps per datapoint are given {names}: means over {number} draws from the guide, with the Monte Carlo "
+            "errors of these draws"
+        ]
+        if declared(self.guide) is not None:
+            remarks.append("the conditioning gap is not measured where latents are shared; other gaps include it")
+        return {
+            **first,
+            "notes": [*worst.get("notes", [])],
+            "cautions": [f"{line} (given one draw of {names})" for line in worst.get("cautions", [])],
+            **({"examined": max(examined, key=_raised)} if examined else {}),
+            "remarks": [*remarks, *first.get("remarks", [])],
+            "seed": self._seed,
+        }
+
+    def _drawn(self) -> SharedDraws:
+        return self.hierarchy.draw(self.settings.num_draws, Run(self._seed).stream("shared latents"))
+
+    def _local(self, drawn: SharedDraws) -> Problem:
+        """The problem of the datapoints given the first draw."""
+        hierarchy = self.hierarchy
+        problem = Problem.of(hierarchy.model, hierarchy.guide, hierarchy.at(drawn.values[0]), hierarchy.plate)
+        return problem.compiled() if self.compiled else problem
+
+    @property
+    def _seed(self) -> int:
+        return int(self.options.get("seed", 0))
+
+
+def _on_global_gap(gap: GlobalGap | None) -> list[str]:
+    """Remarks on what the global gap leaves out."""
+    if gap is None:
+        return [f"the global gap is not measured: a datapoint has more than {MAX_DIM} latents"]
+    if gap.method == WEIGHTS:
+        return [
+            "the global gap leaves out whatever the guide's draws never reach, such as further modes of the posterior"
+        ]
+    return []
+
+
+def _raised(examined: Any) -> int:
+    """How many datapoints other starts raised."""
+    gains = [examined.get("log_evidence"), *examined.get("refined", {}).values()]
+    return sum(gain["count"] for gain in gains if gain)
