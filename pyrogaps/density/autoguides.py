@@ -49,6 +49,9 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
                 "guide: AutoLaplaceApproximation is a Delta, which has no density. Pass the result of its "
                 "laplace_approximation(*args)"
             )
+        inside, every = ([], []) if plate is None else latents_in(part, plate)
+        if every and not inside:
+            continue  # of latents outside the data plate, which are given here
         if isinstance(part, AutoDiscreteParallel) and plate is not None:
             raise InputError(
                 "guide: AutoDiscreteParallel has the probabilities of all datapoints in one distribution and cannot be "
