@@ -223,8 +223,8 @@ class Problem:
         own = joint.model if given is None else inspect.unwrap(joint.model, stop=lambda program: program is model)
         if own is model:
             return joint
-        data, whole = joint.data if given is None else given.without(joint.data), joint.structure.make_whole
-        return JointDensity(model, data, joint.plate or False, make_whole=whole, estimates=given)
+        data, make_whole = joint.data if given is None else given.without(joint.data), joint.structure.make_whole
+        return JointDensity(model, data, joint.plate or False, make_whole=make_whole, estimates=given)
 
     def over(self, data: IndexedData) -> "Problem":
         """The same problem on other data of the same form. No program is run, nothing is checked again, and what has

@@ -117,7 +117,7 @@ def read_model(
             known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
             raise InputError(f"plate: the model has no plate named '{name}' ({known})")
         if name is not None and (reason := check_shared(sites, name)):
-            return read_model(model, data, False, make_whole=True, why=reason)
+            return read_model(model, data, False, make_whole=True, drawn=drawn, why=reason)
         check_model_sites(sites, name)
         observed = {site: message for site, message in sites.items() if message["is_observed"]}
         latent = {site: m for site, m in latent_sites(sites).items() if site in drawn or not is_discrete(m["fn"])}
