@@ -147,7 +147,7 @@ LADDER = {
     f"ladder {rung}"
     for rung in ("first pilot", "second pilot", "sample", "pilot", "run", "bounds sample", "bounds run", "fresh run")
 }
-STRUCTURE = {"structure", "estimates", "probe", "guide structure", "own family"}
+STRUCTURE = {"structure", "estimates", "probe", "guide structure", "own family", "used weights", "freedom"}
 
 
 PARTS = ("shown part", "shared first half", "shared second half")
