@@ -1,14 +1,15 @@
 r"""A guide's own family, kind (c): sites that depend on earlier draws, their parameters freed as residuals.
 
 At each site the guide's program computes the parameters of its distribution from the data and from earlier draws. As
-real numbers (scales by their logarithms) they are
+real numbers (scales by their logarithms) they become
 
 $$\eta(z_{<}, x_n) = \eta_\phi(z_{<}, x_n) + r_n + A_n (z_{<} - c_n),$$
 
 with the residual $r_n$ of datapoint n, and, for locations, slopes $A_n$ in the earlier draws. Both are 0 at the guide
-itself. Elements that the weights cannot move independently stay tied, and slopes are free only where the weights choose
-them, see `freedom`; $c_n$ is a constant, the mean of the guide's draws. The network is frozen and runs once for all
-datapoints and particles.
+itself; $c_n$ is a constant, the guide's sites without noise. The network is frozen and runs once for all datapoints and
+particles. Only what the guide's weights can move is free, see `freedom`: elements that they move together stay tied,
+and r and A of a site stay in the span of what they can do to intercepts and slopes. Above 64 slopes of a site they are
+not freed. Ties between different sites are not seen.
 
 The family contains the guide, and every guide whose locations differ from it by a linear function and whose scales
 differ by a factor. What a network with weights for each datapoint could do beyond that (curved dependence, a scale that
@@ -27,7 +28,7 @@ from pyrogaps.density.runs import evaluating
 from pyrogaps.refine.families import Start
 from pyrogaps.refine.freedom import Freedom, Key, Slopes
 from pyrogaps.refine.parameters import axis_of, free_leaf, names_of, to_rows, transform_of, unit_of, value_of
-from pyrogaps.refine.residuals import Added, ResidualSites
+from pyrogaps.refine.residuals import Added, CentralSites, ResidualSites
 from pyrogaps.streams import Chunk, seeded
 
 NUM_MOMENTS = 256
@@ -47,6 +48,11 @@ class _Change:
         """Whether some elements are tied or fixed."""
         return len(self.labels) != int(self.labels.max()) + 1
 
+    @property
+    def spanned(self) -> bool:
+        """Whether residual and slopes are combinations of a few directions."""
+        return self.slopes is not None and self.slopes.basis is not None
+
 
 class StructuredGuide:
     """Residuals on the parameters of a guide's sites, for every datapoint of a chunk; see `Refinable`."""
@@ -58,7 +64,7 @@ class StructuredGuide:
         for block in Chunk(self._first, self._first + self.count).blocks():
             with seeded(0, "structured", block.start), torch.no_grad():
                 draws.append(self.density.at(block.indices - self._first).sample(NUM_MOMENTS)[0])
-        self.centre, spread = torch.cat(draws, 1).mean(0), torch.cat(draws, 1).std(0)
+        self.centre, spread = self._middles(), torch.cat(draws, 1).std(0)
         self._spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         self.parameters: list[Tensor] = []
         self.units: list[Tensor | float] = []
@@ -66,6 +72,13 @@ class StructuredGuide:
         for key, unit in self._natural_units().items():
             self._free(key, unit, freedom)
         self.axes, self.rows = [0] * len(self.parameters), [slice(None)] * len(self.parameters)
+
+    def _middles(self) -> Tensor:
+        """The guide's sites without noise, `(B, dim)`: the same wherever a datapoint is refined."""
+        handler = CentralSites(self.density.terms, self.joint.zeros(self.count), self.joint.plate is not None)
+        with evaluating(self.density.guide), torch.no_grad():
+            self.density.messages(torch.arange(self.count), 1, handler)
+        return handler.drawn()
 
     def _natural_units(self) -> dict[Key, Tensor]:
         """A natural step in each element of each parameter, `(B, K)`, with the centres in the guide's sites."""
@@ -90,6 +103,10 @@ class StructuredGuide:
         if not number:
             return
         slopes = freedom.slopes.get(key[0]) if key[1] == "loc" else None
+        if slopes is not None and slopes.basis is not None:
+            position = self._leaf(self._spanned_units(slopes, slopes.basis.to(unit), unit))
+            self.changes[key] = _Change(labels, position, slopes, position)
+            return
         # The unit of tied elements is their mean.
         member = torch.nn.functional.one_hot(labels.clamp(min=0), number).to(unit.dtype) * (labels >= 0)[:, None]
         residual = self._leaf(unit @ member / member.sum(0))
@@ -97,6 +114,14 @@ class StructuredGuide:
         if slopes is not None:
             slopes_at = self._leaf(unit[:, slopes.elements] / self._spread[:, slopes.coordinates])
         self.changes[key] = _Change(labels, residual, slopes, slopes_at)
+
+    def _spanned_units(self, slopes: Slopes, basis: Tensor, unit: Tensor) -> Tensor:
+        """Natural steps `(B, rank)`: by each, the location moves by at most about its own unit."""
+        number = unit.shape[1]
+        reach = (self.centre.abs() + self._spread)[:, slopes.coordinates]
+        terms = basis[:, number:].abs() * reach[:, None]
+        effect = basis[:, :number].abs().expand(len(unit), -1, -1).index_add(2, slopes.elements, terms)
+        return 1 / (effect / unit[:, None]).amax(-1)
 
     def _leaf(self, unit: Tensor) -> int:
         self.parameters.append(torch.zeros_like(unit).requires_grad_())
@@ -124,14 +149,13 @@ class StructuredGuide:
                     return False
                 for name, values in wanted.items():
                     change = self.changes.get((term.name, name))
-                    if change is None or change.tied:
+                    if change is None or change.tied or change.spanned:
                         return False
                     axis, transform = axis_of(term, fn, inner, name) if in_plate else None, transform_of(inner, name)
                     now = to_rows(transform.inv(value_of(inner, name)), axis)
                     residuals[change.residual] = transform.inv(values[:, term.site.columns]) - now
             for position, residual in residuals.items():
                 self.parameters[position].add_(residual)
-        self.centre = start.loc.clone()
         return True
 
     def sites_with(
