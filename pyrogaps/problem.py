@@ -9,12 +9,14 @@ from torch import Tensor
 
 from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple, rows_of, selected, whole
+from pyrogaps.density.arguments import check_same_order
+from pyrogaps.density.data import rows_of, selected
 from pyrogaps.density.draws import Posterior, is_posterior
+from pyrogaps.density.forms import as_given, check_present, whole
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.read_estimates import estimates_of
 from pyrogaps.density.runs import Program, check_callable
-from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.density.simulate import ToData, simulated_arguments
 from pyrogaps.errors import InputError, counted
 from pyrogaps.family import AmortizedGuide, augmented
 from pyrogaps.guard import guarded
@@ -89,12 +91,14 @@ class Problem:
         check_callable(model, "model")
         if guide is not None and not is_posterior(guide):
             check_callable(guide, "guide")
-        if data is None:
-            raise InputError("data: missing. Pass the model, the guide and the data, or a Problem")
-        estimates = estimates_of(model, guide, data, plate)
+        check_present(model, data, "Pass the model, the guide and the data, or a Problem")
+        given = as_given(data, model)  # here, because a model with a reverse model beside it has no parameters to read
+        if guide is not None and not is_posterior(guide):
+            check_same_order(cast(Program, guide), given.names)
+        estimates = estimates_of(model, guide, given, plate)
         if not _extends_model(guide):
-            return cls(model, None, JointDensity(model, data, plate, estimates=estimates), None, mode)._with(guide)
-        extended = JointDensity(augmented(model, guide), data, plate, estimates=estimates)
+            return cls(model, None, JointDensity(model, given, plate, estimates=estimates), None, mode)._with(guide)
+        extended = JointDensity(augmented(model, guide), given, plate, estimates=estimates)
         return cls(model, guide, extended, GuideDensity(cast(Program, guide), None, extended), mode)
 
     @classmethod
@@ -105,9 +109,11 @@ class Problem:
         if isinstance(model, Problem):
             return cls.of(model, guide, data, plate).with_guide(None)
         check_callable(model, "model")
-        if data is None or (estimates := estimates_of(model, guide, data, plate)) is None:
-            return cls.of(model, None, data, plate)
-        return cls(model, None, JointDensity(model, data, plate, estimates=estimates), None)
+        check_present(model, data, "Pass the model, the guide and the data, or a Problem")
+        given = as_given(data, model)
+        if (estimates := estimates_of(model, guide, given, plate)) is None:
+            return cls(model, None, JointDensity(model, given, plate), None)
+        return cls(model, None, JointDensity(model, given, plate, estimates=estimates), None)
 
     @property
     def plate(self) -> str | None:
@@ -178,7 +184,7 @@ class Problem:
         if guide is not None and not is_posterior(guide):
             given = self.joint.structure.estimates
             data = self.joint.data if given is None else given.without(self.joint.data)
-            if (estimates := estimates_of(self.model, guide, data, self.plate or False)) is not None:
+            if (estimates := estimates_of(self.model, guide, as_given(data), self.plate or False)) is not None:
                 joint = JointDensity(self.model, data, self.plate or False, estimates=estimates)
                 return replace(self, joint=joint, posterior=None, _evaluators={})._with(guide)
         return self._with(guide)
@@ -198,7 +204,7 @@ class Problem:
         own = joint.model if given is None else inspect.unwrap(joint.model, stop=lambda program: program is model)
         if own is model:
             return joint
-        data = joint.data if given is None else given.without(joint.data)
+        data = joint.passed if given is None else given.without(joint.data)
         return JointDensity(model, data, joint.plate or False, estimates=given)
 
     def over(self, data: IndexedData) -> "Problem":
@@ -242,12 +248,10 @@ class Problem:
         Raises `InputError` where the model cannot be simulated.
         """
         with seeded(seed, "simulate", device=self.joint.device):
-            data, z = simulate(self.joint, to_data)
-        args = as_tuple(data)
-        held = whole(args) if self.plate is None else rows_of(args, self.num_datapoints)
-        if (number := self.joint.num_given) > 0:
-            data = args[0] if len(args) == number + 1 else args[:-number]
-        return Simulated(self.over(held), data, z)
+            args, z = simulated_arguments(self.joint, to_data)
+        drawn = whole(args) if self.plate is None else rows_of(args, self.num_datapoints, self.joint.data)
+        data = self.joint.passed.restored(args[: len(args) - self.joint.num_given])
+        return Simulated(self.over(drawn), data, z)
 
 
 @dataclass(frozen=True)

@@ -108,16 +108,19 @@ class GradientEvaluator:
         with evaluating(joint.model):
             leaves, tree = tree_flatten(joint.fetch(indices, num_particles))
         positions = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[position] for position in positions]
+        # A model that holds its data, or parameters of datapoints, selects them by their indices: inputs too.
+        selecting = [rows.to(joint.device)] if joint.structure.bound else []
+        tensors = [*(leaves[position] for position in positions), *selecting]
 
         def densities(flat: Tensor, *inputs: Tensor) -> Values:
             arguments = list(leaves)
-            for position, value in zip(positions, inputs, strict=True):
+            for position, value in zip(positions, inputs, strict=False):
                 arguments[position] = value
+            chosen = inputs[-1] if selecting else rows
             args = tree_unflatten(arguments, tree)
             if not self.split:
-                return (joint.total(flat, args, rows),)
-            log_prior, log_likelihood = joint.score(flat, args, rows)
+                return (joint.total(flat, args, chosen),)
+            log_prior, log_likelihood = joint.score(flat, args, chosen)
             return log_prior, log_prior + log_likelihood
 
         constants = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
@@ -188,7 +191,8 @@ class BoundDensity:
         """
         (piece,) = self._pieces
         leaves, _ = tree_flatten(args)
-        other = replace(piece, tensors=[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        other = replace(piece, tensors=[*tensors, *piece.tensors[len(tensors) :]])
         return BoundDensity(self._evaluator, [other], self._num_particles)
 
     def at_step(self, step: int) -> "BoundDensity":

@@ -10,9 +10,11 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrogaps.density.arguments import check_same_order
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
 from pyrogaps.density.carried import carried, drawn, on_carried
 from pyrogaps.density.data import Data
+from pyrogaps.density.forms import Given
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import (
     Draws,
@@ -90,7 +92,7 @@ class GuideDensity:
     def __init__(
         self,
         guide: Program,
-        data: Data | None,
+        data: Data | Given | None,
         model: Program | JointDensity,
         plate: Plate = None,
         *,
@@ -104,10 +106,9 @@ class GuideDensity:
         check_parameters(guide)
         if isinstance(model, JointDensity):
             self.joint = model
-        elif data is None:
-            raise InputError("data: missing. Pass the data that the model is called with")
         else:
             self.joint = JointDensity(model, data, plate)
+        check_same_order(guide, self.joint.passed.names)
         check_autoguide(guide, self.joint)
         # An autoguide has parameters for each datapoint, whatever the size of its plates.
         bound = True if is_autoguide(guide) and self.joint.plate is not None else None

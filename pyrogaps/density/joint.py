@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.contraction import BoundedStates, TooManyStates, too_many
-from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed, whole
+from pyrogaps.density.data import Data, HeldData, IndexedData
 from pyrogaps.density.discrete import Discrete
 from pyrogaps.density.enumeration import Enumerate
 from pyrogaps.density.estimates import PointEstimates
+from pyrogaps.density.forms import Given, as_given, check_present, held, whole
 from pyrogaps.density.given import given
 from pyrogaps.density.layout import Site
 from pyrogaps.density.particles import Particles, mapped_rows, one_by_one_note, seconds_of
@@ -64,7 +65,11 @@ class JointDensity:
 
     Args:
         model: a Pyro model, called with the positional arguments that `data` gives.
-        data: a tensor or array, or a tuple of them, whose first axis is the data plate, or an `IndexedData`.
+        data: what the model is called with. A tensor, an array, a DataFrame or a list of numbers is one argument; a
+            tuple or a list holds several. A dictionary whose keys are the model's parameters fills these, another is
+            one argument. A `Dataset`, or that of a `DataLoader`, gives items of these forms. The first axis of all
+            tensors is the data plate; numbers, flags and None belong to all datapoints. None or `()` is for a model
+            that holds its data. Anything else fits in an `IndexedData`.
         plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
             without any plate, makes the whole data set one datapoint (N = 1).
         make_whole: with `plate=False`, use the full size of subsampled plates, which are refused otherwise.
@@ -82,7 +87,7 @@ class JointDensity:
     def __init__(
         self,
         model: Program,
-        data: Data,
+        data: Data | Given | None,
         plate: Plate = None,
         *,
         make_whole: bool = False,
@@ -90,18 +95,23 @@ class JointDensity:
         structure: ModelStructure | None = None,
     ) -> None:
         check_callable(model, "model")
-        data = as_given(data)
+        check_present(model, data, "Pass the data that the model is called with")
+        passed = as_given(data, model)
         if estimates is not None:
-            model, data = estimates.conditioned(model), estimates.beside(data)
-        self.model, self.caller_data = model, data
+            model, passed = estimates.conditioned(model), estimates.beside(passed)
+        self.model, self.passed = model, passed
         if structure is None:
             check_parameters(model)
             with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
-                read = read_model(model, data, plate, make_whole=make_whole)
+                read = read_model(model, passed, plate, make_whole=make_whole)
             self.structure = replace(read, estimates=estimates)
         else:
             self.structure = structure
-        self.data = whole(data) if self.plate is None else as_indexed(data)
+        number = self.structure.num_held if passed.held else None
+        if self.plate is None:
+            self.data = whole(passed)
+        else:
+            self.data = passed.indexed() if number is None else held(passed, number)
         if structure is None:
             with seeded(0, "structure"), evaluating(model), torch.no_grad():
                 self._check_rows()
@@ -244,7 +254,11 @@ class JointDensity:
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
         """A context in which the model's data plate holds the rows of `indices`."""
         plate = ANY_PLATE if self.structure.make_whole else self.plate
-        return whole_plates(plate, indices, num_datapoints=self.num_datapoints, bound=self.structure.bound)
+        number, rows = self.num_datapoints, indices
+        if isinstance(self.data, HeldData):
+            number, rows = self.data.size, self.data.rows.to(indices.device)[indices]
+        bound = self.structure.bound
+        return whole_plates(plate, indices, num_datapoints=number, bound=bound, held=rows if bound else None)
 
     def enumeration(self) -> AbstractContextManager[Any]:
         """A context in which discrete latents have all their values, inside a `ScoreModel`."""
@@ -323,7 +337,8 @@ class JointDensity:
 
     def one_by_one(self) -> "JointDensity":
         """The same density; without a plate, particles are evaluated one after the other."""
-        return JointDensity(self.model, self.caller_data, structure=replace(self.structure, particles="one by one"))
+        return JointDensity(self.model, self.passed, structure=replace(self.structure, particles="one by one"))
+        return JointDensity(self.model, self.passed, structure=replace(self.structure, vectorized=False))
 
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.num_datapoints) if indices is None else indices

@@ -144,7 +144,7 @@ class Decomposition:
 
     def _training_problem(self, split: Split) -> Problem:
         problem = self.problem
-        return Problem.of(problem.model, problem.guide, split.measured()[0], problem.plate, problem.mode)
+        return Problem.of(problem.model, problem.guide, split.measured(problem.model)[0], problem.plate, problem.mode)
 
 
 def _provenance(measure: Measure, run: Run) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from pyrogaps.density import Data
-from pyrogaps.density.data import as_indexed
+from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.mapa.elbo import MAPA_ELBO
@@ -63,13 +63,13 @@ class Mapa:
             return MAPA_ELBO(posterior, replacement=self.replacement, **shared)
         return MAPA_IWAE_ELBO(posterior, num_draws=self.num_draws, **shared)
 
-    def check(self, data: Data, *, encoded: bool) -> None:
+    def check(self, data: Data, *, encoded: bool, model: Program | None = None) -> None:
         """Raise `InputError` for a bandwidth or sizes that do not fit the data, without searching neighbours."""
         try:
             kernel_named(self.likelihood, self.bandwidth)
         except InputError as error:
             raise InputError(f"mapa.bandwidth: {str(error).removeprefix('bandwidth: ')}") from error
-        indexed = as_indexed(data)
+        indexed = as_indexed(data, model)
         try:
             size = len(indexed), checked_number(self.num_neighbours, len(indexed))
             self.bound(MapaPosterior(indexed, *torch.empty(2, *size, device="meta")), None, encoded=encoded)
@@ -103,6 +103,7 @@ def train_by_mapa(
     Raises:
         InputError, FloatingPointError: as `mapa_posterior`, the bound, `train` and `recover`.
     """
+    data = as_indexed(data, model)
     posterior = mapa_posterior(
         data, settings.likelihood, bandwidth=settings.bandwidth, num_neighbours=settings.num_neighbours
     )
