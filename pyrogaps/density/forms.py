@@ -44,7 +44,7 @@ class Given:
     @property
     def held(self) -> bool:
         """Whether no argument has datapoints, so that the model holds the data itself."""
-        return self.in_memory is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.in_memory))
+        return self.in_memory is not None and all(is_constant(leaf) for leaf in tree_leaves(self.in_memory))
 
     @property
     def tensor(self) -> Tensor | None:
@@ -97,7 +97,7 @@ def as_given(data: Data | Given | None, model: Program | None = None) -> Given:
 
 def check_present(model: Program, data: Any, remedy: str) -> None:
     """Refuse data that are missing, for a model that takes arguments."""
-    empty = data is None or (isinstance(data, tuple | list) and not data)
+    empty = data is None or (isinstance(data, tuple) and not data)
     if empty and ((taken := parameters_of(model)) is None or not taken.take(0)):
         raise InputError(f"data: missing. {remedy}")
 

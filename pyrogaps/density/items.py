@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named
 
-COLLECT = "Collect its items first, as in list(data), or pass tensors"
+COLLECT = "Collect its items first: torch.stack(list(data)) of tensors, list(data) of tuples or dictionaries"
 
 
 class Rows(Dataset[Any]):
