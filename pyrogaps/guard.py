@@ -200,8 +200,8 @@ def _hint(error: Exception, place: Place | None) -> str:
     text = str(error)
     if isinstance(error, TypeError) and place is None and "argument" in text:
         return (
-            ". It is called with the arguments that the data give: a tensor is one, a tuple or an item (x, y) two. Pass "
-            "only what the programs take"
+            ". It is called with the arguments that the data give: a tensor is one, a tuple or an item (x, y) two. "
+            "Pass only what the programs take"
         )
     if isinstance(error, RuntimeError) and any(word in text for word in ("dtype", "scalar type", "ScalarType")):
         return ". Convert the data and the parameters to one dtype, as in x.float()"

@@ -364,7 +364,7 @@ def test_refusals(form: str) -> None:
 def test_what_the_refusals_advise() -> None:
     right = pg.elbo(model, Guide(), X).value
     assert torch.equal(pg.elbo(model, Guide(), torch.stack(list(Endless()))).value, right)
-    assert torch.equal(pg.elbo(model, Guide(), list((x,) for x in X)).value, right)
+    assert torch.equal(pg.elbo(model, Guide(), [(x,) for x in X]).value, right)
 
 
 def test_a_guide_with_another_order_of_parameters() -> None:
