@@ -135,6 +135,12 @@ def failures_named(what: str, *, own_too: bool = False) -> Iterator[None]:
         raise
 
 
+def innermost_place(error: BaseException) -> tuple[str, int] | None:
+    """File and line of the innermost frame of a user's code; None where there is none."""
+    place = _culprit(_places(error.__traceback__))
+    return None if place is None or _is_own(place) else (place[0].co_filename, place[1])
+
+
 def described(error: BaseException) -> str:
     """An exception in one line, with file and line number of the innermost frame outside libraries."""
     return _line(error, _culprit(_places(error.__traceback__)))

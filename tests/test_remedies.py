@@ -1,6 +1,7 @@
 """A refusal's remedy works for the program that was refused: applied as it says, the program is accepted."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -213,6 +214,17 @@ def elbo(model: Any, guide: Any, data: Any = X, **options: Any) -> Tensor:
     return pg.elbo(model, guide, data, num_particles=20, **options).value
 
 
+def without_warnings(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """A call in which torch may warn of its own sampler."""
+
+    def call() -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*args)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Case:
     """What is refused, what the refusal says, and each of the remedies that it names, applied."""
@@ -368,7 +380,9 @@ CASES = {
         [partial(elbo, model, guide)],
     ),
     "a Wishart": Case(
-        partial(elbo, latent(dist.Wishart(torch.tensor(20.0), torch.eye(2)), lambda z: z.sum((-1, -2))), matrices_guide),
+        without_warnings(
+            elbo, latent(dist.Wishart(torch.tensor(20.0), torch.eye(2)), lambda z: z.sum((-1, -2))), matrices_guide
+        ),
         ("'z'", "Wishart", "LKJCholesky", "positive scales"),
         [partial(elbo, matrices, matrices_guide)],
     ),

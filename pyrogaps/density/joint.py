@@ -377,7 +377,8 @@ class JointDensity:
                 )
             raise InputError(
                 "data: the density of a datapoint changes with its position or with other rows of the batch. "
-                "fetch(indices) must keep the order, and the model must treat rows independently (no batch statistics)"
+                "fetch(indices) must keep the order, and the model must treat rows independently: no batch "
+                "statistics, and no sizes read from values, such as F.one_hot(k) without num_classes"
             )
 
     def _check_enumeration(self) -> None:
