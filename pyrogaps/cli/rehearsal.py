@@ -7,15 +7,18 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
+from torch import nn
 
-from pyrogaps.cli.building import DataSet, build_programs
+from pyrogaps.cli.building import DataSet, build_encoder, build_programs
 from pyrogaps.cli.recipe import Recipe
+from pyrogaps.conditioning import Lookahead, declared, rehearse_reference
 from pyrogaps.density.autoguides import OtherDataError
 from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.decompose import rehearse
 from pyrogaps.guard import failures_named
+from pyrogaps.mapa import rehearse_mapa
 from pyrogaps.problem import Problem
 from pyrogaps.streams import seeded
 from pyrogaps.training import load_model_weights, load_weights, rehearse_training
@@ -53,6 +56,11 @@ def _rehearse_training(recipe: Recipe, data: DataSet, settings: dict[str, Any]) 
             _rehearse(recipe, model, guide, data, settings)
         if recipe.training is not None and data.train is not None:
             rehearse_training(model, guide, data.train, data.validation, recipe.training, recipe.seed)
+        if recipe.mapa is not None and data.train is not None:
+            encoder = build_encoder(recipe)
+            rehearse_mapa(model, encoder, guide, data.train, recipe.mapa, plate=recipe.plate, seed=recipe.seed)
+        if recipe.reference is not None and isinstance(declared(guide), Lookahead) and isinstance(guide, nn.Module):
+            rehearse_reference(model, guide, data.example, recipe.reference, plate=recipe.plate, seed=recipe.seed)
     finally:
         store.set_state(state)
 

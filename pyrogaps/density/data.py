@@ -1,7 +1,7 @@
 """Data sets: a number of datapoints, fetched by index."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -59,7 +59,7 @@ class HeldData(IndexedData):
 
 # What a caller may pass; `forms` reads it. A list is one of arguments, of numbers or of items, whichever fits.
 Data: TypeAlias = (
-    Tensor | np.ndarray | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Dataset[Any] | DataLoader[Any] | IndexedData
+    Tensor | np.ndarray | tuple[Any, ...] | list[Any] | dict[Any, Any] | Dataset[Any] | DataLoader[Any] | IndexedData
 )
 
 

@@ -108,6 +108,15 @@ class Start:
         return {"start": name, "elbo": self.bounds, "converged": self.converged, "kept": kept}
 
 
+def check_trainable(guide: Any) -> None:
+    """Refuse a guide of which no copies can be trained."""
+    if not isinstance(guide, nn.Module):
+        raise InputError(
+            "split: the guide must be an nn.Module, so that copies of it can be trained. Write it as one, its networks "
+            "as attributes and its code in forward, or leave split out"
+        )
+
+
 def retrain(
     model: Program,
     guide: Program,
@@ -125,11 +134,8 @@ def retrain(
 
     Raises `InputError` for a guide that is no module, and where training diverges.
     """
-    if not isinstance(guide, nn.Module):
-        raise InputError(
-            "split: the guide must be an nn.Module, so that copies of it can be trained. Pass such a guide, or leave "
-            "split out"
-        )
+    check_trainable(guide)
+    assert isinstance(guide, nn.Module)
     candidates = _candidates(guide, split.retraining.num_restarts, run)
     starts = [_trained_on(model, candidate, split, bound, run, folder) for candidate in candidates]
     return sorted(starts, key=lambda start: -max(start.bounds))

@@ -1,11 +1,12 @@
 """`Mapa`: settings of training a model by MAPA before its guide; and `train_by_mapa`, which trains it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from pyrogaps.density import Data
+from pyrogaps.density.data import part_of
 from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
@@ -13,7 +14,9 @@ from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.iwae import MAPA_IWAE_ELBO
 from pyrogaps.mapa.posterior import MapaPosterior, checked_number, kernel_named, mapa_posterior
 from pyrogaps.settings import Count, Plate, Positive, Whole, checked
-from pyrogaps.training import Training, TrainingResult, train
+from pyrogaps.training import Training, TrainingResult, rehearse_training, section_named, train
+
+REHEARSED = 256  # datapoints
 
 
 @checked("mapa")
@@ -113,3 +116,25 @@ def train_by_mapa(
     if encoder is not None and hasattr(model, "recover"):
         model.recover(encoder, data, plate=plate, seed=seed)
     return result
+
+
+def rehearse_mapa(
+    model: Program,
+    encoder: Program | None,
+    guide: Program,
+    data: Data,
+    settings: Mapa,
+    *,
+    plate: Plate = None,
+    seed: int = 0,
+) -> None:
+    """Raise what `train_by_mapa` would raise at its first loss, which is computed on a part of the data."""
+    indexed = as_indexed(data, model)
+    number = min(len(indexed), max(REHEARSED, settings.num_top + settings.num_samples + 1))
+    part, _ = part_of(indexed, number)
+    neighbours = None if settings.num_neighbours is None else min(number, settings.num_neighbours)
+    posterior = mapa_posterior(part, settings.likelihood, bandwidth=settings.bandwidth, num_neighbours=neighbours)
+    bound = settings.bound(posterior, plate, encoded=encoder is not None)
+    chosen = replace(settings.training, objective=bound)
+    with section_named("mapa.training"):
+        rehearse_training(model, guide if encoder is None else encoder, part, None, chosen, seed)

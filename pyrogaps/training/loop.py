@@ -1,6 +1,7 @@
 """`train`: stochastic variational inference of a model and a guide."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -112,3 +113,16 @@ def rehearse_training(
     """Raise what `train` would raise before its first step is taken. Model and guide may get their parameters here."""
     with modes_restored(model, guide), torch.enable_grad():
         Trainer(model, guide, data, validation, settings, seed, None).rehearse()
+
+
+@contextmanager
+def section_named(section: str) -> Iterator[None]:
+    """Say in which section of a recipe the settings of a training are that fails."""
+    try:
+        yield
+    except InputError as error:
+        if not str(error).startswith("training: "):
+            raise
+        raise InputError(f"{section}: {str(error).removeprefix('training: ')}") from error
+    except FloatingPointError as error:
+        raise InputError(f"{section}: the first loss is not finite ({error})") from error

@@ -129,10 +129,18 @@ class Trainer:
     def rehearse(self) -> None:
         """Compute the first loss with its graph, as a step does, and take no step."""
         objective, first = self.objective, torch.arange(self.batch_size)
-        if isinstance(objective, Objective):
-            with self._evaluating("rehearsal"):
-                objective.begin(len(first))
-                objective.differentiable_loss(objective.model, objective.guide, *self._args(self.data, first))
+        with self._evaluating("rehearsal"):
+            objective.begin(len(first))
+            args = self._args(self.data, first)
+            if isinstance(objective, Objective):
+                loss = float(objective.differentiable_loss(objective.model, objective.guide, *args).detach())
+            else:
+                loss = -objective.evaluate(*args)
+        if not math.isfinite(loss):
+            raise InputError(
+                f"training: the first loss is {loss}. Check the data for NaN and outliers, and the initial weights: "
+                "every datapoint needs a finite density at the guide's draws"
+            )
 
     def run(self, path: File | None, progress: bool) -> TrainingResult:
         checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
