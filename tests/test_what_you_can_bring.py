@@ -277,13 +277,21 @@ def point_estimates() -> None:
     guide(X)
     refuses(lambda: pg.elbo(model, guide, X), "'z'", "Delta")
 
-    def estimated(x: Tensor) -> None:
-        mean = pyro.param("mean", torch.tensor(0.1))
+    def two(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
+            mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
             z = pyro.sample("z", dist.Normal(mean, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    assert torch.isfinite(pg.elbo(estimated, Guide(), X).value).all()
+    def at_a_value(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            mean = pyro.sample("mean", dist.Delta(x / 4))
+            pyro.sample("z", dist.Normal((x + mean) / 2, 0.5**0.5))
+
+    problem = pg.Problem.of(two, at_a_value, X)
+    exact = dist.Normal(X / 4, 2**0.5).log_prob(X).double()
+    torch.testing.assert_close(pg.elbo(problem).value, exact, rtol=0, atol=1e-4)  # the guide is the posterior
+    assert any("'mean'" in remark for remark in problem.remarks)
 
 
 @row("Refused, in one line")
