@@ -8,7 +8,6 @@ passes of curvature. Ends that are distinct from the anchor, and from each other
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,9 +17,10 @@ from pyrogaps.annealing.loop import WARM_UP, AdaptedStepSizes, pilot, schedule
 from pyrogaps.annealing.rotations import Rotation
 from pyrogaps.capture.slots import POINTS, Slots, of_datapoints
 from pyrogaps.errors import InputError
-from pyrogaps.gaussians import Curvature, Gaussian, anchor_of, bhattacharyya, fitted, prior_gaussian
+from pyrogaps.gaussians import Curvature, Gaussian, anchor_of, bhattacharyya, prior_gaussian
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
+from pyrogaps.state_modes import NEGLIGIBLE, has_few_states, polished, state_modes
 from pyrogaps.streams import BLOCK, Chunk, derive_seed
 
 Result = TypeVar("Result")
@@ -37,11 +37,8 @@ NARROW, INSIDE = 0.1, 0.03
 # Of what the anchor's Gaussian makes of p(x, z) at its mean, and at this share of the ends, the lower counts: some of
 # these may lie in a narrower mode.
 LOWER = 0.25
-NUM_ROUNDS = 3
 # Gaussians above this Bhattacharyya distance are distinct: they overlap by less than exp(-1).
 DISTINCT = 1.0
-# Modes this many nats below the largest of their datapoint are ignored; the margin allows for Laplace's error.
-NEGLIGIBLE = 10.0
 # A mode was missed where the gain exceeds this many nats and this many standard errors.
 LEAST, CERTAIN = 0.03, 3.0
 
@@ -120,7 +117,8 @@ def examine(
             return None
         # Where all are examined, their anchors may be known already.
         anchor = anchor_of(sampled, chunk, before if sampled is problem else run)
-        modes = explore(sampled, anchor, chunk, run, wide)
+        known = modes_by_states(sampled, chunk, run) if has_few_states(sampled.joint) else None
+        modes = explore(sampled, anchor, chunk, run, wide, known)
         done = indices[chunk.indices]
         if not len(several := modes.several):
             return [], done
@@ -143,37 +141,73 @@ def sample(num_datapoints: int, number: int, seed: int) -> Tensor:
     return torch.randperm(num_datapoints, generator=generator)[:number].sort().values
 
 
-def explore(problem: Problem, anchor: Curvature, block: Chunk, run: Run, wide: Gaussian) -> Modes:
-    """The modes of the datapoints of a block, the `anchor` of each first; chains start at the Gaussians `wide`."""
+def modes_by_states(problem: Problem, block: Chunk, run: Run) -> Modes:
+    """A mode for every state of the discrete latents of the datapoints of a block, see `state_modes`."""
+    owners, curvature, log_masses, evaluations = state_modes(problem, block, run)
+    return Modes(owners, curvature, log_masses, evaluations, torch.ones(len(block), dtype=torch.bool))
+
+
+def explore(
+    problem: Problem, anchor: Curvature, block: Chunk, run: Run, wide: Gaussian, known: Modes | None = None
+) -> Modes:
+    """The modes of the datapoints of a block, the `anchor` of each first; chains start at the Gaussians `wide`.
+
+    Modes that are `known` already take the place of the anchor, and all of them are kept.
+    """
     slots = Slots(problem.evaluator, block)
     ends = _chain_ends(slots, wide, run)
     everyone = torch.arange(len(block))
+    own = everyone if known is None else known.owners
+    anchor = anchor if known is None else known.curvature
     # An anchor that was cut says nothing about scales: those of the prior stand in.
-    scales = anchor.gaussian.scaled_as(wide.widened(NARROW), anchor.cut)
-    values, peaks = slots.values(everyone, ends), slots.values(everyone, anchor.gaussian.loc[None])
-    # Where p(x, z) exceeds what the anchor's Gaussian makes of it, a narrower mode may lie within its reach.
-    levels = values.double() + 0.5 * anchor.gaussian.whiten(ends).double().square().sum(-1)
-    level = levels.nan_to_num(-math.inf).quantile(LOWER, dim=0, interpolation="lower").minimum(peaks[0].double())
-    unexplained = anchor.cut | (levels - level > EXCESS * (1 + slots.dim**0.5))
-    owners, points, inside = _starts(scales, unexplained, ends, values)
+    scales = anchor.gaussian.scaled_as(wide.at(own).widened(NARROW), anchor.cut)
+    values, peaks = slots.values(everyone, ends), slots.values(own, anchor.gaussian.loc[None])
+    # Where p(x, z) exceeds what the Gaussians make of it, a narrower mode may lie within their reach.
+    fall = 0.5 * anchor.gaussian.whiten(ends[:, own]).double().square().sum(-1)
+    expected = _by_owner(peaks.double() - fall, own, lambda column: column.logsumexp(1))
+    cut = _by_owner(anchor.cut[None], own, lambda column: column.all(1))
+    levels = values.double() - expected
+    level = levels.nan_to_num(-math.inf).quantile(LOWER, dim=0, interpolation="lower").clamp(max=0.0)
+    unexplained = cut | (levels - level > EXCESS * (1 + slots.dim**0.5))
+    far = _by_owner(_beyond(scales, ends[:, own]), own, lambda column: column.all(1))
+    first = torch.searchsorted(own, everyone)
+    owners, points, inside = _starts(scales.at(first), far, far | unexplained, ends, values)
     evaluations = torch.full((len(block),), NUM_CHAINS * (NUM_TEMPERATURES + WARM_UP + 2))
     found = [anchor]
     if len(owners):
-        narrower = torch.where(inside & ~anchor.cut[owners], INSIDE, 1.0).to(points)
-        start = replace(scales.at(owners), loc=points).widened(narrower)
+        narrower = torch.where(inside & ~anchor.cut[first][owners], INSIDE, 1.0).to(points)
+        start = replace(scales.at(first[owners]), loc=points).widened(narrower)
         fits = polished(slots, start, owners, run)
         evaluations.index_add_(0, owners, fits.num_gradients)
         # What has not settled is on its way to a mode. Where the anchor has not either, nothing better is known.
-        settled = (fits.agrees | ~anchor.agrees[owners]).nonzero()[:, 0].cpu()
+        settled = (fits.agrees | ~anchor.agrees[first][owners]).nonzero()[:, 0].cpu()
         owners = owners[settled]
         found.append(fits.at(settled))
-    owners, curvature = torch.cat([everyone, owners]), Curvature.joined(found)
+    owners, curvature = torch.cat([own, owners]), Curvature.joined(found)
     heights = slots.values(owners, curvature.gaussian.loc[None])[0].double()
-    log_masses = heights - curvature.gaussian.peak.double()
-    kept = _distinct(owners, curvature.gaussian, log_masses.cpu())
+    log_masses = (heights - curvature.gaussian.peak.double()).cpu()
+    if known is not None:
+        log_masses[: len(own)] = known.log_masses
+        evaluations = evaluations + known.num_evaluations
+    kept = _distinct(owners, curvature.gaussian, log_masses, len(own))
     owners, curvature = owners[kept], curvature.at(kept)
     complete = _complete(owners, curvature.gaussian, ends, values)
-    return Modes(owners, curvature, log_masses.cpu()[kept], evaluations, complete)
+    return Modes(owners, curvature, log_masses[kept], evaluations, complete)
+
+
+def _by_owner(columns: Tensor, owners: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """`reduce` of the columns `(S, M)` of every owner: `(S, B)`."""
+    if len(owners) == int(owners[-1]) + 1:  # one for each
+        return columns
+    return torch.stack([reduce(columns[:, owners == owner]) for owner in range(int(owners[-1]) + 1)], 1)
+
+
+def _beyond(gaussian: Gaussian, points: Tensor) -> Tensor:
+    """Whether points `(S, M, dim)` are farther from M Gaussians than typical draws, `(S, M)`."""
+    whitened, dim = gaussian.whiten(points).double(), points.shape[-1]
+    typical = dim**0.5 if gaussian.active is None else gaussian.active.sum(-1).double().sqrt()
+    beyond: Tensor = whitened.norm(dim=-1) > typical + FAR
+    return beyond
 
 
 def _chain_ends(slots: Slots, wide: Gaussian, run: Run) -> Tensor:
@@ -191,31 +225,29 @@ def _chain_ends(slots: Slots, wide: Gaussian, run: Run) -> Tensor:
     return of_datapoints(torch.cat(ends, 1), each)
 
 
-def _starts(scales: Gaussian, unexplained: Tensor, ends: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ends far from the anchor, or `unexplained` by it `(NUM_CHAINS, B)`, and far from each other, in `scales`.
+def _starts(
+    scales: Gaussian, far: Tensor, eligible: Tensor, ends: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ends that are `eligible` `(NUM_CHAINS, B)` as starts, and far from each other, in `scales`.
 
     There are at most `MAX_STARTS` of a datapoint, as owners `(K,)`, points `(K, dim)`, and whether they are within
-    reach of the anchor `(K,)`. The highest is first; next comes the one that is farthest from those chosen.
+    reach of the anchor, not `far`, `(K,)`. The highest is first; next comes the one that is farthest from those chosen.
     """
     owners, points, inside = [], [], []
     for owner in range(ends.shape[1]):
-        own = scales.at(torch.tensor([owner]))
-        whitened = own.whiten(ends[:, owner : owner + 1])[:, 0].double()
-        typical = math.sqrt(ends.shape[-1] if own.active is None else float(own.active.sum()))
-        distances = whitened.norm(dim=-1)
-        eligible = (distances > typical + FAR) | unexplained[:, owner]
-        far = (eligible & torch.isfinite(values[:, owner])).nonzero()[:, 0]
-        if not len(far):
+        open_ = (eligible[:, owner] & torch.isfinite(values[:, owner])).nonzero()[:, 0]
+        if not len(open_):
             continue
-        chosen = [int(far[values[far, owner].argmax()])]
+        whitened = scales.at(torch.tensor([owner])).whiten(ends[:, owner : owner + 1])[:, 0].double()
+        chosen = [int(open_[values[open_, owner].argmax()])]
         while len(chosen) < MAX_STARTS:
-            apart = torch.cdist(whitened[far], whitened[chosen]).min(1).values
+            apart = torch.cdist(whitened[open_], whitened[chosen]).min(1).values
             if not float(apart.max()) > FAR:
                 break
-            chosen.append(int(far[apart.argmax()]))
+            chosen.append(int(open_[apart.argmax()]))
         owners += [owner] * len(chosen)
         points += [ends[end, owner] for end in chosen]
-        inside += [not bool(distances[end] > typical + FAR) for end in chosen]
+        inside += [not bool(far[end, owner]) for end in chosen]
     starts = torch.stack(points) if points else ends[0, :0]
     return torch.tensor(owners, dtype=torch.long), starts, torch.tensor(inside, dtype=torch.bool)
 
@@ -230,28 +262,9 @@ def _complete(owners: Tensor, gaussian: Gaussian, ends: Tensor, values: Tensor) 
     return complete.cpu()
 
 
-def polished(slots: Slots, start: Gaussian, owners: Tensor, run: Run) -> Curvature:
-    """Gaussians by curvature from `start`, one for each of `owners` `(K,)`, by passes that move to the mode nearby."""
-    parts = []
-    for part, positions in enumerate(torch.arange(len(owners)).split(BLOCK)):
-        own, fit, number = owners[positions], start.at(positions), torch.zeros(len(positions), dtype=torch.long)
-        for attempt in range(NUM_ROUNDS):
-            noise = slots.noise(run.stream(f"explore probes {attempt} {part}"), len(own), start.loc.dtype)
-            settled = fitted(fit, partial(_gradients, slots, own), noise)
-            fit, number = settled.gaussian, number + settled.num_gradients
-            if settled.agrees.all():
-                break
-        parts.append(replace(settled, num_gradients=number))
-    return Curvature.joined(parts)
-
-
-def _gradients(slots: Slots, owners: Tensor, places: Tensor, points: Tensor) -> Tensor:
-    return slots.gradients(owners[places], points)
-
-
-def _distinct(owners: Tensor, gaussian: Gaussian, log_masses: Tensor) -> Tensor:
-    """The first Gaussian of every owner and, from the largest mass down, those that are distinct from all before:
-    places `(M,)`, owner by owner.
+def _distinct(owners: Tensor, gaussian: Gaussian, log_masses: Tensor, known: int) -> Tensor:
+    """The `known` first Gaussians and, from the largest mass down, those that are distinct from all before: places
+    `(M,)`, owner by owner.
     """
 
     def apart(place: int, other: int) -> float:
@@ -259,9 +272,10 @@ def _distinct(owners: Tensor, gaussian: Gaussian, log_masses: Tensor) -> Tensor:
 
     kept: list[int] = []
     for owner in range(int(owners.max()) + 1):
-        first, *others = (owners == owner).nonzero()[:, 0].tolist()
-        own, finite = [first], [place for place in others if math.isfinite(log_masses[place])]
-        least = max(map(float, log_masses[[first, *finite]].nan_to_num(-math.inf))) - NEGLIGIBLE
+        places = (owners == owner).nonzero()[:, 0].tolist()
+        own = [place for place in places if place < known]
+        finite = [place for place in places if place >= known and math.isfinite(log_masses[place])]
+        least = max(map(float, log_masses[[*own, *finite]].nan_to_num(-math.inf))) - NEGLIGIBLE
         for place in sorted(finite, key=lambda place: -float(log_masses[place])):
             if log_masses[place] >= least and all(apart(place, other) > DISTINCT for other in own):
                 own.append(place)

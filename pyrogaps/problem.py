@@ -11,10 +11,12 @@ from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.arguments import check_same_order
 from pyrogaps.density.data import rows_of, selected
+from pyrogaps.density.drawn import drawn_by, with_drawn
 from pyrogaps.density.draws import Posterior, is_posterior
 from pyrogaps.density.forms import as_given, check_present, whole
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.read_estimates import estimates_of
+from pyrogaps.density.remarks import on_drawn
 from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.density.simulate import ToData, simulated_arguments
 from pyrogaps.errors import InputError, counted
@@ -48,7 +50,8 @@ class Problem:
         posterior: log q(z | x_n) of the guide; None without a guide. A guide with auxiliary variables brings
             `augment(model)`, the model extended by a reverse model for them, whose evidence is the model's own: see
             `scored`. Where it has a `local_family` too, that takes care of the auxiliary variables, and `joint` is of
-            the model as it was given.
+            the model as it was given. Discrete latents are summed out of `joint`; those that the guide draws have
+            columns in `scored`, whose evidence is the same.
         mode: how densities and their gradients are evaluated, see `GradientEvaluator`.
     """
 
@@ -57,6 +60,8 @@ class Problem:
     joint: JointDensity
     posterior: Posterior | None
     mode: Mode = "captured"
+    # Of a posterior that is no Pyro program, where it is not `joint`.
+    _scored: JointDensity | None = field(default=None, repr=False, compare=False)
     # Recorded densities, so that a shape is recorded once whoever asks for it.
     _evaluators: dict[tuple[JointDensity, bool], GradientEvaluator] = field(
         default_factory=dict, repr=False, compare=False
@@ -134,12 +139,20 @@ class Problem:
     def remarks(self) -> tuple[str, ...]:
         """Short sentences about what the numbers are of: what of model and guide is left out of their densities."""
         guide = self.posterior.remarks if isinstance(self.posterior, GuideDensity) else ()
-        return tuple(dict.fromkeys([*self.joint.remarks, *guide]))
+        drawn = (on_drawn(names),) if (names := self.scored.structure.drawn) else ()
+        return tuple(dict.fromkeys([*self.joint.remarks, *guide, *drawn]))
 
     @property
     def scored(self) -> JointDensity:
-        """The density that the guide's draws are scored with: `joint`, or that with the guide's reverse model."""
-        return self.posterior.joint if isinstance(self.posterior, GuideDensity) else self.joint
+        """The density that the guide's draws are scored with: `joint`, or that with the guide's reverse model, or with
+        the discrete latents that the guide draws.
+        """
+        return self.posterior.joint if isinstance(self.posterior, GuideDensity) else self._scored or self.joint
+
+    def density_of(self, posterior: Posterior) -> JointDensity:
+        """The density of the space that `posterior` lies in: `scored` or `joint`."""
+        sites = posterior.joint.sites
+        return self.scored if [*sites] == [*self.scored.sites] else self.joint
 
     @property
     def evaluator(self) -> GradientEvaluator:
@@ -186,17 +199,22 @@ class Problem:
             data = self.joint.data if given is None else given.without(self.joint.data)
             if (estimates := estimates_of(self.model, guide, as_given(data), self.plate or False)) is not None:
                 joint = JointDensity(self.model, data, self.plate or False, estimates=estimates)
-                return replace(self, joint=joint, posterior=None, _evaluators={})._with(guide)
+                return replace(self, joint=joint, posterior=None, _scored=None, _evaluators={})._with(guide)
         return self._with(guide)
 
     def _with(self, guide: Program | Posterior | None) -> "Problem":
         """As `with_guide`, with the point estimates of this problem."""
-        if is_posterior(guide):  # it belongs to the space that it was refined in, which is that of `joint`
-            return replace(self, guide=guide, posterior=cast(Posterior, guide))
+        if is_posterior(guide):  # it belongs to the space that it was refined in
+            space = cast(Posterior, guide).joint
+            own = space.over(self.joint.data) if space.structure.drawn else None
+            return replace(self, guide=guide, posterior=cast(Posterior, guide), _scored=own)
         scored = self._density_of(augmented(self.model, guide))
         joint = scored if _extends_model(guide) else self._density_of(self.model)
-        density = None if guide is None else GuideDensity(cast(Program, guide), None, scored)
-        return replace(self, guide=guide, joint=joint, posterior=density)
+        density = None
+        if guide is not None:
+            program = cast(Program, guide)
+            density = GuideDensity(program, None, with_drawn(scored, drawn_by(program, scored)))
+        return replace(self, guide=guide, joint=joint, posterior=density, _scored=None)
 
     def _density_of(self, model: Program) -> JointDensity:
         """log p(x_n, z) of the same data under `model`, which is read where it has not been yet."""
@@ -226,18 +244,19 @@ class Problem:
         """
         if self.plate is None or torch.equal(indices, torch.arange(self.num_datapoints)):
             return self
-        rows = selected(self.joint.data, indices)
+        rows, own = selected(self.joint.data, indices), None
         joint, posterior = self.joint.over(rows), self.posterior
         if isinstance(posterior, GuideDensity) and not posterior.bound:
             same = posterior.joint is self.joint
             posterior = posterior.over(joint if same else posterior.joint.over(rows))
         elif posterior is not None:
-            posterior = PosteriorAt(posterior, indices, joint)
+            own = None if self.scored is self.joint else self.scored.over(rows)
+            posterior = PosteriorAt(posterior, indices, own or joint)
         evaluators = {}
         for (recorded, split), evaluator in self._evaluators.items():
             if recorded is self.joint:
                 evaluators[joint, split] = evaluator.over(joint)
-        return replace(self, joint=joint, posterior=posterior, _evaluators=evaluators)
+        return replace(self, joint=joint, posterior=posterior, _scored=own, _evaluators=evaluators)
 
     @guarded
     def simulated(self, seed: int, to_data: ToData | None = None) -> "Simulated":

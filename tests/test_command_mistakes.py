@@ -53,7 +53,7 @@ value = 3
 
 def discrete(x):
     with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        z = pyro.sample("z", dist.Poisson(torch.tensor(0.5)))
         pyro.sample("x", dist.Normal(z[..., None].expand(-1, 4), 1.0).to_event(1), obs=x)
 
 def unobserved(x):
@@ -237,7 +237,7 @@ PROGRAMS = [
     ("--model '{class_path: mine.Model, latent_dim: 1.5}'", "model.init_args.latent_dim: must be a whole number"),
     ("--model '{class_path: mine.Model, latent_dim: 3}'", "site 'z': the guide's value has shape"),
     ("--model mine.value", "model: mine.value: an object of int cannot be called"),
-    ("--model mine.discrete", "site 'z': discrete latents are not supported.* Sum the site out"),
+    ("--model mine.discrete", "site 'z': a Poisson has infinitely many values.* Truncate it"),
     ("--model mine.unobserved", "model: there is no observed sample site. Pass"),
     ("--model mine.of_two", "model failed: TypeError: of_two.. missing"),
     ("--model mine.ending", "code that the recipe names ended the program: SystemExit: bye .mine.py, line"),

@@ -81,7 +81,7 @@ GROUND = {
     "family",
 }
 SEAM = GROUND | {"density", "capture", "problem", "run", "log_weights", "two_sided"}
-ESTIMATORS = SEAM | {"gaussians", "annealing", "modes", "bounds", "refine", "evidence"}
+ESTIMATORS = SEAM | {"gaussians", "annealing", "state_modes", "modes", "bounds", "refine", "evidence"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "signatures": {"errors"},
@@ -104,10 +104,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hmc": set(),
     "gaussians": SEAM | {"hmc"},
     "annealing": SEAM | {"hmc", "gaussians"},
-    "modes": SEAM | {"gaussians", "annealing"},
+    "state_modes": SEAM | {"gaussians"},
+    "modes": SEAM | {"gaussians", "annealing", "state_modes"},
     "bounds": SEAM,
     "refine": SEAM | {"gaussians", "modes", "bounds"},
-    "evidence": SEAM | {"hmc", "gaussians", "annealing", "modes", "bounds", "refine"},
+    "evidence": SEAM | {"hmc", "gaussians", "annealing", "state_modes", "modes", "bounds", "refine"},
     "objectives": GROUND | {"density"},
     "grid": GROUND | {"problem", "density", "bounds", "refine"},
     "export": GROUND | {"problem", "run", "density", "bounds"},

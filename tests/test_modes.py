@@ -171,8 +171,8 @@ def test_log_evidence_is_unreliable_where_modes_may_be_missed() -> None:
     assert pg.log_evidence(two_modes, OneMode(), X, referee=False).reliable.all()
 
 
-class Between(nn.Module):
-    """A guide whose output lies between two modes, where a refinement stays."""
+class AtSecond(nn.Module):
+    """A guide whose output lies at the second of two observations, where a refinement stays."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Between(nn.Module):
 
     def forward(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.mean(-1), self.log_scale.exp()))
+            pyro.sample("z", dist.Normal(x[:, 1], self.log_scale.exp()))
 
 
 def conflicting(x: Tensor) -> None:
@@ -196,16 +196,16 @@ CONFLICTING = torch.tensor([[-5.0, 5.0], [-4.6, 5.3], [-5.2, 4.9]], dtype=torch.
 
 
 def test_refinement_ends_at_the_best_of_the_modes() -> None:
-    """The best Normal lies at an observation; from between them, refinement ends at a wide one, 2 nats lower."""
-    alone = pg.refine(conflicting, Between(), CONFLICTING, referee=False)
-    refined = pg.refine(conflicting, Between(), CONFLICTING)
+    """The best Normal lies at one of two observations; from the other, refinement ends there, 0.4 nats lower."""
+    alone = pg.refine(conflicting, AtSecond(), CONFLICTING, referee=False)
+    refined = pg.refine(conflicting, AtSecond(), CONFLICTING)
     before, after = (pg.elbo(conflicting, guide, CONFLICTING) for guide in (alone, refined))
     grid = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     log_joint = Problem.of(conflicting, None, CONFLICTING).joint(grid[:, None, None].expand(-1, 3, -1))
     best = _best_normal(grid, log_joint)
     assert ((after.value - best).abs() < 4 * after.mcse + 0.02).all()
-    stuck = before.value < best - 1
-    assert stuck.any()
+    stuck = before.value < best - 0.2
+    assert stuck.tolist() == [False, True, False]
     assert refined.examined.all() and refined.gain.count == int(stuck.sum())
     assert f"other starts improved {int(stuck.sum())} of 3 examined" in repr(refined)
 

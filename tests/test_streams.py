@@ -68,7 +68,7 @@ def plain() -> Callable[[], Any]:
 def escalated() -> Callable[[], Any]:
     """Posteriors of one mode and of two: every rung is climbed. With a certificate."""
     x = torch.linspace(-2, 5, NUMBER, dtype=torch.float64)
-    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=150, max_evaluations=2000)
+    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=250, max_evaluations=2000)
     options = {**TINY, "evidence": ladder, "certificate": pg.Certificate(66, 66, 2)}
     return lambda: pg.decompose(parabola, Slope(), x, **options)
 
@@ -76,7 +76,7 @@ def escalated() -> Callable[[], Any]:
 def examined() -> Callable[[], Any]:
     """Every datapoint from other starts; the posteriors of the last have two modes."""
     x = torch.linspace(-2, 5, NUMBER, dtype=torch.float64)
-    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=150, max_evaluations=2000)
+    ladder = pg.Ladder(temperatures=(2, 4), num_pilot_draws=250, max_evaluations=2000)
     return lambda: pg.decompose(parabola, Slope(), x, **{**TINY, "evidence": ladder, "referee": NUMBER})
 
 
@@ -140,12 +140,18 @@ RUNS = {run.__name__: run for run in MEASUREMENTS}
 # Every stream, by what it is for; numbers in names, such as those of rungs and groups of chains, left out.
 REFINING = {"natural start own", "natural own", "natural further own", "select own"}
 # Of further starts, and of the datapoints alone whose refinement needs more than a first round, a matter of luck.
-LASTING = r"(natural (longer|again)|refine)( \d+)?( further)? (own|one|other)( \d+)?"
+LASTING = (
+    r"((natural (longer|again)|refine)( \d+)?( further)?( axes)?|natural( further)? axes|select far( axes)?)"
+    r" (own|one|other)( \d+)?"
+)
 BOUNDS = {"elbo", "refined own", "unused", *REFINING}
 ANNEALING = {"pilot", "pilot start", "ais", "ais start"}
 LADDER = {
     f"ladder {rung}"
-    for rung in ("first pilot", "second pilot", "sample", "pilot", "run", "bounds sample", "bounds run", "fresh run")
+    for rung in (
+        *("first pilot", "second pilot", "third pilot", "sample", "pilot", "run"),
+        *("bounds sample", "bounds run", "fresh run"),
+    )
 }
 STRUCTURE = {"structure", "estimates", "probe", "guide structure", "own family"}
 

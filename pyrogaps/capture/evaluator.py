@@ -245,7 +245,7 @@ class BoundDensity:
         return tuple(_joined(parts, 0)[: len(z)] for parts in zip(*results, strict=True))
 
     def _at(self, piece: _Piece, program: str, z: Tensor) -> Values:
-        flat: Any = getattr(piece.programs, program)(z.reshape(-1, z.shape[-1]), *piece.tensors)
+        flat: Any = getattr(piece.programs, program)(z.flatten(0, 1), *piece.tensors)
         values: Values = (*flat[0], *flat[1]) if program == "both" else flat
         return tuple(value.reshape(*z.shape[:2], *value.shape[1:]) for value in values)
 

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 
 from pyrogaps.conditioning.partial import ShownElements
 from pyrogaps.density import JointDensity
+from pyrogaps.density.discrete import refuse_enumerated
 from pyrogaps.density.runs import evaluating
 from pyrogaps.density.samplers import exact
 from pyrogaps.density.score import ScoreModel, is_bookkeeping
@@ -84,6 +85,7 @@ def completed(joint: JointDensity, partial: JointDensity, block: Chunk, z: Tenso
 
     Raises `InputError` where re-scoring the drawn data gives a different score than drawing them.
     """
+    refuse_enumerated(joint.enumerated, "a conditioning gap")
     flat, rows = z.flatten(0, 1), block.indices.repeat(len(z))
     stream.reseed(block.start // BLOCK)
     with evaluating(joint.model), torch.no_grad():

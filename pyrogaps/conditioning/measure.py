@@ -130,6 +130,11 @@ def conditioning_measure(
     """
     density = problem.guide_density()
     declaration = declared(density.guide)
+    if isinstance(declaration, Shown) and (drawn := density.joint.structure.drawn):
+        raise InputError(
+            f"site '{drawn[0]}': the conditioning gap of a guide that draws discrete latents is not measured. Leave "
+            "the site out of the guide, where it is summed out exactly, or remove the guide's conditions"
+        )
     if declaration is not None:
         check_no_leak(density, declaration)
     if isinstance(declaration, Shown):

@@ -8,6 +8,7 @@ from typing import Any
 
 from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import (
+    AutoDiscreteParallel,
     AutoGaussian,
     AutoGuide,
     AutoGuideList,
@@ -46,6 +47,12 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
             raise InputError(
                 "guide: AutoLaplaceApproximation is a Delta, which has no density. Pass the result of its "
                 "laplace_approximation(*args)"
+            )
+        if isinstance(part, AutoDiscreteParallel) and plate is not None:
+            raise InputError(
+                "guide: AutoDiscreteParallel has the probabilities of all datapoints in one distribution and cannot be "
+                "taken at some of them. Leave it out of the AutoGuideList: discrete latents that the guide leaves out "
+                "are summed out exactly"
             )
         if isinstance(part, AutoContinuous | AutoGaussian | AutoStructured) and plate is not None and first:
             raise InputError(

@@ -31,7 +31,7 @@ def carried(messages: Messages, joint: JointDensity) -> list[str]:
     """
     names = [name for name, message in messages.items() if message["is_observed"]]
     for name in names:
-        if name in joint.sites:
+        if name in joint.sites or name in joint.enumerated:
             raise InputError(f"site '{name}': observed in the guide. Remove obs=, because a guide must draw it")
     if joint.observed and set(joint.observed) <= set(names):
         raise InputError(

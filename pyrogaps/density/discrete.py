@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,15 @@ class Discrete:
         own = self.values.reshape(self.cardinality, *[1] * (value.dim() - self.event_dim), *self.event_shape)
         same = own == value
         return (same.flatten(-self.event_dim).all(-1) if self.event_dim else same).long().argmax(0)
+
+
+def refuse_enumerated(sites: Mapping[str, Discrete], what: str) -> None:
+    """Refuse discrete latents where `what` has no place for their sum."""
+    for name in sites:
+        raise InputError(
+            f"site '{name}': {what} for models with discrete latents is not supported. Sum the site out in the model, "
+            "with a likelihood that is the mixture (such as dist.MixtureSameFamily)"
+        )
 
 
 def is_discrete(fn: Any) -> bool:

@@ -13,7 +13,13 @@ from pyrogaps.streams import BLOCK, Chunk, Stream, particle_blocks, seeded
 
 @runtime_checkable
 class Posterior(Protocol):
-    """A guide that can be taken at some datapoints: a `GuideDensity`, or the result of a refinement."""
+    """A guide that can be taken at some datapoints: a `GuideDensity`, or the result of a refinement.
+
+    `joint` is the density of the space that its draws lie in.
+    """
+
+    @property
+    def joint(self) -> JointDensity: ...
 
     def at(self, indices: Tensor) -> LocalGuide: ...
 
@@ -23,7 +29,7 @@ def is_posterior(guide: Any) -> bool:
 
     A caller's guide may well have a method `at`, of another meaning.
     """
-    return isinstance(guide, Posterior) and hasattr(guide, "joint")
+    return isinstance(guide, Posterior)
 
 
 @runtime_checkable

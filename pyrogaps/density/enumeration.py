@@ -45,6 +45,8 @@ class Enumerate(EnumMessenger):
                 batch = (1,) * len(msg["fn"].batch_shape)
                 values = site.values.reshape(site.cardinality, *batch, *site.event_shape)
                 msg["fn"] = with_method(msg["fn"], "enumerate_support", lambda expand=False: values)
+        elif msg["infer"].get("enumerate"):  # a site that a guide draws
+            msg["infer"] = {name: value for name, value in msg["infer"].items() if name != "enumerate"}
         super()._pyro_sample(msg)
 
 

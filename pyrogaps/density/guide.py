@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrogaps.density.arguments import check_same_order
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
+from pyrogaps.density.bijective import BijectiveGuide, BijectiveMap
 from pyrogaps.density.carried import carried, drawn, on_carried
 from pyrogaps.density.data import Data
 from pyrogaps.density.forms import Given
@@ -35,7 +36,7 @@ from pyrogaps.density.rows import rows_are_independent, same_density
 from pyrogaps.density.runs import Program, check_callable, evaluating
 from pyrogaps.density.score import log_prob
 from pyrogaps.density.structure import check_parameters, sample_sites
-from pyrogaps.density.terms import read_terms
+from pyrogaps.density.terms import Mapped, read_terms
 from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import ProgramError, guarded
 from pyrogaps.settings import Plate, checked
@@ -55,7 +56,7 @@ class GuideStructure:
         size: number of datapoints in the data set that the guide was made for.
         bound: whether it has parameters for each of these datapoints; None while not known.
         terms: its sites that carry density.
-        mapped: whether the terms lie in coordinates of the guide's own, see `mapped`.
+        mapped: where the terms lie in coordinates of the guide's own, the kind of map to the model's; else None.
         factorised: whether its site distributions are known before any draw.
         origin: for a part of the data, the indices of its datapoints in the guide's data set; else None.
         remarks: what of the guide is left out of the density, in short sentences.
@@ -64,7 +65,7 @@ class GuideStructure:
     size: int
     bound: bool | None
     terms: tuple[GuideSite, ...] = ()
-    mapped: bool = False
+    mapped: Mapped | None = None
     factorised: bool = False
     origin: Tensor | None = None
     remarks: tuple[str, ...] = ()
@@ -110,9 +111,7 @@ class GuideDensity:
             self.joint = JointDensity(model, data, plate)
         check_same_order(guide, self.joint.passed.names)
         check_autoguide(guide, self.joint)
-        # An autoguide has parameters for each datapoint, whatever the size of its plates.
-        bound = True if is_autoguide(guide) and self.joint.plate is not None else None
-        self.structure = GuideStructure(self.joint.num_datapoints, bound)
+        self.structure = _unread(guide, self.joint)
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
             # On a number of rows other than the data set's, which reveals a plate of its full size.
             everything = self.first_run(self.joint.probe.indices)
@@ -123,6 +122,11 @@ class GuideDensity:
             remarks = [*on_scales(scales_of(everything), "guide"), *on_modes(guide, "guide")]
             remarks += on_carried(left_out, self.run_on, self.joint)
             self.structure = replace(self.structure, remarks=tuple(remarks))
+
+    @classmethod
+    def unread(cls, guide: Program, joint: JointDensity) -> "GuideDensity":
+        """A guide whose sites have not been matched with the model's, for its `first_run` alone."""
+        return cls(guide, None, joint, structure=_unread(guide, joint))
 
     @property
     def bound(self) -> bool:
@@ -155,6 +159,8 @@ class GuideDensity:
         own = self._own(indices)
         if not self.structure.mapped:
             return own
+        if self.structure.mapped == "bijective":
+            return BijectiveGuide(own, BijectiveMap(self._evaluated_at, self.terms, self.joint, indices))
         with evaluating(self.guide):
             return MappedGuide(own, affine_map(partial(self._place_at, self.terms), self.terms, self.joint, indices))
 
@@ -270,6 +276,11 @@ class GuideDensity:
         """A run on the datapoints `rows` `(R,)` with `terms` at the points `flat` `(R, dim)`."""
         return self.messages(rows, 1, PlaceValues(terms, flat, self.joint.plate is not None))
 
+    def _evaluated_at(self, flat: Tensor, rows: Tensor) -> dict[str, Any]:
+        """As `_place_at` of its own terms, in evaluation mode."""
+        with evaluating(self.guide):
+            return self._place_at(self.terms, flat, rows)
+
     def _check_draws(self, first: dict[str, Any]) -> None:
         """Find out whether site distributions depend on earlier draws, by a second run; check that rows do not depend
         on their position or on other rows.
@@ -285,6 +296,8 @@ class GuideDensity:
             )
             for term in self.terms
         )
+        # Two runs may draw the same states, and then say nothing of what depends on these.
+        factorised = factorised and not any(term.site.num_states for term in self.terms)
         self.structure = replace(self.structure, factorised=factorised and not self._reads_draws())
         if self.joint.plate is None and self.structure.factorised:
             return
@@ -350,6 +363,11 @@ class GuideDensity:
     def _drawn(self, indices: Tensor) -> Draws:
         with seeded(0, "other rows", device=self.joint.device):
             return self.at(indices).sample(1)
+
+
+def _unread(guide: Program, joint: JointDensity) -> GuideStructure:
+    # An autoguide has parameters for each datapoint, whatever the size of its plates.
+    return GuideStructure(joint.num_datapoints, True if is_autoguide(guide) and joint.plate is not None else None)
 
 
 class SequentialGuide:

@@ -73,6 +73,8 @@ class JointDensity:
         plate: the data plate's name. None finds it where exactly one plate encloses every site; False, or a model
             without any plate, makes the whole data set one datapoint (N = 1).
         make_whole: with `plate=False`, use the full size of subsampled plates, which are refused otherwise.
+        drawn: discrete sites that have columns in `z`, because a guide draws them: the numbers of their states, in the
+            order of `enumerate_support`.
         estimates: latents that are given; `model` and `data` are the caller's own.
         structure: that of a density of the same model on data of the same form; the model is not read again.
 
@@ -91,6 +93,7 @@ class JointDensity:
         plate: Plate = None,
         *,
         make_whole: bool = False,
+        drawn: tuple[str, ...] = (),
         estimates: PointEstimates | None = None,
         structure: ModelStructure | None = None,
     ) -> None:
@@ -103,7 +106,7 @@ class JointDensity:
         if structure is None:
             check_parameters(model)
             with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
-                read = read_model(model, passed, plate, make_whole=make_whole)
+                read = read_model(model, passed, plate, make_whole=make_whole, drawn=drawn)
             self.structure = replace(read, estimates=estimates)
         else:
             self.structure = structure
@@ -299,6 +302,14 @@ class JointDensity:
         """The origin of unconstrained space, `(rows, dim)`, in the model's dtype and on its device."""
         return torch.zeros(rows, self.dim, dtype=self.dtype, device=self.device)
 
+    def _points(self, rows: int) -> Tensor:
+        """Random points about the origin, with random states of discrete sites: `(rows, dim)`."""
+        z = (0.5 * torch.randn(rows, self.dim, dtype=self.dtype)).to(self.device)
+        for name in self.structure.drawn:
+            site = self.sites[name]
+            z[:, site.columns] = torch.randint(site.num_states, (rows, site.size)).to(z)
+        return z
+
     @guarded
     def sample_prior(self, num_particles: int, indices: Tensor | None = None) -> Tensor:
         """Draws of z from the model's latent sites (given earlier observed ones), `(S, N, dim)`, unconstrained."""
@@ -352,7 +363,7 @@ class JointDensity:
     def _probed(self) -> "Probe":
         with seeded(0, "probe"), torch.no_grad():
             indices = torch.zeros(1, dtype=torch.long) if self.plate is None else probe_rows(self.num_datapoints)
-            z = 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
+            z = self._points(len(indices))
             active = self.active(indices)
             z = z if active is None else torch.where(active, z, torch.zeros_like(z))
             handler = self.run(z, self.fetch(indices), indices)
@@ -402,7 +413,9 @@ class JointDensity:
 
     def _refuse_random(self, indices: Tensor) -> None:
         """Refuse a model that is random, unless the data are: two calls gave different densities."""
-        pairs = zip(tree_leaves(self.fetch(indices)), tree_leaves(self.fetch(indices)), strict=True)
+        first = tree_leaves(self.fetch(indices))
+        self.fetch(indices[:1])  # a data set that is fetched by index keeps its last batch
+        pairs = zip(first, tree_leaves(self.fetch(indices)), strict=True)
         if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
             raise InputError(
                 "model: it is random beyond its sample sites: log p(x, z) of one point changed between two identical "
@@ -415,8 +428,8 @@ class JointDensity:
 
     def _choose_particles(self) -> None:
         """Without a data plate, evaluate particles together only if the result equals one run per particle."""
-        indices, z = torch.zeros(3, dtype=torch.long), 0.5 * torch.randn(3, self.dim, dtype=self.dtype)
-        z, args = z.to(self.device), self.fetch(indices[:1])
+        indices, z = torch.zeros(3, dtype=torch.long), self._points(3)
+        args = self.fetch(indices[:1])
         alone, reason = self._evaluating("one by one"), None
         expected = _with_slopes(alone, z, args, indices)
         if not same_density(alone.total(z[:1], args, indices[:1]), expected[:1]):

@@ -33,7 +33,8 @@ class Site:
     """A latent site: its columns in the flat vector and the shape of its value.
 
     `shape` is that of one datapoint's unconstrained value, without the row axis; `axis` (negative) is the position
-    of the row axis in a batch. `event_dim` and `batch_dims` are the model distribution's.
+    of the row axis in a batch. `event_dim` and `batch_dims` are the model distribution's. A discrete site's columns
+    hold numbers of states, of the `num_states` that an element has; it is 0 for a continuous one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Site:
     event_dim: int
     unconstrained_event_dim: int
     batch_dims: int
+    num_states: int = 0
 
     @property
     def size(self) -> int:

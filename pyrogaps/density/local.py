@@ -78,6 +78,9 @@ class FactorisedGuide:
             if type(leaf(fn)).__name__ != "Normal" or self.joint.plate is None:
                 return None
             columns[term.site.start] = [term.site.flatten(part) for part in (fn.mean, fn.stddev)]
+        if not columns:  # every latent is summed out
+            nothing = self.joint.zeros(len(self.indices))
+            return nothing, nothing
         means, scales = ([columns[start][k] for start in sorted(columns)] for k in (0, 1))
         return torch.cat(means, -1), torch.cat(scales, -1)
 

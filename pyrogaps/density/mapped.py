@@ -1,5 +1,7 @@
 r"""Guides that draw an auxiliary variable and pass an affine image of it to Deltas at the model's sites.
 
+(`bijective` has the images that are not affine.)
+
 In unconstrained space the draws are $z = A_n u + b_n$, as in Pyro's `AutoGaussian`, so that
 
 $$\log q(z \mid x_n) = \log q(u \mid x_n) - \log |\det A_n|$$
@@ -132,6 +134,10 @@ class AffineMap:
         return solved
 
 
+class NotAffineError(InputError):
+    """A guide's Delta is no affine function of its draws in unconstrained space."""
+
+
 def affine_map(place_at: PlaceAt, terms: list[GuideSite], joint: JointDensity, indices: Tensor) -> AffineMap:
     """The map from a guide's own draws to the model's latents at `indices`, from runs of the guide.
 
@@ -164,10 +170,7 @@ def affine_map(place_at: PlaceAt, terms: list[GuideSite], joint: JointDensity, i
         for name in names:
             if kinds[name] in CIRCULAR:
                 raise periodic(name, kinds[name])
-        raise InputError(
-            f"site '{names[0]}': in unconstrained space, the guide's Delta is no affine function of its auxiliary "
-            "draws. Draw the site itself, from a TransformedDistribution of the auxiliary draws' distribution"
-        )
+        raise NotAffineError(f"site '{names[0]}': the guide's Delta is no affine function of its auxiliary draws")
     log_det = result.log_det
     if not bool(torch.isfinite(log_det).all()):
         raise InputError(

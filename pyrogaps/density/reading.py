@@ -46,8 +46,8 @@ class ModelStructure:
 
     Attributes:
         plate: the data plate's name; None where the whole data set is one datapoint.
-        sites: the continuous latent sites with their layout in a flat vector.
-        enumerated: the discrete latent sites, by name, which are summed out and have no columns.
+        sites: the continuous latent sites, and those `drawn`, with their layout in a flat vector.
+        enumerated: the other discrete latent sites, by name, which are summed out and have no columns.
         observed: names of the observed sites.
         unnormalised: observed sites with values outside their support, which the model does not validate.
         bound: whether the data plate has the data set's full size.
@@ -59,6 +59,7 @@ class ModelStructure:
         remarks: what of the model is left out of the density, in short sentences.
         estimates: latents that are given, see `PointEstimates`.
         num_held: number of datapoints that the model holds itself; None where the data have them.
+        drawn: names of the discrete latents that a guide draws. Their columns hold numbers of states.
     """
 
     plate: str | None
@@ -76,6 +77,7 @@ class ModelStructure:
     remarks: tuple[str, ...] = ()
     estimates: PointEstimates | None = None
     num_held: int | None = None
+    drawn: tuple[str, ...] = ()
 
     @property
     def vectorized(self) -> bool:
@@ -88,7 +90,9 @@ class ModelStructure:
         return sum(site.size for site in self.sites.values())
 
 
-def read_model(model: Program, data: Given, plate: Plate, *, make_whole: bool = False) -> ModelStructure:
+def read_model(
+    model: Program, data: Given, plate: Plate, *, make_whole: bool = False, drawn: tuple[str, ...] = ()
+) -> ModelStructure:
     """Read a model's structure; all batches of datapoints must share it.
 
     Raises `InputError` naming the site, plate or argument; see `JointDensity`.
@@ -121,17 +125,17 @@ def read_model(model: Program, data: Given, plate: Plate, *, make_whole: bool = 
             raise _no_such_plate(name, names)
         check_model_sites(sites, name)
         observed = {site: message for site, message in sites.items() if message["is_observed"]}
-        latent = {site: m for site, m in latent_sites(sites).items() if not is_discrete(m["fn"])}
+        latent = {site: m for site, m in latent_sites(sites).items() if site in drawn or not is_discrete(m["fn"])}
         unnormalised |= {site for site, message in observed.items() if not check_observed(site, message)}
         scales = joined([scales, scales_of(sites)])
         masked |= any(is_masked(message) for message in latent.values())
         nesting = max((-f.dim for m in sites.values() for f in m["cond_indep_stack"] if f.vectorized), default=0)
         lead = -1 - max(nesting, batch_dims(sites))
-        batch_layout = lay_out(sites, name, lead)
+        batch_layout = lay_out(sites, name, lead, drawn)
         batch_discrete = {
             site: read_discrete(site, message, name, lead)
             for site, message in sites.items()
-            if not message["is_observed"] and is_discrete(message["fn"])
+            if not message["is_observed"] and site not in drawn and is_discrete(message["fn"])
         }
         if layout is not None and (batch_layout != layout or batch_discrete != discrete):
             raise _differing({**layout, **discrete}, {**batch_layout, **batch_discrete})
@@ -152,6 +156,7 @@ def read_model(model: Program, data: Given, plate: Plate, *, make_whole: bool = 
         make_whole=make_whole,
         remarks=(*on_scales(scales, "model"), *on_modes(model, "model")),
         num_held=number if is_held else None,
+        drawn=drawn,
     )
 
 

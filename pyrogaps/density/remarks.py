@@ -1,6 +1,6 @@
 """Short sentences about what the numbers of a problem are of: what of its programs is left out of the densities."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,14 @@ def on_scales(scales: Scales, what: str) -> list[str]:
         size = f"scale {low:.4g}" if high - low <= 1e-6 * high else f"scales from {low:.4g} to {high:.4g}"
         remarks.append(f"{size} at {quoted(names)} in the {what} ignored: {WRITTEN}")
     return remarks
+
+
+def on_drawn(names: Sequence[str]) -> str:
+    """A remark on the discrete latents that a guide draws."""
+    return (
+        f"{quoted(names)}, discrete, drawn by the guide: its bounds are of all latents together, log p(x) sums over "
+        "every state"
+    )
 
 
 def on_modes(program: Program, what: str) -> list[str]:

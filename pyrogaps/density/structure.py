@@ -14,6 +14,7 @@ from pyrogaps.density.layout import Site, distribution_mask, leaf, plate_dim
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.density.samplers import ExactDraws
 from pyrogaps.density.score import is_bookkeeping
+from pyrogaps.density.state_numbers import states_of
 from pyrogaps.density.support_words import support_words
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
@@ -128,15 +129,15 @@ def check_in_plate(name: str, site: Message, plate: str | None, program: str) ->
     )
 
 
-def lay_out(sites: dict[str, Message], plate: str | None, lead: int) -> dict[str, Site]:
-    """Give each continuous latent site its columns of the flat vector.
+def lay_out(sites: dict[str, Message], plate: str | None, lead: int, drawn: tuple[str, ...] = ()) -> dict[str, Site]:
+    """Give each latent site that is continuous or `drawn` its columns of the flat vector.
 
     Without a plate, rows have their own batch dimension `lead` (negative), left of every plate.
     """
     layout: dict[str, Site] = {}
     start = 0
     for name, message in sites.items():
-        if message["is_observed"] or is_discrete(message["fn"]):
+        if message["is_observed"] or (name not in drawn and is_discrete(message["fn"])):
             continue
         fn, value = message["fn"], message["value"]
         unconstrained = bijection(fn, name).inv(value)
@@ -150,7 +151,8 @@ def lay_out(sites: dict[str, Message], plate: str | None, lead: int) -> dict[str
         else:
             axis = lead - event_dim
             shape = [1] * (-1 - lead - (unconstrained.dim() - event_dim)) + list(unconstrained.shape)
-        site = Site(name, start, tuple(shape), axis, fn.event_dim, event_dim, len(fn.batch_shape))
+        number = len(states_of(fn, name)) if name in drawn else 0
+        site = Site(name, start, tuple(shape), axis, fn.event_dim, event_dim, len(fn.batch_shape), number)
         layout[name] = site
         start += site.size
     return layout
@@ -202,8 +204,13 @@ def is_factor(fn: Any) -> bool:
 def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> None:
     """Refuse NaN and infinities, naming the tensor that holds them."""
     for name, tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not _is_finite(tensor):
             raise InputError(f"{what}: {name} contains NaN or infinite values. {remedy}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is finite only if all its terms are, and takes a fifth of the time.
+    return bool(torch.isfinite(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 def check_parameters(*programs: Program) -> None:

@@ -10,6 +10,7 @@ from torch.distributions import TransformedDistribution, biject_to, constraints,
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from pyrogaps.density.layout import leaf
+from pyrogaps.density.state_numbers import state_number
 from pyrogaps.errors import InputError
 
 REPARAMETRISED = {
@@ -36,10 +37,14 @@ if _MIXTURE is not None:
 
 
 def bijection(fn: Any, name: str) -> Any:
-    """The map from unconstrained space to the support of `fn`, the distribution of site `name`."""
+    """The map from unconstrained space, for a discrete site from numbers of states, to the support of `fn`, the
+    distribution of site `name`.
+    """
     if (kind := type(leaf(fn)).__name__) in SINGULAR:
         raise InputError(f"site '{name}': {kind} has no density over its declared support; {SINGULAR[kind]}")
     support = support_of(fn)
+    if support.is_discrete:
+        return state_number(fn, name)
     try:
         return biject_to(support)
     except NotImplementedError as error:

@@ -3,28 +3,34 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyrogaps.density.bijective import BijectiveMap, check_bijective
 from pyrogaps.density.differing import differs, does_not_fit
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
-from pyrogaps.density.mapped import affine_map, check_stated, image_of
+from pyrogaps.density.mapped import NotAffineError, affine_map, check_stated, image_of
+from pyrogaps.density.state_numbers import states_of
 from pyrogaps.density.supports import bijection, support_of
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 
 # Messages of the guide's sites with `terms` at the points `flat` `(R, dim)`, for the datapoints `indices` `(R,)`.
 PlaceAt = Callable[[list[GuideSite], Tensor, Tensor], dict[str, Any]]
 NUM_MAPPED_ROWS = 16
+Mapped = Literal["affine", "bijective"]
 
 
-def read_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt) -> tuple[list[GuideSite], bool]:
+def read_terms(
+    messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt
+) -> tuple[list[GuideSite], Mapped | None]:
     """Match a guide's sites, at the rows of `joint.probe`, with the model's; `InputError` where they do not fit.
 
-    Returns the sites that carry density, and whether these lie in the guide's own coordinates, see `mapped`.
+    Returns the sites that carry density, and where these lie in the guide's own coordinates, the kind of map that leads
+    from there to the model's, see `mapped` and `bijective`.
     """
     auxiliary = {name: m for name, m in messages.items() if m["infer"].get("is_auxiliary") and name not in joint.sites}
     for name, message in messages.items():
@@ -35,8 +41,7 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt)
         if message is None:
             raise InputError(f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it")
         if not is_delta(message):
-            if support_of(message["fn"]).is_discrete:
-                raise InputError(f"site '{name}': discrete in the guide. Discrete latents are not supported")
+            _check_states(name, message["fn"], site)
             terms.append(_term(name, message, site, joint, unconstrained=False))
         elif f"{name}_unconstrained" in auxiliary:
             helper = auxiliary.pop(f"{name}_unconstrained")
@@ -46,7 +51,7 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt)
     if deltas:
         term = _flat_term(deltas, auxiliary, joint)
         if term is None:
-            return _own_terms(messages, joint, place_at), True
+            return _own_terms(messages, joint, place_at)
         terms.append(term)
     if auxiliary:
         raise _no_reverse(next(iter(auxiliary)))
@@ -58,9 +63,25 @@ def read_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt)
             if error is not None and fixed:
                 raise error
             if error is not None:
-                return _own_terms(messages, joint, place_at), True
+                return _own_terms(messages, joint, place_at)
     _check_stated(terms, messages, joint)
-    return terms, False
+    return terms, None
+
+
+def _check_states(name: str, fn: Any, site: Site) -> None:
+    """Refuse a site that is discrete in one program alone, or has another number of states in the guide."""
+    discrete = bool(support_of(fn).is_discrete)
+    if discrete != bool(site.num_states):
+        here, there = ("discrete", "continuous") if discrete else ("continuous", "discrete")
+        raise InputError(f"site '{name}': {here} in the guide, {there} in the model. Give it the model's support")
+    if not discrete:
+        return
+    number = len(states_of(fn, name))
+    if number != site.num_states:
+        raise InputError(
+            f"site '{name}': {counted(number, 'state')} in the guide, {site.num_states} in the model. Give its "
+            "distribution in the guide as many"
+        )
 
 
 def is_delta(message: Any) -> bool:
@@ -84,8 +105,8 @@ def _check_stated(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
             check_stated([name], excess if active is None else excess[active.all(-1)])
 
 
-def _own_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt) -> list[GuideSite]:
-    """The guide's sites in coordinates of its own, from which an affine map leads to the model's latents."""
+def _own_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt) -> tuple[list[GuideSite], Mapped]:
+    """The guide's sites in coordinates of its own, and the kind of map that leads to the model's latents."""
     terms: list[GuideSite] = []
     start, delta = 0, next(name for name in joint.sites if is_delta(messages[name]))
     for name, message in messages.items():
@@ -106,8 +127,14 @@ def _own_terms(messages: dict[str, Any], joint: JointDensity, place_at: PlaceAt)
             "does not fit a model with masked latents. Draw the site itself from a distribution with its support"
         )
     rows = joint.probe.indices[:NUM_MAPPED_ROWS]
-    affine_map(partial(place_at, terms), terms, joint, rows)
-    return terms
+    try:
+        affine_map(partial(place_at, terms), terms, joint, rows)
+    except NotAffineError:
+        drawn = {term.name for term in terms}
+        names = [name for name in joint.sites if name not in drawn]
+        check_bijective(BijectiveMap(partial(place_at, terms), terms, joint, rows), names)
+        return terms, "bijective"
+    return terms, "affine"
 
 
 def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: JointDensity) -> InputError | None:

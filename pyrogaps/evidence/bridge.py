@@ -91,6 +91,9 @@ class Bridge(Evidence):
 class Bridged(NamedTuple):
     """Bridge estimates for M datapoints, `(M,)` each: log r in nats, its standard error, the degrees of freedom of that
     error, and the effective sample size of the weighted draws.
+
+    Where one draw has all the weight, no error can be told and the value may be anything, above log p(x) too. There, as
+    where no weight is above zero, the value is -infinity and the error NaN: the datapoint has no estimate.
     """
 
     value: Tensor
@@ -129,11 +132,10 @@ def bridged(drawn: Tensor, ends: Tensor, log_weights: Tensor) -> Bridged:
     second = (weights * (at_ends - mean)).square().sum(0) / mean.square() * ess / (ess - 1)
     # Welch and Satterthwaite's, of a sum of two variances.
     degrees = (first + second).square() / (first.square() / (number - 1) + second.square() / (ess - 1))
-    known = (log_weights > -torch.inf).any(0) & (drawn > -torch.inf).any(0)
+    known = (log_weights > -torch.inf).any(0) & (drawn > -torch.inf).any(0) & torch.isfinite(first + second)
     return Bridged(
         torch.where(known, value, -torch.inf),
-        # One chain with all the weight has no spread to tell an error from.
-        torch.where(known, (first + second).nan_to_num(nan=torch.inf).sqrt(), torch.nan),
+        torch.where(known, (first + second).sqrt(), torch.nan),
         torch.nan_to_num(degrees, nan=1.0, posinf=float(number)).clamp(min=1.0),
         ess,
     )

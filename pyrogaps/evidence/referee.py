@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.evidence.climb import Climbed
+from pyrogaps.evidence.components import climbed_from_parts
 from pyrogaps.evidence.ladder import Ladder, LadderMeasurement
 from pyrogaps.evidence.parts import climbed_by_parts
 from pyrogaps.evidence.protocol import Measured, Measurement, joined
@@ -21,7 +22,8 @@ class ByModes(LadderMeasurement):
     modes: Modes
 
     def _climbed(self, chunk: Chunk) -> list[Climbed]:
-        return [climbed_by_parts(self.problem.evaluator, self.modes, self.evidence, self.run)]
+        climbed = climbed_from_parts if self.problem.joint.enumerated else climbed_by_parts
+        return [climbed(self.problem.evaluator, self.modes, self.evidence, self.run)]
 
 
 def by_modes(measurement: Measurement, contested: Contested, run: Run) -> Measured:

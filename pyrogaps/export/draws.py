@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density import JointDensity
+from pyrogaps.density.discrete import refuse_enumerated
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import evaluating
@@ -50,6 +51,7 @@ class Drawn:
 
 def draw_all(joint: JointDensity, posterior: Posterior, num_draws: int, run: Run) -> tuple[Drawn, Records]:
     """`num_draws` draws for every datapoint, and the sites of one run of the model over all data."""
+    refuse_enumerated(joint.enumerated, "an export of draws")
 
     def draw_chunk(chunk: Chunk) -> tuple[Drawn, Records]:
         guide, parts = BlockedGuide(posterior, chunk), []

@@ -92,7 +92,8 @@ class Measure:
             refiner = Refiner(family, self.refiner.settings)
             posterior, its_progress = refiner.fit(problem, chunk, run, name, start, others(refiner))
             start = start_of(posterior, chunk, run) if name == OWN else start
-            weights = chunk_log_weights(problem.evaluator, posterior, chunk, number, run.stream(f"refined {name}"))
+            density = problem.evaluator_of(problem.density_of(posterior))
+            weights = chunk_log_weights(density, posterior, chunk, number, run.stream(f"refined {name}"))
             posteriors.append(posterior)
             bounds.append(mean_estimate(weights))
             proposals.append(log_mean_exp_estimate(weights))

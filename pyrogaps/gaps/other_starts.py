@@ -100,7 +100,8 @@ def lines_of(examined: Mapping[str, Any] | None) -> list[str]:
     if found:
         return [f"modes: {of} examined from other starts. Without them, {' and '.join(found)}"]
     bound = 1 - (1 - CONFIDENCE) ** (1 / number)
-    rest = "" if number == total else f". At most {bound:.0%} of all have a findable one ({CONFIDENCE:.0%} confidence)"
+    rest = f". At most {bound:.0%} of all have one that chains from the prior would find ({CONFIDENCE:.0%} confidence)"
+    rest = "" if number == total else rest
     return [f"modes: {of} examined from other starts; no missed mode found{rest}"]
 
 

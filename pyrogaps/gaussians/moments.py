@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pyrogaps.density import GuideDensity, JointDensity
+from pyrogaps.density import JointDensity
 from pyrogaps.density.draws import BlockedGuide, Posterior
 from pyrogaps.gaussians.gaussian import Gaussian
 from pyrogaps.streams import Chunk, Stream
@@ -15,9 +15,13 @@ DRAWS_AT_ONCE = 16  # in double precision
 
 
 def gaussian_of(joint: JointDensity, posterior: Posterior, chunk: Chunk, stream: Stream) -> Gaussian:
-    """The Gaussian with a guide's moments: exact ones where the guide knows them, else those of draws from `stream`."""
+    """The Gaussian with a guide's moments: exact ones where the guide knows them, else those of draws from `stream`.
+
+    Of a guide in another space, such as one with discrete or auxiliary variables, those of the latents of `joint`.
+    """
     guide, active = BlockedGuide(posterior, chunk), joint.active(chunk.indices)
-    other = posterior.joint if isinstance(posterior, GuideDensity) and posterior.joint is not joint else None
+    own = posterior.joint
+    other = None if [*own.sites] == [*joint.sites] else own
     if other is None and active is None and (known := guide.exact_moments()) is not None:
         return Gaussian(*known)
     blocks = (z for z, _ in guide.in_blocks(NUM_DRAWS, stream))

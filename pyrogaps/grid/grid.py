@@ -110,7 +110,7 @@ def _refuse_other_dimensions(joint: JointDensity) -> None:
 
 def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Posterior:
     posterior, number = problem.with_guide(guide).guided(), problem.num_datapoints
-    size = posterior.joint.num_datapoints  # type: ignore[attr-defined]
+    size = posterior.joint.num_datapoints
     if size != number:
         raise InputError(
             f"guides: '{name}' is a posterior of {counted(size, 'datapoint')}, but the data have {number}. Build it "

@@ -48,7 +48,7 @@ class Scorer:
 def _draws(joint: JointDensity, posterior: Posterior, local: LocalGuide, number: int) -> Tensor:
     """Draws of the model's own latents `(number, 1, 2)`."""
     z = torch.cat([local.sample(MAX_ROWS)[0] for _ in range(-(-number // MAX_ROWS))])[:number]
-    guide_joint: JointDensity = posterior.joint  # type: ignore[attr-defined]
+    guide_joint: JointDensity = posterior.joint
     return guide_joint.columns_of(z, joint) if z.shape[-1] != joint.dim else z
 
 

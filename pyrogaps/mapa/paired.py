@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 from pyrogaps.density import IndexedData, JointDensity
 from pyrogaps.density.data import evenly_spaced
+from pyrogaps.density.discrete import refuse_enumerated
 from pyrogaps.density.layout import leaf, plate_dim, rows_first
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program, evaluating
@@ -41,6 +42,7 @@ class Paired:
         # An optimizer that traces the caller must not see the parameters of these runs.
         with poutine.block():
             self.joint = JointDensity(model, data, plate)
+            refuse_enumerated(self.joint.enumerated, "MAPA")
             self.plate = self._plate()
             self.encoder = self._named(encoder)
             with seeded(0, "structure"), evaluating(*programs), pyro.validation_enabled(True), torch.no_grad():

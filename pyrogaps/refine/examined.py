@@ -75,9 +75,11 @@ def _improved(contested: Contested, refiner: Refiner, run: Run, rows: Sequence[R
     problem, chunk = contested.problem, Chunk(0, len(rows))
     starts = starts_at(contested.modes, own=isinstance(refiner.family, OwnFamily))
     other, _ = refiner.fit(problem, chunk, run, "other starts", None, starts)
+    space = problem.density_of(other)
+    density = problem.evaluator_of(space)
     new, old = (
-        mean_estimate(chunk_log_weights(problem.evaluator, guide, chunk, NUM_COMPARED, run.stream(f"compared {name}")))
-        for name, guide in (("new", other), ("old", _Rows(problem.joint, rows)))
+        mean_estimate(chunk_log_weights(density, guide, chunk, NUM_COMPARED, run.stream(f"compared {name}")))
+        for name, guide in (("new", other), ("old", _Rows(space, rows)))
     )
     for place in (new.value > old.value).nonzero()[:, 0].tolist():
         _take_row(rows[place], other, place, whole=problem.plate is None)

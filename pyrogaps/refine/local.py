@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyrogaps.density import JointDensity
 from pyrogaps.density.local import LocalGuide
 
 
@@ -19,6 +20,11 @@ class Refinable(Protocol):
     axes: list[int]
     rows: list[slice]
     units: list[Tensor | float]
+
+    @property
+    def joint(self) -> JointDensity:
+        """The density of the space that its draws lie in."""
+        ...
 
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at datapoints `indices` of the chunk, differentiable in `parameters`."""

@@ -11,6 +11,8 @@ from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.data import evenly_spaced
 from pyrogaps.density.draws import BlockedGuide
+from pyrogaps.density.given_states import Cells, GivenStatesGuide, StatesDensity, columns_of
+from pyrogaps.density.guide_states import GuideStates, read_states
 from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
 from pyrogaps.family import AmortizedGuide, LocalFamily
@@ -107,8 +109,32 @@ class OwnFamily:
         return freed if isinstance(freed, FreedGuide | StructuredGuide) and freed.start_at(start) else None
 
 
+@dataclass
+class StatesFamily(OwnFamily):
+    """A guide that draws discrete sites: what depends on what in it, and the family of z given these.
+
+    `graphs` are records of densities of z, used by all chunks.
+    """
+
+    read: GuideStates | None = None
+    inner: OwnFamily | None = None
+    graphs: dict[Any, Any] = field(default_factory=dict)
+
+
 def own_family(density: GuideDensity) -> OwnFamily:
     """Find the family that a guide belongs to; the choice rests on the guide and the data set, not on a chunk of it."""
+    return _states_family(density) if density.joint.structure.drawn else _own_family(density)
+
+
+def _states_family(density: GuideDensity) -> StatesFamily:
+    read, scored = read_states(density), density.joint
+    cells = Cells(read.states[read.cells[0]])
+    joint = StatesDensity.of(scored, cells, torch.ones(()).expand(scored.num_datapoints, *cells.states.shape[:2]))
+    inner = _own_family(GivenStatesGuide(density, joint, factorised=read.factorised)) if joint.dim else None
+    return StatesFamily(density, "states", read=read, inner=inner)
+
+
+def _own_family(density: GuideDensity) -> OwnFamily:
     guide = density.guide
     if (local_family := AmortizedGuide.of(guide).local_family) is not None:
         return OwnFamily(density, "local_family", local_family)
@@ -139,9 +165,13 @@ def own_family(density: GuideDensity) -> OwnFamily:
 
 
 def moments(density: Any, chunk: Chunk, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation `(B, dim)` of a posterior in unconstrained space."""
+    """Mean and standard deviation `(B, dim)` of a posterior in unconstrained space, whatever its discrete latents."""
     with torch.no_grad():
-        return BlockedGuide(density, chunk).moments(NUM_MOMENTS, run.stream("moments"))
+        loc, scale = BlockedGuide(density, chunk).moments(NUM_MOMENTS, run.stream("moments"))
+    if not (joint := density.joint).structure.drawn:
+        return loc, scale
+    kept = columns_of(joint, drawn=False)
+    return loc[:, kept], scale[:, kept]
 
 
 def start_of(refined: Any, chunk: Chunk, run: Run) -> Start:

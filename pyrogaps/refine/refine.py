@@ -144,4 +144,4 @@ def refine_all(problem: Problem, refiner: Refiner, run: Run, referee: int = 0) -
     examined = gain = None
     if referee and can_be_taken(refiner):
         examined, gain = refined_from_modes(problem, refiner, run, referee, [*zip(chunks, parts, strict=True)])
-    return RefinedGuide(problem.joint, [*chunks], [*parts], [*progress], examined, gain)
+    return RefinedGuide(problem.density_of(parts[0]), [*chunks], [*parts], [*progress], examined, gain)

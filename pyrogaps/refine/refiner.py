@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,10 +22,11 @@ from pyrogaps.refine.gaussian_form import gaussian_form
 from pyrogaps.refine.local import Refinable
 from pyrogaps.refine.natural_refinement import NaturalRefinement
 from pyrogaps.refine.objective import Evaluator
-from pyrogaps.refine.optimise import Optimisation, Progress
-from pyrogaps.refine.own import OwnFamily, start_of
+from pyrogaps.refine.optimise import NUM_TRACE, Optimisation, Progress
+from pyrogaps.refine.own import OwnFamily, StatesFamily, start_of
 from pyrogaps.refine.restarts import prior_start
 from pyrogaps.refine.settings import Refinement
+from pyrogaps.refine.states import StatesFit
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
@@ -54,8 +55,33 @@ class Refiner:
         start: Start | None = None,
         others: Sequence[Start] = (),
     ) -> tuple[Refinable, Progress]:
-        """As `__call__`, for a chunk of a problem; the curvature of log p(x, z) is known there, see `anchor_of`."""
+        """As `__call__`, for a chunk of a problem; the curvature of log p(x, z) is known there, see `anchor_of`.
+
+        Where every latent is discrete and summed out, the guide is the posterior: there is nothing to refine.
+        """
+        if isinstance(self.family, StatesFamily):
+            return self._fit_states(self.family, problem, chunk, run, others)
+        if not problem.dim:
+            value = problem.evaluator(problem.joint.zeros(len(chunk))[None], chunk.indices).mean().cpu()
+            everyone = torch.ones(len(chunk), dtype=torch.bool)
+            return cast(Refinable, problem.guided()), Progress(everyone, everyone, value.expand(NUM_TRACE))
         return self(problem.evaluator, chunk, run, name, start, others, partial(anchor_of, problem, chunk, run))
+
+    def _fit_states(
+        self, family: StatesFamily, problem: Problem, chunk: Chunk, run: Run, others: Sequence[Start]
+    ) -> tuple[Refinable, Progress]:
+        """As `fit`, of a guide that draws discrete sites, in the space of these and z."""
+
+        def fit(given: Problem, rows: Chunk, run: Run, others: Sequence[Start]) -> tuple[Refinable, Progress]:
+            assert family.inner is not None
+            inner = replace(family.inner, density=given.guide_density())
+            return replace(self, family=inner).fit(given, rows, run.quiet(), others=others)
+
+        assert family.read is not None
+        tolerance, graphs = self.settings.tolerance, family.graphs
+        of_latents = None if family.inner is None else fit
+        states = StatesFit(problem, family.density, family.read, of_latents, chunk, run, others, tolerance, graphs)
+        return states.refined()
 
     def __call__(
         self,

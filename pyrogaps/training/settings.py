@@ -68,7 +68,7 @@ class Training:
             )
         if isinstance(self.objective, TraceEnum_ELBO):
             raise InputError(
-                f"training: objective {name} is for discrete latents, which are not supported. Use "
+                f"training: objective {name} is for discrete latents, which cannot be trained here. Use "
                 "pyro.infer.Trace_ELBO or pyrogaps.IWAE_ELBO."
             )
         if self.num_particles != 1:

@@ -304,13 +304,28 @@ def test_per_datapoint_parameters_that_are_not_selected() -> None:
 
 
 def test_per_datapoint_parameters_selected_by_position() -> None:
+    """The rows of a plate of the size of the data are the datapoints, also where only some are asked for."""
+
     def guide(x: Tensor) -> None:
         loc = pyro.param("loc", lambda: torch.arange(5.0))
         with pyro.plate("data", len(x)) as rows:
             pyro.sample("rate", dist.Gamma(2.0, 1.0))
             pyro.sample("z", dist.Normal(loc[rows], 0.5))
 
-    refused(guide, "guide", "rows", "index 5", "torch.arange(N)")
+    z = torch.zeros(1, 2, 2)
+    log_q = GuideDensity(guide, X, model).log_prob(z, torch.tensor([4, 1]))
+    by_hand = dist.Normal(torch.tensor([4.0, 1.0]), 0.5).log_prob(torch.zeros(2))
+    torch.testing.assert_close(log_q[0] - by_hand, dist.Gamma(2.0, 1.0).log_prob(torch.ones(2)))
+
+
+def test_parameters_for_each_datapoint_without_rows() -> None:
+    def guide(x: Tensor) -> None:
+        loc = torch.arange(5.0)
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("z", dist.Normal(loc, 0.5))
+
+    refused(guide, "guide", "rows", "torch.arange(N)")
 
 
 def test_guide_with_dependence_between_rows() -> None:

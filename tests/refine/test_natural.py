@@ -12,13 +12,14 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 
 from pyrogaps import Problem, Refinement, elbo, refine
+from pyrogaps.capture.slots import Slots
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.guides.flows import AutoLocalFlow
 from pyrogaps.guides.local import AutoLocal, AutoLocalMultivariateNormal
 from pyrogaps.refine import Refiner, own_family
 from pyrogaps.refine.gaussian_form import GaussianForm, gaussian_form
 from pyrogaps.refine.natural import NaturalGradient, fitted_to
-from pyrogaps.refine.unseen import Draws
+from pyrogaps.refine.unseen import Draws, reaching, unseen
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, seeded
 from tests.references import (
@@ -187,7 +188,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     q = Gaussian(loc, torch.ones_like(loc))
     broken = torch.tensor([1.0, torch.nan], dtype=torch.float64)[:, None]
     after, *_ = NaturalGradient.about(form, q, q).step(
-        q, torch.ones(4, 2, 3, dtype=torch.float64), lambda z: -3 * z * broken, torch.full((2,), 0.5).double()
+        q,
+        Draws.standard(torch.ones(4, 2, 3, dtype=torch.float64)),
+        lambda z: -3 * z * broken,
+        torch.full((2,), 0.5).double(),
     )
     assert not torch.equal(after.loc[0], q.loc[0])
     assert torch.equal(after.loc[1], q.loc[1]) and torch.equal(after.scale[1], q.scale[1])
@@ -237,10 +241,10 @@ def test_adam_where_rounds_do_not_converge(monkeypatch: pytest.MonkeyPatch) -> N
     lasting = REFINEMENT.NaturalRefinement._lasting
 
     def unconverged(self: Any, *args: Any) -> Any:
-        ends = lasting(self, *args)
+        before, ends = lasting(self, *args)
         ends.converged[left] = False
         ends.gaussian.loc[left] += 0.5
-        return ends
+        return before, ends
 
     monkeypatch.setattr(REFINEMENT.NaturalRefinement, "_lasting", unconverged)
     after = refine(LINEAR, guide, x, settings=settings, batch_size=128, referee=False)
@@ -276,3 +280,86 @@ def test_other_modes_are_left_to_adam_or_other_starts() -> None:
     refined = refine(parabola, guide, x, referee=False)
     before, after = elbo(parabola, guide, x), elbo(parabola, refined, x, seed=1)
     assert bool((after.value - before.value > -4 * torch.hypot(before.mcse, after.mcse)).all())
+
+
+def cliff(x: Tensor) -> None:
+    """One rate of a Gamma of shape 0.1 for a count: in its logarithm, log p(x, z) is flat, then falls exponentially."""
+    concentration = torch.tensor(0.1, dtype=torch.float64)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Gamma(concentration, concentration))
+        pyro.sample("x", dist.Poisson(z), obs=x)
+
+
+class Narrow(nn.Module):
+    """A LogNormal that is far too narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(-2.4, dtype=torch.float64))
+        self.log_scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64).log())
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(self.loc.expand(len(x)), self.log_scale.exp().expand(len(x))))
+
+
+A, B = 0.1, 1.1  # of the posterior of `cliff` after a count of 0, a Gamma
+
+
+def cliff_elbo(loc: Tensor, scale: Tensor) -> Tensor:
+    """The ELBO of LogNormals for a count of 0, in closed form."""
+    mass = (loc + 0.5 * scale.square()).exp()
+    constant = A * torch.tensor(A).double().log() - torch.lgamma(torch.tensor(A).double())
+    return constant + A * loc - B * mass + scale.log() + 0.5 * (1 + torch.tensor(2 * torch.pi).double().log())
+
+
+def test_refinement_at_a_cliff() -> None:
+    """Ends are near the best LogNormal, which plain draws do not see; and they are not called converged for nothing."""
+    x = torch.zeros(16, dtype=torch.float64)
+    refined = refine(cliff, Narrow(), x, referee=False)
+    (distribution,) = refined.at(torch.arange(16)).distributions.values()  # type: ignore[attr-defined]
+    ends = cliff_elbo(distribution.loc.detach(), distribution.scale.detach())
+    scale = torch.tensor(A).double().rsqrt()
+    best = cliff_elbo((torch.tensor(A / B).double()).log() - 0.5 * scale.square(), scale)
+    assert float((best - ends).max()) < 0.2
+    assert float((best - ends).mean()) < 0.08
+    assert (refined.converged <= (best - ends < 0.1)).all()
+
+
+def test_what_draws_do_not_see() -> None:
+    """At a cliff it is the tail of an exponential moment, to a factor of 2; of a Gaussian it is nothing."""
+    x = torch.zeros(3, dtype=torch.float64)
+    problem, chunk = Problem.of(cliff, Narrow(), x), Chunk(0, 3)
+    slots = Slots(problem.evaluator, chunk)
+    loc, scale = torch.tensor([-12.0, -20.0, -5.0]).double(), torch.tensor([4.0, 2.0, 4.0]).double()
+    found = unseen(slots, Gaussian(loc[:, None], scale[:, None]), torch.arange(3))
+    # E[exp(m + s e); e > 3.5] = exp(m + s^2 / 2) P(e > 3.5 - s).
+    tail = B * (loc + 0.5 * scale.square()).exp() * torch.special.ndtr(scale - 3.5)
+    assert found.steep[:, 0].tolist() == [True, False, True]
+    assert 0.5 < float(found.nats[0] / tail[0]) < 2
+    assert float(found.nats[1]) == 0 and float(tail[1]) < 1e-6
+    assert float(found.nats[2]) > 0.5 * float(tail[2])
+    observed, _ = draws_of(LINEAR, 3)
+    linear = Problem.of(LINEAR, WrongEncoder(LINEAR), observed)
+    mean, scale = (part.detach() for part in LINEAR.mean_field_optimum(observed))
+    posterior = Gaussian(mean, scale.expand(3, -1))
+    assert not unseen(Slots(linear.evaluator, chunk), posterior, torch.arange(3)).nats.any()
+
+
+def test_draws_that_reach_have_the_moments_of_standard_noise() -> None:
+    """Weighted, in every coordinate, also beyond three standard deviations; the others are as they were."""
+    steep = torch.tensor([[True, False, True], [False, False, False]])
+    streams = [Run().stream(name).noise(Chunk(0, 2), dtype=torch.float64, device=torch.device("cpu")) for name in "ab"]
+    noise, weights, _ = reaching(*streams, 100_000, torch.arange(2), steep)
+    assert float(weights.max()) <= 2 and (weights[:, 1] == 1).all()
+    for values, exact in (
+        (torch.ones_like(noise), 1.0),
+        (noise, 0.0),
+        (noise.square(), 1.0),
+        (noise.pow(4), 3.0),
+        ((noise > 3.5).double(), 2.3263e-4),
+    ):
+        products = values * weights[..., None]
+        error = products.std(0) / 100_000**0.5
+        assert ((products.mean(0) - exact).abs() <= 4 * error + 1e-12).all()
+    assert int((noise[:, 0, 0] > 3.5).sum()) > 1000  # of a standard normal 23
