@@ -135,6 +135,12 @@ def failures_named(what: str, *, own_too: bool = False) -> Iterator[None]:
         raise
 
 
+def innermost_place(error: BaseException) -> tuple[str, int] | None:
+    """File and line of the innermost frame of a user's code; None where there is none."""
+    place = _culprit(_places(error.__traceback__))
+    return None if place is None or _is_own(place) else (place[0].co_filename, place[1])
+
+
 def described(error: BaseException) -> str:
     """An exception in one line, with file and line number of the innermost frame outside libraries."""
     return _line(error, _culprit(_places(error.__traceback__)))
@@ -199,7 +205,10 @@ def _line(error: BaseException, place: Place | None) -> str:
 def _hint(error: Exception, place: Place | None) -> str:
     text = str(error)
     if isinstance(error, TypeError) and place is None and "argument" in text:
-        return ". It is called with the arguments that the data give: a tensor is one, a tuple (x, y) two"
+        return (
+            ". It is called with the arguments that the data give: a tensor is one, a tuple or an item (x, y) two. "
+            "Pass only what the programs take"
+        )
     if isinstance(error, RuntimeError) and any(word in text for word in ("dtype", "scalar type", "ScalarType")):
         return ". Convert the data and the parameters to one dtype, as in x.float()"
     return ""

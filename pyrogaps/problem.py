@@ -9,17 +9,19 @@ from torch import Tensor
 
 from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple, rows_of, selected, whole
+from pyrogaps.density.arguments import check_same_order
+from pyrogaps.density.data import rows_of, selected
 from pyrogaps.density.drawn import drawn_by, with_drawn
 from pyrogaps.density.draws import Posterior, is_posterior
 from pyrogaps.density.estimates import PointEstimates
+from pyrogaps.density.forms import Given, as_given, check_present, whole
 from pyrogaps.density.hierarchy import Hierarchy, Inseparable
 from pyrogaps.density.local import LocalGuide
 from pyrogaps.density.read_estimates import estimates_of
 from pyrogaps.density.remarks import on_drawn
 from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.density.shared import SharedLatents
-from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.density.simulate import ToData, simulated_arguments
 from pyrogaps.errors import InputError, counted
 from pyrogaps.family import AmortizedGuide, augmented
 from pyrogaps.guard import guarded
@@ -97,14 +99,16 @@ class Problem:
         check_callable(model, "model")
         if guide is not None and not is_posterior(guide):
             check_callable(guide, "guide")
-        if data is None:
-            raise InputError("data: missing. Pass the model, the guide and the data, or a Problem")
-        estimates = estimates_of(model, guide, data, plate)
+        check_present(model, data, "Pass the model, the guide and the data, or a Problem")
+        given = as_given(data, model)  # here, because a model with a reverse model beside it has no parameters to read
+        if guide is not None and not is_posterior(guide):
+            check_same_order(cast(Program, guide), given.names)
+        estimates = estimates_of(model, guide, given, plate)
         extended = augmented(model, guide) if _extends_model(guide) else model
         try:
-            joint = JointDensity(extended, data, plate, estimates=estimates)
+            joint = JointDensity(extended, given, plate, estimates=estimates)
         except SharedLatents as shared:
-            joint = _as_one_datapoint(extended, guide, data, shared, estimates)
+            joint = _as_one_datapoint(extended, guide, given, shared, estimates)
         if extended is model:
             return cls(model, None, joint, None, mode)._with(guide)
         return cls(model, guide, joint, GuideDensity(cast(Program, guide), None, joint), mode)
@@ -117,9 +121,11 @@ class Problem:
         if isinstance(model, Problem):
             return cls.of(model, guide, data, plate).with_guide(None)
         check_callable(model, "model")
-        if data is None or (estimates := estimates_of(model, guide, data, plate)) is None:
-            return cls.of(model, None, data, plate)
-        return cls(model, None, JointDensity(model, data, plate, estimates=estimates), None)
+        check_present(model, data, "Pass the model, the guide and the data, or a Problem")
+        given = as_given(data, model)
+        if (estimates := estimates_of(model, guide, given, plate)) is None:
+            return cls(model, None, JointDensity(model, given, plate), None)
+        return cls(model, None, JointDensity(model, given, plate, estimates=estimates), None)
 
     @property
     def plate(self) -> str | None:
@@ -198,7 +204,7 @@ class Problem:
         if guide is not None and not is_posterior(guide):
             given = self.joint.structure.estimates
             data = self.joint.data if given is None else given.without(self.joint.data)
-            if (estimates := estimates_of(self.model, guide, data, self.plate or False)) is not None:
+            if (estimates := estimates_of(self.model, guide, as_given(data), self.plate or False)) is not None:
                 joint = JointDensity(self.model, data, self.plate or False, estimates=estimates)
                 return replace(self, joint=joint, posterior=None, _scored=None, _evaluators={})._with(guide)
         return self._with(guide)
@@ -223,7 +229,7 @@ class Problem:
         own = joint.model if given is None else inspect.unwrap(joint.model, stop=lambda program: program is model)
         if own is model:
             return joint
-        data, make_whole = joint.data if given is None else given.without(joint.data), joint.structure.make_whole
+        data, make_whole = joint.passed if given is None else given.without(joint.data), joint.structure.make_whole
         return JointDensity(model, data, joint.plate or False, make_whole=make_whole, estimates=given)
 
     def over(self, data: IndexedData) -> "Problem":
@@ -270,12 +276,10 @@ class Problem:
         Raises `InputError` where the model cannot be simulated.
         """
         with seeded(seed, "simulate", device=self.joint.device):
-            data, z = simulate(self.joint, to_data)
-        args = as_tuple(data)
-        held = whole(args) if self.plate is None else rows_of(args, self.num_datapoints)
-        if (number := self.joint.num_given) > 0:
-            data = args[0] if len(args) == number + 1 else args[:-number]
-        return Simulated(self.over(held), data, z)
+            args, z = simulated_arguments(self.joint, to_data)
+        drawn = whole(args) if self.plate is None else rows_of(args, self.num_datapoints, self.joint.data)
+        data = self.joint.passed.restored(args[: len(args) - self.joint.num_given])
+        return Simulated(self.over(drawn), data, z)
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,7 @@ class PosteriorAt:
 
 
 def _as_one_datapoint(
-    model: Program, guide: Any, data: Data, shared: SharedLatents, estimates: PointEstimates | None
+    model: Program, guide: Any, data: Given, shared: SharedLatents, estimates: PointEstimates | None
 ) -> JointDensity:
     """log p(x, z) of the data set, where a guide draws `shared` latents and those of datapoints jointly.
 
@@ -304,6 +308,8 @@ def _as_one_datapoint(
         why = f"the guide sets {', '.join(map(repr, estimates.names))} to values beside latents that datapoints share"
         given = estimates_of(model, guide, data, False)
         return JointDensity(model, data, False, make_whole=True, why=why, estimates=given)
+    if data.held:
+        return JointDensity(model, data, False, make_whole=True, why="the model holds its data")
     try:
         hierarchy = Hierarchy.of(model, guide, data, shared)
     except Inseparable as reason:

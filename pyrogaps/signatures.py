@@ -32,6 +32,8 @@ def _bare(kind: Any) -> Any:
         return _bare(parts[0])
     if origin in (Union, types.UnionType):
         return reduce(operator.or_, map(_bare, parts))
+    if origin is not None and origin is not Callable and all(part in (Any, Ellipsis) for part in parts):
+        return origin
     if isinstance(kind, types.GenericAlias) and origin is not Callable:
         return types.GenericAlias(origin, tuple(map(_bare, parts)))
     return kind

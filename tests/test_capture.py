@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -145,11 +146,63 @@ def test_data_dependent_control_flow_falls_back_with_a_warning() -> None:
     x = torch.randn(150)
     joint = JointDensity(branching, x)
     evaluator = GradientEvaluator(joint)
-    with pytest.warns(UserWarning, match="model: cannot be captured, so it runs eagerly"):
+    with pytest.warns(
+        UserWarning,
+        match=r"model: cannot be captured, because of line \d+ of test_capture.py, `scale = .*A branch reads a value",
+    ):
         left = both(evaluator, CHUNKS[0])
     assert evaluator.mode == "eager"
     for captured_part, eager_part in zip(left, both(GradientEvaluator(joint, "eager"), CHUNKS[0]), strict=True):
         torch.testing.assert_close(captured_part, eager_part)
+
+
+def numpy_inside(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+        pyro.sample("x", dist.Normal(z + torch.from_numpy(np.sin(z.detach().numpy())), 1.0), obs=x)
+
+
+def one_hot_inside(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        k = torch.nn.functional.one_hot((x > 0).long(), num_classes=2)
+        pyro.sample("x", dist.Normal((k * z).sum(-1), 1.0), obs=x)
+
+
+def unit_vectors_inside(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal((torch.eye(2)[(x > 0).long()] * z).sum(-1), 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (numpy_inside, "outside torch (NumPy"),
+        (
+            one_hot_inside,
+            "`k = torch.nn.functional.one_hot((x > 0).long(), num_classes=2)`. F.one_hot reads the values",
+        ),
+    ],
+)
+def test_why_a_model_is_not_recorded(program: Callable[[Tensor], None], words: str) -> None:
+    """Values that were computed by NumPy became constants of the record, and its densities were wrong."""
+    joint = JointDensity(program, torch.randn(20))
+    evaluator = GradientEvaluator(joint)
+    z = torch.randn(3, 20, joint.dim)
+    with pytest.warns(UserWarning, match="model: cannot be captured") as warned:
+        value = evaluator(z, torch.arange(20))
+    evaluator.over(joint)(z[:2], torch.arange(20))  # without another warning, which would be an error
+    torch.testing.assert_close(value, joint(z))
+    assert len(warned) == 1
+    message = str(warned[0].message)
+    assert words in message and "several times slower" in message and "tracing" not in message
+
+
+def test_what_to_write_instead_is_recorded() -> None:
+    evaluator = GradientEvaluator(JointDensity(unit_vectors_inside, torch.randn(20)))
+    evaluator(torch.randn(3, 20, 2), torch.arange(20))
+    assert evaluator.mode == "captured"
 
 
 def test_a_record_that_no_longer_holds_is_found_out() -> None:
@@ -166,7 +219,7 @@ def test_a_record_that_no_longer_holds_is_found_out() -> None:
     both(evaluator, CHUNKS[0])
     assert evaluator.mode == "captured"
     spread[0] = 2.0
-    with pytest.warns(UserWarning, match="wrong values on these data"):
+    with pytest.warns(UserWarning, match="gives other values than Pyro"):
         left = both(evaluator, CHUNKS[1])
     for captured_part, eager_part in zip(left, both(GradientEvaluator(joint, "eager"), CHUNKS[1]), strict=True):
         torch.testing.assert_close(captured_part, eager_part)

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pyrogaps as pg
+from pyrogaps.gaps import certificate as certificates
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
 from tests.references import anisotropic, draws_of
@@ -105,8 +107,26 @@ def test_advice_minds_it() -> None:
     )
     warnings = " ".join(poor.diagnose().warnings)
     assert "nats higher than measured (BDMC). Raise num_temperatures of AIS" in warnings
+    assert "Bridge" not in warnings and "Ladder" not in warnings
     assert "a longer refinement gains" in warnings
     assert not [warning for warning in ledger_of(300).diagnose().warnings if "BDMC" in warning or "longer" in warning]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "advice"),
+    [(pg.Ladder(), "Lower tolerance of Ladder"), (pg.Bridge(), "Raise num_temperatures of Bridge")],
+)
+def test_advice_is_of_the_evidence_at_hand(evidence: pg.Evidence, advice: str) -> None:
+    wide = xr.Dataset({name: ("simulated", np.full(2, value)) for name, value in (("lower", 0.0), ("upper", 3.0))})
+    wide = wide.assign(gain=("refined_again", np.zeros(2)), gain_mcse=("refined_again", np.zeros(2)))
+    (line,) = certificates.cautions(wide.assign_attrs(longer=4, more=evidence.more), 1.0, "amortization gap")
+    assert line.endswith(advice + (", or raise its max_evaluations" if "Ladder" in advice else ""))
+
+
+def test_more_datapoints_than_the_memory_holds_are_refused_before_anything_is_measured() -> None:
+    model, guide, x = pair()
+    with pytest.raises(pg.InputError, match=r"certificate.num_simulated: 100,000,000,000 datapoints take .* at most"):
+        pg.decompose(model, guide, x, certificate=pg.Certificate(num_simulated=10**11), progress=False)
 
 
 def test_an_autoguide_of_these_datapoints_is_certified_by_its_class() -> None:

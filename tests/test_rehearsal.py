@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xarray as xr
 import yaml
 
 import pyrogaps as pg
@@ -26,6 +27,28 @@ class NanTraining(Data):
         super().__init__()
         self.train = self.train.clone()
         self.train[-1, 0] = float("nan")
+
+
+class HugeTraining(Data):
+    def __init__(self):
+        super().__init__()
+        self.train = self.train * 1e30
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self):
+        self.x = Data().train
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return {"x": self.x[index].numpy()}
+
+
+class Parts:
+    def __init__(self):
+        self.train, self.test = Pairs(), torch.utils.data.DataLoader(Pairs(), batch_size=7)
 
 
 class Wider(Data):
@@ -78,6 +101,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ([*MAPA, "--mapa.num_neighbours", "5000"], "mapa: num_neighbours: must be from 1 to N = 100"),
         ([*MAPA, "--mapa.num_samples", "5000"], "mapa: MAPA_IWAE_ELBO: num_samples=5000 is too large"),
         ([*MAPA, "--plate", "false"], "mapa: plate is false"),
+        (["--data", "mine.HugeTraining"], "training: the first loss is inf"),
+        ([*MAPA, "--data", "mine.HugeTraining"], "Expected parameter scale"),
+        (["--certificate.num_simulated", "100000000000"], "certificate.num_simulated: 100,000,000,000 datapoints"),
     ],
 )
 def test_what_can_be_known_is_refused_before_training(
@@ -112,3 +138,18 @@ def test_a_mended_setting_keeps_the_training(
     # What changes no result is no other recipe, and what is finished stays as it is.
     assert main([recipe, "--quiet", "--num_particles", "40", "--max_memory", "7GiB", "--batch_size", "64"]) == 0
     assert main([recipe, "--quiet", "--num_particles", "50"]) == 2
+
+
+@pytest.mark.parametrize("data", ["mine.Pairs", "mine.Parts"])
+def test_data_sets_of_torch(recipe: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--evaluate.num_datapoints", "5", "--training.num_epochs", "1"]
+    assert main([recipe, "--quiet", "--data", data, *few]) == 0, capsys.readouterr().err
+    ledger = xr.open_datatree("runs/linear/ledger.nc", engine="h5netcdf")["per_datapoint"]
+    assert len(ledger.datapoint) == 5
+    tensors = main(
+        [recipe, "--quiet", "--data", "mine.Data", "--evaluate.part", "train", *few, "--out", "runs/tensors"]
+    )
+    assert tensors == 0
+    other = xr.open_datatree("runs/tensors/ledger.nc", engine="h5netcdf")["per_datapoint"]
+    for name, values in other.items():
+        assert values.equals(ledger[name]), name

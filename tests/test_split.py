@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import pyrogaps as pg
 from benchmarks import whose_fault
+from pyrogaps.gaps.decomposition import Decomposition
 from pyrogaps.gaps.diagnose import diagnosis
 from pyrogaps.gaps.retrain import _candidates
 from pyrogaps.gaps.terms import Columns, Mean, measured_gaps
@@ -239,6 +240,13 @@ def test_phi_hat_of_a_guide_with_auxiliary_variables_has_a_reverse_model_of_its_
     retrained = ledger.training["elbo_retrained"].values.mean()
     assert abs(retrained - max(best["elbo"])) < STANDARD_ERRORS * ledger.training["elbo_retrained_mcse"].values.mean()
     assert ledger.summary().loc[GAPS, "mean"].sum() == pytest.approx(ledger.summary().loc["amortization_gap", "mean"])
+
+
+def test_a_guide_that_cannot_be_copied_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, guide, train, test = pair()
+    monkeypatch.setattr(Decomposition, "ledger", lambda *args: pytest.fail("it was measured"))
+    with pytest.raises(pg.InputError, match=r"split: the guide must be an nn.Module.*its code in forward"):
+        pg.decompose(model, lambda x: guide(x), test, split=pg.Split(train, QUICK), **TINY)
 
 
 def test_what_cannot_be_split_is_refused() -> None:

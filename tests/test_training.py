@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 from pyrogaps import IWAE_ELBO, iwae
-from pyrogaps.density.data import IndexedData, as_indexed
+from pyrogaps.density import IndexedData, as_indexed
 from pyrogaps.errors import InputError
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian

@@ -5,8 +5,7 @@ import math
 import torch
 
 import pyrogaps as pg
-from pyrogaps.density import Data
-from pyrogaps.density.data import as_indexed
+from pyrogaps.density import Data, as_indexed
 
 
 def uniform_posterior(data: Data, *, generator: torch.Generator | None = None) -> pg.MapaPosterior:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density import IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple, evenly_spaced, rows_of
-from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.density.data import evenly_spaced, rows_of, selected
+from pyrogaps.density.simulate import ToData, simulated_arguments
 from pyrogaps.streams import Stream
 
 
@@ -21,7 +21,7 @@ def simulated_data(
     """
     available = joint.num_datapoints
     chosen = evenly_spaced(available, number) if number <= available else torch.arange(number) % available
-    shape = joint.over(IndexedData(number, lambda indices: joint.data.fetch(chosen[indices])))
+    shape = joint.over(selected(joint.data, chosen))
     with stream.seeded(device=joint.device):
-        drawn, z = simulate(shape, to_data)
-    return rows_of(as_tuple(drawn), number), z
+        drawn, z = simulated_arguments(shape, to_data)
+    return rows_of(drawn, number, joint.data), z

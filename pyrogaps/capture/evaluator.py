@@ -1,6 +1,5 @@
 """`GradientEvaluator`: log densities and gradients of a Pyro model at many points of the same shape."""
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyrogaps.capture.footprint import MAX_POINTS, points_within
 from pyrogaps.capture.programs import Captured, Densities, Eager, Values, check_agreement, value_and_gradients
+from pyrogaps.capture.reasons import warn_of
 from pyrogaps.density import JointDensity
 from pyrogaps.density.runs import evaluating
 
@@ -20,6 +20,7 @@ Mode = Literal["eager", "captured", "compiled"]
 MAX_ROWS_CPU, MAX_ROWS_GPU = 1 << 10, MAX_POINTS
 # A piece is compiled only if it has at least this share of the points per call.
 MIN_COMPILED_SHARE = 1 / 8
+FALLBACK = "fallback"
 
 
 class GradientEvaluator:
@@ -41,7 +42,7 @@ class GradientEvaluator:
         mode: as above.
         split: False evaluates log p(x, z); True both log p(z) and log p(x, z), as paths from the prior need.
         quiet: fall back without a warning, for callers that chose the mode by default.
-        graphs: records of the same model at other data; new ones are added to them.
+        graphs: records of the same model at other data, and the mode that they fell back to; new ones are added.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class GradientEvaluator:
         split: bool = False,
         *,
         quiet: bool = False,
-        graphs: dict[Any, Captured] | None = None,
+        graphs: dict[Any, Any] | None = None,
     ) -> None:
         self.joint, self.mode, self.split, self.quiet = joint, mode, split, quiet
         self.rows = points_within(joint, MAX_ROWS_CPU if joint.device.type == "cpu" else MAX_ROWS_GPU)
         self.num_gradients = self.num_values = 0
-        self._graphs: dict[Any, Captured] = {} if graphs is None else graphs
+        self._graphs: dict[Any, Any] = {} if graphs is None else graphs
         self._indices: Tensor | None = None
         self._bound: dict[Any, BoundDensity] = {}
 
@@ -108,16 +109,19 @@ class GradientEvaluator:
         with evaluating(joint.model):
             leaves, tree = tree_flatten(joint.fetch(indices, num_particles))
         positions = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[position] for position in positions]
+        # A model that holds its data, or parameters of datapoints, selects them by their indices: inputs too.
+        selecting = [rows.to(joint.device)] if joint.structure.bound else []
+        tensors = [*(leaves[position] for position in positions), *selecting]
 
         def densities(flat: Tensor, *inputs: Tensor) -> Values:
             arguments = list(leaves)
-            for position, value in zip(positions, inputs, strict=True):
+            for position, value in zip(positions, inputs, strict=False):
                 arguments[position] = value
+            chosen = inputs[-1] if selecting else rows
             args = tree_unflatten(arguments, tree)
             if not self.split:
-                return (joint.total(flat, args, rows),)
-            log_prior, log_likelihood = joint.score(flat, args, rows)
+                return (joint.total(flat, args, chosen),)
+            log_prior, log_likelihood = joint.score(flat, args, chosen)
             return log_prior, log_prior + log_likelihood
 
         constants = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
@@ -128,12 +132,15 @@ class GradientEvaluator:
         self, densities: Densities, key: Any, rows: int, tensors: list[Tensor], checked: bool
     ) -> Eager | Captured:
         eager = Eager(densities, self.joint)
+        self.mode = self._graphs.get(FALLBACK, self.mode)
         if self.mode == "eager":
             return eager
         if checked and key in self._graphs:
-            return self._graphs[key]
+            return self._recorded(key)
         dim = self.joint.dim
         flat = 0.1 * torch.linspace(-1, 1, rows * dim, dtype=self.joint.dtype).reshape(rows, dim).to(self.joint.device)
+        # Compared at other points than those of the recording, whose values could have become constants.
+        recorded_at = 0.05 - 0.7 * flat
         try:
             if key not in self._graphs:
                 # A small piece, such as the last of a data set, never makes up for the time of compiling.
@@ -141,20 +148,23 @@ class GradientEvaluator:
                 with evaluating(self.joint.model):
                     # Before the recording, because this run registers the model's parameters.
                     expected = value_and_gradients(densities, flat, *tensors)
-                    self._graphs[key] = Captured(densities, flat, tensors, compiled=compiled)
+                    self._graphs[key] = Captured(densities, recorded_at, tensors, compiled=compiled)
             else:
                 expected = eager.both(flat, *tensors)
             with torch.no_grad():
                 check_agreement(self._graphs[key], expected, flat, tensors)
         except Exception as error:
             fallback: Mode = "captured" if self.mode == "compiled" else "eager"
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if not self.quiet:
-                action = "runs eagerly" if fallback == "eager" else "is replayed without torch.compile"
-                warnings.warn(f"model: cannot be {self.mode}, so it {action}, which is slower ({reason})", stacklevel=5)
-            self.mode, self._graphs = fallback, {}
+                warn_of(error, self.mode, eager=fallback == "eager")
+            self._graphs.clear()
+            self._graphs[FALLBACK] = fallback
             return self._programs(densities, key, rows, tensors, checked)
-        return self._graphs[key]
+        return self._recorded(key)
+
+    def _recorded(self, key: Any) -> Captured:
+        graph: Captured = self._graphs[key]
+        return graph
 
 
 @dataclass(frozen=True)
@@ -188,7 +198,8 @@ class BoundDensity:
         """
         (piece,) = self._pieces
         leaves, _ = tree_flatten(args)
-        other = replace(piece, tensors=[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        other = replace(piece, tensors=[*tensors, *piece.tensors[len(tensors) :]])
         return BoundDensity(self._evaluator, [other], self._num_particles)
 
     def at_step(self, step: int) -> "BoundDensity":

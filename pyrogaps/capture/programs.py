@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.capture.graphs import fusible_elements, output_alone, record, reuse_memory
+from pyrogaps.capture.reasons import WrongRecord
 from pyrogaps.density import JointDensity
 from pyrogaps.density.runs import evaluating
 
@@ -88,7 +89,7 @@ def value_and_gradients(densities: Densities, flat: Tensor, *inputs: Tensor) -> 
 
 
 def check_agreement(graph: Captured, expected: tuple[Values, Values], flat: Tensor, tensors: list[Tensor]) -> None:
-    """Raise `ValueError` if the replayed values or gradients differ from Pyro's on these data."""
+    """Raise `WrongRecord` if the replayed values or gradients differ from Pyro's on these data."""
     values, gradients = graph.both(flat, *tensors)
     expected_values, expected_gradients = expected
     pairs = [
@@ -103,4 +104,4 @@ def check_agreement(graph: Captured, expected: tuple[Values, Values], flat: Tens
         tolerance = 1e-3 if left.dtype == torch.float32 else 1e-7
         spread = tolerance * (1 + torch.where(torch.isfinite(right), right, torch.zeros_like(right)).abs().max())
         if not torch.allclose(left, right, rtol=tolerance, atol=float(spread), equal_nan=True):
-            raise ValueError("its recorded operations give wrong values on these data")
+            raise WrongRecord

@@ -4,7 +4,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from pyrogaps.cli.recipe import Recipe
 from pyrogaps.cli.typed import Component, typed_arguments
@@ -181,6 +183,9 @@ def build_data(recipe: Recipe, *, data_root: str | None = None, download: bool =
         elif value:
             notes.append(f"--{option} has no effect: {component.class_path} has no such argument")
     data = construct("data", component)
+    if isinstance(data, Dataset | DataLoader):  # which has no parts
+        own = on_device(data, torch.device(recipe.device))
+        return DataSet(own, None, _first(recipe, own)), notes
     evaluated = _part(recipe, data, recipe.evaluate.part, required=True)
     trains = recipe.training is not None or recipe.mapa is not None
     trains = (trains and recipe.checkpoint is None) or recipe.retraining is not None
@@ -203,13 +208,17 @@ def _first(recipe: Recipe, data: Any) -> Any:
     count = recipe.evaluate.num_datapoints
     if count is None:
         return data
-    tensors = data if isinstance(data, tuple) else (data,)
-    if not all(isinstance(tensor, Tensor | np.ndarray) and tensor.ndim for tensor in tensors):
+    several = isinstance(data, tuple | Mapping)
+    parts = list(data.values()) if isinstance(data, Mapping) else list(data) if several else [data]
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):
+        parts = [dataset]
+    elif not all(isinstance(part, Tensor | np.ndarray) and part.ndim for part in parts):
         raise InputError(
-            "evaluate.num_datapoints: works only for tensors and arrays with an axis of datapoints. Set it to null for "
-            "these data"
+            "evaluate.num_datapoints: works only for tensors and arrays with an axis of datapoints, and for a Dataset. "
+            "Set it to null for these data"
         )
-    available = len(tensors[0])
+    available = len(parts[0])
     if available == 0:
         raise InputError(f"data: the part '{recipe.evaluate.part}' has no datapoints. Set evaluate.part to another")
     if count > available:
@@ -217,16 +226,38 @@ def _first(recipe: Recipe, data: Any) -> Any:
             f"evaluate.num_datapoints: must be from 1 to {available}, the number of datapoints in "
             f"'{recipe.evaluate.part}', got {count}"
         )
-    return tuple(t[:count] for t in data) if isinstance(data, tuple) else data[:count]
+    if isinstance(dataset, Dataset):
+        subset: Dataset[Any] = Subset(dataset, range(count))
+        return subset if dataset is data else DataLoader(subset, collate_fn=data.collate_fn)
+    if isinstance(data, Mapping):
+        return {name: value[:count] for name, value in data.items()}
+    return tuple(t[:count] for t in data) if several else data[:count]
 
 
 def on_device(item: Any, device: torch.device) -> Any:
-    """A tensor, a tuple of tensors or a module moved to `device`; anything else as it is."""
+    """A tensor, a collection of tensors, their data set or a module moved to `device`; anything else as it is."""
     if isinstance(item, Tensor | nn.Module):
         return item.to(device)
-    if isinstance(item, list | tuple):
-        return tuple(on_device(entry, device) for entry in item)
+    if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
+        return type(item)(on_device(entry, device) for entry in item)
+    if isinstance(item, Mapping):
+        return {name: on_device(entry, device) for name, entry in item.items()}
+    if isinstance(item, Dataset) and hasattr(item, "__len__") and device.type != "cpu":
+        return OnDevice(item, device)
     return item
+
+
+class OnDevice(Dataset[Any]):
+    """A data set whose items are moved to `device`."""
+
+    def __init__(self, data: Any, device: torch.device) -> None:
+        self.data, self.device = data, device
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self.device), self.data[index])
 
 
 def check_device(name: str) -> torch.device:

@@ -7,16 +7,19 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
+from torch import nn
 
-from pyrogaps.cli.building import DataSet, build_programs
+from pyrogaps.cli.building import DataSet, build_encoder, build_programs
 from pyrogaps.cli.recipe import Recipe
+from pyrogaps.conditioning import Lookahead, declared, rehearse_reference
 from pyrogaps.density.autoguides import OtherDataError
-from pyrogaps.density.data import as_indexed
+from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program
 from pyrogaps.density.shared import SharedLatents
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.decompose import rehearse
 from pyrogaps.guard import failures_named
+from pyrogaps.mapa import rehearse_mapa
 from pyrogaps.problem import Problem
 from pyrogaps.streams import seeded
 from pyrogaps.training import load_model_weights, load_weights, rehearse_training
@@ -24,7 +27,7 @@ from pyrogaps.training import load_model_weights, load_weights, rehearse_trainin
 
 def rehearse_run(recipe: Recipe, model: Program, guide: Program, data: DataSet, settings: dict[str, Any]) -> None:
     """Check trainings and every part of the data, and measure a little of what `settings` of `decompose` ask for."""
-    _check_training(recipe, data)
+    _check_training(recipe, model, data)
     if recipe.checkpoint is not None:
         load_weights(recipe.checkpoint, model, guide, data.example)
     elif recipe.model_checkpoint is not None:
@@ -47,13 +50,18 @@ def _rehearse_training(recipe: Recipe, data: DataSet, settings: dict[str, Any]) 
         with seeded(recipe.seed, "rehearsal"), torch.no_grad():
             model, guide = build_programs(recipe)
             if isinstance(guide, AutoGuide):
-                indexed = as_indexed(data.example)
+                indexed = as_indexed(data.example, model)
                 with failures_named("guide"):
                     guide(*indexed.fetch(torch.arange(len(indexed))))
         if isinstance(guide, AutoGuide):
             _rehearse(recipe, model, guide, data, settings)
         if recipe.training is not None and data.train is not None:
             rehearse_training(model, guide, data.train, data.validation, recipe.training, recipe.seed)
+        if recipe.mapa is not None and data.train is not None:
+            encoder = build_encoder(recipe)
+            rehearse_mapa(model, encoder, guide, data.train, recipe.mapa, plate=recipe.plate, seed=recipe.seed)
+        if recipe.reference is not None and isinstance(declared(guide), Lookahead) and isinstance(guide, nn.Module):
+            rehearse_reference(model, guide, data.example, recipe.reference, plate=recipe.plate, seed=recipe.seed)
     finally:
         store.set_state(state)
 
@@ -65,12 +73,12 @@ def _rehearse(recipe: Recipe, model: Program, guide: Program, data: DataSet, set
         raise InputError(f"{error.reason}. Set evaluate: {{part: train, num_datapoints: null}}") from error
 
 
-def _check_training(recipe: Recipe, data: DataSet) -> None:
+def _check_training(recipe: Recipe, model: Program, data: DataSet) -> None:
     """What is known of the settings of trainings before the first of them."""
     sections = {"training": recipe.training, "reference": recipe.reference}
     if recipe.mapa is not None:
         if data.train is not None and recipe.checkpoint is None:
-            recipe.mapa.check(data.train, encoded=recipe.encoder is not None)
+            recipe.mapa.check(data.train, encoded=recipe.encoder is not None, model=model)
         sections["mapa.training"] = recipe.mapa.training
     if recipe.retraining is not None:
         sections["retraining.training"] = recipe.retraining.training

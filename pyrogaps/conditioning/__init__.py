@@ -4,7 +4,7 @@ from pyrogaps.conditioning.conditions import Lookahead, Shown, checked_lookahead
 from pyrogaps.conditioning.leaks import check_no_leak
 from pyrogaps.conditioning.measure import ConditioningMeasure, conditioning_measure
 from pyrogaps.conditioning.posterior import SharedPosterior, shared_posterior
-from pyrogaps.conditioning.reference import reference_guide
+from pyrogaps.conditioning.reference import reference_guide, rehearse_reference
 from pyrogaps.conditioning.settings import Conditioning
 from pyrogaps.conditioning.simulated import SimulatedData
 
@@ -20,5 +20,6 @@ __all__ = [
     "conditioning_measure",
     "declared",
     "reference_guide",
+    "rehearse_reference",
     "shared_posterior",
 ]

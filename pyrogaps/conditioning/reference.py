@@ -1,5 +1,6 @@
 """`reference_guide`: a reference for the conditioning gap of a lookahead, trained on simulated data."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
 from pyrogaps.settings import Count, File, Plate, checked, checked_arguments
-from pyrogaps.training import train
+from pyrogaps.training import Training, rehearse_training, section_named, train
 
 
 @guarded
@@ -55,3 +56,12 @@ def reference_guide(
     drawn = SimulatedData(model, data, num_datapoints, plate)
     train(model, reference, drawn, freeze_model=True, checkpoint=checkpoint, **settings)
     return reference
+
+
+def rehearse_reference(
+    model: Program, guide: nn.Module, data: Data, settings: Training, *, plate: Plate = None, seed: int = 0
+) -> None:
+    """Raise what `reference_guide` would raise at its first loss."""
+    drawn = SimulatedData(model, data, plate=plate)
+    with section_named("reference"):
+        rehearse_training(model, copied(guide), drawn, None, replace(settings, freeze_model=True), seed)

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from pyrogaps.density import Data, IndexedData, JointDensity
-from pyrogaps.density.data import as_tuple, rows_of
+from pyrogaps.density.data import rows_of
 from pyrogaps.density.runs import Program
-from pyrogaps.density.simulate import ToData, simulate
+from pyrogaps.density.simulate import ToData, simulated_arguments
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
 from pyrogaps.settings import Count, Plate, checked
@@ -47,7 +47,7 @@ class SimulatedData(IndexedData):
         number = joint.num_datapoints
 
         def fetch(indices: Tensor) -> tuple[Any, ...]:
-            rows = rows_of(joint.data.fetch(indices % number), len(indices))
-            return as_tuple(simulate(joint.over(rows), to_data)[0])
+            rows = rows_of(joint.data.fetch(indices % number), len(indices), joint.data)
+            return simulated_arguments(joint.over(rows), to_data)[0]
 
         super().__init__(number if num_datapoints is None else num_datapoints, fetch)

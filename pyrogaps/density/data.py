@@ -2,17 +2,21 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.data import DataLoader, Dataset
 
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named
 from pyrogaps.settings import Count, checked
+
+# Arguments that are the same for every datapoint, beside functions and tensors without dimensions.
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 @checked("IndexedData")
@@ -41,19 +45,22 @@ class IndexedData:
         return self.num_datapoints
 
 
-Data: TypeAlias = Tensor | tuple[Tensor, ...] | IndexedData
+@dataclass(frozen=True)
+class HeldData(IndexedData):
+    """Datapoints that the model holds itself and selects by the indices of its data plate.
+
+    `rows` `(num_datapoints,)` are their indices in the model's data set, which has `size` datapoints. Arguments are the
+    same for all of them.
+    """
+
+    rows: Tensor = field(default_factory=lambda: torch.arange(0))
+    size: int = 0
 
 
-def as_given(data: Any) -> Any:
-    """`data` with its NumPy arrays as tensors; raises `InputError` for arrays and tensors without usable numbers."""
-    if isinstance(data, IndexedData):
-        return data
-    converted = tree_map_only(np.ndarray, _from_numpy, data)
-    converted = tree_map_only(Tensor, _without_history, converted)
-    for position, leaf in enumerate(tree_leaves(converted)):
-        if isinstance(leaf, Tensor):
-            check_tensor(leaf, f"element {position}" if isinstance(converted, list | tuple | dict) else "the tensor")
-    return converted
+# What a caller may pass; `forms` reads it. A list is one of arguments, of numbers or of items, whichever fits.
+Data: TypeAlias = (
+    Tensor | np.ndarray | tuple[Any, ...] | list[Any] | dict[Any, Any] | Dataset[Any] | DataLoader[Any] | IndexedData
+)
 
 
 def check_tensor(tensor: Tensor, name: str) -> None:
@@ -74,43 +81,6 @@ def check_tensor(tensor: Tensor, name: str) -> None:
         )
 
 
-def as_indexed(data: Data) -> IndexedData:
-    """View `data` (a tensor, a tuple of tensors or arrays, or an `IndexedData`) as an `IndexedData`.
-
-    Raises `InputError` when `data` is something else, is empty, or its tensors differ in length.
-    """
-    data = as_given(data)
-    if isinstance(data, IndexedData):
-        return data
-    tensors = (data,) if isinstance(data, Tensor) else tuple(data) if isinstance(data, list | tuple) else ()
-    odd = [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor)]
-    if odd or not tensors:
-        where = type(data).__name__ + (f" with a {odd[0]}" if odd else "")
-        raise InputError(
-            "data: expected a tensor or a tuple of tensors whose first axis is the data plate, got "
-            f"{where}. Wrap anything else in IndexedData(num_datapoints, fetch)"
-        )
-    if any(tensor.dim() == 0 for tensor in tensors):
-        raise InputError(
-            "data: a tensor without dimensions has no axis of datapoints. Pass x[None] for one datapoint, or "
-            "plate=False to treat the whole data set as one"
-        )
-    lengths = [len(tensor) for tensor in tensors]
-    if len(set(lengths)) > 1:
-        raise InputError(
-            f"data: the tensors have different lengths along their first axis, the data plate: {lengths}. Cut them to "
-            "one length, or pass plate=False to treat the whole data set as one datapoint"
-        )
-
-    if not lengths[0]:
-        raise InputError("data: there are no datapoints")
-
-    def fetch(indices: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.index_select(0, indices.to(tensor.device)) for tensor in tensors)
-
-    return IndexedData(lengths[0], fetch)
-
-
 def _fetched(fetch: Callable[[Tensor], Any], indices: Tensor) -> tuple[Any, ...]:
     """The model's arguments for `indices`; raises `InputError` where fetch fails or returns nothing."""
     with failures_named("data: fetch"):
@@ -120,22 +90,42 @@ def _fetched(fetch: Callable[[Tensor], Any], indices: Tensor) -> tuple[Any, ...]
     return as_tuple(args)
 
 
-def rows_of(args: tuple[Any, ...], number: int) -> IndexedData:
-    """The `number` datapoints with arguments `args`; non-tensor arguments belong to all of them."""
+def is_constant(value: Any) -> bool:
+    """Whether an argument is the same for every datapoint, tensors left aside."""
+    return isinstance(value, CONSTANTS) or callable(value)
+
+
+def rows_of(args: tuple[Any, ...], number: int, like: IndexedData | None = None) -> IndexedData:
+    """The `number` datapoints with arguments `args`; what has no row per datapoint belongs to all of them.
+
+    `like` has data of the same form, and tells which tensors have a row per datapoint: all of this length otherwise.
+    """
+    leaves, form = tree_flatten(args)
+    constant = set() if like is None else constant_positions(like)
+    for position, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) and not is_constant(leaf):
+            raise InputError(
+                f"data: a {type(leaf).__name__} has no rows to select datapoints from. Pass tensors to the programs, "
+                "and pack or convert them inside"
+            )
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != number):
+            constant.add(position)
 
     def fetch(indices: Tensor) -> tuple[Any, ...]:
-        return tuple(arg[indices.to(arg.device)] if isinstance(arg, Tensor) else arg for arg in args)
+        rows = [
+            leaf.index_select(0, indices.to(leaf.device)) if isinstance(leaf, Tensor) and at not in constant else leaf
+            for at, leaf in enumerate(leaves)
+        ]
+        return as_tuple(tree_unflatten(rows, form))
 
     return IndexedData(number, fetch)
 
 
-def whole(data: Data) -> IndexedData:
-    """The whole data set as one datapoint, its arguments not indexed."""
-    data = as_given(data)
-    if isinstance(data, IndexedData):
-        return IndexedData(1, lambda indices: data.fetch(torch.arange(data.num_datapoints)))
-    args = tuple(data) if isinstance(data, list | tuple) else (data,)
-    return IndexedData(1, lambda indices: args)
+def constant_positions(data: IndexedData) -> set[int]:
+    """The positions of tensors among the arguments, nested ones too, that are the same for every datapoint."""
+    one, two = (tree_leaves(data.fetch(torch.zeros(number, dtype=torch.long))) for number in (1, 2))
+    pairs = enumerate(zip(one, two, strict=True))
+    return {at for at, (a, b) in pairs if isinstance(a, Tensor) and (a.dim() == 0 or len(a) == len(b))}
 
 
 def as_tuple(args: Any) -> tuple[Any, ...]:
@@ -158,19 +148,9 @@ def part_of(data: IndexedData, number: int) -> tuple[IndexedData, Tensor]:
 
 def selected(data: IndexedData, indices: Tensor) -> IndexedData:
     """The datapoints `indices` of `data` as a data set, counted from 0."""
+    if isinstance(data, HeldData):
+        return HeldData(len(indices), data.fetch, data.rows[indices], data.size)
     return IndexedData(len(indices), lambda rows: data.fetch(indices[rows]))
-
-
-def _from_numpy(array: Any) -> Tensor:
-    try:
-        return torch.as_tensor(array)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"data: an array of dtype {array.dtype} cannot become a tensor. Pass numbers") from error
-
-
-def _without_history(tensor: Tensor) -> Tensor:
-    """`tensor` as gradients of other things can pass it by: data may come from an inference mode, or a network."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach() if tensor.requires_grad else tensor
 
 
 def all_indices(data: IndexedData, device: torch.device | str | None = None) -> Tensor:

@@ -6,13 +6,14 @@ are computed once, and are arguments of the model from then on, as the data are.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyrogaps.density.data import Data, IndexedData, as_indexed
+from pyrogaps.density.data import IndexedData
+from pyrogaps.density.forms import Given
 from pyrogaps.density.given import SetSites
 from pyrogaps.density.remarks import quoted
 from pyrogaps.density.runs import Program
@@ -74,21 +75,29 @@ class PointEstimates:
 
         return conditioned
 
-    def beside(self, data: Data) -> Data:
+    def beside(self, data: Given) -> Given:
         """`data` with the values of the datapoints as last arguments."""
         if not self.values:
             return data
-        indexed, values = as_indexed(data), [*self.values.values()]
-        if len(values[0]) != len(indexed):
-            raise InputError(
-                f"guide: it has point estimates for {counted(len(values[0]), 'datapoint')}, but the data have "
-                f"{len(indexed)}. Pass the data that it was refined on"
-            )
+        values = [*self.values.values()]
 
-        def fetch(indices: Tensor) -> tuple[Any, ...]:
-            return *indexed.fetch(indices), *(value[indices.to(value.device)] for value in values)
+        def fetched() -> IndexedData:
+            indexed = data.indexed()
+            if len(values[0]) != len(indexed):
+                raise InputError(
+                    f"guide: it has point estimates for {counted(len(values[0]), 'datapoint')}, but the data have "
+                    f"{len(indexed)}. Pass the data that it was refined on"
+                )
 
-        return IndexedData(indexed.num_datapoints, fetch)
+            def fetch(indices: Tensor) -> tuple[Any, ...]:
+                return *indexed.fetch(indices), *(value[indices.to(value.device)] for value in values)
+
+            return IndexedData(indexed.num_datapoints, fetch)
+
+        def everything() -> tuple[Any, ...]:
+            return *data.everything(), *values
+
+        return replace(data, everything=everything, indexed=fetched, in_memory=None)
 
     def without(self, data: IndexedData) -> IndexedData:
         """The caller's own data, from those of `beside`."""

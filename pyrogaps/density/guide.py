@@ -10,10 +10,12 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrogaps.density.arguments import check_same_order
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
 from pyrogaps.density.bijective import BijectiveGuide, BijectiveMap
 from pyrogaps.density.carried import carried, drawn, on_carried
 from pyrogaps.density.data import Data
+from pyrogaps.density.forms import Given
 from pyrogaps.density.given import original
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import (
@@ -92,7 +94,7 @@ class GuideDensity:
     def __init__(
         self,
         guide: Program,
-        data: Data | None,
+        data: Data | Given | None,
         model: Program | JointDensity,
         plate: Plate = None,
         *,
@@ -106,10 +108,9 @@ class GuideDensity:
         check_parameters(guide)
         if isinstance(model, JointDensity):
             self.joint = model
-        elif data is None:
-            raise InputError("data: missing. Pass the data that the model is called with")
         else:
             self.joint = JointDensity(model, data, plate)
+        check_same_order(guide, self.joint.passed.names)
         check_autoguide(guide, self.joint)
         self.structure = _unread(guide, self.joint)
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():

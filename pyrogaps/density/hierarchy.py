@@ -18,7 +18,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrogaps.density.autoguides import autoguides_in, check_size, latents_in, supports_at
-from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed
+from pyrogaps.density.data import IndexedData
+from pyrogaps.density.forms import Given
 from pyrogaps.density.guide import GuideDensity
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import leaf
@@ -83,13 +84,13 @@ class Hierarchy:
         return self.prior.dim
 
     @classmethod
-    def of(cls, model: Program, guide: Program, data: Data, shared: SharedLatents) -> "Hierarchy":
+    def of(cls, model: Program, guide: Program, data: Given, shared: SharedLatents) -> "Hierarchy":
         """Take a model and a guide apart.
 
         Raises `Inseparable` where p(theta) or q(theta) depends on the data or on local latents, or the guide draws
         theta and local latents jointly; `InputError` for what `JointDensity` and `GuideDensity` refuse.
         """
-        indexed, plate = as_indexed(as_given(data)), shared.plate
+        indexed, plate = data.indexed(), shared.plate
         number = indexed.num_datapoints
         _check_guide(guide, indexed, shared)
         alone = [(_Alone(indexed, plate, rows, True), _Alone(indexed, plate, rows, False)) for rows in _rows(number)]

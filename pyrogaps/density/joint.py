@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.contraction import BoundedStates, TooManyStates, too_many
-from pyrogaps.density.data import Data, IndexedData, as_given, as_indexed, whole
+from pyrogaps.density.data import Data, HeldData, IndexedData
 from pyrogaps.density.discrete import Discrete
 from pyrogaps.density.enumeration import Enumerate
 from pyrogaps.density.estimates import PointEstimates
+from pyrogaps.density.forms import Given, as_given, check_present, held, whole
 from pyrogaps.density.given import given
 from pyrogaps.density.layout import Site
 from pyrogaps.density.particles import Particles, mapped_rows, one_by_one_note, seconds_of
@@ -64,7 +65,11 @@ class JointDensity:
 
     Args:
         model: a Pyro model, called with the positional arguments that `data` gives.
-        data: a tensor or array, or a tuple of them, whose first axis is the data plate, or an `IndexedData`.
+        data: what the model is called with. A tensor, an array, a DataFrame or a list of numbers is one argument; a
+            tuple or a list holds several. A dictionary whose keys are the model's parameters fills these, another is
+            one argument. A `Dataset`, or that of a `DataLoader`, gives items of these forms. The first axis of all
+            tensors is the data plate; numbers, flags and None belong to all datapoints. None or `()` is for a model
+            that holds its data. Anything else fits in an `IndexedData`.
         plate: the data plate's name. None finds it: the one plate that encloses every observed site and some latent.
             False, or a model without any plate or latents in such a plate, makes the whole data set one datapoint
             (N = 1).
@@ -86,7 +91,7 @@ class JointDensity:
     def __init__(
         self,
         model: Program,
-        data: Data,
+        data: Data | Given | None,
         plate: Plate = None,
         *,
         make_whole: bool = False,
@@ -96,18 +101,23 @@ class JointDensity:
         structure: ModelStructure | None = None,
     ) -> None:
         check_callable(model, "model")
-        data = as_given(data)
+        check_present(model, data, "Pass the data that the model is called with")
+        passed = as_given(data, model)
         if estimates is not None:
-            model, data = estimates.conditioned(model), estimates.beside(data)
-        self.model, self.caller_data = model, data
+            model, passed = estimates.conditioned(model), estimates.beside(passed)
+        self.model, self.passed = model, passed
         if structure is None:
             check_parameters(model)
             with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
-                read = read_model(model, data, plate, make_whole=make_whole, drawn=drawn, why=why)
+                read = read_model(model, passed, plate, make_whole=make_whole, drawn=drawn, why=why)
             self.structure = replace(read, estimates=estimates)
         else:
             self.structure = structure
-        self.data = whole(data) if self.plate is None else as_indexed(data)
+        number = self.structure.num_held if passed.held else None
+        if self.plate is None:
+            self.data = whole(passed)
+        else:
+            self.data = passed.indexed() if number is None else held(passed, number)
         if structure is None:
             with seeded(0, "structure"), evaluating(model), torch.no_grad():
                 self._check_rows()
@@ -250,7 +260,11 @@ class JointDensity:
     def plates(self, indices: Tensor) -> AbstractContextManager[None]:
         """A context in which the model's data plate holds the rows of `indices`."""
         plate = ANY_PLATE if self.structure.make_whole else self.plate
-        return whole_plates(plate, indices, num_datapoints=self.num_datapoints, bound=self.structure.bound)
+        number, rows = self.num_datapoints, indices
+        if isinstance(self.data, HeldData):
+            number, rows = self.data.size, self.data.rows.to(indices.device)[indices]
+        bound = self.structure.bound
+        return whole_plates(plate, indices, num_datapoints=number, bound=bound, held=rows if bound else None)
 
     def enumeration(self) -> AbstractContextManager[Any]:
         """A context in which discrete latents have all their values, inside a `ScoreModel`."""
@@ -337,7 +351,8 @@ class JointDensity:
 
     def one_by_one(self) -> "JointDensity":
         """The same density; without a plate, particles are evaluated one after the other."""
-        return JointDensity(self.model, self.caller_data, structure=replace(self.structure, particles="one by one"))
+        return JointDensity(self.model, self.passed, structure=replace(self.structure, particles="one by one"))
+        return JointDensity(self.model, self.passed, structure=replace(self.structure, vectorized=False))
 
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.num_datapoints) if indices is None else indices
@@ -376,7 +391,8 @@ class JointDensity:
                 )
             raise InputError(
                 "data: the density of a datapoint changes with its position or with other rows of the batch. "
-                "fetch(indices) must keep the order, and the model must treat rows independently (no batch statistics)"
+                "fetch(indices) must keep the order, and the model must treat rows independently: no batch "
+                "statistics, and no sizes read from values, such as F.one_hot(k) without num_classes"
             )
 
     def _check_enumeration(self) -> None:
@@ -400,7 +416,9 @@ class JointDensity:
 
     def _refuse_random(self, indices: Tensor) -> None:
         """Refuse a model that is random, unless the data are: two calls gave different densities."""
-        pairs = zip(tree_leaves(self.fetch(indices)), tree_leaves(self.fetch(indices)), strict=True)
+        first = tree_leaves(self.fetch(indices))
+        self.fetch(indices[:1])  # a data set that is fetched by index keeps its last batch
+        pairs = zip(first, tree_leaves(self.fetch(indices)), strict=True)
         if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
             raise RandomProgram(
                 "model: it is random beyond its sample sites: log p(x, z) of one point changed between two identical "

@@ -34,19 +34,28 @@ class BoundPlate(Exception):
 
 
 def whole_plates(
-    plate: str | None, indices: Tensor, *, num_datapoints: int | None = None, bound: bool | None = False
+    plate: str | None,
+    indices: Tensor,
+    *,
+    num_datapoints: int | None = None,
+    bound: bool | None = False,
+    held: Tensor | None = None,
 ) -> AbstractContextManager[None]:
     """Make the data plate hold the rows at hand, and every other plate its full size.
 
     `indices` `(R,)` are the datapoints of the rows, out of `num_datapoints` in the data set. A data plate of `R` rows,
     subsampled or not, becomes `arange(R)`; an explicit subsample of `R` rows is kept. With `bound=True`, the program's
     data plate has the data set's full size and is given `indices`. With `bound=None`, such a plate raises `BoundPlate`.
+    `held` `(R,)` are the rows of data that a program holds: a data plate of any size is then given these, and with
+    `bound=False` has the size R.
     """
     rows = len(indices)
 
     def choose(name: str, size: int, requested: int | None, subsample: Any) -> Choice:
         if name != plate:
             return _whole(name, size, requested, subsample, plate, indices.device)
+        if held is not None:  # perhaps an input of a record, whose values are not known
+            return max(size, num_datapoints or 0, rows + 1) if bound else rows, rows, held
         if bound:
             if size <= rows == num_datapoints and not explicit(subsample) and _in_order(indices):
                 return rows, rows, indices

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pyrogaps.density.autoguides import autoguides_in, check_autoguide, is_autoguide, refuse_never_run
 from pyrogaps.density.carried import drawn, nats_of
-from pyrogaps.density.data import Data, IndexedData, as_indexed, whole
+from pyrogaps.density.data import IndexedData
 from pyrogaps.density.draws import is_posterior
 from pyrogaps.density.estimates import PointEstimates, same_values
+from pyrogaps.density.forms import Given, as_indexed, whole
 from pyrogaps.density.given import HideSites, SetSites, under
 from pyrogaps.density.guide import GuideDensity, GuideStructure
 from pyrogaps.density.joint import JointDensity
@@ -38,14 +39,14 @@ Messages = dict[str, Any]
 NUM_PRIOR_DRAWS = 4
 
 
-def estimates_of(model: Program, guide: Any, data: Data, plate: Plate) -> PointEstimates | None:
+def estimates_of(model: Program, guide: Any, data: Given, plate: Plate) -> PointEstimates | None:
     """The latents that a guide sets to values, see `read_estimates`, or that a refined guide was refined given."""
     if is_posterior(guide):
         return cast(PointEstimates | None, guide.joint.structure.estimates)
     return read_estimates(model, guide, data, plate) if callable(guide) else None
 
 
-def read_estimates(model: Program, guide: Program, data: Data, plate: Plate) -> PointEstimates | None:
+def read_estimates(model: Program, guide: Program, data: Given, plate: Plate) -> PointEstimates | None:
     """The latents of the model that the guide sets to values; None where there are none.
 
     These are Deltas whose value does not change with the guide's draws. What keeps model or guide from running at all
@@ -66,7 +67,7 @@ def read_estimates(model: Program, guide: Program, data: Data, plate: Plate) -> 
         return _read(model, guide, data, name, names)
 
 
-def _first_run(guide: Program, data: Data, plate: Plate) -> tuple[tuple[Any, ...], Messages] | None:
+def _first_run(guide: Program, data: Given, plate: Plate) -> tuple[tuple[Any, ...], Messages] | None:
     """The arguments of a run of the guide on some rows, and what it draws; None where it does not run."""
     try:
         indexed: IndexedData = whole(data) if plate is False else as_indexed(data)
@@ -186,7 +187,7 @@ def _in_model(model: Program, joint: JointDensity, rows: Tensor, values: dict[st
     return {name: not all(same_values(value, run[name]) for run in runs) for name, value in first.items()}
 
 
-def _read(model: Program, guide: Program, data: Data, plate: str | None, names: list[str]) -> PointEstimates | None:
+def _read(model: Program, guide: Program, data: Given, plate: str | None, names: list[str]) -> PointEstimates | None:
     """The values of the guide's Deltas `names`: those that all datapoints share, and those of each datapoint."""
     nothing = ModelStructure(plate, {}, (), (), False, False, torch.get_default_dtype(), torch.device("cpu"), -1)
     joint = JointDensity(model, data, structure=nothing)

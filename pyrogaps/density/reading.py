@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyrogaps.density.data import Data, IndexedData, as_indexed, check_tensor, whole
+from pyrogaps.density.data import HeldData, IndexedData, check_tensor
 from pyrogaps.density.discrete import Discrete, is_discrete, read_discrete
 from pyrogaps.density.estimates import PointEstimates
-from pyrogaps.density.layout import Site
+from pyrogaps.density.forms import Given, held, whole
+from pyrogaps.density.layout import Site, plate_dim
 from pyrogaps.density.particles import Particles
 from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
 from pyrogaps.density.remarks import Scales, joined, on_modes, on_one_datapoint, on_scales, scales_of
@@ -25,12 +26,14 @@ from pyrogaps.density.structure import (
     check_observed,
     first_sites,
     frames_of,
+    is_factor,
     is_masked,
     latent_sites,
     lay_out,
     sample_sites,
 )
 from pyrogaps.errors import InputError
+from pyrogaps.guard import ProgramError
 from pyrogaps.settings import Plate
 
 # The plate name where there is no data plate and every plate has its full size.
@@ -55,6 +58,7 @@ class ModelStructure:
         make_whole: without a data plate, whether subsampled plates get their full size rather than being refused.
         remarks: what of the model is left out of the density, in short sentences.
         estimates: latents that are given, see `PointEstimates`.
+        num_held: number of datapoints that the model holds itself; None where the data have them.
         drawn: names of the discrete latents that a guide draws. Their columns hold numbers of states.
     """
 
@@ -72,6 +76,7 @@ class ModelStructure:
     make_whole: bool = False
     remarks: tuple[str, ...] = ()
     estimates: PointEstimates | None = None
+    num_held: int | None = None
     drawn: tuple[str, ...] = ()
 
     @property
@@ -86,22 +91,24 @@ class ModelStructure:
 
 
 def read_model(
-    model: Program, data: Data, plate: Plate, *, make_whole: bool = False, drawn: tuple[str, ...] = (), why: str = ""
+    model: Program, data: Given, plate: Plate, *, make_whole: bool = False, drawn: tuple[str, ...] = (), why: str = ""
 ) -> ModelStructure:
     """Read a model's structure; all batches of datapoints must share it. `why` says why the data are one datapoint.
 
     Raises `InputError` naming the site, plate or argument; see `JointDensity`.
     """
-    name, read = plate or None, None
-    if plate is None:
-        name, read, why = _find_plate(model, as_indexed(data))
-        make_whole = make_whole or bool(why)
-    indexed = whole(data) if name is None else as_indexed(data)
-    number = indexed.num_datapoints
+    read = None
+    if data.held and plate is not False:
+        name, indexed, found = _held_data(model, data, plate)
+    else:
+        name, read, found = (plate or None, None, "") if plate is not None else _find_plate(model, data.indexed())
+        indexed = whole(data) if name is None else data.indexed()
+    why, make_whole = why or found, make_whole or bool(found)
+    number, is_held = indexed.num_datapoints, isinstance(indexed, HeldData)
     batches = [torch.tensor([0])]
     if name is not None:
         batches = [first_rows(number), *torch.arange(number).split(CHECK_ROWS)]
-    bound: bool | None = None
+    bound: bool | None = True if is_held else None
     layout: dict[str, Site] | None = None
     discrete: dict[str, Discrete] = {}
     unnormalised: set[str] = set()
@@ -109,13 +116,14 @@ def read_model(
     scales: Scales = {}
     for batch in batches:
         args = finite_arguments(indexed.fetch(batch))
-        if read is None:
+        if isinstance(indexed, HeldData):
+            sites = _held_sites(model, args, indexed, batch, str(name))
+        elif read is None:
             sites, bound = model_sites(model, args, batch, ANY_PLATE if make_whole else name, number, bound)
         else:
             sites, bound, read = read, False, None
         if name is not None and name not in (names := frames_of(sites)):
-            known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
-            raise InputError(f"plate: the model has no plate named '{name}' ({known})")
+            raise _no_such_plate(name, names)
         if name is not None and (reason := check_shared(sites, name)):
             return read_model(model, data, False, make_whole=True, drawn=drawn, why=reason)
         check_model_sites(sites, name)
@@ -150,6 +158,7 @@ def read_model(
         enumerated=discrete,
         make_whole=make_whole,
         remarks=(*on_one_datapoint(why), *on_scales(scales, "model"), *on_modes(model, "model")),
+        num_held=number if is_held else None,
         drawn=drawn,
     )
 
@@ -216,6 +225,46 @@ def _find_plate(model: Program, data: IndexedData) -> tuple[str | None, dict[str
     as_they_are = all(frame.size == frame.full_size for frame in frames)
     of_rows = all(frame.size == len(rows) != number for frame in frames if frame.name == name)
     return name, sites if as_they_are and of_rows and name is not None else None, why
+
+
+def _held_data(model: Program, data: Given, plate: str | None) -> tuple[str | None, IndexedData, str]:
+    """As `_find_plate` of a model that holds its data, with the datapoints, which are all of them without a plate."""
+    with steady_plates():
+        sites = sample_sites(model, data.everything())
+    latent_sites(sites)
+    name, why = data_plate(sites) if plate is None else (plate, "")
+    sizes = [f.full_size for site in sites.values() for f in site["cond_indep_stack"] if f.name == name]
+    if plate is not None and not sizes:
+        raise _no_such_plate(plate, frames_of(sites))
+    return name, held(data, sizes[0]) if sizes else whole(data), why
+
+
+def _held_sites(model: Program, args: tuple[Any, ...], data: HeldData, batch: Tensor, plate: str) -> dict[str, Any]:
+    """The sites at some of the datapoints that the model holds; refuses a model that takes all of them every time."""
+    try:
+        with whole_plates(plate, data.rows[batch], num_datapoints=data.size, bound=True):
+            sites = sample_sites(model, args)
+    except ProgramError as error:
+        raise _takes_all(plate, data.size, str(error)) from error
+    for name, site in sites.items():
+        dim = plate_dim(site, plate)
+        event = 0 if is_factor(site["fn"]) else site["fn"].event_dim
+        if dim is not None and site["is_observed"] and site["value"].shape[dim - event :][:1] != (len(batch),):
+            raise _takes_all(plate, data.size, f"site '{name}' has values for other datapoints too")
+    return sites
+
+
+def _takes_all(plate: str, size: int, reason: str) -> InputError:
+    return InputError(
+        f"model: it holds its data itself, and does not run on some of its datapoints ({reason}). Select them by the "
+        f"plate's indices, as in: with pyro.plate('{plate}', {size}) as rows: ... obs=x[rows]; or make the data an "
+        "argument, or pass plate=False to treat the whole data set as one datapoint"
+    )
+
+
+def _no_such_plate(plate: str, names: set[str]) -> InputError:
+    known = f"its plates are {', '.join(sorted(names))}" if names else "it has none"
+    return InputError(f"plate: the model has no plate named '{plate}' ({known})")
 
 
 def model_sites(

@@ -10,14 +10,27 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrogaps.density.layout import leaf
+from pyrogaps.errors import InputError
+
 NUM_ANGLES = 4097
 NUM_TERMS = 256
 
 
+# Latents of these cannot be drawn.
+WITHOUT_DRAWS = {
+    "ImproperUniform": "it has no normalised density, so log p(x) is not defined. Use a proper prior, such as a wide "
+    "Normal",
+}
+
+
 class ExactDraws(Messenger):
-    """Gives every site that is drawn inside a sampler that follows its density."""
+    """Gives every site that is drawn inside a sampler that follows its density; refuses sites that have none."""
 
     def _pyro_sample(self, message: Any) -> None:
+        reason = WITHOUT_DRAWS.get(kind := type(leaf(message["fn"])).__name__)
+        if reason is not None and not message["is_observed"]:
+            raise InputError(f"site '{message['name']}': {kind} as a latent: {reason}")
         message["fn"] = exact(message["fn"])
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from pyrogaps.density.data import as_tuple
+from pyrogaps.density.data import as_tuple, constant_positions, is_constant
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import distribution_mask, unconstrained_mask
 from pyrogaps.density.runs import evaluating
@@ -82,34 +83,43 @@ def simulate(joint: JointDensity, to_data: ToData | None = None) -> tuple[Any, T
     on earlier observations is simulated correctly. A drawn value replaces the argument that its observed value is, or
     is a view of; `to_data(values)`, a function from drawn values by site to the model's arguments, overrides this.
 
-    Returns the data, in the form that `joint` was given (fetched data: the model's arguments), and `z` `(N, dim)`, an
-    exact posterior draw for each datapoint. Discrete latents that are summed out are drawn too, and not returned.
+    Returns the data, in the form that `joint` was given (an `IndexedData`: the model's arguments), and `z` `(N, dim)`,
+    an exact posterior draw for each datapoint. Discrete latents that are summed out are drawn
+    too, and not returned.
 
     Raises `InputError` where re-scoring the simulated data gives a different score than drawing them.
     """
+    args, z = simulated_arguments(joint, to_data)
+    return joint.passed.restored(args[: len(args) - joint.num_given]), z
+
+
+def simulated_arguments(joint: JointDensity, to_data: ToData | None = None) -> tuple[tuple[Any, ...], Tensor]:
+    """As `simulate`, with the model's arguments for the data."""
     if joint.plate is None:
-        args, z = _simulate_rows(joint, torch.zeros(1, dtype=torch.long), to_data)
-        return (args[0] if isinstance(joint.caller_data, Tensor) else args), z
+        return _simulate_rows(joint, torch.zeros(1, dtype=torch.long), to_data)
     parts = [_simulate_rows(joint, batch, to_data) for batch in torch.arange(joint.num_datapoints).split(CHUNK)]
-    args = tuple(_join(position, column) for position, column in enumerate(zip(*(p[0] for p in parts), strict=True)))
-    data = args[0] if isinstance(joint.caller_data, Tensor) else args
-    return data, torch.cat([part[1] for part in parts])
+    flat = [tree_flatten(args) for args, _ in parts]
+    constant = constant_positions(joint.data)
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    leaves = [_join(column, constant=position in constant) for position, column in enumerate(columns)]
+    return as_tuple(tree_unflatten(leaves, flat[0][1])), torch.cat([z for _, z in parts])
 
 
-def _join(position: int, column: tuple[Any, ...]) -> Any:
+def _join(column: tuple[Any, ...], *, constant: bool) -> Any:
     """One argument from those of consecutive batches."""
-    if isinstance(column[0], Tensor):
+    if isinstance(column[0], Tensor) and not constant:
         return torch.cat(column)
-    if len(column) > 1 and not isinstance(column[0], bool | int | float | str | None):
+    if len(column) > 1 and not isinstance(column[0], Tensor) and not is_constant(column[0]):
         raise InputError(
-            f"data: argument {position} is a {type(column[0]).__name__}, of which several chunks cannot be "
-            f"concatenated. Simulate at most {CHUNK} datapoints, or pass tensors to the model"
+            f"data: a {type(column[0]).__name__} among the model's arguments cannot be concatenated from several "
+            f"chunks. Simulate at most {CHUNK} datapoints, or pass tensors to the model"
         )
     return column[0]
 
 
 def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None) -> tuple[tuple[Any, ...], Tensor]:
-    template = tuple(value.clone() if isinstance(value, Tensor) else value for value in joint.fetch(indices))
+    template = as_tuple(tree_map_only(Tensor, Tensor.clone, joint.fetch(indices)))
+    read = joint.passed.arguments
     fixed: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     args = template
@@ -118,7 +128,7 @@ def _simulate_rows(joint: JointDensity, indices: Tensor, to_data: ToData | None)
             draw = _run(joint, args, indices, fixed)
             causal = all(_close(draw, draw.scores[name], score) for name, score in scores.items())
             own = len(args) - joint.num_given
-            args = *feed_back(draw.drawn, draw.observed, args[:own], to_data), *args[own:]
+            args = *feed_back(draw.drawn, draw.observed, args[:own], to_data, read), *args[own:]
             if causal and _scores_agree(joint, draw, args, indices):
                 return args, draw.flat
             # A later site used data that had not been drawn yet: keep one more observed site and all sites before it.
@@ -157,24 +167,35 @@ def _close(draw: DrawModel, left: Tensor, right: Tensor) -> bool:
 
 
 def feed_back(
-    drawn: dict[str, Tensor], observed: dict[str, Tensor], args: tuple[Any, ...], to_data: ToData | None = None
+    drawn: dict[str, Tensor],
+    observed: dict[str, Tensor],
+    args: tuple[Any, ...],
+    to_data: ToData | None = None,
+    read: Callable[[Any], tuple[Any, ...]] = as_tuple,
 ) -> tuple[Any, ...]:
-    """The model's arguments with drawn values in the places of the observed ones, by site.
+    """The model's arguments with drawn values in the places of the observed ones, by site; `read` makes them of what
+    `to_data` returns.
 
     Raises `InputError` naming a site whose observed value is not found in any argument.
     """
     values = {name: drawn[name] for name in observed}
     if to_data is not None:
         with failures_named("to_data"):
-            result = as_tuple(to_data(values))
+            result = read(to_data(values))
         if len(result) != len(args):
             raise InputError(
                 f"to_data: it returned {counted(len(result), 'argument')}, but the model takes {len(args)}"
             )
         return result
-    fresh = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
+    fresh = as_tuple(tree_map_only(Tensor, Tensor.clone, args))
+    places = list(zip(tree_leaves(args), tree_leaves(fresh), strict=True))
     for name, value in observed.items():
-        if not any(_write(value, values[name], old, new) for old, new in zip(args, fresh, strict=True)):
+        if not any(_write(value, values[name], old, new) for old, new in places):
+            if not any(isinstance(old, Tensor) for old, _ in places):
+                raise InputError(
+                    f"site '{name}': the model holds its data itself, so simulated data cannot replace them. Make the "
+                    "data an argument of the model and the guide"
+                )
             raise InputError(
                 f"site '{name}': its observed value is not one of the model's arguments. Pass to_data=, a function "
                 "that converts a dictionary of drawn values by site into the model's arguments"

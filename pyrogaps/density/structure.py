@@ -15,6 +15,7 @@ from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.density.samplers import ExactDraws
 from pyrogaps.density.score import is_bookkeeping
 from pyrogaps.density.state_numbers import states_of
+from pyrogaps.density.support_words import support_words
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named
@@ -40,7 +41,7 @@ def sample_sites(program: Program, args: tuple[Any, ...], what: str = "model") -
 
 def first_sites(program: Program, args: tuple[Any, ...]) -> tuple[dict[str, Message], InputError | None]:
     """The random variables of a run of the model that may fail, and its exception."""
-    with poutine.trace() as tracer:
+    with poutine.trace() as tracer, ExactDraws():
         try:
             with failures_named("model"):
                 program(*args)
@@ -187,9 +188,12 @@ def check_observed(name: str, site: Message) -> bool:
         return True
     if opted_out_of_validation(fn):
         return False
+    outside = value[~inside] if inside.shape == value.shape[: inside.dim()] else value
+    example = f", such as {outside.flatten()[0].item():.4g}," if not element.event_dim else ""
     raise InputError(
-        f"site '{name}': some observed values lie outside the support of its {type(element).__name__} likelihood. "
-        "Transform the data, or set validate_args=False on the likelihood to score them all the same"
+        f"site '{name}': some observed values{example} lie outside the support of its {type(element).__name__} "
+        f"likelihood, {support_words(element)}. Transform the data, or set validate_args=False on the likelihood to "
+        "score them all the same"
     )
 
 

@@ -16,9 +16,13 @@ from pyrogaps.errors import InputError
 REPARAMETRISED = {
     "ProjectedNormal": "reparametrise it: pyro.poutine.reparam(model, {'site': ProjectedNormalReparam()}) of "
     "pyro.infer.reparam, and let the guide draw the site with _normal after its name",
+    "Wishart": "build the matrix from an LKJCholesky site and a site of positive scales",
 }
-# They declare a support of more dimensions than that of their draws, over which their density is none.
-SINGULAR = {"ExpRelaxedCategorical": "use RelaxedOneHotCategorical, whose draws are the exponentials"}
+# Their draws do not fill the support that they declare, or lie with positive probability at a point of it.
+SINGULAR = {
+    "ExpRelaxedCategorical": "use RelaxedOneHotCategorical, whose draws are the exponentials",
+    "ZeroInflatedDistribution": "its zeros have a probability of their own; draw a Bernoulli site for them beside it",
+}
 
 # They declare the real line, over which their periodic densities have no finite integral, but draw from one turn.
 CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")

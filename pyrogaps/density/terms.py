@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density.bijective import BijectiveMap, check_bijective
+from pyrogaps.density.differing import differs, does_not_fit
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
@@ -148,14 +149,11 @@ def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
         if joint.plate is None:
             here, there = here.flatten(), there.flatten()
         if here.shape != there.shape and name in own:
-            return _does_not_fit(name, message, joint)
+            return does_not_fit(name, message, joint)
         if here.shape != there.shape or torch.allclose(here, there, rtol=1e-4, atol=1e-5):
             continue
         if name in own:
-            return InputError(
-                f"site '{name}': the guide's support {support_of(message['fn'])} differs from the model's. Use a "
-                "distribution with the model's support, or transform one to it"
-            )
+            return differs(name, message, joint)
         return InputError(f"site '{name}': the guide's Delta has other values than the auxiliary draw")
     return None
 
@@ -179,7 +177,7 @@ def _term(name: str, message: Any, site: Site, joint: JointDensity, *, unconstra
     """A term with the guide's own row axis; its values must fit the model site's columns."""
     laid_out = _laid_out(site, message, joint, unconstrained=unconstrained)
     if laid_out.size != site.size:
-        raise _does_not_fit(site.name, message, joint)
+        raise does_not_fit(site.name, message, joint)
     return GuideSite(name, laid_out, unconstrained)
 
 
@@ -201,15 +199,6 @@ def _laid_out(site: Site, message: Any, joint: JointDensity, *, unconstrained: b
         del rest[axis]
         shape = tuple(rest)
     return replace(site, shape=shape, axis=axis, event_dim=fn.event_dim, unconstrained_event_dim=event_dim)
-
-
-def _does_not_fit(name: str, message: Any, joint: JointDensity) -> InputError:
-    shape = tuple(message["value"].shape)
-    expected = joint.constrain(joint.zeros(1)[None], torch.zeros(1, dtype=torch.long))[name].shape[2:]
-    return InputError(
-        f"site '{name}': the guide's value has shape {shape}, but the model's value has shape {tuple(expected)} per "
-        "datapoint. Give its distribution in the guide the model's batch shape, plates and to_event"
-    )
 
 
 def _flat_term(deltas: list[str], auxiliary: dict[str, Any], joint: JointDensity) -> GuideSite | None:

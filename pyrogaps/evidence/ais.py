@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ class AIS(Evidence):
     target_acceptance: Probability = 0.9
     num_pilot_chains: Annotated[int, within("of at least 2 and at most 10000")] = 4
     num_pilot_temperatures: Temperatures = 20
+
+    more: ClassVar[str] = "Raise num_temperatures of AIS"
 
     @property
     def num_chains_at_once(self) -> int:

@@ -14,7 +14,7 @@ sampling. As a ratio of means, the result is consistent but biased, in either di
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,8 @@ class Bridge(Evidence):
     num_temperatures: Temperatures = 16
     num_leapfrog: Count = 1
     target_acceptance: Probability = 0.8
+
+    more: ClassVar[str] = "Raise num_temperatures of Bridge"
 
     @property
     def num_chains_at_once(self) -> int:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -63,6 +64,8 @@ class Ladder(LadderSettings, Evidence):
 
     Raises `InputError` for a setting out of range.
     """
+
+    more: ClassVar[str] = "Lower tolerance of Ladder, or raise its max_evaluations"
 
     @property
     def num_chains_at_once(self) -> int:

@@ -91,6 +91,9 @@ class Evidence(ABC):
     `evidence: {class_path: my.module.MyEvidence, init_args: {...}}`.
     """
 
+    more: ClassVar[str] = "Spend more on the evidence"
+    """How to spend more on it, in words."""
+
     @property
     def num_chains_at_once(self) -> int:
         """Chains or draws of a datapoint that are held at once, by which chunks are sized."""

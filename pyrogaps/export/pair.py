@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
-from pyrogaps.density.data import whole
+from pyrogaps.density import Data, GuideDensity, JointDensity
 from pyrogaps.density.draws import Posterior, is_posterior
+from pyrogaps.density.forms import whole
 from pyrogaps.density.plates import steady_plates
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.structure import first_sites
@@ -36,11 +35,8 @@ def pair_of(model: Program, guide: Any, data: Data, plate: Plate) -> tuple[Joint
 
 def _latents_outside(model: Program, data: Data, plate: Plate) -> bool:
     """Whether some latents lie outside the plates of the observed sites."""
-    tensors = data if isinstance(data, list | tuple) else (data,)
-    if not isinstance(data, IndexedData) and not all(isinstance(tensor, Tensor) for tensor in tensors):
-        return False
     with seeded(0, "structure"), evaluating(model), torch.no_grad(), steady_plates():
-        sites, _ = first_sites(model, whole(data).fetch(torch.zeros(1, dtype=torch.long)))
+        sites, _ = first_sites(model, whole(data, model).fetch(torch.zeros(1, dtype=torch.long)))
     names = {name: {frame.name for frame in site["cond_indep_stack"]} for name, site in sites.items()}
     latent = [names[name] for name, site in sites.items() if not site["is_observed"]]
     if isinstance(plate, str):

@@ -9,7 +9,6 @@ import xarray as xr
 from torch import Tensor
 
 from pyrogaps.chunk_cache import Arrays
-from pyrogaps.density import Data
 from pyrogaps.gaps.finite import described, is_finite
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import OWN, TRACE, Measure
@@ -54,7 +53,7 @@ def assemble(
     if not finite.all():
         infinite = described(per_datapoint, measure.problem, run, measure.num_particles)
         provenance = {**provenance, "infinite": infinite}
-    observed = observed_of(measure.problem.joint.caller_data)
+    observed = observed_of(measure.problem.joint.passed.tensor)
     ledger = GapLedger(per_datapoint, _traces(traces, families, provenance), observed, provenance, xr.Dataset())
     return with_gaps(ledger, terms)
 
@@ -86,10 +85,9 @@ def _traces(traces: Arrays, families: list[str], provenance: dict[str, Any]) -> 
     )
 
 
-def observed_of(data: Data) -> xr.Dataset:
+def observed_of(tensor: Tensor | None) -> xr.Dataset:
     """The data, where they are one tensor of moderate size: pictures show the datapoints that are explained worst."""
-    tensor = data[0] if isinstance(data, tuple) and len(data) == 1 else data
-    if not isinstance(tensor, Tensor) or tensor.numel() > MAX_OBSERVED or tensor.dim() == 0:
+    if tensor is None or tensor.numel() > MAX_OBSERVED or tensor.dim() == 0:
         return xr.Dataset()
     dims = ["datapoint", *[f"x_dim_{axis}" for axis in range(tensor.dim() - 1)]]
     return xr.Dataset({"x": (dims, tensor.detach().cpu().numpy())})

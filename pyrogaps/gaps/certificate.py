@@ -62,10 +62,8 @@ def cautions(certificate: xr.Dataset, inference_gap: float, last_gap: str) -> It
     width = float((certificate["upper"] - certificate["lower"]).mean())
     gain = float(certificate["gain"].mean())
     if width > abs(inference_gap) / 10:
-        yield (
-            f"log p(x) may be {width:.3f} nats higher than measured (BDMC). Raise num_temperatures of AIS or Bridge, "
-            "or lower tolerance of Ladder"
-        )
+        more = certificate.attrs.get("more", "Spend more on the evidence")
+        yield f"log p(x) may be {width:.3f} nats higher than measured (BDMC). {more}"
     if gain > abs(inference_gap) / 10:
         yield (
             f"a longer refinement gains {gain:.3f} nats; the approximation gap is too large and the {last_gap} too "

@@ -3,11 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
+import torch
 import xarray as xr
+from torch.utils._pytree import tree_leaves
 
+from pyrogaps import memory
 from pyrogaps.bounds import log_weights_of
+from pyrogaps.density import JointDensity
 from pyrogaps.density.data import part_of
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.evidence import AIS
 from pyrogaps.evidence.bdmc import two_sided
 from pyrogaps.gaps.certificate import Certificate
@@ -25,6 +29,21 @@ def check_certifiable(measure: Measure) -> None:
             f"certificate: the guide's plate '{measure.problem.plate}' has the size of the data set, so the guide has "
             "no parameters for simulated datapoints. Define a method local_family(model) that returns a new guide, or "
             "leave certificate out"
+        )
+
+
+def check_size(joint: JointDensity, settings: Certificate, max_memory: int | str | None) -> None:
+    """Raise `InputError` for simulated data that do not fit the memory."""
+    first = torch.zeros(1, dtype=torch.long)
+    leaves = [leaf for leaf in tree_leaves(joint.fetch(first)) if isinstance(leaf, torch.Tensor)]
+    each = sum(leaf.numel() * leaf.element_size() for leaf in [*leaves, joint.zeros(1)])
+    number = settings.num_simulated if joint.plate is not None else 1
+    room = memory.available() * 4 // 5 if max_memory is None else memory.parse_bytes(max_memory)
+    if number * each > room:
+        raise InputError(
+            f"certificate.num_simulated: {counted(number, 'datapoint')} take {memory.format_bytes(number * each)}, and "
+            f"{memory.format_bytes(room)} are left. Use at most {room // each}; {Certificate.num_simulated} are the "
+            "default"
         )
 
 
@@ -59,4 +78,6 @@ def certify(measure: Measure, per_datapoint: xr.Dataset, settings: Certificate, 
     columns = {name: ("simulated", value.cpu().numpy(), {"units": "nats"}) for name, value in bounds.items()}
     gains = {"gain": gain, "gain_mcse": error}
     columns |= {name: ("refined_again", value, {"units": "nats"}) for name, value in gains.items()}
-    return xr.Dataset(columns, {"refined_again": chosen.numpy()}, {"longer": settings.longer})
+    return xr.Dataset(
+        columns, {"refined_again": chosen.numpy()}, {"longer": settings.longer, "more": evidence.evidence.more}
+    )

@@ -18,11 +18,11 @@ from pyrogaps.evidence import AIS, Evidence, Ladder, Measurement
 from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble, with_gaps
 from pyrogaps.gaps.certificate import Certificate
-from pyrogaps.gaps.certify import certify, check_certifiable
+from pyrogaps.gaps.certify import certify, check_certifiable, check_size
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import OWN, Measure, reached
 from pyrogaps.gaps.other_starts import with_other_starts
-from pyrogaps.gaps.retrain import Split
+from pyrogaps.gaps.retrain import Split, check_trainable
 from pyrogaps.gaps.sizes import Sizes, sizes_of
 from pyrogaps.gaps.terms import Term
 from pyrogaps.problem import Problem
@@ -70,6 +70,10 @@ class Decomposition:
                 f"split: the guide has point estimates of {quoted(given.names)}, which retraining would move. Leave "
                 "split out, or make them parameters of the model (pyro.param)"
             )
+        if self.split is not None:
+            check_trainable(self.problem.guide)
+        if self.certificate is not None:
+            check_size(self.problem.joint, self.certificate, self.max_memory)
 
     def ledger(self, terms: Sequence[Term]) -> GapLedger:
         """Measure everything."""
@@ -144,7 +148,7 @@ class Decomposition:
 
     def _training_problem(self, split: Split) -> Problem:
         problem = self.problem
-        return Problem.of(problem.model, problem.guide, split.measured()[0], problem.plate, problem.mode)
+        return Problem.of(problem.model, problem.guide, split.measured(problem.model)[0], problem.plate, problem.mode)
 
 
 def _provenance(measure: Measure, run: Run) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from torch import nn
 from pyrogaps.conditioning import SimulatedData
 from pyrogaps.density import Data, IndexedData
 from pyrogaps.density.autoguides import copied
-from pyrogaps.density.data import as_indexed, part_of, rows_of
+from pyrogaps.density.data import part_of, rows_of
+from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError, reason_of
 from pyrogaps.run import Run
@@ -73,14 +74,14 @@ class Split:
     train_data: Data = field(repr=False)
     retraining: Retraining = field(default_factory=Retraining)
 
-    def measured(self) -> tuple[IndexedData, torch.Tensor]:
+    def measured(self, model: Program | None = None) -> tuple[IndexedData, torch.Tensor]:
         """The training datapoints that bounds are measured on, and their indices; simulated ones are drawn once."""
-        indexed, most = as_indexed(self.train_data), self.retraining.num_datapoints
+        indexed, most = as_indexed(self.train_data, model), self.retraining.num_datapoints
         if not isinstance(indexed, SimulatedData):
             return part_of(indexed, len(indexed) if most is None else most)
         indices = torch.arange(min(len(indexed), most or len(indexed)))
         with seeded(0, "measured training data"):
-            return rows_of(indexed.fetch(indices), len(indices)), indices
+            return rows_of(indexed.fetch(indices), len(indices), indexed), indices
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,15 @@ class Start:
         return {"start": name, "elbo": self.bounds, "converged": self.converged, "kept": kept}
 
 
+def check_trainable(guide: Any) -> None:
+    """Refuse a guide of which no copies can be trained."""
+    if not isinstance(guide, nn.Module):
+        raise InputError(
+            "split: the guide must be an nn.Module, so that copies of it can be trained. Write it as one, its networks "
+            "as attributes and its code in forward, or leave split out"
+        )
+
+
 def retrain(
     model: Program,
     guide: Program,
@@ -124,11 +134,8 @@ def retrain(
 
     Raises `InputError` for a guide that is no module, and where training diverges.
     """
-    if not isinstance(guide, nn.Module):
-        raise InputError(
-            "split: the guide must be an nn.Module, so that copies of it can be trained. Pass such a guide, or leave "
-            "split out"
-        )
+    check_trainable(guide)
+    assert isinstance(guide, nn.Module)
     candidates = _candidates(guide, split.retraining.num_restarts, run)
     starts = [_trained_on(model, candidate, split, bound, run, folder) for candidate in candidates]
     return sorted(starts, key=lambda start: -max(start.bounds))

@@ -10,7 +10,7 @@ import xarray as xr
 
 from pyrogaps.conditioning import declared
 from pyrogaps.density import Data
-from pyrogaps.density.data import as_given
+from pyrogaps.density.forms import as_given
 from pyrogaps.density.hierarchy import Hierarchy, SharedDraws
 from pyrogaps.density.remarks import quoted
 from pyrogaps.density.runs import Program
@@ -89,7 +89,7 @@ class SharedDecomposition:
         )
         traces = xr.concat([ledger.traces for ledger in ledgers], "draw", join="override").mean("draw")
         provenance = {**self._provenance(ledgers), "shared": {**shared.attrs, "settings": vars(self.settings)}}
-        observed = observed_of(as_given(self.data))
+        observed = observed_of(as_given(self.data).tensor)
         provenance["remarks"] = [*provenance["remarks"], *_on_global_gap(gap)]
         return GapLedger(per_datapoint, traces, observed, provenance, gaps_of(columns, terms), shared=shared)
 

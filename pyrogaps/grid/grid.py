@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
 
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import Posterior
@@ -82,7 +81,7 @@ def posterior_grid(
         with seeded(seed, "posterior grid", index, device=joint.device), torch.no_grad():
             panels.append(_Panel(joint, posteriors, index).evaluate(num_points))
     variables = {name: (DIMS[name], np.stack([panel[name] for panel in panels])) for name in DIMS}
-    variables |= _observed(data, indices, joint)
+    variables |= _observed(indices, joint)
     names = [TRUE, *posteriors]
     dataset = xr.Dataset(variables, {"datapoint": indices, "posterior": names}).set_coords(["grid_1", "grid_2"])
     for name in ("log_evidence", "log_evidence_error", "gap"):
@@ -172,10 +171,10 @@ def _divergence(density: Array, log_q: Array | None, log_p: Array, cell: float) 
     return float((density[held] * (log_q[held] - log_p[held])).sum() * cell)
 
 
-def _observed(data: Data, indices: list[int], joint: JointDensity) -> dict[str, tuple[tuple[str, ...], Any]]:
+def _observed(indices: list[int], joint: JointDensity) -> dict[str, tuple[tuple[str, ...], Any]]:
     """The datapoints themselves, where they are rows of one tensor."""
-    tensor = data[0] if isinstance(data, tuple) and len(data) == 1 else data
-    if not isinstance(tensor, Tensor) or joint.plate is None:
+    tensor = joint.passed.tensor
+    if tensor is None or joint.plate is None:
         return {}
     x = tensor[indices].detach().cpu().numpy()
     return {"x": (("datapoint", *(f"x_dim_{k}" for k in range(x.ndim - 1))), x)}

@@ -9,7 +9,7 @@ from pyrogaps.mapa.kernels import BernoulliKernel, GaussianKernel, Kernel
 from pyrogaps.mapa.posterior import MapaPosterior, mapa_posterior
 from pyrogaps.mapa.prior import MonotoneTransport, recovered_prior, recovered_transport
 from pyrogaps.mapa.recovered import RecoveredPrior
-from pyrogaps.mapa.settings import Mapa, train_by_mapa
+from pyrogaps.mapa.settings import Mapa, rehearse_mapa, train_by_mapa
 
 __all__ = [
     "MAPA_ELBO",
@@ -29,5 +29,6 @@ __all__ = [
     "mapa_posterior",
     "recovered_prior",
     "recovered_transport",
+    "rehearse_mapa",
     "train_by_mapa",
 ]

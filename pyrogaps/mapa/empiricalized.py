@@ -7,7 +7,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrogaps.density import Data
-from pyrogaps.density.data import as_indexed
+from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.layout import leaf
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.errors import InputError
@@ -79,7 +79,7 @@ def empiricalized_posterior(
     Raises:
         InputError: as `EmpiricalizedModel`, and where a likelihood is NaN or infinite.
     """
-    indexed = as_indexed(data)
+    indexed = as_indexed(data, model)
     number = checked_number(num_neighbours, len(indexed))
     joint = EmpiricalizedModel(model, encoder, indexed, plate)
     size = first_argument(indexed)[0].numel()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyrogaps.density import Data, IndexedData
-from pyrogaps.density.data import all_indices, as_indexed
+from pyrogaps.density.data import all_indices
+from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.structure import check_finite
 from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import guarded
@@ -152,7 +153,8 @@ def kernel_named(name: str, bandwidth: float | None) -> Kernel:
 
 def first_argument(data: IndexedData) -> Tensor:
     """The first argument of all datapoints, `(N, *event)`. Raises `InputError` where it is no such tensor."""
-    x = data.fetch(all_indices(data))[0]
+    args = data.fetch(all_indices(data))
+    x = args[0] if args else None
     if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != data.num_datapoints:
         raise InputError(
             f"data: the first argument must be a tensor of {counted(data.num_datapoints, 'datapoint')} for the kernel "

@@ -9,7 +9,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyrogaps.density import Data
-from pyrogaps.density.data import as_indexed
+from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel
@@ -72,7 +72,7 @@ class RecoveredPrior(nn.Module):
         Raises:
             InputError: as `EmpiricalizedModel` and `recovered_prior`.
         """
-        indexed = as_indexed(data)
+        indexed = as_indexed(data, self.model)
         joint = EmpiricalizedModel(self.model, encoder, indexed, plate)
         with torch.no_grad():
             latents = [

@@ -1,19 +1,22 @@
 """`Mapa`: settings of training a model by MAPA before its guide; and `train_by_mapa`, which trains it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from pyrogaps.density import Data
-from pyrogaps.density.data import as_indexed
+from pyrogaps.density.data import part_of
+from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.iwae import MAPA_IWAE_ELBO
 from pyrogaps.mapa.posterior import MapaPosterior, checked_number, kernel_named, mapa_posterior
 from pyrogaps.settings import Count, Plate, Positive, Whole, checked
-from pyrogaps.training import Training, TrainingResult, train
+from pyrogaps.training import Training, TrainingResult, rehearse_training, section_named, train
+
+REHEARSED = 256  # datapoints
 
 
 @checked("mapa")
@@ -63,13 +66,13 @@ class Mapa:
             return MAPA_ELBO(posterior, replacement=self.replacement, **shared)
         return MAPA_IWAE_ELBO(posterior, num_draws=self.num_draws, **shared)
 
-    def check(self, data: Data, *, encoded: bool) -> None:
+    def check(self, data: Data, *, encoded: bool, model: Program | None = None) -> None:
         """Raise `InputError` for a bandwidth or sizes that do not fit the data, without searching neighbours."""
         try:
             kernel_named(self.likelihood, self.bandwidth)
         except InputError as error:
             raise InputError(f"mapa.bandwidth: {str(error).removeprefix('bandwidth: ')}") from error
-        indexed = as_indexed(data)
+        indexed = as_indexed(data, model)
         try:
             size = len(indexed), checked_number(self.num_neighbours, len(indexed))
             self.bound(MapaPosterior(indexed, *torch.empty(2, *size, device="meta")), None, encoded=encoded)
@@ -103,6 +106,7 @@ def train_by_mapa(
     Raises:
         InputError, FloatingPointError: as `mapa_posterior`, the bound, `train` and `recover`.
     """
+    data = as_indexed(data, model)
     posterior = mapa_posterior(
         data, settings.likelihood, bandwidth=settings.bandwidth, num_neighbours=settings.num_neighbours
     )
@@ -112,3 +116,25 @@ def train_by_mapa(
     if encoder is not None and hasattr(model, "recover"):
         model.recover(encoder, data, plate=plate, seed=seed)
     return result
+
+
+def rehearse_mapa(
+    model: Program,
+    encoder: Program | None,
+    guide: Program,
+    data: Data,
+    settings: Mapa,
+    *,
+    plate: Plate = None,
+    seed: int = 0,
+) -> None:
+    """Raise what `train_by_mapa` would raise at its first loss, which is computed on a part of the data."""
+    indexed = as_indexed(data, model)
+    number = min(len(indexed), max(REHEARSED, settings.num_top + settings.num_samples + 1))
+    part, _ = part_of(indexed, number)
+    neighbours = None if settings.num_neighbours is None else min(number, settings.num_neighbours)
+    posterior = mapa_posterior(part, settings.likelihood, bandwidth=settings.bandwidth, num_neighbours=neighbours)
+    bound = settings.bound(posterior, plate, encoded=encoder is not None)
+    chosen = replace(settings.training, objective=bound)
+    with section_named("mapa.training"):
+        rehearse_training(model, guide if encoder is None else encoder, part, None, chosen, seed)

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrogaps.density import JointDensity
-from pyrogaps.density.data import selected
+from pyrogaps.density.data import HeldData, selected
 from pyrogaps.density.plates import whole_plates
 from pyrogaps.density.runs import evaluating
 from pyrogaps.errors import InputError
@@ -42,7 +42,8 @@ def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Modu
         # Pyro's param store would hand this guide the parameters of any other of the same name.
         guide._pyro_set_supermodule(f"{type(guide).__name__}_{next(_serial)}", guide._pyro_context)
     args = joint.fetch(indices)
-    plates = whole_plates(joint.plate, indices, num_datapoints=len(indices))
+    held = joint.data.rows[indices] if isinstance(joint.data, HeldData) else None
+    plates = whole_plates(joint.plate, indices, num_datapoints=len(indices), held=held)
     with plates, failures_named(f"guide of family {_name(family)}"):
         guide(*args)
     return guide

@@ -1,6 +1,6 @@
 """Training by stochastic variational inference: warm-up, entropy annealing, schedules, early stopping, checkpoints."""
 
-from pyrogaps.training.loop import rehearse_training, train
+from pyrogaps.training.loop import rehearse_training, section_named, train
 from pyrogaps.training.schedules import Constant, Cosine, Exponential, Schedule, Staircase
 from pyrogaps.training.settings import Training, TrainingResult
 from pyrogaps.training.weights import load_model_weights, load_weights, save_weights
@@ -17,5 +17,6 @@ __all__ = [
     "load_weights",
     "rehearse_training",
     "save_weights",
+    "section_named",
     "train",
 ]

@@ -1,6 +1,7 @@
 """`train`: stochastic variational inference of a model and a guide."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from pyro.infer import ELBO
 from torch.optim import Optimizer
 
 from pyrogaps.density.data import Data
+from pyrogaps.density.forms import check_present
 from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
@@ -22,7 +24,7 @@ from pyrogaps.training.trainer import Trainer
 def train(
     model: Program,
     guide: Program,
-    data: Data,
+    data: Data | None = None,
     *,
     num_epochs: Count = 100,
     batch_size: Count = 100,
@@ -92,6 +94,7 @@ def train(
     """
     for program, what in ((model, "model"), (guide, "guide")):
         check_callable(program, what)
+    check_present(model, data, "Pass the data that the model is called with")
     settings = Training(
         num_epochs, batch_size, learning_rate, schedule, optimizer, optimizer_options or {},
         kl_warmup, entropy_annealing, clip_norm, num_particles, patience, freeze_model, objective, guide_steps, mode,
@@ -105,8 +108,21 @@ def train(
 
 @guarded
 def rehearse_training(
-    model: Program, guide: Program, data: Data, validation: Data | None, settings: Training, seed: int
+    model: Program, guide: Program, data: Data | None, validation: Data | None, settings: Training, seed: int
 ) -> None:
     """Raise what `train` would raise before its first step is taken. Model and guide may get their parameters here."""
     with modes_restored(model, guide), torch.enable_grad():
         Trainer(model, guide, data, validation, settings, seed, None).rehearse()
+
+
+@contextmanager
+def section_named(section: str) -> Iterator[None]:
+    """Say in which section of a recipe the settings of a training are that fails."""
+    try:
+        yield
+    except InputError as error:
+        if not str(error).startswith("training: "):
+            raise
+        raise InputError(f"{section}: {str(error).removeprefix('training: ')}") from error
+    except FloatingPointError as error:
+        raise InputError(f"{section}: the first loss is not finite ({error})") from error

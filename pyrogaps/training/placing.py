@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from pyrogaps.density.data import IndexedData
+from pyrogaps.density.data import IndexedData, as_tuple
 from pyrogaps.density.runs import Program
 from pyrogaps.training.weights import all_modules
 
@@ -27,7 +28,7 @@ def on_device(data: IndexedData, device: torch.device | str | None) -> IndexedDa
         return data
 
     def fetch(indices: Tensor) -> tuple[Any, ...]:
-        return tuple(item.to(device) if isinstance(item, Tensor) else item for item in data.fetch(indices))
+        return as_tuple(tree_map_only(Tensor, lambda item: item.to(device), data.fetch(indices)))
 
     return IndexedData(len(data), fetch)
 

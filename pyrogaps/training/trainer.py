@@ -11,7 +11,9 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor, nn
 
-from pyrogaps.density.data import Data, IndexedData, as_indexed
+from pyrogaps.density.arguments import check_same_order
+from pyrogaps.density.data import Data, IndexedData
+from pyrogaps.density.forms import as_given, as_indexed
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError, counted
 from pyrogaps.family import augmented
@@ -39,7 +41,7 @@ class Trainer:
         self,
         model: Program,
         guide: Program,
-        data: Data,
+        data: Data | None,
         validation: Data | None,
         settings: Training,
         seed: int,
@@ -48,8 +50,10 @@ class Trainer:
         self.model, self.guide, self.settings = model, guide, settings
         self.seed = seed
         self.device = place(all_modules(model, guide), device)
-        self.data = on_device(as_indexed(data), device)
-        self.validation = None if validation is None else on_device(as_indexed(validation), device)
+        given = as_given(data, model)
+        check_same_order(guide, given.names)
+        self.data = on_device(as_indexed(given), device)
+        self.validation = None if validation is None else on_device(as_indexed(validation, model), device)
         self.batch_size = min(settings.batch_size, len(self.data))
         # A guide with auxiliary variables needs a model that includes a reverse model for them.
         self.augmented = augmented(model, guide)
@@ -125,10 +129,18 @@ class Trainer:
     def rehearse(self) -> None:
         """Compute the first loss with its graph, as a step does, and take no step."""
         objective, first = self.objective, torch.arange(self.batch_size)
-        if isinstance(objective, Objective):
-            with self._evaluating("rehearsal"):
-                objective.begin(len(first))
-                objective.differentiable_loss(objective.model, objective.guide, *self._args(self.data, first))
+        with self._evaluating("rehearsal"):
+            objective.begin(len(first))
+            args = self._args(self.data, first)
+            if isinstance(objective, Objective):
+                loss = float(objective.differentiable_loss(objective.model, objective.guide, *args).detach())
+            else:
+                loss = -objective.evaluate(*args)
+        if not math.isfinite(loss):
+            raise InputError(
+                f"training: the first loss is {loss}. Check the data for NaN and outliers, and the initial weights: "
+                "every datapoint needs a finite density at the guide's draws"
+            )
 
     def run(self, path: File | None, progress: bool) -> TrainingResult:
         checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)

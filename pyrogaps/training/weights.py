@@ -12,7 +12,8 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import constraints as torch_constraints
 
-from pyrogaps.density.data import Data, as_indexed
+from pyrogaps.density.data import Data
+from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError, counted
 from pyrogaps.files import is_sealed, replacing, seal
@@ -92,7 +93,7 @@ def load_model_weights(path: str | Path, model: Program, guide: Program, data: D
 
 def _loose_parameters(model: Program, data: Data) -> list[str]:
     """Names of the store parameters that `model` registers and that belong to no module."""
-    indexed = as_indexed(data)
+    indexed = as_indexed(data, model)
     owned = {id(value) for module in modules_of(model) for value in module.parameters()}
     with torch.no_grad(), seeded(0, "set up"), poutine.trace(param_only=True) as capture:
         model(*indexed.fetch(torch.arange(min(len(indexed), 2))))
@@ -101,7 +102,7 @@ def _loose_parameters(model: Program, data: Data) -> list[str]:
 
 
 def _run_once(model: Program, guide: Program, data: Data) -> None:
-    indexed = as_indexed(data)
+    indexed = as_indexed(data, model)
     rows = len(indexed) if isinstance(guide, AutoGuide) else min(len(indexed), 2)
     with torch.no_grad(), seeded(0, "set up"):
         args = indexed.fetch(torch.arange(rows))

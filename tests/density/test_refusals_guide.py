@@ -223,10 +223,10 @@ def test_autoguide_trained_on_other_data() -> None:
 @pytest.mark.parametrize(
     ("fn", "word"),
     [
-        (dist.Normal(1.0, 0.1), "Real"),
-        (dist.Beta(2.0, 2.0), "Interval"),
-        (dist.Uniform(0.0, 4.0), "Interval"),
-        (dist.Pareto(torch.tensor(1.0), torch.tensor(3.0)), "Greater"),
+        (dist.Normal(1.0, 0.1), "the real line"),
+        (dist.Beta(2.0, 2.0), "(0, 1)"),
+        (dist.Uniform(0.0, 4.0), "(0, 4)"),
+        (dist.Pareto(torch.tensor(1.0), torch.tensor(3.0)), "the reals above 1"),
     ],
 )
 def test_supports_that_differ(fn: Any, word: str) -> None:

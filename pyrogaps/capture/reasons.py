@@ -1,0 +1,56 @@
+"""Why a model cannot be recorded: the line of the user's code that prevents it, and what to write instead."""
+
+import linecache
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pyrogaps.guard import innermost_place
+
+# What a line holds that reads values, and what to write instead. The first that fits is named.
+INSTEAD = (
+    (r"one_hot\(", "F.one_hot reads the values of its argument. Write torch.eye(num_classes)[k]"),
+    (r"^assert\b", "An assertion reads values. Leave it out, or check the data once before"),
+    (r"^(if|elif|while)\b|\bif\b.*\belse\b", "A branch reads a value. Write torch.where(condition, a, b)"),
+    (r"\.item\(|\.tolist\(|\bfloat\(|\bint\(|\bbool\(", "It reads a value into Python. Keep it a tensor"),
+    (r"nonzero|unique|masked_select|argwhere", "Its result's shape depends on values. Write torch.where over all rows"),
+    (r"numpy|\bnp\.", "NumPy reads values. Write it with torch"),
+)
+OTHERWISE = "It reads values of tensors. Write operations whose shapes and branches do not depend on values"
+WRONG = (
+    "a record of it gives other values than Pyro. It computes with values outside torch (NumPy, .tolist()) or with "
+    "something that changed meanwhile and is neither an argument nor a parameter. Write it with torch, on these"
+)
+_shown: dict[Any, Any] = {}
+
+
+class WrongRecord(ValueError):
+    """A record that gives other values than the program it was made of."""
+
+
+def warn_of(error: Exception, mode: str, *, eager: bool) -> None:
+    """Warn that a model runs in a slower mode than `mode`, and why; once for each line of a program."""
+    cost = (
+        "Every evaluation therefore runs it through Pyro, often several times slower"
+        if eager
+        else "Its record is replayed without torch.compile, which is slower"
+    )
+    file, line, reason = _reason(error)
+    text = f"model: cannot be {mode}, because {reason}. {cost}."
+    # In the user's file, and with one registry, so that Python shows it once whoever asks.
+    warnings.warn_explicit(text, UserWarning, file, line, registry=_shown)
+
+
+def _reason(error: Exception) -> tuple[str, int, str]:
+    """File and line of the user's code, and the reason in words."""
+    if isinstance(error, WrongRecord):
+        return __file__, 1, WRONG
+    place = innermost_place(error.__cause__ or error)
+    if place is None:
+        return __file__, 1, f"recording it ended in a {type(error).__name__}"
+    file, number = place
+    source = linecache.getline(file, number).strip()
+    instead = next((remedy for pattern, remedy in INSTEAD if re.search(pattern, source)), OTHERWISE)
+    shown = f", `{source if len(source) <= 80 else source[:77] + '...'}`" if source else ""
+    return file, number, f"of line {number} of {Path(file).name}{shown}. {instead}"

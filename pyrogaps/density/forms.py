@@ -1,0 +1,318 @@
+"""What a caller passes as data, as the arguments of a model, and arguments in the caller's form again."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from pyrogaps.density.arguments import Parameters, names_filled, parameters_of
+from pyrogaps.density.data import Data, HeldData, IndexedData, as_tuple, check_tensor, is_constant
+from pyrogaps.density.items import COLLECT, Rows, batches_of, items_of, plain, whole_tensors
+from pyrogaps.density.runs import Program
+from pyrogaps.errors import InputError
+
+Args = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Data in a caller's form.
+
+    Attributes:
+        everything: the model's arguments for all data at once, not indexed.
+        indexed: the datapoints, by index; raises `InputError` where the data have no axis of datapoints.
+        restored: arguments like those of `everything` in the caller's form.
+        arguments: data in the caller's form as arguments.
+        names: the model's parameters that data by name fill, in the order of the arguments; None for other data.
+        in_memory: the arguments where they are at hand; None where they are fetched.
+    """
+
+    everything: Callable[[], Args]
+    indexed: Callable[[], IndexedData]
+    restored: Callable[[Args], Any]
+    arguments: Callable[[Any], Args]
+    names: tuple[str, ...] | None = None
+    in_memory: Args | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether no argument has datapoints, so that the model holds the data itself."""
+        return self.in_memory is not None and all(is_constant(leaf) for leaf in tree_leaves(self.in_memory))
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The one tensor that the data are; None for other data."""
+        args = self.in_memory or ()
+        return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else None
+
+
+def as_given(data: Data | Given | None, model: Program | None = None) -> Given:
+    """`data` as arguments of `model`, by its signature; None where the data are not for a model.
+
+    Raises `InputError` for what cannot be indexed, and arrays and tensors without usable numbers.
+    """
+    if isinstance(data, Given):
+        return data
+    if isinstance(data, IndexedData):
+        return Given(lambda: data.fetch(torch.arange(len(data))), lambda: data, lambda args: args, as_tuple)
+    taken = None if model is None else parameters_of(model)
+    if isinstance(data, DataLoader | Dataset):
+        tensors = whole_tensors(data)
+        if tensors is not None:
+            return _in_memory(tensors, lambda args: TensorDataset(*plain(args)), as_tuple)
+        return _by_item(data, taken)
+    if isinstance(data, Iterator):
+        raise InputError(f"data: a {type(data).__name__} has no items to select by index. {COLLECT}")
+    if isinstance(data, Mapping):
+        return _mapping(data, taken)
+    if isinstance(data, list) and not _are_numbers(data) and not _are_arguments(data, taken):
+        return _by_item(data, taken)
+    if isinstance(data, PackedSequence):
+        raise InputError(
+            "data: a PackedSequence has no axis of datapoints. Pass the padded sequences and their lengths, and pack "
+            "them inside the programs"
+        )
+    if isinstance(data, list | tuple) and not _are_numbers(data):
+        return _several(data)
+    if data is None:
+        return _in_memory((), lambda args: None, as_tuple)
+    if not isinstance(data, Tensor | np.ndarray | list) and not _is_frame(data) and not _is_array(data):
+        if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes | tuple):
+            return _by_item(data, taken)
+        raise InputError(
+            f"data: expected a tensor or a tuple of tensors whose first axis is the data plate, got "
+            f"{type(data).__name__}. Pass tensors, arrays, a dictionary of them or a Dataset, or wrap what you have in "
+            "IndexedData(num_datapoints, fetch)"
+        )
+    back = _back(data)
+    return _in_memory((_converted(data),), lambda args: back(args[0]), lambda value: (_converted(value),))
+
+
+def check_present(model: Program, data: Any, remedy: str) -> None:
+    """Refuse data that are missing, for a model that takes arguments."""
+    empty = data is None or (isinstance(data, tuple) and not data)
+    if empty and ((taken := parameters_of(model)) is None or not taken.take(0)):
+        raise InputError(f"data: missing. {remedy}")
+
+
+def as_indexed(data: Data | Given | None, model: Program | None = None) -> IndexedData:
+    """View `data` as an `IndexedData` of arguments of `model`.
+
+    Raises `InputError` where the data have no datapoints to select by index, or differ in their number.
+    """
+    given = as_given(data, model)
+    return whole(given) if given.held else given.indexed()
+
+
+def whole(data: Data | Given | None, model: Program | None = None) -> IndexedData:
+    """The whole data set as one datapoint, its arguments not indexed."""
+    given = as_given(data, model)
+    return IndexedData(1, lambda indices: given.everything())
+
+
+def held(data: Given, size: int) -> HeldData:
+    """The `size` datapoints that the model holds itself."""
+    return HeldData(size, lambda indices: data.everything(), torch.arange(size), size)
+
+
+def _several(data: list[Any] | tuple[Any, ...]) -> Given:
+    """The model's arguments."""
+    back = [_back(value) for value in data]
+
+    def restored(args: Args) -> Any:
+        values = [restore(value) for restore, value in zip(back, args, strict=True)]
+        return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
+
+    def arguments(value: Any) -> Args:
+        return tuple(_converted(part) for part in as_tuple(value))
+
+    return _in_memory(arguments(data), restored, arguments)
+
+
+def _in_memory(
+    args: Args,
+    restored: Callable[[Args], Any],
+    arguments: Callable[[Any], Args],
+    names: tuple[str, ...] | None = None,
+) -> Given:
+    for position, arg in enumerate(args):
+        name = (f"element {position}" if len(args) > 1 else "the tensor") if names is None else f"'{names[position]}'"
+        for leaf in tree_leaves(arg):
+            if isinstance(leaf, Tensor):
+                check_tensor(leaf, name)
+    return Given(lambda: args, lambda: _indexed(args), restored, arguments, names, args)
+
+
+def _indexed(args: Args) -> IndexedData:
+    leaves = tree_leaves(args)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) and not is_constant(leaf):
+            raise InputError(
+                f"data: expected a tensor or a tuple of tensors whose first axis is the data plate, got a tuple with a "
+                f"{type(leaf).__name__}. Wrap it in IndexedData(num_datapoints, fetch)"
+            )
+    lengths = [len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    if not lengths:
+        raise InputError(
+            "data: a tensor without dimensions has no axis of datapoints. Pass x[None] for one datapoint, or "
+            "plate=False to treat the whole data set as one"
+        )
+    if len(set(lengths)) > 1:
+        raise InputError(
+            f"data: the tensors have different lengths along their first axis, the data plate: {lengths}. Cut them to "
+            "one length, pass plate=False to treat the whole data set as one datapoint, or, where one belongs to all "
+            "datapoints, pass IndexedData(N, lambda rows: (x[rows], w))"
+        )
+    if not lengths[0]:
+        raise InputError("data: there are no datapoints")
+
+    def fetch(indices: Tensor) -> Args:
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, indices.to(tensor.device)) if tensor.dim() else tensor
+
+        return as_tuple(tree_map_only(Tensor, rows, args))
+
+    return IndexedData(lengths[0], fetch)
+
+
+def _mapping(data: Mapping[str, Any], taken: Parameters | None) -> Given:
+    """Data by name: the model's parameters, or one dictionary that it takes."""
+    if any(not isinstance(key, str) for key in data):
+        raise InputError("data: the keys of a dictionary of data must be the names of the model's parameters")
+    names = names_filled(data, taken)
+    values = {key: _converted(value) for key, value in data.items()}
+    back = {key: _back(value) for key, value in data.items()}
+
+    def read(given: Any) -> Args:
+        if not isinstance(given, Mapping):
+            return as_tuple(given)
+        return _by_name({key: _converted(value) for key, value in given.items()}, names, taken)
+
+    def restored(args: Args) -> Any:
+        found = args[0] if names is None else dict(zip(names, args, strict=True))
+        return {key: restore(found[key]) for key, restore in back.items()}
+
+    return _in_memory(_by_name(values, names, taken), restored, read, names)
+
+
+def _by_name(values: Mapping[str, Any], names: tuple[str, ...] | None, taken: Parameters | None) -> Args:
+    """Values by name as arguments: in the order of `names`, with defaults where there is none, or as one dictionary."""
+    if names is None:
+        return (dict(values),)
+    defaults = {} if taken is None else taken.defaults
+    return tuple(values[name] if name in values else defaults[name] for name in names)
+
+
+def _by_item(data: Any, taken: Parameters | None) -> Given:
+    """A map-style data set, or a list of datapoints."""
+    items, collate = items_of(data)
+    number, batch = len(items), batches_of(items, collate)
+    if not number:
+        raise InputError("data: there are no datapoints")
+    example = batch(torch.zeros(1, dtype=torch.long))
+    names = names_filled(example, taken) if isinstance(example, Mapping) else None
+
+    def arguments(value: Any) -> Args:
+        return _by_name(value, names, taken) if isinstance(value, Mapping) else as_tuple(value)
+
+    def restored(args: Args) -> Any:
+        like: Any = args if isinstance(example, list | tuple) else args[0]
+        if names is not None:
+            like = {key: value for key, value in zip(names, args, strict=True) if key in example}
+        rows = Rows(plain(like), len(next(leaf for leaf in tree_leaves(like) if isinstance(leaf, Tensor))))
+        return [rows[index] for index in range(len(rows))] if isinstance(data, list) else rows
+
+    for position, leaf in enumerate(tree_leaves(example)):
+        if isinstance(leaf, Tensor):
+            check_tensor(leaf, f"element {position} of its items")
+    indexed = IndexedData(number, lambda indices: arguments(batch(indices)))
+    return Given(lambda: indexed.fetch(torch.arange(number)), lambda: indexed, restored, arguments, names)
+
+
+def _are_arguments(data: list[Any], taken: Parameters | None) -> bool:
+    """Whether a list is one of the model's arguments, rather than of its datapoints."""
+    fits = taken is None or taken.take(len(data))
+    return fits and (len(data) > 0 or taken is None) and not any(isinstance(v, tuple | list | Mapping) for v in data)
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether `value` is a list of numbers, or of such lists."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(_are_numbers(item) or isinstance(item, bool | int | float | np.generic) for item in value)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether `value` is an array of some other library."""
+    own = isinstance(value, Tensor | np.ndarray | Mapping | list | tuple) or is_constant(value) or _is_frame(value)
+    return not own and hasattr(value, "__array__")
+
+
+def _is_frame(value: Any) -> bool:
+    """Whether `value` is a DataFrame or a Series of pandas, which is not imported for that."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(value, pandas.DataFrame | pandas.Series)
+
+
+def _converted(value: Any) -> Any:
+    """`value` with its arrays, frames and lists of numbers as tensors, which gradients of other things can pass by."""
+    if _is_frame(value):
+        return _from_frame(value)
+    if _are_numbers(value):
+        try:
+            return torch.tensor(value)
+        except ValueError as error:
+            raise InputError("data: the lists differ in length. Pad them to one length and mask the padding") from error
+    if _is_array(value):
+        value = np.asarray(value)
+
+    def tensor(leaf: Any) -> Any:
+        return _without_history(_from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf)
+
+    return tree_map(lambda leaf: tensor(leaf) if isinstance(leaf, np.ndarray | Tensor) else leaf, value)
+
+
+def _back(value: Any) -> Callable[[Any], Any]:
+    """From the tensor that `value` was converted to, or another like it, to its form."""
+    if _is_frame(value):
+        return lambda tensor: _as_frame(value, tensor)
+    if _are_numbers(value):
+        return lambda tensor: tensor.tolist()
+    if isinstance(value, np.ndarray) or _is_array(value):
+        return lambda tensor: tensor.detach().cpu().numpy()
+    return lambda tensor: tensor
+
+
+def _from_frame(frame: Any) -> Tensor:
+    try:
+        return torch.as_tensor(frame.to_numpy(dtype="float64", copy=True), dtype=torch.get_default_dtype())
+    except (TypeError, ValueError) as error:
+        numbers = frame.ndim == 1 or frame.select_dtypes(["number", "bool"]).columns
+        odd = "its values" if frame.ndim == 1 else f"column '{next(c for c in frame.columns if c not in numbers)}'"
+        raise InputError(f"data: {odd} cannot become numbers. Pass the columns that are numbers") from error
+
+
+def _as_frame(frame: Any, tensor: Tensor) -> Any:
+    index = frame.index if len(tensor) == len(frame) else None
+    values = tensor.detach().cpu().numpy()
+    named = {"name": frame.name} if frame.ndim == 1 else {"columns": frame.columns}
+    return type(frame)(values, index=index, **named)
+
+
+def _from_numpy(array: Any) -> Tensor:
+    try:
+        return torch.as_tensor(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        raise InputError(f"data: an array of dtype {array.dtype} cannot become a tensor. Pass numbers") from error
+
+
+def _without_history(tensor: Tensor) -> Tensor:
+    """`tensor` as gradients of other things can pass it by: data may come from an inference mode, or a network."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach() if tensor.requires_grad else tensor
