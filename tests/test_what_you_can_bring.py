@@ -176,7 +176,7 @@ def auxiliary() -> None:
     refuses(lambda: pg.elbo(model, without_a_reverse, X), "'v'", "augment(model)")
 
 
-@row("A model without a data plate, or `plate=False`")
+@row("A model without latents in a data plate (a regression), or `plate=False`")
 def one_datapoint() -> None:
     def regression(x: Tensor) -> None:
         slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
@@ -271,8 +271,35 @@ def shared(x: Tensor) -> None:
 def shared_latents() -> None:
     guide = AutoNormal(shared)
     guide(X)
-    refuses(lambda: pg.elbo(shared, guide, X), "outside any plate: mean", "plate=False")
+    refuses(lambda: pg.elbo(shared, guide, X), "outside the data plate 'data'", "plate=False")
     assert pg.elbo(shared, guide, X, plate=False).value.shape == (1,)
+    few = {"refinement": pg.Refinement(num_steps=20), "num_particles": 50, "progress": False}
+    ledger = pg.decompose(shared, guide, X, shared=pg.Shared(num_draws=2, max_draws=64), **few)
+    assert "global gap" in str(ledger)
+
+
+@row("Guides with several levels, filters, recurrent networks")
+def several_levels() -> None:
+    def levels(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(top, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    class Levels(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.5 * x, 1.0))
+                pyro.sample("top", dist.Normal(self.slope * z, 1.0))
+
+    refined = pg.refine(levels, Levels(), X, referee=False)
+    exact = dist.Normal(0.0, 3**0.5).log_prob(X).double()  # the family holds the posterior
+    bound = pg.elbo(levels, refined, X)
+    assert ((bound.value - exact).abs() < 4 * bound.mcse + 0.01).all()
 
 
 @row("Point estimates")

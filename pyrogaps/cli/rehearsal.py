@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pyro
@@ -11,7 +12,7 @@ from torch import nn
 
 from pyrogaps.cli.building import DataSet, build_encoder, build_programs
 from pyrogaps.cli.recipe import Recipe
-from pyrogaps.conditioning import Lookahead, declared, rehearse_reference
+from pyrogaps.conditioning import Lookahead, SimulatedData, declared, rehearse_reference
 from pyrogaps.density.autoguides import OtherDataError
 from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program
@@ -59,9 +60,11 @@ def _rehearse_training(recipe: Recipe, data: DataSet, settings: dict[str, Any]) 
             rehearse_training(model, guide, data.train, data.validation, recipe.training, recipe.seed)
         if recipe.mapa is not None and data.train is not None:
             encoder = build_encoder(recipe)
-            rehearse_mapa(model, encoder, guide, data.train, recipe.mapa, plate=recipe.plate, seed=recipe.seed)
+            bound = partial(recipe.mapa.bound, plate=recipe.plate, encoded=encoder is not None)
+            rehearse_mapa(model, encoder, guide, data.train, recipe.mapa, bound, recipe.seed)
         if recipe.reference is not None and isinstance(declared(guide), Lookahead) and isinstance(guide, nn.Module):
-            rehearse_reference(model, guide, data.example, recipe.reference, plate=recipe.plate, seed=recipe.seed)
+            drawn = SimulatedData(model, data.example, plate=recipe.plate)
+            rehearse_reference(model, guide, drawn, recipe.reference, recipe.seed)
     finally:
         store.set_state(state)
 

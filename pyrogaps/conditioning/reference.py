@@ -58,10 +58,7 @@ def reference_guide(
     return reference
 
 
-def rehearse_reference(
-    model: Program, guide: nn.Module, data: Data, settings: Training, *, plate: Plate = None, seed: int = 0
-) -> None:
-    """Raise what `reference_guide` would raise at its first loss."""
-    drawn = SimulatedData(model, data, plate=plate)
+def rehearse_reference(model: Program, guide: nn.Module, drawn: SimulatedData, settings: Training, seed: int) -> None:
+    """Raise what `reference_guide` would raise at its first loss, on data that are `drawn` from the model."""
     with section_named("reference"):
         rehearse_training(model, copied(guide), drawn, None, replace(settings, freeze_model=True), seed)

@@ -1,5 +1,6 @@
 """`Mapa`: settings of training a model by MAPA before its guide; and `train_by_mapa`, which trains it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -124,17 +125,15 @@ def rehearse_mapa(
     guide: Program,
     data: Data,
     settings: Mapa,
-    *,
-    plate: Plate = None,
-    seed: int = 0,
+    bound: Callable[[MapaPosterior], MAPA_ELBO | MAPA_IWAE_ELBO],
+    seed: int,
 ) -> None:
-    """Raise what `train_by_mapa` would raise at its first loss, which is computed on a part of the data."""
+    """Raise what `train_by_mapa` would raise at its first loss, which is that of `bound` on a part of the data."""
     indexed = as_indexed(data, model)
     number = min(len(indexed), max(REHEARSED, settings.num_top + settings.num_samples + 1))
     part, _ = part_of(indexed, number)
     neighbours = None if settings.num_neighbours is None else min(number, settings.num_neighbours)
     posterior = mapa_posterior(part, settings.likelihood, bandwidth=settings.bandwidth, num_neighbours=neighbours)
-    bound = settings.bound(posterior, plate, encoded=encoder is not None)
-    chosen = replace(settings.training, objective=bound)
+    chosen = replace(settings.training, objective=bound(posterior))
     with section_named("mapa.training"):
         rehearse_training(model, guide if encoder is None else encoder, part, None, chosen, seed)
