@@ -1,5 +1,6 @@
 """Run a caller's Pyro program and restore global state afterwards."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,18 @@ class RandomProgram(InputError):
 
 
 def modules_of(program: Program) -> list[nn.Module]:
-    """The torch modules that a program is, is a method of, or closes over."""
-    program = inspect.unwrap(program) if inspect.isfunction(program) else program
-    candidates: list[Any] = [program, getattr(program, "__self__", None)]
+    """The torch modules that a program is, is a method of, or closes over; also behind Pyro's handlers and partials."""
+    candidates: list[Any] = []
+    while not isinstance(program, nn.Module):
+        if isinstance(program, functools.partial):  # what a handler makes of a program is one too
+            candidates += [*program.args, *program.keywords.values()]
+        if hasattr(program, "__wrapped__"):
+            program = program.__wrapped__
+        elif isinstance(program, functools.partial):
+            program = program.func
+        else:
+            break
+    candidates += [program, getattr(program, "__self__", None)]
     function = getattr(program, "__func__", program)
     if inspect.isfunction(function):
         variables = inspect.getclosurevars(function)

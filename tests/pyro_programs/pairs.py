@@ -1,6 +1,7 @@
 """A program as its author would bring it, the twin that the ledger is of, and Pyro's own ELBO of either."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -122,6 +123,11 @@ def elbo_of(ledger: pg.GapLedger) -> Mean:
     """The ELBO per datapoint of a ledger, and its Monte Carlo standard error."""
     rows = ledger.per_datapoint
     return Mean(float(rows.elbo.mean()), float(np.sqrt((rows.elbo_mcse**2).sum())) / rows.sizes["datapoint"])
+
+
+def left_out(ledger: pg.GapLedger) -> float:
+    """What the ledger says that sites of the guide, left out of log q, add to it: nats per datapoint."""
+    return sum(float(nats) for nats in re.findall(r"adds (-?[\d.]+) nats per datapoint", str(ledger)))
 
 
 def assert_same(ours: Mean, theirs: Mean) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from tests.pyro_programs.pairs import Pair, assert_same, assert_same_draws, elbo_of
+from tests.pyro_programs.pairs import Pair, assert_same, assert_same_draws, elbo_of, left_out
 
 FEATURES, LATENT, UNITS = 3, 2, 6
 AUXILIARY = {"is_auxiliary": True}
@@ -60,6 +60,8 @@ def test_ledger(mode: Any) -> None:
     x, t, y = torch.randn(UNITS, FEATURES), (torch.arange(UNITS) % 2).float(), torch.randn(UNITS)
     pair = Pair(cevae.model, cevae.guide, (x, t, y), UNITS, clean=(cevae.model, cevae.clean_guide), repeats=50)
     ledger = pair.ledger(mode, num_particles=20_000)
-    assert_same(elbo_of(ledger), pair.elbo_of_pyro())
+    clean, raw = pair.elbo_of_pyro(), pair.elbo_of_pyro(raw=True)  # of the same draws
+    assert_same(elbo_of(ledger), clean)
+    assert abs(clean.value - left_out(ledger) - raw.value) < 1e-3
     assert_same_draws(pair)
     assert all(f"'{site}'" in str(ledger) for site in ("t", "y"))

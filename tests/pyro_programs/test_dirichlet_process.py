@@ -11,10 +11,9 @@ from torch import Tensor
 from tests.pyro_programs.pairs import Pair, assert_same, elbo_of
 
 POINTS, COMPONENTS = 24, 3
-PHI = torch.tensor(
-    [[0.9, 0.02, 0.08], [0.9, 0.02, 0.08], [0.02, 0.9, 0.08], [0.02, 0.9, 0.08], [0.1, 0.1, 0.8], [0.9, 0.02, 0.08]]
-).repeat(4, 1)
-DATA = torch.tensor([[-1.5, -1.7], [-1.2, -1.6], [1.6, 1.1], [1.4, 1.7], [0.1, 0.4], [-1.7, -1.3]]).repeat(4, 1)
+ROWS = [[-1.5, -1.7], [-1.2, -1.6], [1.6, 1.1], [1.4, 1.7], [0.1, 0.4], [-1.7, -1.3]]
+LEFT, RIGHT, MIDDLE = [0.9, 0.02, 0.08], [0.02, 0.9, 0.08], [0.1, 0.1, 0.8]
+DATA, PHI = torch.tensor(ROWS).repeat(4, 1), torch.tensor([LEFT, LEFT, RIGHT, RIGHT, MIDDLE, LEFT]).repeat(4, 1)
 
 
 def stick_lengths(beta: Tensor) -> Tensor:
@@ -47,8 +46,8 @@ def shared_guide(data: Tensor) -> None:
 def drawing_guide(data: Tensor) -> None:
     """As in Pyro's tutorial: the guide draws the assignments, with probabilities of each point's own."""
     shared_guide(data)
-    phi = pyro.param("phi", lambda: PHI.clone(), constraint=dist.constraints.simplex)
-    with pyro.plate("data", len(data)):
+    with pyro.plate("data", POINTS):
+        phi = pyro.param("phi", lambda: PHI.clone(), constraint=dist.constraints.simplex, event_dim=1)
         pyro.sample("z", dist.Categorical(phi))
 
 

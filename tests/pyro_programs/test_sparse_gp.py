@@ -1,4 +1,8 @@
-"""A Gaussian process with inducing points: model and guide of `VariationalSparseGP`, which take no arguments."""
+"""A Gaussian process with inducing points: model and guide of `VariationalSparseGP`, which take no arguments.
+
+Its model has f integrated out under the guide's own q(u), so that y does not depend on u there: log p(x) of the program
+as written is the likelihood term alone, and the inference gap is KL(q(u) || p(u)).
+"""
 
 from typing import Any
 
