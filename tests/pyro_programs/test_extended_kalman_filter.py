@@ -35,10 +35,9 @@ def test_point_estimates_alone_are_refused(mode: Any) -> None:
     data = track()
     guide = AutoDelta(model)
     guide(data)
-    with pytest.raises(InputError, match="nothing else is latent") as refusal:
+    with pytest.raises(InputError, match="'pv_cov': a Delta") as refusal:
         Pair(model, guide, (data,), 1, plate=False).ledger(mode)
     assert "\n" not in str(refusal.value)
-    assert "'pv_cov'" in str(refusal.value)
 
 
 def test_ledger_of_a_guide_with_distributions(mode: Any) -> None:
