@@ -24,9 +24,9 @@ from pyrogaps.streams import seeded
 NUM_ROWS, NUM_PERTURBED = 64, 2
 # Weights move by this share of their size. Rounding is told apart by a multiple of the machine's precision.
 RELATIVE, ROUNDING = 0.01, 100.0
-# Beyond so many elements, slopes in earlier draws are not freed. A combination of slopes counts as free where the
-# weights move it by this share of what they move the others.
-MAX_SLOPES, MIN_FREE = 64, 0.01
+# Beyond so many, slopes in earlier draws are not freed. A combination of slopes counts as free where the weights move
+# it by this share of what they move the others; what they move by less than the second is fixed.
+MAX_SLOPES, MIN_FREE, NEGLIGIBLE = 64, 0.01, 1e-3
 NUM_DRAWS = 64
 
 Key = tuple[str, str]  # a term and a parameter of its distribution
@@ -34,10 +34,15 @@ Key = tuple[str, str]  # a term and a parameter of its distribution
 
 @dataclass(frozen=True)
 class Slopes:
-    """Which slopes of a location in earlier draws are free: pairs of a coordinate of z and an element, `(E,)` each."""
+    """Which slopes of a location in earlier draws are free: pairs of a coordinate of z and an element, `(E,)` each.
+
+    Where the weights do not move the K intercepts and the E slopes independently, as with a bottleneck, one number for
+    all dimensions or a location without an intercept, `basis` `(rank, K + E)` spans what they can do.
+    """
 
     coordinates: Tensor
     elements: Tensor
+    basis: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,14 @@ def _read(density: GuideDensity, z: Tensor, indices: Tensor) -> dict[Key, Tensor
 
 
 @contextmanager
-def _perturbed(weights: list[Weight]) -> Iterator[None]:
+def _perturbed(weights: list[Weight], sign: float = 1.0) -> Iterator[None]:
     """Run a guide with slightly different weights, drawn anew each time."""
     values = []
     for weight in weights:
         value = weight.value.detach()
         size = value.square().mean().sqrt()
         typical = torch.where(size > 0, 0.1 * size, torch.ones_like(size))
-        values.append(value + RELATIVE * torch.maximum(value.abs(), typical) * torch.randn_like(value))
+        values.append(value + sign * RELATIVE * torch.maximum(value.abs(), typical) * torch.randn_like(value))
     with substituted(weights, values):
         yield
 
@@ -141,45 +146,58 @@ def _rounding(values: Tensor) -> float:
 
 
 def _slopes(density: GuideDensity, weights: list[Weight], labels: dict[Key, Tensor]) -> dict[str, Slopes]:
-    """The slopes of locations in earlier draws that the weights are free to choose.
+    """The slopes of locations in earlier draws that the weights move.
 
-    Slopes are differences over a step as long as the draws spread. They count as free only where the weights move all
-    of them independently: those of a bottleneck, or of a single number for all dimensions, stay the network's.
+    Slopes are differences over a step as long as the draws spread. Their freedom, and that of the intercepts, is the
+    span of their changes under small changes of the weights, of which the even part is left out: for a product of two
+    weights the rest is exact.
     """
-    joint = density.joint
+    joint, keys = density.joint, [key for key in labels if key[1] == "loc"]
     everyone = torch.arange(density.num_datapoints) if joint.plate else torch.zeros(1).long()
     active = joint.active(everyone[:NUM_ROWS])
     index = everyone[:1] if active is None else everyone[active.sum(1).argmax()][None]
     draws = density.at(index).sample(NUM_DRAWS)[0][:, 0]
-    step = draws.std(0)
-    points = draws[:1] + torch.cat([torch.zeros_like(draws[:1]), torch.diag(torch.where(step > 0, step, 1.0))])
-    locations = [key for key in labels if key[1] == "loc" and bool((labels[key] >= 0).any())]
+    step = torch.where(draws.std(0) > 0, draws.std(0), 1.0)
+    points = draws[:1] + torch.cat([torch.zeros_like(draws[:1]), torch.diag(step)])
 
-    def differences() -> dict[Key, Tensor]:
+    def locations() -> dict[Key, Tensor]:
         read = _read(density, points, index.expand(len(points)))
-        return {key: read[key][1:] - read[key][:1] for key in locations}
+        return {key: read[key] for key in keys}
 
-    before = differences()
-    moved: dict[Key, list[Tensor]] = {key: [] for key in locations}
-    number = NUM_PERTURBED
-    while len(moved[locations[0]]) < number if locations else False:
+    def change() -> dict[Key, Tensor]:
+        state = torch.get_rng_state()
         with _perturbed(weights):
-            for key, value in differences().items():
-                moved[key].append(value - before[key])
-        if len(moved[locations[0]]) == NUM_PERTURBED:  # now it is known how many slopes there are
-            counts = [int(_free(moved[key], before[key]).sum()) for key in locations]
-            number = 2 * max([count for count in counts if count <= MAX_SLOPES], default=0)
-    result = {}
-    for key in locations:
-        free = _free(moved[key], before[key])
-        if 0 < int(free.sum()) <= MAX_SLOPES:
-            changes = torch.stack([change[free] for change in moved[key]])
-            sizes = torch.linalg.svdvals(changes / changes.norm(dim=0))
-            if sizes[-1] > MIN_FREE * sizes[0]:
-                coordinates, elements = free.nonzero().unbind(1)
-                result[key[0]] = Slopes(coordinates, elements)
-    return result
+            above = locations()
+        torch.set_rng_state(state)
+        with _perturbed(weights, -1.0):
+            below = locations()
+        return {key: (above[key] - below[key]) / 2 for key in keys}
+
+    before, changes = locations(), [change() for _ in range(NUM_PERTURBED)]
+    free = {}
+    for key in keys:
+        moved = torch.stack([each[key][1:] - each[key][:1] for each in changes])
+        free[key] = (moved.abs().amax(0) > _rounding(before[key])).nonzero()
+    chosen = [key for key in keys if 0 < len(free[key]) <= MAX_SLOPES]
+    number = 2 * max((len(labels[key]) + len(free[key]) for key in chosen), default=0)
+    changes += [change() for _ in range(number - len(changes))]
+    return {
+        key[0]: _span(torch.stack([each[key] for each in changes]), points[0], step, *free[key].unbind(1))
+        for key in chosen
+    }
 
 
-def _free(moved: list[Tensor], before: Tensor) -> Tensor:
-    return torch.stack(moved).abs().amax(0) > _rounding(before)
+def _span(changes: Tensor, point: Tensor, step: Tensor, coordinates: Tensor, elements: Tensor) -> Slopes:
+    """The span of `changes` `(P, 1 + dim, K)` of a location at a point, and a step from it in each coordinate."""
+    slopes = (changes[:, 1:] - changes[:, :1]) / step[:, None]
+    intercepts = changes[:, 0] - torch.einsum("d,pdk->pk", point, slopes)
+    both = torch.cat([intercepts, slopes[:, coordinates, elements]], 1)
+    sizes = both.norm(dim=0)
+    kept = sizes > NEGLIGIBLE * sizes.max()
+    _, singular, directions = torch.linalg.svd(both[:, kept] / sizes[kept], full_matrices=False)
+    rank = int((singular > MIN_FREE * singular[0]).sum())
+    if rank == len(sizes):
+        return Slopes(coordinates, elements, None)
+    basis = both.new_zeros(rank, len(sizes))
+    basis[:, kept] = directions[:rank] * sizes[kept] / sizes.max()
+    return Slopes(coordinates, elements, basis)

@@ -44,14 +44,19 @@ class Added:
         """The same, out of the reach of gradients."""
         return replace(self, residual=self.residual.detach(), values=self.values.detach())
 
-    def at(self, deviations: Tensor | None) -> Tensor:
-        """The sum `(R, K)`, with earlier draws that deviate from their centres by `(R, dim)`."""
+    def at(self, drawn: Tensor | None, centre: Tensor) -> Tensor:
+        """The sum `(R, K)`, with the earlier draws, `(R, dim)`, and the centres that slopes are about."""
+        if self.slopes is not None and self.slopes.basis is not None:
+            assert drawn is not None
+            coefficients = self.residual @ self.slopes.basis.to(self.residual)
+            total, values = coefficients.tensor_split([coefficients.shape[1] - len(self.slopes.elements)], 1)
+            return total.index_add(1, self.slopes.elements, values * drawn[:, self.slopes.coordinates])
         total = self.residual
         if self.labels is not None:
             total = torch.cat([total, torch.zeros_like(total[:, :1])], 1)[:, self.labels]
         if self.slopes is not None:
-            assert deviations is not None
-            terms = self.values * deviations[:, self.slopes.coordinates]
+            assert drawn is not None
+            terms = self.values * (drawn - centre)[:, self.slopes.coordinates]
             total = total.index_add(1, self.slopes.elements, terms)
         return total
 
@@ -108,10 +113,10 @@ class ResidualSites(PlaceValues):
             added = self.added.get((term.name, name))
             if added is not None:
                 transform, axis = transform_of(inner, name), axis_of(term, fn, inner, name) if self.in_plate else None
-                deviations = None if added.slopes is None else self._drawn() - self.centre
+                drawn = None if added.slopes is None else self._drawn()
                 own = to_rows(transform.inv(value), axis)
                 frozen[name], values[name] = (
-                    transform(from_rows(own + change.at(deviations), value, axis))
+                    transform(from_rows(own + change.at(drawn, self.centre), value, axis))
                     for change in (added.detached(), added)
                 )
             else:

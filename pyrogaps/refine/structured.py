@@ -1,14 +1,15 @@
 r"""A guide's own family, kind (c): sites that depend on earlier draws, their parameters freed as residuals.
 
 At each site the guide's program computes the parameters of its distribution from the data and from earlier draws. As
-real numbers (scales by their logarithms) they are
+real numbers (scales by their logarithms) they become
 
 $$\eta(z_{<}, x_n) = \eta_\phi(z_{<}, x_n) + r_n + A_n (z_{<} - c_n),$$
 
 with the residual $r_n$ of datapoint n, and, for locations, slopes $A_n$ in the earlier draws. Both are 0 at the guide
-itself. Elements that the weights cannot move independently stay tied, and slopes are free only where the weights choose
-them, see `freedom`; $c_n$ is a constant, the mean of the guide's draws. The network is frozen and runs once for all
-datapoints and particles.
+itself; $c_n$ is a constant, the mean of the guide's draws. The network is frozen and runs once for all datapoints and
+particles. Only what the guide's weights can move is free, see `freedom`: elements that they move together stay tied,
+and r and A of a site stay in the span of what they can do to intercepts and slopes. Above 64 slopes of a site they are
+not freed. Ties between different sites are not seen.
 
 The family contains the guide, and every guide whose locations differ from it by a linear function and whose scales
 differ by a factor. What a network with weights for each datapoint could do beyond that (curved dependence, a scale that
@@ -46,6 +47,11 @@ class _Change:
     def tied(self) -> bool:
         """Whether some elements are tied or fixed."""
         return len(self.labels) != int(self.labels.max()) + 1
+
+    @property
+    def spanned(self) -> bool:
+        """Whether residual and slopes are combinations of a few directions."""
+        return self.slopes is not None and self.slopes.basis is not None
 
 
 class StructuredGuide:
@@ -90,6 +96,10 @@ class StructuredGuide:
         if not number:
             return
         slopes = freedom.slopes.get(key[0]) if key[1] == "loc" else None
+        if slopes is not None and slopes.basis is not None:
+            position = self._leaf(self._spanned_units(slopes, slopes.basis.to(unit), unit))
+            self.changes[key] = _Change(labels, position, slopes, position)
+            return
         # The unit of tied elements is their mean.
         member = torch.nn.functional.one_hot(labels.clamp(min=0), number).to(unit.dtype) * (labels >= 0)[:, None]
         residual = self._leaf(unit @ member / member.sum(0))
@@ -97,6 +107,14 @@ class StructuredGuide:
         if slopes is not None:
             slopes_at = self._leaf(unit[:, slopes.elements] / self._spread[:, slopes.coordinates])
         self.changes[key] = _Change(labels, residual, slopes, slopes_at)
+
+    def _spanned_units(self, slopes: Slopes, basis: Tensor, unit: Tensor) -> Tensor:
+        """Natural steps `(B, rank)`: by each, the location moves by at most about its own unit."""
+        number = unit.shape[1]
+        reach = (self.centre.abs() + self._spread)[:, slopes.coordinates]
+        terms = basis[:, number:].abs() * reach[:, None]
+        effect = basis[:, :number].abs().expand(len(unit), -1, -1).index_add(2, slopes.elements, terms)
+        return 1 / (effect / unit[:, None]).amax(-1)
 
     def _leaf(self, unit: Tensor) -> int:
         self.parameters.append(torch.zeros_like(unit).requires_grad_())
@@ -124,7 +142,7 @@ class StructuredGuide:
                     return False
                 for name, values in wanted.items():
                     change = self.changes.get((term.name, name))
-                    if change is None or change.tied:
+                    if change is None or change.tied or change.spanned:
                         return False
                     axis, transform = axis_of(term, fn, inner, name) if in_plate else None, transform_of(inner, name)
                     now = to_rows(transform.inv(value_of(inner, name)), axis)

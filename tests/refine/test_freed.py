@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyrogaps import GuideDensity, JointDensity, Refinement, elbo, refine
 from pyrogaps.refine import own_family
-from pyrogaps.refine.freed import FREE_PARAMETERS
+from pyrogaps.refine.parameters import FREE_PARAMETERS
 from tests.references import (
     anisotropic,
     assert_exact,

@@ -91,6 +91,49 @@ def test_a_constant_slope_stays() -> None:
     assert abs(float(gap - mean_field_gap(LINEAR.precision))) > 8 * float(bound.mcse.max())
 
 
+class WithoutIntercept(TwoLevels):
+    """b's location is a learned number times a, without an intercept; its scale is learned too."""
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            loc, raw = self.first(x).unbind(-1)
+            a = pyro.sample("a", dist.Normal(loc, raw.exp()))
+            pyro.sample("b", dist.Normal(self.slope * a, self.second(x)[:, 1].exp()))
+
+
+def test_a_location_without_an_intercept_gets_none() -> None:
+    """The best of the family by its closed-form ELBO: q = N(m, v) N(b; s a, w) against the exact posterior."""
+    x, _ = draws_of(LINEAR, 3)
+    guide = WithoutIntercept(0.4, learned=True)
+    freedom = family_of(split, guide, x).freedom
+    assert freedom is not None
+    basis = freedom.slopes["b"].basis
+    assert basis is not None and basis.shape == (1, 2) and float(basis[0, 0]) == 0.0
+    bound = elbo(split, refine(split, guide, x, referee=False), x, num_particles=4000)
+    mean, precision = LINEAR.posterior(x)[0].detach(), LINEAR.precision.detach()
+    free = torch.tensor([[0.0, 0.0, 0.4, 0.0]] * 3, requires_grad=True)
+
+    def divergence() -> Tensor:
+        m, log_v, s, log_w = free.unbind(1)
+        v, w = log_v.exp(), log_w.exp()
+        off = torch.stack([m, s * m], 1) - mean
+        covariance = torch.stack([torch.stack([v, s * v], 1), torch.stack([s * v, s**2 * v + w], 1)], 1)
+        trace = torch.einsum("ij,nji->n", precision, covariance)
+        square = torch.einsum("ni,ij,nj->n", off, precision, off)
+        return 0.5 * (trace + square - 2 - torch.logdet(precision) - log_v - log_w)
+
+    search = torch.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        loss = divergence().sum()
+        loss.backward()
+        return loss
+
+    search.step(closure)
+    assert_exact(LINEAR.log_evidence(x) - bound.value, bound.mcse, divergence())
+
+
 NUM_STEPS, DRIFT, STATE, NOISE = 3, 0.9, 0.6, 0.5
 
 
@@ -240,15 +283,26 @@ def vectors(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(torch.cat([a, b, a * b], -1), 1.0).to_event(1), obs=x)
 
 
-@pytest.mark.parametrize(("coupling", "number"), [("full", 4), ("diagonal", 2), ("bottleneck", 0), ("number", 0)])
-def test_slopes_are_free_where_the_weights_choose_each(coupling: str, number: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("coupling", "number", "rank"),
+    [("full", 4, None), ("diagonal", 2, None), ("bottleneck", 4, 2 + 3), ("number", 2, 2 + 1)],
+)
+def test_slopes_are_free_as_far_as_the_weights_choose_them(
+    coupling: str, number: int, rank: int | None, dtype: torch.dtype
+) -> None:
+    torch.set_default_dtype(dtype)
     x = torch.randn(9, 6)
     freedom = family_of(vectors, Vectors(coupling), x).freedom
     assert freedom is not None
-    slopes = freedom.slopes.get("b")
-    assert (0 if slopes is None else len(slopes.elements)) == number
-    if coupling == "diagonal":
-        assert slopes is not None and torch.equal(slopes.elements, slopes.coordinates)
+    slopes = freedom.slopes["b"]
+    assert len(slopes.elements) == number
+    if number == 2:
+        assert torch.equal(slopes.elements, slopes.coordinates)
+    assert (None if slopes.basis is None else len(slopes.basis)) == rank
+    if coupling == "number":  # both slopes are one number
+        assert slopes.basis is not None
+        torch.testing.assert_close(slopes.basis[:, 2], slopes.basis[:, 3], rtol=1e-3, atol=1e-4)
     # One number for both scales of b, in a fixed ratio; each scale of a has its own.
     assert freedom.labels["b", "scale"].tolist() == [0, 0] and freedom.labels["a", "scale"].tolist() == [0, 1]
 
