@@ -15,7 +15,8 @@ class AmortizedGuide:
 
     Attributes:
         local_family: `local_family(model) -> guide`, its own family with parameters for each datapoint. Without it the
-            guide's distributions are freed, or its weights fine-tuned for each datapoint.
+            guide's distributions are freed, given earlier draws where they depend on these, or, for flows, its weights
+            fine-tuned for each datapoint.
         start_local: `start_local(guide, *args)` puts a guide that `local_family` made at this guide's own output for
             the model's arguments. Without it, at the moments of that output.
         conditions: what it is shown of the data: a boolean mask over the model's first argument, True where it is

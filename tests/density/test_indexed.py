@@ -160,7 +160,7 @@ def test_training_and_decomposing() -> None:
         refinement=Refinement(num_steps=2, num_particles=2, num_selection=2),
         evidence=AIS(num_chains=2, num_temperatures=2, num_leapfrog=1),
     )
-    assert ledger.provenance["own_family"] == "fine-tuned"
+    assert ledger.provenance["own_family"] == "structured"
     for name in ("elbo", "log_evidence", "elbo_refined"):
         assert torch.isfinite(torch.from_numpy(ledger.per_datapoint[name].values)).all()
 

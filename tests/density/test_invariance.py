@@ -92,11 +92,11 @@ def test_batch_size_does_not_change_the_ledger(kind: Any) -> None:
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.usefixtures("brief_check")
-def test_batch_size_does_not_change_fine_tuning() -> None:
+def test_batch_size_does_not_change_a_structured_guide() -> None:
     model, guide, x = pair(Sequential, 70)
     settings = {**QUICK, "families": None, "refinement": Refinement(num_steps=2, num_particles=2, num_selection=2)}
     small, large = (decompose(model, guide, x, batch_size=size, **settings) for size in (64, 128))
-    assert small.provenance["own_family"] == "fine-tuned"
+    assert small.provenance["own_family"] == "structured"
     left, right = (torch.from_numpy(ledger.per_datapoint["elbo_refined"].values) for ledger in (small, large))
     torch.testing.assert_close(left, right, rtol=0, atol=1e-8)
 
