@@ -61,7 +61,32 @@ class Added:
         return total
 
 
-class ResidualSites(PlaceValues):
+class CentralSites(PlaceValues):
+    """Puts the middle of its distribution into every site; `columns` holds the values in unconstrained space."""
+
+    def __init__(self, terms: list[GuideSite], flat: Tensor, in_plate: bool) -> None:
+        super().__init__(terms, flat, in_plate)
+        self.columns: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] in self.terms:
+            message["value"], message["done"] = _middle(message["fn"]), True
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        term = self.terms.get(message["name"])
+        if term is not None:
+            value = message["value"]
+            unconstrained = value if term.unconstrained else bijection(message["fn"], term.name).inv(value)
+            columns = term.site.flatten(unconstrained) if self.in_plate else unconstrained.reshape(1, -1)
+            self.columns[term.name] = columns
+
+    def drawn(self) -> Tensor:
+        """The values so far, `(R, dim)`; those of `flat` in sites that come later."""
+        order = sorted(self.terms.values(), key=lambda term: term.site.start)
+        return torch.cat([self.columns.get(term.name, self.flat[:, term.site.columns]) for term in order], -1)
+
+
+class ResidualSites(CentralSites):
     """Adds residuals to the parameters of a guide's sites.
 
     Draws are placed at the rows `flat` `(R, dim)`; where that is None, they are new, and those of Normals are mirrored
@@ -80,7 +105,6 @@ class ResidualSites(PlaceValues):
     ) -> None:
         super().__init__(terms, centre if flat is None else flat, in_plate)
         self.drawing, self.added, self.centre, self.mirrored = flat is None, added, centre, mirrored
-        self.columns: dict[str, Tensor] = {}
         self.frozen: dict[str, Any] = {}
 
     def _pyro_sample(self, message: Any) -> None:
@@ -92,18 +116,9 @@ class ResidualSites(PlaceValues):
         message["fn"] = rebuilt(fn, lambda inner: live, masks=True)
         self.frozen[term.name] = rebuilt(fn, lambda inner: frozen, masks=True)
         if not self.drawing:
-            super()._pyro_sample(message)
+            PlaceValues._pyro_sample(self, message)
         elif self.mirrored and (value := _mirrored_draw(term, message["fn"])) is not None:
             message["value"], message["done"] = value, True
-
-    def _pyro_post_sample(self, message: Any) -> None:
-        term = self.terms.get(message["name"])
-        if term is not None:
-            value = message["value"]
-            unconstrained = value if term.unconstrained else bijection(message["fn"], term.name).inv(value)
-            self.columns[term.name] = (
-                term.site.flatten(unconstrained) if self.in_plate else unconstrained.reshape(1, -1)
-            )
 
     def _moved(self, term: GuideSite, fn: Any, inner: Any) -> tuple[Any, Any]:
         """The distribution with residuals, and the same with residuals that no gradient reaches."""
@@ -113,7 +128,7 @@ class ResidualSites(PlaceValues):
             added = self.added.get((term.name, name))
             if added is not None:
                 transform, axis = transform_of(inner, name), axis_of(term, fn, inner, name) if self.in_plate else None
-                drawn = None if added.slopes is None else self._drawn()
+                drawn = None if added.slopes is None else self.drawn()
                 own = to_rows(transform.inv(value), axis)
                 frozen[name], values[name] = (
                     transform(from_rows(own + change.at(drawn, self.centre), value, axis))
@@ -124,10 +139,19 @@ class ResidualSites(PlaceValues):
         build = build_of(inner)
         return build(**values, validate_args=False), build(**frozen, validate_args=False)
 
-    def _drawn(self) -> Tensor:
-        """The draws so far, `(R, dim)`; the centres in sites that come later."""
-        order = sorted(self.terms.values(), key=lambda term: term.site.start)
-        return torch.cat([self.columns.get(term.name, self.centre[:, term.site.columns]) for term in order], -1)
+
+def _middle(fn: Any) -> Tensor:
+    """The mean of the `free_leaf`, or its location or scale where that is infinite, behind the fixed transforms."""
+    outer, inner = leaf(fn), free_leaf(fn)
+    if outer is not inner:
+        value = _middle(outer.base_dist)
+        for transform in outer.transforms:
+            value = transform(value)
+        return value
+    mean: Tensor = inner.mean
+    if bool(torch.isfinite(mean).all()):
+        return mean
+    return torch.as_tensor(getattr(inner, "loc", inner.scale)).expand(mean.shape)
 
 
 def _mirrored_draw(term: GuideSite, fn: Any) -> Tensor | None:

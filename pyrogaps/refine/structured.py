@@ -6,7 +6,7 @@ real numbers (scales by their logarithms) they become
 $$\eta(z_{<}, x_n) = \eta_\phi(z_{<}, x_n) + r_n + A_n (z_{<} - c_n),$$
 
 with the residual $r_n$ of datapoint n, and, for locations, slopes $A_n$ in the earlier draws. Both are 0 at the guide
-itself; $c_n$ is a constant, the mean of the guide's draws. The network is frozen and runs once for all datapoints and
+itself; $c_n$ is a constant, the guide's sites without noise. The network is frozen and runs once for all datapoints and
 particles. Only what the guide's weights can move is free, see `freedom`: elements that they move together stay tied,
 and r and A of a site stay in the span of what they can do to intercepts and slopes. Above 64 slopes of a site they are
 not freed. Ties between different sites are not seen.
@@ -28,7 +28,7 @@ from pyrogaps.density.runs import evaluating
 from pyrogaps.refine.families import Start
 from pyrogaps.refine.freedom import Freedom, Key, Slopes
 from pyrogaps.refine.parameters import axis_of, free_leaf, names_of, to_rows, transform_of, unit_of, value_of
-from pyrogaps.refine.residuals import Added, ResidualSites
+from pyrogaps.refine.residuals import Added, CentralSites, ResidualSites
 from pyrogaps.streams import Chunk, seeded
 
 NUM_MOMENTS = 256
@@ -64,7 +64,7 @@ class StructuredGuide:
         for block in Chunk(self._first, self._first + self.count).blocks():
             with seeded(0, "structured", block.start), torch.no_grad():
                 draws.append(self.density.at(block.indices - self._first).sample(NUM_MOMENTS)[0])
-        self.centre, spread = torch.cat(draws, 1).mean(0), torch.cat(draws, 1).std(0)
+        self.centre, spread = self._middles(), torch.cat(draws, 1).std(0)
         self._spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         self.parameters: list[Tensor] = []
         self.units: list[Tensor | float] = []
@@ -72,6 +72,13 @@ class StructuredGuide:
         for key, unit in self._natural_units().items():
             self._free(key, unit, freedom)
         self.axes, self.rows = [0] * len(self.parameters), [slice(None)] * len(self.parameters)
+
+    def _middles(self) -> Tensor:
+        """The guide's sites without noise, `(B, dim)`: the same wherever a datapoint is refined."""
+        handler = CentralSites(self.density.terms, self.joint.zeros(self.count), self.joint.plate is not None)
+        with evaluating(self.density.guide), torch.no_grad():
+            self.density.messages(torch.arange(self.count), 1, handler)
+        return handler.drawn()
 
     def _natural_units(self) -> dict[Key, Tensor]:
         """A natural step in each element of each parameter, `(B, K)`, with the centres in the guide's sites."""
@@ -149,7 +156,6 @@ class StructuredGuide:
                     residuals[change.residual] = transform.inv(values[:, term.site.columns]) - now
             for position, residual in residuals.items():
                 self.parameters[position].add_(residual)
-        self.centre = start.loc.clone()
         return True
 
     def sites_with(
