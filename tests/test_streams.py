@@ -153,7 +153,7 @@ LADDER = {
         *("bounds sample", "bounds run", "fresh run"),
     )
 }
-STRUCTURE = {"structure", "estimates", "probe", "guide structure", "own family"}
+STRUCTURE = {"structure", "estimates", "probe", "guide structure", "own family", "used weights", "freedom"}
 
 
 PARTS = ("shown part", "shared first half", "shared second half")

@@ -430,8 +430,9 @@ class JointDensity:
                 return
             reason = None
         self.structure = alone.structure
-        seconds = seconds_of(lambda: alone.total(z[:1], args, indices))
-        warnings.warn(one_by_one_note(seconds, reason), stacklevel=2)
+        note = one_by_one_note(seconds_of(lambda: alone.total(z[:1], args, indices)), reason)
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
 
     def _evaluating(self, particles: Particles) -> "JointDensity":
         return JointDensity(self.model, self.data, structure=replace(self.structure, particles=particles))

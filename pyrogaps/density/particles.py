@@ -18,6 +18,7 @@ from pyrogaps.density.score import ScoreModel
 Particles = Literal["broadcast", "mapped", "mapped buffers", "one by one"]
 # Evaluations of log p(x, z) of a default ledger, roughly, for the prediction of its time.
 EVALUATIONS = 20_000
+MIN_ANNOUNCED = 10.0  # seconds
 BUFFERS = {
     *(torch.zeros, torch.ones, torch.empty, torch.full, torch.eye),
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.clone),
@@ -72,8 +73,10 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return min(times)
 
 
-def one_by_one_note(seconds: float, reason: Exception | None) -> str:
-    """The announcement of a model that takes one run for each particle, in `seconds` each."""
+def one_by_one_note(seconds: float, reason: Exception | None) -> str | None:
+    """The announcement of a model that takes one run for each particle, in `seconds` each; None where that is fast."""
+    if EVALUATIONS * seconds < MIN_ANNOUNCED:
+        return None
     why = "together, they have other values"
     if reason is not None:
         why = f"{type(reason).__name__}: {' '.join(str(reason).split())[:120]}"

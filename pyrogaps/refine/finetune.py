@@ -86,7 +86,7 @@ def _used(density: GuideDensity, weights: list[Weight]) -> list[Weight]:
 def _parameter_names(density: GuideDensity) -> list[str]:
     """The names under which one run of the guide reads or makes parameters in Pyro's param store."""
     indices = torch.zeros(1, dtype=torch.long)
-    with evaluating(density.guide), torch.random.fork_rng(), poutine.trace(param_only=True) as tracer:
+    with evaluating(density.guide), seeded(0, "used weights"), poutine.trace(param_only=True) as tracer:
         density.messages(indices)
     return [name for name, node in tracer.trace.nodes.items() if node["type"] == "param"]
 

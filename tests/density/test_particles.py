@@ -61,7 +61,10 @@ def exact(z: Tensor) -> Tensor:
     [(broadcasting, "broadcast"), (for_one, "mapped"), (in_place, "mapped buffers"), (branching, "one by one")],
 )
 @pytest.mark.parametrize("mode", ["eager", "captured"])
-def test_every_way_gives_the_density_and_its_gradient(model: Any, particles: str, mode: Any) -> None:
+def test_every_way_gives_the_density_and_its_gradient(
+    model: Any, particles: str, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyrogaps.density.particles.MIN_ANNOUNCED", 0.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         joint = JointDensity(model, (X, Y), plate=False)
