@@ -289,12 +289,13 @@ def several_levels() -> None:
     class Levels(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.slope = torch.nn.Parameter(torch.tensor(0.3))
+            self.weights = torch.nn.Parameter(torch.tensor([0.5, 0.3, -0.1, -0.1]))
 
         def forward(self, x: Tensor) -> None:
+            location, slope, *log_scales = self.weights
             with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(0.5 * x, 1.0))
-                pyro.sample("top", dist.Normal(self.slope * z, 1.0))
+                z = pyro.sample("z", dist.Normal(location * x, log_scales[0].exp()))
+                pyro.sample("top", dist.Normal(slope * z, log_scales[1].exp()))
 
     refined = pg.refine(levels, Levels(), X, referee=False)
     exact = dist.Normal(0.0, 3**0.5).log_prob(X).double()  # the family holds the posterior
