@@ -125,7 +125,7 @@ class Hierarchy:
 
     def draw(self, number: int, stream: Stream, block: int = 0) -> SharedDraws:
         """`number` draws of theta from the guide, those of `block` of a stream."""
-        with stream.seeded(block, device=self.prior.device), torch.no_grad():
+        with stream.seeded(block, device=self.prior.device), evaluating(self.guide), torch.no_grad():
             z, log_q = self.posterior.sample(number)
             log_p = self.prior(z)
             values = self.prior.constrain(z)
