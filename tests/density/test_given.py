@@ -1,8 +1,12 @@
 """Programs with some of their sites set to given values."""
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
 from torch import nn
 
 import pyrogaps as pg
@@ -34,3 +38,15 @@ def test_the_density_is_that_given_the_values():
 def test_modules_of_the_program_are_found():
     model = Hierarchy()
     assert model in modules_of(given(model, {}))
+
+
+def test_modules_behind_handlers_and_partials_are_found():
+    module = torch.nn.Linear(1, 1)
+
+    def program(x, module):
+        return module(x)
+
+    partial = functools.partial(program, module=module)
+    assert modules_of(partial) == [module]
+    assert module in modules_of(poutine.scale(partial, scale=2.0))
+    assert module in modules_of(config_enumerate(poutine.block(module.forward)))

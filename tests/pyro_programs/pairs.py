@@ -127,7 +127,7 @@ def elbo_of(ledger: pg.GapLedger) -> Mean:
 
 def left_out(ledger: pg.GapLedger) -> float:
     """What the ledger says that sites of the guide, left out of log q, add to it: nats per datapoint."""
-    return sum(float(nats) for nats in re.findall(r"adds (-?[\d.]+) nats per datapoint", str(ledger)))
+    return sum(float(nats) for nats in re.findall(r"adds (-?[\d.]+)(?: ± [\d.]+)? nats per datapoint", str(ledger)))
 
 
 def assert_same(ours: Mean, theirs: Mean) -> None:

@@ -48,6 +48,7 @@ class AIR(nn.Module):
                 latents = joined(present, where, what)
 
 
+@pytest.mark.xfail(strict=True, reason="refused, but for its support rather than its mask")
 def test_refused_because_a_mask_depends_on_a_discrete_latent() -> None:
     """Where an object is absent, its place and shape have no density: their sum over presences does not exist."""
     air = AIR()

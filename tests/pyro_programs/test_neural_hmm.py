@@ -5,6 +5,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
@@ -49,6 +50,7 @@ class NeuralHMM(nn.Module):
                         tones = pyro.sample(f"tones_{t}", dist.Bernoulli(logits=logits), obs=sequences[batch, t])
 
 
+@pytest.mark.xfail(strict=True, reason="nothing continuous is latent beside the point estimates: refused")
 def test_ledger(mode: Any) -> None:
     hmm, moves = NeuralHMM(), torch.tensor([[0.8, 0.2], [0.3, 0.7]])
     sequences = (torch.rand(SEQUENCES, STEPS, TONES) < 0.4).float()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
@@ -81,6 +82,7 @@ def pair(labelled: bool) -> Pair:
     return Pair(scanvi.model, guides[0], args, CELLS, clean=(twin.model, guides[1]), nesting=nesting, repeats=50)
 
 
+@pytest.mark.xfail(strict=True, reason="q(y | z2) depends on a continuous latent: refused")
 def test_unlabelled(mode: Any) -> None:
     given = pair(labelled=False)
     ledger = given.ledger(mode, 4000)
@@ -95,6 +97,8 @@ def test_labelled(mode: Any) -> None:
     ledger = given.ledger(mode, 4000)
     clean, raw = given.elbo_of_pyro(), given.elbo_of_pyro(raw=True)
     assert_same(elbo_of(ledger), clean)
-    assert abs(raw.value / SCALE - (clean.value - left_out(ledger))) < 4 * clean.error
+    assert (
+        abs(raw.value / SCALE - (clean.value - left_out(ledger))) < 4 * clean.error + 0.04
+    )  # four standard errors of what is left out
     assert f"scale {SCALE}" in str(ledger)
     assert "'classification_loss'" in str(ledger)

@@ -68,6 +68,7 @@ def documents() -> Tensor:
     return dist.Categorical(torch.tensor([0.5, 0.3, 0.1, 0.1])).sample((DOCUMENTS, WORDS))
 
 
+@pytest.mark.xfail(strict=True, reason="shared latents: announced as evaluated one by one")
 def test_lda_given_topics_of_documents(mode: Any) -> None:
     words, guide = documents(), LDAGuide(delta=True)
     doc_topics = topics_of(words, guide.predictor).detach()
@@ -88,6 +89,7 @@ def test_lda_given_topics_of_documents(mode: Any) -> None:
     assert "doc_topics" in str(ledger)
 
 
+@pytest.mark.xfail(strict=True, reason="shared latents: announced as evaluated one by one")
 def test_lda_with_distributions(mode: Any) -> None:
     words, guide = documents(), LDAGuide(delta=False)
     guide(words)
