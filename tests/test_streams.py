@@ -139,10 +139,11 @@ RUNS = {run.__name__: run for run in MEASUREMENTS}
 
 # Every stream, by what it is for; numbers in names, such as those of rungs and groups of chains, left out.
 REFINING = {"natural start own", "natural own", "natural further own", "select own"}
-# Of further starts, and of the datapoints alone whose refinement needs more than a first round, a matter of luck.
+# Of further starts, and of the datapoints alone whose refinement needs more than a first round, or whose bounds need
+# fresh weights, a matter of luck.
 LASTING = (
     r"((natural (longer|again)|refine)( \d+)?( further)?( axes)?|natural( further)? axes|select far( axes)?)"
-    r" (own|one|other)( \d+)?"
+    r" (own|one|other)( \d+)?|ladder fresh .*"
 )
 BOUNDS = {"elbo", "refined own", "unused", *REFINING}
 ANNEALING = {"pilot", "pilot start", "ais", "ais start"}
@@ -150,7 +151,7 @@ LADDER = {
     f"ladder {rung}"
     for rung in (
         *("first pilot", "second pilot", "third pilot", "sample", "pilot", "run"),
-        *("bounds sample", "bounds run", "fresh run"),
+        *("bounds sample", "bounds run"),
     )
 }
 STRUCTURE = {"structure", "estimates", "probe", "guide structure", "own family", "used weights", "freedom"}
@@ -192,7 +193,7 @@ PURPOSES = {
     | LADDER
     | {"sample", "anchor probes"}
     | under("examined", {"explore", "explore prior", "explore probes", "anchor probes", "refined own", *REFINING})
-    | under("examined", LADDER - {"ladder fresh run"}),  # no bounds need fresh chains there
+    | under("examined", LADDER),
     "conditioned": STRUCTURE
     | {"shown", "leak"}
     | BOUNDS
