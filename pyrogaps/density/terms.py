@@ -163,8 +163,8 @@ def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
 def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
     if name in joint.enumerated:
         raise InputError(
-            f"site '{name}': drawn by the guide, but summed out of this density. Leave the site out of the guide, or pass "
-            f"JointDensity(model, data, drawn=('{name}',)) in the model's place"
+            f"site '{name}': drawn by the guide, but summed out of this density. Leave the site out of the guide, or "
+            f"pass JointDensity(model, data, drawn=('{name}',)) in the model's place"
         )
     if name in joint.observed:
         raise InputError(f"site '{name}': observed in the model. Remove it from the guide")
