@@ -1,18 +1,26 @@
 """Ledgers of guides that draw discrete latents, against quadrature, enumeration and closed forms."""
 
-import numpy as np
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyrogaps as pg
 from pyrogaps.refine.tables import elbo_of
 from tests.discrete_pairs import DTYPE, ClassGuide, ClassVAE, Mixture, MixtureGuide, Sites, SitesGuide, best_of_sites
-from tests.references import assert_exact
 
 X = torch.tensor([-2.0, -0.5, 0.3, 1.0], dtype=DTYPE)
+# What a refinement may fall short of the best by, in nats: where it settles.
+SHORT = pg.Refinement().tolerance
+
+
+def ledger_of(model: Any, guide: Any, x: Tensor, **settings: Any) -> pg.GapLedger:
+    problem = pg.Problem.of(model, guide, x, mode="eager")
+    return pg.decompose(problem, num_particles=4000, progress=False, **settings)
 
 
 def column(ledger: pg.GapLedger, name: str) -> tuple[Tensor, Tensor]:
@@ -25,17 +33,18 @@ def check(ledger: pg.GapLedger, elbo: Tensor, refined: Tensor, log_evidence: Ten
     """Every number within four of its standard errors of the truth, and the gaps add up."""
     for name, exact in (("log_evidence", log_evidence), ("elbo_refined", refined), ("elbo", elbo)):
         value, error = column(ledger, name)
-        excess = (value - exact.detach()).abs() - 4 * error - 1e-6
+        short = SHORT if name == "elbo_refined" else 1e-6
+        excess = (value - exact.detach()).abs() - 4 * error - short
         assert float(excess.max()) < 0, (name, (value - exact.detach()) / error)
-    gaps = ledger.gaps
-    parts = gaps["approximation_gap"] + gaps["amortization_gap"]
-    np.testing.assert_allclose(parts, gaps["inference_gap"], rtol=0, atol=1e-9)
+    names = ("inference_gap", "approximation_gap", "amortization_gap")
+    inference, *parts = (ledger.gaps["mean"].sel(gap=name) for name in names)
+    assert float(sum(parts)) == pytest.approx(float(inference), abs=1e-9)
 
 
 def test_semi_supervised_vae() -> None:
     model, guide = ClassVAE(), ClassGuide()
     x = (torch.rand(5, 5, generator=torch.Generator().manual_seed(3)) < 0.5).to(DTYPE)
-    ledger = pg.decompose(model, guide, x, num_particles=4000, progress=False)
+    ledger = ledger_of(model, guide, x)
     loc, scale = guide.given(x[:, None], torch.eye(3, dtype=DTYPE))
     elbo = elbo_of(model.bounds(x, loc, scale), torch.log_softmax(guide.logits(x), -1))
     check(ledger, elbo, model.best_bounds(x).logsumexp(-1), model.log_evidence(x))
@@ -49,7 +58,7 @@ def test_mixture() -> None:
         for parameter in guide.parameters():
             parameter.mul_(0.3)
     x = model.data(5)
-    ledger = pg.decompose(model, guide, x, num_particles=8000, progress=False)
+    ledger = ledger_of(model, guide, x)
     h = guide.latents(x)[:, None] + guide.shift
     loc, scale = h[..., :2], (0.3 * h[..., 2:]).exp()
     precision, means = model.precisions(), model.means(x)
@@ -67,7 +76,7 @@ def test_mixture() -> None:
 def test_factorised_states_and_latents() -> None:
     """q(y1) q(y2) q(z): what each part of the family costs is in the approximation gap."""
     model, guide = Sites(), SitesGuide(())
-    ledger = pg.decompose(model, guide, X, num_particles=4000, progress=False)
+    ledger = ledger_of(model, guide, X)
     y1, y2 = model.states.T
     log_q = torch.log_softmax(torch.stack([torch.zeros_like(X), guide.first[0] + guide.first[1] * X], -1), -1)[:, y1]
     log_q = log_q + torch.log_softmax(guide.second[0] + guide.tilt * X[:, None], -1)[:, y2]
@@ -103,7 +112,7 @@ class OnlyStates(nn.Module):
 def test_states_alone() -> None:
     """Nothing but discrete latents: log p(x) and L[q*] are exact, and equal."""
     guide = OnlyStates()
-    ledger = pg.decompose(only_states, guide, X, num_particles=4000, progress=False)
+    ledger = ledger_of(only_states, guide, X)
     joint = ONLY.log() + dist.Normal(LEVELS, 0.7).log_prob(X[:, None, None])
     first = torch.log_softmax(torch.stack([guide.weight[0] * X, -X], -1), -1)
     each = torch.stack([guide.weight[1] * X[:, None] + torch.arange(2), X[:, None].expand(-1, 2)], -1)
@@ -118,16 +127,12 @@ def test_states_alone() -> None:
 
 def test_other_families_are_of_the_latents_alone() -> None:
     """Without y, which is summed out: their bounds are at least those of q(y) q(z | y) with q(z | y) = q(z)."""
-    from pyro.infer.autoguide import AutoNormal
-
     model = Mixture(alike=True, noise=4.0)
     x = model.data(4)
-    ledger = pg.decompose(
-        model, MixtureGuide(shared=True), x, families={"Normal": AutoNormal}, num_particles=4000, progress=False
-    )
+    ledger = ledger_of(model, MixtureGuide(shared=True), x, families={"Normal": AutoNormal})
     refined = torch.as_tensor(ledger.per_datapoint["elbo_refined"].values)
     error = torch.as_tensor(ledger.per_datapoint["elbo_refined_mcse"].values).norm(dim=1)
-    assert_exact(refined[:, 0], error, model.best_shared(x))
+    assert bool(((refined[:, 0] - model.best_shared(x)).abs() < 4 * error + SHORT).all())
     assert bool((refined[:, 1] > refined[:, 0] - 4 * error).all())
     assert bool((refined[:, 1] < model.log_joint(x).logsumexp(-1) + 4 * error).all())
 
