@@ -100,7 +100,8 @@ def test_what_is_refined_scores_its_own_draws_and_others() -> None:
     state = (3 * z[..., 0] + z[..., 1]).long()
     right = model.log_joint(X).log_softmax(-1).expand(300, -1, -1).gather(-1, state[..., None])[..., 0]
     right = right + dist.Normal(mean, scale).log_prob(z[..., 2:]).gather(-1, state[..., None])[..., 0]
-    assert float((log_q - right).abs().mean()) < 0.02
+    apart = log_q - right  # its mean is the divergence from the posterior, which the family holds
+    assert bool((apart.mean(0) < SHORT + 4 * apart.std(0) / len(apart) ** 0.5).all())
     with pyro.poutine.trace() as tracer:
         values = result(X)
     assert set(values) == {"y1", "y2", "z"}
