@@ -74,9 +74,8 @@ def test_several_sites(links: tuple[str, ...]) -> None:
     assert not bool(read.parents[0].any())
     assert read.steers.tolist() == ["z1" in links, "z2" in links]
     found = refined(model, guide, X)
-    assert_best(found, best_of_sites(model, links, X))
-    if len(links) == 3:
-        assert_best(found, model.log_joint(X).logsumexp(-1))
+    full = len(links) == 3  # the posterior is in the family
+    assert_best(found, model.log_joint(X).logsumexp(-1) if full else best_of_sites(model, links, X))
 
 
 def test_a_guide_that_is_certain_of_the_wrong_state_comes_back() -> None:
@@ -100,7 +99,8 @@ def test_what_is_refined_scores_its_own_draws_and_others() -> None:
     state = (3 * z[..., 0] + z[..., 1]).long()
     right = model.log_joint(X).log_softmax(-1).expand(300, -1, -1).gather(-1, state[..., None])[..., 0]
     right = right + dist.Normal(mean, scale).log_prob(z[..., 2:]).gather(-1, state[..., None])[..., 0]
-    assert float((log_q - right).abs().mean()) < 0.02
+    apart = log_q - right  # its mean is the divergence from the posterior, which the family holds
+    assert bool((apart.mean(0) < SHORT + 4 * apart.std(0) / len(apart) ** 0.5).all())
     with pyro.poutine.trace() as tracer:
         values = result(X)
     assert set(values) == {"y1", "y2", "z"}
