@@ -45,8 +45,8 @@ class Unconstrain(Messenger):
         self.kinds: dict[str, str] = {}
 
     def _pyro_sample(self, message: Any) -> None:
-        if is_bookkeeping(message) or message["is_observed"]:
-            return
+        if is_bookkeeping(message) or message["is_observed"] or message["name"] in self.joint.enumerated:
+            return  # a latent that is summed out has no place in unconstrained space
         name, fn = message["name"], message["fn"]
         site, value, transform = self.joint.sites[name], self.given[name], bijection(fn, name)
         unconstrained = transform.inv(value)
