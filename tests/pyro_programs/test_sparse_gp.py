@@ -29,7 +29,6 @@ def process(*, whiten: bool) -> gp.models.VariationalSparseGP:
 
 
 @pytest.mark.parametrize("whiten", [False, True])
-@pytest.mark.xfail(strict=True, reason="models without arguments are not on main yet")
 def test_ledger(whiten: bool, mode: Any) -> None:
     own = process(whiten=whiten)
     pair = Pair(own.model, own.guide, (), 1)
