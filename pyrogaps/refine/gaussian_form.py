@@ -9,6 +9,7 @@ from torch.distributions import LogNormal, MultivariateNormal, Normal
 
 from pyrogaps.density import JointDensity
 from pyrogaps.density.draws import BlockedGuide
+from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import FactorisedGuide, GuideSite
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.refine.local import Refinable, keep_where
@@ -101,7 +102,9 @@ def _columns(refinable: Refinable, chunk: Chunk) -> _Columns | None:
 def _columns_at(local: Any) -> _Columns | None:
     if not isinstance(local, FactorisedGuide) or local.num_auxiliary:
         return None
-    sites = [_columns_of(term, free_leaf(local.distributions[term.name]), local) for term in local.terms]
+    # A subclass of a Normal is one too, though its parameters may not be free by name.
+    leaves = [free_leaf(fn) or leaf(fn) for fn in (local.distributions[term.name] for term in local.terms)]
+    sites = [_columns_of(term, inner, local) for term, inner in zip(local.terms, leaves, strict=True)]
     known = [site for site in sites if site is not None]
     return known if len(known) == len(sites) else None
 
