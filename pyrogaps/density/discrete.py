@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrogaps.density.layout import distribution_mask, leaf, plate_dim, unmasked
+from pyrogaps.density.layout import leaf, plate_dim, unmasked
 from pyrogaps.density.supports import support_of
 from pyrogaps.errors import InputError
 
@@ -58,11 +58,6 @@ class Discrete:
     def rows_of(self, numbers: Tensor) -> Tensor:
         """The inverse of `placed`; without a data plate, of numbers without an axis of rows: `(1, *shape)`."""
         return numbers.reshape(1, *self.shape) if numbers.dim() < -self.axis else numbers.movedim(self.axis, 0)
-
-    def unmasked(self, value: Tensor, message: Any) -> Tensor:
-        """`value` with the first of all values in its masked elements: a masked site has that one."""
-        keep = distribution_mask(message["fn"], message["mask"])
-        return value if keep is None else torch.where(keep, value, self.values[0])
 
     def number_of(self, value: Tensor) -> Tensor:
         """The numbers of values `(*batch, *event_shape)` among the K, `(*batch)`."""

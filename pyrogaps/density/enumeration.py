@@ -8,15 +8,17 @@ all plates, so that one run of the model scores all of them. The factors that de
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyrogaps.density.discrete import Discrete, is_categorical
-from pyrogaps.density.layout import distribution_mask
+from pyrogaps.density.layout import distribution_mask, unmasked
 from pyrogaps.density.samplers import with_method
+from pyrogaps.guard import failures_named
 
 
 class Enumerate(EnumMessenger):
@@ -49,19 +51,32 @@ class Enumerate(EnumMessenger):
             msg["infer"] = {name: value for name, value in msg["infer"].items() if name != "enumerate"}
         super()._pyro_sample(msg)
 
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(
+            value, Tensor
+        ):  # its shape alone counts, which Pyro takes from `data`; vmap gives no access to it
+            value = SimpleNamespace(data=SimpleNamespace(shape=value.shape), dim=value.dim)
+        super()._pyro_post_sample(cast(Any, {**msg, "value": value}))
 
-def one_value(term: Tensor, message: Any) -> Tensor:
-    """The factor of an enumerated site where it is masked: its first value alone counts, once.
 
-    A masked site has log-probability 0 at each of its K values, so that a plain sum would add log K. Masked elements
-    of an event keep their first value too.
+def own_log_prob(message: Any) -> Tensor:
+    """The factor of a discrete latent that is summed out: its log-probability, whether it is masked or not.
+
+    Under a mask it would be 0 at each of its K values, so that a sum over them adds log K. Its own probabilities sum
+    to 1 where nothing else depends on it; where later sites do, they say how likely its values are. Masked elements
+    whose probabilities are NaN, as in padding, count with their first value alone.
     """
-    fn, value = message["fn"], message["value"]
+    fn, value, axis = message["fn"], message["value"], message["infer"].get("_enumerate_dim")
+    with failures_named(f"site '{message['name']}': its log_prob"):
+        term: Tensor = unmasked(fn).log_prob(value)
     keep = distribution_mask(fn, message["mask"])
     if keep is None:
         return term
-    axis = message["infer"]["_enumerate_dim"] - fn.event_dim
-    allowed = keep.to(value.device) | (value == value.narrow(axis, 0, 1))
+    kept, first = keep.to(value.device), torch.ones_like(value, dtype=torch.bool)
+    if axis is not None:
+        first = value == value.narrow(axis - fn.event_dim, 0, 1)
     if fn.event_dim:
-        allowed = allowed.flatten(-fn.event_dim).all(-1)
-    return torch.where(allowed, term, torch.full_like(term, -math.inf))
+        kept, first = kept.flatten(-fn.event_dim).all(-1), first.flatten(-fn.event_dim).all(-1)
+    alone = torch.where(first, torch.zeros_like(term), torch.full_like(term, -math.inf))
+    return torch.where(~kept & torch.isnan(term), alone, term)

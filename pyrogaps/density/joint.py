@@ -343,7 +343,8 @@ class JointDensity:
 
     def columns_of(self, z: Tensor, other: "JointDensity") -> Tensor:
         """The columns of `z` `(*, dim)` that belong to the sites of `other`, in its order."""
-        return torch.cat([z[..., self.sites[name].columns] for name in other.sites], -1)
+        columns = [z[..., self.sites[name].columns] for name in other.sites]
+        return torch.cat(columns, -1) if columns else z[..., :0]
 
     def over(self, data: IndexedData) -> "JointDensity":
         """The same density over other data of the same form; runs no program and repeats no check."""

@@ -1,6 +1,7 @@
 """Many particles of a model without a data plate in one run, though the model is written for one: `torch.func.vmap`."""
 
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -58,7 +59,10 @@ def mapped_rows(run_row: Callable[[Tensor], ScoreModel], flat: Tensor, particles
         terms = {"log_prior": log_prior, "log_likelihood": log_likelihood, "log_jacobian": handler.log_jacobian}
         return {"terms": terms, "values": handler.values, "masks": masks}
 
-    results = vmap(one)(flat, flat.new_zeros(len(flat)))
+    # Draws that do not matter, such as those of hidden sites, are made for each row, as in one run for each.
+    with warnings.catch_warnings():  # of operations that vmap does one by one: still faster than one run for each
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        results = vmap(one, randomness="different")(flat, flat.new_zeros(len(flat)))
     handlers[0].take_rows(results["terms"], results["values"], results["masks"])
     return handlers[0]
 

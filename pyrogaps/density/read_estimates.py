@@ -28,7 +28,7 @@ from pyrogaps.density.reading import (
 from pyrogaps.density.rows import CHECK_ROWS, same_density
 from pyrogaps.density.runs import Program, evaluating
 from pyrogaps.density.score import log_prob
-from pyrogaps.density.structure import sample_sites
+from pyrogaps.density.structure import first_sites, sample_sites
 from pyrogaps.density.supports import support_of
 from pyrogaps.density.terms import is_delta, no_density
 from pyrogaps.errors import InputError
@@ -60,9 +60,9 @@ def read_estimates(model: Program, guide: Program, data: Given, plate: Plate) ->
     with evaluating(guide, model), torch.no_grad():
         if (run := _first_run(guide, data, plate)) is None or not (names := _unchanging(guide, *run)):
             return None
-        if all(is_delta(message) for message in run[1].values()):
-            raise no_density(names[0])
         hidden = under(HideSites(names), model)
+        if all(is_delta(message) for message in run[1].values()) and not _has_latents(hidden, run[0]):
+            raise no_density(names[0])
         name = plate or None if plate is not None else find_data_plate(hidden, as_indexed(data))
         return _read(model, guide, data, name, names)
 
@@ -86,6 +86,13 @@ def _first_run(guide: Program, data: Given, plate: Plate) -> tuple[tuple[Any, ..
 def _run(guide: Program, args: tuple[Any, ...], seed: int) -> Messages:
     with seeded(seed, "estimates"), steady_plates():
         return drawn(sample_sites(guide, args, "guide"))
+
+
+def _has_latents(model: Program, args: tuple[Any, ...]) -> bool:
+    """Whether anything is latent beside what is hidden, such as discrete latents that the guide leaves out."""
+    with seeded(0, "estimates"), steady_plates():
+        sites, _ = first_sites(model, args)
+    return not all(site["is_observed"] for site in sites.values())
 
 
 def _unchanging(guide: Program, args: tuple[Any, ...], messages: Messages) -> list[str]:

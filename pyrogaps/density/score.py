@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions.transforms import IndependentTransform
 
 from pyrogaps.density.discrete import Discrete
-from pyrogaps.density.enumeration import one_value
+from pyrogaps.density.enumeration import own_log_prob
 from pyrogaps.density.factors import Factors
 from pyrogaps.density.layout import Site, distribution_mask, plate_dim, rows_first, unconstrained_mask, unmasked
 from pyrogaps.density.supports import bijection
@@ -154,12 +154,13 @@ class ScoreModel(Messenger):
     def _pyro_post_sample(self, message: Any) -> None:
         if is_bookkeeping(message):
             return
-        term = log_prob(message["fn"], message["value"], message["name"])
-        if message["mask"] is not None:
-            keep = torch.as_tensor(message["mask"], dtype=torch.bool, device=term.device)
-            term = torch.where(keep, term, torch.zeros_like(term))
-        if message["infer"].get("_enumerate_dim") is not None:
-            term = one_value(term, message)
+        if message["name"] in self.enumerated:
+            term = own_log_prob(message)
+        else:
+            term = log_prob(message["fn"], message["value"], message["name"])
+            if message["mask"] is not None:
+                keep = torch.as_tensor(message["mask"], dtype=torch.bool, device=term.device)
+                term = torch.where(keep, term, torch.zeros_like(term))
         if self.factors is not None and self.factors.holds(term):
             self.factors.add(term, message, is_prior=not message["is_observed"])
         elif message["is_observed"]:

@@ -47,7 +47,6 @@ class DrawModel(ScoreModel):
             value = value.to(message["value"].dtype)
         elif name in self.enumerated:
             site = self.enumerated[name]
-            value = site.unmasked(value, message)
             self.states[name] = site.rows_of(site.number_of(value))
         else:
             value = self._place(name, fn, message, value)

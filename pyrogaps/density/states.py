@@ -12,8 +12,7 @@ from pyrogaps.density.samplers import exact
 
 
 class SetStates(Messenger):
-    """Sets every discrete latent to the values number `states[name]` `(R, *shape)`, masked elements to the first, as
-    if they were observed.
+    """Sets every discrete latent to the values number `states[name]` `(R, *shape)`, as if they were observed.
 
     Enter it inside a `ScoreModel`, in the place of `Enumerate`. `positions` holds the numbers as the model has them.
     """
@@ -28,13 +27,13 @@ class SetStates(Messenger):
         site = self.discrete.get(name)
         if site is None or message["is_observed"]:
             return
-        value = site.unmasked(site.values[site.placed(self.states[name], drop_rows=self.drop_rows)], message)
+        value = site.values[site.placed(self.states[name], drop_rows=self.drop_rows)]
         message["value"], message["done"], message["is_observed"] = value, True, True
         self.positions[name] = site.number_of(value)
 
 
 class DrawStates(Messenger):
-    """Draws every discrete latent; masked elements have the first value."""
+    """Draws every discrete latent, whether it is masked or not."""
 
     def __init__(self, discrete: Mapping[str, Discrete]) -> None:
         super().__init__()
@@ -43,7 +42,7 @@ class DrawStates(Messenger):
     def _pyro_sample(self, message: Any) -> None:
         site = self.discrete.get(message["name"])
         if site is not None and not message["is_observed"] and not message["done"]:
-            message["value"] = site.unmasked(exact(message["fn"]).sample(), message)
+            message["value"] = exact(message["fn"]).sample()
             message["done"] = True
 
 

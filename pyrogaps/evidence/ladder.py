@@ -80,6 +80,11 @@ class Ladder(LadderSettings, Evidence):
         return LadderMeasurement(self, problem, run)
 
 
+def prepared(evidence: Evidence, problem: Problem, run: Run, refine: Refiner | None = None) -> Measurement:
+    """What measures log p(x_n) by an evidence; where all latents are discrete, by the ladder, which sums over them."""
+    return (evidence if problem.dim else Ladder()).prepare(problem, run, refine)
+
+
 @dataclass(frozen=True)
 class LadderMeasurement(Measurement):
     """log p(x_n) by what each datapoint needs."""

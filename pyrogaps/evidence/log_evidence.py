@@ -6,7 +6,7 @@ from pyrogaps.density import Data, GuideDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.evidence.ais import AIS, Initial
-from pyrogaps.evidence.ladder import Ladder
+from pyrogaps.evidence.ladder import Ladder, prepared
 from pyrogaps.evidence.protocol import Evidence, Measured
 from pyrogaps.evidence.referee import refereed
 from pyrogaps.guard import guarded
@@ -120,7 +120,7 @@ def measured(
     posterior, refiner = problem.posterior, None
     if evidence.needs_refined and isinstance(posterior, GuideDensity):
         refiner = Refiner(own_family(posterior), refinement or Refinement())
-    measurement = evidence.prepare(problem, run, refiner)
+    measurement = prepared(evidence, problem, run, refiner)
 
     def measure(chunk: Chunk) -> Measured:
         refined = posterior if refiner is None else refiner.fit(problem, chunk, run)[0]

@@ -15,6 +15,7 @@ from pyrogaps.density.remarks import quoted
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence, Ladder, Measurement
+from pyrogaps.evidence.ladder import prepared
 from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble, with_gaps
 from pyrogaps.gaps.certificate import Certificate
@@ -138,7 +139,7 @@ class Decomposition:
 
     def _measurement(self, run: Run, refiner: Refiner | None = None) -> Measurement:
         """What measures log p(x)."""
-        measurement = self.evidence.prepare(self.problem, run, refiner)
+        measurement = prepared(self.evidence, self.problem, run, refiner)
         if not isinstance(measurement, Measurement):
             name = f"{type(self.evidence).__name__}.prepare"
             raise InputError(

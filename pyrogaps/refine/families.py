@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -26,13 +27,16 @@ _serial = count()
 def instantiate(family: Family, joint: JointDensity, indices: Tensor) -> nn.Module:
     """`family(model)`, set up on the datapoints `indices`, with parameters of its own.
 
-    A family with a parameter `plate` gets the data plate's name.
+    A family with a parameter `plate` gets the data plate's name. Latents that are summed out are hidden from it.
 
     Raises `InputError` where it returns something other than a module.
     """
     takes_plate = joint.plate is not None and "plate" in _parameters(family)
+    model = joint.model
+    if joint.enumerated:  # these are summed out, and an autoguide refuses discrete sites
+        model = poutine.block(model, hide=[*joint.enumerated])
     with failures_named(f"family {_name(family)}"):
-        guide = family(joint.model, plate=joint.plate) if takes_plate else family(joint.model)
+        guide = family(model, plate=joint.plate) if takes_plate else family(model)
     if not isinstance(guide, nn.Module):
         raise InputError(
             f"family {_name(family)}: family(model) must return a guide that is an nn.Module (as autoguides are), "

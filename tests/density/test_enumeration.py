@@ -297,6 +297,8 @@ def test_masked_elements_of_a_nested_plate(inside: bool) -> None:
 
 
 def test_masked_part_of_an_event() -> None:
+    """What is masked has its own probabilities, because x depends on it."""
+
     def model(x: Tensor, keep: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -306,10 +308,34 @@ def test_masked_part_of_an_event() -> None:
     x, z = torch.randn(N), torch.randn(4, N, 1)
     states = []
     for k in itertools.product((0, 1), repeat=3):
-        fits = ~((torch.tensor(k) == 1) & ~KEEP).any(-1)  # what is masked keeps its first value
-        prior = (torch.tensor([0.3 if e else 0.7 for e in k]).log() * KEEP).sum(-1)
-        states.append(torch.where(fits, prior, -math.inf) + normal(sum(k) + z[..., 0], 0.5, x))
+        prior = torch.tensor([0.3 if e else 0.7 for e in k]).log().sum()
+        states.append(prior + normal(sum(k) + z[..., 0], 0.5, x))
     agree(JointDensity(model, (x, KEEP)), z, torch.stack(states).logsumexp(0) + normal(0.0, 1.0, z[..., 0]))
+
+
+def test_masked_states_that_later_states_depend_on() -> None:
+    """An animal is alive when it is first caught, although no state before counts."""
+    start = torch.tensor([0, 1, 2, 0, 1])
+
+    def model(x: Tensor, start: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            alive = torch.ones(len(x))
+            for t in pyro.markov(range(4)):
+                with pyro.poutine.mask(mask=t > start):
+                    alive = pyro.sample(f"alive{t}", dist.Bernoulli(torch.where(t > start, 0.8 * alive, 1.0)))
+                    pyro.sample(f"x{t}", dist.Normal(alive + z, 0.5), obs=x[:, t])
+
+    x, z = torch.randn(N, 4), torch.randn(3, N, 1)
+    expected = normal(0.0, 1.0, z[..., 0])
+    for n in range(N):
+        paths = []
+        for last in range(int(start[n]), 4):  # the last step at which it lives
+            prior = (last - int(start[n])) * math.log(0.8) + (math.log(0.2) if last < 3 else 0.0)
+            seen = [normal(float(t <= last) + z[:, n, 0], 0.5, x[n, t]) for t in range(int(start[n]) + 1, 4)]
+            paths.append(prior + sum(seen))
+        expected[:, n] += torch.stack(paths).logsumexp(0)
+    agree(JointDensity(model, (x, start)), z, expected)
 
 
 def test_classes_known_for_some() -> None:

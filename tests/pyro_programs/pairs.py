@@ -119,9 +119,13 @@ def assert_same_draws(pair: Pair, draws: int = 5) -> None:
         assert abs(float(ours[draw]) - theirs) < 1e-4 * abs(theirs), f"draw {draw}: {float(ours[draw])} is not {theirs}"
 
 
-def elbo_of(ledger: pg.GapLedger) -> Mean:
-    """The ELBO per datapoint of a ledger, and its Monte Carlo standard error."""
+def elbo_of(ledger: pg.GapLedger, number: int = 0) -> Mean:
+    """The ELBO per datapoint of a ledger, and its Monte Carlo standard error. Where the data set of `number` datapoints
+    is one, its total is divided.
+    """
     rows = ledger.per_datapoint
+    if number:
+        return Mean(float(rows.elbo.sum()) / number, float(rows.elbo_mcse.sum()) / number)
     return Mean(float(rows.elbo.mean()), float(np.sqrt((rows.elbo_mcse**2).sum())) / rows.sizes["datapoint"])
 
 
