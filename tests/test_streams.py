@@ -154,7 +154,9 @@ LADDER = {
         *("bounds sample", "bounds run"),
     )
 }
-STRUCTURE = {"structure", "estimates", "probe", "guide structure", "own family", "used weights", "freedom"}
+# Of a guide with one latent; of more, its weights are moved to see which of its parameters' elements are tied.
+SINGLE = {"structure", "estimates", "probe", "guide structure", "own family", "freedom"}
+STRUCTURE = SINGLE | {"used weights"}
 
 
 PARTS = ("shown part", "shared first half", "shared second half")
@@ -181,14 +183,14 @@ CERTIFICATE = under("certificate", SIMULATED) | under("certificate / refined aga
 TRAINING = under("training", {"epoch", "set up"})
 PURPOSES = {
     "plain": STRUCTURE | BOUNDS | ANNEALING | {"start own"} | of_family("one") | of_family("other"),
-    "escalated": STRUCTURE | BOUNDS | LADDER | CERTIFICATE | under("certificate", LADDER),
-    "examined": STRUCTURE
+    "escalated": SINGLE | BOUNDS | LADDER | CERTIFICATE | under("certificate", LADDER),
+    "examined": SINGLE
     | BOUNDS
     | LADDER
     | {"sample"}
     | under("examined", {"explore", "explore prior", "refined own", *REFINING} | LADDER),
     "bridged": STRUCTURE | BOUNDS | under("bridge", {"ladder pilot", "ladder draws", "ladder chains"}),
-    "probed": STRUCTURE
+    "probed": SINGLE
     | BOUNDS
     | LADDER
     | {"sample", "anchor probes"}
