@@ -154,7 +154,9 @@ LADDER = {
         *("bounds sample", "bounds run"),
     )
 }
-STRUCTURE = {"structure", "estimates", "probe", "guide structure", "own family", "used weights", "freedom"}
+# Weights of a guide are moved only where elements of its parameters may be tied: here, constant scales of two latents.
+UNTIED = {"structure", "estimates", "probe", "guide structure", "own family", "freedom"}
+STRUCTURE = UNTIED | {"used weights"}
 
 
 PARTS = ("shown part", "shared first half", "shared second half")
@@ -181,26 +183,26 @@ CERTIFICATE = under("certificate", SIMULATED) | under("certificate / refined aga
 TRAINING = under("training", {"epoch", "set up"})
 PURPOSES = {
     "plain": STRUCTURE | BOUNDS | ANNEALING | {"start own"} | of_family("one") | of_family("other"),
-    "escalated": STRUCTURE | BOUNDS | LADDER | CERTIFICATE | under("certificate", LADDER),
-    "examined": STRUCTURE
+    "escalated": UNTIED | BOUNDS | LADDER | CERTIFICATE | under("certificate", LADDER),
+    "examined": UNTIED
     | BOUNDS
     | LADDER
     | {"sample"}
     | under("examined", {"explore", "explore prior", "refined own", *REFINING} | LADDER),
     "bridged": STRUCTURE | BOUNDS | under("bridge", {"ladder pilot", "ladder draws", "ladder chains"}),
-    "probed": STRUCTURE
+    "probed": UNTIED
     | BOUNDS
     | LADDER
     | {"sample", "anchor probes"}
     | under("examined", {"explore", "explore prior", "explore probes", "anchor probes", "refined own", *REFINING})
     | under("examined", LADDER),
-    "conditioned": STRUCTURE
+    "conditioned": UNTIED
     | {"shown", "leak"}
     | BOUNDS
     | ANNEALING
     | under("completions", CONDITIONED | ANNEALING)
     | under("completions / prior run", {"scale prior", "pilot", "pilot prior", "ais", "ais prior"}),
-    "split": STRUCTURE
+    "split": UNTIED
     | BOUNDS
     | ANNEALING
     | CERTIFICATE

@@ -4,9 +4,12 @@ The guide is run at the same draws with slightly different weights, and for diff
 compared as real numbers, $\eta$: scales by their logarithms. Two elements of a parameter that always change alike are
 *tied*: a single number per datapoint for all latent dimensions stays a single number. An element that never changes is
 fixed.
+
+The factor of a full covariance is an exception: the family is the distribution's. Once any of its elements changes, all
+of them are free, those that the guide holds at 0 too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,13 +18,15 @@ from torch import Tensor
 
 from pyrogaps.density import GuideDensity
 from pyrogaps.density.data import evenly_spaced
-from pyrogaps.density.local import PlaceValues
+from pyrogaps.density.local import FactorisedGuide, PlaceValues
 from pyrogaps.density.runs import evaluating
 from pyrogaps.refine.finetune import Weight, substituted, used_weights
-from pyrogaps.refine.parameters import axis_of, free_leaf, names_of, to_rows, transform_of, value_of
+from pyrogaps.refine.parameters import rows_of
 from pyrogaps.streams import seeded
 
-NUM_ROWS, NUM_PERTURBED = 64, 2
+NUM_ROWS = 64
+# Of float32 numbers, two changes are within rounding by chance in about one of a thousand pairs.
+NUM_PERTURBED = 3
 # Weights move by this share of their size. Rounding is told apart by a multiple of the machine's precision.
 RELATIVE, ROUNDING = 0.01, 100.0
 # Beyond so many, slopes in earlier draws are not freed. A combination of slopes counts as free where the weights move
@@ -62,22 +67,63 @@ class Freedom:
         return labels if 0 < count < len(labels) else None
 
 
-def freedom_of(density: GuideDensity) -> Freedom:
-    """The freedom of a guide of which all site distributions have a `free_leaf`."""
-    weights = used_weights(density)
+def freedom_of(density: GuideDensity, weights: list[Weight]) -> Freedom:
+    """The freedom of a guide that uses `weights` and of which all site distributions have a `free_leaf`."""
     with seeded(0, "freedom"), evaluating(density.guide), torch.no_grad():
         indices = evenly_spaced(density.num_datapoints, NUM_ROWS) if density.joint.plate else torch.zeros(1).long()
         z = density.at(indices).sample(1)[0][0]
         z = z[:1].expand_as(z)  # so that rows differ by their data alone
-        before = _read(density, z, indices)
-        changes = {key: [value - value.mean(0)] for key, value in before.items()}
-        for _ in range(NUM_PERTURBED if weights else 0):
-            with _perturbed(weights):
-                for key, value in _read(density, z, indices).items():
-                    changes[key].append(value - before[key])
-        labels = {key: _labels(torch.cat(parts).T, before[key]) for key, parts in changes.items()}
-        slopes = {} if density.factorised or not weights else _slopes(density, weights, labels)
+        labels = _told_apart(lambda: _read(density, z, indices), lambda: weights)
+        slopes = _slopes(density, weights, labels)
     return Freedom(labels, slopes)
+
+
+def ties_of(density: GuideDensity, local: FactorisedGuide, varies: dict[str, set[str]]) -> Freedom:
+    """The freedom of a factorised guide, in the parameters that `varies` names for each term.
+
+    The guide is run again only where its output `local` for some datapoints leaves elements that may be tied.
+    """
+    in_plate, first = density.joint.plate is not None, [local]
+
+    def read() -> dict[Key, Tensor]:
+        guide = first.pop() if first else density.at(local.indices)
+        assert isinstance(guide, FactorisedGuide)
+        values = rows_of(guide.terms, guide.distributions, in_plate)
+        return {key: value for key, value in values.items() if key[1] in varies[key[0]]}
+
+    with seeded(0, "freedom"), evaluating(density.guide), torch.no_grad():
+        return Freedom(_told_apart(read, lambda: used_weights(density), alone=False), {})
+
+
+def _told_apart(
+    read: Callable[[], dict[Key, Tensor]], weights: Callable[[], list[Weight]], *, alone: bool = True
+) -> dict[Key, Tensor]:
+    """The labels of the elements of all parameters that `read` returns.
+
+    Weights are perturbed as long as elements look tied or fixed: further changes can only tell more apart. A single
+    element is compared with none; `alone` says whether it matters that it may be fixed.
+    """
+    before = read()
+    changes = {key: [value - value.mean(0)] for key, value in before.items()}
+
+    def labelled() -> dict[Key, Tensor]:
+        return {key: _labels(torch.cat(parts).T, before[key], key) for key, parts in changes.items()}
+
+    def settled() -> bool:
+        least = 1 if alone else 2
+        return all(int(each.max()) + 1 == len(each) for each in labels.values() if len(each) >= least)
+
+    labels = labelled()
+    if settled() or not (used := weights()):
+        return labels
+    for _ in range(NUM_PERTURBED):
+        with _perturbed(used):
+            for key, value in read().items():
+                changes[key].append(value - before[key])
+        labels = labelled()
+        if settled():
+            break
+    return labels
 
 
 def _read(density: GuideDensity, z: Tensor, indices: Tensor) -> dict[Key, Tensor]:
@@ -87,13 +133,9 @@ def _read(density: GuideDensity, z: Tensor, indices: Tensor) -> dict[Key, Tensor
     read: dict[Key, list[Tensor]] = {}
     for points, rows in runs:
         messages = density.messages(rows, 1, PlaceValues(density.terms, points, in_plate))
-        for term in density.terms:
-            fn = messages[term.name]["fn"]
-            inner = free_leaf(fn)
-            for name in names_of(inner):
-                axis = axis_of(term, fn, inner, name) if in_plate else None
-                value = to_rows(transform_of(inner, name).inv(value_of(inner, name)), axis)
-                read.setdefault((term.name, name), []).append(value)
+        distributions = {term.name: messages[term.name]["fn"] for term in density.terms}
+        for key, value in rows_of(density.terms, distributions, in_plate).items():
+            read.setdefault(key, []).append(value)
     return {key: torch.cat(parts) for key, parts in read.items()}
 
 
@@ -110,12 +152,14 @@ def _perturbed(weights: list[Weight], sign: float = 1.0) -> Iterator[None]:
         yield
 
 
-def _labels(changes: Tensor, values: Tensor) -> Tensor:
+def _labels(changes: Tensor, values: Tensor, key: Key) -> Tensor:
     """Elements with equal `changes` `(K, F)` have one label; those without any have -1."""
     changes = torch.nan_to_num(changes)
     tolerance = _rounding(values)
     labels = torch.full((len(changes),), -1)
     moved = (changes.abs().amax(1) > tolerance).nonzero()[:, 0]
+    if key[1] == "scale_tril":
+        return torch.arange(len(changes)) if len(moved) else labels
     # Candidates for equality are neighbours along a random direction.
     direction = torch.randn(changes.shape[1], dtype=changes.dtype, device=changes.device)
     along = changes[moved] @ direction

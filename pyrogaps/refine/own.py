@@ -21,7 +21,7 @@ from pyrogaps.refine.families import Family, Start, restrict
 from pyrogaps.refine.family_guide import FamilyGuide
 from pyrogaps.refine.finetune import FinetunedGuide, substituted, used_weights
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, is_learned, varying_parameters
-from pyrogaps.refine.freedom import Freedom, freedom_of
+from pyrogaps.refine.freedom import Freedom, freedom_of, ties_of
 from pyrogaps.refine.local import Refinable
 from pyrogaps.refine.structured import StructuredGuide, can_be_structured
 from pyrogaps.run import Run
@@ -154,11 +154,11 @@ def _own_family(density: GuideDensity) -> OwnFamily:
         if can_be_freed(local):
             varies = varying_parameters(local)
             if any(varies.values()):
-                return OwnFamily(density, "freed", None, varies, freedom_of(density))
+                return OwnFamily(density, "freed", None, varies, ties_of(density, local, varies))
     if isinstance(guide, AutoGuide):
         return OwnFamily(density, "autoguide", type(guide))
-    if can_be_structured(density) and used_weights(density):
-        freedom = freedom_of(density)
+    if can_be_structured(density) and (weights := used_weights(density)):
+        freedom = freedom_of(density, weights)
         if any(bool((labels >= 0).any()) for labels in freedom.labels.values()):
             return OwnFamily(density, "structured", freedom=freedom)
     return OwnFamily(density, "fine-tuned")

@@ -115,6 +115,18 @@ def to_rows(value: Tensor, axis: int | None) -> Tensor:
     )
 
 
+def rows_of(terms: list[GuideSite], distributions: dict[str, Any], in_plate: bool) -> dict[tuple[str, str], Tensor]:
+    """The parameters of the site distributions of all terms as real numbers, by rows, `(R, K)`."""
+    values = {}
+    for term in terms:
+        fn = distributions[term.name]
+        inner = free_leaf(fn)
+        for name in names_of(inner):
+            axis = axis_of(term, fn, inner, name) if in_plate else None
+            values[term.name, name] = to_rows(transform_of(inner, name).inv(value_of(inner, name)), axis)
+    return values
+
+
 def from_rows(rows: Tensor, like: Tensor, axis: int | None) -> Tensor:
     """`rows` `(R, K)` in the shape of `like`, which may have another number of rows."""
     if axis is None:

@@ -352,6 +352,72 @@ def test_equal_scales_of_their_own_are_not_tied() -> None:
     assert freedom is not None and freedom.tied(("z", "scale")) is None
 
 
+class Runs(poutine.messenger.Messenger):
+    """Counts how often a guide draws `z`."""
+
+    number = 0
+
+    def _pyro_sample(self, message: Any) -> None:
+        self.number += message["name"] == "z"
+
+
+def test_a_guide_is_run_again_only_where_ties_may_be() -> None:
+    """Of a network's own outputs one run tells all apart; a tie takes a few runs with other weights."""
+    x, _ = draws_of(LINEAR, 3)
+
+    class Whole(Isotropic):
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.net(x)[:, :2], self.net(x)[:, 1:].exp()).to_event(1))
+
+    numbers = []
+    for guide in (Whole("network"), Isotropic("network")):
+        density = GuideDensity(guide, None, JointDensity(LINEAR, x))
+        with Runs() as runs:
+            freedom = own_family(density).freedom
+        assert freedom is not None
+        numbers.append(runs.number)
+        assert (freedom.tied(("z", "scale")) is None) == isinstance(guide, Whole)
+    assert numbers == [1, 6]
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_reading_what_is_free_leaves_the_generator_alone(levels: bool) -> None:
+    x, _ = draws_of(LINEAR, 3)
+    guide = TwoLevels(0.4, learned=True) if levels else Isotropic("number")
+    density = GuideDensity(guide, None, JointDensity(split if levels else LINEAR, x))
+    before = torch.get_rng_state()
+    assert own_family(density).freedom is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class FullCovariance(nn.Module):
+    """A multivariate Normal whose factor is diagonal, one number that is learned or a constant."""
+
+    def __init__(self, *, learned: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, scale = nn.Linear(6, 2), torch.tensor(-1.0)
+        self.scale = nn.Parameter(scale) if learned else scale
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(self.net(x), scale_tril=self.scale.exp() * torch.eye(2)))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_family_of_a_full_covariance_is_the_distributions(learned: bool) -> None:
+    """Correlations are free though the guide holds them at 0, unless the whole factor is a constant."""
+    x, _ = draws_of(LINEAR, 3)
+    guide = FullCovariance(learned=learned)
+    bound = elbo(LINEAR, refine(LINEAR, guide, x, settings=BRIEF, referee=False), x, num_particles=4000)
+    precision, variance = LINEAR.precision.detach(), math.exp(-2.0)
+    held = 0.5 * (variance * float(precision.trace()) - 2 - 2 * math.log(variance) - torch.logdet(precision))
+    gap, other = (torch.zeros(()), mean_field_gap(precision)) if learned else (held, torch.zeros(()))
+    assert_exact(LINEAR.log_evidence(x) - bound.value, bound.mcse, gap)
+    assert abs(float(gap - other)) > 4 * float(bound.mcse.max())
+
+
 def test_normals_behind_a_sigmoid_are_those_of_auto_normal() -> None:
     weight = torch.randn(3, 8)
 
