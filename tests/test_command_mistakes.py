@@ -266,7 +266,7 @@ PROGRAMS = [
     ("--data mine.nan_train", "data: in the part 'train': .*NaN.* Clean"),
     ("--data mine.nan_validation", "data: in the part 'validation': .*NaN.* Clean"),
     ("--data mine.narrow", "site 'x': its log_prob failed"),
-    ("--data mine.pairs", "model failed: .* a tuple .x, y. two"),
+    ("--data mine.pairs", "model failed: .* a tuple or an item .x, y. two"),
     ("--data mine.uneven", "data: in the part 'train': the tensors have different lengths"),
 ]
 LINES = [

@@ -265,7 +265,7 @@ def test_the_shape_of_a_simplex_is_that_of_its_values() -> None:
         with pyro.plate("data", len(x)), pyro.plate("parts", 2, dim=-2):
             pyro.sample("z", dist.Dirichlet(torch.ones(3)))
 
-    refused(guide, "site 'z'", "(2, 4) per datapoint", model=shares, plate="data")
+    refused(guide, "site 'z'", "the simplex of 3", "the simplex of 4", model=shares, plate="data")
 
 
 def test_vector_transposed() -> None:

@@ -14,7 +14,7 @@ from tests.fuzz.programs import Program, read
 
 # Those without a row in `CHANGES` are in the programs themselves.
 FAULTS: dict[str, tuple[str, ...]] = {
-    "latent outside the plate": ("plate",),
+    "latent outside the plate": ("site 'outside'",),
     "hard-coded plate": ("plate", "hard-coded"),
     "site missing from the guide": ("site 'a'", "missing"),
     "site missing from the model": ("site 'extra'",),
@@ -26,15 +26,15 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "batch statistics in the model": ("rows",),
     "batch statistics in the guide": ("rows",),
     "delta in the guide": ("site 'a'", "Delta"),
-    "wrong shape in the guide": ("site 'a'", "shape"),
+    "wrong shape in the guide": ("site 'a'", "guide's"),
     "unknown plate": ("plate",),
     "fails on a subset": ("guide",),
-    "random density": ("data",),
+    "random density": ("random",),
     "rows drawn with replacement": ("random",),
     "guide's plate of another size": ("plate 'data'", "size"),
-    "event dimension in the guide": ("'a'", "shape"),
+    "event dimension in the guide": ("'a'", "guide's"),
     "discrete in the guide": ("site 'a'", "discrete"),
-    "discrete latent": ("site 'd'", "discrete"),
+    "discrete latent": ("site 'd'", "Poisson"),
     "delta in the model": ("site 'd'", "Delta"),
     "projected normal": ("site 'd'", "reparametrise"),
     "latent for some rows": ("site 'd'",),
@@ -105,7 +105,7 @@ def _twice(pair: Pair) -> Pair:
 
 
 CHANGES: dict[str, Callable[[Pair], Pair]] = {
-    "discrete latent": lambda pair: pair.beside(sample(lambda x: dist.Bernoulli(0.5 + 0 * x[:, 0])), guide=True),
+    "discrete latent": lambda pair: pair.beside(sample(lambda x: dist.Poisson(0.5 + 0 * x[:, 0])), guide=True),
     "delta in the model": lambda pair: pair.beside(sample(lambda x: dist.Delta(x[:, 0]))),
     "projected normal": lambda pair: pair.beside(
         sample(lambda x: dist.ProjectedNormal(torch.ones(len(x), 2, dtype=x.dtype))), guide=True
