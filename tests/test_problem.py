@@ -69,7 +69,9 @@ def test_a_problem_is_passed_alone(pair: tuple[Counted, Counted]) -> None:
     with pytest.raises(pg.InputError, match="Do not pass them separately"):
         pg.elbo(problem, pair[1])
     with pytest.raises(pg.InputError, match="data: missing"):
-        pg.elbo(*pair)
+        pg.elbo(LinearGaussian.random(4, 2), pair[1])
+    with pytest.raises(pg.InputError, match="missing 1 required positional argument: 'x'"):
+        pg.elbo(*pair)  # of any number of arguments, so perhaps of none
     with pytest.raises(pg.InputError, match="guide: missing"):
         pg.elbo(pair[0], None, X)
 
