@@ -46,7 +46,7 @@ PUBLIC |= {target.__qualname__: target for target in FURTHER}
 SECTIONS = {
     "AIS": "evidence", "Bridge": "evidence", "Ladder": "evidence", "Refinement": "refinement",
     "Conditioning": "conditioning", "Certificate": "certificate", "Retraining": "retraining", "Split": "split",
-    "Training": "training", "Mapa": "mapa",
+    "Training": "training", "Mapa": "mapa", "Shared": "shared",
     "Cosine": "schedule", "Exponential": "schedule", "Staircase": "schedule", "JointDensity": "", "GuideDensity": "",
 }  # fmt: skip
 # No settings: data, programs of several kinds, results to draw or export, and what a class keeps for itself.

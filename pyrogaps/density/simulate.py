@@ -180,7 +180,8 @@ def feed_back(
     values = {name: drawn[name] for name in observed}
     if to_data is not None:
         with failures_named("to_data"):
-            result = read(to_data(values))
+            returned = to_data(values)
+            result = as_tuple(None) if returned is None else read(returned)
         if len(result) != len(args):
             raise InputError(
                 f"to_data: it returned {counted(len(result), 'argument')}, but the model takes {len(args)}"
