@@ -30,7 +30,8 @@ class NaturalRefinement:
     guide itself if its ELBO is higher. A datapoint that has converged in the first round takes no more gradients,
     unless the noise of its steps still costs more than the tolerance; then its steps continue. The others take
     further, longer rounds, compared on more draws. Those that have not converged then, or are below the guide itself,
-    are refined by Adam from the best that was found, unless it stands at a cliff, which Adam's draws do not see either.
+    are refined by Adam from the best that was found; what Adam's draws do not see, such as a cliff, counts when its end
+    is compared.
 
     All comparisons are on the same selection draws, which no reported bound uses. An end that loses more than the
     tolerance where plain draws do not reach, see `unseen`, has not converged.
@@ -63,7 +64,7 @@ class NaturalRefinement:
                 higher = higher.with_replaced(kept, looked)
             converged = ends.converged & ~failed
             history = torch.cat([history, higher.elbo[None]])
-            left = (~converged & ~higher.steep.any(1)).nonzero()[:, 0]
+            left = (~converged).nonzero()[:, 0]
             converged, best = converged & self._seen(higher), higher.gaussian
         if len(left):
             best, converged[left] = self._by_adam(best, left)

@@ -92,10 +92,13 @@ class RefinedGuide:
         log_density = (log_q[0] - handler.log_jacobian).sum()
         pyro.sample("_refined", dist.Delta(log_density, log_density), infer={"is_auxiliary": True})
         values = {}
+        frames = {frame.name: frame for name in handler.values for frame in handler.frames[name]}
+        # One of each: a plate announces itself when it is made, once in a trace.
+        known = {name: pyro.plate(name, frame.size, dim=frame.dim) for name, frame in frames.items()}
         for name, value in handler.values.items():
             with ExitStack() as plates:
                 for frame in handler.frames[name]:
-                    plates.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+                    plates.enter_context(known[frame.name])
                 values[name] = pyro.sample(name, dist.Delta(value, event_dim=self.joint.sites[name].event_dim))
         return values
 
