@@ -58,9 +58,6 @@ def check_autoguide(guide: Any, joint: JointDensity) -> None:
                 "taken at some of them. Leave it out of the AutoGuideList: discrete latents that the guide leaves out "
                 "are summed out exactly"
             )
-        inside, every = ([], []) if plate is None else latents_in(part, plate)
-        if every and not inside:
-            continue  # of latents outside the data plate, which are given here
         if isinstance(part, AutoContinuous | AutoGaussian | AutoStructured) and plate is not None and first:
             raise InputError(
                 f"site '{first}': {_name(part)} is one joint distribution over all datapoints, without a density per "

@@ -352,8 +352,7 @@ class JointDensity:
 
     def one_by_one(self) -> "JointDensity":
         """The same density; without a plate, particles are evaluated one after the other."""
-        return JointDensity(self.model, self.passed, structure=replace(self.structure, particles="one by one"))
-        return JointDensity(self.model, self.passed, structure=replace(self.structure, vectorized=False))
+        return self._evaluating("one by one")
 
     def _indices(self, indices: Tensor | None) -> Tensor:
         return torch.arange(self.num_datapoints) if indices is None else indices
@@ -454,7 +453,7 @@ class JointDensity:
             warnings.warn(note, stacklevel=2)
 
     def _evaluating(self, particles: Particles) -> "JointDensity":
-        return JointDensity(self.model, self.data, structure=replace(self.structure, particles=particles))
+        return JointDensity(self.model, self.passed, structure=replace(self.structure, particles=particles))
 
 
 def _with_slopes(joint: JointDensity, z: Tensor, args: tuple[Any, ...], indices: Tensor) -> Tensor:
