@@ -123,8 +123,7 @@ class Problem:
         check_callable(model, "model")
         check_present(model, data, "Pass the model, the guide and the data, or a Problem")
         given = as_given(data, model)
-        if (estimates := estimates_of(model, guide, given, plate)) is None:
-            return cls(model, None, JointDensity(model, given, plate), None)
+        estimates = estimates_of(model, guide, given, plate)
         return cls(model, None, JointDensity(model, given, plate, estimates=estimates), None)
 
     @property

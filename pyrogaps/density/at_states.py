@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrogaps.density.data import IndexedData
 from pyrogaps.density.discrete import Discrete
 from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.state_numbers import joint_states
 from pyrogaps.density.states import SetStates
 
 
@@ -54,8 +55,7 @@ def num_states(sites: Mapping[str, Discrete]) -> float:
 
 def all_states(sites: Mapping[str, Discrete]) -> dict[str, Tensor]:
     """All J joint states of one datapoint: numbers of each site's values, `(J, *shape)`."""
-    sizes = [torch.arange(site.cardinality) for site in sites.values() for _ in range(_elements(site))]
-    table = torch.cartesian_prod(*sizes).reshape(-1, len(sizes))
+    table = joint_states([site.cardinality for site in sites.values() for _ in range(_elements(site))])
     states, start = {}, 0
     for name, site in sites.items():
         stop = start + _elements(site)

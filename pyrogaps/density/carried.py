@@ -8,7 +8,7 @@ import torch
 from pyrogaps.density.data import evenly_spaced
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import plate_dim, rows_first
-from pyrogaps.density.score import log_prob
+from pyrogaps.density.score import site_log_prob
 from pyrogaps.density.structure import is_factor
 from pyrogaps.errors import InputError
 from pyrogaps.streams import seeded
@@ -67,10 +67,7 @@ def nats_of(message: Any, joint: JointDensity) -> tuple[torch.Tensor, str]:
     """A site's log-probability, masked and not scaled, with its unit: the mean over datapoints, or, outside the data
     plate, the sum.
     """
-    term = log_prob(message["fn"], message["value"], message["name"])
-    if message["mask"] is not None:
-        keep = torch.as_tensor(message["mask"], dtype=torch.bool, device=term.device)
-        term = torch.where(keep, term, torch.zeros_like(term))
+    term = site_log_prob(message)
     axis = None if joint.plate is None else plate_dim(message, joint.plate)
     if axis is None:
         return term.sum(), "nats" if joint.plate is None else "nats for the data set"

@@ -32,6 +32,18 @@ class SetSites(Messenger):
             message["stop"] = True
 
 
+class ReplaySites(Messenger):
+    """Sets sites to `values`, as if they had been drawn: their density counts as it does for draws."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] in self.values:
+            message["value"], message["done"] = self.values[message["name"]], True
+
+
 class HideSites(Messenger):
     """Hides sites from every handler outside; they are drawn."""
 

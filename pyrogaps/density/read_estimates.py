@@ -4,17 +4,16 @@ from typing import Any, cast
 
 import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrogaps.density.autoguides import autoguides_in, check_autoguide, is_autoguide, refuse_never_run
+from pyrogaps.density.autoguides import autoguides_in, check_autoguide, refuse_never_run
 from pyrogaps.density.carried import drawn, nats_of
 from pyrogaps.density.data import IndexedData
 from pyrogaps.density.draws import is_posterior
 from pyrogaps.density.estimates import PointEstimates, same_values
 from pyrogaps.density.forms import Given, as_indexed, whole
-from pyrogaps.density.given import HideSites, SetSites, under
-from pyrogaps.density.guide import GuideDensity, GuideStructure
+from pyrogaps.density.given import HideSites, ReplaySites, SetSites, under
+from pyrogaps.density.guide import GuideDensity
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import plate_dim
 from pyrogaps.density.plates import steady_plates
@@ -109,7 +108,7 @@ def _unchanging(guide: Program, args: tuple[Any, ...], messages: Messages) -> li
     if len(fixed) < len(deltas):
         moving = next(name for name in deltas if name not in fixed)
         draws = {name: message for name, message in messages.items() if not is_delta(message)}
-        with _Replayed({name: message["value"] for name, message in draws.items()}):
+        with ReplaySites({name: message["value"] for name, message in draws.items()}):
             replayed = _run(guide, args, 1)
         if moving in replayed and not same_values(messages[moving]["value"], replayed[moving]["value"]):
             raise InputError(
@@ -123,18 +122,6 @@ def _unchanging(guide: Program, args: tuple[Any, ...], messages: Messages) -> li
                 "Draw the site from a distribution, or compute it in the model, with pyro.deterministic"
             )
     return fixed
-
-
-class _Replayed(Messenger):
-    """Sets sites to values, and leaves them in the trace."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, message: Any) -> None:
-        if message["name"] in self.values:
-            message["value"], message["done"] = self.values[message["name"]], True
 
 
 class _Recorded(SetSites):
@@ -200,8 +187,7 @@ def _read(model: Program, guide: Program, data: Given, plate: str | None, names:
     joint = JointDensity(model, data, structure=nothing)
     number = joint.num_datapoints
     check_autoguide(guide, joint)
-    bound = True if is_autoguide(guide) and plate is not None else None
-    density = GuideDensity(guide, None, joint, structure=GuideStructure(number, bound))
+    density = GuideDensity.unread(guide, joint)
     rows = torch.tensor([0]) if plate is None else first_rows(number)
     with seeded(0, "estimates, first rows"):
         first = density.first_run(rows)

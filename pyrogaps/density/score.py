@@ -45,6 +45,15 @@ def log_prob(fn: Any, value: Tensor, name: str) -> Tensor:
     return result
 
 
+def site_log_prob(message: Any) -> Tensor:
+    """log-probability of a site's value, not scaled; 0 where `poutine.mask` masks it."""
+    term = log_prob(message["fn"], message["value"], message["name"])
+    if message["mask"] is None:
+        return term
+    keep = torch.as_tensor(message["mask"], dtype=torch.bool, device=term.device)
+    return torch.where(keep, term, torch.zeros_like(term))
+
+
 def masked_log_prob(fn: Any, value: Tensor, mask: Tensor | None, name: str) -> Tensor:
     """log-probability of `value` under `fn` without the masked elements, of `fn`'s batch shape.
 
@@ -154,13 +163,7 @@ class ScoreModel(Messenger):
     def _pyro_post_sample(self, message: Any) -> None:
         if is_bookkeeping(message):
             return
-        if message["name"] in self.enumerated:
-            term = own_log_prob(message)
-        else:
-            term = log_prob(message["fn"], message["value"], message["name"])
-            if message["mask"] is not None:
-                keep = torch.as_tensor(message["mask"], dtype=torch.bool, device=term.device)
-                term = torch.where(keep, term, torch.zeros_like(term))
+        term = own_log_prob(message) if message["name"] in self.enumerated else site_log_prob(message)
         if self.factors is not None and self.factors.holds(term):
             self.factors.add(term, message, is_prior=not message["is_observed"])
         elif message["is_observed"]:

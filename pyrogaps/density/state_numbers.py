@@ -73,6 +73,9 @@ def _parameter_dtype(fn: Any) -> torch.dtype:
 
 def all_joint_states(numbers: list[int], largest: int) -> Tensor | None:
     """All states of elements with so many each: numbers `(K, elements)`; None where K is above `largest`."""
-    if math.prod(numbers) > largest:
-        return None
+    return None if math.prod(numbers) > largest else joint_states(numbers)
+
+
+def joint_states(numbers: list[int]) -> Tensor:
+    """All states of elements with so many each: numbers `(K, elements)`, the last element's changing first."""
     return torch.cartesian_prod(*[torch.arange(number) for number in numbers]).reshape(-1, len(numbers))

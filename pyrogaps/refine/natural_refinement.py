@@ -108,8 +108,8 @@ class NaturalRefinement:
         if not bool((noisy | vague).any()):
             return before, ends
         rounds = self._rounds(self.form.chunk)
+        precise = replace(rounds, precision=PRECISION)
         if len(positions := vague.nonzero()[:, 0].cpu()):
-            precise = replace(rounds, precision=PRECISION)
             before, ends = (precise.scored_again(each, positions) for each in (before, ends))
         for length in LENGTHS:
             number = length * rounds.num_steps

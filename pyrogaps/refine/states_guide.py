@@ -11,6 +11,7 @@ from pyrogaps.density.given_states import columns_of
 from pyrogaps.density.local import Draws, LocalGuide
 from pyrogaps.gaussians import Gaussian
 from pyrogaps.refine.families import Start
+from pyrogaps.refine.gaussian_guides import LocalGaussian
 from pyrogaps.refine.local import Refinable
 
 
@@ -130,21 +131,4 @@ class StartPosterior:
         """The Gaussians at rows."""
         places = indices // self.repeats - self.first
         gaussian = Gaussian(self.start.loc[places], self.start.scale[places], self.joint.active(indices))
-        return StartLocal(self.joint, indices, gaussian)
-
-
-@dataclass
-class StartLocal:
-    """A `LocalGuide`: Gaussians."""
-
-    joint: JointDensity
-    indices: Tensor
-    gaussian: Gaussian
-
-    def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
-        loc = self.gaussian.loc
-        z = self.gaussian.draw(torch.randn(num_particles, *loc.shape, dtype=loc.dtype, device=loc.device))
-        return z, self.log_prob(z)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self.gaussian.log_density(z)[0]
+        return LocalGaussian(self.joint, indices, gaussian)

@@ -11,10 +11,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 import pyrogaps as pg
+from pyrogaps.density.given import ReplaySites
 
 Program = Callable[..., Any]
 # The largest standard error of a comparison, in nats per datapoint, and the number of them that pass.
@@ -93,18 +93,6 @@ class Pair:
         )
 
 
-class Placed(Messenger):
-    """Sets sites of a guide to `values`; their terms stay."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, message: Any) -> None:
-        if message["name"] in self.values:
-            message["value"], message["done"] = self.values[message["name"]], True
-
-
 def assert_same_draws(pair: Pair, draws: int = 5) -> None:
     """Every draw of log p(x, z) - log q(z | x) is Pyro's, to 1e-4 relative; of guides that draw nothing discrete."""
     problem = pair.problem()
@@ -115,7 +103,7 @@ def assert_same_draws(pair: Pair, draws: int = 5) -> None:
     model, guide = pair.clean or (pair.model, pair.guide)
     for draw in range(draws):
         rows = {name: value[draw] if problem.plate else value[draw, 0] for name, value in values.items()}
-        theirs = -pair.objective.loss(model, Placed(rows)(guide), *pair.args) - pair.surplus
+        theirs = -pair.objective.loss(model, ReplaySites(rows)(guide), *pair.args) - pair.surplus
         assert abs(float(ours[draw]) - theirs) < 1e-4 * abs(theirs), f"draw {draw}: {float(ours[draw])} is not {theirs}"
 
 
