@@ -288,3 +288,29 @@ class ClassGuide(nn.Module):
         with pyro.plate("data", len(x)):
             y = pyro.sample("y", dist.OneHotCategorical(logits=self.logits(x)), infer={"enumerate": "parallel"})
             pyro.sample("z", dist.Normal(*self.given(x, y)))
+
+
+ONLY = torch.tensor([[0.2, 0.1], [0.3, 0.4]], dtype=DTYPE)
+LEVELS = torch.tensor([[-1.0, 0.4], [0.9, 2.0]], dtype=DTYPE)
+
+
+def only_states(x: Tensor) -> None:
+    """Two discrete latents, of which the second depends on the first, and nothing else."""
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Categorical(ONLY.sum(1)))
+        b = pyro.sample("b", dist.Categorical(ONLY[a]))
+        pyro.sample("x", dist.Normal(LEVELS[a, b], 0.7), obs=x)
+
+
+MOVE = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=DTYPE)
+STEPS = torch.tensor([-1.0, 2.0], dtype=DTYPE)
+
+
+def ragged_chain(y: Tensor, lengths: Tensor) -> None:
+    """Chains of two states of different lengths, with one continuous latent for each."""
+    with pyro.plate("data", len(y), dim=-1):
+        a, k = pyro.sample("z", dist.Normal(0.0, 1.0)), 0
+        for t in pyro.markov(range(y.shape[1])):
+            with pyro.poutine.mask(mask=t < lengths):
+                k = pyro.sample(f"k{t}", dist.Categorical(MOVE[k]))
+                pyro.sample(f"y{t}", dist.Normal(STEPS[k] + a, 1.0), obs=y[:, t])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pyrogaps as pg
 from pyrogaps.log_weights import Estimate
+from tests.discrete_pairs import MOVE, STEPS, ragged_chain
 
 WEIGHTS, NOISE = (0.3, 0.7), 0.2
 SMALL: dict[str, Any] = {
@@ -85,22 +86,10 @@ def test_ledger_of_a_mixture() -> None:
     assert (ledger.per_datapoint.inference_gap.values > 0.3).all()  # one Normal cannot hold both modes
 
 
-MOVE, LEVELS = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).double(), torch.tensor([-1.0, 2.0]).double()
-
-
-def chain(y: Tensor, lengths: Tensor) -> None:
-    with pyro.plate("data", len(y), dim=-1):
-        a, k = pyro.sample("z", dist.Normal(0.0, 1.0)), 0
-        for t in pyro.markov(range(y.shape[1])):
-            with pyro.poutine.mask(mask=t < lengths):
-                k = pyro.sample(f"k{t}", dist.Categorical(MOVE[k]))
-                pyro.sample(f"y{t}", dist.Normal(LEVELS[k] + a, 1.0), obs=y[:, t])
-
-
 def of_chain(y: Tensor, lengths: Tensor) -> Tensor:
     """The forward algorithm at every point of a grid of the continuous latent."""
     grid = torch.linspace(-10, 10, 4001)
-    emitted = [dist.Normal(LEVELS + grid[:, None, None], 1.0).log_prob(y[:, t, None]) for t in range(y.shape[1])]
+    emitted = [dist.Normal(STEPS + grid[:, None, None], 1.0).log_prob(y[:, t, None]) for t in range(y.shape[1])]
     messages = MOVE[0].log() + emitted[0]
     for t in range(1, y.shape[1]):
         step = (messages[..., None] + MOVE.log()).logsumexp(-2) + emitted[t]
@@ -113,7 +102,7 @@ def of_chain(y: Tensor, lengths: Tensor) -> Tensor:
 def test_ragged_chain(steps: int) -> None:
     """Few joint states, each with a Gaussian, and many, whose modes chains from the prior find."""
     y, lengths = torch.randn(4, steps), torch.tensor([steps, 3, 2, 1])
-    right(pg.log_evidence(chain, OneNormal(), (y, lengths), referee=False), of_chain(y, lengths))
+    right(pg.log_evidence(ragged_chain, OneNormal(), (y, lengths), referee=False), of_chain(y, lengths))
 
 
 # All latents discrete.

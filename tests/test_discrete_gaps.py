@@ -12,7 +12,19 @@ from torch import Tensor, nn
 
 import pyrogaps as pg
 from pyrogaps.refine.tables import elbo_of
-from tests.discrete_pairs import DTYPE, ClassGuide, ClassVAE, Mixture, MixtureGuide, Sites, SitesGuide, best_of_sites
+from tests.discrete_pairs import (
+    DTYPE,
+    LEVELS,
+    ONLY,
+    ClassGuide,
+    ClassVAE,
+    Mixture,
+    MixtureGuide,
+    Sites,
+    SitesGuide,
+    best_of_sites,
+    only_states,
+)
 
 X = torch.tensor([-2.0, -0.5, 0.3, 1.0], dtype=DTYPE)
 # What a refinement may fall short of the best by, in nats: where it settles.
@@ -84,17 +96,6 @@ def test_factorised_states_and_latents() -> None:
     loc = (guide.loc[0, 0] + 0.3 * X)[:, None].expand(-1, 6)
     elbo = model.elbo(X, log_q, loc, guide.scale.exp().expand_as(loc))
     check(ledger, elbo, best_of_sites(model, (), X), model.log_joint(X).logsumexp(-1))
-
-
-ONLY = torch.tensor([[0.2, 0.1], [0.3, 0.4]], dtype=DTYPE)
-LEVELS = torch.tensor([[-1.0, 0.4], [0.9, 2.0]], dtype=DTYPE)
-
-
-def only_states(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        a = pyro.sample("a", dist.Categorical(ONLY.sum(1)))
-        b = pyro.sample("b", dist.Categorical(ONLY[a]))
-        pyro.sample("x", dist.Normal(LEVELS[a, b], 0.7), obs=x)
 
 
 class OnlyStates(nn.Module):

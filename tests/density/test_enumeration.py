@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 from pyrogaps import IndexedData, InputError, JointDensity
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density.simulate import simulate
+from tests.discrete_pairs import MOVE, STEPS, ragged_chain
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -161,25 +162,13 @@ def test_several_sites_and_supports() -> None:
 
 # Chains.
 
-MOVE = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
-LEVELS = torch.tensor([-1.0, 2.0], dtype=torch.float64)
-
-
-def ragged_chain(y: Tensor, lengths: Tensor) -> None:
-    with pyro.plate("data", len(y), dim=-1):
-        a, k = pyro.sample("z", dist.Normal(0.0, 1.0)), 0
-        for t in pyro.markov(range(y.shape[1])):
-            with pyro.poutine.mask(mask=t < lengths):
-                k = pyro.sample(f"k{t}", dist.Categorical(MOVE[k]))
-                pyro.sample(f"y{t}", dist.Normal(LEVELS[k] + a, 1.0), obs=y[:, t])
-
 
 def forward(y: Tensor, lengths: Tensor, z: Tensor) -> Tensor:
     """log p(y, z) `(S, N)` by the forward algorithm."""
     a = z[..., 0]
-    messages = MOVE[0].log() + normal(LEVELS + a[..., None], 1.0, y[:, :1])
+    messages = MOVE[0].log() + normal(STEPS + a[..., None], 1.0, y[:, :1])
     for t in range(1, y.shape[1]):
-        step = (messages[..., None] + MOVE.log()).logsumexp(-2) + normal(LEVELS + a[..., None], 1.0, y[:, t, None])
+        step = (messages[..., None] + MOVE.log()).logsumexp(-2) + normal(STEPS + a[..., None], 1.0, y[:, t, None])
         messages = torch.where((t < lengths)[:, None], step, messages)
     return messages.logsumexp(-1) + normal(0.0, 1.0, a)
 

@@ -13,7 +13,17 @@ import pyrogaps as pg
 from pyrogaps.density.guide_states import MAX_STATES, read_states
 from pyrogaps.refine import own_family
 from pyrogaps.refine.tables import Factors
-from tests.discrete_pairs import DTYPE, Mixture, MixtureGuide, Sites, SitesGuide, best_of_sites
+from tests.discrete_pairs import (
+    DTYPE,
+    LEVELS,
+    ONLY,
+    Mixture,
+    MixtureGuide,
+    Sites,
+    SitesGuide,
+    best_of_sites,
+    only_states,
+)
 
 X = torch.tensor([-2.0, -0.5, 0.3, 1.0, 2.5], dtype=DTYPE)
 
@@ -105,17 +115,6 @@ def test_what_is_refined_scores_its_own_draws_and_others() -> None:
         values = result(X)
     assert set(values) == {"y1", "y2", "z"}
     assert set(tracer.trace.nodes["y2"]["value"].unique().tolist()) <= {0, 1, 2}
-
-
-ONLY = torch.tensor([[0.2, 0.1], [0.3, 0.4]], dtype=DTYPE)
-LEVELS = torch.tensor([[-1.0, 0.4], [0.9, 2.0]], dtype=DTYPE)
-
-
-def only_states(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        a = pyro.sample("a", dist.Categorical(ONLY.sum(1)))
-        b = pyro.sample("b", dist.Categorical(ONLY[a]))
-        pyro.sample("x", dist.Normal(LEVELS[a, b], 0.7), obs=x)
 
 
 class OnlyStates(nn.Module):
