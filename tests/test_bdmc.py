@@ -44,7 +44,7 @@ def test_both_sides_of_a_linear_model(initial: str, decades: float, dtype: torch
     data_dim, latent_dim = 12, 3
     model = anisotropic(data_dim, latent_dim, decades=decades, dtype=dtype)
     double = anisotropic(data_dim, latent_dim, decades=decades)
-    settings = AIS(num_chains=32, num_temperatures=300 if initial == "prior" else 200, initial=initial)  # type: ignore[arg-type]
+    settings = AIS(num_chains=32, num_temperatures=300 if initial == "prior" else 120, initial=initial)  # type: ignore[arg-type]
     number = NUMBER // 2
     shape = torch.zeros(number, data_dim, dtype=dtype)
     result = bdmc(model, shape, settings=settings, refinement=QUICK, batch_size=number)

@@ -1,5 +1,6 @@
 """The Gaussian at every datapoint from which log p(x) is measured."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -7,7 +8,7 @@ from functools import partial
 from torch import Tensor, arange
 
 from pyrogaps.capture.slots import Slots
-from pyrogaps.gaussians.curvature import Curvature, gaussian_by_curvature
+from pyrogaps.gaussians.curvature import STEEPEST, Curvature, gaussian_by_curvature
 from pyrogaps.gaussians.gaussian import Gaussian
 from pyrogaps.gaussians.low_rank_curvature import gaussian_by_low_rank_curvature
 from pyrogaps.gaussians.moments import gaussian_by_moments, gaussian_of
@@ -22,6 +23,8 @@ NUM_PRIOR_DRAWS = 256
 # low rank takes 960. The ladder's evaluations, full against low rank, for Gaussians with 8 strong directions: 1,640
 # against 2,096 in 64 dimensions, 1,960 against 2,096 in 128, 2,792 against 2,491 in 256.
 MAX_DIM = 256
+# Three more passes follow so many times at most: with the first, they reach a precision 1e15 times that of the start.
+MAX_FURTHER = 4
 # Up to this many, it is fitted where low rank fails; that takes 0.3 s of linear algebra per datapoint. FEW
 # datapoints at a time, for memory.
 MAX_DIM_AGAIN, FEW = 512, 16
@@ -49,10 +52,10 @@ def _fit(problem: Problem, block: Chunk, run: Run) -> Curvature:
 def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise: Noise) -> Curvature:
     """Gaussians by curvature of B datapoints, with full covariances up to `MAX_DIM` latents.
 
-    Where the last two passes do not agree, because the start was far off, there are three more, which are kept if they
-    settle. Above `MAX_DIM`, covariances are of low rank plus diagonal. Where such a fit is cut, a full covariance is
-    fitted up to `MAX_DIM_AGAIN` latents, and kept unless it is cut as well; above, a full one of `start` is kept. All
-    factors are then full.
+    Where the last two passes do not agree, because the start was far off, there are three more, again and again while
+    these make way; they are kept if they settle. Above `MAX_DIM`, covariances are of low rank plus diagonal. Where such
+    a fit is cut, a full covariance is fitted up to `MAX_DIM_AGAIN` latents, and kept unless it is cut as well; above, a
+    full one of `start` is kept. All factors are then full.
 
     Args:
         start: where the fits begin.
@@ -63,10 +66,17 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
     if dim <= MAX_DIM:
         fit = gaussian_by_curvature(start, partial(gradients, everyone))
         left = (~fit.agrees).nonzero()[:, 0].cpu()
-        if not len(left):
-            return fit
-        further = gaussian_by_curvature(fit.gaussian.at(left), partial(gradients, left), far=True)
-        return fit.settled_by(left, further)
+        before = fit.gaussian.at(left)
+        for _ in range(MAX_FURTHER):
+            if not len(left):
+                break
+            further = gaussian_by_curvature(before, partial(gradients, left), far=True)
+            fit = fit.settled_by(left, further)
+            # What was not cut at last, or is still narrowing as fast as a pass may, has only come a long way.
+            late = ~further.agrees & (~further.cut | _narrowing(before, further.gaussian))
+            places = late.nonzero()[:, 0].cpu()
+            left, before = left[places], further.gaussian.at(places)
+        return fit
     fits = gaussian_by_low_rank_curvature(start, partial(gradients, everyone), noise)
     again = fits.cut.cpu().nonzero()[:, 0]
     correlated = isinstance(start.scale, Tensor) and start.scale.dim() == 3
@@ -84,6 +94,12 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
     number = fits.num_gradients.clone()
     number[again] += fit.num_gradients[0]
     return Curvature(gaussian, cut, agrees, number)
+
+
+def _narrowing(before: Gaussian, after: Gaussian) -> Tensor:
+    """Whether the passes in between narrowed the Gaussians by as much as one may, `(M,)`."""
+    first, last = (each.factor().diagonal(dim1=-2, dim2=-1).log().sum(-1) for each in (before, after))
+    return first - last > 0.5 * math.log(STEEPEST)
 
 
 def _start(problem: Problem, block: Chunk, run: Run) -> Gaussian:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,23 @@ def fitted_to(form: GaussianForm, own: Gaussian, anchor: Gaussian) -> Gaussian:
         return replace(own, loc=loc, scale=torch.where(form.free_scale, scale, own.matrix))
     factor = _factor(precision * form.blocks).to(own.matrix.dtype)
     return replace(own, loc=loc, scale=torch.where(form.free_scale[:, None], factor, own.matrix))
+
+
+class Stepped(NamedTuple):
+    r"""M Gaussians after a step.
+
+    Attributes:
+        gaussian: the Gaussians.
+        shortfall: `(M,)`, nats, of the ELBO before it, if m and P are off by as much as the draws of the step say:
+            $\tfrac12 \bar u^T R^{-1} \bar u + \tfrac14 \|W\|^2$.
+        far: `(M,)`, whether the mean was so far off that its step was cut short.
+        direction: `(M, dim)`, the step of the mean at rate 1, in standard deviations before it.
+    """
+
+    gaussian: Gaussian
+    shortfall: Tensor
+    far: Tensor
+    direction: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,16 +105,12 @@ class NaturalGradient:
         """That of the datapoints at `positions`."""
         return NaturalGradient(self.correlation[positions], self.inverse[positions], self.mask[positions])
 
-    def step(
-        self, q: Gaussian, draws: Draws, gradients: Callable[[Tensor], Tensor], rates: Tensor
-    ) -> tuple[Gaussian, Tensor, Tensor]:
+    def step(self, q: Gaussian, draws: Draws, gradients: Callable[[Tensor], Tensor], rates: Tensor) -> "Stepped":
         r"""One step from `q` at `rates` `(M,)`, with gradients at the mirrored points of the draws' noise.
 
         Along steep axes the step of m is divided by the curvature that these draws show, where that is larger.
 
-        Also returns the shortfall of the ELBO, in nats, `(M,)`, if m and P are off by as much as these draws
-        say: $\tfrac12 \bar u^T R^{-1} \bar u + \tfrac14 \|W\|^2$. A datapoint with a gradient that is not finite stays
-        where it is. Last, whether the mean was so far off that its step was cut short, `(M,)`.
+        A datapoint with a gradient that is not finite stays where it is.
         """
         noise, weights = draws.noise, draws.weights.double()[..., None]
         slopes = gradients(torch.cat([q.draw(noise), q.draw(-noise)])).double()
@@ -126,7 +140,8 @@ class NaturalGradient:
             change = change / _norm(change, noise[0]).clamp(min=1.0)[:, None, None]
             unit = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
             scale = scale @ _factor(unit + change + 0.5 * change @ change)
-        return replace(q, loc=loc, scale=scale.to(q.matrix.dtype)), 0.5 * square + 0.25 * excess, shrink < 1
+        q = replace(q, loc=loc, scale=scale.to(q.matrix.dtype))
+        return Stepped(q, 0.5 * square + 0.25 * excess, shrink < 1, step * shrink[:, None])
 
 
 def _precision(gaussian: Gaussian) -> Tensor:

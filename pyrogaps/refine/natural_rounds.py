@@ -161,20 +161,21 @@ class Rounds:
     ) -> Ends:
         """Steps number `span[0]` to `span[1] - 1`, which counts for the rate, and where they end.
 
-        A step does not count where the mean is still far off. Draws reach along the axes that are `steep` `(M, dim)`;
-        if asked to `look`, more of these are looked for at the end.
+        A step does not count where the mean is still far off and goes on as before. Draws reach along the axes that are
+        `steep` `(M, dim)`; if asked to `look`, more of these are looked for at the end.
         """
         noise, choices, q, excess = self.noise(purpose), self.noise(f"{purpose} axes"), start, []
-        at_cliff = steep.any(1)
+        before = torch.zeros_like(start.loc, dtype=torch.float64)
         age = torch.full_like(natural.mask.flatten(1)[:, 0], span[0])
         for step in range(*span):
             draws = reaching(noise, choices, POINTS // 2, positions, steep)
             if purpose == "natural" and step % MEASURE_EVERY == 0:
                 self.history.append(self._elbo(q, draws.noise, positions).mean(0))
-            q, missing, far = natural.step(q, draws, lambda points: self.slots.gradients(positions, points), rate(age))
-            # On a cliff the mean is thrown far off, again and again: only smaller steps end that.
-            age += ~far | at_cliff
-            excess.append(missing)
+            taken = natural.step(q, draws, lambda points: self.slots.gradients(positions, points), rate(age))
+            # A step far off that turns back was thrown there, by a cliff: only smaller steps end that.
+            age += ~taken.far | ((taken.direction * before).sum(-1) < 0)
+            q, before = taken.gaussian, taken.direction
+            excess.append(taken.shortfall)
         # The end is a mean over all steps after the first, fast ones; the later half of them is near it.
         late = torch.stack(excess[-max(1, len(excess) // 2) :]).mean(0)
         known = unseen(self.slots, q, positions) if look else Unseen.none(q)

@@ -84,6 +84,7 @@ def test_closes_a_good_part_of_a_bananas_gap() -> None:
         families={"auxiliary": AutoLocalAuxiliaryFlow},
         refinement=settings,
         evidence=AIS(num_chains=2, num_temperatures=2),  # the exact one is used
+        referee=False,
         progress=False,
     )
     gaps = banana_evidence(X).numpy()[:, None] - ledger.per_datapoint["elbo_refined"].values

@@ -232,6 +232,21 @@ def test_gradients_are_few() -> None:
     assert refined.converged.all()
 
 
+@pytest.mark.parametrize(("decades", "dtype"), [(3.0, torch.float32), (3.0, torch.float64), (6.0, torch.float64)])
+def test_from_the_prior_to_a_narrow_posterior(decades: float, dtype: torch.dtype) -> None:
+    """Up to 10,000 times as narrow as the prior and as far from its mean, with no guide to start at."""
+    model, double = (anisotropic(12, 3, decades=decades, dtype=each) for each in (dtype, torch.float64))
+    simulated = Problem.without_guide(model, None, torch.zeros(128, 12, dtype=dtype), None).simulated(0)
+    chunk = Chunk(0, 128)
+    refined, progress = Refiner(AutoNormal, Refinement()).fit(simulated.problem, chunk, Run())
+    assert progress.converged.all()
+    with torch.no_grad():
+        z, log_q = refined.at(chunk.indices).sample(500)
+        values = (simulated.problem.evaluator(z, chunk.indices) - log_q).double()
+    gap = double.log_evidence(simulated.data.double()) - values.mean(0)
+    assert_exact(gap, values.std(0) / 500**0.5, double.approximation_gap(), dtype)
+
+
 def test_adam_where_rounds_do_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some datapoints of two blocks: they end where the others do, and the others are as they were."""
     x, _ = draws_of(LINEAR, 70)
