@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import pyro
 import torch
-from pyro.poutine.runtime import _PYRO_STACK, NonlocalExit
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK, NonlocalExit
 
 from pyrogaps.errors import InputError
 from pyrogaps.signatures import bound
@@ -58,6 +58,10 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 # Arguments whose exceptions may mean that a run is to stop.
 CALLBACKS = ("schedule",)
 MAX_LENGTH = 300
+# In what Pyro raises of handlers that are not left in order.
+LEFT_OPEN = "not on the bottom of the stack"
+# In what torch raises of operands that have other dtypes.
+DTYPE_WORDS = ("dtype", "scalar type", "ScalarType", "bool tensor")
 
 
 class ProgramError(InputError):
@@ -77,6 +81,10 @@ def guarded(function: Callable[P, Result]) -> Callable[P, Result]:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
+                if LEFT_OPEN in str(error):
+                    raise InputError(
+                        "model or guide: a plate or handler was entered and not left. Use it in a with statement"
+                    ) from error
                 places = _places(error.__traceback__)[1:]
                 if _is_users(error, places) and (program := _program_of(places, arguments)) not in CALLBACKS:
                     raise _named(program, error, places) from error
@@ -94,10 +102,10 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextmanager
 def _known_state() -> Iterator[None]:
-    """Full precision, and gradients where they are asked for, in whatever context the caller is; Pyro's handlers,
-    warning filters and the variables that torch's compiler sets are put back.
+    """Full precision, and gradients where they are asked for, in whatever context the caller is; Pyro's handlers and
+    plates, warning filters and the variables that torch's compiler sets are put back.
     """
-    stack, filters = [*_PYRO_STACK], [*warnings.filters]
+    stack, plates, filters = [*_PYRO_STACK], [*_DIM_ALLOCATOR._stack], [*warnings.filters]
     variables = {name: value for name, value in os.environ.items() if name.startswith(_COMPILER_VARIABLES)}
     try:
         with ExitStack() as contexts:
@@ -109,7 +117,7 @@ def _known_state() -> Iterator[None]:
                     contexts.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
-        _PYRO_STACK[:] = stack
+        _PYRO_STACK[:], _DIM_ALLOCATOR._stack[:] = stack, plates
         if warnings.filters != filters:
             warnings.filters[:] = filters  # type: ignore[index]
             warnings._filters_mutated()  # type: ignore[attr-defined]
@@ -194,7 +202,7 @@ def _is_own(place: Place) -> bool:
 
 
 def _line(error: BaseException, place: Place | None) -> str:
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).partition("Trace Shapes:")[0].split())  # which Pyro adds, a line for each site
     message = message if len(message) <= MAX_LENGTH else f"{message[:MAX_LENGTH]}..."
     kind = type(error).__name__ + (f": {message}" if message else "")
     if place is None or isinstance(error, SyntaxError):  # which says where in its message
@@ -209,7 +217,7 @@ def _hint(error: Exception, place: Place | None) -> str:
             ". It is called with the arguments that the data give: a tensor is one, a tuple or an item (x, y) two. "
             "Pass only what the programs take"
         )
-    if isinstance(error, RuntimeError) and any(word in text for word in ("dtype", "scalar type", "ScalarType")):
+    if isinstance(error, RuntimeError) and any(word in text for word in DTYPE_WORDS):
         return ". Convert the data and the parameters to one dtype, as in x.float()"
     return ""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.density import Data, GuideDensity, IndexedData, JointDensity
 from pyrogaps.density.arguments import check_same_order
-from pyrogaps.density.data import rows_of, selected
+from pyrogaps.density.data import check_indices, rows_of, selected
 from pyrogaps.density.drawn import drawn_by, with_drawn
 from pyrogaps.density.draws import Posterior, is_posterior
 from pyrogaps.density.estimates import PointEstimates
@@ -25,7 +25,7 @@ from pyrogaps.density.simulate import ToData, simulated_arguments
 from pyrogaps.errors import InputError, counted
 from pyrogaps.family import AmortizedGuide, augmented
 from pyrogaps.guard import guarded
-from pyrogaps.settings import Plate, checked
+from pyrogaps.settings import Plate, Seed, checked, conform
 from pyrogaps.streams import seeded
 
 
@@ -248,7 +248,10 @@ class Problem:
     def at(self, indices: Tensor) -> "Problem":
         """The same problem at the datapoints `indices` `(M,)` alone, counted from 0. No program is run, and what has
         been recorded is used again. A guide that holds parameters for each datapoint keeps those of these.
+
+        Raises `InputError` for indices that are none.
         """
+        check_indices(indices, self.num_datapoints)
         if self.plate is None or torch.equal(indices, torch.arange(self.num_datapoints)):
             return self
         rows, own = selected(self.joint.data, indices), None
@@ -274,7 +277,7 @@ class Problem:
 
         Raises `InputError` where the model cannot be simulated.
         """
-        with seeded(seed, "simulate", device=self.joint.device):
+        with seeded(conform("seed", Seed, seed), "simulate", device=self.joint.device):
             args, z = simulated_arguments(self.joint, to_data)
         drawn = whole(args) if self.plate is None else rows_of(args, self.num_datapoints, self.joint.data)
         data = self.joint.passed.restored(args[: len(args) - self.joint.num_given])

@@ -18,6 +18,7 @@ from tests.commands import MODULE, RESULTS, command
 FURTHER = """
 
 import numpy as np
+import pandas as pd
 import pyrogaps as pg
 
 DRAWS = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
@@ -69,6 +70,71 @@ def failing(x): raise ValueError("out of cheese")
 def silent(x): pass
 def no_rate(epoch): return "fast"
 def failing_rate(epoch): raise OSError("no rates today")
+
+class Shared(Model):
+    def forward(self, x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z) + m, 1.0).to_event(1), obs=x)
+
+class SharedGuide(Guide):
+    def __init__(self):
+        super().__init__()
+        self.m = torch.nn.Parameter(torch.tensor(0.1))
+    def forward(self, x):
+        pyro.sample("m", dist.Normal(self.m, 0.5))
+        super().forward(x)
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, get): self.get = get
+    def __len__(self): return 10
+    def __getitem__(self, index): return self.get(index)
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self): return iter(DRAWS)
+
+def gone(index): raise OSError("disk gone")
+def items(get): return Parts(train=DRAWS, test=Items(get))
+def random_items(): return Items(lambda index: DRAWS[index] + torch.randn(4))
+def random_test(): return items(lambda index: DRAWS[index] + torch.randn(4))
+def coarse_items(): return items(lambda index: DRAWS[index].half())
+def items_of_text(): return items(lambda index: "a")
+def broken_items(): return items(gone)
+def mixed_items(): return items(lambda index: DRAWS[index].double() if index % 2 else DRAWS[index])
+def stream(): return Stream()
+def loader(): return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(DRAWS, DRAWS))
+def by_another_name(): return Parts(train={"y": DRAWS}, test={"y": DRAWS})
+def by_two_names(): return Parts(train={"x": DRAWS, "y": DRAWS}, test={"x": DRAWS, "y": DRAWS})
+def frame(): return pd.DataFrame(DRAWS.numpy())
+def frames(): return Parts(train=frame(), test=frame())
+def words(): return Parts(train=frame().assign(name="a"), test=frame().assign(name="a"))
+def dates(): return Parts(train=DRAWS, test=pd.Series(pd.to_datetime(["2020-01-01"] * 10)))
+def masked(): return Parts(train=DRAWS, test=np.ma.masked_array(DRAWS.numpy(), mask=DRAWS.numpy() > 1))
+def ragged(): return Parts(train=DRAWS, test=[[1.0, 2.0], [3.0]])
+def one_by_one(): return Parts(train=DRAWS, test=(row for row in DRAWS))
+def complexes(): return Parts(train=DRAWS, test=DRAWS + 0j)
+def a_class(): return Parts(train=DRAWS, test=torch.utils.data.TensorDataset)
+
+def coins(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(torch.full((20,), 0.5)).to_event(1))
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(k[..., :4] + z[..., :1], 1.0).to_event(1), obs=x)
+
+def masked_by(mask):
+    def program(x):
+        with pyro.poutine.mask(mask=mask(x)):
+            Model()(x)
+    return program
+
+short_mask = masked_by(lambda x: torch.ones(3).bool())
+float_mask = masked_by(lambda x: (x[:, 0] > 0).float())
+
+def column(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x[:, :1])
 
 class Unprepared(pg.Evidence):
     def prepare(self, problem, run, refine=None): raise RuntimeError("not today")
@@ -205,6 +271,20 @@ FIELDS = [
     ("--retraining.num_datapoints 1", "retraining.num_datapoints: must be"),
     ("--retraining.training.optimizer_options '{betaz: 3}'", "training: .*optimizer_options"),
     ("--certificate.longer 1", "certificate.longer: must be"),
+    ("--shared 3", "shared: expected a mapping of its fields, got 3"),
+    ("--shared null", "shared: expected a mapping"),
+    ("--shared []", "shared: expected a mapping"),
+    ("--shared.num_draws 1", "shared.num_draws: must be a whole number of at least 2 and at most 10000, got 1"),
+    ("--shared.num_draws 2.5", "shared.num_draws: must be"),
+    ("--shared.num_draws many", "shared.num_draws: must be"),
+    ("--shared.num_draws null", "shared.num_draws: must be"),
+    ("--shared.num_draws 1000000000", "shared.num_draws: must be .* at most 10000"),
+    ("--shared.max_draws 1", "shared.max_draws: must be"),
+    ("--shared.max_draws 1000000000", "shared.max_draws: must be .* at most 1000000"),
+    ("--shared.tolerance 0", "shared.tolerance: must be a number above 0"),
+    ("--shared.tolerance .nan", "shared.tolerance: must be"),
+    ("--shared.max_evaluations 0", "shared.max_evaluations: must be"),
+    ("--shared.draws 3", "shared: unknown field 'draws'. Did you mean 'num_draws'?"),
     ("--mapa '{}'", "mapa.bandwidth: a gaussian likelihood needs one"),
     ("--mapa '{likelihood: bernoulli, bandwidth: 0.1}'", "mapa.bandwidth: BernoulliKernel.alpha: must be"),
     ("--mapa '{num_top: 0, num_samples: 0, bandwidth: 1}'", "mapa: num_top and num_samples are both 0. Raise"),
@@ -258,8 +338,9 @@ PROGRAMS = [
     ("--data mine.no_test", "data: mine.no_test has no part 'test'. Set evaluate.part"),
     ("--data mine.empty", "data: the part 'test' has no datapoints. Set evaluate.part"),
     ("--data mine.empty_train", "data: in the part 'train': there are no datapoints"),
-    ("--data mine.scalar", "evaluate.num_datapoints: works only for .* Set it to null"),
-    ("--data mine.text", "evaluate.num_datapoints: works only for .* Set it to null"),
+    ("--data mine.scalar", "data: in the part 'test': a tensor without dimensions has no axis of datapoints. Pass"),
+    ("--data mine.scalar --plate false", "evaluate.num_datapoints: works only for .* Set it to null"),
+    ("--data mine.text", "data: in the part 'test': expected a tensor .* got str. Pass"),
     ("--data mine.whole_numbers", "guide failed: .* Convert the data and the parameters to one dtype"),
     ("--data mine.doubles", "guide failed: .* Convert the data and the parameters to one dtype"),
     ("--data mine.nan", "data: in the part 'test': .*NaN.* Clean"),
@@ -268,6 +349,49 @@ PROGRAMS = [
     ("--data mine.narrow", "site 'x': its log_prob failed"),
     ("--data mine.pairs", "model failed: .* a tuple or an item .x, y. two"),
     ("--data mine.uneven", "data: in the part 'train': the tensors have different lengths"),
+]
+SHARING = "--model mine.Shared --guide mine.SharedGuide"
+MAPA = "--mapa '{likelihood: gaussian, bandwidth: 1.0}'"
+FORMS = [
+    (
+        "--data mine.random_items",
+        "data: in the part 'train': the same datapoints changed between two calls.* Draw them",
+    ),
+    ("--data mine.random_test", "data: in the part 'test': the same datapoints changed between two calls.* Draw them"),
+    ("--data mine.coarse_items", "data: in the part 'test': element 0 of its items has dtype torch.float16"),
+    ("--data mine.items_of_text", "data: in the part 'test': its items hold a str"),
+    ("--data mine.broken_items", "data: in the part 'test': reading the items of Items failed: OSError: disk gone"),
+    ("--data mine.mixed_items", "data: in the part 'test': the items differ in dtype"),
+    ("--data mine.stream", "data: in the part 'test': a Stream has no items to select by index. Collect"),
+    ("--data mine.stream --evaluate.num_datapoints null", "data: in the part 'train': a Stream has no items"),
+    ("--data mine.loader", "model failed: TypeError: .* Pass only what the programs take"),
+    ("--data mine.by_another_name", r"data: in the part 'train': no key of the dictionary \('y'\) .* x\['y'\]"),
+    ("--data mine.by_two_names", "data: in the part 'train': the model has no parameter 'y'"),
+    ("--data mine.words", "data: in the part 'test': column 'name' cannot become numbers"),
+    ("--data mine.words --evaluate.num_datapoints null", "data: in the part 'train': column 'name' cannot become"),
+    ("--data mine.frames --evaluate.num_datapoints 11", "evaluate.num_datapoints: must be from 1 to 10"),
+    ("--data mine.dates", "data: in the part 'test': its values cannot become numbers .dtype datetime64"),
+    ("--data mine.masked", "data: in the part 'test': an array has masked elements"),
+    ("--data mine.ragged", "data: in the part 'test': the lists differ in length"),
+    ("--data mine.one_by_one", "data: in the part 'test': a generator has no items"),
+    ("--data mine.complexes", "data: in the part 'test': the tensor is complex"),
+    ("--data mine.a_class", "data: in the part 'test': TensorDataset is a class. Pass an object"),
+    ("--model mine.coins", "site 'k': an event of 20 discrete elements has 2.20 values"),
+    ("--model mine.short_mask", r"site 'z': its mask has shape \(3,\)"),
+    ("--model mine.float_mask", "model failed: ValueError: Expected mask to be a BoolTensor"),
+    ("--model mine.column", "site 'x': its observed value has shape"),
+    ("--model mine.Shared", "site 'm': latent in the model but missing from the guide"),
+    (f"{SHARING} --plate rows", "plate: the model has no plate named 'rows' .its plates are data"),
+    (f"{SHARING} --plate m", "plate: the model has no plate named 'm'"),
+    (f"{SHARING} --retraining {{}}", "split: not available where datapoints share latents .'m'.. Leave it out"),
+    (f"{SHARING} --certificate {{}}", "certificate: not available where datapoints share latents"),
+    (f"{SHARING} {MAPA}", "site 'm': .* MAPA explains datapoints by others. Make these latents parameters"),
+    (f"{SHARING} --data mine.nan", "data: in the part 'test': .*NaN"),
+    (
+        f"{SHARING} --families.x pyro.infer.autoguide.AutoMultivariateNormal",
+        "family AutoMultivariateNormal: .*not local",
+    ),
+    (f"{SHARING} --families.x pyro.infer.autoguide.AutoDelta", "site 'z': a Delta in the guide"),
 ]
 LINES = [
     ("--", "unexpected argument '--'. The recipe comes first"),
@@ -349,7 +473,7 @@ def check(capsys: pytest.CaptureFixture[str], match: str, *arguments: str) -> No
 
 
 @pytest.mark.usefixtures("untrained")
-@pytest.mark.parametrize(("line", "match"), [*FIELDS, *PROGRAMS, *LINES])
+@pytest.mark.parametrize(("line", "match"), [*FIELDS, *PROGRAMS, *FORMS, *LINES])
 def test_command_lines(line: str, match: str, capsys: pytest.CaptureFixture[str]) -> None:
     check(capsys, match, "linear.yaml", *shlex.split(line))
 

@@ -14,6 +14,7 @@ from pyrogaps.calibration.subject import guide_name, subject_of
 from pyrogaps.density import Data
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
+from pyrogaps.density.shared import datapoints_needed
 from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
@@ -25,6 +26,9 @@ from pyrogaps.settings import Count, Plate, Seed, Several, checked, within
 from pyrogaps.streams import Chunk
 
 MIN_DRAWS = 100
+WHOLE_REMEDY = (
+    "Simulate whole data sets with Problem.of(model, None, data, False).simulated(seed), and fit the guide to each"
+)
 
 
 @guarded
@@ -88,12 +92,12 @@ def calibrate(
     if isinstance(model, Problem):
         guide, plain = model.guide, Problem.of(model, guide, data, plate).with_guide(None)
     else:
-        plain = Problem.without_guide(model, None if is_family(guide) else guide, data, plate)
+        with datapoints_needed(f"calibrate draws datapoints. {WHOLE_REMEDY}"):
+            plain = Problem.without_guide(model, None if is_family(guide) else guide, data, plate)
     joint = plain.joint
     if joint.plate is None:
         raise InputError(
-            "plate: calibrate needs a data plate, but here the whole data set is one datapoint. "
-            "Simulate data sets with Problem.of(model, None, data).simulated(seed), and fit the guide to each"
+            f"plate: calibrate needs a data plate, but here the whole data set is one datapoint. {WHOLE_REMEDY}"
         )
     problem, family = subject_of(guide, plain, refined=posterior == "refined")
     run = Run(seed, batch_size)

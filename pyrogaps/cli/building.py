@@ -4,7 +4,8 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from pyrogaps.cli.recipe import Recipe
 from pyrogaps.cli.typed import Component, typed_arguments
 from pyrogaps.density.data import Data
+from pyrogaps.density.forms import as_given, is_frame
 from pyrogaps.density.runs import Program, check_callable, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import Evidence, Ladder
@@ -214,10 +216,15 @@ def _first(recipe: Recipe, data: Any) -> Any:
     if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):
         parts = [dataset]
     elif not all(isinstance(part, Tensor | np.ndarray) and part.ndim for part in parts):
-        raise InputError(
-            "evaluate.num_datapoints: works only for tensors and arrays with an axis of datapoints, and for a Dataset. "
-            "Set it to null for these data"
-        )
+        with part_named(recipe.evaluate.part):
+            given = as_given(data)  # refused here, where this remedy would lead there
+            number = 0 if recipe.plate is False else len(given.indexed())
+        if not is_frame(data):
+            raise InputError(
+                "evaluate.num_datapoints: works only for tensors, arrays and frames with an axis of datapoints, and "
+                "for a Dataset. Set it to null for these data"
+            )
+        parts = [range(number)]
     available = len(parts[0])
     if available == 0:
         raise InputError(f"data: the part '{recipe.evaluate.part}' has no datapoints. Set evaluate.part to another")
@@ -229,9 +236,22 @@ def _first(recipe: Recipe, data: Any) -> Any:
     if isinstance(dataset, Dataset):
         subset: Dataset[Any] = Subset(dataset, range(count))
         return subset if dataset is data else DataLoader(subset, collate_fn=data.collate_fn)
+    if is_frame(data):
+        return data.iloc[:count]
     if isinstance(data, Mapping):
         return {name: value[:count] for name, value in data.items()}
     return tuple(t[:count] for t in data) if several else data[:count]
+
+
+@contextmanager
+def part_named(part: str) -> Iterator[None]:
+    """Say which part of the data set it is that cannot be used."""
+    try:
+        yield
+    except InputError as error:
+        if not str(error).startswith("data: "):
+            raise
+        raise InputError(f"data: in the part '{part}': {str(error).removeprefix('data: ')}") from error
 
 
 def on_device(item: Any, device: torch.device) -> Any:

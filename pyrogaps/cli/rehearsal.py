@@ -1,7 +1,6 @@
 """Raise before the training what would be raised after it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import nn
 
-from pyrogaps.cli.building import DataSet, build_encoder, build_programs
+from pyrogaps.cli.building import DataSet, build_encoder, build_programs, part_named
 from pyrogaps.cli.recipe import Recipe
 from pyrogaps.conditioning import Lookahead, SimulatedData, declared, rehearse_reference
 from pyrogaps.density.autoguides import OtherDataError
@@ -35,7 +34,7 @@ def rehearse_run(recipe: Recipe, model: Program, guide: Program, data: DataSet, 
         load_model_weights(recipe.model_checkpoint, model, guide, data.example)
     for name, part in (("train", data.train), ("validation", data.validation), (recipe.evaluate.part, data.evaluated)):
         if part is not None:
-            with _part_named(name), suppress(SharedLatents):  # which are seen to with the guide
+            with part_named(name), suppress(SharedLatents):  # which are seen to with the guide
                 Problem.of(model, None, part, recipe.plate)
     if recipe.checkpoint is not None or not isinstance(guide, AutoGuide):
         _rehearse(recipe, model, guide, data, settings)
@@ -95,14 +94,3 @@ def _check_training(recipe: Recipe, model: Program, data: DataSet) -> None:
             f"training.patience: {recipe.data.class_path} has no part 'validation'. Set training.patience to null, or "
             "use a data set that has it"
         )
-
-
-@contextmanager
-def _part_named(part: str) -> Iterator[None]:
-    """Say which part of the data set it is that cannot be used."""
-    try:
-        yield
-    except InputError as error:
-        if not str(error).startswith("data: "):
-            raise
-        raise InputError(f"data: in the part '{part}': {str(error).removeprefix('data: ')}") from error

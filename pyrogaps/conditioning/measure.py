@@ -146,7 +146,9 @@ def conditioning_measure(
         return SharedMeasure(sharing_of(problem, declaration, evidence, refiner, settings, num_particles, run))
     if reference is None:
         return None
-    if not isinstance(declaration, Lookahead) or declared(reference) != declaration:
+    if not isinstance(declaration, Lookahead):
+        raise InputError("reference: has no effect, because the guide declares no lookahead. Leave reference out")
+    if declared(reference) != declaration:
         raise InputError(
             f"reference: it must declare the same lookahead as the guide. The guide declares {declaration}, but the "
             f"reference declares {declared(reference)}"

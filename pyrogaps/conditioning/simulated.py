@@ -7,10 +7,13 @@ from torch import Tensor
 from pyrogaps.density import Data, IndexedData, JointDensity
 from pyrogaps.density.data import rows_of
 from pyrogaps.density.runs import Program
+from pyrogaps.density.shared import datapoints_needed
 from pyrogaps.density.simulate import ToData, simulated_arguments
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
 from pyrogaps.settings import Count, Plate, checked
+
+WHOLE_REMEDY = "Draw whole data sets with Problem.of(model, None, data, False).simulated(seed).data"
 
 
 @checked("SimulatedData")
@@ -39,11 +42,10 @@ class SimulatedData(IndexedData):
         plate: Plate = None,
         to_data: ToData | None = None,
     ) -> None:
-        joint = JointDensity(model, data, plate)
+        with datapoints_needed(f"SimulatedData draws datapoints. {WHOLE_REMEDY}"):
+            joint = JointDensity(model, data, plate)
         if joint.plate is None:
-            raise InputError(
-                "SimulatedData: the model has no data plate. Use Problem.of(model, None, data).simulated(seed).data"
-            )
+            raise InputError(f"SimulatedData: the model has no data plate. {WHOLE_REMEDY}")
         number = joint.num_datapoints
 
         def fetch(indices: Tensor) -> tuple[Any, ...]:

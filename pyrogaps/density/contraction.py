@@ -133,3 +133,10 @@ def too_many(names: list[str], elements: int, element_size: int) -> InputError:
         f"site '{names[0]}': summing out the discrete latents needs {elements:,} joint states at once for each "
         f"datapoint, {gigabytes:,.1f} GB. {MARKOV_REMEDY}"
     )
+
+
+def check_countable(fn: Any, name: str) -> None:
+    """Refuse a distribution with more values than a tensor of them may have, before there is one."""
+    total = torch.as_tensor(getattr(fn, "total_count", 0))
+    if bool((total >= MAX_ELEMENTS).any()):
+        raise too_many([name], int(total.max()) + 1, torch.finfo(torch.get_default_dtype()).bits // 8)

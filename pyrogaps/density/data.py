@@ -90,6 +90,24 @@ def _fetched(fetch: Callable[[Tensor], Any], indices: Tensor) -> tuple[Any, ...]
     return as_tuple(args)
 
 
+def check_indices(indices: Any, num_datapoints: int | None = None) -> None:
+    """Refuse what is no vector of whole numbers, or goes beyond the `num_datapoints`."""
+    whole = isinstance(indices, Tensor) and not (
+        indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
+    )
+    if not whole or indices.dim() != 1 or not len(indices):
+        tensor = isinstance(indices, Tensor)
+        got = f"{indices.dtype} of shape {tuple(indices.shape)}" if tensor else f"a {type(indices).__name__}"
+        raise InputError(f"indices: expected a tensor of at least one whole number, shape (B,), got {got}")
+    if num_datapoints is not None and not 0 <= int(indices.min()) <= int(indices.max()) < num_datapoints:
+        raise beyond(num_datapoints)
+
+
+def beyond(num_datapoints: int) -> InputError:
+    """The error for indices of datapoints that there are not."""
+    return InputError(f"indices: they must be from 0 to N - 1 = {num_datapoints - 1}")
+
+
 def is_constant(value: Any) -> bool:
     """Whether an argument is the same for every datapoint, tensors left aside."""
     return isinstance(value, CONSTANTS) or callable(value)

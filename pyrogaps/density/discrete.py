@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrogaps.density.contraction import check_countable
 from pyrogaps.density.layout import leaf, plate_dim, unmasked
 from pyrogaps.density.supports import support_of
 from pyrogaps.errors import InputError
@@ -124,6 +125,7 @@ def _own_values(fn: Any, name: str) -> Tensor:
             f"site '{name}': a {kind} has infinitely many values, or too many, to sum over. Truncate it, as in "
             "pyro.sample(..., dist.Categorical(logits=...)) over its first values, or sum the site out in the model"
         )
+    check_countable(fn, name)
     try:
         values: Tensor = fn.enumerate_support(expand=False)
     except NotImplementedError as error:

@@ -1,8 +1,11 @@
 """What a caller passes as data, as the arguments of a model, and arguments in the caller's form again."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyrogaps.density.arguments import Parameters, names_filled, parameters_of
-from pyrogaps.density.data import Data, HeldData, IndexedData, as_tuple, check_tensor, is_constant
+from pyrogaps.density.data import Data, HeldData, IndexedData, as_tuple, beyond, check_tensor, is_constant
 from pyrogaps.density.items import COLLECT, Rows, batches_of, items_of, plain, whole_tensors
-from pyrogaps.density.runs import Program
+from pyrogaps.density.runs import MisreadData, Program
 from pyrogaps.errors import InputError
+from pyrogaps.guard import ProgramError, described, is_out_of_memory
 
 Args = tuple[Any, ...]
 
@@ -32,6 +36,8 @@ class Given:
         arguments: data in the caller's form as arguments.
         names: the model's parameters that data by name fill, in the order of the arguments; None for other data.
         in_memory: the arguments where they are at hand; None where they are fetched.
+        unread: where data by name are one argument, because no key is one of the model's parameters, a sentence that
+            says so; else empty.
     """
 
     everything: Callable[[], Args]
@@ -40,6 +46,19 @@ class Given:
     arguments: Callable[[Any], Args]
     names: tuple[str, ...] | None = None
     in_memory: Args | None = None
+    unread: str = ""
+
+    @contextmanager
+    def misread_named(self) -> Iterator[None]:
+        """Say of a model that fails with one dictionary that no key of it is a parameter."""
+        try:
+            yield
+        except Exception as error:
+            other = isinstance(error, InputError) and not isinstance(error, ProgramError | MisreadData)
+            if not self.unread or other or is_out_of_memory(error):
+                raise
+            reason = "" if isinstance(error, MisreadData) else f" ({described(error)})"
+            raise InputError(f"{self.unread}{reason}") from error
 
     @property
     def held(self) -> bool:
@@ -62,6 +81,8 @@ def as_given(data: Data | Given | None, model: Program | None = None) -> Given:
         return data
     if isinstance(data, IndexedData):
         return Given(lambda: data.fetch(torch.arange(len(data))), lambda: data, lambda args: args, as_tuple)
+    if inspect.isclass(data):
+        raise InputError(f"data: {data.__name__} is a class. Pass an object of it, {data.__name__}(...)")
     taken = None if model is None else parameters_of(model)
     if isinstance(data, DataLoader | Dataset):
         tensors = whole_tensors(data)
@@ -83,7 +104,7 @@ def as_given(data: Data | Given | None, model: Program | None = None) -> Given:
         return _several(data)
     if data is None:
         return _in_memory((), lambda args: None, as_tuple)
-    if not isinstance(data, Tensor | np.ndarray | list) and not _is_frame(data) and not _is_array(data):
+    if not isinstance(data, Tensor | np.ndarray | list) and not is_frame(data) and not _is_array(data):
         if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes | tuple):
             return _by_item(data, taken)
         raise InputError(
@@ -177,7 +198,10 @@ def _indexed(args: Args) -> IndexedData:
         def rows(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, indices.to(tensor.device)) if tensor.dim() else tensor
 
-        return as_tuple(tree_map_only(Tensor, rows, args))
+        try:
+            return as_tuple(tree_map_only(Tensor, rows, args))
+        except IndexError as error:
+            raise beyond(lengths[0]) from error
 
     return IndexedData(lengths[0], fetch)
 
@@ -186,6 +210,8 @@ def _mapping(data: Mapping[str, Any], taken: Parameters | None) -> Given:
     """Data by name: the model's parameters, or one dictionary that it takes."""
     if any(not isinstance(key, str) for key in data):
         raise InputError("data: the keys of a dictionary of data must be the names of the model's parameters")
+    if not data:
+        raise InputError("data: the dictionary is empty. Pass what the model is called with, by name")
     names = names_filled(data, taken)
     values = {key: _converted(value) for key, value in data.items()}
     back = {key: _back(value) for key, value in data.items()}
@@ -199,7 +225,22 @@ def _mapping(data: Mapping[str, Any], taken: Parameters | None) -> Given:
         found = args[0] if names is None else dict(zip(names, args, strict=True))
         return {key: restore(found[key]) for key, restore in back.items()}
 
-    return _in_memory(_by_name(values, names, taken), restored, read, names)
+    found = _in_memory(_by_name(values, names, taken), restored, read, names)
+    return replace(found, unread=_unread(data, names, taken))
+
+
+def _unread(keys: Mapping[str, Any], names: tuple[str, ...] | None, taken: Parameters | None) -> str:
+    """The sentence on a model that takes data by name as one argument."""
+    if names is not None or taken is None:
+        return ""
+    first, (known, whole) = next(iter(keys)), ("*args", "args[0]")
+    if taken.names:
+        known, whole = ", ".join(taken.names), taken.names[0]
+    return (
+        f"data: no key of the dictionary ({', '.join(map(repr, keys))}) is a parameter of the model (it takes {known}),"
+        " so the dictionary is passed as its one argument, with which it does not run. Name the keys as the "
+        f"parameters, or read them in the model, as in {whole}['{first}']"
+    )
 
 
 def _by_name(values: Mapping[str, Any], names: tuple[str, ...] | None, taken: Parameters | None) -> Args:
@@ -217,7 +258,9 @@ def _by_item(data: Any, taken: Parameters | None) -> Given:
     if not number:
         raise InputError("data: there are no datapoints")
     example = batch(torch.zeros(1, dtype=torch.long))
-    names = names_filled(example, taken) if isinstance(example, Mapping) else None
+    by_name = isinstance(example, Mapping)
+    names = names_filled(example, taken) if by_name else None
+    unread = _unread(example, names, taken) if by_name else ""
 
     def arguments(value: Any) -> Args:
         return _by_name(value, names, taken) if isinstance(value, Mapping) else as_tuple(value)
@@ -233,7 +276,8 @@ def _by_item(data: Any, taken: Parameters | None) -> Given:
         if isinstance(leaf, Tensor):
             check_tensor(leaf, f"element {position} of its items")
     indexed = IndexedData(number, lambda indices: arguments(batch(indices)))
-    return Given(lambda: indexed.fetch(torch.arange(number)), lambda: indexed, restored, arguments, names)
+    everything = lambda: indexed.fetch(torch.arange(number))  # noqa: E731
+    return Given(everything, lambda: indexed, restored, arguments, names, unread=unread)
 
 
 def _are_arguments(data: list[Any], taken: Parameters | None) -> bool:
@@ -251,11 +295,11 @@ def _are_numbers(value: Any) -> bool:
 
 def _is_array(value: Any) -> bool:
     """Whether `value` is an array of some other library."""
-    own = isinstance(value, Tensor | np.ndarray | Mapping | list | tuple) or is_constant(value) or _is_frame(value)
+    own = isinstance(value, Tensor | np.ndarray | Mapping | list | tuple) or is_constant(value) or is_frame(value)
     return not own and hasattr(value, "__array__")
 
 
-def _is_frame(value: Any) -> bool:
+def is_frame(value: Any) -> bool:
     """Whether `value` is a DataFrame or a Series of pandas, which is not imported for that."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(value, pandas.DataFrame | pandas.Series)
@@ -263,13 +307,10 @@ def _is_frame(value: Any) -> bool:
 
 def _converted(value: Any) -> Any:
     """`value` with its arrays, frames and lists of numbers as tensors, which gradients of other things can pass by."""
-    if _is_frame(value):
+    if is_frame(value):
         return _from_frame(value)
     if _are_numbers(value):
-        try:
-            return torch.tensor(value)
-        except ValueError as error:
-            raise InputError("data: the lists differ in length. Pad them to one length and mask the padding") from error
+        return _from_lists(value)
     if _is_array(value):
         value = np.asarray(value)
 
@@ -281,7 +322,7 @@ def _converted(value: Any) -> Any:
 
 def _back(value: Any) -> Callable[[Any], Any]:
     """From the tensor that `value` was converted to, or another like it, to its form."""
-    if _is_frame(value):
+    if is_frame(value):
         return lambda tensor: _as_frame(value, tensor)
     if _are_numbers(value):
         return lambda tensor: tensor.tolist()
@@ -290,13 +331,33 @@ def _back(value: Any) -> Callable[[Any], Any]:
     return lambda tensor: tensor
 
 
-def _from_frame(frame: Any) -> Tensor:
+def _from_lists(value: list[Any]) -> Tensor:
     try:
-        return torch.as_tensor(frame.to_numpy(dtype="float64", copy=True), dtype=torch.get_default_dtype())
-    except (TypeError, ValueError) as error:
-        numbers = frame.ndim == 1 or frame.select_dtypes(["number", "bool"]).columns
-        odd = "its values" if frame.ndim == 1 else f"column '{next(c for c in frame.columns if c not in numbers)}'"
-        raise InputError(f"data: {odd} cannot become numbers. Pass the columns that are numbers") from error
+        return torch.tensor(value)
+    except (ValueError, RuntimeError) as error:
+        if "expected sequence" not in str(error):
+            raise InputError("data: a number in the lists has more than 64 bits. Write it as a float, 1e20") from error
+        raise InputError("data: the lists differ in length. Pad them to one length and mask the padding") from error
+
+
+def _from_frame(frame: Any) -> Tensor:
+    for name, column in [(None, frame)] if frame.ndim == 1 else frame.items():
+        if not _holds_numbers(column):
+            odd = "its values" if name is None else f"column '{name}'"
+            raise InputError(
+                f"data: {odd} cannot become numbers (dtype {column.dtype}). Pass the columns that are numbers"
+            )
+    return torch.as_tensor(frame.to_numpy(dtype="float64", copy=True), dtype=torch.get_default_dtype())
+
+
+def _holds_numbers(column: Any) -> bool:
+    """Whether a column is of real numbers; missing ones, which are refused as NaN, are among them."""
+    kind = getattr(column.dtype, "kind", "O")
+    return kind in "biuf" or (kind == "O" and all(map(_is_real, column.dropna())))
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Number | np.bool_) and not isinstance(value, complex | np.complexfloating)
 
 
 def _as_frame(frame: Any, tensor: Tensor) -> Any:
@@ -307,6 +368,15 @@ def _as_frame(frame: Any, tensor: Tensor) -> Any:
 
 
 def _from_numpy(array: Any) -> Tensor:
+    if np.ma.is_masked(array):
+        raise InputError(
+            "data: an array has masked elements, which a tensor cannot have. Pass x.filled(0.0) and, as a further "
+            "argument, ~x.mask, and mask the sites in the model (poutine.mask)"
+        )
+    if array.dtype == np.longdouble and array.dtype.itemsize > 8:
+        raise InputError(f"data: an array has dtype {array.dtype}. Convert it with x.astype(float)")
+    if not array.dtype.isnative or min(array.strides, default=0) < 0:  # which torch does not read
+        array = np.array(array, array.dtype.newbyteorder("="))
     try:
         return torch.as_tensor(array if array.flags.writeable else array.copy())
     except (TypeError, ValueError) as error:

@@ -14,10 +14,10 @@ from pyrogaps.density.arguments import check_same_order
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
 from pyrogaps.density.bijective import BijectiveGuide, BijectiveMap
 from pyrogaps.density.carried import carried, drawn, on_carried
-from pyrogaps.density.data import Data
+from pyrogaps.density.data import Data, check_indices
 from pyrogaps.density.forms import Given
 from pyrogaps.density.given import original
-from pyrogaps.density.joint import JointDensity
+from pyrogaps.density.joint import JointDensity, check_points
 from pyrogaps.density.local import (
     Draws,
     FactorisedGuide,
@@ -40,7 +40,7 @@ from pyrogaps.density.structure import check_parameters, sample_sites
 from pyrogaps.density.terms import Mapped, read_terms
 from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import ProgramError, guarded
-from pyrogaps.settings import Plate, checked
+from pyrogaps.settings import Count, Plate, checked, conform
 from pyrogaps.streams import seeded
 
 INDEX_REMEDY = (
@@ -180,15 +180,22 @@ class GuideDensity:
     @guarded
     def sample(self, num_particles: int, indices: Tensor | None = None) -> Draws:
         """Draws `z` `(S, N, dim)` and their log q in nats `(S, N)`, for `indices` (default: all datapoints)."""
+        num_particles = conform("num_particles", Count, num_particles)
         return self.at(self._indices(indices)).sample(num_particles)
 
     @guarded
     def log_prob(self, z: Tensor, indices: Tensor | None = None) -> Tensor:
         """log q(z_sn | x_n) in nats `(S, N)` of any points `z` `(S, N, dim)`."""
-        return self.at(self._indices(indices)).log_prob(z)
+        indices = self._indices(indices)
+        own = self.at(indices)
+        check_points(z, len(indices), self.joint.dim + getattr(own, "num_auxiliary", 0))
+        return own.log_prob(z)
 
     def _indices(self, indices: Tensor | None) -> Tensor:
-        return torch.arange(self.num_datapoints) if indices is None else indices
+        if indices is None:
+            return torch.arange(self.num_datapoints)
+        check_indices(indices)
+        return indices
 
     def messages(self, indices: Tensor, num_particles: int = 1, handler: Messenger | None = None) -> dict[str, Any]:
         """Run the guide on `indices` repeated `num_particles` times; the sites that it draws by name."""

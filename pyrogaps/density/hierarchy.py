@@ -24,12 +24,12 @@ from pyrogaps.density.guide import GuideDensity
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import PlaceValues
-from pyrogaps.density.plates import BoundPlate, whole_plates, wrong_size
+from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program, RandomProgram, evaluating
 from pyrogaps.density.score import is_bookkeeping
 from pyrogaps.density.shared import SharedLatents, is_inside
-from pyrogaps.density.structure import sample_sites
+from pyrogaps.density.structure import check_finite, first_sites, sample_sites
 from pyrogaps.errors import InputError
 from pyrogaps.guard import ProgramError
 from pyrogaps.streams import Stream, seeded
@@ -92,6 +92,7 @@ class Hierarchy:
         """
         indexed, plate = data.indexed(), shared.plate
         number = indexed.num_datapoints
+        _check_full_size(model, indexed, shared)
         _check_guide(guide, indexed, shared)
         alone = [(_Alone(indexed, plate, rows, True), _Alone(indexed, plate, rows, False)) for rows in _rows(number)]
         depends = f"{_named(shared.names)} depends on data or local latents"
@@ -129,6 +130,8 @@ class Hierarchy:
             z, log_q = self.posterior.sample(number)
             log_p = self.prior(z)
             values = self.prior.constrain(z)
+            drawn = [(f"its draw of site '{name}'", value) for name, value in values.items()]
+            check_finite(drawn, "guide", "Check the parameters that the site's distribution is made of")
             each = [{name: value[s, 0] for name, value in values.items()} for s in range(number)]
             if self.extra:
                 each = [{**known, **self._extra(z[s])} for s, known in enumerate(each)]
@@ -216,6 +219,20 @@ def _given(program: Program, plate: str) -> Program:
     return given
 
 
+def _check_full_size(model: Program, data: IndexedData, shared: SharedLatents) -> None:
+    """Refuse a model whose data plate is larger than the data, which are then not all that share theta."""
+    number = data.num_datapoints
+    with seeded(0, "shared sites"), evaluating(model), torch.no_grad(), steady_plates():
+        sites, _ = first_sites(model, data.fetch(torch.arange(number)))  # a run that fails is explained later
+    for site in sites.values():
+        for frame in site["cond_indep_stack"]:
+            if frame.name == shared.plate and frame.full_size not in (None, number):
+                raise InputError(
+                    f"plate '{shared.plate}': its size is {frame.full_size:,}, but the data have {number:,} datapoints,"
+                    f" and all share {_named(shared.names)}. Give it the size of the data, or pass all data"
+                )
+
+
 def _check_guide(guide: Program, data: IndexedData, shared: SharedLatents) -> None:
     """Raise `Inseparable` for a guide with one distribution over theta and local latents, or without any of these."""
     joint = Inseparable(f"the guide draws {_named(shared.names)} and the latents in plate '{shared.plate}' jointly")
@@ -236,6 +253,12 @@ def _check_guide(guide: Program, data: IndexedData, shared: SharedLatents) -> No
     except InputError:  # raised, or explained, where the guide is read
         return
     latents = {name: site for name, site in sites.items() if not site["is_observed"]}
+    for name in shared.names:
+        if name in latents and is_inside(latents[name], shared.plate):
+            raise InputError(
+                f"site '{name}': inside the data plate '{shared.plate}' in the guide, but outside in the model. Draw "
+                "it outside in the guide too"
+            )
     drawn = [name for name, site in latents.items() if type(leaf(site["fn"])).__name__ != "Delta"]
     local = [name for name in sites if is_inside(sites[name], shared.plate)]
     if shared.summed_out and not local:  # given theta no gap is left

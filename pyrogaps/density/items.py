@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from pyrogaps.errors import InputError
@@ -38,6 +38,9 @@ def whole_tensors(data: Any) -> tuple[Tensor, ...] | None:
         return tuple(data.tensors)
     if type(data) is Subset and (tensors := whole_tensors(data.dataset)) is not None:
         rows = torch.as_tensor(list(data.indices), dtype=torch.long)
+        number = len(tensors[0])
+        if len(rows) and not -number <= int(rows.min()) <= int(rows.max()) < number:
+            raise InputError(f"data: a Subset has indices beyond the {number} items of its data set. Take them out")
         return tuple(tensor[rows.to(tensor.device)] for tensor in tensors)
     return None
 
@@ -59,7 +62,7 @@ def _has_own_collate(loader: DataLoader[Any]) -> bool:
 
 def batches_of(data: Any, collate: Callable[[list[Any]], Any]) -> Callable[[Tensor], Any]:
     """The batch of items at given indices. Items that repeat are fetched once; the last batch is kept."""
-    name, last = type(data).__name__, [(torch.empty(0, dtype=torch.long), None)]
+    name, last = _name_of(data), [(torch.empty(0, dtype=torch.long), None)]
 
     def fetch(indices: Tensor) -> Any:
         wanted, places = torch.unique(indices.cpu(), return_inverse=True)
@@ -67,12 +70,29 @@ def batches_of(data: Any, collate: Callable[[list[Any]], Any]) -> Callable[[Tens
             with failures_named(f"data: reading the items of {name}"):
                 items = [data[int(index)] for index in wanted]
             with failures_named(f"data: collate_fn of {name}"):
-                last[0] = wanted, collate(items)
+                batch = collate(items)
+            _check_batch(batch, len(items), name)
+            last[0] = wanted, batch
         if torch.equal(places, torch.arange(len(wanted))):
             return last[0][1]
         return tree_map_only(Tensor, lambda t: t[places.to(t.device)] if t.dim() else t, last[0][1])
 
     return fetch
+
+
+def _name_of(data: Any) -> str:
+    return _name_of(data.dataset) if type(data) is Subset else type(data).__name__
+
+
+def _check_batch(batch: Any, number: int, name: str) -> None:
+    """Refuse what a `collate_fn` makes of `number` items that has not a row for each."""
+    if batch is None:
+        raise InputError(f"data: collate_fn of {name} returned None. Return a batch of the items")
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) != number:
+            raise InputError(
+                f"data: collate_fn of {name} made {len(leaf)} rows of {number} items. Return one row for each, in order"
+            )
 
 
 def stacked(items: list[Any]) -> Any:
@@ -91,6 +111,12 @@ def _stack(column: tuple[Tensor, ...]) -> Tensor:
         raise InputError(
             f"data: the items differ in shape, {shapes[0]} and {shapes[1]} among them. Pad them to one shape and mask "
             "the padding"
+        )
+    kinds = sorted({str(tensor.dtype) for tensor in column})
+    if len(kinds) > 1:
+        raise InputError(
+            f"data: the items differ in dtype, {kinds[0]} and {kinds[1]} among them. Convert them to one, as in "
+            "x.float()"
         )
     return torch.stack(column)
 

@@ -1,6 +1,7 @@
 """`JointDensity`: a Pyro model as a density over one flat unconstrained vector per datapoint."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.contraction import BoundedStates, TooManyStates, too_many
-from pyrogaps.density.data import Data, HeldData, IndexedData
+from pyrogaps.density.data import Data, HeldData, IndexedData, check_indices
 from pyrogaps.density.discrete import Discrete
 from pyrogaps.density.enumeration import Enumerate
 from pyrogaps.density.estimates import PointEstimates
@@ -26,11 +27,11 @@ from pyrogaps.density.rows import PAD_REMEDY, probe_rows, rows_are_independent, 
 from pyrogaps.density.runs import Program, RandomProgram, check_callable, evaluating
 from pyrogaps.density.score import ScoreModel, first_dim, stack_runs
 from pyrogaps.density.states import DrawStates, SetStates, random_states
-from pyrogaps.density.structure import check_parameters, sample_sites
+from pyrogaps.density.structure import check_parameters, refuse_other_shapes, sample_sites
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
 from pyrogaps.guard import ProgramError, failures_named, guarded
-from pyrogaps.settings import Plate, checked
+from pyrogaps.settings import Count, Plate, checked, conform
 from pyrogaps.streams import seeded
 
 BROADCAST_REMEDY = (
@@ -108,7 +109,7 @@ class JointDensity:
         self.model, self.passed = model, passed
         if structure is None:
             check_parameters(model)
-            with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True):
+            with seeded(0, "structure"), evaluating(model), pyro.validation_enabled(True), passed.misread_named():
                 read = read_model(model, passed, plate, make_whole=make_whole, drawn=drawn, why=why)
             self.structure = replace(read, estimates=estimates)
         else:
@@ -187,11 +188,7 @@ class JointDensity:
 
     def _run_at(self, z: Tensor, indices: Tensor | None) -> ScoreModel:
         indices = self._indices(indices)
-        if z.dim() != 3 or z.shape[1:] != (len(indices), self.dim):
-            raise InputError(
-                f"z: expected shape (S, {len(indices)}, {self.dim}), got {tuple(z.shape)}. Pass draws in unconstrained "
-                "space, as sample_prior(S, indices) returns them, with the indices of their datapoints"
-            )
+        check_points(z, len(indices), self.dim)
         with evaluating(self.model):
             return self.run(z.flatten(0, 1), self.fetch(indices, len(z)), indices.repeat(len(z)))
 
@@ -276,6 +273,7 @@ class JointDensity:
     def constrain(self, z: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
         """The latent sites' values, each `(S, N, *shape)`, of unconstrained `z` `(S, N, dim)`."""
         indices = self._indices(indices)
+        check_points(z, len(indices), self.dim)
         with evaluating(self.model), torch.no_grad():
             handler = self.run(z.flatten(0, 1), self.fetch(indices, len(z)), indices.repeat(len(z)))
         result = {}
@@ -316,7 +314,7 @@ class JointDensity:
     @guarded
     def sample_prior(self, num_particles: int, indices: Tensor | None = None) -> Tensor:
         """Draws of z from the model's latent sites (given earlier observed ones), `(S, N, dim)`, unconstrained."""
-        indices = self._indices(indices)
+        num_particles, indices = conform("num_particles", Count, num_particles), self._indices(indices)
         with evaluating(self.model), torch.no_grad():
             if self.plate is None:
                 args = self.fetch(indices)
@@ -355,7 +353,10 @@ class JointDensity:
         return self._evaluating("one by one")
 
     def _indices(self, indices: Tensor | None) -> Tensor:
-        return torch.arange(self.num_datapoints) if indices is None else indices
+        if indices is None:
+            return torch.arange(self.num_datapoints)
+        check_indices(indices)
+        return indices
 
     @cached_property
     def probe(self) -> "Probe":
@@ -383,12 +384,9 @@ class JointDensity:
         self.probe = probe = self._probed()
         indices, z, together = probe.indices, probe.z, probe.log_density
         if not rows_are_independent(lambda rows: self._total(z[rows], indices[rows]), together):
-            if not torch.equal(self._total(z, indices), together):
-                self._refuse_random(indices)
-                raise InputError(
-                    "data: the density of a datapoint changed between two identical calls; fetch(indices) or the model "
-                    "is random. Draw the data once (SimulatedData(...).fetch(indices)) and pass the tensors"
-                )
+            self._refuse_random(indices, lambda: self._total(z, indices), together)
+            with self.plates(indices):
+                refuse_other_shapes(sample_sites(self.model, self.fetch(indices)))
             raise InputError(
                 "data: the density of a datapoint changes with its position or with other rows of the batch. "
                 "fetch(indices) must keep the order, and the model must treat rows independently: no batch "
@@ -400,8 +398,7 @@ class JointDensity:
         indices = torch.zeros(1, dtype=torch.long) if self.plate is None else probe_rows(self.num_datapoints)
         args, z = self.fetch(indices), 0.5 * torch.randn(len(indices), self.dim, dtype=self.dtype, device=self.device)
         try:
-            with BoundedStates(len(indices)):
-                enumerated = self._run(z, args, indices)
+            enumerated = self._run_bounded(z, args, indices)
         except TooManyStates as error:
             raise too_many([*self.enumerated], error.elements, z.element_size()) from None
         except ProgramError as error:
@@ -414,12 +411,29 @@ class JointDensity:
                     f"density than at their single values. {BROADCAST_REMEDY}"
                 )
 
-    def _refuse_random(self, indices: Tensor) -> None:
-        """Refuse a model that is random, unless the data are: two calls gave different densities."""
+    def _run_bounded(self, z: Tensor, args: tuple[Any, ...], indices: Tensor) -> ScoreModel:
+        """`_run`, with a bound on the size of tensors."""
+        try:
+            with BoundedStates(len(indices)):
+                return self._run(z, args, indices)
+        except RuntimeError:  # of the program, in an operation that was called by the bound
+            return self._run(z, args, indices)
+
+    def _refuse_random(self, indices: Tensor, total: Callable[[], Tensor], before: Tensor) -> None:
+        """Refuse data that are random, and a model that is: `total` at the datapoints `indices` is no longer `before`.
+
+        Nothing is refused where it is.
+        """
         first = tree_leaves(self.fetch(indices))
         self.fetch(indices[:1])  # a data set that is fetched by index keeps its last batch
         pairs = zip(first, tree_leaves(self.fetch(indices)), strict=True)
-        if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
+        if not all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
+            raise InputError(
+                "data: the same datapoints changed between two calls, so they are random (a random transform, say). "
+                "Draw them once: pass [data[i] for i in range(len(data))] of a Dataset, or "
+                "data.fetch(torch.arange(len(data))) of an IndexedData"
+            )
+        if not torch.equal(total(), before):
             raise RandomProgram(
                 "model: it is random beyond its sample sites: log p(x, z) of one point changed between two identical "
                 "calls. Switch dropout off in evaluation mode (F.dropout(x, p, training=self.training)), and draw "
@@ -435,8 +449,8 @@ class JointDensity:
         args = self.fetch(indices[:1])
         alone, reason = self._evaluating("one by one"), None
         expected = _with_slopes(alone, z, args, indices)
-        if not same_density(alone.total(z[:1], args, indices[:1]), expected[:1]):
-            self._refuse_random(indices[:1])
+        if not same_density(again := alone.total(z[:1], args, indices[:1]), expected[:1]):
+            self._refuse_random(indices[:1], lambda: expected[:1], again)
         for particles in TOGETHER:
             try:
                 together = _with_slopes(self._evaluating(particles), z, args, indices)
@@ -454,6 +468,17 @@ class JointDensity:
 
     def _evaluating(self, particles: Particles) -> "JointDensity":
         return JointDensity(self.model, self.passed, structure=replace(self.structure, particles=particles))
+
+
+def check_points(z: Any, number: int, dim: int) -> None:
+    """Refuse what is not a point in unconstrained space, or several, for each of `number` datapoints."""
+    right = isinstance(z, Tensor) and z.is_floating_point()
+    if not right or z.dim() != 3 or z.shape[1:] != (number, dim):
+        got = str(tuple(z.shape)) if right else f"{z.dtype}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        raise InputError(
+            f"z: expected a tensor of real numbers of shape (S, {number}, {dim}), got {got}. Pass draws in "
+            "unconstrained space, as sample_prior(S, indices) returns them, with the indices of their datapoints"
+        )
 
 
 def _with_slopes(joint: JointDensity, z: Tensor, args: tuple[Any, ...], indices: Tensor) -> Tensor:

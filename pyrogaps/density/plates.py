@@ -16,6 +16,7 @@ import torch
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 
+from pyrogaps.density.runs import MisreadData
 from pyrogaps.errors import InputError
 from pyrogaps.guard import one_at_a_time
 
@@ -91,7 +92,7 @@ def _in_order(indices: Tensor) -> bool:
 
 def wrong_size(name: str, size: int, rows: int) -> InputError:
     """The error for a plate whose size does not follow the data."""
-    return InputError(
+    return MisreadData(
         f"plate '{name}' has the hard-coded size {size}, but the data have {rows} rows. Size it by the data, as in "
         f"pyro.plate('{name}', len(x)); a fetch(indices) must return one row per index"
     )

@@ -183,13 +183,13 @@ def _differing(layout: Mapping[str, Site | Discrete], other: Mapping[str, Site |
     return InputError("model: the order of its latent sites differs between datapoints. Keep one order for all inputs")
 
 
-def finite_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def finite_arguments(args: tuple[Any, ...], what: str = "data") -> tuple[Any, ...]:
     """The model's arguments; raises `InputError` where they hold NaN, or tensors that have no plain numbers."""
     leaves = [(f"argument {position}", leaf) for position, value in enumerate(args) for leaf in tree_leaves(value)]
     for name, leaf in leaves:
         if isinstance(leaf, Tensor):
             check_tensor(leaf, name)
-    check_finite(leaves, "data", "Clean or impute them first")
+    check_finite(leaves, what, "Clean or impute them first")
     return args
 
 

@@ -18,6 +18,10 @@ Program = Callable[..., Any]
 MODULE_CALLS = (nn.Module.__call__, PyroModule.__call__)
 
 
+class MisreadData(InputError):
+    """What a program may do that reads its data in another form than they have."""
+
+
 class RandomProgram(InputError):
     """A program that is random beyond its sample sites."""
 

@@ -1,6 +1,7 @@
 """Latents shared by the datapoints of a plate: what they are, and which plate is the data plate beside them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pyrogaps.density.discrete import is_discrete
@@ -17,6 +18,7 @@ class SharedLatents(InputError):
         subsampled: whether the plate is.
         summed_out: whether all latents inside are discrete.
         hierarchy: what the model and the guide are given the shared latents, see `Hierarchy`; None without a guide.
+        remedy: what to do, where that is not `plate=False`.
     """
 
     def __init__(
@@ -27,22 +29,38 @@ class SharedLatents(InputError):
         subsampled: bool = False,
         summed_out: bool = False,
         hierarchy: Any = None,
+        remedy: str = "",
     ) -> None:
-        self.plate, self.names, self.hierarchy = plate, tuple(names), hierarchy
+        self.plate, self.names, self.hierarchy, self.remedy = plate, tuple(names), hierarchy, remedy
         self.subsampled, self.summed_out = subsampled, summed_out
         several = len(self.names) > 1
         sites = ", ".join(map(repr, self.names))
         whole = "Remove the plate's subsampling and pass plate=False" if subsampled else "Pass plate=False"
+        usual = (
+            f"decompose measures gaps given draws of {'them' if several else 'it'}. {whole} to treat the whole data "
+            "set as one datapoint"
+        )
         super().__init__(
             f"site{'s' * several} {sites}: outside the data plate '{plate}', so shared by all datapoints, which have "
-            f"no density of their own. decompose measures gaps given draws of {'them' if several else 'it'}. {whole} "
-            "to treat the whole data set as one datapoint"
+            f"no density of their own. {remedy or usual}"
         )
 
     def split_by(self, hierarchy: Any) -> "SharedLatents":
         """The same, with what the guide is given the shared latents."""
-        kept = {"subsampled": self.subsampled, "summed_out": self.summed_out}
-        return SharedLatents(self.plate, self.names, **kept, hierarchy=hierarchy)
+        return self._with(hierarchy=hierarchy, remedy=self.remedy)
+
+    def _with(self, **other: Any) -> "SharedLatents":
+        kept: dict[str, Any] = {"subsampled": self.subsampled, "summed_out": self.summed_out}
+        return SharedLatents(self.plate, self.names, **kept, **other)
+
+
+@contextmanager
+def datapoints_needed(remedy: str) -> Iterator[None]:
+    """Give `SharedLatents` another remedy than to treat the data set as one datapoint, which would be refused next."""
+    try:
+        yield
+    except SharedLatents as found:
+        raise found._with(remedy=remedy) from None
 
 
 def data_plate(sites: Mapping[str, Any]) -> tuple[str | None, str]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
+from pyrogaps.density.contraction import check_countable
 from pyrogaps.density.layout import leaf
 from pyrogaps.errors import InputError
 
@@ -18,6 +19,7 @@ def states_of(fn: Any, name: str) -> Tensor:
     Raises `InputError` where these cannot be listed.
     """
     inner = leaf(fn)
+    check_countable(inner, name)
     try:
         states: Tensor = inner.enumerate_support(expand=False)
     except NotImplementedError as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrogaps.density.discrete import is_discrete
 from pyrogaps.density.layout import Site, distribution_mask, leaf, plate_dim
-from pyrogaps.density.runs import Program, modules_of
+from pyrogaps.density.runs import MisreadData, Program, modules_of
 from pyrogaps.density.samplers import ExactDraws
 from pyrogaps.density.score import is_bookkeeping
 from pyrogaps.density.state_numbers import states_of
@@ -101,6 +101,7 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
     latent = latent_sites(sites)
     for name, site in sites.items():
         check_in_plate(name, site, plate, "model")
+        _check_mask(name, site)
     for name, site in latent.items():
         if type(leaf(site["fn"])).__name__ == "Delta":
             raise InputError(
@@ -110,7 +111,13 @@ def check_model_sites(sites: dict[str, Message], plate: str | None) -> None:
 
 
 def check_in_plate(name: str, site: Message, plate: str | None, program: str) -> None:
-    if plate is None or plate_dim(site, plate) is not None:
+    dim = None if plate is None else plate_dim(site, plate)
+    if dim is not None and len(site["fn"].batch_shape) < -dim and not is_factor(site["fn"]):
+        raise InputError(
+            f"site '{name}': the plate '{plate}' around it has no size. Size it by the data, as in "
+            f"pyro.plate('{plate}', len(x))"
+        )
+    if plate is None or dim is not None:
         return
     if any(frame.name == plate for frame in site["cond_indep_stack"]):
         raise InputError(
@@ -175,6 +182,12 @@ def check_observed(name: str, site: Message) -> bool:
     value, fn = site["value"], site["fn"]
     if is_factor(fn):
         return True
+    if not isinstance(value, Tensor) or value.is_complex():
+        kind = "complex" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+        raise MisreadData(
+            f"site '{name}': its observed value is {kind}. Pass a tensor of real numbers as obs=, as in "
+            "torch.as_tensor(x)"
+        )
     element = leaf(fn)
     try:
         inside = element.support.check(value)
@@ -195,6 +208,43 @@ def check_observed(name: str, site: Message) -> bool:
         f"likelihood, {support_words(element)}. Transform the data, or set validate_args=False on the likelihood to "
         "score them all the same"
     )
+
+
+def _check_mask(name: str, site: Message) -> None:
+    """Refuse a mask that does not broadcast to the site's log-probability."""
+    mask, shape = site["mask"], _log_prob_shape(site)
+    if isinstance(mask, Tensor) and shape is not None and _broadcast(mask.shape, shape) != shape:
+        raise InputError(
+            f"site '{name}': its mask has shape {tuple(mask.shape)}, but the site has batch shape {tuple(shape)}. Give "
+            "the mask one element for each of the site's, without its event dimensions"
+        )
+
+
+def refuse_other_shapes(sites: dict[str, Message]) -> None:
+    """Refuse an observed value that has other dimensions than its distribution, whose log-probability is then wrong."""
+    for name, site in sites.items():
+        fn = site["fn"]
+        if site["is_observed"] and not is_factor(fn) and _log_prob_shape(site) != fn.batch_shape:
+            raise InputError(
+                f"site '{name}': its observed value has shape {tuple(site['value'].shape)}, but its distribution has "
+                f"batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}. Reshape the data, or "
+                "give the distribution the dimensions of a datapoint as event, by to_event"
+            )
+
+
+def _log_prob_shape(site: Message) -> torch.Size | None:
+    """The shape of a site's log-probability, not masked; None where its value does not fit its distribution."""
+    fn, value = site["fn"], site["value"]
+    if is_factor(fn) or not isinstance(value, Tensor):
+        return None
+    return _broadcast(value.shape[: max(0, value.dim() - fn.event_dim)], fn.batch_shape)
+
+
+def _broadcast(left: torch.Size, right: torch.Size) -> torch.Size | None:
+    try:
+        return torch.Size(torch.broadcast_shapes(left, right))
+    except RuntimeError:
+        return None
 
 
 def is_factor(fn: Any) -> bool:

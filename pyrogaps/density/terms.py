@@ -150,6 +150,7 @@ def _check_values(terms: list[GuideSite], messages: dict[str, Any], joint: Joint
             here, there = here.flatten(), there.flatten()
         if here.shape != there.shape and name in own:
             return does_not_fit(name, message, joint)
+        here = here.to(there.dtype)  # discrete sites may have whole numbers in one program alone
         if here.shape != there.shape or torch.allclose(here, there, rtol=1e-4, atol=1e-5):
             continue
         if name in own:

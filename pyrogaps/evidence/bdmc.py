@@ -11,6 +11,7 @@ from pyrogaps.density import Data, GuideDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData
+from pyrogaps.errors import InputError
 from pyrogaps.evidence.ais import AIS, Initial
 from pyrogaps.evidence.protocol import Measured, Measurement
 from pyrogaps.evidence.simulated_bounds import SimulatedBounds
@@ -76,6 +77,10 @@ def bdmc(
     unused = settings.initial == "prior" or is_family(guide_or_family)
     guide = None if is_family(guide_or_family) else guide_or_family
     given = (Problem.without_guide if unused else Problem.of)(model, guide, data, plate)
+    if not given.dim:
+        raise InputError(
+            "bdmc: all latents are discrete and summed out, so log p(x) is exact and needs no bounds. Use log_evidence"
+        )
     simulated = given.simulated(seed, to_data)
     problem, refiner = simulated.problem, None
     if settings.initial != "prior" and problem.posterior is None:  # a family has nothing but its refined guides

@@ -21,9 +21,10 @@ class SimulatedBounds:
 
     def __repr__(self) -> str:
         lower, upper = float(self.lower.mean()), float(self.upper.mean())
+        error = f" ± {self.width_mcse:.3f}" if len(self.lower) > 1 else ""
         return (
             f"{type(self).__name__}({counted(len(self.lower), 'datapoint')} simulated: mean log p(x) from {lower:.3f} "
-            f"to {upper:.3f} nats, width {self.width:.3f} ± {self.width_mcse:.3f})"
+            f"to {upper:.3f} nats, width {self.width:.3f}{error})"
         )
 
     @property

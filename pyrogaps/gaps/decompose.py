@@ -15,7 +15,7 @@ from pyrogaps.gaps.decomposition import Decomposition
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.retrain import Split
 from pyrogaps.gaps.shared_ledger import SharedDecomposition
-from pyrogaps.gaps.terms import TERMS, Term
+from pyrogaps.gaps.terms import TERMS, Term, check_tree
 from pyrogaps.guard import guarded
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement
@@ -120,6 +120,8 @@ def decompose(
     Raises:
         InputError: in one line that names the site, argument or family, for anything that has no gap per datapoint.
     """
+    terms = TERMS if terms is None else terms
+    check_tree(terms)
     options: dict[str, Any] = {
         "families": families or {},
         "evidence": evidence or Ladder(),
@@ -143,7 +145,7 @@ def decompose(
     except SharedLatents as found:
         pair = SharedDecomposition.of(found, model, guide, data)
         decomposition = pair(shared or Shared(), options, compile)
-    return decomposition.ledger(TERMS if terms is None else terms)
+    return decomposition.ledger(terms)
 
 
 @guarded

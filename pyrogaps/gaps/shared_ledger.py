@@ -51,7 +51,7 @@ class SharedDecomposition:
 
     def __post_init__(self) -> None:
         names = quoted(self.hierarchy.names)
-        for option in ("split", "certificate"):
+        for option in ("split", "certificate", "reference"):
             if self.options.get(option) is not None:
                 raise InputError(f"{option}: not available where datapoints share latents ({names}). Leave it out")
 

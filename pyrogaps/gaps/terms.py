@@ -8,8 +8,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from pyrogaps.errors import InputError
 from pyrogaps.gaps.finite import finite_part
 from pyrogaps.settings import Name, checked
+from pyrogaps.signatures import nearest
 
 Array = NDArray[np.float64]
 INFERENCE = "inference_gap"
@@ -107,6 +109,20 @@ class Term:
         """`estimator` or another text of the gap of these columns, as it stands beside it in a table."""
         text: str | Callable[[Columns], str] | None = getattr(self, name)
         return text(columns) if callable(text) else text or ""
+
+
+def check_tree(terms: Sequence[Term]) -> None:
+    """Refuse terms that are no tree: two with one id, or one whose parent is not among them."""
+    names = [term.id for term in terms]
+    if not names:
+        raise InputError("terms: there are none. Pass TERMS, or TERMS + (mine,)")
+    for term in terms:
+        if names.count(term.id) > 1:
+            raise InputError(f"terms: two have the id '{term.id}'. Give each an id of its own")
+        if term.parent is not None and term.parent not in names:
+            near = nearest(term.parent, names, "")
+            hint = f". Did you mean '{near}'?" if near else ". Pass it too, as TERMS + (mine,) does"
+            raise InputError(f"terms: '{term.id}' is a part of '{term.parent}', which is not among them{hint}")
 
 
 def values_of(dataset: xr.Dataset, name: str) -> Values:

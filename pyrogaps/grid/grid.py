@@ -10,6 +10,7 @@ import xarray as xr
 from pyrogaps.density import Data, JointDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
+from pyrogaps.density.shared import datapoints_needed
 from pyrogaps.errors import InputError, counted
 from pyrogaps.grid.modes import count_modes
 from pyrogaps.grid.quadrature import Array, around, integrate
@@ -70,7 +71,10 @@ def posterior_grid(
     """
     if TRUE in guides:
         raise InputError(f"guides: '{TRUE}' is reserved for the exact posterior. Choose another name")
-    problem = Problem.without_guide(model, next(iter(guides.values()), None), data, plate)
+    with datapoints_needed(
+        "A grid is of one datapoint's latents. Make the others parameters of the model (pyro.param)"
+    ):
+        problem = Problem.without_guide(model, next(iter(guides.values()), None), data, plate)
     joint = problem.joint
     _refuse_other_dimensions(joint)
     number = joint.num_datapoints
@@ -105,7 +109,8 @@ DIMS: dict[str, tuple[str, ...]] = {
 def _refuse_other_dimensions(joint: JointDensity) -> None:
     if joint.dim != 2:
         sites = ", ".join(f"'{name}' {site.size}" for name, site in joint.sites.items())
-        raise InputError(f"model: a grid needs two latent dimensions, but this model has {joint.dim} (sites: {sites})")
+        where = f" (sites: {sites})" if sites else ": all its latents are discrete"
+        raise InputError(f"model: a grid needs two latent dimensions, but this model has {joint.dim}{where}")
 
 
 def _posterior(name: str, problem: Problem, guide: Program | Posterior) -> Posterior:

@@ -7,6 +7,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyrogaps.density.data import check_indices
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError, counted
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel
@@ -62,7 +63,8 @@ class IndexedELBO(ELBO):
 
     def bounds(self, model: Program, encoder: Program, indices: Tensor) -> Tensor:
         """One draw of the bound for each of the datapoints `indices` `(B,)`: shape `(B,)`, nats, differentiable."""
-        indices = checked_indices(indices, self.num_datapoints).to(self.device)
+        check_indices(indices, self.num_datapoints)
+        indices = indices.long().to(self.device)
         values, passes = self.draw_bounds(self._paired(model, encoder), indices)
         self.num_encoded += passes
         self.num_decoded += passes
@@ -133,17 +135,6 @@ class IndexedELBO(ELBO):
         """A noun for the datapoints of a row of the posterior."""
         sparse = self.posterior.num_neighbours < self.posterior.num_datapoints
         return "neighbours that the posterior keeps per datapoint" if sparse else "datapoints"
-
-
-def checked_indices(indices: Tensor, num_datapoints: int) -> Tensor:
-    """A batch of indices `(B,)`. Raises `InputError` where it is empty, out of range, or not of whole numbers."""
-    whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
-    if indices.dim() != 1 or len(indices) == 0 or not whole:
-        got = f"{indices.dtype} of shape {tuple(indices.shape)}"
-        raise InputError(f"indices: expected at least one whole number, shape (B,), got {got}")
-    if int(indices.min()) < 0 or int(indices.max()) >= num_datapoints:
-        raise InputError(f"indices: they must be from 0 to N - 1 = {num_datapoints - 1}")
-    return indices.long()
 
 
 @checked("MAPA_ELBO")

@@ -17,6 +17,7 @@ from pyrogaps.density.discrete import refuse_enumerated
 from pyrogaps.density.layout import leaf, plate_dim, rows_first
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program, evaluating
+from pyrogaps.density.shared import datapoints_needed
 from pyrogaps.density.structure import is_factor, is_masked, sample_sites
 from pyrogaps.errors import InputError, counted
 from pyrogaps.mapa.continuous_bernoulli import log_normaliser
@@ -41,7 +42,8 @@ class Paired:
         programs = [program for program in (model, encoder) if callable(program)]
         # An optimizer that traces the caller must not see the parameters of these runs.
         with poutine.block():
-            self.joint = JointDensity(model, data, plate)
+            with datapoints_needed("MAPA explains datapoints by others. Make these latents parameters (pyro.param)"):
+                self.joint = JointDensity(model, data, plate)
             refuse_enumerated(self.joint.enumerated, "MAPA")
             self.plate = self._plate()
             self.encoder = self._named(encoder)

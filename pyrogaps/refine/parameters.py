@@ -100,7 +100,7 @@ def transform_of(inner: Any, name: str) -> Any:
 
 def axis_of(term: GuideSite, fn: Any, inner: Any, name: str) -> int:
     """The axis of rows in a parameter of the site distribution `fn` of a term, negative."""
-    axis: int = term.site.batch_axis - (fn.event_dim - inner.event_dim) - event_dims(inner, name)
+    axis: int = term.site.batch_axis - (fn.event_dim - len(inner.event_shape)) - event_dims(inner, name)
     return axis
 
 

@@ -1,8 +1,9 @@
 """`Shared`: what is spent on latents that datapoints share."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from pyrogaps.settings import Count, Positive, Several, checked
+from pyrogaps.settings import Count, Positive, checked, within
 
 
 @checked("shared")
@@ -20,7 +21,7 @@ class Shared:
     Raises `InputError` for a setting out of range.
     """
 
-    num_draws: Several = 8
+    num_draws: Annotated[int, within("of at least 2 and at most 10000")] = 8
     tolerance: Positive = 0.1
-    max_draws: Several = 4096
+    max_draws: Annotated[int, within("of at least 2 and at most 1000000")] = 4096
     max_evaluations: Count = 20_000_000

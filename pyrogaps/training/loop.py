@@ -9,10 +9,11 @@ from pyro.infer import ELBO
 from torch.optim import Optimizer
 
 from pyrogaps.density.data import Data
-from pyrogaps.density.forms import check_present
+from pyrogaps.density.forms import as_given, check_present
+from pyrogaps.density.reading import finite_arguments
 from pyrogaps.density.runs import Program, check_callable
 from pyrogaps.errors import InputError
-from pyrogaps.guard import guarded
+from pyrogaps.guard import ProgramError, guarded
 from pyrogaps.settings import Count, Device, File, Positive, Seed, Whole, checked
 from pyrogaps.training.placing import modes_restored
 from pyrogaps.training.settings import Training, TrainingResult
@@ -101,7 +102,8 @@ def train(
     )  # fmt: skip
     if patience is not None and validation is None:
         raise InputError("training: patience needs validation data. Pass validation=, or leave patience out.")
-    with modes_restored(model, guide), torch.enable_grad():  # which the caller may have switched off
+    parts = {"data": data, "validation": validation}
+    with modes_restored(model, guide), torch.enable_grad(), _blaming(parts, model):  # the caller may have none enabled
         trainer = Trainer(model, guide, data, validation, settings, seed, device)
         return trainer.run(checkpoint, progress)
 
@@ -111,8 +113,27 @@ def rehearse_training(
     model: Program, guide: Program, data: Data | None, validation: Data | None, settings: Training, seed: int
 ) -> None:
     """Raise what `train` would raise before its first step is taken. Model and guide may get their parameters here."""
-    with modes_restored(model, guide), torch.enable_grad():
+    parts = {"data": data, "validation": validation}
+    with modes_restored(model, guide), torch.enable_grad(), _blaming(parts, model):
         Trainer(model, guide, data, validation, settings, seed, None).rehearse()
+
+
+@contextmanager
+def _blaming(parts: dict[str, Data | None], model: Program) -> Iterator[None]:
+    """Say of a training that fails, or diverges, on data with NaN that these are why. Models may take NaN, too."""
+    try:
+        yield
+    except (ValueError, RuntimeError, ArithmeticError) as error:  # an exception of a callback may be any other
+        if isinstance(error, InputError) and not isinstance(error, ProgramError):
+            raise
+        for name, part in parts.items():
+            args = as_given(part, model).in_memory
+            if args is not None:
+                try:
+                    finite_arguments(args, name)
+                except InputError as reason:
+                    raise reason from error
+        raise
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class Trainer:
         self.indexed = settings.objective if isinstance(settings.objective, IndexedBound) else None
         self.objective = self._objective()
         check_divisible(settings, len(self.data), indexed=self.indexed is not None)
-        with self._evaluating("set up"):
+        with self._evaluating("set up"), given.misread_named():
             self.optimizer = self._set_up()
             self.ahead = self._guide_ahead() if settings.guide_steps else None
             self.fingerprint = fingerprint(settings, seed=seed, data=self.data, validation=self.validation)

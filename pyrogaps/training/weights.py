@@ -218,8 +218,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as file, torch.serialization.safe_globals(list(_CONSTRAINTS)):
             # torch verifies no checksums; bits that flipped on the disk would become weights.
             content = torch.load(file, map_location="cpu", weights_only=True) if is_sealed(file) else None
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise InputError(f"checkpoint {path}: there is no such file. Check the path.") from None
+    except IsADirectoryError:
+        raise InputError(f"checkpoint {path}: is a folder. Name a file in it.") from None
     except OSError as error:
         raise InputError(f"checkpoint {path}: cannot be read: {error.strerror or error}. Use a copy.") from error
     except Exception as error:  # torch raises many kinds of errors for a file that is no checkpoint

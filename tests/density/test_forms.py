@@ -346,7 +346,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, tuple[str, ...]]] = {
         Items(lambda i: (X[i], i)),
         ("arguments that the data give", "Pass only what the programs take"),
     ),
-    "random items": (model, Items(lambda i: X[i] + torch.randn(2)), ("random", "Draw the data once")),
+    "random items": (model, Items(lambda i: X[i] + torch.randn(2)), ("random", "Draw them once")),
 }
 
 
