@@ -18,6 +18,7 @@ MAX_PARAMETERS = 7
 SET_ATTRIBUTES = {
     # Objects of torch, Pyro, matplotlib, xarray and Python.
     "cli/building.py": {"family.__name__"},
+    "capture/draws.py": {"ctx.gradients", "ctx.kept"},
     "capture/graphs.py": {"output.args", "node.target", "node.args"},
     "capture/products.py": {"product.meta", "call.meta"},
     "cli/console.py": {"warnings.showwarning"},

@@ -1,11 +1,13 @@
 """Recording tensor operations as a graph, and rewriting it for faster replay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -14,6 +16,7 @@ from pyrogaps.capture.products import inline_products, products_by_onednn
 
 aten = torch.ops.aten
 VIEWS = {aten.alias.default, aten.view.default, aten.expand.default, aten.permute.default, aten.unsqueeze.default}
+NEUTRAL = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
 IN_PLACE = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.sub.Tensor: aten.sub_.Tensor,
@@ -31,12 +34,15 @@ IN_PLACE = {
 
 def record(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     """Record the tensor operations of `function(*inputs)`; other tensors, such as parameters, stay by reference."""
-    module = make_fx(function)(*inputs)
+    # One mode for the shapes of all nodes: otherwise each makes its own, which takes longer than recording it.
+    with tracing(TracingContext(FakeTensorMode())):
+        module = make_fx(function)(*inputs)
     graph = module.graph
     graph.eliminate_dead_code()
     rewrite(graph)
     _drop_identities(graph)
     _constants_to_numbers(graph)
+    _merge_equal(graph)
     products_by_onednn(graph)
     graph.eliminate_dead_code()
     module.recompile()
@@ -50,6 +56,41 @@ def output_alone(module: GraphModule, position: int) -> GraphModule:
     part.output(outputs[position])
     part.eliminate_dead_code()
     return GraphModule(module, part)
+
+
+def descendants(graph: Graph, origins: Iterable[Node]) -> set[Node]:
+    """`origins` and all nodes that are computed from them, without the output."""
+    found = set(origins)
+    for node in graph.nodes:
+        if node.op != "output" and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def makers_of_written(node: Node) -> list[Node]:
+    """The nodes that made the memory which a node writes to, such as `empty` for `empty(3).normal_()`."""
+    if not isinstance(node.target, OpOverload):
+        return []
+    return [_maker(operand) for operand in written(node.target, node.args, node.kwargs) if isinstance(operand, Node)]
+
+
+def _rewritten(graph: Graph) -> set[Node]:
+    """The nodes whose results are written to later."""
+    return {maker for node in graph.nodes for maker in makers_of_written(node)}
+
+
+def written(function: OpOverload, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an operation writes to."""
+    arguments = function._schema.arguments
+    given = {**dict(zip([each.name for each in arguments], args, strict=False)), **kwargs}
+    return [given[each.name] for each in arguments if each.is_write and each.name in given]
+
+
+def _maker(node: Any) -> Node:
+    """The node that made the memory of a node's result."""
+    while node.op == "call_function" and not _owns_memory(node):
+        node = node.args[0]
+    return node  # type: ignore[no-any-return]
 
 
 def own_outputs(module: GraphModule) -> GraphModule:
@@ -110,9 +151,11 @@ def _same_layout(left: Any, right: Any) -> bool:
 
 
 def _drop_identities(graph: Graph) -> None:
-    """Remove views that change nothing, and pairs of transpositions."""
+    """Remove views and sums and products with numbers that change nothing, and pairs of transpositions."""
+    rewritten = _rewritten(graph)
     for node in list(graph.nodes):
-        same = node.args[0] if node.target in VIEWS else None
+        unchanged = len(node.args) == 2 and node.args[1] == NEUTRAL.get(node.target) and node not in rewritten
+        same = node.args[0] if node.target in VIEWS or unchanged else None
         if node.target is aten.t.default and node.args[0].target is aten.t.default:
             same = node.args[0].args[0]
         if same is not None and _same_layout(same, node):
@@ -137,9 +180,24 @@ def _constants_to_numbers(graph: Graph) -> None:
                     break
 
 
+def _merge_equal(graph: Graph) -> None:
+    """Compute once what is computed twice from the same operands."""
+    rewritten, first = _rewritten(graph), dict[Any, Node]()
+    for node in list(graph.nodes):
+        operands = node.all_input_nodes
+        pure = node.op == "call_function" and operands and not node.is_impure()
+        if node.op == "get_attr" or (pure and rewritten.isdisjoint([node, *map(_maker, operands)])):
+            key = node.op, node.target, repr(node.args), repr(node.kwargs)
+            if (same := first.setdefault(key, node)) is not node:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
+
+
 def fusible_elements(node: Node) -> int:
     """Number of elements of an elementwise operation's result; 0 for other operations."""
     value = value_of(node)
-    if not isinstance(node.target, OpOverload) or not isinstance(value, Tensor):
-        return 0
-    return value.numel() if torch.Tag.pointwise in node.target.tags else 0
+    return value.numel() if isinstance(value, Tensor) and _has_tag(node, torch.Tag.pointwise) else 0
+
+
+def _has_tag(node: Node, tag: torch.Tag) -> bool:
+    return isinstance(node.target, OpOverload) and tag in node.target.tags

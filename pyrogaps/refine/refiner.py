@@ -27,6 +27,7 @@ from pyrogaps.refine.own import OwnFamily, StatesFamily, start_of
 from pyrogaps.refine.restarts import prior_start
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.refine.states import StatesFit
+from pyrogaps.refine.structured import StructuredGuide
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
@@ -134,6 +135,8 @@ class Refiner:
                 progress = fit.begun_at(other, refinable, progress, attempt)
         for parameter in refinable.parameters:
             parameter.requires_grad_(False)
+        if isinstance(refinable, StructuredGuide):
+            refinable.forget()
         return refinable, progress
 
     def for_other_data(self, problem: Problem) -> Problem:

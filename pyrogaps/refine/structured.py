@@ -17,10 +17,12 @@ changes with earlier draws in another way) is left out: L[q*] is a lower bound o
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyrogaps.capture import RecordedDraws
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.guide import SequentialGuide
 from pyrogaps.density.local import Draws, LocalGuide, PlaceValues
@@ -71,6 +73,8 @@ class StructuredGuide:
         self.changes: dict[Key, _Change] = {}
         for key, unit in self._natural_units().items():
             self._free(key, unit, freedom)
+        self._active = joint.active(torch.arange(self.count))
+        self._recorded: dict[Any, RecordedDraws] = {}
         self.axes, self.rows = [0] * len(self.parameters), [slice(None)] * len(self.parameters)
 
     def _middles(self) -> Tensor:
@@ -131,7 +135,20 @@ class StructuredGuide:
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at datapoints `indices` of the chunk, differentiable in `parameters`."""
         positions = indices - self._first
-        return _Structured(self, positions, self.joint.active(positions))
+        return _Structured(self, positions, None if self._active is None else self._active[positions])
+
+    def forget(self) -> None:
+        """Let go of what was recorded for the refinement, which is large."""
+        self._recorded.clear()
+
+    def path(self, run: "_Structured", num_particles: int, antithetic: bool) -> Draws:
+        """Draws and log q of a run as functions of `parameters`, recorded where it has been made often."""
+        key = (*run.indices.tolist(), num_particles, antithetic)
+        if key not in self._recorded:
+            device = self.joint.device
+            self._recorded[key] = RecordedDraws(lambda *given: run.path([*given], num_particles, antithetic), device)
+        z, log_q = self._recorded[key](self.parameters)
+        return z, log_q
 
     def start_at(self, start: Start) -> bool:
         """Start near a factorised Gaussian; whether it can, which it does where all its sites are free Normals.
@@ -159,17 +176,31 @@ class StructuredGuide:
         return True
 
     def sites_with(
-        self, positions: Tensor, num_particles: int, z: Tensor | None, *, mirrored: bool = False
+        self,
+        positions: Tensor,
+        num_particles: int,
+        z: Tensor | None,
+        parameters: list[Tensor] | None = None,
+        *,
+        mirrored: bool = False,
     ) -> ResidualSites:
-        """The handler that adds the residuals of datapoints at `positions`, all of them `num_particles` times."""
+        """The handler that adds the residuals of datapoints at `positions`, all of them `num_particles` times.
+
+        They are those in `parameters`, its own by default.
+        """
+        everyone = torch.equal(positions, torch.arange(self.count))
+
+        def repeated(values: Tensor) -> Tensor:
+            return (values if everyone else values[positions]).repeat(num_particles, 1)
+
         added = {
             key: Added(
                 change.labels if change.tied else None, rows[change.residual], change.slopes, rows[change.slopes_at]
             )
-            for rows in [[parameter[positions].repeat(num_particles, 1) for parameter in self.parameters]]
+            for rows in [[repeated(parameter) for parameter in parameters or self.parameters]]
             for key, change in self.changes.items()
         }
-        centre = self.centre[positions].repeat(num_particles, 1)
+        centre = repeated(self.centre)
         return ResidualSites(self.density.terms, z, added, centre, self.joint.plate is not None, mirrored)
 
 
@@ -189,15 +220,23 @@ class _Structured(SequentialGuide):
         super().__init__(guide.density, positions, active)
         self.guide = guide
 
+    def sample(self, num_particles: int, antithetic: bool = False) -> Draws:
+        # Of guides that are being refined, many draws are compared.
+        if torch.is_grad_enabled() or not self.guide.parameters[0].requires_grad:
+            return super().sample(num_particles, antithetic)
+        return self.sample_path(num_particles, antithetic)
+
     def sample_path(self, num_particles: int, antithetic: bool = False) -> Draws:
         """As `sample`, with log q as a function of the draws alone: gradients reach the residuals through these."""
         if self.joint.plate is None:
-            pairs = [self._path(1, False) for _ in range(num_particles)]
+            pairs = [self.guide.path(self, 1, False) for _ in range(num_particles)]
             return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
-        return self._path(num_particles, antithetic)
+        return self.guide.path(self, num_particles, antithetic)
 
-    def _path(self, num_particles: int, antithetic: bool) -> Draws:
-        handler = self.handler(num_particles, None, antithetic)
+    def path(self, parameters: list[Tensor], num_particles: int, antithetic: bool) -> Draws:
+        """As `sample_path`, through the guide's program, with residuals in `parameters`."""
+        mirrored = antithetic and num_particles % 2 == 0
+        handler = self.guide.sites_with(self.indices, num_particles, None, parameters, mirrored=mirrored)
         with evaluating(self.density.guide):
             messages = self.density.messages(self.indices, num_particles, handler)
         sites = {name: (fn, messages[name]["value"]) for name, fn in handler.frozen.items()}
