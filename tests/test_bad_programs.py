@@ -395,6 +395,12 @@ def test_states_of_another_dtype() -> None:
         torch.testing.assert_close(found.joint(z), joint(z))
 
 
+def test_shared_latents_leave_no_state() -> None:
+    before = test_boundary.state()
+    gaps()()
+    assert test_boundary.state() == before
+
+
 def test_a_plate_that_is_left_open_is_closed() -> None:
     """Pyro counts plates by name for the whole process."""
 

@@ -102,6 +102,19 @@ def test_impossible_training_data_are_named() -> None:
         pg.decompose(with_impossible_data, Guide(), torch.tensor([0.5, 0.9]), split=split, **SMALL)
 
 
+def test_a_k_hat_that_is_not_known_is_no_nan() -> None:
+    """Few draws have none, and equal weights neither."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    lines = str(pg.decompose(model, Guide(), torch.tensor([0.5, 0.9]), **SMALL | {"num_particles": 16})).splitlines()
+    line = next(line for line in lines if "median k-hat" in line)
+    assert "amortized guide - (" in line and "nan" not in line
+
+
 @dataclass(frozen=True)
 class Broken(pg.Evidence):
     """log p(x) that is NaN for the second datapoint."""

@@ -187,9 +187,12 @@ class GuideDensity:
     def log_prob(self, z: Tensor, indices: Tensor | None = None) -> Tensor:
         """log q(z_sn | x_n) in nats `(S, N)` of any points `z` `(S, N, dim)`."""
         indices = self._indices(indices)
-        own = self.at(indices)
-        check_points(z, len(indices), self.joint.dim + getattr(own, "num_auxiliary", 0))
-        return own.log_prob(z)
+        check_points(z, len(indices), self.joint.dim)
+        return self._log_prob(z, indices)
+
+    def _log_prob(self, z: Tensor, indices: Tensor) -> Tensor:
+        """As `log_prob`; of a guide with auxiliary elements also of its own draws, which include these."""
+        return self.at(indices).log_prob(z)
 
     def _indices(self, indices: Tensor | None) -> Tensor:
         if indices is None:
@@ -316,10 +319,10 @@ class GuideDensity:
             together = local.log_prob(z)[0]
         else:
             z = self.at(indices).sample(1)[0]
-            together = self.log_prob(z, indices)[0]
+            together = self._log_prob(z, indices)[0]
 
         def log_q(rows: Tensor) -> Tensor:
-            return self.log_prob(z[:, rows], indices[rows])[0]
+            return self._log_prob(z[:, rows], indices[rows])[0]
 
         everything = torch.arange(len(indices))
         alone = self.joint.plate is None

@@ -123,10 +123,14 @@ def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[st
         refined = per_datapoint.sel(family=family)
         pairs[f"refined {_family(family)}"] = refined["khat_refined"], refined["ess_refined"]
     number = provenance["num_particles"]
-    values = [
-        f"{name} {float(khat.median()):.2f} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()
-    ]
+    values = [f"{name} {_median(khat)} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()]
     return [f"importance weights, median k-hat (effective sample size): {', '.join(values)}. A k-hat below 0.7 is good"]
+
+
+def _median(khat: xr.DataArray) -> str:
+    """As text; "-" where there are too few draws for a k-hat, or all weights are equal."""
+    median = float(khat.median())
+    return f"{median:.2f}" if np.isfinite(median) else "-"
 
 
 def last_gap(provenance: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from pyrogaps.gaussians.curvature import NUM_PASSES, gaussian_by_curvature
 from pyrogaps.log_weights import effective_sample_size, log_mean_exp
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
-from pyrogaps.streams import BLOCK, Chunk, chunks
+from pyrogaps.streams import BLOCK, Chunk, chunks, seeded
 from pyrogaps.two_sided import two_sided
 
 Values = dict[str, Tensor]
@@ -56,8 +56,9 @@ class Marginals:
         known = {name: values[name] for name in hierarchy.names}
         evaluator = GradientEvaluator(local.joint.over(hierarchy.at(known)), local.mode, quiet=True)
         pieces, references = chunks(local.num_datapoints, BLOCK), []
-        for chunk in pieces:
-            references.append((chunk, anchor_of(local, chunk, run).gaussian if local.dim else None))
+        with seeded(run.seed, "unused", device=local.joint.device):  # which restores the caller's random state
+            for chunk in pieces:
+                references.append((chunk, anchor_of(local, chunk, run).gaussian if local.dim else None))
         return cls(hierarchy, evaluator, references, PILOT_WEIGHTS if local.dim else 0, run)
 
     @property

@@ -1,13 +1,15 @@
 """What must hold of a random program: `check`."""
 
 from importlib import import_module
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 import pyrogaps as pg
@@ -27,12 +29,15 @@ EXACT = {
     "refinement": pg.Refinement(num_steps=60, num_particles=4, num_selection=16),
     "evidence": pg.AIS(64, num_temperatures=60, num_leapfrog=4, num_pilot_chains=4),
 }
+# Two ledgers, given a draw of the shared latent each, and bounds of the global gap that may lie far apart.
+SHARED = {"shared": pg.Shared(num_draws=2, max_draws=8, tolerance=10.0), "referee": False}
 # Where the whole data set is one datapoint, and the programs run for one particle at a time.
 SETTINGS_WHOLE = SETTINGS | {
     "refinement": pg.Refinement(num_steps=3, num_particles=2, num_selection=16),
     "evidence": pg.AIS(2, num_temperatures=3, num_leapfrog=1, num_pilot_chains=2, num_pilot_temperatures=4),
     "num_particles": 2,
 }
+NUM_STATES = {"coin": 2, "three": 3, "counts": 3}
 # Rounding of a sum of log-probabilities, relative to it.
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 
@@ -61,7 +66,7 @@ def _check(spec: Spec) -> str:
     plate = "nowhere" if spec.fault == "unknown plate" else spec.plate
     state, settings = _state(), SETTINGS if spec.plate is None else SETTINGS_WHOLE
     exact = spec.one_dimensional and spec.plate is None
-    settings = settings | EXACT if exact else settings
+    settings = settings | EXACT if exact else settings | SHARED if spec.shared else settings
     try:
         ledger = pg.decompose(pair.model, pair.guide, pair.data, plate=plate, seed=spec.seed, **settings)
     except pg.InputError as error:
@@ -106,16 +111,21 @@ def _check_state(before: tuple[Any, ...]) -> None:
 
 
 def _check_sums(ledger: pg.GapLedger) -> None:
-    gaps = ledger.gaps["mean"]
-    parts = [name for name in gaps["gap"].values if str(gaps["gap"].sel(gap=name).item()) != "inference_gap"]
-    total = sum(float(gaps.sel(gap=name)) for name in parts)
-    assert np.isfinite(gaps.values).all(), f"a gap is not finite: {gaps.values}"
-    assert abs(total - float(gaps.sel(gap="inference_gap"))) < 1e-5, "children do not sum to their parent"
+    gaps = ledger.gaps
+    values, parents = gaps["mean"].to_series(), gaps["parent"].to_series()
+    assert np.isfinite(values).all(), f"a gap is not finite: {values.to_dict()}"
+    for parent in {*parents} - {""}:
+        total = values[parents == parent].sum()
+        assert abs(total - values[parent]) < 1e-5, f"the parts of {parent} sum to {total}, not to {values[parent]}"
 
 
 def _check_density(program: Program) -> None:
-    """log p(x, z) of each datapoint against Pyro's own trace of the data set, at random points."""
-    plate, generator = program.spec.plate, torch.Generator().manual_seed(1)
+    """log p(x, z) of each datapoint against Pyro's own trace of the data set, at random points.
+
+    Discrete latents are set to each of their joint states in turn; the same for all datapoints, which are independent.
+    """
+    spec, generator = program.spec, torch.Generator().manual_seed(1)
+    plate = False if spec.shared else spec.plate
     joint = pg.JointDensity(program.model, program.data, plate=plate)
     indices = torch.arange(joint.num_datapoints)
     z = torch.randn(1, len(indices), joint.dim, dtype=joint.dtype, generator=generator)
@@ -123,12 +133,51 @@ def _check_density(program: Program) -> None:
     z = z if active is None else torch.where(active, z, torch.zeros_like(z))
     values = {name: value[0] for name, value in joint.constrain(z).items()}
     ours = float(joint(z).sum()) - _log_jacobian(joint, z[0], indices)
-    placed = {latent.name: _as_drawn(latent, values[latent.name], plate) for latent in program.spec.latents}
-    trace = poutine.trace(poutine.condition(program.model, placed)).get_trace(*program.arguments)
-    trace.compute_log_prob()
-    theirs = sum(float(_unscaled(node).sum()) for node in trace.nodes.values() if node["type"] == "sample")
-    rounding = ROUNDING[program.spec.dtype] * max(1.0, abs(theirs))
+    placed = {latent.name: _as_drawn(latent, values[latent.name], plate) for latent in spec.latents}
+    placed |= {"m": values["m"][0]} if spec.shared else {}
+    traced = [_traced(program, {**placed, **states}) for states in _joint_states(spec)]
+    theirs = float(traced[0].rest + torch.logsumexp(torch.stack([trace.rows for trace in traced]), 0).sum())
+    rounding = ROUNDING[spec.dtype] * max(1.0, abs(theirs))
     assert abs(ours - theirs) <= rounding, f"log p(x, z) is {ours}, by Pyro's trace {theirs}"
+
+
+def _joint_states(spec: Spec) -> list[dict[str, Tensor]]:
+    """The joint states of a program's discrete latents, each for all datapoints."""
+    named = [(f"k{place}", kind) for place, kind in enumerate(spec.discrete)]
+    states = product(*(range(NUM_STATES[kind]) for _, kind in named))
+    return [
+        {
+            name: torch.full((spec.number,), k, dtype=_dtype(spec, kind))
+            for (name, kind), k in zip(named, ks, strict=True)
+        }
+        for ks in states
+    ]
+
+
+def _dtype(spec: Spec, kind: str) -> torch.dtype:
+    return torch.long if kind == "three" else spec.dtype
+
+
+class Traced(NamedTuple):
+    """log p(x, z) by Pyro's trace: of each datapoint `(N,)`, and of what these share."""
+
+    rows: Tensor
+    rest: Tensor
+
+
+def _traced(program: Program, values: dict[str, Tensor]) -> Traced:
+    """The log-density with the sites at `values`."""
+    trace = poutine.trace(poutine.condition(program.model, values)).get_trace(*program.arguments)
+    trace.compute_log_prob()
+    rows, rest = torch.zeros(program.spec.number, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for node in trace.nodes.values():
+        if node["type"] == "sample" and "log_prob" in node and not site_is_subsample(node):
+            term = (node["log_prob"] / node["scale"]).double()
+            if any(frame.name == "data" for frame in node["cond_indep_stack"]):
+                rows = rows + term.reshape(-1, term.shape[-1]).sum(0)
+            else:
+                rest = rest + term.sum()
+    return Traced(rows, rest)
 
 
 def _log_jacobian(joint: pg.JointDensity, z: Tensor, indices: Tensor) -> float:
@@ -140,10 +189,6 @@ def _as_drawn(latent: Latent, value: Tensor, plate: bool | None) -> Tensor:
     if plate is False:
         return value[0]
     return value.movedim(0, 1) if latent.nested else value
-
-
-def _unscaled(node: Any) -> Tensor:
-    return node["log_prob"] / node["scale"] if "log_prob" in node else torch.zeros(())
 
 
 def _check_evidence(program: Program, ledger: pg.GapLedger) -> None:

@@ -65,6 +65,12 @@ VECTORS: dict[str, Callable[[Tensor], Any]] = {
     "matrix normal": lambda u: dist.Normal(u, 1.0).to_event(2),
     "correlation cholesky": lambda u: dist.LKJCholesky(u.shape[-1], 1.0 + positive(u[..., 0, 0])),
 }
+# Of a location `(*batch)`, perhaps with dimensions of other discrete latents: with finitely many values.
+DISCRETE: dict[str, Callable[[Tensor], Any]] = {
+    "coin": lambda u: dist.Bernoulli(logits=u),
+    "three": lambda u: dist.Categorical(logits=torch.stack([u, -u, 0.5 + 0 * u], -1)),
+    "counts": lambda u: dist.Binomial(2, logits=u),
+}
 MATRICES = {"matrix normal", "correlation cholesky"}
 # Their bounds are the location, so that it must follow the data alone, in model and guide.
 MOVING = {"moving uniform", "moving exponential"}

@@ -1,7 +1,7 @@
 """Random Pyro programs: pairs of model and guide that are valid by construction, or have one fault."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 import pyrogaps as pg
-from tests.fuzz.distributions import LIKELIHOODS, MATRICES, MOVING, NO_OWN_FAMILY, SCALARS, TRUE_SUPPORTS, VECTORS
+from tests.fuzz.distributions import (
+    DISCRETE,
+    LIKELIHOODS,
+    MATRICES,
+    MOVING,
+    NO_OWN_FAMILY,
+    SCALARS,
+    TRUE_SUPPORTS,
+    VECTORS,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,9 @@ class Spec:
     dtype: torch.dtype = torch.float64
     default_dtype: torch.dtype = torch.float32
     fault: str | None = None
+    discrete: tuple[str, ...] = ()  # distributions of discrete latents k0, k1, each following those before
+    drawn: bool = False  # whether the guide draws them, or they are summed out
+    shared: bool = False  # whether there is a latent m outside of the data plate, which all datapoints share
 
     @property
     def plate(self) -> bool | None:
@@ -58,7 +70,8 @@ class Spec:
 
     @property
     def one_dimensional(self) -> bool:
-        return len(self.latents) == 1 and self.latents[0].shape == () and not self.latents[0].nested
+        """Whether log p(x) is known by quadrature."""
+        return not self.shared and len(self.latents) == 1 and self.latents[0].shape == () and not self.latents[0].nested
 
 
 def random_spec(seed: int, fault: str | None = None) -> Spec:
@@ -92,7 +105,7 @@ def random_spec(seed: int, fault: str | None = None) -> Spec:
         latent.masked for latent in latents
     ):  # one point of many dimensions, and slow
         guides = ["AutoMultivariateNormal"]
-    return Spec(
+    spec = Spec(
         seed,
         number=draw.choice([1, 2, 3, 4, 6] if fault is None else [2, 3, 4]),
         width=draw.choice([1, 2, 3]),
@@ -110,6 +123,19 @@ def random_spec(seed: int, fault: str | None = None) -> Spec:
         default_dtype=draw.choice([torch.float32, torch.float32, torch.float64]),
         fault=fault,
     )
+    return spec if fault else _with_other_latents(spec, Random(f"other latents {seed}"))
+
+
+def _with_other_latents(spec: Spec, draw: Random) -> Spec:
+    """One of three programs has discrete latents, or one that all datapoints share; by numbers of its own, so that
+    programs of earlier seeds stay what they were.
+    """
+    kind = draw.random()
+    if kind < 0.25 and spec.guide not in ("AutoNormal", "AutoMultivariateNormal"):  # which would draw them as Normals
+        discrete = tuple(draw.choice([*DISCRETE]) for _ in range(draw.choice([1, 1, 2])))
+        return replace(spec, discrete=discrete, drawn=draw.random() < 0.3)
+    is_shared = kind > 0.9 and spec.guide != "AutoMultivariateNormal" and spec.number > 1
+    return replace(spec, shared=is_shared)
 
 
 # How the data are given: integers, and those with a second tensor, are among them.
@@ -170,6 +196,8 @@ class Program:
         total: Any = 0.3 * weight
         if spec.fault == "latent outside the plate":
             total = pyro.sample("outside", dist.Normal(torch.zeros((), dtype=spec.dtype), 1.0))
+        if spec.shared:
+            total = total + 0.5 * pyro.sample("m", dist.Normal(torch.zeros((), dtype=spec.dtype), 0.5))
         if spec.fault == "random density":
             total = total + torch.randn((), dtype=spec.dtype)
         with self._plate(x) as rows, ExitStack() as stack:
@@ -180,13 +208,16 @@ class Program:
             for latent in spec.latents:
                 drawn[latent.name] = self._draw(latent, x, drawn)
                 total = total + _summary(latent, drawn[latent.name])
+            for value in draw_discrete(spec, 0.3 * x[:, 0]):
+                total = total + 0.4 * value
             if spec.fault == "batch statistics in the model":
                 total = total + x.mean()
             if spec.parameter:
                 total = total * pyro.param(
                     "slope", torch.tensor(0.9, dtype=spec.dtype), constraint=constraints.positive
                 )
-            location = torch.as_tensor(total).expand(len(x))
+            location = torch.as_tensor(total)  # with dimensions of enumerated values, left of the plates
+            location = location.expand(torch.broadcast_shapes(location.shape, (len(x),)))
             seen = (x[:, 0] < 0.7) if spec.mask_observed else torch.ones(len(x), dtype=torch.bool)
             with poutine.mask(mask=seen):
                 self._observe(location, x, *args)
@@ -210,9 +241,10 @@ class Program:
                 pyro.sample(f"x{column}", likelihood.of(location), obs=x[:, column])
         elif spec.observed == "plate":
             with pyro.plate("columns", spec.width, dim=-2):
-                pyro.sample("x", likelihood.of(location.expand(spec.width, len(x))), obs=x.T)
+                shape = torch.broadcast_shapes(location.shape, (spec.width, len(x)))
+                pyro.sample("x", likelihood.of(location.expand(shape)), obs=x.T)
         else:
-            fn = likelihood.of(location[:, None].expand(len(x), spec.width))
+            fn = likelihood.of(location[..., None].expand(*location.shape, spec.width))
             pyro.sample("x", fn.to_event(1 - likelihood.event_dim), obs=x)
 
     def _draw(self, latent: Latent, x: Tensor, drawn: dict[str, Tensor]) -> Tensor:
@@ -242,6 +274,15 @@ def read(spec: Spec, first: Any, weight: Any = 0.0) -> tuple[Tensor, Any]:
     if isinstance(first, dict):
         first, weight = first["x"], first["weight"]
     return first.to(spec.dtype), weight
+
+
+def draw_discrete(spec: Spec, location: Tensor) -> list[Tensor]:
+    """The discrete latents of a program or a guide, as numbers about 0."""
+    values: list[Tensor] = []
+    for place, kind in enumerate(spec.discrete):
+        before = location + 0.5 * sum(values, torch.zeros((), dtype=spec.dtype))
+        values.append(pyro.sample(f"k{place}", DISCRETE[kind](before)).to(spec.dtype) - 0.5)
+    return values
 
 
 def _nested_plate(latent: Latent, x: Tensor) -> Any:
@@ -284,10 +325,15 @@ class Guide(nn.Module):
             raise ValueError("needs the whole data set")
         number = spec.number + 3 if spec.fault == "guide's plate of another size" else len(x)
         subsampled = spec.guide == "per datapoint"
+        if spec.shared:
+            location = pyro.param("location m", torch.tensor(0.1, dtype=spec.dtype))
+            pyro.sample("m", dist.Normal(location, 0.4))
         with pyro.plate("data", spec.number, subsample_size=number) if subsampled else pyro.plate("data", number):
             for latent in spec.latents:
                 if not (spec.fault == "site missing from the guide" and latent.name == "a"):
                     drawn = self._draw(latent, x, drawn)
+            if spec.drawn:
+                draw_discrete(spec, 0.1 * x[:, 0])
             if spec.fault == "site missing from the model":
                 pyro.sample("extra", dist.Normal(x[:, 0], 1.0))
 

@@ -151,6 +151,22 @@ def test_beta_guides_find_beta_posteriors() -> None:
     assert_exact(bound.value, bound.mcse, exact, torch.float32)
 
 
+def test_inverse_gamma_guides_find_inverse_gamma_posteriors() -> None:
+    """A variance: of a base that is a distribution of torch's. p(x) is Student's t, and the family holds p(z | x)."""
+
+    def variance(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.InverseGamma(torch.full((len(x),), 3.0, dtype=x.dtype), 2.0))
+            pyro.sample("x", dist.Normal(0.0, z.sqrt()), obs=x)
+
+    x = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
+    guide = Learned(lambda raw: dist.InverseGamma(1.0 + raw[:, 0], raw[:, 1]), 1, 2)
+    refined = refine(variance, guide, x, settings=STEPS, referee=False)
+    exact = dist.StudentT(6.0, 0.0, (2.0 / 3.0) ** 0.5).log_prob(x)
+    bound = elbo(variance, refined, x, num_particles=400).value
+    assert ((bound - exact).abs() < 0.01).all()
+
+
 def test_dirichlet_guides_find_dirichlet_posteriors() -> None:
     x = torch.tensor([[0.0, 4, 8], [3.0, 3, 6], [10.0, 1, 1]], dtype=torch.float64)
     refined = refine(dirichlet_multinomial, Learned(lambda r: dist.Dirichlet(r), 3, 3), x)
