@@ -476,8 +476,8 @@ def check_points(z: Any, number: int, dim: int) -> None:
     if not right or z.dim() != 3 or z.shape[1:] != (number, dim):
         got = str(tuple(z.shape)) if right else f"{z.dtype}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
         raise InputError(
-            f"z: expected a tensor of real numbers of shape (S, {number}, {dim}), got {got}. Pass draws in "
-            "unconstrained space, as sample_prior(S, indices) returns them, with the indices of their datapoints"
+            f"z: expected shape (S, {number}, {dim}), got {got}. Pass draws in unconstrained space, as "
+            "sample_prior(S, indices) returns them, with the indices of their datapoints"
         )
 
 

@@ -91,7 +91,8 @@ def train(
     process. Batch statistics are computed from shares; at the end of an epoch all take those of the first process.
 
     Raises `InputError` for settings, data, guide or checkpoint that do not fit together, and `FloatingPointError` if
-    the loss or the gradient becomes infinite or NaN; model and guide then hold the best weights so far.
+    the loss or the gradient becomes infinite or NaN, or `InputError` where the data contain NaN themselves; model and
+    guide then hold the best weights so far.
     """
     for program, what in ((model, "model"), (guide, "guide")):
         check_callable(program, what)
