@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 from torch import Tensor, nn
 
 import pyrogaps as pg
@@ -182,6 +182,40 @@ def mapa() -> Any:
     return bound.loss(lambda x: shared(x[:, 0]), lambda x: guide(x[:, 0]), torch.arange(4))
 
 
+# Latents that guides set to values
+
+
+def two(x: Tensor) -> None:
+    with pyro.plate("d", len(x)):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(m, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def pointed(value: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+    def program(x: Tensor) -> None:
+        with pyro.plate("d", len(x)):
+            pyro.sample("m", dist.Delta(value(x)))
+        guide(x)
+
+    return program
+
+
+class Pointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> None:
+        pointed(lambda x: self.slope * x)(x)
+
+
+def trained(autoguide: Any, data: Tensor = X) -> Any:
+    pyro.clear_param_store()
+    autoguide(data)
+    return autoguide
+
+
 OTHER_SIZE = ("site 'x'", "observed value has shape", "batch shape", "to_event")
 WHOLE = ("site 'm'", "shared by all datapoints", "Problem.of(model, None, data, False).simulated(seed)")
 MINE = pg.Term("mine", "mine", "inference_gapp", "mine", "exact", lambda columns: None)  # type: ignore[arg-type, return-value]
@@ -297,6 +331,20 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "a reference of datapoints": (lambda: pg.reference_guide(shared, Guide(), X, num_epochs=1), WHOLE),
     "a grid of all": (lambda: pg.posterior_grid(shared, {}, X), ("site 'm'", "pyro.param")),
     "MAPA of all": (mapa, ("site 'm'", "pyro.param")),
+    # Point estimates and autoguides
+    "a point of whole numbers": (elbo(two, pointed(lambda x: torch.zeros(len(x)).long())), ("site 'm'", "int64")),
+    "a point that is NaN": (elbo(two, pointed(lambda x: x * math.nan)), ("site 'm'", "outside the support")),
+    "a point by chance": (elbo(two, pointed(lambda x: torch.randn(len(x)))), ("site 'm'", "Delta is random")),
+    "a point of other rows": (elbo(two, pointed(lambda x: x.mean().expand(len(x)))), ("site 'm'", "other rows")),
+    "a point that is no tensor": (elbo(two, pointed(lambda x: 0.3)), ("guide failed", "float")),
+    "a split of points": (
+        lambda: pg.decompose(two, Pointed(), X, split=pg.Split(X), **SMALL),
+        ("split", "point estimates of 'm'"),
+    ),
+    "a messenger never run": (elbo(two, AutoNormalMessenger(two)), ("AutoNormalMessenger", "never been run")),
+    "a list of no guides": (elbo(two, AutoGuideList(two)), ("AutoGuideList", "never been run")),
+    "a guide of another model": (lambda: pg.elbo(model, trained(AutoNormal(two)), X), ("site 'm'", "not in the model")),
+    "a guide of fewer data": (lambda: pg.elbo(two, trained(AutoNormal(two), X[:3]), X), ("plate 'd'", "size 3")),
     # Terms
     "no terms": (gaps(guide, model, terms=[]), ("terms: there are none",)),
     "terms twice": (gaps(guide, model, terms=pg.TERMS + pg.TERMS), ("terms: two have the id",)),

@@ -140,8 +140,16 @@ def _within(guide: nn.Module) -> list[Any]:
 def refuse_never_run(guide: Any) -> None:
     """Refuse a guide that still has to run the model to make its parameters."""
     guide = original(guide)
-    if isinstance(guide, AutoGuide | EasyGuide) and guide.prototype_trace is None:
+    own = isinstance(guide, AutoMessenger) and type(guide).__module__.startswith("pyro.")
+    unset = (
+        guide.prototype_trace is None if isinstance(guide, AutoGuide | EasyGuide) else own and not _has_weights(guide)
+    )
+    if unset:
         raise InputError(f"guide: this {_name(guide)} has never been run. Train it on these data first")
+
+
+def _has_weights(guide: nn.Module) -> bool:
+    return next(guide.parameters(), None) is not None
 
 
 def is_autoguide(guide: Any) -> bool:

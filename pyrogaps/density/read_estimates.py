@@ -9,6 +9,7 @@ from torch import Tensor
 from pyrogaps.density.autoguides import autoguides_in, check_autoguide, refuse_never_run
 from pyrogaps.density.carried import drawn, nats_of
 from pyrogaps.density.data import IndexedData
+from pyrogaps.density.discrete import is_discrete
 from pyrogaps.density.draws import is_posterior
 from pyrogaps.density.estimates import PointEstimates, same_values
 from pyrogaps.density.forms import Given, as_indexed, whole
@@ -140,6 +141,11 @@ class _Recorded(SetSites):
                 raise InputError(
                     f"site '{name}': the guide's Delta has shape {tuple(value.shape)}, but the model's value has shape "
                     f"{shape}. Give it the model's shape and plates"
+                )
+            if not (value.is_floating_point() or is_discrete(fn)):
+                raise InputError(
+                    f"site '{name}': the guide's Delta has dtype {value.dtype}, but the site is continuous. Convert "
+                    "its value, as in value.float()"
                 )
             value = value.expand(shape)
             if not is_delta(message):
