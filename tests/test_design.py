@@ -19,7 +19,7 @@ SET_ATTRIBUTES = {
     # Objects of torch, Pyro, matplotlib, xarray and Python.
     "cli/building.py": {"family.__name__"},
     "capture/draws.py": {"ctx.gradients", "ctx.kept"},
-    "capture/graphs.py": {"output.args", "node.target", "node.args"},
+    "capture/graphs.py": {"output.args", "node.op", "node.target", "node.args"},
     "capture/products.py": {"product.meta", "call.meta"},
     "cli/console.py": {"warnings.showwarning"},
     "density/contraction.py": {"view._pyro_dims"},  # where Pyro's contraction reads the names of dimensions

@@ -1,6 +1,8 @@
 """Vectorised CPU versions of elementwise functions that torch computes one element at a time."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -69,13 +71,19 @@ def _replace_cross_entropy(graph: Graph, node: Node) -> None:
     if summed is None:
         _replace(graph, node, bernoulli, logits, x)
         return
-    rows, negative = value_of(summed).shape, summed.meta["negative"]
+    _replace(graph, summed, _ByRow(tuple(value_of(summed).shape), summed.meta["negative"]), logits, x)
 
-    def by_row(logits: Tensor, x: Tensor) -> Tensor:
-        total = summed_bernoulli(logits.reshape(*rows, -1), x.reshape(*rows, -1))
-        return -total if negative else total
 
-    _replace(graph, summed, by_row, logits, x)
+@dataclass(frozen=True)
+class _ByRow:
+    """The cross-entropy summed over all but the axes of `rows`, or its negative."""
+
+    rows: tuple[int, ...]
+    negative: bool
+
+    def __call__(self, logits: Tensor, x: Tensor) -> Tensor:
+        total = summed_bernoulli(logits.reshape(*self.rows, -1), x.reshape(*self.rows, -1))
+        return -total if self.negative else total
 
 
 def _summed(node: Node) -> Node | None:
@@ -119,21 +127,29 @@ def _is_real(node: Node) -> bool:
 def _replace(graph: Graph, node: Node, function: Callable[..., Tensor], *operands: Any) -> None:
     """Replace `node` by the operations of `function(*operands)`; tensors come before numbers."""
     tensors = [operand for operand in operands if isinstance(operand, Node)]
-    numbers = operands[len(tensors) :]
-
-    def of_tensors(*values: Tensor) -> Tensor:
-        return function(*values, *numbers)
-
-    # The examples have the real strides, because views of other strides may not be possible.
-    examples = [
-        torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).zero_() for v in map(value_of, tensors)
-    ]
-    part = make_fx(of_tensors)(*examples).graph
+    values = [value_of(operand) for operand in tensors]
+    layouts = tuple((tuple(v.shape), v.stride(), v.dtype, v.device) for v in values)
+    part = _part(function, layouts, operands[len(tensors) :])
     inputs = [inner for inner in part.nodes if inner.op == "placeholder"]
     with graph.inserting_before(node):
         result: Any = graph.graph_copy(part, dict(zip(inputs, tensors, strict=True)))
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+@lru_cache(maxsize=64)
+def _part(function: Callable[..., Tensor], layouts: tuple[Any, ...], numbers: tuple[Any, ...]) -> Graph:
+    """The operations of `function` of tensors and numbers. Models with many steps have many of the same."""
+    # The examples have the real strides, because views of other strides may not be possible.
+    examples = [
+        torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+        for shape, stride, dtype, device in layouts
+    ]
+
+    def of_tensors(*values: Tensor) -> Tensor:
+        return function(*values, *numbers)
+
+    return make_fx(of_tensors)(*examples).graph
 
 
 def value_of(operand: Any) -> Any:

@@ -13,8 +13,8 @@ from pyrogaps.capture.programs import Values, same_values
 from pyrogaps.capture.reasons import WrongRecord
 from pyrogaps.streams import seeded
 
-# Making a record takes about as long as so many calls.
-NUM_CALLS = 32
+# Making a record takes about as long as so many calls with their gradients.
+NUM_CALLS = 16
 # From the parameters at which a record is checked to those at which it is made, whose values could be constants in it.
 SHIFT = 0.1
 
