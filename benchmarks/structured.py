@@ -218,12 +218,12 @@ def main() -> None:
         taken, theirs = [], []
         for turn in range(given.rounds + (twin is not None)):
             own = seconds(make, options)
-            other = seconds(twin, options) if twin is not None else float("nan")
+            other = seconds(twin, options) if twin is not None else None
             if turn or twin is None:
                 taken.append(own)
-                theirs.append(other)
-        ratios = median(own / other for own, other in zip(taken, theirs, strict=True))
-        rows.append([name, median(taken), most or "", median(theirs), ratios, ratio or ""])
+                theirs += [] if other is None else [other]
+        ratios = [own / other for own, other in zip(taken, theirs, strict=False)]
+        rows.append([name, median(taken), most, *(median(each) if each else None for each in (theirs, ratios)), ratio])
     columns = ["case", "CPU seconds", "at most", "twin's", "ratio", "ratio at most"]
     report("structured", "Default ledgers where guide or model has structure", columns, rows, quick=given.quick)
     print(machine())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrogaps.capture import GradientEvaluator
+from pyrogaps.capture.graphs import record, reuse_memory
 from pyrogaps.density import JointDensity
 from pyrogaps.models.vae import VAE
 from tests.references import anisotropic, counts, draws_of, gamma_poisson
@@ -233,3 +234,28 @@ def test_counts_evaluations() -> None:
     bound.gradients(z)
     bound.values(z)
     assert (evaluator.num_gradients, evaluator.num_values) == (2 * 22 * 5, 22 * 5)
+
+
+def test_equal_operations_are_recorded_once() -> None:
+    def function(x: Tensor) -> Tensor:
+        return (torch.exp(x) + 0.0) * (1.0 * torch.exp(x))
+
+    graph = record(function, torch.randn(4))
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert names == ["aten.exp.default", "aten.mul.Tensor"]
+    x = torch.randn(4)
+    torch.testing.assert_close(reuse_memory(graph)(x), function(x))
+
+
+def test_what_is_written_to_is_recorded_as_it_is() -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        copy, first, second = x + 0.0, torch.exp(x), torch.exp(x)
+        before = torch.tanh(copy)
+        copy.mul_(2.0)
+        second.add_(1.0)
+        return before, torch.tanh(copy), first, second, x * copy
+
+    x = torch.randn(4)
+    given = x.clone()
+    torch.testing.assert_close(reuse_memory(record(function, torch.randn(4)))(x), function(given))
+    assert torch.equal(x, given)
