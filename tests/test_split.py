@@ -313,3 +313,8 @@ def test_advice_is_ranked_and_never_within_its_error() -> None:
         "approximation gap is the largest gap that exceeds its error, but the amortization gap may be as large"
         in str(alone)
     )
+    below = diagnosis(tree_of(approximation_gap=(0.5, 0.1), amortization_gap=(0.7, 0.6)), ())
+    assert below.dominant is None and below.findings[0].gap == "amortization_gap"
+    assert str(below).startswith(
+        "The approximation gap is the largest gap that exceeds its error, but the amortization gap may be as large"
+    )

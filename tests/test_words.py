@@ -12,7 +12,9 @@ import pyrogaps as pg
 from pyrogaps.errors import counted
 from pyrogaps.evidence.ladder_estimate import LadderEstimate
 from pyrogaps.gaps.diagnose import diagnosis
+from pyrogaps.gaps.other_starts import cautions_of, lines_of
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
+from pyrogaps.run import Run
 from pyrogaps.training.settings import TrainingResult
 
 X = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
@@ -95,3 +97,35 @@ def test_shares_of_a_gap_stay() -> None:
     assert [finding.share for finding in found.findings] == pytest.approx([0.75, 0.25])
     assert "(75%)" in str(found) and "The inference gap is" not in str(found)
     assert np.isnan(diagnosis(tree((0.0, 0.0), a=(0.0, 0.0)), ()).findings[0].share)
+
+
+def laplace(x: Tensor) -> None:
+    """Posteriors with an edge, which no Gaussian fits."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Laplace(z, 0.3), obs=x)
+
+
+def test_the_remedy_for_an_unreliable_ladder_is_one() -> None:
+    problem = pg.Problem.of(laplace, None, torch.linspace(-3, 3, 12))
+
+    def unreliable(evidence: pg.Ladder) -> tuple[int, list[str]]:
+        measurement, run = evidence.prepare(problem, Run(0)), Run(0)
+        columns = measurement.measure(run.map(lambda chunk: chunk, problem.joint)[0]).columns
+        arrays = {name: np.asarray(column) for name, column in columns.items()}
+        return int((~arrays["log_evidence_reliable"]).sum()), measurement.cautions(arrays)
+
+    before, (caution,) = unreliable(pg.Ladder())
+    assert before >= 4 and "Use evidence=Ladder(tolerance=0.02, num_chains=512), and compare" in caution
+    assert unreliable(pg.Ladder(tolerance=0.02, num_chains=512)) == (0, [])
+    _, (caution, *_) = unreliable(pg.Ladder(tolerance=0.001, num_chains=512, max_evaluations=2000))
+    assert "max_evaluations of Ladder, now 2,000" in caution or "Raise max_evaluations of Ladder" in caution
+
+
+def test_a_datapoint_alone_and_gains_too_small_to_print() -> None:
+    known = {"number": 1, "total": 1, "included": True, "contested": 0, "log_evidence": None, "refined": {}}
+    assert lines_of(known) == ["modes: the datapoint examined from other starts; no missed mode found"]
+    for mean, number in ((0.004, 0), (0.2, 1)):
+        raised = {**known, "number": 32, "total": 64, "refined": {"own": {"count": 1, "mean": mean}}}
+        assert len(cautions_of(raised)) == number
+        assert "L[q*] of the own family was too low at 1" in lines_of(raised)[0]

@@ -19,6 +19,7 @@ from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate, ladder_es
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined, number_unreliable
 from pyrogaps.gaussians import anchor_of
+from pyrogaps.log_weights import MAX_MCSE_ALONE, MIN_DRAWS_ALONE
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refiner
 from pyrogaps.run import Run
@@ -154,7 +155,7 @@ class LadderMeasurement(Measurement):
             cautions.append(
                 f"log p(x), and the gaps measured from it, cannot be trusted for {unreliable:,} of "
                 f"{counted(number, 'datapoint')}: their posteriors are far from Gaussian, or their weights too uneven. "
-                "Lower tolerance and raise max_evaluations of Ladder, and compare with a richer guide"
+                f"{self._remedy()}, and compare with a richer guide"
             )
         collapsed = int((columns["log_evidence_ess"] < MIN_ESS).sum())
         if collapsed:
@@ -169,6 +170,14 @@ class LadderMeasurement(Measurement):
                 "the upper bounds leaves out. Raise max_evaluations of Ladder"
             )
         return cautions
+
+    def _remedy(self) -> str:
+        """Settings with which weights alone are trusted, or, where these are met, more evaluations."""
+        tolerance, number = self.evidence.tolerance, self.evidence.num_chains
+        if tolerance <= MAX_MCSE_ALONE and number >= MIN_DRAWS_ALONE:
+            return f"Raise max_evaluations of Ladder, now {self.evidence.max_evaluations:,}"
+        tolerance, number = min(tolerance, MAX_MCSE_ALONE), max(number, 512)
+        return f"Use evidence=Ladder(tolerance={tolerance:g}, num_chains={number})"
 
     def estimate(self, parts: Sequence[Measured]) -> LadderEstimate:
         columns = {name.removeprefix("log_evidence_"): column for name, column in joined(parts).items()}

@@ -65,7 +65,7 @@ class Diagnosis:
     remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        head = self._head(self.findings[0])
+        head = self._head()
         lines = [
             *(f"Warning: {warning}." for warning in self.warnings),
             head,
@@ -75,14 +75,16 @@ class Diagnosis:
         ]
         return "\n".join(lines)
 
-    def _head(self, first: Finding) -> str:
+    def _head(self) -> str:
         if not self.finite:
             return "Not all datapoints have finite bounds: see the warning above before any gap of the others."
         if self.dominant is not None:
-            return f"Mostly the {first.name}."
-        if not first.certain:
+            return f"Mostly the {self.findings[0].name}."
+        certain = [finding for finding in self.findings if finding.certain]
+        if not certain:
             return "No gap exceeds its error: these data show no loss from inference."
-        rivals = [finding for finding in self.findings[1:] if not _exceeds(first, finding)]
+        first = certain[0]
+        rivals = [finding for finding in self.findings if finding is not first and not _exceeds(first, finding)]
         names = " and ".join(finding.name for finding in rivals)
         if all(finding.certain for finding in rivals):
             return f"No single cause: the {first.name} and the {names} do not differ by more than their errors."

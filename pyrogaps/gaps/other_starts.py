@@ -21,6 +21,7 @@ from pyrogaps.streams import Chunk
 EXAMINED, DOUBTED, RELIABLE = "examined", "log_evidence_doubted", "log_evidence_reliable"
 REFINED = ("elbo_refined", "elbo_refined_mcse", "khat_refined", "ess_refined", "converged", "kept_start")
 CONFIDENCE, EVIDENCE = 0.95, "log p(x)"
+NOTEWORTHY = 0.005  # nats; less is printed as 0.00
 Results = list[tuple[Chunk, Arrays]]
 
 
@@ -95,7 +96,9 @@ def lines_of(examined: Mapping[str, Any] | None) -> list[str]:
     number, total = examined["number"], examined["total"]
     if not number:
         return ["modes: no datapoint could be examined from other starts; modes may be missed"]
-    of = f"all {counted(total, 'datapoint')}" if number == total else f"{number:,} of {counted(total, 'datapoint')}"
+    of = f"{number:,} of {counted(total, 'datapoint')}"
+    if number == total:
+        of = "the datapoint" if total == 1 else f"all {counted(total, 'datapoint')}"
     found = [f"{name} was too low at {gain['count']:,}" for name, gain in _found(examined)]
     if found:
         return [f"modes: {of} examined from other starts. Without them, {' and '.join(found)}"]
@@ -112,7 +115,7 @@ def cautions_of(examined: Mapping[str, Any]) -> list[str]:
         where = f"{name} is too low: other starts raise it at {gain['count']:,} of {number:,} examined datapoints"
         if name == EVIDENCE and not examined["included"]:
             cautions.append(f"{where}, by {gain['mean']:.2f} nats on average. Use evidence=Ladder(), referee={total}")
-        elif number < total:
+        elif number < total and (name == EVIDENCE or gain["mean"] >= NOTEWORTHY):
             cautions.append(
                 f"{where} (included). The other {total - number:,} are low by about {gain['mean']:.2f} nats on "
                 f"average. Pass referee={total} to examine all"

@@ -15,7 +15,10 @@ from pyrogaps.shared import GlobalGap
 CONFIDENCE = 0.95
 # Columns that hold in every draw, in any, and of which a mean over draws says nothing.
 IN_ALL, IN_ANY, LEFT_OUT = ("log_evidence_reliable", "examined"), ("log_evidence_doubted",), ("log_evidence_method",)
-FIELDS = ("lower", "lower_mcse", "upper", "upper_mcse", "log_evidence", "log_evidence_upper")
+FIELDS = (
+    *("lower", "lower_mcse", "upper", "upper_mcse", "log_evidence", "log_evidence_upper"),
+    *("marginal_elbo", "marginal_elbo_mcse"),
+)
 
 
 def averaged(ledgers: Sequence[GapLedger]) -> xr.Dataset:
@@ -50,10 +53,13 @@ def by_draw(ledgers: Sequence[GapLedger], per_datapoint: xr.Dataset) -> xr.Datas
     return xr.Dataset(variables, {"family": ledgers[0].per_datapoint["family"].values})
 
 
-def with_global_gap(draws: xr.Dataset, gap: GlobalGap | None, names: Sequence[str], dim: int) -> xr.Dataset:
-    """`draws` with the global gap, and what the shared latents are."""
+def with_global_gap(
+    draws: xr.Dataset, gap: GlobalGap | None, names: Sequence[str], dim: int, *, independent: bool
+) -> xr.Dataset:
+    """`draws` with the global gap, and what the shared latents are; `independent`: of them the guide's others are."""
     number = draws.sizes["draw"]
     described: dict[str, Any] = {"names": ", ".join(names), "dim": dim, "num_draws": number}
+    described["independent"] = int(independent)
     if gap is not None:
         draws = draws.assign({f"{GLOBAL}_{field}": ((), getattr(gap, field), {"units": "nats"}) for field in FIELDS})
         draws = draws.assign({GLOBAL: ((), gap.value), f"{GLOBAL}_mcse": ((), gap.mcse)})
@@ -74,6 +80,19 @@ def gaps_of(columns: Columns, terms: Sequence[Term]) -> xr.Dataset:
     low, high = _ends(gaps, half, draws, number)
     total = gaps["mean"].values * number
     return gaps.assign(mcse=("gap", mcse), total=("gap", total), total_low=("gap", low), total_high=("gap", high))
+
+
+def data_set_line(draws: xr.Dataset, gaps: xr.Dataset) -> str:
+    """log p(x) and the ELBO of the data set, in words."""
+    low, high, elbo, error = (
+        float(draws[f"{GLOBAL}_{name}"])
+        for name in ("log_evidence", "log_evidence_upper", "marginal_elbo", "marginal_elbo_mcse")
+    )
+    local = gaps.sel(gap="inference_gap")
+    number = float(local["total"] / local["mean"]) if float(local["mean"]) else 0.0
+    error = float(np.hypot(error, number * float(local["mcse"])))
+    known = f"between {low:.2f} and {high:.2f}" if draws.attrs["bounded"] else f"at least {low:.2f}"
+    return f"the data set: log p(x) {known} nats, ELBO {elbo - float(local['total']):.2f} ± {error:.2f} nats"
 
 
 def _ends(gaps: xr.Dataset, half: Mapping[str, float], draws: xr.Dataset, number: int) -> tuple[Any, Any]:

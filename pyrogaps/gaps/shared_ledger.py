@@ -1,25 +1,31 @@
 """The ledger of a model with latents shared by datapoints: local gaps given draws of them, and the global gap."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import xarray as xr
+from torch import Tensor
 
 from pyrogaps.conditioning import declared
 from pyrogaps.density import Data
 from pyrogaps.density.forms import as_given
+from pyrogaps.density.guide import GuideDensity
 from pyrogaps.density.hierarchy import Hierarchy, SharedDraws
 from pyrogaps.density.remarks import quoted
+from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program
 from pyrogaps.density.shared import SharedLatents
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.assemble import observed_of
 from pyrogaps.gaps.decomposition import Decomposition
+from pyrogaps.gaps.finite import MAX_NAMED
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.shared_columns import averaged, by_draw, gaps_of, with_global_gap
+from pyrogaps.gaps.shared_columns import averaged, by_draw, data_set_line, gaps_of, with_global_gap
+from pyrogaps.gaps.table import last_gap
 from pyrogaps.gaps.terms import Columns, Term
 from pyrogaps.gaussians import MAX_DIM
 from pyrogaps.problem import Problem
@@ -28,6 +34,8 @@ from pyrogaps.shared import GlobalGap, Shared, global_gap
 from pyrogaps.shared.global_gap import WEIGHTS
 from pyrogaps.shared.whole import whole_evidence
 from pyrogaps.streams import derive_seed
+
+FEW = 8  # datapoints of which the guide is examined
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,9 @@ class SharedDecomposition:
         whole = whole_evidence(self.model, self.guide, self.data, number, self.settings.tolerance, run)
         gap = global_gap(hierarchy, local, drawn.values, whole, self.settings, run)
         per_datapoint = averaged(ledgers)
-        shared = with_global_gap(by_draw(ledgers, per_datapoint), gap, hierarchy.names, hierarchy.dim)
+        independent = self._is_independent(local, drawn)
+        draws = by_draw(ledgers, per_datapoint)
+        shared = with_global_gap(draws, gap, hierarchy.names, hierarchy.dim, independent=independent)
         first = ledgers[0].provenance
         columns = Columns(
             per_datapoint,
@@ -90,8 +100,12 @@ class SharedDecomposition:
         traces = xr.concat([ledger.traces for ledger in ledgers], "draw", join="override").mean("draw")
         provenance = {**self._provenance(ledgers), "shared": {**shared.attrs, "settings": vars(self.settings)}}
         observed = observed_of(as_given(self.data).tensor)
-        provenance["remarks"] = [*provenance["remarks"], *_on_global_gap(gap)]
-        return GapLedger(per_datapoint, traces, observed, provenance, gaps_of(columns, terms), shared=shared)
+        gaps = gaps_of(columns, terms)
+        if gap is not None:
+            provenance["shared"]["data_set"] = data_set_line(shared, gaps)
+        own = [self._on_independence(local, last_gap(first))] if independent else []
+        provenance["remarks"] = [*own, *provenance["remarks"], *_on_global_gap(gap)]
+        return GapLedger(per_datapoint, traces, observed, provenance, gaps, shared=shared)
 
     def _ledgers(self, local: Problem, drawn: SharedDraws, terms: Sequence[Term]) -> Iterator[GapLedger]:
         """The ledger of the datapoints given each draw. What the first has recorded serves the others."""
@@ -119,9 +133,33 @@ class SharedDecomposition:
             "notes": [*worst.get("notes", [])],
             "cautions": [f"{line} (given one draw of {names})" for line in worst.get("cautions", [])],
             **({"examined": max(examined, key=_raised)} if examined else {}),
+            **({"infinite": infinite} if (infinite := _infinite(ledgers)) else {}),
             "remarks": [*remarks, *first.get("remarks", [])],
             "seed": self._seed,
         }
+
+    def _is_independent(self, local: Problem, drawn: SharedDraws) -> bool:
+        """Whether the guide draws the latents of datapoints independently of the shared ones."""
+        if not local.dim or not isinstance(local.posterior, GuideDensity):
+            return False
+        indices = torch.arange(min(local.num_datapoints, FEW))
+        with Run(self._seed).stream("dependence").seeded(device=local.joint.device), torch.no_grad():
+            z, _ = local.posterior.sample(1, indices)
+            try:
+                first, *others = (self._at(local, values).log_prob(z, indices) for values in drawn.values)
+            except InputError:  # a flow without an inverse
+                return False
+        return all(same_density(first, other) for other in others)
+
+    def _at(self, local: Problem, values: Mapping[str, Tensor]) -> GuideDensity:
+        return local.over(self.hierarchy.at(values)).guide_density()
+
+    def _on_independence(self, local: Problem, gap: str) -> str:
+        names, latents = quoted(self.hierarchy.names), quoted(tuple(local.joint.sites))
+        return (
+            f"the guide draws {latents} independently of {names}: what that costs is in the {gap}, and no training "
+            f"gains it. Let the distribution of {latents} in the guide depend on {names}"
+        )
 
     def _drawn(self) -> SharedDraws:
         return self.hierarchy.draw(self.settings.num_draws, Run(self._seed).stream("shared latents"))
@@ -146,6 +184,15 @@ def _on_global_gap(gap: GlobalGap | None) -> list[str]:
             "the global gap leaves out whatever the guide's draws never reach, such as further modes of the posterior"
         ]
     return []
+
+
+def _infinite(ledgers: Sequence[GapLedger]) -> list[dict[str, Any]]:
+    """The first datapoints without finite bounds given any of the draws, each as the first such draw describes it."""
+    entries: dict[int, dict[str, Any]] = {}
+    for ledger in ledgers:
+        for entry in ledger.provenance.get("infinite", []):
+            entries.setdefault(entry["datapoint"], entry)
+    return [entries[n] for n in sorted(entries)][:MAX_NAMED]
 
 
 def _raised(examined: Any) -> int:

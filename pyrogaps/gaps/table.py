@@ -9,8 +9,9 @@ import xarray as xr
 from pyrogaps.errors import counted
 from pyrogaps.gaps import other_starts
 from pyrogaps.gaps.finite import finite_part, infinite_lines
-from pyrogaps.gaps.terms import ids, root, standard_error, tree_labels
+from pyrogaps.gaps.terms import DATA_SET, GLOBAL, ids, root, standard_error, tree_labels
 
+EVIDENCE, GIVEN_SHARED = "log p(x)", "log p(x|theta)"
 BOUNDS = {
     "log_evidence": "log p(x)",
     "log_evidence_upper": "log p(x), from above",
@@ -29,7 +30,7 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
     """
     labels = {name: _label(str(name), provenance) for name in summary.index} | tree_labels(gaps)
     if "shared" in provenance:
-        labels = {name: label.replace("log p(x)", "log p(x|theta)") for name, label in labels.items()}
+        labels = {name: label.replace(EVIDENCE, GIVEN_SHARED) for name, label in labels.items()}
     width = max(len(label) for label in labels.values())
     number_of = counted(provenance["num_datapoints"], "datapoint")
     means = summary["mean"][np.isfinite(summary["mean"])]
@@ -56,10 +57,14 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
             figures += f"  {_number(row[TOTAL], 9, decimals)}"
         if np.isinf(row["mean"]) and len(finite["datapoint"]):
             rest = f"{row['finite_mean']:.{decimals}f} over the {len(finite['datapoint'])} with finite bounds; "
-        lines.append(f"{labels[name]:{width}}  {figures}  {rest}{row['direction']}: {row['estimator']}{doubt}")
+        words = f"{row['direction']}: {row['estimator']}"
+        if shared and name not in (DATA_SET, GLOBAL):
+            words = words.replace(EVIDENCE, GIVEN_SHARED)
+        lines.append(f"{labels[name]:{width}}  {figures}  {rest}{words}{doubt}")
     reasons = [*infinite_lines(per_datapoint, provenance), *cautions(finite, provenance)]
     warnings = [f"Warning: {line}" for line in reasons]
-    return "\n".join([*lines, "", *warnings, *provenance.get("remarks", []), *_notes(finite, provenance)])
+    whole = [shared["data_set"]] if shared and "data_set" in shared else []
+    return "\n".join([*lines, "", *warnings, *whole, *provenance.get("remarks", []), *_notes(finite, provenance)])
 
 
 def _doubt(row: Any) -> str:
@@ -118,7 +123,8 @@ def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[st
     """How close the guide and each refined family are to the posterior, as proposals."""
     if "khat_refined" not in per_datapoint:
         return []
-    pairs = {"amortized guide": (per_datapoint["khat"], per_datapoint["ess"])}
+    guide = "amortized guide" if provenance["amortized"] else "guide"
+    pairs = {guide: (per_datapoint["khat"], per_datapoint["ess"])}
     for family in per_datapoint["family"].values:
         refined = per_datapoint.sel(family=family)
         pairs[f"refined {_family(family)}"] = refined["khat_refined"], refined["ess_refined"]

@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 INFERENCE = "inference_gap"
 # Where latents are shared by datapoints: the gap of the data set, of which the inference gaps of datapoints are a part.
 DATA_SET, GLOBAL = "data_set_gap", "global_gap"
+INDEPENDENT = "the guide draws a datapoint's latents independently of the shared ones, or is not trained to its best"
+DEPENDENT = "local latents that depend on the shared ones in the guide; only then longer training"
 ESTIMATE, LOWER_BOUND = "estimate (either way)", "lower bound of the gap"
 
 
@@ -166,10 +168,12 @@ def _global(columns: Columns) -> Mean:
 
 
 def _global_direction(columns: Columns) -> str:
-    low, high = (float(columns.shared[f"{GLOBAL}_{end}"]) for end in ("lower", "upper"))
+    names = ("lower", "upper", "lower_mcse", "upper_mcse")
+    low, high, *errors = (float(columns.shared[f"{GLOBAL}_{name}"]) for name in names)
     if columns.shared.attrs["bounded"]:
-        return f"total between {low:.3f} and {high:.3f} nats"
-    return f"total at least {max(low, 0.0):.3f} nats, not bounded above"
+        return f"total between {low:.3f} and {high:.3f} (± {max(errors):.3f}) nats"
+    error = f" (± {errors[0]:.3f})" if np.isfinite(errors[0]) else ""
+    return f"total at least {max(low, 0.0):.3f}{error} nats, not bounded above"
 
 
 def _data_set(columns: Columns) -> Mean:
@@ -338,11 +342,11 @@ def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.D
     """
     applying = [term for term in terms if term.applies(columns)]
     if any(term.id == DATA_SET for term in applying):  # of which the gaps per datapoint are the local part
-        local = {"parent": DATA_SET, "label": "local gap"}
-        changed: dict[str, Any] = {
-            INFERENCE: local,
-            "amortization_gap": {"remedy": "a larger network, or longer training"},
-        }
+        own: dict[str, Any] = {"amortization_gap": {"remedy": "a larger network, or longer training"}}
+        own["guide_optimization_gap"] = {"remedy": "longer training with a falling learning rate"}
+        if columns.shared.attrs.get("independent"):
+            own = {name: {"cause": INDEPENDENT, "remedy": DEPENDENT} for name in own}
+        changed = {INFERENCE: {"parent": DATA_SET, "label": "local gap"}, **own}
         applying = [replace(term, **changed.get(term.id, {})) for term in applying]
     ordered = [*_in_tree_order(applying, None)]
     with np.errstate(invalid="ignore"):  # infinity less infinity

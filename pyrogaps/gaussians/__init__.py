@@ -1,6 +1,6 @@
 """Gaussians for each datapoint, fitted by moments or by curvature."""
 
-from pyrogaps.gaussians.anchor import MAX_DIM, anchor_of, fitted, prior_gaussian
+from pyrogaps.gaussians.anchor import MAX_DIM, anchor_of, fitted, prior_gaussian, settled_by_curvature
 from pyrogaps.gaussians.curvature import Curvature, gaussian_by_curvature, longest_step
 from pyrogaps.gaussians.distance import bhattacharyya
 from pyrogaps.gaussians.gaussian import Gaussian
@@ -22,4 +22,5 @@ __all__ = [
     "gaussian_of",
     "longest_step",
     "prior_gaussian",
+    "settled_by_curvature",
 ]

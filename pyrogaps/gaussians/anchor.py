@@ -64,19 +64,7 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
     """
     dim, everyone = start.loc.shape[-1], arange(len(start.loc))
     if dim <= MAX_DIM:
-        fit = gaussian_by_curvature(start, partial(gradients, everyone))
-        left = (~fit.agrees).nonzero()[:, 0].cpu()
-        before = fit.gaussian.at(left)
-        for _ in range(MAX_FURTHER):
-            if not len(left):
-                break
-            further = gaussian_by_curvature(before, partial(gradients, left), far=True)
-            fit = fit.settled_by(left, further)
-            # What was not cut at last, or is still narrowing as fast as a pass may, has only come a long way.
-            late = ~further.agrees & (~further.cut | _narrowing(before, further.gaussian))
-            places = late.nonzero()[:, 0].cpu()
-            left, before = left[places], further.gaussian.at(places)
-        return fit
+        return settled_by_curvature(start, gradients)
     fits = gaussian_by_low_rank_curvature(start, partial(gradients, everyone), noise)
     again = fits.cut.cpu().nonzero()[:, 0]
     correlated = isinstance(start.scale, Tensor) and start.scale.dim() == 3
@@ -94,6 +82,23 @@ def fitted(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor], noise
     number = fits.num_gradients.clone()
     number[again] += fit.num_gradients[0]
     return Curvature(gaussian, cut, agrees, number)
+
+
+def settled_by_curvature(start: Gaussian, gradients: Callable[[Tensor, Tensor], Tensor]) -> Curvature:
+    """Gaussians with full covariances, as `fitted` has them for few latents; these arguments are its own."""
+    fit = gaussian_by_curvature(start, partial(gradients, arange(len(start.loc))))
+    left = (~fit.agrees).nonzero()[:, 0].cpu()
+    before = fit.gaussian.at(left)
+    for _ in range(MAX_FURTHER):
+        if not len(left):
+            break
+        further = gaussian_by_curvature(before, partial(gradients, left), far=True)
+        fit = fit.settled_by(left, further)
+        # What was not cut at last, or is still narrowing as fast as a pass may, has only come a long way.
+        late = ~further.agrees & (~further.cut | _narrowing(before, further.gaussian))
+        places = late.nonzero()[:, 0].cpu()
+        left, before = left[places], further.gaussian.at(places)
+    return fit
 
 
 def _narrowing(before: Gaussian, after: Gaussian) -> Tensor:

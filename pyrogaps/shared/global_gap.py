@@ -6,12 +6,16 @@ $$KL(q(\theta) \| p(\theta|x)) = \log p(x) - A, \quad
 A is a mean over draws of theta, with lower and upper estimates of log p(x_n | theta) (`Marginals`). log p(x) of the
 data set comes from the ladder on the space of theta and all local latents, where that is small; else from the weights
 $W_m = p(\theta_m) / q(\theta_m) \prod_n \hat p_n(\theta_m)$ of the same draws, whose mean is unbiased for p(x): their
-log-mean-exp from below, coupled chains from above. A noisy log-phat never stands in for an upper estimate: it is below
-log p(x_n | theta) in expectation, so that it would make up a gap where there is none.
+log-mean-exp from below, coupled chains from above. Draws that have missed the tail of the weights look best. So bounds
+by weights that pass are measured again, by as many fresh draws, and these must pass too. A noisy log-phat never stands
+in for an upper estimate: it is below log p(x_n | theta) in expectation, so that it would make up a gap where there is
+none.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -44,6 +48,8 @@ class GlobalGap:
         num_draws: of theta.
         method: how log p(x) of the data set was measured.
         log_evidence, log_evidence_upper: log p(x) of the data set from below and above.
+        marginal_elbo: A, from below, with standard error `marginal_elbo_mcse`; the ELBO of the data set is less by the
+            local gaps.
     """
 
     lower: float
@@ -55,17 +61,21 @@ class GlobalGap:
     method: str
     log_evidence: float
     log_evidence_upper: float
+    marginal_elbo: float
+    marginal_elbo_mcse: float
 
     @property
     def value(self) -> float:
-        """The middle of the bounds, or the lower one where the gap is not bounded from above."""
-        return 0.5 * (self.lower + self.upper) if self.bounded else self.lower
+        """The middle of the bounds, or the lower one where the gap is not bounded from above; 0 where there is none."""
+        if self.bounded:
+            return 0.5 * (self.lower + self.upper)
+        return self.lower if math.isfinite(self.lower) else 0.0
 
     @property
     def mcse(self) -> float:
         """The standard error of `value`, half of the distance of the bounds included."""
         if not self.bounded:
-            return self.lower_mcse
+            return self.lower_mcse if math.isfinite(self.lower) else 0.0
         return math.hypot(max(self.lower_mcse, self.upper_mcse), 0.5 * max(self.upper - self.lower, 0.0))
 
 
@@ -75,6 +85,11 @@ class _Sums:
 
     low: Tensor
     high: Tensor
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """A from below, and its standard error."""
+        return float(self.low.mean()), float(mcse_of_mean(self.low))
 
     def joined(self, other: "_Sums") -> "_Sums":
         return _Sums(torch.cat([self.low, other.low]), torch.cat([self.high, other.high]))
@@ -96,19 +111,45 @@ def global_gap(
     if local.dim > MAX_DIM:
         return None
     marginals = Marginals.of(hierarchy, local, values[0], run).piloted(values, NOISE_SHARE * settings.tolerance)
-    most = max(FIRST_DRAWS, min(settings.max_draws, settings.max_evaluations // marginals.cost))
-    sums, target, block = None, min(FIRST_DRAWS, settings.max_draws), 0
+    most = min(settings.max_draws, max(FIRST_DRAWS, settings.max_evaluations // marginals.cost))
+    return _between(_Draws(hierarchy, marginals, run), most, whole, settings, run)
+
+
+def _between(
+    draws: Callable[[int], _Sums], most: int, whole: WholeEvidence | None, settings: Shared, run: Run
+) -> GlobalGap:
+    """The gap from as many draws as its bounds need, `most` at most."""
+    sums = draws(min(FIRST_DRAWS, most))
     while True:
-        while sums is None or len(sums.low) < target:
-            number = min(DRAWS_AT_ONCE, target - (0 if sums is None else len(sums.low)))
-            drawn = hierarchy.draw(number, run.stream("shared latents further"), block)
-            low, high = marginals(drawn.values, block)
-            fresh = _Sums(drawn.log_ratio.cpu() + low, drawn.log_ratio.cpu() + high)
-            sums, block = fresh if sums is None else sums.joined(fresh), block + 1
-        gap = _gap(sums, whole, settings, run)
-        if target >= most or gap.bounded:
+        gap, further = _gap(sums, whole, settings, run), min(len(sums.low), most - len(sums.low))
+        if gap.bounded and gap.method == LADDER:
             return gap
-        target = min(2 * target, most)
+        if further <= 0:
+            return replace(gap, bounded=False)
+        fresh = draws(further)
+        if gap.bounded and further == len(sums.low):
+            # Weights pass when their draws have missed the tail. So these only decide: fresh ones must pass, and count.
+            confirmed = _gap(fresh, whole, settings, run)
+            if confirmed.bounded:
+                return confirmed
+        sums = sums.joined(fresh)
+
+
+class _Draws:
+    """Sums of further and further draws of theta."""
+
+    def __init__(self, hierarchy: Hierarchy, marginals: Marginals, run: Run) -> None:
+        self.hierarchy, self.marginals, self.run, self.block = hierarchy, marginals, run, 0
+
+    def __call__(self, number: int) -> _Sums:
+        parts = []
+        for first in range(0, number, DRAWS_AT_ONCE):
+            size = min(DRAWS_AT_ONCE, number - first)
+            drawn = self.hierarchy.draw(size, self.run.stream("shared latents further"), self.block)
+            low, high = self.marginals(drawn.values, self.block)
+            parts.append(_Sums(drawn.log_ratio.cpu() + low, drawn.log_ratio.cpu() + high))
+            self.block += 1
+        return reduce(_Sums.joined, parts)
 
 
 def _gap(sums: _Sums, whole: WholeEvidence | None, settings: Shared, run: Run) -> GlobalGap:
@@ -124,7 +165,8 @@ def _by_ladder(sums: _Sums, whole: WholeEvidence) -> GlobalGap:
     lower, upper = whole.lower - float(sums.high.mean()), whole.upper - float(sums.low.mean())
     lower_mcse = math.hypot(whole.lower_mcse, float(mcse_of_mean(sums.high)))
     upper_mcse = math.hypot(whole.upper_mcse, float(mcse_of_mean(sums.low)))
-    return GlobalGap(lower, lower_mcse, upper, upper_mcse, True, len(sums.low), LADDER, whole.lower, whole.upper)
+    values = whole.lower, whole.upper, *sums.mean
+    return GlobalGap(lower, lower_mcse, upper, upper_mcse, True, len(sums.low), LADDER, *values)
 
 
 def _by_weights(sums: _Sums, run: Run) -> GlobalGap:
@@ -138,7 +180,7 @@ def _by_weights(sums: _Sums, run: Run) -> GlobalGap:
     lower_mcse = float(deleted.std(correction=0)) * math.sqrt(NUM_DELETED - 1)
     upper_mcse = math.hypot(error, float(mcse_of_mean(sums.low)))
     bounded = bool(estimate.reliable.all()) and math.isfinite(upper)
-    values = float(estimate.value), above
+    values = float(estimate.value), above, *sums.mean
     return GlobalGap(lower, lower_mcse, upper, upper_mcse, bounded, number, WEIGHTS, *values)
 
 

@@ -17,8 +17,8 @@ from pyrogaps.bounds import refuse_nan
 from pyrogaps.capture import BoundDensity, GradientEvaluator
 from pyrogaps.density.hierarchy import Hierarchy
 from pyrogaps.evidence.climb import widening
-from pyrogaps.gaussians import Gaussian, anchor_of
-from pyrogaps.gaussians.curvature import NUM_PASSES, gaussian_by_curvature
+from pyrogaps.gaussians import Gaussian, anchor_of, settled_by_curvature
+from pyrogaps.gaussians.curvature import NUM_PASSES
 from pyrogaps.log_weights import effective_sample_size, log_mean_exp
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
@@ -132,7 +132,7 @@ class Marginals:
         for each in values:
             known = self._known(each)
             slopes, heights = (b.on((*args, known)) for b, args in zip(bound, data, strict=True))
-            fit = gaussian_by_curvature(reference, partial(_gradients, slopes))
+            fit = settled_by_curvature(reference, partial(_gradients, slopes, reference.loc))
             proposals.append(Proposal(fit.gaussian.widened(widening(dim)), heights, chunk))
         return torch.stack([proposal.weights(count, noise) for proposal in proposals], 1), proposals
 
@@ -145,8 +145,12 @@ class Marginals:
         return generator.manual_seed(stream.seed_of(place))
 
 
-def _gradients(density: BoundDensity, z: Tensor) -> Tensor:
-    return density.gradients(z)[0]
+def _gradients(density: BoundDensity, others: Tensor, positions: Tensor, z: Tensor) -> Tensor:
+    """Gradients at `z` `(S, M, dim)` of the datapoints at `positions`; those of the chunk are always run together."""
+    positions = positions.to(z.device)
+    points = others.expand(len(z), *others.shape).clone()
+    points[:, positions] = z
+    return density.gradients(points)[0][:, positions]
 
 
 @dataclass(frozen=True)

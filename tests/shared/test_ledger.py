@@ -1,15 +1,21 @@
 """Ledgers of a hierarchy: local gaps given draws of the shared latents, and the global gap, in closed form."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
 
 import pyrogaps as pg
 from tests.shared import hierarchies
-from tests.shared.hierarchies import Structured, X, auto_list, hierarchy
+from tests.shared.hierarchies import NOISE, Structured, X, auto_list, hierarchy
 
 QUICK: dict[str, Any] = {"refinement": pg.Refinement(num_steps=30), "num_particles": 200, "progress": False}
 
@@ -110,3 +116,48 @@ def test_what_needs_other_data_is_refused(option: dict[str, Any]) -> None:
     (name,) = option
     with pytest.raises(pg.InputError, match=f"^{name}: not available where datapoints share latents .'m'.. Leave"):
         pg.decompose(hierarchy, Structured(), X, **option, **QUICK)
+
+
+def test_the_elbo_of_the_data_set_is_pyros(ledger: pg.GapLedger) -> None:
+    line = next(line for line in str(ledger).splitlines() if line.startswith("the data set: log p(x) between"))
+    elbo, error = (float(word) for word in re.findall(r"ELBO (-[\d.]+) ± ([\d.]+) nats", line)[0])
+    pyros = -Trace_ELBO(num_particles=1000, vectorize_particles=False).loss(hierarchy, Structured(), X)
+    exact = hierarchies.log_evidence() - hierarchies.global_gap(0.5, 0.22) - len(X) * hierarchies.local_gap(0.1, 0.6)
+    assert abs(pyros - exact) < 0.15
+    assert 0 < error < 0.1 and abs(elbo - exact) < 4 * error + 0.005
+    low, high = (float(word) for word in re.findall(r"between (-[\d.]+) and (-[\d.]+)", line)[0])
+    assert low - 0.06 < hierarchies.log_evidence() < high + 0.06
+
+
+def test_local_latents_that_ignore_the_shared_ones(ledger: pg.GapLedger) -> None:
+    """No training makes an AutoNormal follow m: the ledger does not advise it first."""
+    guide = AutoNormal(hierarchy)
+    guide(X)
+    small: dict[str, Any] = {**QUICK, "shared": pg.Shared(num_draws=2, max_draws=64), "referee": False}
+    independent = pg.decompose(hierarchy, guide, X, **small)
+    remark = "the guide draws 'z' independently of 'm': what that costs is in the optimization gap, and no training"
+    assert remark in str(independent)
+    (finding,) = [f for f in independent.diagnose().findings if f.gap == "guide_optimization_gap"]
+    assert "independently of the shared ones" in finding.cause and "depend on the shared ones" in finding.remedy
+    assert "independently" not in str(ledger) and "independently" not in str(ledger.diagnose())
+
+
+def cliff(x: Tensor) -> None:
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("d", len(x)):
+        z = pyro.sample("z", dist.Normal(m, 1.0))
+        pyro.factor("cliff", torch.where((x > 1.5) & (m > 0.53), -torch.inf, 0.0))
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def test_datapoints_without_finite_bounds_at_some_draws_alone() -> None:
+    """Not at the first, whose provenance the ledger has."""
+    small: dict[str, Any] = {"evidence": pg.AIS(num_chains=4, num_temperatures=4), "referee": False, **QUICK}
+    ledger = pg.decompose(cliff, Structured(), X, shared=pg.Shared(num_draws=2, max_draws=64), **small)
+    assert ledger.shared is not None and np.isfinite(ledger.shared["log_evidence"].values).all()
+    bad = (X > 1.5).numpy()
+    assert bad.any() and not bad.all()
+    assert (np.isinf(ledger.per_datapoint["elbo"].values) == bad).all()
+    text = str(ledger)
+    assert f"{bad.sum()} of 12 datapoints" in text and "site 'cliff' has density 0" in text
+    assert "total at least 0.000 nats, not bounded above" in text
