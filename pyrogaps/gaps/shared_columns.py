@@ -16,8 +16,8 @@ CONFIDENCE = 0.95
 # Columns that hold in every draw, in any, and of which a mean over draws says nothing.
 IN_ALL, IN_ANY, LEFT_OUT = ("log_evidence_reliable", "examined"), ("log_evidence_doubted",), ("log_evidence_method",)
 FIELDS = (
-    *("lower", "lower_mcse", "upper", "upper_mcse", "log_evidence", "log_evidence_upper"),
-    *("marginal_elbo", "marginal_elbo_mcse"),
+    *("lower", "lower_mcse", "upper", "upper_mcse"),
+    *("log_evidence", "log_evidence_upper", "log_evidence_mcse", "marginal_elbo", "marginal_elbo_mcse"),
 )
 
 
@@ -82,17 +82,15 @@ def gaps_of(columns: Columns, terms: Sequence[Term]) -> xr.Dataset:
     return gaps.assign(mcse=("gap", mcse), total=("gap", total), total_low=("gap", low), total_high=("gap", high))
 
 
-def data_set_line(draws: xr.Dataset, gaps: xr.Dataset) -> str:
-    """log p(x) and the ELBO of the data set, in words."""
-    low, high, elbo, error = (
-        float(draws[f"{GLOBAL}_{name}"])
-        for name in ("log_evidence", "log_evidence_upper", "marginal_elbo", "marginal_elbo_mcse")
-    )
+def data_set_line(draws: xr.Dataset, gaps: xr.Dataset, number: int) -> str:
+    """log p(x) and the ELBO of a data set of `number` datapoints, in words."""
+    names = ("log_evidence", "log_evidence_upper", "log_evidence_mcse", "marginal_elbo", "marginal_elbo_mcse")
+    low, high, mcse, elbo, error = (float(draws[f"{GLOBAL}_{name}"]) for name in names)
     local = gaps.sel(gap="inference_gap")
-    number = float(local["total"] / local["mean"]) if float(local["mean"]) else 0.0
     error = float(np.hypot(error, number * float(local["mcse"])))
     known = f"between {low:.2f} and {high:.2f}" if draws.attrs["bounded"] else f"at least {low:.2f}"
-    return f"the data set: log p(x) {known} nats, ELBO {elbo - float(local['total']):.2f} ± {error:.2f} nats"
+    elbo -= float(local["total"])
+    return f"the data set: log p(x) {known} (± {mcse:.2f}) nats, ELBO {elbo:.2f} (± {error:.2f}) nats"
 
 
 def _ends(gaps: xr.Dataset, half: Mapping[str, float], draws: xr.Dataset, number: int) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from pyrogaps.density.shared import SharedLatents
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.assemble import observed_of
 from pyrogaps.gaps.decomposition import Decomposition
-from pyrogaps.gaps.finite import MAX_NAMED
+from pyrogaps.gaps.finite import MAX_NAMED, is_finite
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.shared_columns import averaged, by_draw, data_set_line, gaps_of, with_global_gap
 from pyrogaps.gaps.table import last_gap
@@ -101,8 +101,8 @@ class SharedDecomposition:
         provenance = {**self._provenance(ledgers), "shared": {**shared.attrs, "settings": vars(self.settings)}}
         observed = observed_of(as_given(self.data).tensor)
         gaps = gaps_of(columns, terms)
-        if gap is not None:
-            provenance["shared"]["data_set"] = data_set_line(shared, gaps)
+        if gap is not None and is_finite(per_datapoint).all():
+            provenance["shared"]["data_set"] = data_set_line(shared, gaps, local.num_datapoints)
         own = [self._on_independence(local, last_gap(first))] if independent else []
         provenance["remarks"] = [*own, *provenance["remarks"], *_on_global_gap(gap)]
         return GapLedger(per_datapoint, traces, observed, provenance, gaps, shared=shared)

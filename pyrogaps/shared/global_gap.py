@@ -47,7 +47,8 @@ class GlobalGap:
             least `lower`".
         num_draws: of theta.
         method: how log p(x) of the data set was measured.
-        log_evidence, log_evidence_upper: log p(x) of the data set from below and above.
+        log_evidence, log_evidence_upper, log_evidence_mcse: log p(x) of the data set from below and above, and the
+            larger of their standard errors.
         marginal_elbo: A, from below, with standard error `marginal_elbo_mcse`; the ELBO of the data set is less by the
             local gaps.
     """
@@ -61,6 +62,7 @@ class GlobalGap:
     method: str
     log_evidence: float
     log_evidence_upper: float
+    log_evidence_mcse: float
     marginal_elbo: float
     marginal_elbo_mcse: float
 
@@ -165,7 +167,7 @@ def _by_ladder(sums: _Sums, whole: WholeEvidence) -> GlobalGap:
     lower, upper = whole.lower - float(sums.high.mean()), whole.upper - float(sums.low.mean())
     lower_mcse = math.hypot(whole.lower_mcse, float(mcse_of_mean(sums.high)))
     upper_mcse = math.hypot(whole.upper_mcse, float(mcse_of_mean(sums.low)))
-    values = whole.lower, whole.upper, *sums.mean
+    values = whole.lower, whole.upper, max(whole.lower_mcse, whole.upper_mcse), *sums.mean
     return GlobalGap(lower, lower_mcse, upper, upper_mcse, True, len(sums.low), LADDER, *values)
 
 
@@ -180,7 +182,7 @@ def _by_weights(sums: _Sums, run: Run) -> GlobalGap:
     lower_mcse = float(deleted.std(correction=0)) * math.sqrt(NUM_DELETED - 1)
     upper_mcse = math.hypot(error, float(mcse_of_mean(sums.low)))
     bounded = bool(estimate.reliable.all()) and math.isfinite(upper)
-    values = float(estimate.value), above, *sums.mean
+    values = float(estimate.value), above, max(float(estimate.mcse), error), *sums.mean
     return GlobalGap(lower, lower_mcse, upper, upper_mcse, bounded, number, WEIGHTS, *values)
 
 

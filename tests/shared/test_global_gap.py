@@ -163,5 +163,5 @@ def test_local_posteriors_of_very_different_widths() -> None:
 
 def test_where_no_bound_is_finite() -> None:
     """A gap is at least 0."""
-    gap = GlobalGap(-math.inf, math.nan, 1.0, 0.1, False, 128, "", -3.0, -2.0, -3.0, 0.1)
+    gap = GlobalGap(-math.inf, math.nan, 1.0, 0.1, False, 128, "", -3.0, -2.0, 0.1, -3.0, 0.1)
     assert (gap.value, gap.mcse) == (0.0, 0.0)

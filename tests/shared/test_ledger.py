@@ -120,7 +120,7 @@ def test_what_needs_other_data_is_refused(option: dict[str, Any]) -> None:
 
 def test_the_elbo_of_the_data_set_is_pyros(ledger: pg.GapLedger) -> None:
     line = next(line for line in str(ledger).splitlines() if line.startswith("the data set: log p(x) between"))
-    elbo, error = (float(word) for word in re.findall(r"ELBO (-[\d.]+) ± ([\d.]+) nats", line)[0])
+    elbo, error = (float(word) for word in re.findall(r"ELBO (-[\d.]+) \(± ([\d.]+)\) nats", line)[0])
     pyros = -Trace_ELBO(num_particles=1000, vectorize_particles=False).loss(hierarchy, Structured(), X)
     exact = hierarchies.log_evidence() - hierarchies.global_gap(0.5, 0.22) - len(X) * hierarchies.local_gap(0.1, 0.6)
     assert abs(pyros - exact) < 0.15
@@ -153,7 +153,7 @@ def cliff(x: Tensor) -> None:
 def test_datapoints_without_finite_bounds_at_some_draws_alone() -> None:
     """Not at the first, whose provenance the ledger has."""
     small: dict[str, Any] = {"evidence": pg.AIS(num_chains=4, num_temperatures=4), "referee": False, **QUICK}
-    ledger = pg.decompose(cliff, Structured(), X, shared=pg.Shared(num_draws=2, max_draws=64), **small)
+    ledger = pg.decompose(cliff, Structured(), X, shared=pg.Shared(num_draws=2, max_draws=64, tolerance=1.0), **small)
     assert ledger.shared is not None and np.isfinite(ledger.shared["log_evidence"].values).all()
     bad = (X > 1.5).numpy()
     assert bad.any() and not bad.all()
