@@ -5,6 +5,8 @@ compared as real numbers, $\eta$: scales by their logarithms. Two elements of a 
 *tied*: a single number per datapoint for all latent dimensions stays a single number. An element that never changes is
 fixed.
 
+Where a guide draws discrete sites, parameters may also change with the states drawn before them; see `slopes`.
+
 The factor of a full covariance is an exception: the family is the distribution's. Once any of its elements changes, all
 of them are free, those that the guide holds at 0 too.
 """
@@ -22,6 +24,7 @@ from pyrogaps.density.local import FactorisedGuide, PlaceValues
 from pyrogaps.density.runs import evaluating
 from pyrogaps.refine.finetune import Weight, substituted, used_weights
 from pyrogaps.refine.parameters import rows_of
+from pyrogaps.refine.slopes import Indicators, Slopes, StateGrid
 from pyrogaps.streams import seeded
 
 NUM_ROWS = 64
@@ -32,33 +35,29 @@ RELATIVE, ROUNDING = 0.01, 100.0
 # Beyond so many, slopes in earlier draws are not freed. A combination of slopes counts as free where the weights move
 # it by this share of what they move the others; what they move by less than the second is fixed.
 MAX_SLOPES, MIN_FREE, NEGLIGIBLE = 64, 0.01, 1e-3
+# Beyond so many, with those of states, nobody looks whether the weights move them independently.
+MAX_SPANNED = 256
 NUM_DRAWS = 64
 
+LINEAR = ("loc", "logits")  # parameters whose slopes in z are freed
+
 Key = tuple[str, str]  # a term and a parameter of its distribution
-
-
-@dataclass(frozen=True)
-class Slopes:
-    """Which slopes of a location in earlier draws are free: pairs of a coordinate of z and an element, `(E,)` each.
-
-    Where the weights do not move the K intercepts and the E slopes independently, as with a bottleneck, one number for
-    all dimensions or a location without an intercept, `basis` `(rank, K + E)` spans what they can do.
-    """
-
-    coordinates: Tensor
-    elements: Tensor
-    basis: Tensor | None
 
 
 @dataclass(frozen=True)
 class Freedom:
     """For each parameter of each term, the number of each element among the free ones, -1 where it is fixed: `(K,)`.
 
-    `slopes`: of the locations that depend on earlier draws.
+    `slopes`: of the parameters that depend on earlier draws.
     """
 
     labels: dict[Key, Tensor]
-    slopes: dict[str, Slopes]
+    slopes: dict[Key, Slopes]
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is free."""
+        return any(bool((labels >= 0).any()) for labels in self.labels.values())
 
     def tied(self, key: Key) -> Tensor | None:
         """The labels where some elements are tied or fixed and others are free; None else."""
@@ -67,14 +66,16 @@ class Freedom:
         return labels if 0 < count < len(labels) else None
 
 
-def freedom_of(density: GuideDensity, weights: list[Weight]) -> Freedom:
-    """The freedom of a guide that uses `weights` and of which all site distributions have a `free_leaf`."""
+def freedom_of(density: GuideDensity, weights: list[Weight], states: Tensor | None = None) -> Freedom:
+    """The freedom of a guide that uses `weights` and of which all site distributions have a `free_leaf`; `states`
+    `(K, E)` are the joint states of the discrete elements that it draws.
+    """
     with seeded(0, "freedom"), evaluating(density.guide), torch.no_grad():
         indices = evenly_spaced(density.num_datapoints, NUM_ROWS) if density.joint.plate else torch.zeros(1).long()
         z = density.at(indices).sample(1)[0][0]
         z = z[:1].expand_as(z)  # so that rows differ by their data alone
         labels = _told_apart(lambda: _read(density, z, indices), lambda: weights)
-        slopes = _slopes(density, weights, labels)
+        slopes = _slopes(density, weights, labels, states)
     return Freedom(labels, slopes)
 
 
@@ -189,50 +190,83 @@ def _rounding(values: Tensor) -> float:
     return float(ROUNDING * torch.finfo(values.dtype).eps * (1 + size))
 
 
-def _slopes(density: GuideDensity, weights: list[Weight], labels: dict[Key, Tensor]) -> dict[str, Slopes]:
-    """The slopes of locations in earlier draws that the weights move.
+def _slopes(
+    density: GuideDensity, weights: list[Weight], labels: dict[Key, Tensor], states: Tensor | None
+) -> dict[Key, Slopes]:
+    """The slopes in earlier draws that the weights move: of locations and logits, in z, and of all in the states.
 
-    Slopes are differences over a step as long as the draws spread. Their freedom, and that of the intercepts, is the
-    span of their changes under small changes of the weights, of which the even part is left out: for a product of two
-    weights the rest is exact.
+    Slopes in z are differences over a step as long as the draws spread. Their freedom, and that of the intercepts, is
+    the span of their changes under small changes of the weights, of which the even part is left out: for a product of
+    two weights the rest is exact.
     """
-    joint, keys = density.joint, [key for key in labels if key[1] == "loc"]
+    joint, keys = density.joint, [key for key in labels if key[1] in LINEAR or states is not None]
     everyone = torch.arange(density.num_datapoints) if joint.plate else torch.zeros(1).long()
     active = joint.active(everyone[:NUM_ROWS])
     index = everyone[:1] if active is None else everyone[active.sum(1).argmax()][None]
     draws = density.at(index).sample(NUM_DRAWS)[0][:, 0]
     step = torch.where(draws.std(0) > 0, draws.std(0), 1.0)
+    grid = None if states is None else StateGrid(joint, states)
     points = draws[:1] + torch.cat([torch.zeros_like(draws[:1]), torch.diag(step)])
+    if grid is not None:
+        points = grid.added(points)
 
-    def locations() -> dict[Key, Tensor]:
+    def values() -> dict[Key, Tensor]:
         read = _read(density, points, index.expand(len(points)))
         return {key: read[key] for key in keys}
 
     def change() -> dict[Key, Tensor]:
         state = torch.get_rng_state()
         with _perturbed(weights):
-            above = locations()
+            above = values()
         torch.set_rng_state(state)
         with _perturbed(weights, -1.0):
-            below = locations()
+            below = values()
         return {key: (above[key] - below[key]) / 2 for key in keys}
 
-    before, changes = locations(), [change() for _ in range(NUM_PERTURBED)]
+    before, changes = values(), [change() for _ in range(NUM_PERTURBED)]
+    indicators: dict[Key, Indicators | None] = dict.fromkeys(keys)
+    if grid is not None:
+        for key in keys:
+            seen = torch.stack([each[key] for each in (before, *changes)])
+            indicators[key] = grid.indicators(seen, _rounding(before[key]))
+
+    def by_feature(key: Key, each: dict[Key, Tensor]) -> Tensor:
+        return each[key] if grid is None else grid.by_feature(each[key], indicators[key])
+
     free = {}
     for key in keys:
-        moved = torch.stack([each[key][1:] - each[key][:1] for each in changes])
-        free[key] = (moved.abs().amax(0) > _rounding(before[key])).nonzero()
-    chosen = [key for key in keys if 0 < len(free[key]) <= MAX_SLOPES]
-    number = 2 * max((len(labels[key]) + len(free[key]) for key in chosen), default=0)
+        features = torch.stack([by_feature(key, each) for each in changes])
+        moved = (features[:, 1:] - features[:, :1]).abs().amax(0) > _rounding(before[key])
+        pairs = moved.nonzero()
+        in_z = pairs[:, 0] < joint.dim
+        free[key] = pairs if key[1] in LINEAR and int(in_z.sum()) <= MAX_SLOPES else pairs[~in_z]
+    chosen = [key for key in keys if len(free[key])]
+    spanned = [key for key in chosen if len(free[key]) <= MAX_SPANNED]
+    number = 2 * max((len(labels[key]) + len(free[key]) for key in spanned), default=0)
     changes += [change() for _ in range(number - len(changes))]
-    return {
-        key[0]: _span(torch.stack([each[key] for each in changes]), points[0], step, *free[key].unbind(1))
-        for key in chosen
-    }
+    slopes = {}
+    for key in chosen:
+        coordinates, elements = free[key].unbind(1)
+        if key in spanned:
+            each = torch.stack([by_feature(key, each) for each in changes])
+            extra = each.shape[1] - 1 - joint.dim
+            point = torch.nn.functional.pad(points[0], (0, extra))
+            steps = torch.nn.functional.pad(step, (0, extra), value=1.0)
+            basis = _span(each, point, steps, coordinates, elements, labels[key])
+        elif _untied(labels[key]):
+            basis = None
+        else:
+            continue
+        slopes[key] = Slopes(coordinates, elements, basis, indicators[key])
+    return slopes
 
 
-def _span(changes: Tensor, point: Tensor, step: Tensor, coordinates: Tensor, elements: Tensor) -> Slopes:
-    """The span of `changes` `(P, 1 + dim, K)` of a location at a point, and a step from it in each coordinate."""
+def _span(
+    changes: Tensor, point: Tensor, step: Tensor, coordinates: Tensor, elements: Tensor, labels: Tensor
+) -> Tensor | None:
+    """A basis of the span of `changes` `(P, 1 + F, K)` of a parameter at a point, and a step from it in each feature;
+    None where all slopes, and all intercepts that are not fixed, are free by themselves.
+    """
     slopes = (changes[:, 1:] - changes[:, :1]) / step[:, None]
     intercepts = changes[:, 0] - torch.einsum("d,pdk->pk", point, slopes)
     both = torch.cat([intercepts, slopes[:, coordinates, elements]], 1)
@@ -240,8 +274,14 @@ def _span(changes: Tensor, point: Tensor, step: Tensor, coordinates: Tensor, ele
     kept = sizes > NEGLIGIBLE * sizes.max()
     _, singular, directions = torch.linalg.svd(both[:, kept] / sizes[kept], full_matrices=False)
     rank = int((singular > MIN_FREE * singular[0]).sum())
-    if rank == len(sizes):
-        return Slopes(coordinates, elements, None)
+    single = torch.cat([labels.to(kept.device) >= 0, torch.ones_like(elements, dtype=torch.bool)])
+    if rank == int(single.sum()) and torch.equal(kept, single):
+        return None
     basis = both.new_zeros(rank, len(sizes))
     basis[:, kept] = directions[:rank] * sizes[kept] / sizes.max()
-    return Slopes(coordinates, elements, basis)
+    return basis
+
+
+def _untied(labels: Tensor) -> bool:
+    """Whether the elements that are not fixed are free by themselves."""
+    return int((labels >= 0).sum()) == int(labels.max()) + 1
