@@ -82,7 +82,8 @@ class _Enumerated(StructuredLocal):
         """All paths through `states` in one run."""
         key = ("paths", *self.indices.tolist(), *states.flatten().tolist(), num_particles, antithetic)
         run = partial(self._paths, states, num_particles, antithetic)
-        return Paths(*self.guide.recorded(key, run), num_particles)
+        z, log_q, log_weights = self.guide.recorded(key, run)
+        return Paths(z, log_q, log_weights, num_particles)
 
     def _paths(self, states: Tensor, num_particles: int, antithetic: bool, *parameters: Tensor) -> Values:
         """The parts of `Paths`, through the guide's program, with residuals in `parameters`."""
@@ -92,17 +93,15 @@ class _Enumerated(StructuredLocal):
         flat[:, drawn] = states.repeat_interleave(num_particles * len(self.indices), 0).to(flat)
         sites_with = self.guide.sites_with(self.indices, number, None, [*parameters])
         handler = PathSites(sites_with, flat, len(states), mirrored=antithetic and num_particles % 2 == 0)
-        with evaluating(self.density.guide):
-            messages = self.density.messages(self.indices, number, handler)
-        sites = {name: (fn, messages[name]["value"]) for name, fn in handler.frozen.items()}
-        z, log_q = self.scored(number, sites)
         active = None if self.active is None else self.active.repeat(number, 1)
-        log_weights = self.joint.zeros(rows)[:, 0]
-        for term in self.density.terms:
-            if term.site.num_states:
-                fn, value = messages[term.name]["fn"], messages[term.name]["value"]
-                in_plate = self.joint.plate is not None
-                log_weights = log_weights + score_term(term, fn, value[None], active, in_plate, (1, rows))[1][0]
+        log_weights, in_plate = self.joint.zeros(rows)[:, 0], self.joint.plate is not None
+        with evaluating(self.density.guide):  # scores too, because one-hot distributions validate values by themselves
+            messages = self.density.messages(self.indices, number, handler)
+            z, log_q = self.scored(number, {name: (fn, messages[name]["value"]) for name, fn in handler.frozen.items()})
+            for term in self.density.terms:
+                if term.site.num_states:
+                    fn, value = messages[term.name]["fn"], messages[term.name]["value"]
+                    log_weights = log_weights + score_term(term, fn, value[None], active, in_plate, (1, rows))[1][0]
         if active is not None:  # what is masked out has one state only, its first
             masked = ((flat[:, drawn] != 0) & ~active[:, drawn]).any(1)
             log_weights = torch.where(masked, -torch.inf, log_weights)

@@ -168,12 +168,13 @@ def _middle(fn: Any) -> Tensor:
 
 
 def normal_draw(term: GuideSite, fn: Any, *, mirrored: bool, copies: int = 1) -> Tensor | None:
-    """A draw of a Normal, or of one behind fixed transforms; None for others.
+    """A draw of a Normal or LogNormal, or of one behind fixed transforms; None for others.
 
     The rows are `copies` of the same noise one after the other, that of the later half of each mirrored if `mirrored`.
     """
     inner, outer = free_leaf(fn), leaf(fn)
-    if type(inner).__name__ != "Normal" or not (outer is inner or leaf(getattr(outer, "base_dist", None)) is inner):
+    kind = type(inner).__name__
+    if kind not in ("Normal", "LogNormal") or not (outer is inner or leaf(getattr(outer, "base_dist", None)) is inner):
         return None
     axis = axis_of(term, fn, inner, "loc")
     shape = list(inner.loc.shape)
@@ -182,6 +183,7 @@ def normal_draw(term: GuideSite, fn: Any, *, mirrored: bool, copies: int = 1) ->
     value: Tensor = inner.loc + inner.scale * torch.cat(
         [noise, -noise] * copies if mirrored else [noise] * copies, axis
     )
+    value = value.exp() if kind == "LogNormal" else value
     if isinstance(outer, TransformedDistribution) and outer is not inner:
         for transform in outer.transforms:
             value = transform(value)

@@ -32,7 +32,7 @@ class Indicators:
         state = torch.zeros(len(z), dtype=torch.long, device=z.device)
         for column, number in zip(self.columns, self.numbers, strict=True):
             state = state * number + z[:, column].detach().round().long()
-        return torch.nn.functional.one_hot(state, self.count + 1)[:, 1:].to(z)
+        return (state[:, None] == torch.arange(1, self.count + 1, device=z.device)).to(z)
 
 
 @dataclass(frozen=True)
