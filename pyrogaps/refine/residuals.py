@@ -10,7 +10,6 @@ from torch.distributions import TransformedDistribution
 from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import GuideSite, PlaceValues
 from pyrogaps.density.supports import bijection
-from pyrogaps.refine.freedom import Key
 from pyrogaps.refine.parameters import (
     DISCRETE_PARAMETERS,
     axis_of,
@@ -23,6 +22,7 @@ from pyrogaps.refine.parameters import (
     transform_of,
     value_of,
 )
+from pyrogaps.refine.perturbed import Key
 from pyrogaps.refine.slopes import Slopes
 
 

@@ -9,7 +9,8 @@ with the residual $r_n$ of datapoint n, and, for locations, slopes $A_n$ in the 
 itself; $c_n$ is a constant, the guide's sites without noise. The network is frozen and runs once for all datapoints and
 particles. Only what the guide's weights can move is free, see `freedom`: elements that they move together stay tied,
 and r and A of a site stay in the span of what they can do to intercepts and slopes. Above 64 slopes of a site they are
-not freed. Ties between different sites are not seen.
+not freed. Ties between different sites are not seen. Discrete sites that depend on earlier continuous ones belong to
+the family too, see `enumerated`.
 
 The family contains the guide, and every guide whose locations differ from it by a linear function and whose scales
 differ by a factor. What a network with weights for each datapoint could do beyond that (curved dependence, a scale that
@@ -31,8 +32,9 @@ from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import Draws, LocalGuide, PlaceValues
 from pyrogaps.density.runs import evaluating
 from pyrogaps.refine.families import Start
-from pyrogaps.refine.freedom import Freedom, Key
+from pyrogaps.refine.freedom import Freedom
 from pyrogaps.refine.parameters import axis_of, free_leaf, names_of, to_rows, transform_of, unit_of, value_of
+from pyrogaps.refine.perturbed import Key
 from pyrogaps.refine.residuals import Added, CentralSites, ResidualSites
 from pyrogaps.refine.slopes import Slopes
 from pyrogaps.streams import Chunk, seeded
