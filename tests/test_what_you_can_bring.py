@@ -259,6 +259,25 @@ def discrete_guides() -> None:
     bound = pg.elbo(mixture, guide, X, num_particles=4000)
     assert ((bound.value - exact).abs() < 4.5 * bound.mcse.clamp(min=1e-6)).all()
 
+    def apart(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            z = pyro.sample("z", dist.Normal(3 * k[..., None], 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    layer, flow = nn.Linear(1, 3), transforms.spline(1)
+
+    def after(x: Tensor, *further: Any) -> None:
+        pyro.module("layer", layer)
+        loc, raw, slope = layer(x[:, None]).split(1, -1)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(loc, raw.exp()).to_event(1)
+            z = pyro.sample("z", dist.TransformedDistribution(base, list(further)) if further else base)
+            pyro.sample("k", dist.Bernoulli(logits=(slope * z)[..., 0]))
+
+    answers(apart, after)
+    refuses(lambda: answers(apart, lambda x: after(x, flow)), "'k'", "'z'", "Draw the discrete sites first")
+
 
 def shared(x: Tensor) -> None:
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide
+from pyrogaps.density.paths import Enumerates, KnowsPath, Paths
 from pyrogaps.streams import BLOCK, Chunk, Stream, particle_blocks, seeded
 
 
@@ -30,13 +31,6 @@ def is_posterior(guide: Any) -> bool:
     A caller's guide may well have a method `at`, of another meaning.
     """
     return isinstance(guide, Posterior)
-
-
-@runtime_checkable
-class KnowsPath(Protocol):
-    """A `LocalGuide` that knows the gradients of its draws, and of log q at the draws alone, from one run."""
-
-    def sample_path(self, num_particles: int, antithetic: bool = False) -> Draws: ...
 
 
 class BlockedGuide:
@@ -64,8 +58,10 @@ class BlockedGuide:
 
     def sample_path(
         self, num_particles: int, stream: Stream, first: int = 0, *, antithetic: bool = False
-    ) -> Draws | None:
+    ) -> Paths | None:
         """As `sample`, with log q as a function of the draws alone, for guides that know it from one run; else None."""
+        if (paths := self.sample_paths(num_particles, stream, first, antithetic=antithetic)) is not None:
+            return paths
         if not all(isinstance(local, KnowsPath) for _, local in self.blocks):
             return None
         pairs = []
@@ -73,7 +69,19 @@ class BlockedGuide:
             assert isinstance(local, KnowsPath)
             stream.reseed(block.start // BLOCK, first)
             pairs.append(local.sample_path(num_particles, antithetic))
-        return _join(pairs)
+        return Paths(*_join(pairs))
+
+    def sample_paths(
+        self, num_particles: int, stream: Stream, first: int = 0, *, antithetic: bool = False
+    ) -> Paths | None:
+        """As `sample_path`, with all joint states of discrete sites, for guides that enumerate these; else None."""
+        parts = []
+        for block, local in self.blocks:
+            if not isinstance(local, Enumerates):
+                return None
+            stream.reseed(block.start // BLOCK, first)
+            parts.append(local.sample_paths(num_particles, antithetic))
+        return Paths.joined(parts)
 
     def sample_all(self, num_particles: int, stream: Stream) -> Draws:
         """`num_particles` draws, in particle blocks, without gradients."""

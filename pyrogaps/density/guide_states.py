@@ -51,14 +51,10 @@ class GuideStates:
         return torch.stack([(cell == c).nonzero()[:, 0] for c in range(number)]), cell
 
 
-def read_states(density: GuideDensity) -> GuideStates:
-    """Read what depends on what in a guide that draws discrete sites.
-
-    Raises `InputError` where there are too many joint states, or a discrete site depends on continuous ones.
-    """
+def listed_states(density: GuideDensity) -> Tensor:
+    """The joint states `(K, E)` of the discrete elements that a guide draws; `InputError` where they are too many."""
     joint = density.joint
-    names = list(joint.structure.drawn)
-    numbers = [joint.sites[name].num_states for name in names for _ in range(joint.sites[name].size)]
+    names, numbers = list(joint.structure.drawn), _numbers(density)
     states = all_joint_states(numbers, MAX_STATES)
     if states is None:
         raise InputError(
@@ -66,17 +62,28 @@ def read_states(density: GuideDensity) -> GuideStates:
             f"{MAX_STATES}. Call elbo and iwae, which draw them, or leave the site out of the guide: it is then summed "
             "out exactly"
         )
+    return states
+
+
+def _numbers(density: GuideDensity) -> list[int]:
+    """The number of states of each element."""
+    sites = density.joint.sites
+    return [sites[name].num_states for name in density.joint.structure.drawn for _ in range(sites[name].size)]
+
+
+def read_states(density: GuideDensity) -> GuideStates | None:
+    """Read what depends on what in a guide that draws discrete sites; None where one depends on continuous latents.
+
+    Raises `InputError` where there are too many joint states.
+    """
+    joint, states, numbers = density.joint, listed_states(density), _numbers(density)
     indices = evenly_spaced(density.num_datapoints, NUM_ROWS)
     with seeded(0, "guide states", device=joint.device), torch.no_grad():
         draws = [density.at(indices).sample(1)[0][0] for _ in range(2)]
         first, second = (_tables(density, states, indices, z) for z in draws)
         factorised = _same_runs(density, states, indices)
     if not _same(first.elements, second.elements):
-        raise InputError(
-            f"site '{names[0]}': its distribution in the guide depends on continuous latents, so it has none to "
-            "refine before they are drawn. Draw the discrete sites first, or leave them out of the guide: they are "
-            "then summed out exactly"
-        )
+        return None
     shape = [len(indices), *numbers]
     parents = torch.stack([_varies(first.elements[..., e], shape) for e in range(len(numbers))])
     parents = parents & ~torch.eye(len(numbers), dtype=torch.bool)

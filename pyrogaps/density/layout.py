@@ -105,7 +105,9 @@ def distribution_mask(fn: Any, message_mask: Any) -> Tensor | None:
 def unconstrained_mask(mask: Tensor | None, fn: Any, site: Site) -> Tensor | None:
     """A `distribution_mask` of the value for the unconstrained value, whose events may have fewer dimensions."""
     fewer = fn.event_dim - site.unconstrained_event_dim
-    return mask if mask is None or fewer <= 0 else mask.flatten(-1 - fewer)
+    if mask is None or fewer <= 0:
+        return mask
+    return mask.flatten(-1 - fewer) if site.unconstrained_event_dim else mask.flatten(-fewer).all(-1)
 
 
 def leaf(fn: Any) -> Any:

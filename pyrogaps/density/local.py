@@ -235,5 +235,6 @@ def _mask_like(site: Site, active: Tensor, value_shape: tuple[int, ...], in_plat
     if mask.shape == value_shape:
         return mask
     # A constrained event may have another shape (a simplex, say); such an event is masked as a whole.
-    events = mask.flatten(-site.unconstrained_event_dim).all(-1)
+    number = site.unconstrained_event_dim  # 0 of one-hot states, which are numbered
+    events = mask.flatten(-number).all(-1) if number else mask
     return events.reshape(events.shape + (1,) * site.event_dim).expand(value_shape)

@@ -5,12 +5,13 @@ compared as real numbers, $\eta$: scales by their logarithms. Two elements of a 
 *tied*: a single number per datapoint for all latent dimensions stays a single number. An element that never changes is
 fixed.
 
+Where a guide draws discrete sites, parameters may also change with the states drawn before them; see `slopes`.
+
 The factor of a full covariance is an exception: the family is the distribution's. Once any of its elements changes, all
 of them are free, those that the guide holds at 0 too.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,47 +19,29 @@ from torch import Tensor
 
 from pyrogaps.density import GuideDensity
 from pyrogaps.density.data import evenly_spaced
-from pyrogaps.density.local import FactorisedGuide, PlaceValues
+from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
-from pyrogaps.refine.finetune import Weight, substituted, used_weights
+from pyrogaps.refine.finetune import Weight, used_weights
 from pyrogaps.refine.parameters import rows_of
+from pyrogaps.refine.perturbed import NUM_PERTURBED, NUM_ROWS, Key, perturbed, read_parameters, rounding_of
+from pyrogaps.refine.slopes import Slopes, slopes_of
 from pyrogaps.streams import seeded
-
-NUM_ROWS = 64
-# Of float32 numbers, two changes are within rounding by chance in about one of a thousand pairs.
-NUM_PERTURBED = 3
-# Weights move by this share of their size. Rounding is told apart by a multiple of the machine's precision.
-RELATIVE, ROUNDING = 0.01, 100.0
-# Beyond so many, slopes in earlier draws are not freed. A combination of slopes counts as free where the weights move
-# it by this share of what they move the others; what they move by less than the second is fixed.
-MAX_SLOPES, MIN_FREE, NEGLIGIBLE = 64, 0.01, 1e-3
-NUM_DRAWS = 64
-
-Key = tuple[str, str]  # a term and a parameter of its distribution
-
-
-@dataclass(frozen=True)
-class Slopes:
-    """Which slopes of a location in earlier draws are free: pairs of a coordinate of z and an element, `(E,)` each.
-
-    Where the weights do not move the K intercepts and the E slopes independently, as with a bottleneck, one number for
-    all dimensions or a location without an intercept, `basis` `(rank, K + E)` spans what they can do.
-    """
-
-    coordinates: Tensor
-    elements: Tensor
-    basis: Tensor | None
 
 
 @dataclass(frozen=True)
 class Freedom:
     """For each parameter of each term, the number of each element among the free ones, -1 where it is fixed: `(K,)`.
 
-    `slopes`: of the locations that depend on earlier draws.
+    `slopes`: of the parameters that depend on earlier draws.
     """
 
     labels: dict[Key, Tensor]
-    slopes: dict[str, Slopes]
+    slopes: dict[Key, Slopes]
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is free."""
+        return any(bool((labels >= 0).any()) for labels in self.labels.values())
 
     def tied(self, key: Key) -> Tensor | None:
         """The labels where some elements are tied or fixed and others are free; None else."""
@@ -67,14 +50,16 @@ class Freedom:
         return labels if 0 < count < len(labels) else None
 
 
-def freedom_of(density: GuideDensity, weights: list[Weight]) -> Freedom:
-    """The freedom of a guide that uses `weights` and of which all site distributions have a `free_leaf`."""
+def freedom_of(density: GuideDensity, weights: list[Weight], states: Tensor | None = None) -> Freedom:
+    """The freedom of a guide that uses `weights` and of which all site distributions have a `free_leaf`; `states`
+    `(K, E)` are the joint states of the discrete elements that it draws.
+    """
     with seeded(0, "freedom"), evaluating(density.guide), torch.no_grad():
         indices = evenly_spaced(density.num_datapoints, NUM_ROWS) if density.joint.plate else torch.zeros(1).long()
         z = density.at(indices).sample(1)[0][0]
         z = z[:1].expand_as(z)  # so that rows differ by their data alone
-        labels = _told_apart(lambda: _read(density, z, indices), lambda: weights)
-        slopes = _slopes(density, weights, labels)
+        labels = _told_apart(lambda: read_parameters(density, z, indices), lambda: weights)
+        slopes = slopes_of(density, weights, labels, states)
     return Freedom(labels, slopes)
 
 
@@ -117,7 +102,7 @@ def _told_apart(
     if settled() or not (used := weights()):
         return labels
     for _ in range(NUM_PERTURBED):
-        with _perturbed(used):
+        with perturbed(used):
             for key, value in read().items():
                 changes[key].append(value - before[key])
         labels = labelled()
@@ -126,36 +111,10 @@ def _told_apart(
     return labels
 
 
-def _read(density: GuideDensity, z: Tensor, indices: Tensor) -> dict[Key, Tensor]:
-    """Each parameter as real numbers, by rows, `(R, K)`, with the draws `z` `(R, dim)` in the guide's sites."""
-    in_plate = density.joint.plate is not None
-    runs = [(z, indices)] if in_plate else [(row[None], indices[:1]) for row in z]
-    read: dict[Key, list[Tensor]] = {}
-    for points, rows in runs:
-        messages = density.messages(rows, 1, PlaceValues(density.terms, points, in_plate))
-        distributions = {term.name: messages[term.name]["fn"] for term in density.terms}
-        for key, value in rows_of(density.terms, distributions, in_plate).items():
-            read.setdefault(key, []).append(value)
-    return {key: torch.cat(parts) for key, parts in read.items()}
-
-
-@contextmanager
-def _perturbed(weights: list[Weight], sign: float = 1.0) -> Iterator[None]:
-    """Run a guide with slightly different weights, drawn anew each time."""
-    values = []
-    for weight in weights:
-        value = weight.value.detach()
-        size = value.square().mean().sqrt()
-        typical = torch.where(size > 0, 0.1 * size, torch.ones_like(size))
-        values.append(value + sign * RELATIVE * torch.maximum(value.abs(), typical) * torch.randn_like(value))
-    with substituted(weights, values):
-        yield
-
-
 def _labels(changes: Tensor, values: Tensor, key: Key) -> Tensor:
     """Elements with equal `changes` `(K, F)` have one label; those without any have -1."""
     changes = torch.nan_to_num(changes)
-    tolerance = _rounding(values)
+    tolerance = rounding_of(values)
     labels = torch.full((len(changes),), -1)
     moved = (changes.abs().amax(1) > tolerance).nonzero()[:, 0]
     if key[1] == "scale_tril":
@@ -182,66 +141,3 @@ def _in_order(labels: Tensor) -> Tensor:
     for label in labels.tolist():
         numbers.setdefault(label, len(numbers) - 1)
     return torch.tensor([numbers[label] for label in labels.tolist()])
-
-
-def _rounding(values: Tensor) -> float:
-    size = torch.nan_to_num(values, posinf=0.0, neginf=0.0).abs().max()
-    return float(ROUNDING * torch.finfo(values.dtype).eps * (1 + size))
-
-
-def _slopes(density: GuideDensity, weights: list[Weight], labels: dict[Key, Tensor]) -> dict[str, Slopes]:
-    """The slopes of locations in earlier draws that the weights move.
-
-    Slopes are differences over a step as long as the draws spread. Their freedom, and that of the intercepts, is the
-    span of their changes under small changes of the weights, of which the even part is left out: for a product of two
-    weights the rest is exact.
-    """
-    joint, keys = density.joint, [key for key in labels if key[1] == "loc"]
-    everyone = torch.arange(density.num_datapoints) if joint.plate else torch.zeros(1).long()
-    active = joint.active(everyone[:NUM_ROWS])
-    index = everyone[:1] if active is None else everyone[active.sum(1).argmax()][None]
-    draws = density.at(index).sample(NUM_DRAWS)[0][:, 0]
-    step = torch.where(draws.std(0) > 0, draws.std(0), 1.0)
-    points = draws[:1] + torch.cat([torch.zeros_like(draws[:1]), torch.diag(step)])
-
-    def locations() -> dict[Key, Tensor]:
-        read = _read(density, points, index.expand(len(points)))
-        return {key: read[key] for key in keys}
-
-    def change() -> dict[Key, Tensor]:
-        state = torch.get_rng_state()
-        with _perturbed(weights):
-            above = locations()
-        torch.set_rng_state(state)
-        with _perturbed(weights, -1.0):
-            below = locations()
-        return {key: (above[key] - below[key]) / 2 for key in keys}
-
-    before, changes = locations(), [change() for _ in range(NUM_PERTURBED)]
-    free = {}
-    for key in keys:
-        moved = torch.stack([each[key][1:] - each[key][:1] for each in changes])
-        free[key] = (moved.abs().amax(0) > _rounding(before[key])).nonzero()
-    chosen = [key for key in keys if 0 < len(free[key]) <= MAX_SLOPES]
-    number = 2 * max((len(labels[key]) + len(free[key]) for key in chosen), default=0)
-    changes += [change() for _ in range(number - len(changes))]
-    return {
-        key[0]: _span(torch.stack([each[key] for each in changes]), points[0], step, *free[key].unbind(1))
-        for key in chosen
-    }
-
-
-def _span(changes: Tensor, point: Tensor, step: Tensor, coordinates: Tensor, elements: Tensor) -> Slopes:
-    """The span of `changes` `(P, 1 + dim, K)` of a location at a point, and a step from it in each coordinate."""
-    slopes = (changes[:, 1:] - changes[:, :1]) / step[:, None]
-    intercepts = changes[:, 0] - torch.einsum("d,pdk->pk", point, slopes)
-    both = torch.cat([intercepts, slopes[:, coordinates, elements]], 1)
-    sizes = both.norm(dim=0)
-    kept = sizes > NEGLIGIBLE * sizes.max()
-    _, singular, directions = torch.linalg.svd(both[:, kept] / sizes[kept], full_matrices=False)
-    rank = int((singular > MIN_FREE * singular[0]).sum())
-    if rank == len(sizes):
-        return Slopes(coordinates, elements, None)
-    basis = both.new_zeros(rank, len(sizes))
-    basis[:, kept] = directions[:rank] * sizes[kept] / sizes.max()
-    return Slopes(coordinates, elements, basis)

@@ -1,6 +1,6 @@
 """What can be refined: guides whose parameters have an axis of datapoints."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,23 @@ class Refinable(Protocol):
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at datapoints `indices` of the chunk, differentiable in `parameters`."""
         ...
+
+
+@runtime_checkable
+class TakesPaths(Protocol):
+    """A `Refinable` whose guides take `num_paths` joint states of discrete sites for each particle."""
+
+    num_paths: int
+
+
+def points_of(refinable: Refinable, num_particles: int) -> tuple[int, int]:
+    """The number of particles of a step that has `num_particles` draws by default, and of points at which log p(x, z)
+    is evaluated: particles share the draws with the paths of each, and there are two at least, a mirrored pair.
+    """
+    if not isinstance(refinable, TakesPaths):
+        return num_particles, num_particles
+    particles = 2 * max(1, num_particles // (2 * refinable.num_paths))
+    return particles, particles * refinable.num_paths
 
 
 def along(mask: Tensor, like: Tensor, axis: int) -> Tensor:

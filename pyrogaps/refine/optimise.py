@@ -9,9 +9,10 @@ from torch import Tensor
 from pyrogaps.capture import BoundDensity
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import NoInverseError
+from pyrogaps.density.paths import Paths
 from pyrogaps.errors import InputError
 from pyrogaps.refine.adam import Adam
-from pyrogaps.refine.local import Refinable, keep_where
+from pyrogaps.refine.local import Refinable, keep_where, points_of
 from pyrogaps.refine.objective import Objective
 from pyrogaps.refine.settings import Refinement
 from pyrogaps.run import Run
@@ -107,12 +108,12 @@ class Optimisation:
         self, stream: Stream, step: int, *, measure: bool, mirrored: bool
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """The gradient of the ELBO and, if asked to `measure` it, the ELBO `(B,)`, on the draws of one step."""
-        num_particles, density, log_joint = self.settings.num_particles, self.density.at_step(step), None
+        num_particles, density, log_joint = self._num_particles, self.density.at_step(step), None
         with torch.enable_grad():  # which the caller may have switched off
             guide = BlockedGuide(self.refinable, self.chunk)
-            path_draws = guide.sample_path(num_particles, stream, step, antithetic=mirrored)
-            if path_draws is not None:
-                return self._gradient_along(*path_draws, density, measure=measure)
+            paths = guide.sample_path(num_particles, stream, step, antithetic=mirrored)
+            if paths is not None:
+                return self._gradient_along(paths, density, measure=measure)
             draws, own_log_q = guide.sample_extended(num_particles, stream, step, antithetic=mirrored)
             if not draws.requires_grad:
                 raise InputError(
@@ -143,29 +144,39 @@ class Optimisation:
         return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients
 
     def _gradient_along(
-        self, draws: Tensor, log_q: Tensor, density: BoundDensity, *, measure: bool
+        self, paths: Paths, density: BoundDensity, *, measure: bool
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """As `_path_gradient`, from draws and log q as a function of the draws alone."""
-        z = draws.detach().contiguous()
-        log_joint = None
-        if measure:
+        """As `_path_gradient`, from draws and log q as a function of the draws alone, and where discrete sites take all
+        their states, from the derivative of these states' weights.
+        """
+        z, weighted = paths.z.detach().contiguous(), paths.log_weights is not None
+        elbo = log_joint = None
+        if measure or weighted:
             (log_joint,), (gradient,) = density(z)
         else:
             (gradient,) = density.gradients(z)
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        target = ((gradient * draws).sum() - log_q.sum()) / self.settings.num_particles
+        target = paths.mean((gradient * paths.z).sum(-1) - paths.log_q).sum()
+        if log_joint is not None:
+            log_ratio = log_joint - paths.log_q.detach()
+            elbo = paths.mean(log_ratio)
+            target = target + paths.of_weights(log_ratio).sum() if weighted else target
         gradients = torch.autograd.grad(target, self.refinable.parameters, allow_unused=True, materialize_grads=True)
-        return None if log_joint is None else (log_joint - log_q.detach()).mean(0), gradients
+        return elbo, gradients
+
+    @property
+    def _num_particles(self) -> int:
+        return points_of(self.refinable, self.settings.num_particles)[0]
 
     def _scores(self, refinable: Refinable) -> Tensor:
         """The ELBO on the selection draws, the same for all that are compared: `(rounds, B)`, -inf where not finite."""
-        guide, scores, number = BlockedGuide(refinable, self.chunk), [], self.settings.num_particles
+        guide, scores, number = BlockedGuide(refinable, self.chunk), list[Tensor](), self._num_particles
         stream = self.run.stream(f"select {self.name}")
         with torch.no_grad():
-            for first in range(max(2, self.settings.num_selection // number)):
-                z, log_q = guide.sample(number, stream, first)
-                (log_joint,) = self.density.at_step(first).values(z)
-                scores.append((log_joint - log_q).double().mean(0))
+            for first in range(max(2, self.settings.num_selection // self.settings.num_particles)):
+                paths = guide.sample_paths(number, stream, first) or Paths(*guide.sample(number, stream, first))
+                (log_joint,) = self.density.at_step(first).values(paths.z)
+                scores.append(paths.mean((log_joint - paths.log_q).double()))
         scored = torch.stack(scores)
         return torch.where(torch.isfinite(scored), scored, torch.full_like(scored, -math.inf))
 

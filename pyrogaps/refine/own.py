@@ -7,23 +7,26 @@ from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
+from torch import Tensor
 
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.data import evenly_spaced
 from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.given_states import Cells, GivenStatesGuide, StatesDensity, columns_of
-from pyrogaps.density.guide_states import GuideStates, read_states
+from pyrogaps.density.guide_states import GuideStates, listed_states, read_states
 from pyrogaps.density.local import FactorisedGuide
 from pyrogaps.density.runs import evaluating
+from pyrogaps.errors import InputError
 from pyrogaps.family import AmortizedGuide, LocalFamily
 from pyrogaps.problem import Problem
+from pyrogaps.refine.enumerated import EnumeratedGuide
 from pyrogaps.refine.families import Family, Start, restrict
 from pyrogaps.refine.family_guide import FamilyGuide
-from pyrogaps.refine.finetune import FinetunedGuide, substituted, used_weights
+from pyrogaps.refine.finetune import FinetunedGuide, learned_weights, substituted, used_weights
 from pyrogaps.refine.freed import FreedGuide, can_be_freed, is_learned, varying_parameters
 from pyrogaps.refine.freedom import Freedom, freedom_of, ties_of
 from pyrogaps.refine.local import Refinable
-from pyrogaps.refine.structured import StructuredGuide, can_be_structured
+from pyrogaps.refine.structured import StructuredGuide, can_be_structured, without_parameters
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk, seeded
 
@@ -35,8 +38,9 @@ class OwnFamily:
     """How to free a guide for the datapoints of a chunk, starting at the guide itself.
 
     `kind` is "autoguide" (a fresh one of its class), "local_family" (what its class brings), "freed" (its site
-    distributions with free parameters), "structured" (the same where they depend on earlier draws) or "fine-tuned"
-    (its own weights, datapoint by datapoint). `freedom` says what stays tied.
+    distributions with free parameters), "structured" (the same where they depend on earlier draws), "enumerated" (the
+    same with discrete sites that do, of joint `states` `(K, E)`) or "fine-tuned" (its own weights, datapoint by
+    datapoint). `freedom` says what stays tied.
     """
 
     density: GuideDensity
@@ -44,6 +48,7 @@ class OwnFamily:
     family: Callable[[Any], Any] | None = None
     varies: dict[str, set[str]] = field(default_factory=dict)
     freedom: Freedom | None = None
+    states: Tensor | None = None
 
     @property
     def fresh(self) -> Family | None:
@@ -94,6 +99,9 @@ class OwnFamily:
                 local = self.density.at(chunk.indices)
             assert isinstance(local, FactorisedGuide)
             return FreedGuide(local, joint, chunk.start, self.varies, self.freedom)
+        if self.kind == "enumerated":
+            assert self.freedom is not None and self.states is not None
+            return EnumeratedGuide(self.density, joint, chunk.indices, self.freedom, self.states)
         if self.kind == "structured":
             assert self.freedom is not None
             return StructuredGuide(self.density, joint, chunk.indices, self.freedom)
@@ -126,12 +134,32 @@ def own_family(density: GuideDensity) -> OwnFamily:
     return _states_family(density) if density.joint.structure.drawn else _own_family(density)
 
 
-def _states_family(density: GuideDensity) -> StatesFamily:
+def _states_family(density: GuideDensity) -> OwnFamily:
     read, scored = read_states(density), density.joint
+    if read is None:
+        return _enumerated_family(density)
     cells = Cells(read.states[read.cells[0]])
     joint = StatesDensity.of(scored, cells, torch.ones(()).expand(scored.num_datapoints, *cells.states.shape[:2]))
     inner = _own_family(GivenStatesGuide(density, joint, factorised=read.factorised)) if joint.dim else None
     return StatesFamily(density, "states", read=read, inner=inner)
+
+
+def _enumerated_family(density: GuideDensity) -> OwnFamily:
+    """That of a guide with discrete sites which depend on continuous latents; `InputError` where it cannot be freed."""
+    weights, site = learned_weights(density), density.joint.structure.drawn[0]
+    why = "and its sites have no parameters in the model's coordinates"
+    for name, kind in without_parameters(density).items():
+        why = f"and the parameters of site '{name}' ({kind}) cannot be freed"
+    if can_be_structured(density):
+        states = listed_states(density)
+        freedom = freedom_of(density, weights, states)
+        if freedom.any:
+            return OwnFamily(density, "enumerated", freedom=freedom, states=states)
+        why = "and no parameter of its sites is learned"
+    raise InputError(
+        f"site '{site}': its distribution in the guide depends on continuous latents, {why}, so that there is nothing "
+        "to refine. Draw the discrete sites first, or leave them out of the guide: they are then summed out exactly"
+    )
 
 
 def _own_family(density: GuideDensity) -> OwnFamily:
@@ -159,7 +187,7 @@ def _own_family(density: GuideDensity) -> OwnFamily:
         return OwnFamily(density, "autoguide", type(guide))
     if can_be_structured(density) and (weights := used_weights(density)):
         freedom = freedom_of(density, weights)
-        if any(bool((labels >= 0).any()) for labels in freedom.labels.values()):
+        if freedom.any:
             return OwnFamily(density, "structured", freedom=freedom)
     return OwnFamily(density, "fine-tuned")
 

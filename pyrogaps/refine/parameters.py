@@ -30,6 +30,15 @@ FREE_PARAMETERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "Dirichlet": (dist.Dirichlet, ("concentration",)),
 }
 
+# Those whose states can be listed, for guides that draw them after continuous latents.
+DISCRETE_PARAMETERS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "Bernoulli": (dist.Bernoulli, ("logits",)),
+    "Categorical": (dist.Categorical, ("logits",)),
+    "OneHotCategorical": (dist.OneHotCategorical, ("logits",)),
+    "OneHotCategoricalStraightThrough": (dist.OneHotCategorical, ("logits",)),
+}
+KNOWN = FREE_PARAMETERS | DISCRETE_PARAMETERS
+
 # Those that are Gaussian in unconstrained space.
 GAUSSIAN = (dist.Normal, dist.LogNormal, dist.MultivariateNormal)
 CONSTRAINTS = {"cov_factor": dist.constraints.real}
@@ -46,7 +55,7 @@ def free_leaf(fn: Any) -> Any:
     A transform is fixed if it has no parameters other than numbers. The parameters of flows are learned.
     """
     inner = leaf(fn)
-    while type(inner).__name__ not in FREE_PARAMETERS:
+    while type(inner).__name__ not in KNOWN:
         if not isinstance(inner, TransformedDistribution) or not all(map(_is_fixed, inner.transforms)):
             return None
         inner = leaf(inner.base_dist)
@@ -71,19 +80,19 @@ def rebuilt(fn: Any, change: Callable[[Any], Any], *, masks: bool) -> Any:
     if type(fn).__name__ == "MaskedDistribution":
         inner = rebuilt(fn.base_dist, change, masks=masks)
         return inner.mask(fn._mask) if masks else inner
-    if type(fn).__name__ in FREE_PARAMETERS:
+    if type(fn).__name__ in KNOWN:
         return change(fn)
     return dist.TransformedDistribution(rebuilt(fn.base_dist, change, masks=masks), fn.transforms)
 
 
 def build_of(inner: Any) -> Any:
     """The class that makes distributions of this kind."""
-    return FREE_PARAMETERS[type(inner).__name__][0]
+    return KNOWN[type(inner).__name__][0]
 
 
 def names_of(inner: Any) -> tuple[str, ...]:
     """The names of its parameters."""
-    return FREE_PARAMETERS[type(inner).__name__][1]
+    return KNOWN[type(inner).__name__][1]
 
 
 def value_of(inner: Any, name: str) -> Tensor:
@@ -95,7 +104,27 @@ def value_of(inner: Any, name: str) -> Tensor:
 
 def transform_of(inner: Any, name: str) -> Any:
     """The map from real numbers to values of a parameter."""
+    if name == "logits" and type(inner).__name__ != "Bernoulli":
+        return Contrasts()
     return transform_to(CONSTRAINTS.get(name, inner.arg_constraints[name]))
+
+
+class Contrasts(tf.Transform):
+    """From logits to logits of the same probabilities; back to those relative to the last state, which is always 0.
+
+    They are linear in what a network adds to its logits, which normalised ones are not. Where the last state is
+    impossible, they are relative to the most probable one.
+    """
+
+    bijective = True
+    domain = codomain = dist.constraints.real_vector
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        last = y[..., -1:]
+        return y - torch.where(torch.isfinite(last), last, y.amax(-1, keepdim=True))
 
 
 def axis_of(term: GuideSite, fn: Any, inner: Any, name: str) -> int:
@@ -140,7 +169,7 @@ def event_dims(distribution: Any, name: str) -> int:
     kind = distribution.__name__ if isinstance(distribution, type) else type(distribution).__name__
     if kind in ("MultivariateNormal", "LowRankMultivariateNormal"):
         return 2 if name in ("scale_tril", "cov_factor") else 1
-    return 1 if kind == "Dirichlet" else 0
+    return 1 if kind == "Dirichlet" or (name == "logits" and kind != "Bernoulli") else 0
 
 
 def unit_of(inner: Any, name: str, value: Tensor) -> Tensor | float:

@@ -19,7 +19,7 @@ from pyrogaps.refine.families import Family, Start
 from pyrogaps.refine.family_guide import FamilyGuide
 from pyrogaps.refine.finetune import FinetunedGuide, announcement
 from pyrogaps.refine.gaussian_form import gaussian_form
-from pyrogaps.refine.local import Refinable
+from pyrogaps.refine.local import Refinable, points_of
 from pyrogaps.refine.natural_refinement import NaturalRefinement
 from pyrogaps.refine.objective import Evaluator
 from pyrogaps.refine.optimise import NUM_TRACE, Optimisation, Progress
@@ -62,6 +62,8 @@ class Refiner:
         """
         if isinstance(self.family, StatesFamily):
             return self._fit_states(self.family, problem, chunk, run, others)
+        if isinstance(self.family, OwnFamily) and self.family.states is not None:  # in the space of these and z
+            return self(problem.scorer, chunk, run, name, start, others)
         if not problem.dim:
             value = problem.evaluator(problem.joint.zeros(len(chunk))[None], chunk.indices).mean().cpu()
             everyone = torch.ones(len(chunk), dtype=torch.bool)
@@ -188,7 +190,8 @@ class _Fit:
     def optimisation(self, refinable: Refinable, attempt: int = 0) -> Optimisation:
         """By Adam; of a further `attempt`, without the progress bar."""
         settings, run = self.refiner.settings, self.run.quiet() if attempt else self.run
-        density = self.evaluator.bind(self.chunk.indices, settings.num_particles)
+        _, number = points_of(refinable, settings.num_particles)
+        density = self.evaluator.bind(self.chunk.indices, number)
         return Optimisation(
             refinable, density, self.chunk, settings, run, f"{self.name} {attempt}" if attempt else self.name
         )

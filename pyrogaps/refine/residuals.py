@@ -10,8 +10,8 @@ from torch.distributions import TransformedDistribution
 from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import GuideSite, PlaceValues
 from pyrogaps.density.supports import bijection
-from pyrogaps.refine.freedom import Key, Slopes
 from pyrogaps.refine.parameters import (
+    DISCRETE_PARAMETERS,
     axis_of,
     build_of,
     free_leaf,
@@ -22,6 +22,8 @@ from pyrogaps.refine.parameters import (
     transform_of,
     value_of,
 )
+from pyrogaps.refine.perturbed import Key
+from pyrogaps.refine.slopes import Slopes
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,15 @@ class Added:
             assert drawn is not None
             coefficients = self.residual @ self.slopes.basis.to(self.residual)
             total, values = coefficients.tensor_split([coefficients.shape[1] - len(self.slopes.elements)], 1)
-            return total.index_add(1, self.slopes.elements, values * drawn[:, self.slopes.coordinates])
+            features = self.slopes.features(drawn)
+            return total.index_add(1, self.slopes.elements, values * features[:, self.slopes.coordinates])
         total = self.residual
         if self.labels is not None:
             total = torch.cat([total, torch.zeros_like(total[:, :1])], 1)[:, self.labels]
         if self.slopes is not None:
             assert drawn is not None
-            terms = self.values * (drawn - centre)[:, self.slopes.coordinates]
+            features = self.slopes.features(drawn) - self.slopes.padded(centre, 0.0)
+            terms = self.values * features[:, self.slopes.coordinates]
             total = total.index_add(1, self.slopes.elements, terms)
         return total
 
@@ -115,9 +119,13 @@ class ResidualSites(CentralSites):
         live, frozen = self._moved(term, fn, free_leaf(fn))
         message["fn"] = rebuilt(fn, lambda inner: live, masks=True)
         self.frozen[term.name] = rebuilt(fn, lambda inner: frozen, masks=True)
+        self._give(term, message)
+
+    def _give(self, term: GuideSite, message: Any) -> None:
+        """Put a value into a site; where it gets none, Pyro draws one."""
         if not self.drawing:
             PlaceValues._pyro_sample(self, message)
-        elif self.mirrored and (value := _mirrored_draw(term, message["fn"])) is not None:
+        elif self.mirrored and (value := normal_draw(term, message["fn"], mirrored=True)) is not None:
             message["value"], message["done"] = value, True
 
     def _moved(self, term: GuideSite, fn: Any, inner: Any) -> tuple[Any, Any]:
@@ -141,29 +149,41 @@ class ResidualSites(CentralSites):
 
 
 def _middle(fn: Any) -> Tensor:
-    """The mean of the `free_leaf`, or its location or scale where that is infinite, behind the fixed transforms."""
+    """The mean of the `free_leaf`, or its location or scale where that is infinite, behind the fixed transforms; the
+    most probable state of a discrete one.
+    """
     outer, inner = leaf(fn), free_leaf(fn)
     if outer is not inner:
         value = _middle(outer.base_dist)
         for transform in outer.transforms:
             value = transform(value)
         return value
+    if type(inner).__name__ in DISCRETE_PARAMETERS:
+        likely: Tensor = (inner.probs > 0.5).to(inner.probs) if type(inner).__name__ == "Bernoulli" else inner.mode
+        return likely
     mean: Tensor = inner.mean
     if bool(torch.isfinite(mean).all()):
         return mean
     return torch.as_tensor(getattr(inner, "loc", inner.scale)).expand(mean.shape)
 
 
-def _mirrored_draw(term: GuideSite, fn: Any) -> Tensor | None:
-    """A draw of a Normal, or of one behind fixed transforms, with the noise of the later half of the rows mirrored."""
+def normal_draw(term: GuideSite, fn: Any, *, mirrored: bool, copies: int = 1) -> Tensor | None:
+    """A draw of a Normal or LogNormal, or of one behind fixed transforms; None for others.
+
+    The rows are `copies` of the same noise one after the other, that of the later half of each mirrored if `mirrored`.
+    """
     inner, outer = free_leaf(fn), leaf(fn)
-    if type(inner).__name__ != "Normal" or not (outer is inner or leaf(getattr(outer, "base_dist", None)) is inner):
+    kind = type(inner).__name__
+    if kind not in ("Normal", "LogNormal") or not (outer is inner or leaf(getattr(outer, "base_dist", None)) is inner):
         return None
     axis = axis_of(term, fn, inner, "loc")
     shape = list(inner.loc.shape)
-    shape[axis] //= 2
+    shape[axis] //= 2 * copies if mirrored else copies
     noise = torch.randn(shape, dtype=inner.loc.dtype, device=inner.loc.device)
-    value: Tensor = inner.loc + inner.scale * torch.cat([noise, -noise], axis)
+    value: Tensor = inner.loc + inner.scale * torch.cat(
+        [noise, -noise] * copies if mirrored else [noise] * copies, axis
+    )
+    value = value.exp() if kind == "LogNormal" else value
     if isinstance(outer, TransformedDistribution) and outer is not inner:
         for transform in outer.transforms:
             value = transform(value)

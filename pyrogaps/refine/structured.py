@@ -9,13 +9,15 @@ with the residual $r_n$ of datapoint n, and, for locations, slopes $A_n$ in the 
 itself; $c_n$ is a constant, the guide's sites without noise. The network is frozen and runs once for all datapoints and
 particles. Only what the guide's weights can move is free, see `freedom`: elements that they move together stay tied,
 and r and A of a site stay in the span of what they can do to intercepts and slopes. Above 64 slopes of a site they are
-not freed. Ties between different sites are not seen.
+not freed. Ties between different sites are not seen. Discrete sites that depend on earlier continuous ones belong to
+the family too, see `enumerated`.
 
 The family contains the guide, and every guide whose locations differ from it by a linear function and whose scales
 differ by a factor. What a network with weights for each datapoint could do beyond that (curved dependence, a scale that
 changes with earlier draws in another way) is left out: L[q*] is a lower bound of the best of the guide's class.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +25,18 @@ import torch
 from torch import Tensor
 
 from pyrogaps.capture import RecordedDraws
+from pyrogaps.capture.programs import Values
 from pyrogaps.density import GuideDensity, JointDensity
 from pyrogaps.density.guide import SequentialGuide
+from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import Draws, LocalGuide, PlaceValues
 from pyrogaps.density.runs import evaluating
 from pyrogaps.refine.families import Start
-from pyrogaps.refine.freedom import Freedom, Key, Slopes
+from pyrogaps.refine.freedom import Freedom
 from pyrogaps.refine.parameters import axis_of, free_leaf, names_of, to_rows, transform_of, unit_of, value_of
+from pyrogaps.refine.perturbed import Key
 from pyrogaps.refine.residuals import Added, CentralSites, ResidualSites
+from pyrogaps.refine.slopes import Slopes
 from pyrogaps.streams import Chunk, seeded
 
 NUM_MOMENTS = 256
@@ -106,7 +112,7 @@ class StructuredGuide:
         number = int(labels.max()) + 1
         if not number:
             return
-        slopes = freedom.slopes.get(key[0]) if key[1] == "loc" else None
+        slopes = freedom.slopes.get(key)
         if slopes is not None and slopes.basis is not None:
             position = self._leaf(self._spanned_units(slopes, slopes.basis.to(unit), unit))
             self.changes[key] = _Change(labels, position, slopes, position)
@@ -116,13 +122,14 @@ class StructuredGuide:
         residual = self._leaf(unit @ member / member.sum(0))
         slopes_at = -1
         if slopes is not None:
-            slopes_at = self._leaf(unit[:, slopes.elements] / self._spread[:, slopes.coordinates])
+            spread = slopes.padded(self._spread, 1.0)
+            slopes_at = self._leaf(unit[:, slopes.elements] / spread[:, slopes.coordinates])
         self.changes[key] = _Change(labels, residual, slopes, slopes_at)
 
     def _spanned_units(self, slopes: Slopes, basis: Tensor, unit: Tensor) -> Tensor:
         """Natural steps `(B, rank)`: by each, the location moves by at most about its own unit."""
         number = unit.shape[1]
-        reach = (self.centre.abs() + self._spread)[:, slopes.coordinates]
+        reach = slopes.padded(self.centre.abs() + self._spread, 1.0)[:, slopes.coordinates]
         terms = basis[:, number:].abs() * reach[:, None]
         effect = basis[:, :number].abs().expand(len(unit), -1, -1).index_add(2, slopes.elements, terms)
         return 1 / (effect / unit[:, None]).amax(-1)
@@ -135,20 +142,21 @@ class StructuredGuide:
     def at(self, indices: Tensor) -> LocalGuide:
         """The guide at datapoints `indices` of the chunk, differentiable in `parameters`."""
         positions = indices - self._first
-        return _Structured(self, positions, None if self._active is None else self._active[positions])
+        return StructuredLocal(self, positions, self.active_at(positions))
+
+    def active_at(self, positions: Tensor) -> Tensor | None:
+        """Which coordinates are not masked out at `positions` in the chunk; None if the model masks none."""
+        return None if self._active is None else self._active[positions]
 
     def forget(self) -> None:
         """Let go of what was recorded for the refinement, which is large."""
         self._recorded.clear()
 
-    def path(self, run: "_Structured", num_particles: int, antithetic: bool) -> Draws:
-        """Draws and log q of a run as functions of `parameters`, recorded where it has been made often."""
-        key = (*run.indices.tolist(), num_particles, antithetic)
+    def recorded(self, key: Any, function: Callable[..., Values]) -> Values:
+        """What `function` gives of `parameters`, and of random numbers, recorded where it has been called often."""
         if key not in self._recorded:
-            device = self.joint.device
-            self._recorded[key] = RecordedDraws(lambda *given: run.path([*given], num_particles, antithetic), device)
-        z, log_q = self._recorded[key](self.parameters)
-        return z, log_q
+            self._recorded[key] = RecordedDraws(function, self.joint.device)
+        return self._recorded[key](self.parameters)
 
     def start_at(self, start: Start) -> bool:
         """Start near a factorised Gaussian; whether it can, which it does where all its sites are free Normals.
@@ -206,14 +214,18 @@ class StructuredGuide:
 
 def can_be_structured(density: GuideDensity) -> bool:
     """Whether every site of a guide, in the model's coordinates, has parameters that can be freed."""
-    if density.factorised or density.structure.mapped:
-        return False
+    return not (density.factorised or density.structure.mapped) and not without_parameters(density)
+
+
+def without_parameters(density: GuideDensity) -> dict[str, str]:
+    """The sites of a guide whose parameters cannot be freed, with the names of their distributions."""
     with seeded(0, "structured"), evaluating(density.guide), torch.no_grad():
         messages = density.messages(torch.zeros(1, dtype=torch.long))
-    return all(free_leaf(messages[term.name]["fn"]) is not None for term in density.terms)
+    sites = {term.name: messages[term.name]["fn"] for term in density.terms}
+    return {name: type(leaf(fn)).__name__ for name, fn in sites.items() if free_leaf(fn) is None}
 
 
-class _Structured(SequentialGuide):
+class StructuredLocal(SequentialGuide):
     """A `LocalGuide` that runs the guide with residuals at its sites."""
 
     def __init__(self, guide: StructuredGuide, positions: Tensor, active: Tensor | None) -> None:
@@ -229,11 +241,16 @@ class _Structured(SequentialGuide):
     def sample_path(self, num_particles: int, antithetic: bool = False) -> Draws:
         """As `sample`, with log q as a function of the draws alone: gradients reach the residuals through these."""
         if self.joint.plate is None:
-            pairs = [self.guide.path(self, 1, False) for _ in range(num_particles)]
+            pairs = [self._recorded_path(1, False) for _ in range(num_particles)]
             return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
-        return self.guide.path(self, num_particles, antithetic)
+        return self._recorded_path(num_particles, antithetic)
 
-    def path(self, parameters: list[Tensor], num_particles: int, antithetic: bool) -> Draws:
+    def _recorded_path(self, num_particles: int, antithetic: bool) -> Draws:
+        key = (*self.indices.tolist(), num_particles, antithetic)
+        z, log_q = self.guide.recorded(key, lambda *given: self._path([*given], num_particles, antithetic))
+        return z, log_q
+
+    def _path(self, parameters: list[Tensor], num_particles: int, antithetic: bool) -> Draws:
         """As `sample_path`, through the guide's program, with residuals in `parameters`."""
         mirrored = antithetic and num_particles % 2 == 0
         handler = self.guide.sites_with(self.indices, num_particles, None, parameters, mirrored=mirrored)

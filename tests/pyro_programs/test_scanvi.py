@@ -4,7 +4,6 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import pytest
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
@@ -82,7 +81,6 @@ def pair(labelled: bool) -> Pair:
     return Pair(scanvi.model, guides[0], args, CELLS, clean=(twin.model, guides[1]), nesting=nesting, repeats=50)
 
 
-@pytest.mark.xfail(strict=True, reason="q(y | z2) depends on a continuous latent: refused")
 def test_unlabelled(mode: Any) -> None:
     given = pair(labelled=False)
     ledger = given.ledger(mode, 4000)

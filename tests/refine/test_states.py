@@ -236,14 +236,22 @@ def test_too_many_states_are_counted_and_the_remedies_work() -> None:
     assert bool(torch.isfinite(pg.refine(model, lambda x: guide(x, draw=False), x, referee=False).traces).all())
 
 
-def test_states_that_depend_on_latents_are_refused() -> None:
+def test_states_that_depend_on_latents_without_parameters_are_refused() -> None:
+    """Those of a flow; with parameters at all sites, see test_enumerated."""
     model = Mixture()
+    flow = dist.transforms.spline(2)
 
-    def guide(x: Tensor) -> None:
+    def guide(x: Tensor, learned: bool = True) -> None:
+        if learned:
+            pyro.module("flow", flow)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x[:, :2], 1.0).to_event(1))
+            base = dist.Normal(x[:, :2], 1.0).to_event(1)
+            z = pyro.sample("z", dist.TransformedDistribution(base, [flow]) if learned else base)
             pyro.sample("y", dist.Categorical(logits=torch.cat([z, x[:, :1]], -1)))
 
-    with pytest.raises(pg.InputError, match="site 'y': its distribution in the guide depends on continuous latents"):
+    expected = "'y': .* depends on continuous latents, and the parameters of site 'z' \\(TransformedDistribution\\)"
+    with pytest.raises(pg.InputError, match=expected):
         pg.refine(model, guide, model.data(4))
+    with pytest.raises(pg.InputError, match="it has no learned parameters"):
+        pg.refine(model, lambda x: guide(x, learned=False), model.data(4))
     assert bool(torch.isfinite(pg.elbo(model, guide, model.data(4)).value).all())

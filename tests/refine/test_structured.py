@@ -72,7 +72,7 @@ def test_a_learned_slope_of_zero_is_no_mean_field() -> None:
     x, _ = draws_of(LINEAR, 3)
     guide = TwoLevels(0.0, learned=True)
     family = family_of(split, guide, x)
-    assert family.kind == "structured" and family.freedom is not None and set(family.freedom.slopes) == {"b"}
+    assert family.kind == "structured" and family.freedom is not None and set(family.freedom.slopes) == {("b", "loc")}
     bound = elbo(split, refine(split, guide, x, settings=BRIEF, referee=False), x)
     assert_exact(bound.value, bound.mcse, LINEAR.log_evidence(x))
     assert float(mean_field_gap(LINEAR.precision)) > 4 * float(bound.mcse.max())
@@ -107,7 +107,7 @@ def test_a_location_without_an_intercept_gets_none() -> None:
     guide = WithoutIntercept(0.4, learned=True)
     freedom = family_of(split, guide, x).freedom
     assert freedom is not None
-    basis = freedom.slopes["b"].basis
+    basis = freedom.slopes["b", "loc"].basis
     assert basis is not None and basis.shape == (1, 2) and float(basis[0, 0]) == 0.0
     bound = elbo(split, refine(split, guide, x, referee=False), x, num_particles=4000)
     mean, precision = LINEAR.posterior(x)[0].detach(), LINEAR.precision.detach()
@@ -187,7 +187,7 @@ def test_a_ragged_chain_with_a_packed_lstm_holds_the_posterior() -> None:
     guide = PackedGuide()
     family = family_of(chain, guide, (x, lengths))
     assert family.kind == "structured" and family.freedom is not None
-    assert set(family.freedom.slopes) == {f"z_{t}" for t in range(1, NUM_STEPS)}
+    assert set(family.freedom.slopes) == {(f"z_{t}", "loc") for t in range(1, NUM_STEPS)}
     refined = refine(chain, guide, (x, lengths), settings=BRIEF, referee=False)
     bound = elbo(chain, refined, (x, lengths))
     assert_exact(bound.value, bound.mcse, exact_chain(x, lengths))
@@ -295,7 +295,7 @@ def test_slopes_are_free_as_far_as_the_weights_choose_them(
     x = torch.randn(9, 6)
     freedom = family_of(vectors, Vectors(coupling), x).freedom
     assert freedom is not None
-    slopes = freedom.slopes["b"]
+    slopes = freedom.slopes["b", "loc"]
     assert len(slopes.elements) == number
     if number == 2:
         assert torch.equal(slopes.elements, slopes.coordinates)
