@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from pyrogaps.errors import InputError
 Program = Callable[..., Any]
 # The calls of modules that run `forward`; messengers among the autoguides have a call of their own.
 MODULE_CALLS = (nn.Module.__call__, PyroModule.__call__)
+# Functions of these packages hold no modules of a caller. Of a list that a program reads, so many values are seen.
+LIBRARIES, MAX_VALUES = ("torch", "pyro", "numpy", "pyrogaps"), 64
 
 
 class MisreadData(InputError):
@@ -27,23 +30,46 @@ class RandomProgram(InputError):
 
 
 def modules_of(program: Program) -> list[nn.Module]:
-    """The torch modules that a program is, is a method of, or closes over; also behind Pyro's handlers and partials."""
-    candidates: list[Any] = []
-    while not isinstance(program, nn.Module):
-        if isinstance(program, functools.partial):  # what a handler makes of a program is one too
-            candidates += [*program.args, *program.keywords.values()]
-        if hasattr(program, "__wrapped__"):
-            program = program.__wrapped__
-        elif isinstance(program, functools.partial):
-            program = program.func
-        else:
-            break
-    candidates += [program, getattr(program, "__self__", None)]
-    function = getattr(program, "__func__", program)
-    if inspect.isfunction(function):
-        variables = inspect.getclosurevars(function)
-        candidates += [*variables.nonlocals.values(), *variables.globals.values()]
-    return [candidate for candidate in candidates if isinstance(candidate, nn.Module)]
+    """The torch modules that a program is, or that it reaches: as a method, in a closure, behind Pyro's handlers,
+    partials and further functions of the caller's own.
+    """
+    found: dict[int, Any] = {}
+    left: list[Any] = [program]
+    while left:
+        candidate = left.pop(0)
+        if id(candidate) not in found:
+            found[id(candidate)] = candidate
+            left += _reached(candidate)
+    return [candidate for candidate in found.values() if isinstance(candidate, nn.Module)]
+
+
+def _reached(candidate: Any) -> list[Any]:
+    """What a program, or a value that it reads, holds one step further; nothing of a module or of a library."""
+    if isinstance(candidate, nn.Module | type) or _is_of_library(candidate):
+        return []
+    if isinstance(candidate, list | tuple):
+        return [*candidate[:MAX_VALUES]]
+    if isinstance(candidate, dict):
+        return [*candidate.values()][:MAX_VALUES]
+    reached = [getattr(candidate, "__wrapped__", None)]
+    if isinstance(candidate, functools.partial):  # what a handler makes of a program is one too
+        reached += [candidate.func, *candidate.args, *candidate.keywords.values()]
+    if inspect.ismethod(candidate):
+        owner = candidate.__self__
+        reached += [owner, candidate.__func__, *getattr(owner, "__dict__", {}).values()]
+    elif inspect.isfunction(candidate):
+        variables = inspect.getclosurevars(candidate)
+        reached += [*variables.nonlocals.values(), *variables.globals.values()]
+    elif callable(candidate):
+        reached += getattr(candidate, "__dict__", {}).values()
+    return reached
+
+
+def _is_of_library(candidate: Any) -> bool:
+    """Whether a function is one of torch, Pyro or Python, which holds nothing of a caller's unless it wraps it."""
+    package = str(getattr(candidate, "__module__", None)).partition(".")[0]
+    plain = inspect.isfunction(candidate) and not candidate.__closure__
+    return plain and (package in LIBRARIES or package in sys.stdlib_module_names)
 
 
 def check_callable(program: Any, what: str, pair: str = "Pass its methods .model and .guide") -> None:

@@ -50,3 +50,46 @@ def test_modules_behind_handlers_and_partials_are_found():
     assert modules_of(partial) == [module]
     assert module in modules_of(poutine.scale(partial, scale=2.0))
     assert module in modules_of(config_enumerate(poutine.block(module.forward)))
+
+
+def test_modules_further_away_are_found():
+    layers = [nn.Linear(1, 1), nn.Linear(1, 2)]
+
+    def helper(x):
+        return layers[1](x)
+
+    class Pair:
+        def __init__(self):
+            self.own = nn.Linear(1, 3)
+
+        def model(self, x):
+            return self.own(helper(x))
+
+        def __call__(self, x):
+            return self.own(x)
+
+    pair = Pair()
+    assert modules_of(lambda x: helper(x)) == layers
+    assert modules_of(pair.model) == [pair.own, *layers]
+    assert modules_of(poutine.scale(pair.model, scale=2.0)) == [pair.own, *layers]
+    assert modules_of(pair) == [pair.own]
+    assert modules_of(nn.functional.relu) == []
+
+
+def test_modules_of_helpers_are_in_evaluation_mode():
+    """Dropout of a guide that a lambda calls, and of one that is a method of a plain object."""
+    x, dropout = torch.randn(6), nn.Dropout(0.9)
+
+    def guide(x, width):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(dropout(x) + width, 0.5))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    first = pg.elbo(model, lambda x: guide(x, 0.1), x, num_particles=20)
+    second = pg.elbo(model, lambda x: guide(x, 0.1), x, num_particles=20)
+    assert torch.equal(first.value, second.value)
+    assert dropout.training
