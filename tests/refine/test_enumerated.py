@@ -86,9 +86,11 @@ class Guide(nn.Module):
             pyro.sample("z1", dist.Normal(self.loc[y] + self.slope * z2, scale.exp()))
 
 
-def begun(guide: Any, model: Any, x: Any = X, plate: Any = None) -> tuple[pg.Problem, EnumeratedGuide]:
+def begun(
+    guide: Any, model: Any, x: Any = X, plate: Any = None, mode: Any = "eager"
+) -> tuple[pg.Problem, EnumeratedGuide]:
     """A problem and its guide as refinement begins."""
-    problem = pg.Problem.of(model, guide, x, plate, "eager")
+    problem = pg.Problem.of(model, guide, x, plate, mode)
     family, chunk = own_family(problem.guide_density()), Chunk(0, problem.num_datapoints)
     assert family.kind == "enumerated"
     refinable = family.start(problem.scored, chunk, Run(0))
@@ -165,7 +167,7 @@ def best(scales: bool) -> Tensor:
 
 @pytest.mark.parametrize("scales", [True, False])
 def test_refined_to_the_best_of_the_family(scales: bool) -> None:
-    problem, refinable = begun(Guide(scales=scales), Model())
+    problem, refinable = begun(Guide(scales=scales), Model(), mode="captured")
     assert (("z1", "scale") in refinable.changes) and ("y", "logits") in refinable.changes
     start = by_quadrature(refinable).detach()
     result = pg.refine(problem, settings=pg.Refinement(num_steps=400), referee=False)
