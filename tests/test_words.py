@@ -116,8 +116,8 @@ def test_the_remedy_for_an_unreliable_ladder_is_one() -> None:
         return int((~arrays["log_evidence_reliable"]).sum()), measurement.cautions(arrays)
 
     before, (caution,) = unreliable(pg.Ladder())
-    assert before >= 4 and "Use evidence=Ladder(tolerance=0.02, num_chains=512), and compare" in caution
-    assert unreliable(pg.Ladder(tolerance=0.02, num_chains=512)) == (0, [])
+    assert before >= 4 and "Use evidence=Ladder(tolerance=0.015, num_chains=512), and compare" in caution
+    assert unreliable(pg.Ladder(tolerance=0.015, num_chains=512)) == (0, [])
     _, (caution, *_) = unreliable(pg.Ladder(tolerance=0.001, num_chains=512, max_evaluations=2000))
     assert "max_evaluations of Ladder, now 2,000" in caution or "Raise max_evaluations of Ladder" in caution
 

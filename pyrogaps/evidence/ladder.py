@@ -19,7 +19,7 @@ from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate, ladder_es
 from pyrogaps.evidence.ladder_settings import LadderSettings
 from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined, number_unreliable
 from pyrogaps.gaussians import anchor_of
-from pyrogaps.log_weights import MAX_MCSE_ALONE, MIN_DRAWS_ALONE
+from pyrogaps.log_weights import MIN_DRAWS_ALONE
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refiner
 from pyrogaps.run import Run
@@ -32,6 +32,8 @@ REVERSE_TEMPERATURES, REVERSE_TOLERANCE = 50, 0.1
 MAX_SHARE_ABOVE = 0.2
 # The share of the datapoints that may be unreliable without one.
 MAX_SHARE_UNRELIABLE = 0.1
+# The tolerance with which weights alone are trusted: well below the standard error that this takes.
+TOLERANCE_ALONE = 0.015
 # The effective sample size below which weights say nothing of the value, not even how wrong it is.
 MIN_ESS = 2.0
 
@@ -174,9 +176,9 @@ class LadderMeasurement(Measurement):
     def _remedy(self) -> str:
         """Settings with which weights alone are trusted, or, where these are met, more evaluations."""
         tolerance, number = self.evidence.tolerance, self.evidence.num_chains
-        if tolerance <= MAX_MCSE_ALONE and number >= MIN_DRAWS_ALONE:
+        if tolerance <= TOLERANCE_ALONE and number >= MIN_DRAWS_ALONE:
             return f"Raise max_evaluations of Ladder, now {self.evidence.max_evaluations:,}"
-        tolerance, number = min(tolerance, MAX_MCSE_ALONE), max(number, 512)
+        tolerance, number = min(tolerance, TOLERANCE_ALONE), max(number, 512)
         return f"Use evidence=Ladder(tolerance={tolerance:g}, num_chains={number})"
 
     def estimate(self, parts: Sequence[Measured]) -> LadderEstimate:
