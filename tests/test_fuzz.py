@@ -8,8 +8,9 @@ import pytest
 from tests.fuzz.checks import check, spec_of
 from tests.fuzz.faults import FAULTS
 
-# Cheap ones that together have every guide, every form of data and two thirds of all that programs differ in.
-VALID = [205, 307, 337, 360, 396, 398, 420, 433, 450]
+# Cheap ones that together have every guide, every form of data and two thirds of all that programs differ in; of the
+# last two, one has discrete latents that are summed out, and one a discrete latent that the guide draws.
+VALID = [205, 307, 337, 360, 396, 398, 420, 433, 450, 71, 13]
 
 
 @pytest.mark.parametrize("seed", [*VALID, *range(4, 4 + 5 * len(FAULTS), 5)])
