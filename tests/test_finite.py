@@ -73,6 +73,30 @@ def test_one_impossible_datapoint_is_named_and_the_others_are_measured() -> None
         plot(ledger)
 
 
+class SharedGuide(Guide):
+    def forward(self, x: Tensor) -> None:
+        pyro.sample("m", dist.Normal(self.net.bias[0], 0.3))
+        super().forward(x)
+
+
+def test_an_impossible_datapoint_that_shares_latents() -> None:
+    """log p(x) of the data set is -infinity, and so its global gap is none; the others have their gaps."""
+
+    def model(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 0.3))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Beta(z.exp() + 1, 1.0), obs=x)
+
+    few = {"shared": pg.Shared(num_draws=2), "num_particles": 8, "referee": False}
+    ledger = pg.decompose(model, SharedGuide(), torch.tensor([0.5, 0.0, 0.9]), **SMALL | few)
+    assert np.isfinite(ledger.gaps["mean"]).all() and "global_gap" not in ledger.gaps["gap"]
+    text = str(ledger)
+    assert "the global gap is not measured: log p(x) of the data set is -infinity" in text
+    assert "1 of 3 datapoints" in text and "nan" not in text
+    assert "datapoint 1" in str(ledger.diagnose())
+
+
 def test_the_ladder_names_an_impossible_datapoint_and_measures_the_others() -> None:
     estimate = pg.log_evidence(with_impossible_data, Guide(), torch.tensor([0.5, 0.0, 0.9]))
     assert estimate.value[1] == -math.inf

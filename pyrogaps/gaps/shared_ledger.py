@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -83,10 +84,8 @@ class SharedDecomposition:
         local = self._local(drawn)
         ledgers = [*self._ledgers(local, drawn, terms)]
         run = Run(self._seed)
-        number = hierarchy.dim + local.num_datapoints * local.dim
-        whole = whole_evidence(self.model, self.guide, self.data, number, self.settings.tolerance, run)
-        gap = global_gap(hierarchy, local, drawn.values, whole, self.settings, run)
         per_datapoint = averaged(ledgers)
+        gap = None if _is_impossible(ledgers) else self._global_gap(local, drawn, run)
         independent = self._is_independent(local, drawn)
         draws = by_draw(ledgers, per_datapoint)
         shared = with_global_gap(draws, gap, hierarchy.names, hierarchy.dim, independent=independent)
@@ -104,8 +103,13 @@ class SharedDecomposition:
         if gap is not None and is_finite(per_datapoint).all():
             provenance["shared"]["data_set"] = data_set_line(shared, gaps, local.num_datapoints)
         own = [self._on_independence(local, last_gap(first))] if independent else []
-        provenance["remarks"] = [*own, *provenance["remarks"], *_on_global_gap(gap)]
+        provenance["remarks"] = [*own, *provenance["remarks"], *_on_global_gap(gap, local.dim)]
         return GapLedger(per_datapoint, traces, observed, provenance, gaps, shared=shared)
+
+    def _global_gap(self, local: Problem, drawn: SharedDraws, run: Run) -> GlobalGap | None:
+        number = self.hierarchy.dim + local.num_datapoints * local.dim
+        whole = whole_evidence(self.model, self.guide, self.data, number, self.settings.tolerance, run)
+        return global_gap(self.hierarchy, local, drawn.values, whole, self.settings, run)
 
     def _ledgers(self, local: Problem, drawn: SharedDraws, terms: Sequence[Term]) -> Iterator[GapLedger]:
         """The ledger of the datapoints given each draw. What the first has recorded serves the others."""
@@ -175,15 +179,23 @@ class SharedDecomposition:
         return int(self.options.get("seed", 0))
 
 
-def _on_global_gap(gap: GlobalGap | None) -> list[str]:
-    """Remarks on what the global gap leaves out."""
-    if gap is None:
+def _on_global_gap(gap: GlobalGap | None, dim: int) -> list[str]:
+    """Remarks on what the global gap leaves out; `dim` latents has a datapoint."""
+    if gap is None and dim > MAX_DIM:
         return [f"the global gap is not measured: a datapoint has more than {MAX_DIM} latents"]
+    if gap is None:
+        return ["the global gap is not measured: log p(x) of the data set is -infinity"]
     if gap.method == WEIGHTS:
         return [
             "the global gap leaves out whatever the guide's draws never reach, such as further modes of the posterior"
         ]
     return []
+
+
+def _is_impossible(ledgers: Sequence[GapLedger]) -> bool:
+    """Whether log p(x_n) of a datapoint is -infinity given every draw, and so that of the data set."""
+    values = np.stack([ledger.per_datapoint["log_evidence"].values for ledger in ledgers])
+    return bool(np.isneginf(values).all(0).any())
 
 
 def _infinite(ledgers: Sequence[GapLedger]) -> list[dict[str, Any]]:

@@ -67,6 +67,25 @@ def test_few_draws_of_a_poor_guide_bound_nothing_from_above() -> None:
     assert gap.value == gap.lower
 
 
+def test_no_more_draws_than_allowed() -> None:
+    assert measured(Structured(0.7, 0.4), Shared(max_draws=24, tolerance=1e-3), by_ladder=False).num_draws == 24
+
+
+def test_an_infinite_upper_estimate_bounds_nothing_from_below_and_a_divergence_is_not_negative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chains of the weights at one theta that never met."""
+    estimate = Marginals.__call__
+
+    def unmet(marginals: Marginals, values: Any, block: int) -> Any:
+        low, high = estimate(marginals, values, block)
+        return low, torch.where(torch.arange(len(high)) == 0, torch.inf, high)
+
+    monkeypatch.setattr(Marginals, "__call__", unmet)
+    gap = measured(Structured(0.7, 0.4), Shared(max_draws=64), by_ladder=False)
+    assert (gap.value, gap.mcse, gap.bounded) == (0.0, 0.0, False)
+
+
 def test_log_p_given_theta_is_between_its_estimates() -> None:
     with pytest.raises(SharedLatents) as raised:
         pg.Problem.of(hierarchy, Structured(), X)
