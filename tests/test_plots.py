@@ -193,13 +193,18 @@ def test_traces_show_every_family_and_the_levels():
     [
         (("traces",), "no refinement was traced"),
         (("refined_elbo",), "no refinement was traced"),
-        (("acceptance_by_temperature", "ess_by_temperature"), "no annealing was traced"),
         (("amortization_gap",), "needs both the approximation\nand the amortization gap"),
     ],
 )
 def test_missing_variables_leave_a_note(without, remark):
     figure = render(plot_ledger(fabricate(without=without), Figure(figsize=(10, 10), layout="constrained")))
     assert remark in texts(figure)
+
+
+def test_without_annealing_there_is_no_panel_for_it():
+    """As of the ladder, the default."""
+    (left,) = render(plot_traces(fabricate(without=("acceptance_by_temperature", "ess_by_temperature")), blank())).axes
+    assert left.get_title(loc="left") == "Refinement"
 
 
 def test_nothing_but_a_bound():

@@ -8,15 +8,17 @@ from matplotlib.figure import FigureBase
 from pyrogaps.plots.source import LINES, SHADES, Ledger, families, group, new_figure, note, per_datapoint, tidy, values
 from pyrogaps.settings import checked
 
+ANNEALING = {"acceptance_by_temperature": "acceptance", "ess_by_temperature": "ESS / chains"}
+
 
 @checked()
 def plot_traces(ledger: Ledger, figure: FigureBase | None = None) -> FigureBase:
     """Draw the traces of a decomposition: ELBO during refinement, and acceptance and ESS during annealing.
 
     Left, each family's bound during refinement, in nats, averaged over datapoints, between the guide's bound L[q] and
-    log p(x): a curve that still rises at its end needs more steps. Right, against the inverse temperature of
-    AIS, the mean acceptance probability of HMC (good between 0.5 and 0.9) and the effective sample size of the running
-    weights as a share of the chains: where it collapses, increase the number of temperatures.
+    log p(x): a curve that still rises at its end needs more steps. Right, where log p(x) is by `AIS`, against its
+    inverse temperature, the mean acceptance probability of HMC (good between 0.5 and 0.9) and the effective sample size
+    of the running weights as a share of the chains: where it collapses, increase the number of temperatures.
 
     Args:
         ledger: a `GapLedger`, or a `DataTree` or `InferenceData` with its groups.
@@ -25,12 +27,14 @@ def plot_traces(ledger: Ledger, figure: FigureBase | None = None) -> FigureBase:
     Returns:
         The figure drawn in.
     """
-    if figure is None:
-        figure = new_figure(10, 3.4)
     traces = group(ledger, "traces")
-    left, right = figure.subplots(1, 2)
-    _refinement(left, traces, per_datapoint(ledger))
-    _annealing(right, traces)
+    annealed = any(values(traces, name) is not None for name in ANNEALING)
+    if figure is None:
+        figure = new_figure(10 if annealed else 6, 3.4)
+    axes = figure.subplots(1, 1 + annealed, squeeze=False)[0]
+    _refinement(axes[0], traces, per_datapoint(ledger))
+    if annealed:
+        _annealing(axes[1], traces)
     return figure
 
 
@@ -57,13 +61,7 @@ def _refinement(ax: Axes, traces: xr.Dataset, dataset: xr.Dataset) -> None:
 
 def _annealing(ax: Axes, traces: xr.Dataset) -> None:
     ax.set_title("Annealing", loc="left", fontsize="medium")
-    drawn = {
-        "acceptance": values(traces, "acceptance_by_temperature"),
-        "ESS / chains": values(traces, "ess_by_temperature"),
-    }
-    if all(curve is None for curve in drawn.values()):
-        note(ax, "no annealing was traced")
-        return
+    drawn = {label: values(traces, name) for name, label in ANNEALING.items()}
     for (label, curve), line, shade in zip(drawn.items(), LINES, SHADES, strict=False):
         if curve is not None:
             schedule = values(traces, "inverse_temperature")
