@@ -197,6 +197,7 @@ def test_families_that_return_functions_are_refused() -> None:
         refine(LINEAR, family, x)
 
 
+@pytest.mark.filterwarnings("ignore:guide. it is refined datapoint by datapoint")  # on a slow machine
 def test_guides_without_gradients_of_their_draws_are_refused() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
