@@ -6,7 +6,7 @@ same command is started again, until it ends. Every chunk that was measured and 
 with that of an undisturbed run in one process. Times are of the processor, not of a clock, so that kills strike the
 same stages of a run on a machine that other work shares.
 
-    python benchmarks/kills.py            # 20 kills: about seven minutes
+    python benchmarks/kills.py            # 20 kills: about ten minutes
     python benchmarks/kills.py --quick    # 2 kills
 """
 
@@ -119,11 +119,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--most", type=float, default=16.0, help="processor seconds until a kill, at the most")
+    parser.add_argument("--most", type=float, default=30.0, help="processor seconds until a kill, at the most")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.quick:
-        options.kills, options.most = 2, 15.0
+        options.kills, options.most = 2, 25.0
     chance = random.Random(options.seed)
 
     with tempfile.TemporaryDirectory() as name:
