@@ -12,6 +12,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
+from pyrogaps.memory import free_cycles
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
 from pyrogaps.settings import Count, Plate, Seed, checked
@@ -36,6 +37,7 @@ def chunk_log_weights(
         for first, size in enumerate(particle_blocks(num_particles)):
             z, log_q = guide.sample(size, stream, first)
             parts.append(density(z, chunk.indices).double() - log_q.double())
+            free_cycles()
     return refuse_nan(torch.cat(parts), chunk.indices)
 
 

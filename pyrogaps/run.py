@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,12 +104,12 @@ class Run:
         caller's random state is restored afterwards.
         """
         with self._seeded(joint):
-            return processes.divided(measure, chunks(joint.num_datapoints, self.batch_size))
+            return processes.divided(partial(_freed, measure), chunks(joint.num_datapoints, self.batch_size))
 
     def map_alone(self, measure: Callable[[Chunk], Result], joint: JointDensity) -> list[Result]:
         """As `map`, every process by itself, for results that belong to their process, such as guides."""
         with self._seeded(joint):
-            return [measure(chunk) for chunk in chunks(joint.num_datapoints, self.batch_size)]
+            return [_freed(measure, chunk) for chunk in chunks(joint.num_datapoints, self.batch_size)]
 
     def map_kept(
         self,
@@ -143,6 +144,7 @@ class Run:
             def kept(chunk: Chunk) -> tuple[Chunk, Arrays]:
                 arrays = cache.get(chunk, fingerprint, lambda: measure(chunk, shown_in))
                 shown_in.bar.finish_chunk(reached(arrays))
+                memory.free_cycles()
                 memory.give_back()
                 return chunk, arrays
 
@@ -153,3 +155,10 @@ class Run:
         # What a guide draws outside of all streams must not depend on the caller's random state, nor change it.
         with seeded(self.seed, "unused", device=joint.device):
             yield
+
+
+def _freed(measure: Callable[[Chunk], Result], chunk: Chunk) -> Result:
+    """`measure` of a chunk, without what it leaves in memory."""
+    result = measure(chunk)
+    memory.free_cycles()
+    return result

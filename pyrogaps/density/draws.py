@@ -9,6 +9,7 @@ from torch import Tensor
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.local import Draws, FactorisedGuide, LocalGuide
 from pyrogaps.density.paths import Enumerates, KnowsPath, Paths
+from pyrogaps.memory import free_cycles
 from pyrogaps.streams import BLOCK, Chunk, Stream, particle_blocks, seeded
 
 
@@ -94,6 +95,7 @@ class BlockedGuide:
             with torch.no_grad():
                 draws = self.sample(size, stream, first)
             yield draws
+        free_cycles()
 
     def moments(self, num_particles: int, stream: Stream) -> Draws:
         """Mean and standard deviation `(B, dim)`: exact where known, else from `num_particles` draws."""

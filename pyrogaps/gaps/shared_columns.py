@@ -13,6 +13,7 @@ from pyrogaps.gaps.terms import DATA_SET, GLOBAL, Columns, Term, ids, measured_g
 from pyrogaps.shared import GlobalGap
 
 CONFIDENCE = 0.95
+DATA_SET_ELBO = "data_set_elbo"
 # Columns that hold in every draw, in any, and of which a mean over draws says nothing.
 IN_ALL, IN_ANY, LEFT_OUT = ("log_evidence_reliable", "examined"), ("log_evidence_doubted",), ("log_evidence_method",)
 FIELDS = (
@@ -82,14 +83,24 @@ def gaps_of(columns: Columns, terms: Sequence[Term]) -> xr.Dataset:
     return gaps.assign(mcse=("gap", mcse), total=("gap", total), total_low=("gap", low), total_high=("gap", high))
 
 
-def data_set_line(draws: xr.Dataset, gaps: xr.Dataset, number: int) -> str:
-    """log p(x) and the ELBO of a data set of `number` datapoints, in words."""
-    names = ("log_evidence", "log_evidence_upper", "log_evidence_mcse", "marginal_elbo", "marginal_elbo_mcse")
-    low, high, mcse, elbo, error = (float(draws[f"{GLOBAL}_{name}"]) for name in names)
+def with_elbo(draws: xr.Dataset, gaps: xr.Dataset, number: int) -> xr.Dataset:
+    """`draws` with the ELBO of a data set of `number` datapoints and its standard error, nats.
+
+    It is A, the ELBO of theta alone (`GlobalGap.marginal_elbo`), less the local gaps.
+    """
     local = gaps.sel(gap="inference_gap")
-    error = float(np.hypot(error, number * float(local["mcse"])))
+    elbo = float(draws[f"{GLOBAL}_marginal_elbo"]) - float(local["total"])
+    error = np.hypot(float(draws[f"{GLOBAL}_marginal_elbo_mcse"]), number * float(local["mcse"]))
+    attrs = {"units": "nats"}
+    return draws.assign({DATA_SET_ELBO: ((), elbo, attrs), f"{DATA_SET_ELBO}_mcse": ((), float(error), attrs)})
+
+
+def data_set_line(draws: xr.Dataset) -> str:
+    """log p(x) and the ELBO of the data set, in words."""
+    names = (*(f"{GLOBAL}_{name}" for name in ("log_evidence", "log_evidence_upper", "log_evidence_mcse")),)
+    low, high, mcse = (float(draws[name]) for name in names)
+    elbo, error = (float(draws[name]) for name in (DATA_SET_ELBO, f"{DATA_SET_ELBO}_mcse"))
     known = f"between {low:.2f} and {high:.2f}" if draws.attrs["bounded"] else f"at least {low:.2f}"
-    elbo -= float(local["total"])
     return f"the data set: log p(x) {known} (± {mcse:.2f}) nats, ELBO {elbo:.2f} (± {error:.2f}) nats"
 
 

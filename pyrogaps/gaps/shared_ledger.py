@@ -25,7 +25,7 @@ from pyrogaps.gaps.assemble import observed_of
 from pyrogaps.gaps.decomposition import Decomposition
 from pyrogaps.gaps.finite import MAX_NAMED, is_finite
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.shared_columns import averaged, by_draw, data_set_line, gaps_of, with_global_gap
+from pyrogaps.gaps.shared_columns import averaged, by_draw, data_set_line, gaps_of, with_elbo, with_global_gap
 from pyrogaps.gaps.table import last_gap
 from pyrogaps.gaps.terms import Columns, Term
 from pyrogaps.gaussians import MAX_DIM
@@ -101,7 +101,8 @@ class SharedDecomposition:
         observed = observed_of(as_given(self.data).tensor)
         gaps = gaps_of(columns, terms)
         if gap is not None and is_finite(per_datapoint).all():
-            provenance["shared"]["data_set"] = data_set_line(shared, gaps, local.num_datapoints)
+            shared = with_elbo(shared, gaps, local.num_datapoints)
+            provenance["shared"]["data_set"] = data_set_line(shared)
         own = [self._on_independence(local, last_gap(first))] if independent else []
         provenance["remarks"] = [*own, *provenance["remarks"], *_on_global_gap(gap, local.dim)]
         return GapLedger(per_datapoint, traces, observed, provenance, gaps, shared=shared)

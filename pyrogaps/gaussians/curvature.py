@@ -95,6 +95,7 @@ def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]
         finite = torch.nan_to_num(at_points, nan=0.0, posinf=0.0, neginf=0.0)
         found = _refitted(factor, finite, start.active, far=far)
         factor, loc = found.factor, loc + found.shift
+        broken = broken | found.broken
         cut, agrees = found.cut | broken, found.agrees & ~broken
     loc = torch.where(broken[:, None], start.loc, loc)
     factor = torch.where(broken[:, None, None], start.factor(), factor)
@@ -104,26 +105,35 @@ def gaussian_by_curvature(start: Gaussian, gradients: Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Refitted:
-    """After a pass: factors `(B, dim, dim)`, steps of the mean `(B, dim)`, `cut` and `agrees` `(B,)`."""
+    """After a pass: factors `(B, dim, dim)`, steps of the mean `(B, dim)`, `cut`, `agrees` and `broken` `(B,)`.
+
+    Where a pass is broken, because numbers became too large or too small for their dtype, the factor is the one before.
+    """
 
     factor: Tensor
     shift: Tensor
     cut: Tensor
     agrees: Tensor
+    broken: Tensor
 
 
 def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None, *, far: bool) -> _Refitted:
-    dim = factor.shape[-1]
+    dim, gradients = factor.shape[-1], gradients.double()
     secants = 0.5 * (gradients[dim:] - gradients[:dim])
-    curvature = torch.einsum("bji,kbj->bik", factor, secants).double()
+    curvature = torch.einsum("bji,kbj->bik", factor.double(), secants)
+    broken = ~torch.isfinite(curvature).all(-1).all(-1)
+    curvature = torch.where(broken[:, None, None], torch.eye(dim, dtype=curvature.dtype).to(curvature), curvature)
     if active is not None:
         both = (active[:, :, None] & active[:, None, :]).to(curvature.dtype)
         curvature = curvature * both + torch.diag_embed((~active).to(curvature.dtype))
     values, axes = torch.linalg.eigh(0.5 * (curvature + curvature.mT))
     whitened = factor.double() @ axes
     half = whitened * values.clamp(FLATTEST, STEEPEST).rsqrt()[:, None, :]
-    new = torch.linalg.cholesky(half @ half.mT)
-    along = torch.einsum("bji,bj->bi", whitened, gradients.mean(0).double())
+    new, failed = torch.linalg.cholesky_ex(half @ half.mT)
+    new = new.to(factor.dtype)
+    broken = broken | (failed != 0) | ~torch.isfinite(new).all(-1).all(-1) | ~(new.diagonal(0, -2, -1) > 0).all(-1)
+    new = torch.where(broken[:, None, None], factor, new)
+    along = torch.einsum("bji,bj->bi", whitened, gradients.mean(0))
     step = along / values.abs().clamp(min=FLATTEST**2)
     longest = longest_step(dim)
     length = step.norm(dim=-1, keepdim=True)
@@ -135,4 +145,5 @@ def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None, *, far: 
         shift = shift * active
     cut = ((values < FLATTEST) | (values > STEEPEST)).any(-1)
     agrees = steady & (length[:, 0] < SETTLED * longest)
-    return _Refitted(new.to(factor.dtype), shift.to(factor.dtype), cut, agrees)
+    shift = torch.where(broken[:, None], 0.0, shift)
+    return _Refitted(new, shift.to(factor.dtype), cut, agrees, broken)

@@ -11,6 +11,7 @@ from pyrogaps.density.draws import BlockedGuide
 from pyrogaps.density.local import NoInverseError
 from pyrogaps.density.paths import Paths
 from pyrogaps.errors import InputError
+from pyrogaps.memory import free_cycles
 from pyrogaps.refine.adam import Adam
 from pyrogaps.refine.local import Refinable, keep_where, points_of
 from pyrogaps.refine.objective import Objective
@@ -98,6 +99,7 @@ class Optimisation:
             self.run.bar.advance(share, history[-1])
             rate = self.settings.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
             adam.step(gradients, rate, clip if step < CLIP_FRACTION * num_steps else math.inf)
+            free_cycles()
             if step >= num_steps - tail:
                 for total, parameter in zip(average, refinable.parameters, strict=True):
                     total.add_(parameter.detach(), alpha=1 / tail)
@@ -177,6 +179,7 @@ class Optimisation:
                 paths = guide.sample_paths(number, stream, first) or Paths(*guide.sample(number, stream, first))
                 (log_joint,) = self.density.at_step(first).values(paths.z)
                 scores.append(paths.mean((log_joint - paths.log_q).double()))
+                free_cycles()
         scored = torch.stack(scores)
         return torch.where(torch.isfinite(scored), scored, torch.full_like(scored, -math.inf))
 

@@ -17,6 +17,7 @@ from pyrogaps.density.forms import as_given, as_indexed
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError, counted
 from pyrogaps.family import augmented
+from pyrogaps.memory import free_cycles
 from pyrogaps.processes import rank, world_size
 from pyrogaps.progress import ProgressBar
 from pyrogaps.settings import File
@@ -206,6 +207,7 @@ class Trainer:
         self._finish_epoch(state, elbo)
 
     def _step(self, indices: Tensor, step: int) -> float:
+        free_cycles()
         try:
             own = self.steps.share(indices)
             return self.steps(self._args(self.data, own), len(own))
