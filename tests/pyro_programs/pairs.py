@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
+import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
@@ -15,6 +16,8 @@ from torch import Tensor
 
 import pyrogaps as pg
 from pyrogaps.density.given import ReplaySites
+from pyrogaps.density.shared import SharedLatents
+from pyrogaps.streams import Stream
 
 Program = Callable[..., Any]
 # The largest standard error of a comparison, in nats per datapoint, and the number of them that pass.
@@ -115,6 +118,21 @@ def elbo_of(ledger: pg.GapLedger, number: int = 0) -> Mean:
     if number:
         return Mean(float(rows.elbo.sum()) / number, float(rows.elbo_mcse.sum()) / number)
     return Mean(float(rows.elbo.mean()), float(np.sqrt((rows.elbo_mcse**2).sum())) / rows.sizes["datapoint"])
+
+
+def elbo_in_parts(pair: Pair, draws: int = 400) -> Mean:
+    """The ELBO per datapoint of a program with shared latents, taken apart: of theta, and of datapoints given it."""
+    with pytest.raises(SharedLatents) as caught:
+        pair.problem()
+    hierarchy = caught.value.hierarchy
+    assert hierarchy is not None
+    drawn = hierarchy.draw(draws, Stream(0, "shared latents"))
+    local = pg.Problem.of(hierarchy.model, hierarchy.guide, hierarchy.at(drawn.values[0]), hierarchy.plate)
+    totals = []
+    for seed, (values, log_ratio) in enumerate(zip(drawn.values, drawn.log_ratio.tolist(), strict=True)):
+        given = pg.elbo(local.over(hierarchy.at(values)), num_particles=4, seed=seed)
+        totals.append((log_ratio + float(given.value.sum())) / pair.num_datapoints)
+    return mean_of(totals)
 
 
 def left_out(ledger: pg.GapLedger) -> float:
