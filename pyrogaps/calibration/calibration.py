@@ -33,6 +33,15 @@ class Calibration:
             where a mask hides the coordinate; `truth`, unconstrained. Over "simulated": `log_joint_pit`, the normalised
             rank of log p(x, z), and of a refined posterior `converged`.
         provenance: which posterior, of which guide; number of draws, seed and settings.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> calibration = pg.calibrate(model, guide, x, num_simulated=100, num_draws=100)
+        >>> calibration.per_simulated.sizes["simulated"]
+        100
     """
 
     per_simulated: xr.Dataset

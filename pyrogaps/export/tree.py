@@ -64,6 +64,15 @@ def to_datatree(
     Raises:
         InputError: for `num_draws` below 2, a site whose name is that of a dimension, a log-likelihood that is NaN at
             some draws, and whatever `JointDensity` and `GuideDensity` refuse, naming the site or the argument.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> tree = pg.to_datatree(model, guide, x, num_draws=100)
+        >>> sorted(tree.children)
+        ['log_likelihood', 'observed_data', 'posterior', 'sample_stats']
     """
     joint, posterior = pair_of(model, guide, data, plate)
     drawn, records = draw_all(joint, posterior, num_draws, Run(seed, batch_size=1))

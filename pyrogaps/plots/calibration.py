@@ -47,6 +47,15 @@ def plot_calibration(calibration: Drawn, figure: FigureBase | None = None) -> Fi
 
     Returns:
         The figure drawn in.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> figure = pg.plot_calibration(pg.calibrate(model, guide, x, num_simulated=100, num_draws=100))
+        >>> len(figure.axes) > 0
+        True
     """
     if isinstance(calibration, xr.DataTree):
         calibration = Calibration.from_datatree(calibration)

@@ -58,6 +58,15 @@ def plot_gaps(ledger: Ledger, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> ledger = pg.decompose(model, guide, x, num_particles=50, progress=False)
+        >>> pg.plot_gaps(ledger).get_xlabel()
+        'nats below log p(x)'
     """
     dataset, gaps = per_datapoint(ledger), gap_tree(ledger)
     # Without a measured inference gap, its parts are drawn alone.
