@@ -31,7 +31,7 @@ def listed() -> set[str]:
     """Full names in the reference."""
     names = set()
     for page in (DOCS / "reference").glob("*.md"):
-        for name in re.findall(r"^\.\. auto\w+:: (\S+)", page.read_text("utf-8"), re.MULTILINE):
+        for name in re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)", page.read_text("utf-8"), re.MULTILINE):
             names.add(name if name.startswith("pyrogaps.") else f"pyrogaps.{name}")
     return names
 
@@ -41,6 +41,11 @@ def test_every_public_name_stands_in_the_reference() -> None:
     for name in listed():
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_the_terms_are_listed() -> None:
+    page = (DOCS / "reference/ledger.md").read_text("utf-8")
+    assert {*re.findall(r"``(\w+_gap)``", page)} == {term.id for term in pg.TERMS}
 
 
 def test_every_guide_and_model_of_a_recipe_stands_in_the_reference() -> None:
