@@ -125,14 +125,18 @@ def _densities(ax: Axes, z: Any, posteriors: list[Any], mixture: Any, best: Any)
 
 
 def start_texts() -> dict[str, str]:
-    """What the program of the start page prints."""
+    """What the program of the start page prints, and its guide compared with the same one trained longer."""
     import pyro
 
     pyro.set_rng_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "start.md").read_text("utf-8"), re.DOTALL)
     names: dict[str, Any] = {"__name__": "start"}
     exec(blocks[0] + blocks[1].replace("test)", "test, progress=False)"), names)
-    return {"start-ledger.txt": f"{names['ledger']}\n", "start-diagnosis.txt": f"{names['ledger'].diagnose()}\n"}
+    before, pair, test = names["ledger"], (names["model"], names["guide"]), names["test"]
+    texts = {"start-ledger.txt": str(before), "start-diagnosis.txt": str(before.diagnose())}
+    pg.train(*pair, names["train"], freeze_model=True, num_epochs=100, progress=False)
+    after = pg.decompose(*pair, test, seed=1, progress=False)
+    return {**texts, "comparison.txt": str(pg.compare({"after": after, "before": before}))}
 
 
 def main() -> None:
@@ -140,7 +144,7 @@ def main() -> None:
     for name, figure in {"tree": tree(), "conditioning": conditioning()}.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
     for name, text in start_texts().items():
-        (folder / name).write_text(text, "utf-8")
+        (folder / name).write_text(f"{text}\n", "utf-8")
 
 
 if __name__ == "__main__":

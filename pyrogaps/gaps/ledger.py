@@ -54,7 +54,7 @@ class GapLedger:
         3
 
     `print(ledger)` shows the table, and a notebook shows it as HTML. `save` and `load` keep it in a file; `to_markdown`
-    and `to_latex` write it for a report or a paper.
+    and `to_latex` write it for a report or a paper; `compare` sets ledgers side by side.
 
     Attributes:
         per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`,
@@ -69,7 +69,8 @@ class GapLedger:
             `converged` and `kept_start` of the refinements. Where a conditioning gap was measured: `elbo_shared`,
             `conditioning_gap`, and of a shared posterior `elbo_on_completions`, `overfitting`, `shared_converged`,
             `completions_ess` and `num_completions`. Columns that are True or False
-            are coordinates, so that arithmetic on the others, such as the difference of two ledgers, leaves them alone.
+            are coordinates, so that arithmetic on the others, such as the difference of two ledgers, leaves them alone;
+            so is `data_fingerprint`, a hash of what the model observes of the datapoint.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
         observed: the data, where they are one tensor of moderate size.
         provenance: which estimator, direction of bound and settings each number has; `remarks`, what of model and guide
