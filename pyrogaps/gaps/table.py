@@ -28,7 +28,7 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
 
     The fourth column says what the mean is in expectation, and the estimator behind it.
     """
-    labels = {name: _label(str(name), provenance) for name in summary.index} | tree_labels(gaps)
+    labels = {name: label_of(str(name), provenance) for name in summary.index} | tree_labels(gaps)
     if "shared" in provenance:
         labels = {name: label.replace(EVIDENCE, GIVEN_SHARED) for name, label in labels.items()}
     width = max(len(label) for label in labels.values())
@@ -51,7 +51,7 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
         figures = "  ".join(
             _number(row[column], size, decimals) for column, size in (("mean", 9), ("standard_error", 7), ("mcse", 7))
         )
-        doubt = _doubt(row) if is_further or name in ids(gaps) else ""
+        doubt = doubt(row) if is_further or name in ids(gaps) else ""
         rest = ""
         if shared:
             figures += f"  {_number(row[TOTAL], 9, decimals)}"
@@ -64,10 +64,10 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
     reasons = [*infinite_lines(per_datapoint, provenance), *cautions(finite, provenance)]
     warnings = [f"Warning: {line}" for line in reasons]
     whole = [shared["data_set"]] if shared and "data_set" in shared else []
-    return "\n".join([*lines, "", *warnings, *whole, *provenance.get("remarks", []), *_notes(finite, provenance)])
+    return "\n".join([*lines, "", *warnings, *whole, *provenance.get("remarks", []), *notes(finite, provenance)])
 
 
-def _doubt(row: Any) -> str:
+def doubt(row: Any) -> str:
     """A remark on a gap that is smaller than two of its errors, over datapoints or Monte Carlo."""
     if not np.isfinite(row["mean"]):
         return ""
@@ -79,26 +79,29 @@ def _number(value: float, width: int, decimals: int) -> str:
     return f"{'-':>{width}}" if np.isnan(value) else f"{value:{width}.{decimals}f}"
 
 
-def _label(name: str, provenance: dict[str, Any]) -> str:
+def label_of(name: str, provenance: dict[str, Any]) -> str:
+    """What a quantity that is no gap is called."""
     if name == "iwae":
         return f"IWAE-{provenance['num_particles']}[q]"
     if name.startswith("elbo_refined["):
-        return f"L[q*] {_family(name[len('elbo_refined[') : -1])}"
+        return f"L[q*] {family_name(name[len('elbo_refined[') : -1])}"
     if name.startswith("approximation_gap["):
         return f"approximation gap, {name[len('approximation_gap[') : -1]}"
     return BOUNDS.get(name, name)
 
 
-def _family(name: str) -> str:
+def family_name(name: str) -> str:
+    """What a family is called."""
     return "own family" if name == "own" else name
 
 
-def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+def notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """Lines on how the numbers were measured, of the datapoints with finite bounds."""
     if not len(per_datapoint["datapoint"]):
         return []
     converged = per_datapoint["converged"].mean("datapoint")
     shares = zip(converged["family"].values, converged.values, strict=True)
-    notes = ["refinement converged: " + ", ".join(f"{_family(name)} {float(share):.0%}" for name, share in shares)]
+    notes = ["refinement converged: " + ", ".join(f"{family_name(name)} {float(share):.0%}" for name, share in shares)]
     notes += provenance.get("notes", [])
     notes += other_starts.lines_of(provenance.get("examined"))
     notes += _proposals(per_datapoint, provenance)
@@ -127,7 +130,7 @@ def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[st
     pairs = {guide: (per_datapoint["khat"], per_datapoint["ess"])}
     for family in per_datapoint["family"].values:
         refined = per_datapoint.sel(family=family)
-        pairs[f"refined {_family(family)}"] = refined["khat_refined"], refined["ess_refined"]
+        pairs[f"refined {family_name(family)}"] = refined["khat_refined"], refined["ess_refined"]
     number = provenance["num_particles"]
     values = [f"{name} {_median(khat)} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()]
     return [f"importance weights, median k-hat (effective sample size): {', '.join(values)}. A k-hat below 0.7 is good"]
