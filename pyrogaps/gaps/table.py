@@ -51,7 +51,7 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
         figures = "  ".join(
             _number(row[column], size, decimals) for column, size in (("mean", 9), ("standard_error", 7), ("mcse", 7))
         )
-        doubt = doubt(row) if is_further or name in ids(gaps) else ""
+        remark = doubt(row) if is_further or name in ids(gaps) else ""
         rest = ""
         if shared:
             figures += f"  {_number(row[TOTAL], 9, decimals)}"
@@ -60,7 +60,7 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
         words = f"{row['direction']}: {row['estimator']}"
         if shared and name not in (DATA_SET, GLOBAL):
             words = words.replace(EVIDENCE, GIVEN_SHARED)
-        lines.append(f"{labels[name]:{width}}  {figures}  {rest}{words}{doubt}")
+        lines.append(f"{labels[name]:{width}}  {figures}  {rest}{words}{remark}")
     reasons = [*infinite_lines(per_datapoint, provenance), *cautions(finite, provenance)]
     warnings = [f"Warning: {line}" for line in reasons]
     whole = [shared["data_set"]] if shared and "data_set" in shared else []

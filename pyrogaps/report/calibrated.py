@@ -1,9 +1,10 @@
 """The calibration of a posterior on the page: ranks, coverage, and the latent dimensions that deviate."""
 
 from itertools import cycle
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 from bokeh.models import Band, ColumnDataSource, Range1d
 
 from pyrogaps.calibration import Calibration
@@ -45,9 +46,14 @@ def ranks_figure(calibration: Calibration) -> Any:
         if name not in worst:
             add_line(plot, (GRID, difference(column)), "other latent dimensions", MUTED, "solid", name)
     for name, colour, dash in zip(worst, cycle(SHADES), cycle(DASHES), strict=False):
-        add_line(plot, (GRID, difference(pit[:, names.index(name)])), f"{name}: {summary['finding'][name]}", colour, dash)
+        add_line(
+            plot, (GRID, difference(pit[:, names.index(name)])), f"{name}: {summary['finding'][name]}", colour, dash
+        )
     log_joint = calibration.per_simulated["log_joint_pit"].values
     add_line(plot, (GRID, difference(log_joint)), f"{LOG_JOINT} of the draws", INK, "dotted")
+    lines = [difference(column) for column in (*pit.T, log_joint)]
+    most = float(np.nanmax(np.abs(np.concatenate([*ends.values(), *lines]))))
+    plot.y_range = Range1d(-1.05 * most, 1.05 * most)
     return legend_above(plot)
 
 
@@ -76,16 +82,17 @@ def calibration_of(calibration: Calibration) -> dict[str, Any]:
                 coverage["probability"], coverage["overall"], coverage["overall_error"], strict=True
             )
         ],
-        "latents": [
-            {
-                "name": name,
-                "shift": _number(row["shift"], row["shift_error"]),
-                "spread": _number(row["spread"], row["spread_error"]),
-                "coverage": _share(row["coverage_95"], row["coverage_95_error"]),
-                "finding": row["finding"] or "–",
-            }
-            for name, row in ((name, summary.loc[name]) for name in shown)
-        ],
+        "latents": [_latent(name, cast("pd.Series[Any]", summary.loc[name])) for name in shown],
+    }
+
+
+def _latent(name: str, row: "pd.Series[Any]") -> dict[str, str]:
+    return {
+        "name": name,
+        "shift": _number(row["shift"], row["shift_error"]),
+        "spread": _number(row["spread"], row["spread_error"]),
+        "coverage": _share(row["coverage_95"], row["coverage_95_error"]),
+        "finding": row["finding"] or "–",
     }
 
 

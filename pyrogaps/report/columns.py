@@ -102,14 +102,14 @@ def _flags(ledger: GapLedger) -> Iterator[Flag]:
     if INFERENCE in data:
         gap, error = _values(data, INFERENCE), _values(data, f"{INFERENCE}_mcse")
         with np.errstate(invalid="ignore"):
-            below = gap < -CERTAIN * error
+            below = np.asarray(gap < -CERTAIN * error)
         yield Flag("negative", "negative gap", "log p(x) is measured too low: no inference gap is negative", below)
     if "converged" in data:
         moving = data["converged"].values.astype(float) < 1
         words = f"the approximation gap is too large, and the {last} too small"
         yield Flag("moving", "refinement not converged", words, moving[:, 0])
         words = "the gap of another family than the guide's is too large"
-        others = moving[:, 1:].any(1)
+        others = np.asarray(moving[:, 1:].any(1))
         yield Flag("others-moving", "other family not converged", words, others, serious=False)
     if "shared_converged" in data:
         words = "q*_C is not the best guide of what is shown: the conditioning gap is too large"

@@ -1,6 +1,6 @@
 """The interactive figures, by Bokeh: the tree of gaps, the scatter of datapoints, traces."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
@@ -108,8 +108,9 @@ def _hatch(pattern: str) -> str:
     return pattern[0] if pattern and pattern[0] in HATCHES else " "
 
 
-def scatter_figure() -> Any:
-    """Two quantities of every datapoint, which the page's script fills in from the table."""
+def scatter_figure(number: int) -> Any:
+    """Two quantities of each of `number` datapoints, which the page's script fills in from the table."""
+    opacity, size = float(np.clip(40 / np.sqrt(number), 0.2, 0.6)), 7 if number <= 2000 else 5
     zoom = BoxZoomTool()
     plot = new_figure(
         name="scatter",
@@ -124,7 +125,7 @@ def scatter_figure() -> Any:
     plot.segment("x0", "y0", "x1", "y1", source=errors, line_color=FAINT, line_width=1)
     empty: dict[str, list[Any]] = {"x": [], "y": [], "tip": []}
     trusted, flagged = ColumnDataSource(empty, name="trusted"), ColumnDataSource(dict(empty), name="flagged")
-    circles = plot.scatter("x", "y", source=trusted, size=7, color=ACCENT, alpha=0.55, line_color=None)
+    circles = plot.scatter("x", "y", source=trusted, size=size, color=ACCENT, alpha=opacity, line_color=None)
     crosses = plot.scatter(
         "x", "y", source=flagged, size=8, marker="x", line_color=WARNING, line_width=2, line_alpha=0.8
     )
@@ -169,9 +170,7 @@ def annealing_figure(ledger: GapLedger) -> Any:
     if not drawn:
         return None
     schedule = values(ledger.traces, "inverse_temperature")
-    plot = new_figure(
-        name="annealing", height=300, x_axis_label="inverse temperature", y_axis_label="share", **TRACED
-    )
+    plot = new_figure(name="annealing", height=300, x_axis_label="inverse temperature", y_axis_label="share", **TRACED)
     plot.x_range, plot.y_range = Range1d(0, 1), Range1d(0, 1.03)
     for (label, curve), colour, dash in zip(drawn.items(), SHADES, DASHES, strict=False):
         across = np.linspace(0, 1, len(curve)) if schedule is None else schedule
@@ -234,19 +233,17 @@ def numbered(item: Any) -> Any:
     """Bokeh's JSON of a figure, with identifiers that are the same each time it is made."""
     known: dict[str, str] = {}
 
-    def renamed(text: str) -> str:
-        return known.setdefault(text, f"m{len(known)}")
-
     def walk(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: renamed(part) if key in IDS and isinstance(part, str) else walk(part) for key, part in _of(value)}
-        return [walk(part) for part in value] if isinstance(value, list | tuple) else value
+        if isinstance(value, list | tuple):
+            return [walk(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: known.setdefault(part, f"m{len(known)}") if key in IDS and isinstance(part, str) else walk(part)
+            for key, part in value.items()
+        }
 
     return walk(item)
 
 
 IDS = {"id", "root_id"}
-
-
-def _of(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from value.items()

@@ -32,9 +32,15 @@ POLICY = (
 )
 
 
-def write_report(ledger: GapLedger, path: str | os.PathLike[str], **settings: Any) -> Path:
-    """Write the page of `ledger` to `path`, whole or not at all; `settings` are those of `page_of`."""
-    page, target = page_of(ledger, **settings).encode(), Path(path)
+def write_report(
+    ledger: GapLedger,
+    path: str | os.PathLike[str],
+    data: Data | None,
+    calibration: Calibration | None,
+    **words: str,
+) -> Path:
+    """Write the page of `ledger` to `path`, whole or not at all; `words` are `command` and `title` of `page_of`."""
+    page, target = page_of(ledger, data, calibration=calibration, **words).encode(), Path(path)
     with replacing(target, "report", ". Choose another path") as file:
         file.write(page)
     return target
@@ -55,7 +61,7 @@ def page_of(
     policy lists the page's own scripts by their hashes and forbids the browser to load anything or run anything else.
     """
     rows, number = rows_of(ledger), ledger.per_datapoint.sizes["datapoint"]
-    made = {"tree": tree_figure(ledger), "scatter": scatter_figure()}
+    made = {"tree": tree_figure(ledger), "scatter": scatter_figure(len(rows))}
     made |= {"refinement": refinement_figure(ledger), "annealing": annealing_figure(ledger)}
     made |= {"ranks": None if calibration is None else ranks_figure(calibration)}
     plots = {name: plot for name, plot in made.items() if plot is not None}

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density import Data, IndexedData
 from pyrogaps.density.forms import as_given
+from pyrogaps.density.items import batches_of, items_of
 from pyrogaps.errors import InputError, counted
 from pyrogaps.gaps import GapLedger
 from pyrogaps.plots.datapoints import image_shape
@@ -56,10 +57,9 @@ def _shown(ledger: GapLedger, data: Data | None, rows: NDArray[np.int64]) -> NDA
     if data is None:
         x = ledger.observed["x"].values if "x" in ledger.observed else None
         return None if x is None or len(x) != number else x[rows]
-    given = as_given(data)
-    if given.held or number == 1:
+    indexed = None if number == 1 else _indexed(data, number)
+    if indexed is None:
         return None
-    indexed = given.indexed()
     if len(indexed) != number:
         raise InputError(
             f"data: has {counted(len(indexed), 'datapoint')}, and the ledger {number:,}. Pass the data that decompose "
@@ -69,6 +69,15 @@ def _shown(ledger: GapLedger, data: Data | None, rows: NDArray[np.int64]) -> NDA
     present = [chunk for chunk in chunks if chunk is not None]
     alike = len(present) == len(chunks) and len({chunk.shape[1:] for chunk in present}) == 1
     return np.concatenate(present) if alike else None
+
+
+def _indexed(data: Data, number: int) -> IndexedData | None:
+    """The data by index; None where the model holds them itself."""
+    # Without the model, the length of a list tells whether it is one of arguments or of `number` datapoints.
+    if isinstance(data, list) and len(data) == number and any(np.shape(item)[:1] != (number,) for item in data):
+        return IndexedData(number, batches_of(*items_of(data)))
+    given = as_given(data)
+    return None if given.held else given.indexed()
 
 
 def _first_tensor(data: IndexedData, indices: torch.Tensor) -> NDArray[Any] | None:
@@ -104,10 +113,14 @@ def _thumbnails(images: NDArray[np.float64], order: NDArray[np.int64], most: int
     pixels = np.nan_to_num((images - low) / ((high - low) or 1.0), nan=0.0, posinf=1.0, neginf=0.0)
     if images.ndim == 3:
         pixels = 1 - pixels  # dark ink on white paper, as in the other pictures
-    pixels = np.round(255 * pixels).astype(np.uint8)
+    levels = np.round(255 * pixels).astype(np.uint8)
     for side, chosen in _smaller(max(images.shape[1:3]), order):
-        sheets = [_sheet(pixels[part], side) for part in np.split(chosen, range(PER_SHEET, len(chosen), PER_SHEET))]
-        if sum(map(len, sheets)) <= most or side == MIN_SIDE and len(chosen) <= PER_SHEET:
+        parts = np.split(chosen, range(PER_SHEET, len(chosen), PER_SHEET))
+        sheets = [_sheet(levels[parts[0]], side)]
+        if len(parts) > 1 and len(sheets[0]) * len(chosen) > most * PER_SHEET:
+            continue  # they would be as large as the first, so they do not fit
+        sheets += [_sheet(levels[part], side) for part in parts[1:]]
+        if sum(map(len, sheets)) <= most:
             break
     height, width = _fitted(images.shape[1:3], side)
     place = np.full(len(images), -1)
@@ -138,7 +151,8 @@ def _fitted(shape: tuple[int, ...], side: int) -> tuple[int, int]:
 def _sheet(pixels: NDArray[np.uint8], side: int) -> str:
     """Thumbnails beside and below one another."""
     height, width = _fitted(pixels.shape[1:3], side)
-    sheet = Image.new("L" if pixels.ndim == 3 else "RGB", (COLUMNS * width, -(-len(pixels) // COLUMNS) * height), "white")
+    size = COLUMNS * width, -(-len(pixels) // COLUMNS) * height
+    sheet = Image.new("L" if pixels.ndim == 3 else "RGB", size, "white")
     for place, image in enumerate(pixels):
         row, column = divmod(place, COLUMNS)
         thumbnail = Image.fromarray(image)
@@ -146,7 +160,10 @@ def _sheet(pixels: NDArray[np.uint8], side: int) -> str:
             thumbnail = thumbnail.resize((width, height), Image.Resampling.BOX)
         sheet.paste(thumbnail, (column * width, row * height))
     buffer = io.BytesIO()
-    sheet.quantize(GREYS if pixels.ndim == 3 else COLOURS).save(buffer, "PNG", optimize=True)
+    grey = pixels.ndim == 3
+    # The fast method keeps colours; greys are few.
+    shades = sheet.quantize(GREYS) if grey else sheet.quantize(COLOURS, Image.Quantize.FASTOCTREE)
+    shades.save(buffer, "PNG", compress_level=9)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -51,7 +51,7 @@ def summary_of(ledger: GapLedger) -> dict[str, Any]:
             label = label.replace(EVIDENCE, GIVEN_SHARED)
             words = {column: text.replace(EVIDENCE, GIVEN_SHARED) for column, text in words.items()}
         remark = doubt(row).removeprefix("; ") if is_gap or is_further else ""
-        if np.isinf(row["mean"]) and np.isfinite(row.get("finite_mean", np.nan)):
+        if not np.isfinite(row["mean"]) and np.isfinite(row.get("finite_mean", np.nan)):
             remark = f"{number(row['finite_mean'], decimals)} over the datapoints with finite bounds"
         groups["gaps" if is_gap else "families" if is_further else "bounds"].append(
             {

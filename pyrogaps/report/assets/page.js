@@ -20,6 +20,7 @@
     Number.isNaN(n) ? "\u2013" : Number.isFinite(n) ? minus(n.toFixed(decimals)) : n > 0 ? "\u221e" : "\u2212\u221e";
   const error = (n, decimals) =>
     !Number.isFinite(n) ? "" : n > 0 && n < 0.5 * 10 ** -decimals ? `\u00b1 <${(10 ** -decimals).toFixed(decimals)}` : `\u00b1 ${n.toFixed(decimals)}`;
+  const counted = (n) => n.toLocaleString("en");
   const flagsOf = (row) => table.flags.filter((_, place) => table.bits[row] & (1 << place));
 
   // Elements; text is always set as text.
@@ -174,7 +175,7 @@
       th.setAttribute("aria-sort", Number(th.dataset.by) !== state.by ? "none" : state.down ? "descending" : "ascending"));
     $("status").textContent = state.unknown
       ? "No column has this name. Write part of a column's heading, then < or >, then a number."
-      : rows.length ? `Rows ${start + 1} to ${start + rows.length} of ${state.rows.length}${state.rows.length < count ? `, filtered from ${count}` : ""}` : "No datapoint fits the filter";
+      : rows.length ? `Rows ${counted(start + 1)} to ${counted(start + rows.length)} of ${counted(state.rows.length)}${state.rows.length < count ? `, filtered from ${counted(count)}` : ""}` : "No datapoint fits the filter";
     for (const [id, stop] of [["first", state.page === 0], ["previous", state.page === 0], ["next", state.page === pages - 1], ["last", state.page === pages - 1]])
       $(id).disabled = stop;
     $("pages").hidden = count <= 25;
@@ -258,7 +259,7 @@
       model(axis).axis_label = plainLabel(`${column.label}${column.id === "khat" ? "" : " (nats)"}`);
     }
     const left = state.rows.length - rows.length;
-    $("undrawn").textContent = left ? `${left} without finite values ${left === 1 ? "is" : "are"} not drawn.` : "";
+    $("undrawn").textContent = left ? `${counted(left)} without finite values ${left === 1 ? "is" : "are"} not drawn.` : "";
   };
   const plainLabel = (text) => text.replace(/\$\$|\\\(|\\\[/g, (m) => `${m[0]}\u2060${m[1]}`); // no TeX
 
@@ -273,8 +274,8 @@
   const place = (id) => String(Math.max(0, columns.findIndex((c) => c.id === id)));
   options("across", named, place(table.axes[0]));
   options("up", named, place(table.axes[1]));
-  const number = (holds) => table.bits.filter(holds).length;
-  const kinds = [["all", `any or none (${count})`]];
+  const number = (holds) => counted(table.bits.filter(holds).length);
+  const kinds = [["all", `any or none (${counted(count)})`]];
   if (serious) kinds.push(["serious", `not to be trusted (${number((b) => b & serious)})`], ["trusted", `no such flag (${number((b) => !(b & serious))})`]);
   table.flags.forEach((flag, at) => kinds.push([String(at), `${flag.label} (${number((b) => b & (1 << at))})`]));
   options("flags", kinds, "all");
@@ -295,7 +296,7 @@
 
   head();
   select();
-  drawn();
+  if (state.rows.length) choose(state.rows[0]); else drawn();
   dark.addEventListener("change", draw);
   draw();
 })();
