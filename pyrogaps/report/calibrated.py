@@ -53,7 +53,7 @@ def ranks_figure(calibration: Calibration) -> Any:
     add_line(plot, (GRID, difference(log_joint)), f"{LOG_JOINT} of the draws", INK, "dotted")
     lines = [difference(column) for column in (*pit.T, log_joint)]
     most = float(np.nanmax(np.abs(np.concatenate([*ends.values(), *lines]))))
-    plot.y_range = Range1d(-1.05 * most, 1.05 * most)
+    plot.update(y_range=Range1d(-1.05 * most, 1.05 * most))
     return legend_above(plot)
 
 

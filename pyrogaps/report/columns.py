@@ -53,8 +53,8 @@ def _columns(ledger: GapLedger) -> Iterator[Column]:
 
     def column(id: str, label: str, description: str, name: str, family: str | None = None) -> Column:
         pair = [_values(data, variable, family) for variable in (name, f"{name}_mcse") if variable in data]
-        text = f"{label} {description}".replace(EVIDENCE, GIVEN_SHARED) if "shared" in provenance else ""
-        label, description = (text[: -len(description) - 1], description) if text else (label, description)
+        if "shared" in provenance:
+            label, description = (text.replace(EVIDENCE, GIVEN_SHARED) for text in (label, description))
         return Column(id, label, description, *pair)
 
     for name in ids(ledger.gaps):

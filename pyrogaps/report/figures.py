@@ -69,9 +69,10 @@ def tree_figure(ledger: GapLedger) -> Any:
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=[("gap", "@label"), ("size", "@size")]))
     _whiskers(plot, ends)
     plot.segment(x0=[0], x1=[0], y0=[-0.5], y1=[len(bars) - 0.5], line_color=INK)
-    plot.yaxis.ticker = [*range(len(bars))]
-    plot.yaxis.major_label_overrides = {row: _label(bar) for row, bar in enumerate(bars)}
-    plot.yaxis.major_tick_line_color = plot.yaxis.axis_line_color = plot.ygrid.grid_line_color = None
+    rows = [*range(len(bars))]
+    labels = {row: _label(bar) for row, bar in enumerate(bars)}
+    plot.yaxis[0].update(ticker=rows, major_label_overrides=labels, axis_line_color=None, major_tick_line_color=None)
+    plot.ygrid[0].update(grid_line_color=None)
     return plot
 
 
@@ -132,7 +133,8 @@ def scatter_figure(number: int) -> Any:
     chosen = ColumnDataSource({"x": [], "y": []}, name="chosen")
     plot.scatter("x", "y", source=chosen, size=17, fill_color=None, line_color=INK, line_width=2)
     plot.add_tools(HoverTool(renderers=[circles, crosses], tooltips="@tip{safe}", name="hover"))
-    plot.xaxis.name, plot.yaxis.name = "x-axis", "y-axis"
+    plot.xaxis[0].update(name="x-axis")
+    plot.yaxis[0].update(name="y-axis")
     return plot
 
 
@@ -159,7 +161,7 @@ def refinement_figure(ledger: GapLedger) -> Any:
             add_line(plot, flat, label, INK, "dotted" if label == "L[q]" else "solid")
     low, high = min(ends), max(ends)
     span = (high - low) or 1.0
-    plot.y_range = Range1d(low - 0.4 * span, high + 0.25 * span)
+    plot.update(y_range=Range1d(low - 0.4 * span, high + 0.25 * span))
     return legend_above(plot)
 
 
@@ -171,7 +173,7 @@ def annealing_figure(ledger: GapLedger) -> Any:
         return None
     schedule = values(ledger.traces, "inverse_temperature")
     plot = new_figure(name="annealing", height=300, x_axis_label="inverse temperature", y_axis_label="share", **TRACED)
-    plot.x_range, plot.y_range = Range1d(0, 1), Range1d(0, 1.03)
+    plot.update(x_range=Range1d(0, 1), y_range=Range1d(0, 1.03))
     for (label, curve), colour, dash in zip(drawn.items(), SHADES, DASHES, strict=False):
         across = np.linspace(0, 1, len(curve)) if schedule is None else schedule
         add_line(plot, (across, curve), label, colour, dash)
@@ -212,7 +214,7 @@ def legend_above(plot: Any) -> Any:
 def new_figure(**settings: Any) -> Any:
     """A figure as wide as the page, in the colours of the scheme, that draws nothing outside itself."""
     plot = figure(sizing_mode="stretch_width", min_width=200, **{"tools": [], **settings})
-    plot.toolbar.logo = None
+    plot.toolbar.update(logo=None)
     plot.update(background_fill_color=PAPER, border_fill_color=PAPER, outline_line_color=None)
     for axis in plot.axis:
         axis.update(
@@ -225,7 +227,8 @@ def new_figure(**settings: Any) -> Any:
             axis_label_text_font_style="normal",
             axis_label_text_font_size="13px",
         )
-    plot.grid.grid_line_color = FAINT
+    for grid in plot.grid:
+        grid.update(grid_line_color=FAINT)
     return plot
 
 

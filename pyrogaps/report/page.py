@@ -67,7 +67,7 @@ def page_of(
     plots = {name: plot for name, plot in made.items() if plot is not None}
     blocks = {f"figure-{name}": numbered(json_item(plot, f"plot-{name}")) for name, plot in plots.items()}
     table, flags = table_of(ledger, rows), flags_of(ledger)
-    scripts = [*Resources(mode="inline", components=["bokeh"]).js_raw, _asset("page.js")]
+    scripts = [*Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw, _asset("page.js")]
     texts = {"table-data": embedded(table), **{name: embedded(block) for name, block in blocks.items()}}
     left = MAX_BYTES - sum(len(text) for text in (*texts.values(), *scripts))
     pictures = pictures_of(ledger, data, rows, max(0, min(MAX_PICTURES, left)))

@@ -74,10 +74,15 @@ def _shown(ledger: GapLedger, data: Data | None, rows: NDArray[np.int64]) -> NDA
 def _indexed(data: Data, number: int) -> IndexedData | None:
     """The data by index; None where the model holds them itself."""
     # Without the model, the length of a list tells whether it is one of arguments or of `number` datapoints.
-    if isinstance(data, list) and len(data) == number and any(np.shape(item)[:1] != (number,) for item in data):
+    if isinstance(data, list) and len(data) == number and any(_length(item) != number for item in data):
         return IndexedData(number, batches_of(*items_of(data)))
     given = as_given(data)
     return None if given.held else given.indexed()
+
+
+def _length(item: Any) -> int:
+    """Of a list's item: how many datapoints it has, were it an argument."""
+    return len(item) if getattr(item, "ndim", 1) and hasattr(item, "__len__") else 0
 
 
 def _first_tensor(data: IndexedData, indices: torch.Tensor) -> NDArray[Any] | None:

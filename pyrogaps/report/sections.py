@@ -109,8 +109,14 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
             for place, item in enumerate(value):
                 yield from _flat(item, f"{prefix}{name}[{place}].")
         else:
-            yield f"{prefix}{name}", "none" if value is None or value == [] else str(value)
+            yield f"{prefix}{name}", _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):  # a saved ledger has lists in place of tuples
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
