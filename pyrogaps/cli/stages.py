@@ -260,23 +260,23 @@ def _read_ledger(path: Path) -> GapLedger:
 
 
 def _evaluated(recipe: Recipe, options: Options) -> Data | None:
-    """The data of a finished run, for the page to show; None, and a line that says so, where they cannot be read."""
+    """The data of a finished run, for the page to show; None, with a line on why, where they cannot be read."""
     try:
         return processes.together(lambda: build_data(recipe, data_root=options.data_root, download=False)[0].evaluated)
     except InputError as error:
-        say(f"pyrogaps: {PAGE} shows no datapoints: {error}")
+        say(f"pyrogaps: {PAGE} takes its datapoints from the ledger alone: {error}")
         return None
 
 
 def _page(ledger: GapLedger, data: Data | None, folder: RunFolder, command: str) -> bytes:
-    """The page; without pictures of datapoints, and a line that says so, where their data cannot be shown."""
+    """The page. Where the data cannot be shown, a line says why, and the page shows what the ledger holds of them."""
     from pyrogaps.report import page_of  # with Bokeh, which nothing else needs
 
     title = f"Inference gaps of {folder.path.resolve().name}"
     try:
         return page_of(ledger, data, command=command, title=title).encode()
     except InputError as error:
-        say(f"pyrogaps: {PAGE} shows no datapoints: {error}")
+        say(f"pyrogaps: {PAGE} takes its datapoints from the ledger alone: {error}")
         return page_of(ledger, command=command, title=title).encode()
 
 
