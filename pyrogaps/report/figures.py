@@ -132,7 +132,7 @@ def scatter_figure(number: int) -> Any:
     )
     chosen = ColumnDataSource({"x": [], "y": []}, name="chosen")
     plot.scatter("x", "y", source=chosen, size=17, fill_color=None, line_color=INK, line_width=2)
-    plot.add_tools(HoverTool(renderers=[circles, crosses], tooltips="@tip{safe}", name="hover"))
+    plot.add_tools(HoverTool(renderers=[circles, crosses], tooltips="@tip{safe}", limit=2, name="hover"))
     plot.xaxis[0].update(name="x-axis")
     plot.yaxis[0].update(name="y-axis")
     return plot

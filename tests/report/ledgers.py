@@ -45,7 +45,7 @@ def data(number: int = 40) -> Tensor:
 def awkward() -> pg.GapLedger:
     """40 datapoints, 4x4 images, of a further family with an evil name: one is impossible, some are unreliable."""
     evidence = pg.Ladder(tolerance=0.02, max_evaluations=800)
-    settings = {"refinement": pg.Refinement(num_steps=20), "num_particles": 100, "referee": 8, "progress": False}
+    settings = {"refinement": pg.Refinement(num_steps=20), "num_particles": 100, "referee": False, "progress": False}
     torch.manual_seed(0)
     return pg.decompose(model, Guide(), data(), families={EVIL: AutoNormal}, evidence=evidence, **settings)  # type: ignore[arg-type]
 

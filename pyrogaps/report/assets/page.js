@@ -78,9 +78,9 @@
   const lines = (row) => columns.map((c) => [c.label, `${format(c.value[row], c.decimals)} ${c.mcse ? error(c.mcse[row], c.decimals) : ""}`]);
   const MOST = 7;
   const tip = (row) => {
-    const flags = flagsOf(row).map((flag) => escape(flag.label)).join(", ");
-    const rows = lines(row).slice(0, MOST).map(([label, text]) => `<tr><td style="padding-right:1em">${escape(label)}</td><td style="text-align:right">${text}</td></tr>`);
-    return `<div data-tip="${table.datapoints[row]}" style="font:12px/1.35 sans-serif;color:#1f2328;max-width:260px">${picture(row, pictures?.kind === "sequence" ? 48 : 84)}<div><b>datapoint ${table.datapoints[row]}</b></div><table style="border-spacing:0">${rows.join("")}</table>${flags ? `<div style="color:#a04a0c">${flags}</div>` : ""}</div>`;
+    const flags = flagsOf(row).map((flag) => (flag.serious ? `<span style="color:#a04a0c">${escape(flag.label)}</span>` : escape(flag.label))).join(", ");
+    const rows = lines(row).slice(0, MOST).map(([label, text]) => `<tr><td style="padding-right:1em">${escape(label)}</td><td style="text-align:right;white-space:nowrap">${text}</td></tr>`);
+    return `<div data-tip="${table.datapoints[row]}" style="font:12px/1.35 sans-serif;color:#1f2328;max-width:300px">${picture(row, pictures?.kind === "sequence" ? 48 : 84)}<div><b>datapoint ${table.datapoints[row]}</b></div><table style="border-spacing:0">${rows.join("")}</table><div>${flags}</div></div>`;
   };
   const choose = (row) => {
     const box = $("chosen");
@@ -89,8 +89,8 @@
     left.innerHTML = picture(row, 112);
     const list = element("dl");
     for (const [label, text] of lines(row)) list.append(element("dt", {}, label), element("dd", {}, text));
-    const flags = flagsOf(row).map((flag) => flag.label).join(", ");
-    box.append(left, element("div", {}, element("strong", {}, `Datapoint ${table.datapoints[row]}`), list, element("div", { class: "serious" }, flags)));
+    const flags = flagCell(row, "div");
+    box.append(left, element("div", {}, element("strong", {}, `Datapoint ${table.datapoints[row]}`), list, flags));
     state.chosen = row;
     plotted();
     drawn();
@@ -161,8 +161,8 @@
     });
     return element("tr", state.chosen === row ? { "data-chosen": "" } : {}, ...made);
   };
-  const flagCell = (row) => {
-    const cell = element("td", { class: "words" });
+  const flagCell = (row, tag = "td") => {
+    const cell = element(tag, { class: "words" });
     flagsOf(row).forEach((flag, place) => cell.append(place ? ", " : "", element("span", flag.serious ? { class: "serious" } : {}, flag.label)));
     return cell;
   };
