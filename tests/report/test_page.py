@@ -21,6 +21,7 @@ from pyrogaps.gaps.assemble import with_gaps
 from pyrogaps.gaps.terms import values_of
 from pyrogaps.report import page_of
 from pyrogaps.report.columns import columns_of, flags_of
+from pyrogaps.report.page import embedded
 from tests.report.ledgers import EVIL, IMPOSSIBLE, SITE, data, repeated
 
 MOST = 8_000_000
@@ -136,6 +137,12 @@ def test_nothing_of_the_users_is_markup(page: Page) -> None:
     scripts = [attributes for tag, attributes in page.tags if tag == "script"]
     assert sum("type" not in attributes for attributes in scripts) == 3  # two of Bokeh's, and the page's own
     assert all("src" not in attributes for attributes in scripts)
+
+
+def test_embedded_data_hold_no_markup() -> None:
+    text = embedded({"a": "</script ><!--<script>&", "b": [1.5, None]})
+    assert not {*"<>&"} & {*text}
+    assert json.loads(text) == {"a": "</script ><!--<script>&", "b": [1.5, None]}
 
 
 def test_bokeh_is_given_no_tex(ledger: pg.GapLedger) -> None:
