@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 import xarray as xr
 
 from pyrogaps.gaps.terms import leaves, root
+from pyrogaps.tables import html_lines
 
 # How many standard errors a gap, or what sets two apart, has to exceed before anything is said of it.
 CERTAIN = 2.0
@@ -97,6 +99,13 @@ class Diagnosis:
         return f"The {first.name} is the largest gap that exceeds its error, but the {names} may be as large."
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        above = html_lines([f"{warning}." for warning in self.warnings], self.verdict, ())
+        without = "".join(f"<p>{escape(line)}</p>" for line in _without_shares(*self.total))
+        findings = "".join(f"<li>{escape(str(finding))}</li>" for finding in self.findings)
+        notes = html_lines((), "", [f"{remark}." for remark in self.remarks])
+        return f'<div class="pyrogaps">{above}{without}<ol>{findings}</ol>{notes}</div>'
 
 
 def diagnosis(

@@ -97,9 +97,11 @@ def infinite_lines(dataset: xr.Dataset, provenance: Mapping[str, Any]) -> Iterat
             f"datapoint{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {bounds} = -inf{reason}"
             for (bounds, reason), numbers in alike.items()
         )
-        more = "" if infinite <= MAX_NAMED else f"; and {infinite - MAX_NAMED} more"
+        left = infinite - len(provenance["infinite"])
+        named = "; ".join([*([named] if named else []), *([f"and {left} more"] if named and left else [])])
         verb = "has" if infinite == 1 else "have"
-        yield f"{infinite} of {counted(number, 'datapoint')} {verb} no finite bounds, {rest} ({named}{more})"
+        of = f" ({named})" if named else ""
+        yield f"{infinite} of {counted(number, 'datapoint')} {verb} no finite bounds, {rest}{of}"
 
 
 def _reason(datapoint: int, bounds: list[str], sites: list[str]) -> str:

@@ -21,7 +21,7 @@ from pyrogaps.report.calibrated import calibration_of, ranks_figure
 from pyrogaps.report.columns import flags_of, rows_of, table_of
 from pyrogaps.report.figures import annealing_figure, numbered, refinement_figure, scatter_figure, tree_figure
 from pyrogaps.report.pictures import pictures_of
-from pyrogaps.report.sections import heading_of, notes_of, provenance_of, summary_of, verdict_of
+from pyrogaps.report.sections import heading_of, lines_on, provenance_of, summary_of, verdict_of
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_BYTES, MAX_PICTURES = 7_500_000, 3_000_000
@@ -82,7 +82,7 @@ def page_of(
         verdict=verdict_of(ledger),
         figures={name: plot.height for name, plot in plots.items()},
         summary=summary_of(ledger),
-        notes=notes_of(ledger),
+        notes=lines_on(ledger),
         left_out="" if len(rows) == number else _left_out(len(rows), number),
         caption="Values of every datapoint, ± Monte Carlo standard error.",
         flags=[{**vars(flag), "count": int(flag.holds.sum())} for flag in flags],

@@ -5,15 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from pyrogaps.errors import counted
 from pyrogaps.gaps import GapLedger
 from pyrogaps.gaps.certificate import lines_of
-from pyrogaps.gaps.finite import finite_part
-from pyrogaps.gaps.table import EVIDENCE, GIVEN_SHARED, TOTAL, doubt, label_of, notes
-from pyrogaps.gaps.terms import DATA_SET, GLOBAL, ids, parent_of
+from pyrogaps.gaps.table import TOTAL, doubt_of, given_shared, is_gap, label_of, notes_of, title_of
+from pyrogaps.gaps.terms import ids, parent_of
 
 # What the other sections hold.
-ELSEWHERE = {"quantities", "notes", "cautions", "remarks", "infinite", "examined"}
+ELSEWHERE = {"quantities", "notes", "cautions", "remarks", "infinite", "examined", "subset", "observed_sites", "model"}
 
 
 def verdict_of(ledger: GapLedger) -> dict[str, Any]:
@@ -29,11 +27,7 @@ def verdict_of(ledger: GapLedger) -> dict[str, Any]:
 
 def heading_of(ledger: GapLedger) -> str:
     """How many datapoints, of how many latent dimensions, and given what."""
-    provenance = ledger.provenance
-    text = f"{counted(provenance['num_datapoints'], 'datapoint')}, latent dimension {provenance['dim']}"
-    if shared := provenance.get("shared"):
-        text += f"; gaps per datapoint given {shared['num_draws']} draws of {shared['names']}"
-    return text
+    return title_of(ledger.provenance).removeprefix("Gap ledger: ")
 
 
 def summary_of(ledger: GapLedger) -> dict[str, Any]:
@@ -44,21 +38,18 @@ def summary_of(ledger: GapLedger) -> dict[str, Any]:
     groups: dict[str, list[dict[str, Any]]] = {"gaps": [], "families": [], "bounds": []}
     for name, row in summary.iterrows():
         key = str(name)
-        is_gap, is_further = key in ids(gaps), key.startswith("approximation_gap[")
-        words = {column: str(row[column]) for column in ("direction", "estimator")}
-        label = str(gaps["label"].sel(gap=key).item()) if is_gap else label_of(key, provenance)
-        if "shared" in provenance and key not in (DATA_SET, GLOBAL):
-            label = label.replace(EVIDENCE, GIVEN_SHARED)
-            words = {column: text.replace(EVIDENCE, GIVEN_SHARED) for column, text in words.items()}
-        remark = doubt(row).removeprefix("; ") if is_gap or is_further else ""
+        in_tree = key in ids(gaps)
+        words = {column: given_shared(str(row[column]), key, provenance) for column in ("direction", "estimator")}
+        label = str(gaps["label"].sel(gap=key).item()) if in_tree else label_of(key, provenance)
+        remark = doubt_of(row).removeprefix("; ") if is_gap(key, gaps) else ""
         if not np.isfinite(row["mean"]) and np.isfinite(row.get("finite_mean", np.nan)):
             remark = f"{number(row['finite_mean'], decimals)} over the datapoints with finite bounds"
-        groups["gaps" if is_gap else "families" if is_further else "bounds"].append(
+        groups["gaps" if in_tree else "families" if is_gap(key, gaps) else "bounds"].append(
             {
                 "id": key,
-                "label": label,
-                "depth": depth_of(gaps, key) if is_gap else 0,
-                "colour": str(gaps["colour"].sel(gap=key).item()) if is_gap else "",
+                "label": given_shared(label, key, provenance),
+                "depth": depth_of(gaps, key) if in_tree else 0,
+                "colour": str(gaps["colour"].sel(gap=key).item()) if in_tree else "",
                 "mean": number(row["mean"], decimals),
                 "error": number(row["standard_error"], decimals),
                 "mcse": number(row["mcse"], decimals),
@@ -83,12 +74,9 @@ def number(value: float, decimals: int) -> str:
     return f"{value:,.{decimals}f}".replace("-", "−")
 
 
-def notes_of(ledger: GapLedger) -> list[str]:
+def lines_on(ledger: GapLedger) -> list[str]:
     """How the numbers were measured, and what of model and guide is left out, a line for each."""
-    provenance = ledger.provenance
-    shared = provenance.get("shared", {})
-    lines = [shared["data_set"]] if "data_set" in shared else []
-    lines += [*provenance.get("remarks", []), *notes(finite_part(ledger.per_datapoint), provenance)]
+    lines = notes_of(ledger.per_datapoint, ledger.provenance)
     lines += [] if ledger.certificate is None else [f"certificate: {line}" for line in lines_of(ledger.certificate)]
     return [sentence(line) for line in lines]
 
