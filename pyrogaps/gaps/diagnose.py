@@ -67,17 +67,23 @@ class Diagnosis:
     remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        head = self._head()
         lines = [
             *(f"Warning: {warning}." for warning in self.warnings),
-            head,
-            *_without_shares(*self.total),
+            self.verdict,
+            *self.caveats,
             *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)),
             *(f"Note: {remark}." for remark in self.remarks),
         ]
         return "\n".join(lines)
 
-    def _head(self) -> str:
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Why there are no shares of the inference gap; none where there are."""
+        return (*_without_shares(*self.total),)
+
+    @property
+    def verdict(self) -> str:
+        """Which gap dominates, in one sentence."""
         if not self.finite:
             return "Not all datapoints have finite bounds: see the warning above before any gap of the others."
         if self.dominant is not None:
@@ -95,7 +101,7 @@ class Diagnosis:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        above = html_lines([f"{warning}." for warning in self.warnings], self._head(), ())
+        above = html_lines([f"{warning}." for warning in self.warnings], self.verdict, ())
         without = "".join(f"<p>{escape(line)}</p>" for line in _without_shares(*self.total))
         findings = "".join(f"<li>{escape(str(finding))}</li>" for finding in self.findings)
         notes = html_lines((), "", [f"{remark}." for remark in self.remarks])
