@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,9 @@ from pyrogaps.cli.building import (
     build_programs,
     check_device,
 )
-from pyrogaps.cli.console import say
+from pyrogaps.cli.console import say, shows_bars
 from pyrogaps.cli.options import Options
+from pyrogaps.cli.pictures import write_picture
 from pyrogaps.cli.recipe import Recipe
 from pyrogaps.cli.rehearsal import rehearse_run
 from pyrogaps.cli.run_folder import LEDGER, MAPA, PARTS, REFERENCE, RESULTS, TRAINING, WEIGHTS, RunFolder
@@ -36,6 +38,7 @@ from pyrogaps.plots.ledger import page_size
 from pyrogaps.refine.families import Family
 from pyrogaps.training import load_model_weights, load_weights, train
 from pyrogaps.training.weights import dump, read_file, weights_alone
+from pyrogaps.trees import content_of
 
 
 class _Built(NamedTuple):
@@ -63,10 +66,12 @@ def run(recipe: Recipe, options: Options) -> None:
             if overwrite or not folder.holds(WEIGHTS):
                 rehearse_run(recipe, built.model, built.guide, built.data, _settings(recipe, built))
             folder.claim(recipe.to_yaml(), overwrite=overwrite)
-            ledger = _measured(recipe, built, folder, progress=not options.quiet)
+            ledger = _measured(recipe, built, folder, progress=not options.quiet and shows_bars())
         else:  # what is finished needs no building
             ledger = _kept(recipe, folder)
         _report(ledger, folder)
+        if options.picture is not None:
+            processes.first(partial(_draw, ledger, options.picture))
     finally:
         folder.release()
 
@@ -111,7 +116,7 @@ def _measured(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: boo
         cache=folder / PARTS,
     )
     # In memory first: a disk that is full would bring the library down in the midst of its writing.
-    content = ledger.to_datatree().to_netcdf(engine="h5netcdf") if processes.rank() == 0 else b""
+    content = content_of(ledger.to_datatree()) if processes.rank() == 0 else b""
     folder.write(LEDGER, lambda file: file.write(content))
     return ledger
 
@@ -243,6 +248,12 @@ def _read_ledger(path: Path) -> GapLedger:
         return GapLedger.from_datatree(tree.load())
 
 
+def _draw(ledger: GapLedger, path: Path) -> None:
+    """Write the picture where the user asked for it."""
+    write_picture(path, lambda figure: plot_ledger(ledger, figure), page_size(ledger))
+    print(f"  {path}")
+
+
 def _report(ledger: GapLedger, folder: RunFolder) -> None:
     """Print the table; write what is made from the ledger where it is missing or not as it was written."""
     if not folder.is_intact("summary.csv"):
@@ -254,4 +265,5 @@ def _report(ledger: GapLedger, folder: RunFolder) -> None:
     folder.finish()
     if processes.rank() == 0:
         print(ledger)
+        print(f"\nVerdict: {ledger.diagnose().verdict}")
         print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")

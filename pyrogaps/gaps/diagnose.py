@@ -66,16 +66,15 @@ class Diagnosis:
     total: tuple[float, float] = (float("nan"), float("nan"))
     remarks: tuple[str, ...] = ()
 
+    @property
+    def verdict(self) -> str:
+        """Which gap dominates, and the gaps ranked, without warnings and notes."""
+        ranked = (f"{number}. {finding}" for number, finding in enumerate(self.findings, 1))
+        return "\n".join([self._head(), *_without_shares(*self.total), *ranked])
+
     def __str__(self) -> str:
-        head = self._head()
-        lines = [
-            *(f"Warning: {warning}." for warning in self.warnings),
-            head,
-            *_without_shares(*self.total),
-            *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)),
-            *(f"Note: {remark}." for remark in self.remarks),
-        ]
-        return "\n".join(lines)
+        warnings = (f"Warning: {warning}." for warning in self.warnings)
+        return "\n".join([*warnings, self.verdict, *(f"Note: {remark}." for remark in self.remarks)])
 
     def _head(self) -> str:
         if not self.finite:
