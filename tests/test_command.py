@@ -28,7 +28,7 @@ from tests.references import WrongEncoder, anisotropic, draws_of
 
 ROOT = Path(__file__).parents[1]
 SCREEN, WIDTH = 40, 120
-NAMES = ["options", "fields", "processes", "compare", "recipes", "eval", *SECTIONS]
+NAMES = ["options", "fields", "processes", "compare", "report", "recipes", "eval", *SECTIONS]
 
 
 def said(capsys: Any, *arguments: str, code: int = 0) -> str:
@@ -125,7 +125,7 @@ def test_a_run_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         table, _, rest = found.stdout.partition("\n\nVerdict: ")
         assert table.startswith("Gap ledger: 70 datapoints") and "1. " in rest and "written:" in rest
         assert f"  pictures/{name}.svg" in rest and Path("pictures", f"{name}.svg").read_text().startswith("<?xml")
-        assert rest.startswith(pg.GapLedger.load(Path(name) / "ledger.nc").diagnose().verdict)
+        assert rest.startswith(pg.GapLedger.load(Path(name) / "ledger.nc").diagnose().ranking)
     assert runs["a"].stdout.replace("a/", "b/").replace("a.svg", "b.svg") == runs["b"].stdout
     assert Path("pictures/a.svg").read_bytes() == Path("pictures/b.svg").read_bytes()
 
@@ -208,6 +208,19 @@ def test_runs_are_compared(capsys: Any, runs: list[str], tmp_path: Path) -> None
         path = tmp_path / "new" / f"picture{ending}"
         said(capsys, "compare", *runs, "--picture", str(path))
         assert path.read_bytes().startswith(start)
+
+
+def test_the_page_of_a_run(capsys: Any, runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said(capsys, "report", runs[0]) == "first.html\n"
+    text = Path("first.html").read_text("utf-8")
+    assert "Inference gaps of first" in text and "pyrogaps report" in text
+    assert pg.GapLedger.load(f"{runs[0]}/ledger.nc").diagnose().verdict in text
+    assert said(capsys, "report", f"{runs[1]}/ledger.nc", "--out", "new/a.html", "--title", "Mine") == "new/a.html\n"
+    assert "Mine" in Path("new/a.html").read_text("utf-8")
+    assert "report: name one run" in said(capsys, "report", *runs, code=2)
+    assert "ledger nowhere: no such file" in said(capsys, "report", "nowhere", code=2)
+    assert "report: unknown option --format. Known are --out, --title" in said(capsys, "report", "--format", code=2)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pyrogaps.cli.compare import compare_runs
 from pyrogaps.cli.console import say
 from pyrogaps.cli.documents import shipped, title_of
 from pyrogaps.cli.help import overview, section_text
+from pyrogaps.cli.page import write_page
 from pyrogaps.errors import InputError
 from pyrogaps.version import __version__
 
@@ -51,9 +52,12 @@ def _list_recipes(rest: list[str]) -> None:
         print(f"{name:{width}}  {title_of(name)}")
 
 
-# Names of what is no run. A further one, such as the page of a saved ledger, is a function of the arguments after its
-# name, an entry here, and a text in `help.SECTIONS`.
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"compare": compare_runs, "recipes": _list_recipes}
+# What is no run: a function of the arguments after the name. `help.section_text` describes each.
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "compare": compare_runs,
+    "recipes": _list_recipes,
+    "report": write_page,
+}
 
 
 def _alone(name: str, rest: list[str]) -> None:

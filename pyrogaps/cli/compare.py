@@ -1,8 +1,8 @@
 """`pyrogaps compare RUN RUN ...`: saved ledgers side by side."""
 
 from collections.abc import Callable
-from typing import Any
 
+from pyrogaps.cli.arguments import read_arguments
 from pyrogaps.cli.pictures import check_picture, write_picture
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import Comparison, compare
@@ -17,7 +17,7 @@ OPTIONS = ("reference", "format", "picture")
 
 def compare_runs(arguments: list[str]) -> None:
     """Print the comparison of the runs or ledger files named, and draw it where asked to."""
-    paths, options = _read(arguments)
+    paths, options = read_arguments("compare", arguments, OPTIONS)
     form = options.get("format", "text")
     if form not in FORMATS:
         raise InputError(f"--format: must be one of {', '.join(FORMATS)}, got '{form}'")
@@ -35,20 +35,3 @@ def compare_runs(arguments: list[str]) -> None:
 def _size(comparison: Comparison) -> tuple[float, float]:
     rows = int(comparison.differences.sizes["quantity"])
     return 7.5, (len(comparison.names) - 1) * (1.3 + 0.34 * rows)
-
-
-def _read(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Paths, and options by name."""
-    paths, options, rest = [], {}, iter(arguments)
-    for token in rest:
-        if not token.startswith("--"):
-            paths.append(token)
-            continue
-        name, equals, value = token.removeprefix("--").partition("=")
-        if name not in OPTIONS:
-            raise InputError(f"compare: unknown option --{name}. Known are --{', --'.join(OPTIONS)}")
-        text = value if equals else next(rest, "")
-        if not text:
-            raise InputError(f"--{name} needs a value")
-        options[name] = text
-    return paths, options

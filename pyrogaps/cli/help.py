@@ -14,11 +14,13 @@ from pyrogaps.signatures import nearest
 WIDTH, INDENT = 118, 36
 OVERVIEW = """usage: pyrogaps [eval] [RECIPE] [options]
        pyrogaps compare RUN RUN [...] [options]
+       pyrogaps report RUN [options]
        pyrogaps recipes
 
 eval      train a Pyro model and guide, or load their weights, and print a decomposition of their inference gap in
           nats. RECIPE is a shipped recipe (default digits) or a path to one. The word eval may be left out
 compare   print the differences of finished runs of the same data, with a verdict
+report    write the interactive page of a finished run
 recipes   list the shipped recipes
 --version print the version
 
@@ -27,7 +29,7 @@ pyrogaps --help SECTION shows one of
   fields      of a recipe, each of which is an option too
   {sections}
   processes   several processes or machines, and exit codes
-  compare, recipes
+  compare, report, recipes
 
 First steps:  pyrogaps                                 a small VAE of digits, in runs/digits/
               pyrogaps digits --seed 1 --out runs/b    the same with another seed
@@ -48,6 +50,13 @@ RUN               folder of a finished run, or a ledger file that ledger.save wr
 --picture FILE    draw the differences, as PNG, SVG or PDF by the ending of FILE
 
 Runs are named after their folders. They must be of the same datapoints and the same kind of likelihood."""
+REPORT = """usage: pyrogaps report RUN [options]
+
+RUN               folder of a finished run, or a ledger file that ledger.save wrote
+--out FILE        the page, one HTML file that needs no network; default: RUN's name and .html, here
+--title TEXT      its heading
+
+A run writes this page to its own folder too, as gaps.html. There it also shows data that no ledger holds."""
 RECIPES = """usage: pyrogaps recipes
 
 Lists the shipped recipes, a line each. pyrogaps NAME runs one; pyrogaps NAME --print_config prints it. A recipe of
@@ -85,6 +94,7 @@ def section_text(name: str) -> str:
         "fields": f"{OVERRIDES}\n\n{_fields()}",
         "processes": PROCESSES,
         "compare": COMPARE,
+        "report": REPORT,
         "recipes": RECIPES,
         "eval": f"usage: pyrogaps [RECIPE] [options]\n\n{RUN_OPTIONS}\n\n{OVERRIDES}",
     }

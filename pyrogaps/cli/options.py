@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +15,8 @@ from pyrogaps.cli.pictures import check_picture
 from pyrogaps.cli.recipe import COMPONENTS, FIELDS, KINDS, SCALARS, SECTIONS, Recipe
 from pyrogaps.errors import InputError
 
-USAGE = "usage: python -m pyrogaps.eval [RECIPE] [options]"
+COMMAND = ("python", "-m", "pyrogaps.eval")
+USAGE = f"usage: {' '.join(COMMAND)} [RECIPE] [options]"
 
 RUN_OPTIONS = """run options:
   --out DIR         folder of the results (default runs/<recipe>/); an interrupted run continues from it
@@ -59,6 +61,7 @@ class Options:
     download: bool = False
     quiet: bool = False
     print_config: bool = False
+    command: str = ""  # the line that the user wrote
 
 
 def parse(arguments: list[str]) -> tuple[Document, Options] | None:
@@ -76,7 +79,7 @@ def parse(arguments: list[str]) -> tuple[Document, Options] | None:
     for key, text in _class_first(overrides):
         override(document, key, load_yaml(text, f"--{key}"))
     out = Path(given.pop("out", Path("runs") / _run_name(name)))
-    return document, Options(out=out, **given)
+    return document, Options(out=out, command=shlex.join([*COMMAND, *arguments]), **given)
 
 
 def _class_first(overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:

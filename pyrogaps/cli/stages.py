@@ -25,8 +25,21 @@ from pyrogaps.cli.options import Options
 from pyrogaps.cli.pictures import write_picture
 from pyrogaps.cli.recipe import Recipe
 from pyrogaps.cli.rehearsal import rehearse_run
-from pyrogaps.cli.run_folder import LEDGER, MAPA, PARTS, REFERENCE, RESULTS, TRAINING, WEIGHTS, RunFolder
+from pyrogaps.cli.run_folder import (
+    LEDGER,
+    MAPA,
+    PAGE,
+    PARTS,
+    PICTURE,
+    REFERENCE,
+    RESULTS,
+    TABLE,
+    TRAINING,
+    WEIGHTS,
+    RunFolder,
+)
 from pyrogaps.conditioning import Lookahead, declared, reference_guide
+from pyrogaps.density import Data
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError, reason_of
 from pyrogaps.evidence import Evidence
@@ -67,9 +80,12 @@ def run(recipe: Recipe, options: Options) -> None:
                 rehearse_run(recipe, built.model, built.guide, built.data, _settings(recipe, built))
             folder.claim(recipe.to_yaml(), overwrite=overwrite)
             ledger = _measured(recipe, built, folder, progress=not options.quiet and shows_bars())
+            data: Data | None = built.data.evaluated
         else:  # what is finished needs no building
-            ledger = _kept(recipe, folder)
-        _report(ledger, folder)
+            ledger, data = _kept(recipe, folder), None
+            if not folder.is_intact(PAGE):
+                data = _evaluated(recipe, options)
+        _report(ledger, folder, data, options.command)
         if options.picture is not None:
             processes.first(partial(_draw, ledger, options.picture))
     finally:
@@ -254,16 +270,39 @@ def _draw(ledger: GapLedger, path: Path) -> None:
     print(f"  {path}")
 
 
-def _report(ledger: GapLedger, folder: RunFolder) -> None:
+def _evaluated(recipe: Recipe, options: Options) -> Data | None:
+    """The data of a finished run, for the page to show; None, with a line on why, where they cannot be read."""
+    try:
+        return processes.together(lambda: build_data(recipe, data_root=options.data_root, download=False)[0].evaluated)
+    except InputError as error:
+        say(f"pyrogaps: {PAGE} takes its datapoints from the ledger alone: {error}")
+        return None
+
+
+def _page(ledger: GapLedger, data: Data | None, folder: RunFolder, command: str) -> bytes:
+    """The page. Where the data cannot be shown, a line says why, and the page shows what the ledger holds of them."""
+    from pyrogaps.report import page_of  # with Bokeh, which nothing else needs
+
+    title = f"Inference gaps of {folder.path.resolve().name}"
+    try:
+        return page_of(ledger, data, command=command, title=title).encode()
+    except InputError as error:
+        say(f"pyrogaps: {PAGE} takes its datapoints from the ledger alone: {error}")
+        return page_of(ledger, command=command, title=title).encode()
+
+
+def _report(ledger: GapLedger, folder: RunFolder, data: Data | None, command: str) -> None:
     """Print the table; write what is made from the ledger where it is missing or not as it was written."""
-    if not folder.is_intact("summary.csv"):
-        folder.write("summary.csv", lambda file: file.write(ledger.summary().to_csv().encode()))
-    if not folder.is_intact("gaps.png"):
+    if not folder.is_intact(TABLE):
+        folder.write(TABLE, lambda file: file.write(ledger.summary().to_csv().encode()))
+    if not folder.is_intact(PICTURE):
         figure = Figure(figsize=page_size(ledger), layout="constrained")
         plot_ledger(ledger, figure)
-        folder.write("gaps.png", lambda file: figure.savefig(file, dpi=150, format="png"))
+        folder.write(PICTURE, lambda file: figure.savefig(file, dpi=150, format="png"))
+    if not folder.is_intact(PAGE):
+        folder.write(PAGE, lambda file: file.write(_page(ledger, data, folder, command)))
     folder.finish()
     if processes.rank() == 0:
         print(ledger)
-        print(f"\nVerdict: {ledger.diagnose().verdict}")
+        print(f"\nVerdict: {ledger.diagnose().ranking}")
         print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")

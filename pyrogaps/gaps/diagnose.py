@@ -66,17 +66,24 @@ class Diagnosis:
     total: tuple[float, float] = (float("nan"), float("nan"))
     remarks: tuple[str, ...] = ()
 
-    @property
-    def verdict(self) -> str:
-        """Which gap dominates, and the gaps ranked, without warnings and notes."""
-        ranked = (f"{number}. {finding}" for number, finding in enumerate(self.findings, 1))
-        return "\n".join([self._head(), *_without_shares(*self.total), *ranked])
-
     def __str__(self) -> str:
         warnings = (f"Warning: {warning}." for warning in self.warnings)
-        return "\n".join([*warnings, self.verdict, *(f"Note: {remark}." for remark in self.remarks)])
+        return "\n".join([*warnings, self.ranking, *(f"Note: {remark}." for remark in self.remarks)])
 
-    def _head(self) -> str:
+    @property
+    def ranking(self) -> str:
+        """The verdict and the gaps, the largest first, without warnings and notes."""
+        ranked = (f"{number}. {finding}" for number, finding in enumerate(self.findings, 1))
+        return "\n".join([self.verdict, *self.caveats, *ranked])
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Why there are no shares of the inference gap; none where there are."""
+        return (*_without_shares(*self.total),)
+
+    @property
+    def verdict(self) -> str:
+        """Which gap dominates, in one sentence."""
         if not self.finite:
             return "Not all datapoints have finite bounds: see the warning above before any gap of the others."
         if self.dominant is not None:
@@ -94,8 +101,8 @@ class Diagnosis:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        above = html_lines([f"{warning}." for warning in self.warnings], self._head(), ())
-        without = "".join(f"<p>{escape(line)}</p>" for line in _without_shares(*self.total))
+        above = html_lines([f"{warning}." for warning in self.warnings], self.verdict, ())
+        without = "".join(f"<p>{escape(line)}</p>" for line in self.caveats)
         findings = "".join(f"<li>{escape(str(finding))}</li>" for finding in self.findings)
         notes = html_lines((), "", [f"{remark}." for remark in self.remarks])
         return f'<div class="pyrogaps">{above}{without}<ol>{findings}</ol>{notes}</div>'

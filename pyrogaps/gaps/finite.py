@@ -43,7 +43,7 @@ def refuse_nan(columns: Mapping[str, Any], chunk: Chunk) -> None:
 def is_finite(dataset: xr.Dataset) -> NDArray[np.bool_]:
     """Whether all bounds of a datapoint are finite, `(N,)`."""
     columns = [dataset[name].values for name in BOUNDS if name in dataset]
-    return np.all([np.isfinite(column).reshape(len(column), -1).all(1) for column in columns], 0)  # type: ignore[no-any-return]
+    return np.all([np.isfinite(column).all(tuple(range(1, column.ndim))) for column in columns], 0)  # type: ignore[no-any-return]
 
 
 def finite_part(dataset: xr.Dataset) -> xr.Dataset:

@@ -69,7 +69,7 @@ def title_of(provenance: dict[str, Any]) -> str:
 
 def labels_of(summary: pd.DataFrame, gaps: xr.Dataset, provenance: dict[str, Any]) -> dict[str, str]:
     """What the rows of a summary are called; gaps as a drawn tree."""
-    labels = {str(name): _label(str(name), provenance) for name in summary.index} | tree_labels(gaps)
+    labels = {str(name): label_of(str(name), provenance) for name in summary.index} | tree_labels(gaps)
     if "shared" in provenance:
         labels = {name: label.replace(EVIDENCE, GIVEN_SHARED) for name, label in labels.items()}
     return labels
@@ -117,17 +117,19 @@ def _number(value: float, width: int, decimals: int) -> str:
     return f"{'-':>{width}}" if np.isnan(value) else f"{value:{width}.{decimals}f}"
 
 
-def _label(name: str, provenance: dict[str, Any]) -> str:
+def label_of(name: str, provenance: dict[str, Any]) -> str:
+    """What a quantity that is no gap is called."""
     if name == "iwae":
         return f"IWAE-{provenance['num_particles']}[q]"
     if name.startswith("elbo_refined["):
-        return f"L[q*] {_family(name[len('elbo_refined[') : -1])}"
+        return f"L[q*] {family_name(name[len('elbo_refined[') : -1])}"
     if name.startswith("approximation_gap["):
         return f"approximation gap, {name[len('approximation_gap[') : -1]}"
     return BOUNDS.get(name, name)
 
 
-def _family(name: str) -> str:
+def family_name(name: str) -> str:
+    """What a family is called."""
     return "own family" if name == "own" else name
 
 
@@ -136,7 +138,7 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
         return []
     converged = per_datapoint["converged"].mean("datapoint")
     shares = zip(converged["family"].values, converged.values, strict=True)
-    notes = ["refinement converged: " + ", ".join(f"{_family(name)} {float(share):.0%}" for name, share in shares)]
+    notes = ["refinement converged: " + ", ".join(f"{family_name(name)} {float(share):.0%}" for name, share in shares)]
     notes += provenance.get("notes", [])
     notes += [] if "subset" in provenance else other_starts.lines_of(provenance.get("examined"))
     notes += _proposals(per_datapoint, provenance)
@@ -165,7 +167,7 @@ def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[st
     pairs = {guide: (per_datapoint["khat"], per_datapoint["ess"])}
     for family in per_datapoint["family"].values:
         refined = per_datapoint.sel(family=family)
-        pairs[f"refined {_family(family)}"] = refined["khat_refined"], refined["ess_refined"]
+        pairs[f"refined {family_name(family)}"] = refined["khat_refined"], refined["ess_refined"]
     number = provenance["num_particles"]
     values = [f"{name} {_median(khat)} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()]
     return [f"importance weights, median k-hat (effective sample size): {', '.join(values)}. A k-hat below 0.7 is good"]
