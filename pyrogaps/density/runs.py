@@ -3,8 +3,10 @@
 import functools
 import inspect
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pyro
@@ -17,8 +19,9 @@ from pyrogaps.errors import InputError
 Program = Callable[..., Any]
 # The calls of modules that run `forward`; messengers among the autoguides have a call of their own.
 MODULE_CALLS = (nn.Module.__call__, PyroModule.__call__)
-# Functions of these packages hold no modules of a caller. Of a list that a program reads, so many values are seen.
-LIBRARIES, MAX_VALUES = ("torch", "pyro", "numpy", "pyrogaps"), 64
+# Functions of these packages hold no modules of a caller. Of a list or dictionary that a program reads, and of those in
+# it, so many values are looked at: every run of a program does this, and data may be nested lists of numbers.
+LIBRARIES, MAX_VALUES = ("torch", "pyro", "numpy", "pyrogaps"), 256
 
 
 class MisreadData(InputError):
@@ -34,9 +37,9 @@ def modules_of(program: Program) -> list[nn.Module]:
     partials and further functions of the caller's own.
     """
     found: dict[int, Any] = {}
-    left: list[Any] = [program]
+    left: deque[Any] = deque([program])
     while left:
-        candidate = left.pop(0)
+        candidate = left.popleft()
         if id(candidate) not in found:
             found[id(candidate)] = candidate
             left += _reached(candidate)
@@ -47,10 +50,8 @@ def _reached(candidate: Any) -> list[Any]:
     """What a program, or a value that it reads, holds one step further; nothing of a module or of a library."""
     if isinstance(candidate, nn.Module | type) or _is_of_library(candidate):
         return []
-    if isinstance(candidate, list | tuple):
-        return [*candidate[:MAX_VALUES]]
-    if isinstance(candidate, dict):
-        return [*candidate.values()][:MAX_VALUES]
+    if isinstance(candidate, list | tuple | dict):
+        return _callables(candidate)
     reached = [getattr(candidate, "__wrapped__", None)]
     if isinstance(candidate, functools.partial):  # what a handler makes of a program is one too
         reached += [candidate.func, *candidate.args, *candidate.keywords.values()]
@@ -63,6 +64,16 @@ def _reached(candidate: Any) -> list[Any]:
     elif callable(candidate):
         reached += getattr(candidate, "__dict__", {}).values()
     return reached
+
+
+def _callables(container: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> list[Any]:
+    """What can be called among the first values of a container and of the containers in it, breadth first."""
+    values: list[Any] = [container]
+    for value in values:
+        if isinstance(value, list | tuple | dict):
+            held = value.values() if isinstance(value, dict) else value
+            values += islice(held, MAX_VALUES - len(values))
+    return [value for value in values if callable(value)]
 
 
 def _is_of_library(candidate: Any) -> bool:

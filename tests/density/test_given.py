@@ -10,6 +10,7 @@ from pyro.infer import config_enumerate
 from torch import nn
 
 import pyrogaps as pg
+from pyrogaps.density import runs
 from pyrogaps.density.given import given
 from pyrogaps.density.runs import modules_of
 
@@ -74,6 +75,19 @@ def test_modules_further_away_are_found():
     assert modules_of(poutine.scale(pair.model, scale=2.0)) == [pair.own, *layers]
     assert modules_of(pair) == [pair.own]
     assert modules_of(nn.functional.relu) == []
+
+
+def test_modules_in_nested_lists_are_found_and_nested_data_are_not_searched(monkeypatch):
+    """40 x 40 x 40 numbers in lists held a program up for seconds at every run."""
+    levels = {"decoder": [[nn.Linear(1, 1), nn.Linear(1, 1)] for _ in range(8)]}
+    data = [[[1.0] * 40 for _ in range(40)] for _ in range(40)]
+    looked_at = []
+    monkeypatch.setattr(
+        runs, "_reached", lambda value, reached=runs._reached: looked_at.append(value) or reached(value)
+    )
+    found = modules_of(lambda x: (levels, data, x))
+    assert found == [module for level in levels["decoder"] for module in level]
+    assert len(looked_at) < 50
 
 
 def test_modules_of_helpers_are_in_evaluation_mode():
