@@ -33,6 +33,7 @@ from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement, refine
 from pyrogaps.shared import Shared
 from pyrogaps.training import Training, train
+from pyrogaps.version import __version__ as __version__
 
 __all__ = [
     "AIS",

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.run import get_args_parser
 
 import pyrogaps as pg
-from pyrogaps.eval import main
+from pyrogaps.cli.command import main as command
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.vae import VAE
 from tests.pages import PAGES, ROOT, SOURCES, blocks, name_of
@@ -108,14 +108,21 @@ def commands() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("line", [*commands()])
-def test_a_command_is_one(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_is_one(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Its options and the recipe are known, or it is one of those that .ci/run runs."""
+    monkeypatch.chdir(tmp_path)
     program = line.split(" # ")[0].strip().replace("[RECIPE] [options]", "")
-    _, found, arguments = program.partition("pyrogaps.eval")
-    if found:
-        assert main([*shlex.split(arguments), "--print_config"]) == 0, capsys.readouterr().err
-        options = program[: program.index("-m pyrogaps.eval")]
-        if options.startswith("torchrun"):
-            get_args_parser().parse_args([*options.split()[1:], "script.py"])
+    before, found, arguments = program.partition("-m pyrogaps.eval")
+    if before.startswith("torchrun"):
+        get_args_parser().parse_args([*before.split()[1:], "script.py"])
+    if program.startswith("pyrogaps") or found:
+        given = shlex.split(arguments if found else program.removeprefix("pyrogaps"))
+        if given[:1] in (["compare"], ["report"]):  # of runs that are not there
+            assert command(given) == 2
+            assert f"{given[1]}" in capsys.readouterr().err
+        else:
+            assert command([*given, *["--print_config"] * (given[:1] != ["recipes"])]) == 0, capsys.readouterr().err
     else:
         assert any(known in program for known in ("-m pytest", "sphinx-build", "git clone")), program

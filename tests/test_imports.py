@@ -82,6 +82,7 @@ GROUND = {
     "files",
     "tables",
     "trees",
+    "version",
     "streams",
     "processes",
     "memory",
@@ -97,6 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "files": {"errors"},
     "tables": set(),
+    "version": set(),
     "trees": {"errors", "settings", "files", "guard"},
     "streams": {"errors"},
     "processes": {"errors"},
@@ -134,8 +136,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 WHEN_CALLED = {("gaps/ledger.py", "report")}
 # The command is the top floor. Nothing below it imports it, and it finds models and guides by dotted path alone.
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
-MAY_IMPORT["eval"] = {"cli"}
-MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli", "eval"}
+MAY_IMPORT["eval"] = MAY_IMPORT["__main__"] = {"cli"}
+MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli", "eval", "__main__"}
 
 
 def floor_of(file: Path) -> str:

@@ -32,6 +32,7 @@ from pyrogaps.refine import OwnFamily, Refinement, Refiner, own_family
 from pyrogaps.refine.families import Family
 from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk
+from pyrogaps.version import __version__
 
 REHEARSED = 2  # steps and draws
 QUANTITIES = {
@@ -187,8 +188,8 @@ def _provenance(measure: Measure, run: Run) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("pyrogaps", "pyro-ppl", "torch", "numpy"):
+    versions = {"python": platform.python_version(), "pyrogaps": __version__}
+    for package in ("pyro-ppl", "torch", "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

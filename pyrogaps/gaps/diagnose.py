@@ -67,14 +67,14 @@ class Diagnosis:
     remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [
-            *(f"Warning: {warning}." for warning in self.warnings),
-            self.verdict,
-            *self.caveats,
-            *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)),
-            *(f"Note: {remark}." for remark in self.remarks),
-        ]
-        return "\n".join(lines)
+        warnings = (f"Warning: {warning}." for warning in self.warnings)
+        return "\n".join([*warnings, self.ranking, *(f"Note: {remark}." for remark in self.remarks)])
+
+    @property
+    def ranking(self) -> str:
+        """The verdict and the gaps, the largest first, without warnings and notes."""
+        ranked = (f"{number}. {finding}" for number, finding in enumerate(self.findings, 1))
+        return "\n".join([self.verdict, *self.caveats, *ranked])
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class Diagnosis:
 
     def _repr_html_(self) -> str:
         above = html_lines([f"{warning}." for warning in self.warnings], self.verdict, ())
-        without = "".join(f"<p>{escape(line)}</p>" for line in _without_shares(*self.total))
+        without = "".join(f"<p>{escape(line)}</p>" for line in self.caveats)
         findings = "".join(f"<li>{escape(str(finding))}</li>" for finding in self.findings)
         notes = html_lines((), "", [f"{remark}." for remark in self.remarks])
         return f'<div class="pyrogaps">{above}{without}<ol>{findings}</ol>{notes}</div>'

@@ -8,11 +8,12 @@ import numpy as np
 
 from pyrogaps.density.observations import merged, observe
 from pyrogaps.gaps.ledger import GapLedger
+from pyrogaps.gaps.selection import FINGERPRINT
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
 
-# A coordinate of the columns per datapoint, and entries of the provenance.
-FINGERPRINT, OBSERVED, MODEL = "data_fingerprint", "observed_sites", "model"
+# Entries of the provenance.
+OBSERVED, MODEL = "observed_sites", "model"
 NUM_PROBED = 4  # datapoints at which a model is probed
 # Relative differences of one density that are rounding; data of either precision count as the same.
 ROUNDING = {"float32": 1e-5, "float64": 1e-7}

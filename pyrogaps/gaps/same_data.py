@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from pyrogaps.density.observations import FACTOR, described
 from pyrogaps.errors import InputError, counted
-from pyrogaps.gaps.facts import FINGERPRINT, OBSERVED, same_model
+from pyrogaps.gaps.facts import OBSERVED, same_model
 from pyrogaps.gaps.ledger import GapLedger
+from pyrogaps.gaps.selection import FINGERPRINT
 
 Named = tuple[str, GapLedger]
 SAME_SHAPE = 1e-4  # relative difference of moments in single precision

@@ -16,13 +16,15 @@ from pyrogaps.signatures import nearest
 
 Provenance: TypeAlias = dict[str, Any]
 DATAPOINT, FAMILY, FLAGS = "datapoint", "family", "flags"
+FINGERPRINT = "data_fingerprint"  # of what the model observes
 RELIABLE, CONVERGED = "log_evidence_reliable", "converged"
 BOUNDS = ("log_evidence", "elbo")
 
 
 def with_flags(dataset: xr.Dataset) -> xr.Dataset:
-    """The columns of a ledger with those that are True or False as coordinates, which arithmetic leaves alone."""
-    return dataset.set_coords([name for name, column in dataset.data_vars.items() if column.dtype == bool])
+    """The columns of a ledger with flags and fingerprints as coordinates, which arithmetic leaves alone."""
+    aside = [name for name, column in dataset.data_vars.items() if column.dtype == bool or name == FINGERPRINT]
+    return dataset.set_coords(aside)
 
 
 def flags_of(dataset: xr.Dataset) -> list[str]:

@@ -7,10 +7,9 @@ import numpy as np
 import xarray as xr
 from scipy import stats  # type: ignore[import-untyped]
 
-from pyrogaps.gaps.facts import FINGERPRINT
 from pyrogaps.gaps.finite import finite_part, is_finite
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.selection import with_flags
+from pyrogaps.gaps.selection import FINGERPRINT, with_flags
 from pyrogaps.gaps.terms import DATA_SET, GLOBAL, Columns, Term, ids, measured_gaps
 from pyrogaps.shared import GlobalGap
 
@@ -41,8 +40,7 @@ def averaged(ledgers: Sequence[GapLedger]) -> xr.Dataset:
         else:
             combined = np.stack([column.values for column in of_draws]).astype(float).mean(0)
         columns[name] = (of_draws[0].dims, combined, of_draws[0].attrs)
-    combined_columns = xr.Dataset(columns, datasets[0].coords)
-    return with_flags(combined_columns).set_coords([name for name in (FINGERPRINT,) if name in columns])
+    return with_flags(xr.Dataset(columns, datasets[0].coords))
 
 
 def by_draw(ledgers: Sequence[GapLedger], per_datapoint: xr.Dataset) -> xr.Dataset:
