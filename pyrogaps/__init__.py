@@ -8,7 +8,7 @@ from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Bridge, Evidence, Ladder, Measured, Measurement, ais, bdmc, log_evidence
 from pyrogaps.export import loo, to_datatree
 from pyrogaps.family import AmortizedGuide, LocalFamily
-from pyrogaps.gaps import TERMS, Certificate, GapLedger, Retraining, Split, Term, decompose
+from pyrogaps.gaps import TERMS, Certificate, Comparison, GapLedger, Retraining, Split, Term, compare, decompose
 from pyrogaps.grid import posterior_grid
 from pyrogaps.mapa import (
     MAPA_ELBO,
@@ -20,11 +20,20 @@ from pyrogaps.mapa import (
     mapa_posterior,
 )
 from pyrogaps.objectives import IWAE_ELBO
-from pyrogaps.plots import plot_calibration, plot_datapoints, plot_gaps, plot_ledger, plot_posteriors, plot_traces
+from pyrogaps.plots import (
+    plot_calibration,
+    plot_comparison,
+    plot_datapoints,
+    plot_gaps,
+    plot_ledger,
+    plot_posteriors,
+    plot_traces,
+)
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refinement, refine
 from pyrogaps.shared import Shared
 from pyrogaps.training import Training, train
+from pyrogaps.version import __version__ as __version__
 
 __all__ = [
     "AIS",
@@ -37,6 +46,7 @@ __all__ = [
     "Bridge",
     "Calibration",
     "Certificate",
+    "Comparison",
     "Conditioning",
     "ContinuousBernoulliKernel",
     "Evidence",
@@ -62,6 +72,7 @@ __all__ = [
     "ais",
     "bdmc",
     "calibrate",
+    "compare",
     "decompose",
     "elbo",
     "iwae",
@@ -69,6 +80,7 @@ __all__ = [
     "loo",
     "mapa_posterior",
     "plot_calibration",
+    "plot_comparison",
     "plot_datapoints",
     "plot_gaps",
     "plot_ledger",

@@ -81,6 +81,15 @@ def elbo(
 
     Returns:
         An `Estimate` in nats: `value` and `mcse` `(N,)`, `log_weights` `(S, N)`.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> bound = pg.elbo(model, guide, x)
+        >>> bound.value.shape, bound.direction
+        (torch.Size([6]), 'lower bound')
     """
     problem = Problem.of(model, guide, data, plate)
     return mean_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size)))
@@ -104,6 +113,14 @@ def iwae(
 
     A lower bound of log p(x_n) in expectation that grows with K (Burda et al., 2016, arXiv:1509.00519). Arguments and
     result as for `elbo`; the result has `ess` and Pareto `khat` too.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> bool((pg.iwae(model, guide, x).value > pg.elbo(model, guide, x).value).all())
+        True
     """
     problem = Problem.of(model, guide, data, plate)
     return log_mean_exp_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size)))

@@ -5,6 +5,15 @@ class InputError(ValueError):
     """Bad input, said in one line that names the site, argument or file and the remedy.
 
     The command turns it into exit code 2 and that line; a Python user catches it as a `ValueError`.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> try: pg.elbo(model, guide, x * float("nan"))
+        ... except pg.InputError as error: print(str(error).split(".")[0])
+        data: argument 0 contains NaN or infinite values
     """
 
     def __init__(self, message: object) -> None:

@@ -24,6 +24,15 @@ class AmortizedGuide:
         lookahead: for sequences, how many steps ahead the factor of each step looks.
         augment: `augment(model)`, the model with a reverse model for the guide's auxiliary variables, whose evidence is
             the model's own.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> class UpperHalf(AmortizedNormal):
+        ...     def seen(self, x): return x * (torch.arange(16) < 8)
+        ...     def conditions(self, x): return (torch.arange(16) < 8).expand(x.shape)
+        >>> int(pg.AmortizedGuide.of(UpperHalf(16, 2, (8,))).conditions(torch.zeros(3, 16)).sum())
+        24
     """
 
     local_family: Callable[..., Any] | None = None
@@ -47,6 +56,13 @@ class LocalFamily:
         location_scale: `location_scale(loc, scale_tril)` sets a guide that is Gaussian in unconstrained space to
             these means `(B, dim)` and factors `(B, dim, dim)`, so that it is refined by natural gradients.
         units: `units()`, natural steps of its parameters by name, by which refinement scales its own.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.local import AutoLocalMultivariateNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> pg.LocalFamily.of(AutoLocalMultivariateNormal(LinearGaussian.random(4, 2))).start_at is not None
+        True
     """
 
     starts_from: Callable[..., Any] | None = None

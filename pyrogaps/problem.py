@@ -39,8 +39,7 @@ class Problem:
     >>> import torch, pyrogaps as pg
     >>> from pyrogaps.guides.amortized import AmortizedNormal
     >>> from pyrogaps.models.vae import VAE
-    >>> x = (torch.rand(5, 16) < 0.5).float()
-    >>> problem = pg.Problem.of(VAE(16, 2, [8]), AmortizedNormal(16, 2, [8]), x)
+    >>> problem = pg.Problem.of(VAE(16, 2, [8]), AmortizedNormal(16, 2, [8]), (torch.rand(5, 16) < 0.5).float())
     >>> problem.dim, problem.num_datapoints, problem.plate
     (2, 5, 'data')
     >>> bool((pg.elbo(problem).value <= pg.iwae(problem).value).all())

@@ -1,5 +1,6 @@
 """`Run`: how work on the datapoints of a problem is carried out."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,14 +18,19 @@ from pyrogaps.progress import ProgressBar
 from pyrogaps.streams import BLOCK, Chunk, Stream, chunks, derive_seed, seeded
 
 Result = TypeVar("Result")
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 class Bar:
-    """A progress bar over stages of chunks. Without a `ProgressBar` it shows nothing."""
+    """A progress bar over stages of chunks. Without a `ProgressBar` it shows nothing.
 
-    def __init__(self, bar: Any = None, num_stages: int = 1) -> None:
-        self._bar, self._num_stages = bar, num_stages
+    Stages take different times, chunks about the same. So the time left is known once one of the `num_chunks` that are
+    to be measured is finished; before, the bar shows none.
+    """
+
+    def __init__(self, bar: Any = None, num_stages: int = 1, num_chunks: int = 1) -> None:
+        self._bar, self._num_stages, self._num_chunks = bar, num_stages, num_chunks
+        self._begun = self._last = time.monotonic()
         self._started = self._finished = 0
         self._means: dict[str, list[np.ndarray[Any, Any]]] = {}
 
@@ -38,7 +44,9 @@ class Bar:
     def advance(self, fraction: float, elbo: Tensor) -> None:
         """Move the bar by a fraction of a stage, and show the mean of the bound it has reached."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._reached()}ELBO {float(elbo.mean()):.2f} nats", refresh=False)
+            self._bar.set_postfix_str(
+                f"{self._left()}{self._reached()}ELBO {float(elbo.mean()):.2f} nats", refresh=False
+            )
             self._bar.update(fraction)
 
     def finish_chunk(self, reached: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -46,13 +54,21 @@ class Bar:
         if self._bar is not None:
             for name, values in reached.items():
                 self._means.setdefault(name, []).append(values)
-            self._bar.set_postfix_str(self._reached() + "nats", refresh=False)
-            self._finished += 1
+            self._finished, self._last = self._finished + 1, time.monotonic()
+            self._bar.set_postfix_str(f"{self._left()}{self._reached()}nats", refresh=False)
             self._started = self._finished * self._num_stages
             self._advance_to(self._started)
 
     def _advance_to(self, position: float) -> None:
         self._bar.update(position - self._bar.n)
+
+    def _left(self) -> str:
+        """About how long the chunks that are left take, if they take as long as those before."""
+        chunks_left = self._num_chunks - self._finished
+        if not self._finished or chunks_left <= 0:
+            return ""
+        seconds = (self._last - self._begun) / self._finished * chunks_left - (time.monotonic() - self._last)
+        return f"about {ProgressBar.format_interval(max(seconds, 0))} left, "
 
     def _reached(self) -> str:
         means = (f"{name} {np.concatenate(values).mean():.2f}" for name, values in self._means.items())
@@ -134,12 +150,12 @@ class Run:
         # Processes share what is left to do evenly, whoever did the rest.
         done = processes.first(lambda: cache.present(pieces))
         order = sorted(pieces, key=lambda chunk: chunk in done)
-        own, shown = len(order[processes.rank() :: processes.world_size()]), self.progress and processes.rank() == 0
+        mine, shown = order[processes.rank() :: processes.world_size()], self.progress and processes.rank() == 0
         with (
             self._seeded(joint),
-            ProgressBar(total=own * num_stages, disable=not shown, bar_format=FORMAT) as bar,
+            ProgressBar(total=len(mine) * num_stages, disable=not shown, bar_format=FORMAT) as bar,
         ):
-            shown_in = replace(self, bar=Bar(bar, num_stages))
+            shown_in = replace(self, bar=Bar(bar, num_stages, sum(chunk not in done for chunk in mine)))
 
             def kept(chunk: Chunk) -> tuple[Chunk, Arrays]:
                 arrays = cache.get(chunk, fingerprint, lambda: measure(chunk, shown_in))

@@ -1,21 +1,63 @@
-"""What saved DataTrees have in common: the provenance, and a checksum by which damage is noticed."""
+"""What saved DataTrees have in common: files, the provenance, and a checksum by which damage is noticed."""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import xarray as xr
 
 from pyrogaps.errors import InputError
-from pyrogaps.settings import Limit
+from pyrogaps.files import replacing
+from pyrogaps.guard import is_out_of_memory
+from pyrogaps.settings import File, Limit
 
 PROVENANCE, CHECKSUM = "pyrogaps", "pyrogaps_sha256"
+ENGINE: Literal["h5netcdf"] = "h5netcdf"
+MAX_REASON = 150
+Result = TypeVar("Result")
 
 
 def saved(what: str) -> Limit:
     """Of an argument: the tree that `what` was saved as."""
     return Limit("a DataTree", remedy=f"Open a saved {what} with xarray.open_datatree")
+
+
+def content_of(tree: xr.DataTree) -> bytes:
+    """A tree as the bytes of a netCDF file, made in memory: on a full disk the library would fail midway."""
+    return bytes(tree.to_netcdf(engine=ENGINE))
+
+
+def write_tree(tree: xr.DataTree, path: File, what: str) -> None:
+    """Write a tree to a netCDF file, whole or not at all. Raises `InputError`, which names `what` it is."""
+    content = content_of(tree)
+    with replacing(Path(path), what, ". Choose another path") as file:
+        file.write(content)
+
+
+def read_tree(path: File, what: str, read: Callable[[xr.DataTree], Result]) -> Result:
+    """What `read` makes of the tree in a file.
+
+    Raises `InputError`, which names the file and `what` it should be, where there is none, or where it is damaged or
+    something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "a folder, and no file" if path.is_dir() else "no such file"
+        raise InputError(f"{what} {path}: {kind}. Pass the path that it was saved under")
+    try:
+        with xr.open_datatree(path, engine=ENGINE) as tree:
+            return read(tree.load())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # of HDF5, netCDF and xarray, in many ways
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"[:MAX_REASON]
+        raise InputError(
+            f"{what} {path}: the file is damaged, or something else ({reason}). Restore a copy, or make it again"
+        ) from error
 
 
 def describe(tree: xr.DataTree, groups: Mapping[str, xr.Dataset], provenance: Mapping[str, Any]) -> xr.DataTree:

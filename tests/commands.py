@@ -11,7 +11,7 @@ import pyrogaps
 from pyrogaps.cli.options import parse
 from pyrogaps.cli.recipe import resolve
 
-RESULTS = ["checkpoint.pt", "gaps.png", "ledger.nc", "recipe.yaml", "run.json", "summary.csv"]
+RESULTS = ["checkpoint.pt", "gaps.html", "gaps.png", "ledger.nc", "recipe.yaml", "run.json", "summary.csv"]
 
 # A user's module. INTERRUPT="SIGKILL training.pt" sends the process that signal as soon as that file exists; of several
 # processes it is that of rank VICTIM. COUNT names a file that has a line for every chunk that was measured and kept.

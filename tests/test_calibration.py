@@ -3,9 +3,11 @@ rates that are stated.
 """
 
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pyro
@@ -465,6 +467,23 @@ def test_the_tree_is_read_by_arviz_and_back(tmp_path: Path) -> None:
     pit = loaded["prior_sbc"].to_dataset()
     assert pit["z_2"].dims == ("chain", "draw", "z_2_dim_0")
     assert pit.azstats.ecdf(dim=["chain", "draw"], pit=True)["z_2"].notnull().all()
+
+
+def test_a_file_and_a_notebook(tmp_path: Path) -> None:
+    found = fabricate(50, wrong=20)
+    found.save(tmp_path / "calibration.nc")
+    assert str(Calibration.load(tmp_path / "calibration.nc")) == str(found)
+    (tmp_path / "calibration.nc").write_bytes((tmp_path / "calibration.nc").read_bytes()[:-50])
+    with pytest.raises(InputError, match=r"calibration .*calibration\.nc: the file is damaged, or something else"):
+        Calibration.load(tmp_path / "calibration.nc")
+    for calibration, lines in ((found, 20), (fabricate(5, wrong=0), 8)):
+        text = "".join(ElementTree.fromstring(f"<body>{calibration._repr_html_()}</body>").itertext())
+        printed = str(calibration)
+        assert printed.splitlines()[0] in text and len(printed.splitlines()) <= lines
+        for figure in re.findall(r"-?[\d.]+ ± [\d.]+%?", printed):
+            assert figure in text
+        for line in printed.splitlines()[-3:]:
+            assert line.removesuffix(":") in text
 
 
 def test_arviz_plots_the_tree() -> None:

@@ -307,7 +307,7 @@ def test_a_run_from_start_to_finish(recipe):
     assert "Traceback" not in run.stderr
     assert sorted(os.listdir("runs/linear")) == RESULTS
     assert "amortization" in run.stdout and "runs/linear/gaps.png" in run.stdout
-    assert "ELBO" in run.stderr
+    assert run.stderr == "training\ndecomposing the inference gap\n"  # no bars, which are for terminals
     values = ledger("runs/linear")
     assert values.sizes["datapoint"] == 70 and list(values["family"].values) == ["own", "mean-field"]
     assert np.isfinite(values["inference_gap"]).all()
@@ -321,14 +321,27 @@ def test_what_follows_a_finished_run(recipe, capsys):
     table = capsys.readouterr().out
     saved = ledger("runs/linear")
 
-    written = {name: Path("runs/linear", name).read_bytes() for name in ("gaps.png", "summary.csv")}
+    written = {name: Path("runs/linear", name).read_bytes() for name in ("gaps.html", "gaps.png", "summary.csv")}
+    assert f"python -m pyrogaps.eval {recipe} --quiet".encode() in written["gaps.html"]
     Path("runs/linear/gaps.png").unlink()
+    Path("runs/linear/gaps.html").unlink()
     Path("runs/linear/summary.csv").write_bytes(b"")
     assert main([recipe, "--quiet"]) == 0
     again = capsys.readouterr()
     assert again.out == table and "already contains the results" in again.err
     assert sorted(os.listdir("runs/linear")) == RESULTS
     assert all(Path("runs/linear", name).read_bytes() == content for name, content in written.items())
+
+    def unreadable(*arguments, **options):
+        raise InputError("data: they were moved")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyrogaps.cli.stages.build_data", unreadable)
+        assert main([recipe, "--quiet"]) == 0 and "moved" not in capsys.readouterr().err
+        Path("runs/linear/gaps.html").unlink()
+        assert main([recipe, "--quiet"]) == 0
+        assert "gaps.html takes its datapoints from the ledger alone: data: they were moved" in capsys.readouterr().err
+    assert Path("runs/linear/gaps.html").read_bytes() == written["gaps.html"]  # whose ledger has them
 
     assert main(["runs/linear/recipe.yaml"]) == 0
     assert capsys.readouterr().out == table

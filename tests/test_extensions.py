@@ -179,10 +179,10 @@ def test_where_nothing_is_amortized_no_one_network_is_blamed() -> None:
         assert float(parts.sum()) == pytest.approx(float(whole), abs=1e-9)
 
 
-def test_the_examples_of_contributing_run() -> None:
+def test_the_examples_of_the_page_on_extending_run() -> None:
     """All of them in one ledger, as they stand."""
-    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text("utf-8")
-    names: dict[str, Any] = {"__name__": "contributing"}
+    text = (Path(__file__).parents[1] / "docs/howto/extend.md").read_text("utf-8")
+    names: dict[str, Any] = {"__name__": "extend"}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(block, names)
     options = {**OPTIONS, "families": {"Laplace": names["AutoLocalLaplace"]}, "terms": (*pg.TERMS, names["looseness"])}

@@ -27,8 +27,8 @@ from pyrogaps.training import Cosine, Exponential, Staircase
 
 # What holds results or programs, and takes no settings.
 HOLDERS = {
-    "AmortizedGuide", "Calibration", "Evidence", "GapLedger", "InputError", "LocalFamily", "MapaPosterior", "Measured",
-    "Measurement", "Problem", "TERMS",
+    "AmortizedGuide", "Calibration", "Comparison", "Evidence", "GapLedger", "InputError", "LocalFamily",
+    "MapaPosterior", "Measured", "Measurement", "Problem", "TERMS",
 }  # fmt: skip
 FURTHER = (
     pg.Problem.of,
@@ -51,8 +51,8 @@ SECTIONS = {
 }  # fmt: skip
 # No settings: data, programs of several kinds, results to draw or export, and what a class keeps for itself.
 OPAQUE = {
-    "data", "train_data", "validation", "guide", "guide_or_family", "guides", "latents", "ledger", "likelihood",
-    "posterior", "settings", "return",
+    "data", "train_data", "validation", "guide", "guide_or_family", "guides", "latents", "ledger", "ledgers",
+    "likelihood", "posterior", "settings", "return",
 }  # fmt: skip
 
 
@@ -65,10 +65,11 @@ class Untouched(nn.Module):
 
 X = torch.rand(7, 2)
 PAIR = Untouched(), Untouched()
+NOTHING = [xr.Dataset()] * 3
 FILLERS: dict[str, Any] = {
     "model": Untouched(), "guide": Untouched(), "data": X, "guides": {"q": Untouched()}, "tree": xr.DataTree(),
     "ledger": xr.DataTree.from_dict({"per_datapoint": xr.Dataset({"elbo": 0.0})}),
-    "source": xr.Dataset({"density": 0.0}), "calibration": xr.DataTree(),
+    "source": xr.Dataset({"density": 0.0}), "calibration": xr.DataTree(), "comparison": pg.Comparison((), *NOTHING, {}),
     "train_data": X, "fetch": lambda indices: (X[indices],),
     "num_datapoints": 7, "latents": X[:, :1], "variance": 1.0, "alpha": 0.9, "num_epochs": 3, "decay": 0.5,
     "likelihood": "gaussian", "id": "mine", "label": "mine", "parent": None, "estimator": "mine", "direction": "exact",
@@ -204,7 +205,8 @@ def call(public: str, name: str, value: Any) -> None:
     """Call what is public with one setting, and what else it needs."""
     target = PUBLIC[public]
     parameters = inspect.signature(target).parameters.values()
-    needed = {p.name: FILLERS.get(p.name) for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    needed = {p.name: FILLERS.get(p.name) for p in parameters if p.default is p.empty and p.kind not in several}
     if public in ("MAPA_ELBO", "MAPA_IWAE_ELBO"):
         needed["posterior"] = pg.mapa_posterior(X, "gaussian", bandwidth=1.0)
     target(**{**needed, name: value})

@@ -19,7 +19,9 @@ def test_what_a_function_takes_is_listed(target: object) -> None:
     known = inspect.signature(target).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return  # its further settings are another function's
-    required = {name: None for name, parameter in known.items() if parameter.default is parameter.empty}
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = (parameter for parameter in known.values() if parameter.kind not in kinds)
+    required = {parameter.name: None for parameter in needed if parameter.default is parameter.empty}
     with pytest.raises(pg.InputError, match="unexpected keyword argument 'qqqq'") as raised:
         target(**required, qqqq=3)
     assert str(raised.value).endswith(f". It takes {', '.join(known)}")

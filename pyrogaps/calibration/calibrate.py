@@ -86,6 +86,15 @@ def calibrate(
             `Problem.simulated`), and a guide that holds parameters for each datapoint, naming the argument or site.
 
     Source: Talts et al. (2018), arXiv:1804.06788.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> calibration = pg.calibrate(model, guide, x, num_simulated=100, num_draws=100)
+        >>> str(calibration).split(":")[0]
+        'Calibration of the amortized posterior (AmortizedNormal)'
     """
     if refinement is not None and posterior == "amortized":
         raise InputError("refinement: the amortized posterior is not refined. Pass posterior='refined' too")

@@ -9,12 +9,12 @@ import pandas as pd
 import xarray as xr
 from arviz_base import dict_to_dataset
 
-from pyrogaps.calibration.report import render
+from pyrogaps.calibration.report import render, tables
 from pyrogaps.calibration.statistics import covered, proportion
 from pyrogaps.calibration.summary import summarise
 from pyrogaps.errors import InputError
-from pyrogaps.settings import Probability, checked
-from pyrogaps.trees import PROVENANCE, describe, provenance_of, saved
+from pyrogaps.settings import File, Probability, checked
+from pyrogaps.trees import PROVENANCE, describe, provenance_of, read_tree, saved, write_tree
 
 SIMULATED, LATENT = "simulated", "latent"
 GROUP, PIT_GROUP = "calibration", "prior_sbc"
@@ -33,6 +33,15 @@ class Calibration:
             where a mask hides the coordinate; `truth`, unconstrained. Over "simulated": `log_joint_pit`, the normalised
             rank of log p(x, z), and of a refined posterior `converged`.
         provenance: which posterior, of which guide; number of draws, seed and settings.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> calibration = pg.calibrate(model, guide, x, num_simulated=100, num_draws=100)
+        >>> calibration.per_simulated.sizes["simulated"]
+        100
     """
 
     per_simulated: xr.Dataset
@@ -116,8 +125,29 @@ class Calibration:
         per_simulated = tree.children[GROUP].to_dataset()
         return cls(per_simulated, provenance_of(tree, {GROUP: per_simulated}, "calibration"))
 
+    @checked()
+    def save(self, path: File) -> None:
+        """Write the calibration to a netCDF file, whole or not at all; `Calibration.load` reads it back.
+
+        Raises `InputError` where the file cannot be written; a file that was there is then as before.
+        """
+        write_tree(self.to_datatree(), path, "calibration")
+
+    @classmethod
+    @checked()
+    def load(cls, path: File) -> "Calibration":
+        """The calibration that `save` wrote.
+
+        Raises `InputError`, which names the file, where there is none, or where it is damaged or something else.
+        """
+        return read_tree(path, "calibration", cls.from_datatree)
+
     def __str__(self) -> str:
         return render(self.summary(), self.coverage(), self.per_simulated, self.provenance)
 
     def __repr__(self) -> str:
         return str(self)
+
+    def _repr_html_(self) -> str:
+        parts = tables(self.summary(), self.coverage(), self.per_simulated, self.provenance)
+        return "".join(table.html() for table in parts)

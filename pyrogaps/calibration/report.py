@@ -8,34 +8,70 @@ import xarray as xr
 
 from pyrogaps.calibration.summary import FAMILY_WISE, HIGH, LOG_JOINT, LOW, deviating
 from pyrogaps.errors import counted
+from pyrogaps.tables import Table
 
 MAX_DIMENSIONS = 5
 
 
 def render(summary: pd.DataFrame, coverage: xr.Dataset, per_simulated: xr.Dataset, provenance: dict[str, Any]) -> str:
     """The report of a `Calibration`, at most about twenty lines."""
-    number, dim = per_simulated.sizes["simulated"], per_simulated.sizes["latent"]
+    dim = per_simulated.sizes["latent"]
     lines = [
-        f"Calibration of the {provenance['posterior']} posterior ({provenance['guide']}): "
-        f"{counted(number, 'datapoint')} simulated from the model, {counted(provenance['num_draws'], 'draw')} each",
+        _title(per_simulated, provenance),
         "",
         *_coverage(coverage, dim),
         "",
         *_latents(summary, dim),
         *_log_joint(cast("pd.Series[Any]", summary.loc[LOG_JOINT])),
     ]
-    if "converged" in per_simulated:
-        share = float(per_simulated["converged"].mean())
-        lines.append(f"refinement converged: {share:.0%}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_refinement(per_simulated)])
+
+
+def tables(
+    summary: pd.DataFrame, coverage: xr.Dataset, per_simulated: xr.Dataset, provenance: dict[str, Any]
+) -> tuple[Table, Table]:
+    """The report as tables: of coverage, and of the latent dimensions that deviate."""
+    dim, deviations = per_simulated.sizes["latent"], deviating(summary)
+    levels, shares = _shares(coverage)
+    held = ["contains the truth", *shares]
+    first = Table(_title(per_simulated, provenance), ["central interval", *levels], [[held]])
+    found, *_ = lines = _latents(summary, dim)
+    groups = [[[str(name), *_deviation(row)] for name, row in deviations.head(MAX_DIMENSIONS).iterrows()]]
+    after = [line for line in lines[1:] if line.startswith(("and ", "shift", "spread"))]
+    notes = [*after, *_log_joint(cast("pd.Series[Any]", summary.loc[LOG_JOINT])), *_refinement(per_simulated)]
+    headings = ["latent dimension", "shift", "spread", "95% coverage", "the posterior is"]
+    return first, Table(found, headings, groups, notes=[f"{note}." for note in notes])
+
+
+def _title(per_simulated: xr.Dataset, provenance: dict[str, Any]) -> str:
+    number = counted(per_simulated.sizes["simulated"], "datapoint")
+    return (
+        f"Calibration of the {provenance['posterior']} posterior ({provenance['guide']}): {number} simulated from the "
+        f"model, {counted(provenance['num_draws'], 'draw')} each"
+    )
+
+
+def _refinement(per_simulated: xr.Dataset) -> list[str]:
+    if "converged" not in per_simulated:
+        return []
+    return [f"refinement converged: {float(per_simulated['converged'].mean()):.0%}"]
+
+
+def _shares(coverage: xr.Dataset) -> tuple[list[str], list[str]]:
+    """Levels of intervals, and how often these contain the truth."""
+    pairs = zip(coverage["overall"], coverage["overall_error"], strict=True)
+    shares = [f"{100 * float(share):.1f} ± {100 * float(error):.1f}%" for share, error in pairs]
+    return [f"{float(level):.0%}" for level in coverage["probability"]], shares
+
+
+def _deviation(row: Any) -> list[str]:
+    """The figures of a latent dimension, and what they say of the posterior."""
+    figures = [f"{row[name]:.2f} ± {row[f'{name}_error']:.2f}" for name in ("shift", "spread")]
+    return [*figures, f"{100 * row['coverage_95']:.1f} ± {100 * row['coverage_95_error']:.1f}%", row["finding"]]
 
 
 def _coverage(coverage: xr.Dataset, dim: int) -> list[str]:
-    levels = [f"{float(level):.0%}" for level in coverage["probability"]]
-    shares = [
-        f"{100 * float(share):.1f} ± {100 * float(error):.1f}%"
-        for share, error in zip(coverage["overall"], coverage["overall_error"], strict=True)
-    ]
+    levels, shares = _shares(coverage)
     return [
         f"{'central interval':24}" + "".join(f"{level:>15}" for level in levels),
         f"{'contains the truth':24}"
@@ -55,9 +91,8 @@ def _latents(summary: pd.DataFrame, dim: int) -> list[str]:
         f"{'':{width}}{'shift':>15}{'spread':>15}{'95% coverage':>17}   the posterior is",
     ]
     for dimension, row in deviations.head(MAX_DIMENSIONS).iterrows():
-        figures = [f"{row[name]:.2f} ± {row[f'{name}_error']:.2f}" for name in ("shift", "spread")]
-        held = f"{100 * row['coverage_95']:.1f} ± {100 * row['coverage_95_error']:.1f}%"
-        lines.append(f"{dimension:{width}}{figures[0]:>15}{figures[1]:>15}{held:>17}   {row['finding']}")
+        shift, spread, held, finding = _deviation(row)
+        lines.append(f"{dimension:{width}}{shift:>15}{spread:>15}{held:>17}   {finding}")
     if len(deviations) > MAX_DIMENSIONS:
         rest = Counter(deviations["finding"].iloc[MAX_DIMENSIONS:])
         lines.append(f"and {', '.join(f'{count} more {finding}' for finding, count in rest.most_common(3))}")

@@ -38,6 +38,11 @@ def one_line_warnings() -> Iterator[None]:
             log.removeHandler(handler)
 
 
+def shows_bars() -> bool:
+    """Whether progress bars can be seen: in a log, whole lines are all there is room for."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
 def say(line: str) -> None:
     """Print a line on stderr, from the first process only."""
     if processes.is_reporting():

@@ -1,11 +1,14 @@
 """Recipes as YAML documents: read, extended by one another, overridden field by field. They import nothing."""
 
 import os
+import re
 import sys
 from difflib import get_close_matches
 from importlib import resources
 from importlib.resources.abc import Traversable
+from itertools import takewhile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
@@ -14,6 +17,7 @@ from jsonargparse import get_loader
 from pyrogaps.errors import InputError
 
 Document = dict[str, Any]
+MAX_TITLE = 110  # characters
 
 
 def shipped() -> list[str]:
@@ -24,6 +28,14 @@ def shipped() -> list[str]:
 
 def _recipes() -> Traversable:
     return resources.files("pyrogaps").joinpath("recipes")
+
+
+def title_of(recipe: str) -> str:
+    """What a shipped recipe is, in a line: the first sentence of the comment that it begins with."""
+    lines = _recipes().joinpath(f"{recipe}.yaml").read_text("utf-8").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    sentence = re.split(r"(?<!\bal)\.\s", comment)[0].removesuffix(".")
+    return shorten(sentence, MAX_TITLE, placeholder=" ...")
 
 
 def read_document(recipe: str) -> Document:

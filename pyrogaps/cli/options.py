@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,25 +11,29 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from pyrogaps.cli.documents import Document, load_yaml, override, read_document, shipped
+from pyrogaps.cli.pictures import check_picture
 from pyrogaps.cli.recipe import COMPONENTS, FIELDS, KINDS, SCALARS, SECTIONS, Recipe
 from pyrogaps.errors import InputError
 
-USAGE = "usage: python -m pyrogaps.eval [RECIPE] [options]"
+COMMAND = ("python", "-m", "pyrogaps.eval")
+USAGE = f"usage: {' '.join(COMMAND)} [RECIPE] [options]"
 
+RUN_OPTIONS = """run options:
+  --out DIR         folder of the results (default runs/<recipe>/); an interrupted run continues from it
+  --overwrite       replace the run in DIR
+  --picture FILE    write the picture there too, as PNG, SVG or PDF by the ending of FILE
+  --checkpoint FILE load weights from an earlier run's checkpoint.pt and train nothing
+  --data_root DIR   folder of the data, for data sets with this option
+  --download        download missing data, for data sets with this option
+  --quiet           show no progress bars; they are left out too where output is no terminal
+  --print_config    print the resolved recipe and exit
+  --help            print this text and exit"""
 HELP = """
 Train a Pyro model and guide (or load their weights) and print a decomposition of their inference gap, in nats.
 
 RECIPE            a shipped recipe ({shipped}; default digits) or a path to a recipe file
 
-run options:
-  --out DIR         folder of the results (default runs/<recipe>/); an interrupted run continues from it
-  --overwrite       replace the run in DIR
-  --checkpoint FILE load weights from an earlier run's checkpoint.pt and train nothing
-  --data_root DIR   folder of the data, for data sets with this option
-  --download        download missing data, for data sets with this option
-  --quiet           show no progress bars
-  --print_config    print the resolved recipe and exit
-  --help            print this text and exit
+{options}
 
 Every field of the recipe is an option too. Options override the recipe; later ones override earlier ones:
   --training.num_epochs 3   --training null   --evidence.num_chains=32   --data.init_args.num_test 100
@@ -42,7 +47,7 @@ Several processes, on one or more machines, can share the work:
 Exit codes: 0 success, 2 invalid input (explained in one line on stderr), 130 interrupted, 1 a process died."""
 
 FLAGS = ("overwrite", "download", "quiet", "print_config", "help")
-VALUES = ("out", "data_root")
+VALUES = ("out", "data_root", "picture")
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,12 @@ class Options:
 
     out: Path = Path("runs")
     data_root: str | None = None
+    picture: Path | None = None
     overwrite: bool = False
     download: bool = False
     quiet: bool = False
     print_config: bool = False
+    command: str = ""  # the line that the user wrote
 
 
 def parse(arguments: list[str]) -> tuple[Document, Options] | None:
@@ -67,11 +74,12 @@ def parse(arguments: list[str]) -> tuple[Document, Options] | None:
     given, overrides = _split(arguments[has_recipe:])
     if given.pop("help", False):
         return None
+    given["picture"] = check_picture(given.get("picture"))
     document = read_document(name)
     for key, text in _class_first(overrides):
         override(document, key, load_yaml(text, f"--{key}"))
     out = Path(given.pop("out", Path("runs") / _run_name(name)))
-    return document, Options(out=out, **given)
+    return document, Options(out=out, command=shlex.join([*COMMAND, *arguments]), **given)
 
 
 def _class_first(overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -89,7 +97,11 @@ def help_text() -> str:
     fields = re.sub(r"  --[\w.]+ CONFIG\s+Path to a configuration file.\n", "", listed)
     fields = re.sub(r"Annotated\[([^,\]]+),(\s+)([^\]]+)\]", r"\1\2(\3)", fields)
     fields = re.sub(r"Optional\[([^\[\]]*)\]", r"\1 | null", fields)
-    return USAGE + "\n" + HELP.format(shipped=", ".join(shipped()), fields=f"fields:\n{built}{fields}")
+    return (
+        USAGE
+        + "\n"
+        + HELP.format(shipped=", ".join(shipped()), options=RUN_OPTIONS, fields=f"fields:\n{built}{fields}")
+    )
 
 
 def _parser() -> ArgumentParser:

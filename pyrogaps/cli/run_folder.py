@@ -18,7 +18,8 @@ from pyrogaps.errors import InputError
 from pyrogaps.files import hold, remove_leftovers, replacing, sha256
 
 RECIPE, WEIGHTS, LEDGER = "recipe.yaml", "checkpoint.pt", "ledger.nc"
-RESULTS = (RECIPE, WEIGHTS, LEDGER, "summary.csv", "gaps.png")
+TABLE, PICTURE, PAGE = "summary.csv", "gaps.png", "gaps.html"
+RESULTS = (RECIPE, WEIGHTS, LEDGER, TABLE, PICTURE, PAGE)
 TRAINING, REFERENCE, MAPA, PARTS = "training.pt", "reference-training.pt", "mapa-training.pt", "parts"
 # Fields of a recipe that change no number beyond its rounding, and those that only measuring depends on.
 FREE = {"batch_size", "max_memory", "device"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,26 @@ from pyrogaps.cli.building import (
     build_programs,
     check_device,
 )
-from pyrogaps.cli.console import say
+from pyrogaps.cli.console import say, shows_bars
 from pyrogaps.cli.options import Options
+from pyrogaps.cli.pictures import write_picture
 from pyrogaps.cli.recipe import Recipe
 from pyrogaps.cli.rehearsal import rehearse_run
-from pyrogaps.cli.run_folder import LEDGER, MAPA, PARTS, REFERENCE, RESULTS, TRAINING, WEIGHTS, RunFolder
+from pyrogaps.cli.run_folder import (
+    LEDGER,
+    MAPA,
+    PAGE,
+    PARTS,
+    PICTURE,
+    REFERENCE,
+    RESULTS,
+    TABLE,
+    TRAINING,
+    WEIGHTS,
+    RunFolder,
+)
 from pyrogaps.conditioning import Lookahead, declared, reference_guide
+from pyrogaps.density import Data
 from pyrogaps.density.runs import Program, modules_of
 from pyrogaps.errors import InputError, reason_of
 from pyrogaps.evidence import Evidence
@@ -36,6 +51,7 @@ from pyrogaps.plots.ledger import page_size
 from pyrogaps.refine.families import Family
 from pyrogaps.training import load_model_weights, load_weights, train
 from pyrogaps.training.weights import dump, read_file, weights_alone
+from pyrogaps.trees import content_of
 
 
 class _Built(NamedTuple):
@@ -63,10 +79,15 @@ def run(recipe: Recipe, options: Options) -> None:
             if overwrite or not folder.holds(WEIGHTS):
                 rehearse_run(recipe, built.model, built.guide, built.data, _settings(recipe, built))
             folder.claim(recipe.to_yaml(), overwrite=overwrite)
-            ledger = _measured(recipe, built, folder, progress=not options.quiet)
+            ledger = _measured(recipe, built, folder, progress=not options.quiet and shows_bars())
+            data: Data | None = built.data.evaluated
         else:  # what is finished needs no building
-            ledger = _kept(recipe, folder)
-        _report(ledger, folder)
+            ledger, data = _kept(recipe, folder), None
+            if not folder.is_intact(PAGE):
+                data = _evaluated(recipe, options)
+        _report(ledger, folder, data, options.command)
+        if options.picture is not None:
+            processes.first(partial(_draw, ledger, options.picture))
     finally:
         folder.release()
 
@@ -111,7 +132,7 @@ def _measured(recipe: Recipe, built: _Built, folder: RunFolder, *, progress: boo
         cache=folder / PARTS,
     )
     # In memory first: a disk that is full would bring the library down in the midst of its writing.
-    content = ledger.to_datatree().to_netcdf(engine="h5netcdf") if processes.rank() == 0 else b""
+    content = content_of(ledger.to_datatree()) if processes.rank() == 0 else b""
     folder.write(LEDGER, lambda file: file.write(content))
     return ledger
 
@@ -243,15 +264,45 @@ def _read_ledger(path: Path) -> GapLedger:
         return GapLedger.from_datatree(tree.load())
 
 
-def _report(ledger: GapLedger, folder: RunFolder) -> None:
+def _draw(ledger: GapLedger, path: Path) -> None:
+    """Write the picture where the user asked for it."""
+    write_picture(path, lambda figure: plot_ledger(ledger, figure), page_size(ledger))
+    print(f"  {path}")
+
+
+def _evaluated(recipe: Recipe, options: Options) -> Data | None:
+    """The data of a finished run, for the page to show; None, with a line on why, where they cannot be read."""
+    try:
+        return processes.together(lambda: build_data(recipe, data_root=options.data_root, download=False)[0].evaluated)
+    except InputError as error:
+        say(f"pyrogaps: {PAGE} takes its datapoints from the ledger alone: {error}")
+        return None
+
+
+def _page(ledger: GapLedger, data: Data | None, folder: RunFolder, command: str) -> bytes:
+    """The page. Where the data cannot be shown, a line says why, and the page shows what the ledger holds of them."""
+    from pyrogaps.report import page_of  # with Bokeh, which nothing else needs
+
+    title = f"Inference gaps of {folder.path.resolve().name}"
+    try:
+        return page_of(ledger, data, command=command, title=title).encode()
+    except InputError as error:
+        say(f"pyrogaps: {PAGE} takes its datapoints from the ledger alone: {error}")
+        return page_of(ledger, command=command, title=title).encode()
+
+
+def _report(ledger: GapLedger, folder: RunFolder, data: Data | None, command: str) -> None:
     """Print the table; write what is made from the ledger where it is missing or not as it was written."""
-    if not folder.is_intact("summary.csv"):
-        folder.write("summary.csv", lambda file: file.write(ledger.summary().to_csv().encode()))
-    if not folder.is_intact("gaps.png"):
+    if not folder.is_intact(TABLE):
+        folder.write(TABLE, lambda file: file.write(ledger.summary().to_csv().encode()))
+    if not folder.is_intact(PICTURE):
         figure = Figure(figsize=page_size(ledger), layout="constrained")
         plot_ledger(ledger, figure)
-        folder.write("gaps.png", lambda file: figure.savefig(file, dpi=150, format="png"))
+        folder.write(PICTURE, lambda file: figure.savefig(file, dpi=150, format="png"))
+    if not folder.is_intact(PAGE):
+        folder.write(PAGE, lambda file: file.write(_page(ledger, data, folder, command)))
     folder.finish()
     if processes.rank() == 0:
         print(ledger)
+        print(f"\nVerdict: {ledger.diagnose().ranking}")
         print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")

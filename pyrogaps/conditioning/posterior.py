@@ -118,6 +118,15 @@ def shared_posterior(
         InputError: where the guide uses data that it declares as not shown, where it declares a lookahead (its
             conditions differ between steps, so there is no single shared posterior), or where the model's likelihood
             does not factorise over shown and withheld data.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.partial import PartialNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), PartialNormal(4, 2, (8,), shown=2), torch.randn(3, 4)
+        >>> small = {"settings": pg.Conditioning(4, 4), "evidence": pg.AIS(2, 4), "refinement": pg.Refinement(20)}
+        >>> pg.shared_posterior(model, guide, x, **small).elbo.value.shape
+        torch.Size([3])
     """
     declaration = declared(model.guide if isinstance(model, Problem) else guide)
     if not isinstance(declaration, Shown):

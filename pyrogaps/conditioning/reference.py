@@ -45,6 +45,14 @@ def reference_guide(
     Raises:
         InputError: for a guide that is not a module, a model that cannot be simulated, and settings that `train`
             refuses.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.models.state_space import LinearGaussianStateSpace
+        >>> from pyrogaps.guides.sequential import StructuredNormal
+        >>> model, guide = LinearGaussianStateSpace(1, 1, 1, 1, 1), StructuredNormal(1, 1, 4, lookahead=0)
+        >>> pg.reference_guide(model, guide, torch.randn(8, 3, 1), num_epochs=1, progress=False).lookahead
+        0
     """
     if not isinstance(guide, nn.Module):
         raise InputError(

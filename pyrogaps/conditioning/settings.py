@@ -19,6 +19,11 @@ class Conditioning:
         tolerance: the largest overfitting, nats: how much higher the ELBO of a shared posterior may be on its own half
             of the completions than that of the other half's posterior, on average over a block. A gap g is
             overestimated by half of that, about 2 g / K.
+
+    Example:
+        >>> import pyrogaps as pg
+        >>> pg.Conditioning(num_completions=64).max_completions
+        512
     """
 
     num_completions: Annotated[int, within("of at least 4")] = 128

@@ -31,6 +31,15 @@ class SimulatedData(IndexedData):
 
     Raises:
         InputError: where the model cannot be simulated.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> drawn = pg.SimulatedData(model, x, num_datapoints=1000)
+        >>> drawn.fetch(torch.arange(5))[0].shape
+        torch.Size([5, 4])
     """
 
     @guarded

@@ -27,6 +27,15 @@ class IndexedData:
     `fetch(indices)` takes a one-dimensional integer tensor, which may repeat an index, and returns the
     model's positional arguments for those datapoints, in the order of `indices`. Pad ragged data to one
     length for the whole set, so that every datapoint has latents of the same size.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> data = pg.IndexedData(len(x), lambda rows: (x[rows],))
+        >>> pg.elbo(model, guide, data).value.shape
+        torch.Size([6])
     """
 
     num_datapoints: Count

@@ -87,6 +87,15 @@ class GuideDensity:
     Raises:
         InputError: naming the site, for latents that model and guide do not share, a Delta, discrete sites,
             supports that differ, latents outside the data plate, NaN in parameters.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> z, log_q = pg.GuideDensity(guide, x, model).at(torch.arange(6)).sample(10)
+        >>> z.shape, log_q.shape
+        (torch.Size([10, 6, 2]), torch.Size([10, 6]))
     """
 
     @guarded

@@ -85,6 +85,15 @@ class JointDensity:
         InputError: naming the site, plate or argument, where the density per datapoint is not defined or not
             supported (a latent outside the data plate, a discrete latent with too many states, a hard-coded plate
             size, data outside the likelihood's support, NaN in data or parameters, ...).
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> joint = pg.JointDensity(model, x)
+        >>> joint(torch.zeros(10, 6, 2), torch.arange(6)).shape
+        torch.Size([10, 6])
     """
 
     @guarded

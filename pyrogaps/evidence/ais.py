@@ -69,6 +69,15 @@ class AIS(Evidence):
             chains are not used in the estimate, so that the weights of the run that counts are unbiased.
 
     Raises `InputError` for a setting out of range.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> short = pg.AIS(num_chains=8, num_temperatures=10)
+        >>> pg.log_evidence(model, guide, x, evidence=short, referee=False).value.shape
+        torch.Size([6])
     """
 
     num_chains: Count = 16

@@ -71,6 +71,16 @@ def bdmc(
         InputError: where the model cannot be simulated (see `Problem.simulated`).
 
     Source: Grosse, Ghahramani and Adams (2015), arXiv:1511.02543.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> short = pg.AIS(num_chains=8, num_temperatures=20)
+        >>> sandwich = pg.bdmc(model, x, guide_or_family=guide, settings=short)
+        >>> bool(abs(sandwich.width) < 0.5)
+        True
     """
     settings = settings or AIS()
     settings = settings if initial is None else replace(settings, initial=initial)

@@ -70,6 +70,15 @@ class Bridge(Evidence):
         target_acceptance: acceptance rate to which a pilot run tunes step sizes. Its chains are not used.
 
     Raises `InputError` for a setting out of range.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> estimate = pg.log_evidence(model, guide, x, evidence=pg.Bridge(num_draws=256), referee=False)
+        >>> estimate.direction
+        'estimate'
     """
 
     num_draws: Draws = 1024

@@ -66,6 +66,15 @@ class Ladder(LadderSettings, Evidence):
         target_acceptance: what the pilots aim at.
 
     Raises `InputError` for a setting out of range.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> estimate = pg.log_evidence(model, guide, x, evidence=pg.Ladder(tolerance=0.05))
+        >>> bool((estimate.mcse < 0.1).all()), bool(estimate.reliable.all())
+        (True, True)
     """
 
     more: ClassVar[str] = "Lower tolerance of Ladder, or raise its max_evaluations"

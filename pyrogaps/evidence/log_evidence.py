@@ -103,6 +103,14 @@ def ais(
         An `Estimate` in nats with `value`, `mcse`, `ess`, `khat`, `acceptance` `(N,)` and `log_weights` `(S, N)`.
 
     Source: Neal (2001), arXiv:physics/9803008; Wu et al. (2017), arXiv:1611.04273.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> pg.ais(model, guide, x, settings=pg.AIS(num_chains=8, num_temperatures=10)).value.shape
+        torch.Size([6])
     """
     settings = settings or AIS()
     settings = settings if initial is None else replace(settings, initial=initial)

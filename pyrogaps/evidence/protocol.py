@@ -30,6 +30,12 @@ class Measured(NamedTuple):
         log_weights: those that log p(x) was estimated from, `(S, B)` or, where datapoints have different numbers of
             them, a tensor for each; None where there are none.
         traces: numbers along a path, `(T,)` each, means over the datapoints of the chunk.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> exact, errors = torch.tensor([-1.2, -3.4]), torch.zeros(2)
+        >>> sorted(pg.Measured({"log_evidence": exact, "log_evidence_mcse": errors}).columns)
+        ['log_evidence', 'log_evidence_mcse']
     """
 
     columns: dict[str, Tensor]
@@ -39,7 +45,18 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Measures log p(x_n) of the datapoints of one problem. Subclass it with `measure`, and whatever else applies."""
+    """Measures log p(x_n) of the datapoints of one problem. Subclass it with `measure`, and whatever else applies.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> from pyrogaps.run import Run
+        >>> measurement = pg.Ladder().prepare(pg.Problem.of(model, guide, x), Run(0))
+        >>> measurement.estimator
+        'importance sampling or AIS'
+    """
 
     evidence: Any
     problem: Problem
@@ -89,6 +106,11 @@ class Evidence(ABC):
 
     Pass an instance to `decompose(evidence=...)` or `log_evidence(evidence=...)`, or name the class in a recipe:
     `evidence: {class_path: my.module.MyEvidence, init_args: {...}}`.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> isinstance(pg.Ladder(), pg.Evidence), isinstance(pg.Bridge(), pg.Evidence)
+        (True, True)
     """
 
     more: ClassVar[str] = "Spend more on the evidence"

@@ -48,6 +48,15 @@ def loo(
         InputError: for local latents, with the reason; for a tree that `to_datatree` did not write, fewer than 25
             draws, a site that is not in the tree, observations that no plate or batch shape tells apart, and densities
             that are infinite.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch, pyrogaps as pg
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)): pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> guide = lambda y: pyro.sample("mean", dist.Normal(y.sum() / (len(y) + 1), (len(y) + 1) ** -0.5))
+        >>> int(pg.loo(pg.to_datatree(model, guide, torch.randn(20))).n_data_points)
+        20
     """
     _check_tree(tree)
     name = _site(tree, var_name)

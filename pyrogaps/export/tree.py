@@ -1,7 +1,6 @@
 """`to_datatree`: an SVI result as an ArviZ DataTree."""
 
 import inspect
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 import pyro
@@ -19,6 +18,7 @@ from pyrogaps.export.record import DATAPOINT, Names
 from pyrogaps.guard import guarded
 from pyrogaps.run import Run
 from pyrogaps.settings import Plate, Seed, Several, checked
+from pyrogaps.version import __version__
 
 Variables: TypeAlias = dict[str, tuple[list[str], Tensor]]
 SAMPLE_DIMS = ["chain", "draw"]
@@ -64,6 +64,15 @@ def to_datatree(
     Raises:
         InputError: for `num_draws` below 2, a site whose name is that of a dimension, a log-likelihood that is NaN at
             some draws, and whatever `JointDensity` and `GuideDensity` refuse, naming the site or the argument.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> tree = pg.to_datatree(model, guide, x, num_draws=100)
+        >>> sorted(tree.children)
+        ['log_likelihood', 'observed_data', 'posterior', 'sample_stats']
     """
     joint, posterior = pair_of(model, guide, data, plate)
     drawn, records = draw_all(joint, posterior, num_draws, Run(seed, batch_size=1))
@@ -75,7 +84,7 @@ def to_datatree(
     tree = xr.DataTree.from_dict({name: _dataset(name, held, attributes) for name, held in groups.items() if held})
     tree.attrs = {
         **attributes,
-        "pyrogaps_version": _version(),
+        "pyrogaps_version": __version__,
         **_latent_kinds(records, joint),
         "data_plate": data_plate or "none",
         "model": _name(model),
@@ -179,10 +188,3 @@ def _same_values(left: Tensor, right: Tensor) -> bool:
 
 def _name(program: Any) -> str:
     return str(getattr(program, "__name__", type(program).__name__))
-
-
-def _version() -> str:
-    try:
-        return version("pyrogaps")
-    except PackageNotFoundError:
-        return "not installed"

@@ -12,6 +12,7 @@ from pyrogaps.chunk_cache import Arrays
 from pyrogaps.gaps.finite import described, is_finite
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import OWN, TRACE, Measure
+from pyrogaps.gaps.selection import with_flags
 from pyrogaps.gaps.terms import Columns, Term, measured_gaps
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
@@ -54,6 +55,7 @@ def assemble(
         infinite = described(per_datapoint, measure.problem, run, measure.num_particles)
         provenance = {**provenance, "infinite": infinite}
     observed = observed_of(measure.problem.joint.passed.tensor)
+    per_datapoint = with_flags(per_datapoint)
     ledger = GapLedger(per_datapoint, _traces(traces, families, provenance), observed, provenance, xr.Dataset())
     return with_gaps(ledger, terms)
 

@@ -28,6 +28,15 @@ class Certificate:
         longer: how many times as many steps that takes.
 
     Raises `InputError` for a setting out of range.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> ledger = pg.decompose(model, guide, x, certificate=pg.Certificate(6, 4), num_particles=50, progress=False)
+        >>> ledger.certificate.sizes["simulated"]
+        6
     """
 
     num_simulated: Several = 64

@@ -20,6 +20,7 @@ from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble, with_gaps
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.certify import certify, check_certifiable, check_size
+from pyrogaps.gaps.facts import with_facts
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import OWN, Measure, reached
 from pyrogaps.gaps.other_starts import with_other_starts
@@ -31,6 +32,7 @@ from pyrogaps.refine import OwnFamily, Refinement, Refiner, own_family
 from pyrogaps.refine.families import Family
 from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk
+from pyrogaps.version import __version__
 
 REHEARSED = 2  # steps and draws
 QUANTITIES = {
@@ -95,7 +97,7 @@ class Decomposition:
                 ledger = with_gaps(with_split(ledger, self.split, training, on_training), terms)
             if self.certificate is not None:
                 ledger = replace(ledger, certificate=certify(measure, ledger.per_datapoint, self.certificate, run))
-        return ledger
+            return with_facts(ledger, self.problem, run)
 
     def rehearse(self) -> None:
         """Raise what `ledger` would raise, as far as a few steps and draws of the first datapoints can tell."""
@@ -186,8 +188,8 @@ def _provenance(measure: Measure, run: Run) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("pyrogaps", "pyro-ppl", "torch", "numpy"):
+    versions = {"python": platform.python_version(), "pyrogaps": __version__}
+    for package in ("pyro-ppl", "torch", "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

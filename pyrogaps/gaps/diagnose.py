@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 import xarray as xr
 
 from pyrogaps.gaps.terms import leaves, root
+from pyrogaps.tables import html_lines
 
 # How many standard errors a gap, or what sets two apart, has to exceed before anything is said of it.
 CERTAIN = 2.0
@@ -65,17 +67,23 @@ class Diagnosis:
     remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        head = self._head()
-        lines = [
-            *(f"Warning: {warning}." for warning in self.warnings),
-            head,
-            *_without_shares(*self.total),
-            *(f"{number}. {finding}" for number, finding in enumerate(self.findings, 1)),
-            *(f"Note: {remark}." for remark in self.remarks),
-        ]
-        return "\n".join(lines)
+        warnings = (f"Warning: {warning}." for warning in self.warnings)
+        return "\n".join([*warnings, self.ranking, *(f"Note: {remark}." for remark in self.remarks)])
 
-    def _head(self) -> str:
+    @property
+    def ranking(self) -> str:
+        """The verdict and the gaps, the largest first, without warnings and notes."""
+        ranked = (f"{number}. {finding}" for number, finding in enumerate(self.findings, 1))
+        return "\n".join([self.verdict, *self.caveats, *ranked])
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Why there are no shares of the inference gap; none where there are."""
+        return (*_without_shares(*self.total),)
+
+    @property
+    def verdict(self) -> str:
+        """Which gap dominates, in one sentence."""
         if not self.finite:
             return "Not all datapoints have finite bounds: see the warning above before any gap of the others."
         if self.dominant is not None:
@@ -91,6 +99,13 @@ class Diagnosis:
         return f"The {first.name} is the largest gap that exceeds its error, but the {names} may be as large."
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        above = html_lines([f"{warning}." for warning in self.warnings], self.verdict, ())
+        without = "".join(f"<p>{escape(line)}</p>" for line in self.caveats)
+        findings = "".join(f"<li>{escape(str(finding))}</li>" for finding in self.findings)
+        notes = html_lines((), "", [f"{remark}." for remark in self.remarks])
+        return f'<div class="pyrogaps">{above}{without}<ol>{findings}</ol>{notes}</div>'
 
 
 def diagnosis(

@@ -43,7 +43,7 @@ def refuse_nan(columns: Mapping[str, Any], chunk: Chunk) -> None:
 def is_finite(dataset: xr.Dataset) -> NDArray[np.bool_]:
     """Whether all bounds of a datapoint are finite, `(N,)`."""
     columns = [dataset[name].values for name in BOUNDS if name in dataset]
-    return np.all([np.isfinite(column).reshape(len(column), -1).all(1) for column in columns], 0)  # type: ignore[no-any-return]
+    return np.all([np.isfinite(column).all(tuple(range(1, column.ndim))) for column in columns], 0)  # type: ignore[no-any-return]
 
 
 def finite_part(dataset: xr.Dataset) -> xr.Dataset:
@@ -97,9 +97,11 @@ def infinite_lines(dataset: xr.Dataset, provenance: Mapping[str, Any]) -> Iterat
             f"datapoint{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {bounds} = -inf{reason}"
             for (bounds, reason), numbers in alike.items()
         )
-        more = "" if infinite <= MAX_NAMED else f"; and {infinite - MAX_NAMED} more"
+        left = infinite - len(provenance["infinite"])
+        named = "; ".join([*([named] if named else []), *([f"and {left} more"] if named and left else [])])
         verb = "has" if infinite == 1 else "have"
-        yield f"{infinite} of {counted(number, 'datapoint')} {verb} no finite bounds, {rest} ({named}{more})"
+        of = f" ({named})" if named else ""
+        yield f"{infinite} of {counted(number, 'datapoint')} {verb} no finite bounds, {rest}{of}"
 
 
 def _reason(datapoint: int, bounds: list[str], sites: list[str]) -> str:

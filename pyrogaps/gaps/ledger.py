@@ -1,20 +1,26 @@
 """`GapLedger`: the gaps of every datapoint, with their errors and where each number comes from."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pyrogaps.calibration import Calibration
+from pyrogaps.density import Data
 from pyrogaps.errors import InputError
 from pyrogaps.gaps import certificate as certificates
+from pyrogaps.gaps import selection
 from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
 from pyrogaps.gaps.finite import finite_part, infinite_lines
+from pyrogaps.gaps.markup import Parts, full_table, paper_table
 from pyrogaps.gaps.table import cautions, last_gap, render
-from pyrogaps.gaps.terms import Values, ids, root
-from pyrogaps.settings import checked
-from pyrogaps.trees import PROVENANCE, describe, provenance_of, saved
+from pyrogaps.gaps.terms import INFERENCE, Mean, Values, ids, root
+from pyrogaps.settings import Count, File, Name, checked
+from pyrogaps.trees import PROVENANCE, describe, provenance_of, read_tree, saved, write_tree
 
 GROUPS = ("per_datapoint", "traces", "observed_data", "gaps")
 TRAINING, CERTIFICATE, SHARED = "training_data", "certificate", "shared_latents"
@@ -41,6 +47,18 @@ class GapLedger:
     the guide (q* itself for a guide that is shown all). Children sum to their parent, because they are differences
     along one chain of estimates.
 
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> pair = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,))
+        >>> ledger = pg.decompose(*pair, torch.randn(6, 4), num_particles=50, progress=False)
+        >>> ledger.sel(ledger.worst(3).index).per_datapoint.sizes["datapoint"]
+        3
+
+    `print(ledger)` shows the table, and a notebook shows it as HTML. `save` and `load` keep it in a file; `to_markdown`
+    and `to_latex` write it for a report or a paper; `compare` sets ledgers side by side.
+
     Attributes:
         per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`,
             `iwae`, `log_evidence`, `elbo_refined`, `family_approximation_gap` and the gaps that have values per
@@ -53,7 +71,9 @@ class GapLedger:
             `pyrogaps.evidence.METHODS`) and `log_evidence_temperatures`; `examined`, whether other starts were tried;
             `converged` and `kept_start` of the refinements. Where a conditioning gap was measured: `elbo_shared`,
             `conditioning_gap`, and of a shared posterior `elbo_on_completions`, `overfitting`, `shared_converged`,
-            `completions_ess` and `num_completions`.
+            `completions_ess` and `num_completions`. Columns that are True or False
+            are coordinates, so that arithmetic on the others, such as the difference of two ledgers, leaves them alone;
+            so is `data_fingerprint`, a hash of what the model observes of the datapoint.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
         observed: the data, where they are one tensor of moderate size.
         provenance: which estimator, direction of bound and settings each number has; `remarks`, what of model and guide
@@ -114,13 +134,58 @@ class GapLedger:
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`
         where the amortization gap is split, `certificate` and `shared_latents` where there are any, the provenance as
-        one JSON string in the attribute "pyrogaps" and a checksum in "pyrogaps_sha256". Save it with
-        `.to_netcdf(path, engine="h5netcdf")`.
+        one JSON string in the attribute "pyrogaps" and a checksum in "pyrogaps_sha256". `save` writes it to a file.
         """
         groups = dict(zip(GROUPS, (self.per_datapoint, self.traces, self.observed, self.gaps), strict=True))
         further = {TRAINING: self.training, CERTIFICATE: self.certificate, SHARED: self.shared}
         groups |= {name: dataset for name, dataset in further.items() if dataset is not None}
         return describe(xr.DataTree.from_dict(groups), groups, self.provenance)
+
+    @checked()
+    def report(
+        self,
+        path: File,
+        data: Data | None = None,
+        *,
+        calibration: Calibration | None = None,
+        command: str = "",
+        title: str = "Inference gaps",
+    ) -> Path:
+        """Write the ledger as an interactive page: one HTML file that needs no network.
+
+        The verdict comes first, with the reasons not to trust it. Then come the tree of gaps with error bars, the table
+        of `summary()`, a scatter of the datapoints, a table of them to sort and filter, with a flag wherever a number
+        cannot be trusted, the calibration, the traces and the provenance. The numbers are those of the ledger, in nats.
+        Figures are drawn by Bokeh, whose script the page holds: 1.3 MB, where that of plotly has 4.8 MB. A page has
+        about 4 MB for 10,000 datapoints, and never more than 8 MB. Of more datapoints it shows those with the largest
+        gaps, and says so. The file is written whole or not at all.
+
+        >>> import tempfile, torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.vae import VAE
+        >>> x = (torch.rand(5, 16) < 0.5).float()
+        >>> ledger = pg.decompose(VAE(16, 2, [8]), AmortizedNormal(16, 2, [8]), x, progress=False)
+        >>> ledger.report(f"{tempfile.mkdtemp()}/gaps.html", x).name
+        'gaps.html'
+
+        Args:
+            path: of the file, which is replaced if there is one.
+            data: what `decompose` was called with. The page then shows each datapoint beside its numbers: images as
+                thumbnails, sequences as lines, rows as numbers. None shows them where the ledger holds them: where the
+                data are one tensor of moderate size.
+            calibration: what `calibrate` returned, for a section of its own.
+            command: what made the ledger, for the page to show.
+            title: of the page.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: for data of another number of datapoints, and a file that cannot be written.
+        """
+        from pyrogaps.report import write_report  # with Bokeh, which nothing else needs
+
+        return write_report(self, path, data, calibration, command=command, title=title)
 
     @classmethod
     @checked()
@@ -133,8 +198,90 @@ class GapLedger:
         groups = {name: tree.children[name].to_dataset() for name in names}
         provenance = provenance_of(tree, groups, "ledger")
         per_datapoint, traces, observed, gaps = (groups[name] for name in GROUPS)
+        _check_columns(per_datapoint, gaps, provenance)
         further = (groups.get(name) for name in (TRAINING, CERTIFICATE, SHARED))
-        return cls(per_datapoint, traces, observed, provenance, gaps, *further)
+        return cls(selection.with_flags(per_datapoint), traces, observed, provenance, gaps, *further)
+
+    @checked()
+    def save(self, path: File) -> None:
+        """Write the ledger to a netCDF file (by convention `.nc`), whole or not at all.
+
+        `GapLedger.load` reads it back, and so does anything that reads netCDF 4: it holds `to_datatree()`. Raises
+        `InputError` where the file cannot be written; a file that was there is then as before.
+        """
+        write_tree(self.to_datatree(), path, "ledger")
+
+    @classmethod
+    @checked()
+    def load(cls, path: File) -> "GapLedger":
+        """The ledger that `save` wrote, or the file `ledger.nc` of a run of the command.
+
+        Raises `InputError`, which names the file, where there is none, or where it is damaged or holds no ledger: its
+        values must have the checksum that it carries.
+        """
+        return read_tree(path, "ledger", cls.from_datatree)
+
+    @checked()
+    def worst(self, n: Count = 10, by: Name = INFERENCE) -> pd.DataFrame:
+        """The `n` datapoints with the largest gap, the largest first; one row each, in nats.
+
+        Args:
+            n: how many; all, where there are fewer.
+            by: a gap, or another quantity of `per_datapoint` such as "elbo"; "approximation_gap[flow]" is that of a
+                further family. The largest values come first, those that are NaN or infinite before them.
+
+        Returns:
+            Over "datapoint": `by` with its Monte Carlo standard error, the other gaps, log p(x) and the ELBO, and
+            `flags`: why the numbers of this datapoint cannot be trusted, or empty. Its index selects the datapoints:
+            `ledger.sel(ledger.worst(10).index)`.
+
+        Raises `InputError` for a quantity without values per datapoint.
+        """
+        return selection.worst(self.per_datapoint, self.gaps, n, by)
+
+    @checked()
+    def sel(self, datapoint: Any) -> "GapLedger":
+        """The ledger of some datapoints: means, standard errors and gaps are over these.
+
+        Datapoints keep their numbers. What needs all of them is left out, and the ledger says so: the parts of a split
+        amortization gap, the certificate, and the traces. Statements about the whole ledger stay, marked as such.
+
+        Args:
+            datapoint: their numbers, as in `per_datapoint["datapoint"]`, in any order; or a boolean mask over all.
+
+        Raises `InputError` for numbers that the ledger does not have, and where datapoints share latents: the gaps of
+        some would need a posterior of these latents given those datapoints alone.
+        """
+        if self.shared is not None:
+            raise InputError(
+                f"datapoint: all datapoints share {self.provenance['shared']['names']}, so some of them have no ledger "
+                "of their own. Take their values from ledger.per_datapoint.sel(datapoint=[...])"
+            )
+        places = selection.positions(self.per_datapoint, datapoint)
+        per_datapoint = self.per_datapoint.isel(datapoint=places)
+        gaps, dropped = selection.gaps_over(per_datapoint, self.gaps)
+        dropped += ["certificate"] * (self.certificate is not None) + ["traces"] * bool(self.traces.data_vars)
+        observed = self.observed.isel(datapoint=places) if "datapoint" in self.observed.dims else self.observed
+        provenance = selection.provenance_over(per_datapoint, self.provenance, dropped)
+        return GapLedger(per_datapoint, xr.Dataset(), observed, provenance, gaps)
+
+    def to_markdown(self) -> str:
+        """The table in Markdown: mean ± standard error over datapoints in nats, Monte Carlo error, and direction.
+
+        Warnings and notes follow below.
+        """
+        return paper_table(self._parts()).markdown()
+
+    @checked()
+    def to_latex(self, *, caption: str | None = None, label: str | None = None) -> str:
+        """The table for a paper, in LaTeX with the package booktabs: mean ± standard error over datapoints in nats.
+
+        Reasons not to trust the numbers are printed below it; remove these lines only with the reasons.
+
+        Args:
+            caption, label: LaTeX code; where one is given, a `table` stands around the `tabular`.
+        """
+        return paper_table(self._parts()).latex(caption, label)
 
     @property
     def families(self) -> list[str]:
@@ -164,13 +311,33 @@ class GapLedger:
             row["total"] = row["mean"] * len(finite_part(data)["datapoint"])
         return row
 
-    def __str__(self) -> str:
-        table = render(self.summary(), self.gaps, self.per_datapoint, self.provenance)
+    def _parts(self) -> Parts:
+        """What tables are made of."""
         lines = [] if self.certificate is None else certificates.lines_of(self.certificate)
-        return "\n".join([table, *(f"certificate: {line}" for line in lines)])
+        further = [f"certificate: {line}" for line in lines]
+        return Parts(self.summary(), self.gaps, self.per_datapoint, self.provenance, further)
+
+    def __str__(self) -> str:
+        parts = self._parts()
+        return "\n".join([render(*parts[:-1]), *parts.further])
+
+    def _repr_html_(self) -> str:
+        return full_table(self._parts()).html()
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def _check_columns(per_datapoint: xr.Dataset, gaps: xr.Dataset, provenance: dict[str, Any]) -> None:
+    """Refuse groups that are not those of a ledger, in a tree without a checksum."""
+    needed: dict[str, tuple[set[str], Iterable[Any]]] = {
+        "per_datapoint": ({"datapoint", "family", "log_evidence", "elbo", "elbo_refined"}, per_datapoint.variables),
+        "gaps": ({"gap", "parent", "label", *Mean._fields}, gaps.variables),
+        "provenance": ({"quantities", "num_datapoints", "dim", "amortized"}, provenance),
+    }
+    for group, (names, known) in needed.items():
+        if missing := sorted(names - {*map(str, known)}):
+            raise InputError(f"ledger: {', '.join(missing)} of {group} is missing. Restore a copy, or measure it again")
 
 
 def _mean(dataset: xr.Dataset, name: str) -> dict[str, float]:

@@ -42,6 +42,12 @@ class Retraining:
         num_datapoints: how many training datapoints, evenly spaced, bounds are measured on; null: all.
 
     Raises `InputError` for a setting out of range.
+
+    Example:
+        >>> import pyrogaps as pg
+        >>> fast = pg.Retraining(pg.Training(num_epochs=20, learning_rate=2e-3), num_restarts=0)
+        >>> fast.max_rounds
+        10
     """
 
     training: Training = field(default_factory=_round)
@@ -69,6 +75,16 @@ class Split:
             (`SimulatedData(model, x).fetch(torch.arange(512))`) the generalization gap is then 0 but for its error, and
             capacity and optimization are those on the model's own distribution: a check on the split.
         retraining: how phi-hat is found.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> quick = pg.Retraining(pg.Training(num_epochs=2), num_restarts=0, max_rounds=1)
+        >>> ledger = pg.decompose(model, guide, x[:3], split=pg.Split(x, quick), num_particles=50, progress=False)
+        >>> [name for name in ("capacity_gap", "generalization_gap") if name in ledger.gaps["gap"]]
+        ['capacity_gap', 'generalization_gap']
     """
 
     train_data: Data = field(repr=False)

@@ -9,6 +9,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from pyrogaps.gaps.finite import finite_part, is_finite
 from pyrogaps.gaps.ledger import GapLedger
+from pyrogaps.gaps.selection import FINGERPRINT, with_flags
 from pyrogaps.gaps.terms import DATA_SET, GLOBAL, Columns, Term, ids, measured_gaps
 from pyrogaps.shared import GlobalGap
 
@@ -24,19 +25,23 @@ FIELDS = (
 
 def averaged(ledgers: Sequence[GapLedger]) -> xr.Dataset:
     """The columns of all draws: means over draws. The error of a datapoint's mean is that of the draws' values."""
-    shared_names = set.intersection(*({*map(str, ledger.per_datapoint)} for ledger in ledgers)) - {*LEFT_OUT}
+    datasets = [ledger.per_datapoint.reset_coords() for ledger in ledgers]
+    shared_names = set.intersection(*({*map(str, dataset)} for dataset in datasets)) - {*LEFT_OUT}
     columns: dict[str, Any] = {}
-    for name in (str(name) for name in ledgers[0].per_datapoint if name in shared_names):
-        of_draws = [ledger.per_datapoint[name] for ledger in ledgers]
-        if name in IN_ALL or name in IN_ANY:
+    combined: Any
+    for name in (str(name) for name in datasets[0] if name in shared_names):
+        of_draws = [dataset[name] for dataset in datasets]
+        if name == FINGERPRINT:
+            combined = of_draws[0].values
+        elif name in IN_ALL or name in IN_ANY:
             values = np.stack([column.values for column in of_draws])
             combined = values.all(0) if name in IN_ALL else values.any(0)
         elif name.endswith("_mcse") and (base := name.removesuffix("_mcse")) in shared_names:
-            combined = _error(np.stack([ledger.per_datapoint[base].values for ledger in ledgers]).astype(float))
+            combined = _error(np.stack([dataset[base].values for dataset in datasets]).astype(float))
         else:
             combined = np.stack([column.values for column in of_draws]).astype(float).mean(0)
         columns[name] = (of_draws[0].dims, combined, of_draws[0].attrs)
-    return xr.Dataset(columns, ledgers[0].per_datapoint.coords)
+    return with_flags(xr.Dataset(columns, datasets[0].coords))
 
 
 def by_draw(ledgers: Sequence[GapLedger], per_datapoint: xr.Dataset) -> xr.Dataset:

@@ -28,46 +28,84 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
 
     The fourth column says what the mean is in expectation, and the estimator behind it.
     """
-    labels = {name: _label(str(name), provenance) for name in summary.index} | tree_labels(gaps)
-    if "shared" in provenance:
-        labels = {name: label.replace(EVIDENCE, GIVEN_SHARED) for name, label in labels.items()}
+    labels = labels_of(summary, gaps, provenance)
     width = max(len(label) for label in labels.values())
-    number_of = counted(provenance["num_datapoints"], "datapoint")
     means = summary["mean"][np.isfinite(summary["mean"])]
     decimals = 3 if means.empty or float(means.abs().max()) < 100 else 2
     finite = finite_part(per_datapoint)
     headings = "  ".join(f"{heading:>{size}}" for heading, size in zip(HEADINGS, (9, 7, 7, 0), strict=True))
-    title = f"Gap ledger: {number_of}, latent dimension {provenance['dim']}; means over datapoints in nats"
     if shared := provenance.get("shared"):
-        title += f", given {shared['num_draws']} draws of {shared['names']}; totals of the data set"
         headings = headings.replace(f"  {HEADINGS[3]}", f"  {TOTAL:>9}  {HEADINGS[3]}")
-    lines = [title, "", f"{'':{width}}  {headings}"]
+    lines = [title_of(provenance), "", f"{'':{width}}  {headings}"]
     further = False
-    for name, row in summary.iterrows():
-        is_further = str(name).startswith("approximation_gap[")
+    for name, row in ((str(key), row) for key, row in summary.iterrows()):
+        is_further = name.startswith("approximation_gap[")
         if name == root(gaps) or (is_further and not further):
             lines.append("")
         further = is_further
         figures = "  ".join(
             _number(row[column], size, decimals) for column, size in (("mean", 9), ("standard_error", 7), ("mcse", 7))
         )
-        doubt = _doubt(row) if is_further or name in ids(gaps) else ""
-        rest = ""
         if shared:
             figures += f"  {_number(row[TOTAL], 9, decimals)}"
-        if np.isinf(row["mean"]) and len(finite["datapoint"]):
-            rest = f"{row['finite_mean']:.{decimals}f} over the {len(finite['datapoint'])} with finite bounds; "
-        words = f"{row['direction']}: {row['estimator']}"
-        if shared and name not in (DATA_SET, GLOBAL):
-            words = words.replace(EVIDENCE, GIVEN_SHARED)
+        rest = on_finite_part(row, len(finite["datapoint"]), decimals)
+        words = given_shared(f"{row['direction']}: {row['estimator']}", name, provenance)
+        doubt = doubt_of(row) if is_gap(name, gaps) else ""
         lines.append(f"{labels[name]:{width}}  {figures}  {rest}{words}{doubt}")
-    reasons = [*infinite_lines(per_datapoint, provenance), *cautions(finite, provenance)]
-    warnings = [f"Warning: {line}" for line in reasons]
-    whole = [shared["data_set"]] if shared and "data_set" in shared else []
-    return "\n".join([*lines, "", *warnings, *whole, *provenance.get("remarks", []), *_notes(finite, provenance)])
+    warnings = [f"Warning: {line}" for line in warnings_of(per_datapoint, provenance)]
+    return "\n".join([*lines, "", *warnings, *notes_of(per_datapoint, provenance)])
 
 
-def _doubt(row: Any) -> str:
+def title_of(provenance: dict[str, Any]) -> str:
+    """What the table is of."""
+    number_of = counted(provenance["num_datapoints"], "datapoint")
+    if "subset" in provenance:
+        number_of += f" of {provenance['subset']['of']:,}"
+    title = f"Gap ledger: {number_of}, latent dimension {provenance['dim']}; means over datapoints in nats"
+    if shared := provenance.get("shared"):
+        title += f", given {shared['num_draws']} draws of {shared['names']}; totals of the data set"
+    return title
+
+
+def labels_of(summary: pd.DataFrame, gaps: xr.Dataset, provenance: dict[str, Any]) -> dict[str, str]:
+    """What the rows of a summary are called; gaps as a drawn tree."""
+    labels = {str(name): label_of(str(name), provenance) for name in summary.index} | tree_labels(gaps)
+    if "shared" in provenance:
+        labels = {name: label.replace(EVIDENCE, GIVEN_SHARED) for name, label in labels.items()}
+    return labels
+
+
+def is_gap(name: str, gaps: xr.Dataset) -> bool:
+    """Whether a row of the summary is a gap, of the tree or of a further family."""
+    return name.startswith("approximation_gap[") or name in ids(gaps)
+
+
+def given_shared(words: str, name: str, provenance: dict[str, Any]) -> str:
+    """Words on a row of the summary; where datapoints share latents, log p(x) is given these."""
+    shared = "shared" in provenance and name not in (DATA_SET, GLOBAL)
+    return words.replace(EVIDENCE, GIVEN_SHARED) if shared else words
+
+
+def on_finite_part(row: Any, number: int, decimals: int) -> str:
+    """Where a mean is infinite, that over the `number` datapoints with finite bounds."""
+    if not np.isinf(row["mean"]) or not number:
+        return ""
+    return f"{row['finite_mean']:.{decimals}f} over the {number} with finite bounds; "
+
+
+def warnings_of(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """Reasons not to trust the numbers."""
+    return [*infinite_lines(per_datapoint, provenance), *cautions(finite_part(per_datapoint), provenance)]
+
+
+def notes_of(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """What the numbers are of, and what they rest on."""
+    shared = provenance.get("shared") or {}
+    whole = [shared["data_set"]] if "data_set" in shared else []
+    return [*whole, *provenance.get("remarks", []), *_notes(finite_part(per_datapoint), provenance)]
+
+
+def doubt_of(row: Any) -> str:
     """A remark on a gap that is smaller than two of its errors, over datapoints or Monte Carlo."""
     if not np.isfinite(row["mean"]):
         return ""
@@ -79,17 +117,19 @@ def _number(value: float, width: int, decimals: int) -> str:
     return f"{'-':>{width}}" if np.isnan(value) else f"{value:{width}.{decimals}f}"
 
 
-def _label(name: str, provenance: dict[str, Any]) -> str:
+def label_of(name: str, provenance: dict[str, Any]) -> str:
+    """What a quantity that is no gap is called."""
     if name == "iwae":
         return f"IWAE-{provenance['num_particles']}[q]"
     if name.startswith("elbo_refined["):
-        return f"L[q*] {_family(name[len('elbo_refined[') : -1])}"
+        return f"L[q*] {family_name(name[len('elbo_refined[') : -1])}"
     if name.startswith("approximation_gap["):
         return f"approximation gap, {name[len('approximation_gap[') : -1]}"
     return BOUNDS.get(name, name)
 
 
-def _family(name: str) -> str:
+def family_name(name: str) -> str:
+    """What a family is called."""
     return "own family" if name == "own" else name
 
 
@@ -98,9 +138,9 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
         return []
     converged = per_datapoint["converged"].mean("datapoint")
     shares = zip(converged["family"].values, converged.values, strict=True)
-    notes = ["refinement converged: " + ", ".join(f"{_family(name)} {float(share):.0%}" for name, share in shares)]
+    notes = ["refinement converged: " + ", ".join(f"{family_name(name)} {float(share):.0%}" for name, share in shares)]
     notes += provenance.get("notes", [])
-    notes += other_starts.lines_of(provenance.get("examined"))
+    notes += [] if "subset" in provenance else other_starts.lines_of(provenance.get("examined"))
     notes += _proposals(per_datapoint, provenance)
     khat = per_datapoint["khat"].values
     unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
@@ -127,7 +167,7 @@ def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[st
     pairs = {guide: (per_datapoint["khat"], per_datapoint["ess"])}
     for family in per_datapoint["family"].values:
         refined = per_datapoint.sel(family=family)
-        pairs[f"refined {_family(family)}"] = refined["khat_refined"], refined["ess_refined"]
+        pairs[f"refined {family_name(family)}"] = refined["khat_refined"], refined["ess_refined"]
     number = provenance["num_particles"]
     values = [f"{name} {_median(khat)} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()]
     return [f"importance weights, median k-hat (effective sample size): {', '.join(values)}. A k-hat below 0.7 is good"]

@@ -90,6 +90,11 @@ class Term:
         applies: whether there is such a gap, from the columns.
         cause, remedy: what a large gap says, and what usually helps.
         colour, hatch: in plots.
+
+    Example:
+        >>> import pyrogaps as pg
+        >>> next(term for term in pg.TERMS if term.id == "approximation_gap").remedy.split("(")[0]
+        'a richer family '
     """
 
     id: Name

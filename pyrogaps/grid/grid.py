@@ -68,6 +68,15 @@ def posterior_grid(
 
     Raises:
         InputError: where the latent space does not have two dimensions, or p(x_n, z) cannot be integrated.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> grid = pg.posterior_grid(model, {"guide": guide}, x[:2], num_points=50, progress=False)
+        >>> bool((grid["log_evidence"] - model.log_evidence(x[:2]).detach().numpy() < 1e-4).all())
+        True
     """
     if TRUE in guides:
         raise InputError(f"guides: '{TRUE}' is reserved for the exact posterior. Choose another name")

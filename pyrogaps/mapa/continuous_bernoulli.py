@@ -70,6 +70,12 @@ class ContinuousBernoulliKernel:
 
     Raises:
         InputError: where `temperature` is not positive and finite, or `alpha` not inside (0.5, 1).
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> x = torch.tensor([[0.1, 0.1], [0.1, 0.8], [0.9, 0.9]])
+        >>> pg.mapa_posterior(x, pg.ContinuousBernoulliKernel()).to_dense()[0].exp().argmax().item()
+        0
     """
 
     temperature: Positive = 1.0

@@ -177,6 +177,15 @@ class MAPA_ELBO(IndexedELBO):
         FloatingPointError: where a loss is not finite, before any gradient is taken.
 
     Source: Y. Yacoby et al. (AABI 2024, arXiv:2403.08941).
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.delta import AmortizedDelta
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, encoder, x = LinearGaussian.random(4, 2), AmortizedDelta(4, 2, (8,)), torch.randn(20, 4)
+        >>> bound = pg.MAPA_ELBO(pg.mapa_posterior(x, "gaussian", bandwidth=1.0), num_top=1, num_samples=3)
+        >>> pg.train(model, encoder, x, objective=bound, num_epochs=2, progress=False).num_epochs
+        2
     """
 
     pairing = EmpiricalizedModel

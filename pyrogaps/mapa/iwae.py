@@ -140,6 +140,15 @@ class MAPA_IWAE_ELBO(IndexedELBO):
     Source: MAPA is by Y. Yacoby et al. (AABI 2024, arXiv:2403.08941), who name the missing term. Sampling a mixture
     component by component is the balance heuristic of E. Veach and L. Guibas (SIGGRAPH 1995,
     doi:10.1145/218380.218498).
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> bound = pg.MAPA_IWAE_ELBO(pg.mapa_posterior(x, "gaussian", bandwidth=1.0), num_top=1, num_samples=2)
+        >>> pg.train(model, guide, x, objective=bound, num_epochs=2, progress=False).num_epochs
+        2
     """
 
     pairing = SharedDraws

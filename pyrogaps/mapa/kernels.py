@@ -60,6 +60,11 @@ class GaussianKernel:
 
     Raises:
         InputError: where `variance` is not positive and finite.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> pg.mapa_posterior(torch.randn(20, 2), pg.GaussianKernel(0.5), num_neighbours=5)
+        MapaPosterior(20 datapoints, 5 neighbours each, kernel GaussianKernel(variance=0.5))
     """
 
     variance: Positive
@@ -100,6 +105,12 @@ class BernoulliKernel:
 
     Raises:
         InputError: where `alpha` is not inside (0.5, 1).
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> pg.mapa_posterior(x, pg.BernoulliKernel(0.9)).to_dense()[0].exp().argmax().item()
+        0
     """
 
     alpha: Alpha

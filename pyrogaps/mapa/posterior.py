@@ -38,6 +38,12 @@ class MapaPosterior:
         log_q: log q(i|x_n) of these, `(N, M)`, double precision, nats. Every row of q sums to 1, also for M < N.
         kernel: the kernel that made the posterior; None for a posterior without one.
         distances: the distances that the kernel is a function of, `(N, M)`, ascending; None without a kernel.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> posterior = pg.mapa_posterior(torch.randn(20, 2), "gaussian", bandwidth=0.5)
+        >>> posterior.to_dense().exp().sum(1).allclose(torch.ones(20, dtype=torch.float64))
+        True
     """
 
     data: IndexedData
@@ -111,6 +117,11 @@ def mapa_posterior(
 
     Source: Y. Yacoby, "Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational Autoencoders"
     (AABI 2024, arXiv:2403.08941).
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> pg.mapa_posterior(torch.randn(20, 2), "gaussian", bandwidth=0.5, num_neighbours=5)
+        MapaPosterior(20 datapoints, 5 neighbours each, kernel GaussianKernel(variance=0.5))
     """
     kernel = _kernel(likelihood, bandwidth)
     indexed = as_indexed(data)

@@ -51,6 +51,16 @@ class IWAE_ELBO(ELBO):
             `doubly_reparametrised`, distributions without reparametrisation.
 
     Use it as `SVI(model, guide, optimizer, loss=IWAE_ELBO(10))`, or as `pyrogaps.train(..., objective=IWAE_ELBO(10))`.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> loss = pg.IWAE_ELBO(num_particles=5)
+        >>> result = pg.train(model, guide, x, objective=loss, num_epochs=2, progress=False)
+        >>> len(result.history["train_elbo"])
+        2
     """
 
     num_particles: Count = 10

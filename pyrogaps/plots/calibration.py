@@ -47,6 +47,15 @@ def plot_calibration(calibration: Drawn, figure: FigureBase | None = None) -> Fi
 
     Returns:
         The figure drawn in.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> figure = pg.plot_calibration(pg.calibrate(model, guide, x, num_simulated=100, num_draws=100))
+        >>> len(figure.axes) > 0
+        True
     """
     if isinstance(calibration, xr.DataTree):
         calibration = Calibration.from_datatree(calibration)
@@ -57,7 +66,7 @@ def plot_calibration(calibration: Drawn, figure: FigureBase | None = None) -> Fi
     _band(left, summary)
     _lines(left, pit, summary)
     log_joint = calibration.per_simulated["log_joint_pit"].values
-    left.plot(GRID, _difference(log_joint), color="black", lw=1.2, ls=(0, (1, 1.5)), label=_label(LOG_JOINT, summary))
+    left.plot(GRID, difference(log_joint), color="black", lw=1.2, ls=(0, (1, 1.5)), label=_label(LOG_JOINT, summary))
     left.set_xlabel("normalised rank of the truth")
     left.set_ylabel("ECDF − uniform")
     left.set_title("Ranks among the posterior's draws", loc="left", fontsize="medium")
@@ -79,7 +88,7 @@ def plot_calibration(calibration: Drawn, figure: FigureBase | None = None) -> Fi
     return figure
 
 
-def _difference(values: np.ndarray) -> np.ndarray:
+def difference(values: np.ndarray) -> np.ndarray:
     """The ECDF of `values`, without NaN, minus that of U(0, 1), at `GRID`; NaN where there are none."""
     finite = np.sort(values[np.isfinite(values)])
     if not len(finite):
@@ -98,7 +107,7 @@ def _lines(ax: Axes, values: np.ndarray, summary: pd.DataFrame, scale: float = 1
         label = "other deviating dimensions" if deviates else "no significant deviation"
         ax.plot(
             GRID,
-            scale * _difference(column),
+            scale * difference(column),
             color=DEVIATING if deviates else FAINT,
             lw=0.8,
             label=None if label in labelled else label,
@@ -106,7 +115,7 @@ def _lines(ax: Axes, values: np.ndarray, summary: pd.DataFrame, scale: float = 1
         labelled.add(label)
     for name, line, shade in zip(deviations[:MAX_HIGHLIGHTED], LINES, SHADES, strict=False):
         column = values[:, summary.index.get_loc(name)]
-        ax.plot(GRID, scale * _difference(column), color=shade, ls=line, lw=1.5, label=_label(str(name), summary))
+        ax.plot(GRID, scale * difference(column), color=shade, ls=line, lw=1.5, label=_label(str(name), summary))
 
 
 def _label(name: str, summary: pd.DataFrame) -> str:

@@ -40,6 +40,15 @@ def plot_datapoints(ledger: Ledger, figure: FigureBase | None = None, *, num_ima
 
     Returns:
         The figure drawn in.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> ledger = pg.decompose(model, guide, x, num_particles=50, progress=False)
+        >>> len(pg.plot_datapoints(ledger).axes) > 0
+        True
     """
     dataset = per_datapoint(ledger)
     worst = _worst(dataset, num_images)

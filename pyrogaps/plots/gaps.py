@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from pyrogaps.errors import counted
-from pyrogaps.gaps.terms import INFERENCE, TERMS, ids, parent_of
+from pyrogaps.gaps.terms import INFERENCE, TERMS, ids, parent_of, summary_mcse
 from pyrogaps.plots.source import (
     Ledger,
     families,
@@ -30,7 +30,8 @@ from pyrogaps.settings import checked
 class Bar:
     """One row: from `start` nats below log p(x), `length` nats long, negative towards log p(x).
 
-    `depth` is that of its gap in the tree, 0 for the root; None for another family's.
+    `depth` is that of its gap in the tree, 0 for the root; None for another family's. `error` is over datapoints, and
+    `mcse` the Monte Carlo error.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Bar:
     error: float
     colour: str
     hatch: str
+    mcse: float = np.nan
 
 
 @checked()
@@ -58,20 +60,24 @@ def plot_gaps(ledger: Ledger, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> ledger = pg.decompose(model, guide, x, num_particles=50, progress=False)
+        >>> pg.plot_gaps(ledger).get_xlabel()
+        'nats below log p(x)'
     """
-    dataset, gaps = per_datapoint(ledger), gap_tree(ledger)
-    # Without a measured inference gap, its parts are drawn alone.
-    own = [*(_bars(gaps, "", 0, 0.0) if INFERENCE in ids(gaps) else _bars(gaps, INFERENCE, 1, 0.0))]
-    bars = [*own, *_other_families(dataset)]
+    dataset, bars = per_datapoint(ledger), bars_of(ledger)
     if ax is None:
         ax = new_figure(8, 1.1 + 0.42 * max(len(bars), 2)).add_subplot()
     if not bars:
         note(ax, "no gaps were measured")
         return ax
-    parts = [bar for bar in own if bar.depth == 1]
     for row, bar in enumerate(bars):
-        stacked = bar.depth == 0 and parts and all(part.length >= 0 for part in parts)
-        for piece in parts if stacked else [bar]:
+        for piece in pieces_of(bar, bars):
             _draw(ax, row, piece)
         ax.errorbar(bar.start + bar.length, row, xerr=_drawable(bar.error), color="black", capsize=3, lw=1.2, ls="none")
     _connect(ax, bars)
@@ -80,16 +86,30 @@ def plot_gaps(ledger: Ledger, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def bars_of(ledger: Ledger) -> list[Bar]:
+    """The rows: the gaps from the root down, then the refined bounds of the other families."""
+    gaps = gap_tree(ledger)
+    # Without a measured inference gap, its parts are drawn alone.
+    own = _bars(gaps, "", 0, 0.0) if INFERENCE in ids(gaps) else _bars(gaps, INFERENCE, 1, 0.0)
+    return [*own, *_other_families(per_datapoint(ledger))]
+
+
+def pieces_of(bar: Bar, bars: list[Bar]) -> list[Bar]:
+    """What a row is drawn of: the root of its parts, where none of them is negative; any other of itself."""
+    parts = [part for part in bars if part.depth == 1]
+    return parts if bar.depth == 0 and parts and all(part.length >= 0 for part in parts) else [bar]
+
+
 def _bars(gaps: xr.Dataset, parent: str, depth: int, start: float) -> Iterator[Bar]:
     """Bars of the parts of `parent`, end to end from `start`, each followed by its own parts."""
     for name in ids(gaps):
         if parent_of(gaps, name) != parent:
             continue
         row = gaps.sel(gap=name)
-        length, error = float(row["mean"]), float(row["standard_error"])
+        length, error, mcse = (float(row[column]) for column in ("mean", "standard_error", "mcse"))
         label, colour, hatch = (str(row[word].item()) for word in ("label", "colour", "hatch"))
         shown = "  " * depth + label.removesuffix(" gap") if depth else label
-        yield Bar(shown, depth, start, length, error, colour, hatch)
+        yield Bar(shown, depth, start, length, error, colour, hatch, mcse)
         yield from _bars(gaps, name, depth + 1, start)
         start += length
 
@@ -100,7 +120,9 @@ def _other_families(dataset: xr.Dataset) -> Iterator[Bar]:
     for family in families(dataset):
         gap = values(dataset, "family_approximation_gap", family) if family != own_family(dataset) else None
         if gap is not None:
-            yield Bar(f"{family}, refined", None, 0.0, *mean_and_error(gap), colour, "")
+            mcse = values(dataset, "family_approximation_gap_mcse", family)
+            error = np.nan if mcse is None else summary_mcse(mcse[np.isfinite(mcse)])
+            yield Bar(f"{family}, refined", None, 0.0, *mean_and_error(gap), colour, "", error)
 
 
 def _title(dataset: xr.Dataset) -> str:

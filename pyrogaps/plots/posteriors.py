@@ -43,6 +43,15 @@ def plot_posteriors(source: Grid, figure: FigureBase | None = None) -> FigureBas
 
     Returns:
         The figure drawn in.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> grid = pg.posterior_grid(model, {"guide": guide}, x[:2], num_points=50, progress=False)
+        >>> len(pg.plot_posteriors(grid).axes) > 3
+        True
     """
     columns, names = source.sizes["datapoint"], [str(name) for name in source["posterior"].values]
     images = images_of(source, np.arange(columns))

@@ -26,6 +26,15 @@ def plot_traces(ledger: Ledger, figure: FigureBase | None = None) -> FigureBase:
 
     Returns:
         The figure drawn in.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> ledger = pg.decompose(model, guide, x, num_particles=50, progress=False)
+        >>> len(pg.plot_traces(ledger).axes) > 0
+        True
     """
     traces = group(ledger, "traces")
     annealed = any(values(traces, name) is not None for name in ANNEALING)

@@ -130,6 +130,15 @@ def refine(
 
     Raises:
         InputError: where the family is not local under the data plate, or has no reparameterised draws.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> refined = pg.refine(model, guide, x)
+        >>> bool((pg.elbo(model, refined, x).value > pg.elbo(model, guide, x).value).all())
+        True
     """
     family = guide_or_family if is_family(guide_or_family) else None
     problem = Problem.of(model, guide_or_family if family is None else None, data, plate)

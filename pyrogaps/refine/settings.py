@@ -28,6 +28,15 @@ class Refinement:
         tolerance: a datapoint counts as converged when further steps, begun at the full rate, do not raise its ELBO by
             more than this, in nats (and two standard errors of that comparison). The check takes a tenth of the Adam
             steps (at least 50), or a third of the natural-gradient steps.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> options = {"refinement": pg.Refinement(num_steps=200), "num_particles": 50, "progress": False}
+        >>> pg.decompose(model, guide, x, **options).per_datapoint["converged"].shape
+        (6, 1)
     """
 
     num_steps: Count = 1000

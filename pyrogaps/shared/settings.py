@@ -19,6 +19,11 @@ class Shared:
         max_evaluations: evaluations of log p(x_n, z | theta), or of its gradient, for them, at most.
 
     Raises `InputError` for a setting out of range.
+
+    Example:
+        >>> import pyrogaps as pg
+        >>> pg.Shared(num_draws=16, tolerance=0.05).max_draws
+        4096
     """
 
     num_draws: Annotated[int, within("of at least 2 and at most 10000")] = 8

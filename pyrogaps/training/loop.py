@@ -93,6 +93,15 @@ def train(
     Raises `InputError` for settings, data, guide or checkpoint that do not fit together, and `FloatingPointError` if
     the loss or the gradient becomes infinite or NaN, or `InputError` where the data contain NaN themselves; model and
     guide then hold the best weights so far.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> result = pg.train(model, guide, x, num_epochs=3, learning_rate=1e-2, progress=False)
+        >>> len(result.history["train_elbo"])
+        3
     """
     for program, what in ((model, "model"), (guide, "guide")):
         check_callable(program, what)

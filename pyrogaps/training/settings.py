@@ -18,6 +18,15 @@ class Training:
     """The settings of `train`, documented there; apply them by `train(model, guide, data, **vars(settings))`.
 
     Raises `InputError` for a setting out of range.
+
+    Example:
+        >>> import torch, pyrogaps as pg
+        >>> from pyrogaps.guides.amortized import AmortizedNormal
+        >>> from pyrogaps.models.linear_gaussian import LinearGaussian
+        >>> model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(6, 4)
+        >>> settings = pg.Training(num_epochs=2, learning_rate=2e-3)
+        >>> pg.train(model, guide, x, **vars(settings), progress=False).num_epochs
+        2
     """
 
     num_epochs: Count = 100

@@ -1,0 +1,175 @@
+"""Some of a ledger's datapoints: the worst of them, and a ledger of any."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from pyrogaps.errors import InputError, counted
+from pyrogaps.gaps import other_starts
+from pyrogaps.gaps.finite import finite_part, is_finite
+from pyrogaps.gaps.terms import Mean, Values, ids, parent_of
+from pyrogaps.signatures import nearest
+
+Provenance: TypeAlias = dict[str, Any]
+DATAPOINT, FAMILY, FLAGS = "datapoint", "family", "flags"
+FINGERPRINT = "data_fingerprint"  # of what the model observes
+RELIABLE, CONVERGED = "log_evidence_reliable", "converged"
+BOUNDS = ("log_evidence", "elbo")
+
+
+def with_flags(dataset: xr.Dataset) -> xr.Dataset:
+    """The columns of a ledger with flags and fingerprints as coordinates, which arithmetic leaves alone."""
+    aside = [name for name, column in dataset.data_vars.items() if column.dtype == bool or name == FINGERPRINT]
+    return dataset.set_coords(aside)
+
+
+def flags_of(dataset: xr.Dataset) -> list[str]:
+    """Why the numbers of a datapoint cannot be trusted, `(N,)` texts; empty where they can."""
+    reasons = {"no finite bounds": ~is_finite(dataset)}
+    if RELIABLE in dataset:
+        reasons["log p(x) unreliable"] = ~dataset[RELIABLE].values
+    if CONVERGED in dataset:
+        converged = dataset[CONVERGED]
+        own = converged.isel(family=0) if FAMILY in converged.dims else converged
+        reasons["refinement not converged"] = ~own.values.astype(bool)
+    return [
+        "; ".join(reason for reason, holds in reasons.items() if holds[place])
+        for place in range(dataset.sizes[DATAPOINT])
+    ]
+
+
+def worst(dataset: xr.Dataset, gaps: xr.Dataset, num: int, by: str) -> pd.DataFrame:
+    """The `num` datapoints of a ledger with the largest values of the column `by`, see `GapLedger.worst`."""
+    column = _column(dataset, gaps, by)
+    order = np.argsort(-np.nan_to_num(column.value, nan=np.inf), kind="stable")[:num]
+    chosen = dataset.isel(datapoint=order)
+    columns: dict[str, Any] = {by: column.value[order], f"{by}_mcse": column.mcse[order]}
+    for name in (*ids(gaps), *BOUNDS):
+        if name in dataset and name not in columns:
+            columns[name] = chosen[name].values
+    columns[FLAGS] = flags_of(chosen)
+    return pd.DataFrame(columns, index=pd.Index(chosen[DATAPOINT].values, name=DATAPOINT))
+
+
+def _column(dataset: xr.Dataset, gaps: xr.Dataset, by: str) -> Values:
+    """A column of a ledger; of a further family by its name in the summary, such as "approximation_gap[flow]"."""
+    name, _, family = by.removesuffix("]").partition("[")
+    stored = "family_approximation_gap" if family and name == "approximation_gap" else name
+    columns = [str(key) for key, column in dataset.items() if f"{key}_mcse" in dataset and DATAPOINT in column.dims]
+    if by in ids(gaps) and by not in columns:
+        raise InputError(
+            f"by: '{by}' is a difference between data sets and has no values per datapoint. Use one of "
+            f"{', '.join(key for key in ids(gaps) if key in columns)}"
+        )
+    families = [str(key) for key in dataset[FAMILY].values]
+    if stored not in columns or (family and (FAMILY not in dataset[stored].dims or family not in families)):
+        named = [key for key in columns if FAMILY not in dataset[key].dims]
+        named += [f"approximation_gap[{key}]" for key in families[1:]]
+        hint = f"Did you mean '{near}'? " if (near := nearest(by, named, "")) else ""
+        raise InputError(f"by: there is no '{by}' per datapoint. {hint}Known are {', '.join(named)}")
+    pair = (dataset[column] for column in (stored, f"{stored}_mcse"))
+    own = (part.sel(family=family or families[0]) if FAMILY in part.dims else part for part in pair)
+    return Values(*(part.values.astype(float) for part in own))
+
+
+def positions(dataset: xr.Dataset, datapoint: Any) -> NDArray[np.int64]:
+    """Where the datapoints chosen stand in a ledger, in the order given.
+
+    Raises `InputError` for numbers that the ledger does not have, or has been asked for twice, and for none at all.
+    """
+    if isinstance(datapoint, slice):
+        raise InputError("datapoint: a slice is ambiguous where datapoints have numbers. Pass range(start, stop)")
+    labels, chosen = dataset[DATAPOINT].values, np.atleast_1d(np.asarray(datapoint))
+    if chosen.ndim != 1 or not len(chosen) or chosen.dtype.kind not in "bui":
+        raise InputError(
+            "datapoint: must be numbers of datapoints, or a boolean mask over all of them. Pass such as [0, 3], or "
+            "ledger.per_datapoint['elbo'] < -100"
+        )
+    if chosen.dtype == bool:
+        if len(chosen) != len(labels):
+            raise InputError(
+                f"datapoint: the mask has length {len(chosen)}, and the ledger {counted(len(labels), DATAPOINT)}. Pass "
+                "one entry for each"
+            )
+        if not chosen.any():
+            raise InputError("datapoint: the mask is False everywhere. Choose at least one datapoint")
+        return np.flatnonzero(chosen)
+    places = {int(label): place for place, label in enumerate(labels)}
+    missing = [int(label) for label in chosen if int(label) not in places]
+    if missing:
+        raise InputError(
+            f"datapoint: the ledger has no datapoint {missing[0]}. Its numbers are in ledger.per_datapoint['datapoint']"
+        )
+    if len(set(chosen.tolist())) < len(chosen):
+        raise InputError("datapoint: a datapoint is named twice. Name each once")
+    return np.array([places[int(label)] for label in chosen])
+
+
+def gaps_over(dataset: xr.Dataset, gaps: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
+    """The tree of gaps as means over the datapoints of `dataset`, and the labels of those that have no such means."""
+    kept: list[str] = []
+    for name in ids(gaps):
+        parent = parent_of(gaps, name)
+        if name in dataset and (not parent or parent in kept):
+            kept.append(name)
+    finite = finite_part(dataset)
+    means = [Values(finite[name].values, finite[f"{name}_mcse"].values).mean for name in kept]
+    tree = gaps.sel(gap=kept).assign(
+        {column: ("gap", [getattr(mean, column) for mean in means]) for column in Mean._fields}
+    )
+    return tree, [str(gaps["label"].sel(gap=name).item()) for name in ids(gaps) if name not in kept]
+
+
+def provenance_over(dataset: xr.Dataset, provenance: Provenance, dropped: Sequence[str]) -> Provenance:
+    """That of a ledger of the datapoints of `dataset` alone, without what is `dropped`.
+
+    What was said of all datapoints stays, and says so.
+    """
+    before = provenance.get("subset", {"of": provenance["num_datapoints"], "without": []})
+    notes, cautions = _said_of_all(provenance)
+    own_notes, own_cautions = _said_of(dataset)
+    numbers = {int(label) for label in dataset[DATAPOINT].values}
+    subset = {"of": before["of"], "without": list(dict.fromkeys([*before["without"], *dropped]))}
+    result = {key: value for key, value in provenance.items() if key not in ("split", "examined", "infinite")}
+    if not is_finite(dataset).all():
+        result["infinite"] = [entry for entry in provenance["infinite"] if entry["datapoint"] in numbers]
+    remarks = [_on_subset(len(numbers), **subset), *(line for line in provenance["remarks"] if SELECTED not in line)]
+    result |= {"num_datapoints": len(numbers), "subset": subset, "remarks": remarks}
+    return {**result, "notes": [*own_notes, *notes], "cautions": [*own_cautions, *cautions]}
+
+
+SELECTED, WHOLE = "a selection of", "in the ledger of all"
+
+
+def _on_subset(number: int, of: int, without: Sequence[str]) -> str:
+    said = f"{SELECTED} {number:,} of {counted(of, DATAPOINT)}; means are over these"
+    said += ", and biased where they were selected by values of this ledger"
+    return f"{said}. Left out, because all datapoints are needed: {', '.join(without)}" if without else said
+
+
+def _said_of_all(provenance: Provenance) -> tuple[list[str], list[str]]:
+    """Notes and cautions on all datapoints of the ledger that this one is, or is a selection of."""
+    notes, cautions = list(provenance.get("notes", [])), list(provenance.get("cautions", []))
+    if "subset" in provenance:
+        return [line for line in notes if line.startswith(WHOLE)], [line for line in cautions if line.startswith(WHOLE)]
+    examined = provenance.get("examined")
+    notes += other_starts.lines_of(examined)
+    cautions += [] if examined is None else other_starts.cautions_of(examined)
+    whole = f"{WHOLE} {counted(provenance['num_datapoints'], DATAPOINT)}"
+    return [f"{whole}: {line}" for line in notes], [f"{whole}: {line}" for line in cautions]
+
+
+def _said_of(dataset: xr.Dataset) -> tuple[list[str], list[str]]:
+    """Notes and cautions on the datapoints chosen, from their columns."""
+    if RELIABLE not in dataset:
+        return [], []
+    number, reliable = dataset.sizes[DATAPOINT], int(dataset[RELIABLE].values.sum())
+    notes = [f"log p(x) is reliable for {reliable:,} of these {counted(number, DATAPOINT)}"]
+    if reliable == number:
+        return notes, []
+    of = f"{number - reliable:,} of these {counted(number, DATAPOINT)} (log_evidence_reliable is False there)"
+    return notes, [f"log p(x), and the gaps measured from it, cannot be trusted for {of}"]

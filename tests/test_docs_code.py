@@ -1,0 +1,128 @@
+"""The code of the README and the documentation's pages runs; commands have options that there are."""
+
+import inspect
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.run import get_args_parser
+
+import pyrogaps as pg
+from pyrogaps.cli.command import main as command
+from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.models.vae import VAE
+from tests.pages import PAGES, ROOT, SOURCES, blocks, name_of
+
+# Pages whose programs take more than a few seconds, also with small budgets.
+SLOW = {"docs/howto/partial.md", "docs/howto/shared.md", "docs/howto/split.md"}
+SMALL: dict[str, Any] = {
+    "refinement": pg.Refinement(num_steps=4, num_selection=8),
+    "evidence": pg.Ladder(tolerance=1.0, max_evaluations=100),
+    "conditioning": pg.Conditioning(num_completions=4, max_completions=4),
+    "num_particles": 30,
+    "referee": False,
+    "progress": False,
+}
+# Numbers of epochs and steps, and what takes their place.
+BUDGETS = {
+    r"range\(\d\d+\)": "range(2)",
+    r"num_(epochs|steps)=\d+": r"num_\1=2",
+    r"num_simulated=\d+": "num_simulated=4",
+    r"digits\[:1500\], digits\[1500:\]": "digits[:40], digits[40:44]",
+    r"max_rounds=\d+": "max_rounds=1",
+    r"num_completions=\d+": "num_completions=4, max_completions=4",
+}
+
+
+def small(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """`function` with small budgets where a page does not set its own."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        taken = [*inspect.signature(function).parameters][: len(args)]
+        return function(*args, **{**{k: v for k, v in options.items() if k not in taken}, **kwargs})
+
+    return call
+
+
+class Half(AmortizedNormal):
+    """A guide that is shown the first half of x."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * MASK)
+
+
+MASK = torch.arange(16) < 8
+
+
+def given() -> dict[str, Any]:
+    """What pages speak of without saying how it was made: a trained model, a guide and data."""
+    x = (torch.rand(24, 16) < 0.4).float()
+    guide = Half(16, 2, [8])
+    return {
+        "__name__": "page",
+        "pg": pg,
+        "model": VAE(16, 2, [8]),
+        "guide": guide,
+        "x": x[:4],
+        "x_train": x,
+        "x_test": x[:4],
+        "mask": MASK,
+    }
+
+
+def with_code() -> list[Any]:
+    pages = [page for page in (ROOT / "README.md", *PAGES) if blocks(page, "python")]
+    return [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) in SLOW)) for page in pages]
+
+
+@pytest.mark.usefixtures("brief_check")
+@pytest.mark.parametrize("page", with_code())
+def test_the_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All its blocks, in order, in one namespace, with small budgets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pg, "decompose", small(pg.decompose, SMALL))
+    quick = {name: SMALL[name] for name in ("evidence", "refinement", "referee")}
+    monkeypatch.setattr(pg, "log_evidence", small(pg.log_evidence, quick))
+    monkeypatch.setattr(pg, "calibrate", small(pg.calibrate, {"num_simulated": 40, "num_draws": 100}))
+    shared = {"evidence": pg.AIS(4, 4), "refinement": SMALL["refinement"], "settings": SMALL["conditioning"]}
+    monkeypatch.setattr(pg, "shared_posterior", small(pg.shared_posterior, {**shared, "num_particles": 30}))
+    retraining = pg.Retraining(pg.Training(num_epochs=1), num_restarts=0, max_rounds=1, num_datapoints=4)
+    monkeypatch.setattr(pg, "Split", small(pg.Split, {"retraining": retraining}))
+    monkeypatch.setattr(pg, "train", small(pg.train, {"num_epochs": 2, "progress": False}))
+    names = given()
+    for number, block in enumerate(blocks(page, "python"), 1):
+        for pattern, budget in BUDGETS.items():
+            block = re.sub(pattern, budget, block)
+        exec(compile(block, f"{name_of(page)}, block {number}", "exec"), names)
+
+
+def commands() -> Iterator[Any]:
+    for page in SOURCES:
+        for text in [*blocks(page, "bash"), *blocks(page, "sh")]:
+            lines = text.replace("\\\n", " ").splitlines()
+            yield from (pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for line in lines if line.strip())
+
+
+@pytest.mark.parametrize("line", [*commands()])
+def test_a_command_is_one(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its options and the recipe are known, or it is one of those that .ci/run runs."""
+    monkeypatch.chdir(tmp_path)
+    program = line.split(" # ")[0].strip().replace("[RECIPE] [options]", "")
+    before, found, arguments = program.partition("-m pyrogaps.eval")
+    if before.startswith("torchrun"):
+        get_args_parser().parse_args([*before.split()[1:], "script.py"])
+    if program.startswith("pyrogaps") or found:
+        given = shlex.split(arguments if found else program.removeprefix("pyrogaps"))
+        if given[:1] in (["compare"], ["report"]):  # of runs that are not there
+            assert command(given) == 2
+            assert f"{given[1]}" in capsys.readouterr().err
+        else:
+            assert command([*given, *["--print_config"] * (given[:1] != ["recipes"])]) == 0, capsys.readouterr().err
+    else:
+        assert any(known in program for known in ("-m pytest", "sphinx-build", "git clone")), program
