@@ -180,12 +180,14 @@ def _sentence(what: str, row: xr.Dataset, first: str, other: str) -> str:
         return f"{what} {of}: no verdict{where}, the difference lies between {ends} nats. {REMEDY}."
     if verdict == SAME:
         return f"{what} {of}: no difference beyond its error{where} ({_size(row)} nats)."
-    return f"{what} is {verdict} in '{first}' than in '{other}'{where}, by {_size(row)} nats per datapoint."
+    by = _size(row, sign=-1 if verdict == SMALLER else 1)
+    return f"{what} is {verdict} in '{first}' than in '{other}'{where}, by {by} nats per datapoint."
 
 
-def _size(row: xr.Dataset) -> str:
-    """A difference with its error; both ends of an interval."""
-    low, high, errors = float(row["low"]), float(row["high"]), [float(row[f"{end}_error"]) for end in ("low", "high")]
+def _size(row: xr.Dataset, sign: int = 1) -> str:
+    """A difference times `sign`, with its error; both ends of an interval."""
+    ends = sorted((sign * float(row[end]), float(row[f"{end}_error"])) for end in ("low", "high"))
+    (low, high), errors = zip(*ends, strict=True)
     if low == high:
         return with_error(low, errors[0])
     return f"{with_error(low, errors[0])} to {with_error(high, errors[1])}"
