@@ -130,9 +130,10 @@ class _Recorder(Messenger):
             self.sites.append(Observed(name, "factor", FACTOR, "", 0.0, 0.0, 0.0, 0.0, whole=True, count=0))
             return
         value = torch.as_tensor(message["value"])
-        value = value.expand(torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape))
         mask = distribution_mask(fn, message["mask"])
-        mask = torch.ones_like(value, dtype=torch.bool) if mask is None else mask.expand(value.shape)
+        mask = torch.ones((), dtype=torch.bool, device=value.device) if mask is None else mask
+        shape = torch.broadcast_shapes(value.shape, mask.shape, fn.batch_shape + fn.event_shape)
+        value, mask = value.expand(shape), mask.expand(shape)
         values, kept = (self._by_row(tensor, message).cpu().numpy() for tensor in (value, mask))
         seen = values[kept].astype(np.float64)
         words = name, type(leaf(fn)).__name__, _measure(fn), support_words(fn)
