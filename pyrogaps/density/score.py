@@ -144,6 +144,12 @@ class ScoreModel(Messenger):
         if self.drop_rows:
             unconstrained = unconstrained.reshape(site.shape[site.num_padded :])
         active = unconstrained_mask(mask, fn, site)
+        if active is not None and self.factors is not None and self.factors.holds(active, fn.event_dim):
+            raise InputError(
+                f"site '{name}': its mask depends on a discrete latent, so it has a density in some states only. "
+                "Remove this mask in model and guide: a latent that is not used integrates to 1, and log p(x) stays "
+                "the same"
+            )
         if active is not None:
             unconstrained = torch.where(active, unconstrained, torch.zeros_like(unconstrained))
         transform = bijection(fn, name)

@@ -90,8 +90,9 @@ def test_lda_given_topics_of_documents(mode: Any) -> None:
     assert "doc_topics" in str(ledger)
 
 
-@pytest.mark.filterwarnings("ignore:model. it runs once for every particle:UserWarning")  # Dirichlets have no batching rule
+@pytest.mark.filterwarnings("ignore:model. it runs once for every particle:UserWarning")
 def test_lda_with_distributions() -> None:
+    """Announced as evaluated one particle at a time, because Dirichlets have no batching rule."""
     words, guide = documents(), LDAGuide(delta=False)
     guide(words)
     pair = Pair(lda, guide, (words,), DOCUMENTS, plate="documents", nesting=2)
