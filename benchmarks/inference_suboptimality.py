@@ -4,7 +4,7 @@
 certifies the evidence, and writes `results/inference_suboptimality.csv`, one row per column, and the page
 `results/inference_suboptimality.md`, which sets it beside the paper's and judges its claims. Every stage of a column
 is kept in `--runs` when it is done: a run that was stopped continues, and columns can be made one by one. Table and
-page are written after every column, from all columns that are finished.
+page are written after every column, from all columns that are finished, here or, as the table says, before.
 
 The flow is the paper's, Real NVP with an auxiliary variable. `--flow coupling` makes the same table with the plain flow
 on halves of z, in files of its own.
@@ -278,7 +278,7 @@ def main() -> None:
         return column_recipe(name, options.num_epochs, options.num_images, options.flow)
 
     chosen = [] if options.write_only else [*(options.columns or columns)]
-    rows: dict[str, dict[str, object]] = {}
+    rows = published(options.flow)
     for name in columns:
         if name not in chosen and (runs / name / "sandwich.json").exists():
             rows[name] = row(kept_recipe(runs / name), name, runs)
@@ -292,6 +292,15 @@ def main() -> None:
         write(list(rows.values()), options.flow)
     if rows and not options.train_only:
         print((RESULTS / f"{FILES[options.flow]}.md").read_text())
+
+
+def published(flow: str) -> dict[str, dict[str, object]]:
+    """The rows of the table as it is, by column: those whose runs are on another machine stay as they are."""
+    path = RESULTS / f"{FILES[flow]}.csv"
+    if not path.exists():
+        return {}
+    table = pd.read_csv(path)
+    return {str(row["column"]): {str(name): value for name, value in row.items()} for row in table.to_dict("records")}
 
 
 def write(rows: list[dict[str, object]], flow: str) -> None:

@@ -104,6 +104,17 @@ def test_a_flow_below_the_ffg_is_not_done() -> None:
     assert "(train nan)" in inference_suboptimality.status({**numbers, "train_flow_minus_ffg": float("nan")})
 
 
+def test_columns_measured_on_another_machine_stay(
+    monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path
+) -> None:
+    module = inference_suboptimality
+    monkeypatch.setattr(module, "column_recipe", small(module.column_recipe, learning_rate=1e30))
+    for column, runs in (("mnist-flow", "there"), ("mnist-ffg", "here")):
+        run(module, monkeypatch, column, "--runs", tmp_path / runs)
+    table = pd.read_csv(results / "inference_suboptimality.csv")
+    assert table["column"].tolist() == ["mnist-ffg", "mnist-flow"]
+
+
 def test_column_that_diverged_is_flagged(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
     module = inference_suboptimality
     monkeypatch.setattr(module, "column_recipe", small(module.column_recipe, learning_rate=1e30))
