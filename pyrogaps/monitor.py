@@ -37,7 +37,7 @@ BOUNDS = {"log_evidence": "log p(x)", "elbo_refined[own]": "L[q*]", "elbo": "L[q
 ERRORS = ("standard_error", "mcse")
 NAMED = ("elbo_refined[own]", "elbo_refined")  # a row of the summary, and its column in the history
 # What a pair may raise whose weights are bad for now; of these, what all processes raise where one does.
-FAILURES = (ValueError, ArithmeticError, torch.linalg.LinAlgError)
+FAILURES = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 SHARED_FAILURES = (InputError, FloatingPointError)
 
 
@@ -71,11 +71,11 @@ class Record:
         """The row of the history."""
         row: dict[str, Any] = {}
         if self.ledger is not None:
-            summary = self.ledger.summary()
+            rows = self.ledger.summary().to_dict("index")
             for name in (*BOUNDS, *ids(self.ledger.gaps)):
                 column = name.replace(*NAMED)
-                row[column] = float(summary.loc[name, "mean"])
-                row |= {f"{column}_{error}": float(summary.loc[name, error]) for error in ERRORS}
+                row[column] = float(rows[name]["mean"])
+                row |= {f"{column}_{error}": float(rows[name][error]) for error in ERRORS}
             row |= {name: number / total for name, (number, total) in self.shares.items()}
         return {**row, "seconds": self.seconds, "cautions": "; ".join(self.cautions), "failure": self.failure}
 

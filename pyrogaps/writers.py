@@ -34,7 +34,7 @@ class TensorBoard:
 
     def __init__(self, target: str | PathLike[str] | Any) -> None:
         self._make = _library("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        self._target = target if hasattr(target, "add_scalar") else fspath(target)
+        self._target: Any = target if hasattr(target, "add_scalar") else fspath(target)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the values as scalars, and flush."""

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from pyrogaps.errors import counted
 from pyrogaps.gaps.terms import ids
@@ -65,6 +66,7 @@ def plot_monitor(monitor: Monitored, ax: Axes | None = None) -> Axes:
     ax.axhline(0, color="0.3", lw=0.9)
     hollow = " (hollow: see the warnings)" if flagged.any() else ""
     ax.set_title(f"Gaps of {counted(len(monitor.indices), 'datapoint')}{hollow}", loc="left", fontsize="medium")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("step")
     ax.set_ylabel("nats per datapoint, ± one standard error")
     ax.legend(frameon=False)
