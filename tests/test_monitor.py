@@ -108,13 +108,19 @@ def test_a_training_with_a_monitor_ends_with_the_same_weights(mode: str, monkeyp
     ends = []
     for monitored in (False, True):
         model, guide = pair()
-        monitor = pg.GapMonitor(model, guide, X, every=2, datapoints=16, **QUICK)
+        monitor = pg.GapMonitor(model, guide, X, every=5, datapoints=16, **QUICK)  # replay begins after 50 steps
         result = pg.train(
-            model, guide, X, validation=X[:8], mode=mode, callback=monitor if monitored else None, **TRAINED
+            model,
+            guide,
+            X,
+            validation=X[:8],
+            mode=mode,
+            callback=monitor if monitored else None,
+            **{**TRAINED, "num_epochs": 20},
         )
         assert result.mode == mode
         ends.append((weights(model, guide), result.history))
-    assert [*monitor.history.index] == [2, 4, 6]
+    assert [*monitor.history.index] == [5, 10, 15, 20]
     assert not monitor.history["failure"].any()
     assert_same(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]

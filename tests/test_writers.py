@@ -79,7 +79,8 @@ def test_mlflow_with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(tmp_path.as_uri())
+    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
+    mlflow.set_experiment("gaps")
     with mlflow.start_run() as run:
         monitors = [trained(MLflow())]
     other = mlflow.MlflowClient().create_run(run.info.experiment_id)
