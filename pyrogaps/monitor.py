@@ -28,6 +28,7 @@ from pyrogaps.problem import Problem
 from pyrogaps.processes import is_reporting, world_size
 from pyrogaps.refine import Refinement
 from pyrogaps.settings import Count, Plate, Seed, Several, Whole, checked
+from pyrogaps.shared import Shared
 from pyrogaps.streams import derive_seed
 from pyrogaps.tables import Table, aligned, with_error
 from pyrogaps.writers import Writer
@@ -102,7 +103,8 @@ class GapMonitor:
     It is called with the number of the step, and measures where that is a multiple of `every`:
 
     - `pg.train(model, guide, x, callback=monitor)` calls it after every epoch, counted from 1;
-    - a loop of your own calls it after a step: `svi.step(x); monitor(step)`.
+    - a loop of your own calls it after a step: `svi.step(x); monitor(step)`. Before the first step parameters may not
+      exist yet, and what is measured are initial values that are thrown away.
 
     Training is not changed by it: random states, modes, gradients and parameters are put back, so the weights are bit
     for bit those of a training without a monitor. All numbers are in nats, means over the datapoints.
@@ -181,6 +183,7 @@ class GapMonitor:
             "evidence": evidence or Ladder(tolerance=0.2, max_evaluations=4000),
             "refinement": refinement or Refinement(num_steps=300, num_selection=128),
             "num_particles": num_particles,
+            "shared": Shared(num_draws=4, tolerance=1.0, max_evaluations=200_000),
             "seed": seed,
             "referee": False,
             "progress": False,
