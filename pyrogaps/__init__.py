@@ -19,6 +19,7 @@ from pyrogaps.mapa import (
     MapaPosterior,
     mapa_posterior,
 )
+from pyrogaps.monitor import GapMonitor
 from pyrogaps.objectives import IWAE_ELBO
 from pyrogaps.plots import (
     plot_calibration,
@@ -26,6 +27,7 @@ from pyrogaps.plots import (
     plot_datapoints,
     plot_gaps,
     plot_ledger,
+    plot_monitor,
     plot_posteriors,
     plot_traces,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "ContinuousBernoulliKernel",
     "Evidence",
     "GapLedger",
+    "GapMonitor",
     "GaussianKernel",
     "GuideDensity",
     "IndexedData",
@@ -84,6 +87,7 @@ __all__ = [
     "plot_datapoints",
     "plot_gaps",
     "plot_ledger",
+    "plot_monitor",
     "plot_posteriors",
     "plot_traces",
     "posterior_grid",

@@ -56,7 +56,7 @@ _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _COMPILER_VARIABLES = ("TORCHINDUCTOR_", "TRITON_")
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 # Arguments whose exceptions may mean that a run is to stop.
-CALLBACKS = ("schedule",)
+CALLBACKS = ("schedule", "callback")
 MAX_LENGTH = 300
 # In what Pyro raises of handlers that are not left in order.
 LEFT_OPEN = "not on the bottom of the stack"

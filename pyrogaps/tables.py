@@ -118,6 +118,19 @@ class Table:
         return any(cells) and all(not cell or cell[0] in "-−0123456789[" for cell in cells)
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of text, columns aligned: the first and the last to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1
+    return [
+        "  ".join(
+            f"{cell:{width}}" if place in (0, last) else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 def html_lines(warnings: Sequence[str], lead: str, notes: Sequence[str]) -> str:
     """Paragraphs of HTML: warnings, a conclusion, and notes that unfold."""
     parts = [f'<p role="alert"><strong>Warning:</strong> {escape(line)}</p>' for line in warnings]

@@ -29,6 +29,7 @@ PUBLIC = {
     "ContinuousBernoulliKernel",
     "Evidence",
     "GapLedger",
+    "GapMonitor",
     "GaussianKernel",
     "GuideDensity",
     "IndexedData",
@@ -62,6 +63,7 @@ PUBLIC = {
     "plot_datapoints",
     "plot_gaps",
     "plot_ledger",
+    "plot_monitor",
     "plot_posteriors",
     "plot_traces",
     "posterior_grid",
@@ -128,8 +130,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mapa": ESTIMATORS | {"training"},
     "calibration": SEAM | {"bounds", "refine"},
     "gaps": ESTIMATORS | {"chunk_cache", "training", "conditioning", "mapa", "shared", "calibration"},
+    "writers": {"errors", "processes"},
+    "monitor": ESTIMATORS | {"gaps", "writers"},
     "datasets": {"errors", "settings"},
-    "plots": {"errors", "settings", "gaps", "calibration"},
+    "plots": {"errors", "settings", "gaps", "calibration", "monitor"},
     "report": {"errors", "settings", "files", "density", "gaps", "calibration", "plots"},
 }
 # A method that draws imports what it draws with when it is called.

@@ -69,7 +69,8 @@ NOTHING = [xr.Dataset()] * 3
 FILLERS: dict[str, Any] = {
     "model": Untouched(), "guide": Untouched(), "data": X, "guides": {"q": Untouched()}, "tree": xr.DataTree(),
     "ledger": xr.DataTree.from_dict({"per_datapoint": xr.Dataset({"elbo": 0.0})}),
-    "source": xr.Dataset({"density": 0.0}), "calibration": xr.DataTree(), "comparison": pg.Comparison((), *NOTHING, {}),
+    "source": xr.Dataset({"density": 0.0}), "calibration": xr.DataTree(), "monitor": pg.GapMonitor(*PAIR, X),
+    "comparison": pg.Comparison((), *NOTHING, {}),
     "train_data": X, "fetch": lambda indices: (X[indices],),
     "num_datapoints": 7, "latents": X[:, :1], "variance": 1.0, "alpha": 0.9, "num_epochs": 3, "decay": 0.5,
     "likelihood": "gaussian", "id": "mine", "label": "mine", "parent": None, "estimator": "mine", "direction": "exact",

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,28 @@ def shown(_: Path) -> Outcome:
     return {"bar": text.getvalue()}
 
 
+def monitored(_: Path) -> Outcome:
+    """With chunks for two processes, and a writer in all of them."""
+    budget = {"evidence": pg.Ladder(tolerance=1.0, max_evaluations=100), "refinement": pg.Refinement(num_steps=4)}
+    found: Outcome = {}
+    for name in ("without", "with"):
+        fresh()
+        x, pair = X.repeat(4, 1), (LinearGaussian.random(4, 2), AmortizedNormal(4, 2, ()))
+        writer = Kept()
+        monitor = pg.GapMonitor(*pair, x, every=3, datapoints=None, num_particles=20, writers=[writer], **budget)
+        result = train(*pair, x, callback=monitor if name == "with" else None, **quick)
+        found[name] = told(*pair, result=result)
+    return {**found, "history": monitor.history.drop(columns="seconds"), "written": writer.steps}
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.steps.append(step)
+
+
 def caught(run: Callable[[], object]) -> str:
     try:
         run()
@@ -221,7 +243,18 @@ def caught(run: Callable[[], object]) -> str:
 
 
 ALIKE = (exact, whole_data, store, scaled_plate)
-RUNS = (*ALIKE, noisy, batch_statistics, early_stopping, not_a_number, bad_gradient, resumed, refusals, shown)
+RUNS = (
+    *ALIKE,
+    noisy,
+    batch_statistics,
+    early_stopping,
+    not_a_number,
+    bad_gradient,
+    resumed,
+    refusals,
+    shown,
+    monitored,
+)
 
 
 def work(number: int, folder: Path, size: int) -> None:
@@ -345,3 +378,14 @@ def test_early_stopping_is_common(size: int, outcomes: Outcomes) -> None:
 
 def test_alone_there_is_one_process() -> None:
     assert (rank(), world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_a_monitor_measures_with_all_processes_and_changes_nothing(size: int, outcomes: Outcomes) -> None:
+    found = [outcome["monitored"] for outcome in outcomes[size]]
+    for each in found:
+        assert_same(each["with"]["weights"], each["without"]["weights"])
+        assert [*each["history"].index] == [3, 6]
+        assert not each["history"]["failure"].any()
+        assert each["history"].equals(found[0]["history"])
+    assert [each["written"] for each in found] == [[3, 6]] + [[]] * (size - 1)

@@ -11,7 +11,7 @@ import xarray as xr
 from pyrogaps.errors import counted
 from pyrogaps.gaps.differences import APPROXIMATION, EVIDENCE, LARGER, OPEN, SAME, SMALLER, UNTRUSTED
 from pyrogaps.gaps.terms import ids, leaves, root, tree_labels
-from pyrogaps.tables import Table, number, with_error
+from pyrogaps.tables import Table, aligned, number, with_error
 
 REMEDY = "Measure log p(x) to a smaller tolerance, pg.Ladder(tolerance=...), to narrow it"
 
@@ -221,20 +221,10 @@ def _notes(comparison: Comparison, other: str) -> Iterator[str]:
 
 def _printed(table: Table) -> str:
     """As text, columns aligned."""
-    rows = [table.headings, *(row for group in table.groups for row in group)]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(table.headings))]
-    last = len(widths) - 1
-
-    def line(row: Any) -> str:
-        cells = [
-            f"{cell:{width}}" if place in (0, last) else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    lines = [table.title, "", line(table.headings)]
+    head, *rows = aligned([table.headings, *(row for group in table.groups for row in group)])
+    lines, left = [table.title, "", head], iter(rows)
     for place, group in enumerate(table.groups):
-        lines += [""] * (place > 0) + [line(row) for row in group]
+        lines += [""] * (place > 0) + [next(left) for _ in group]
     below = [*(f"Warning: {text}" for text in table.warnings), f"Verdict: {table.lead}", *table.notes]
     return "\n".join([*lines, "", *below])
 

@@ -44,6 +44,7 @@ def train(
     guide_steps: Whole = 0,
     mode: Literal["eager", "captured"] = "captured",
     checkpoint: File | None = None,
+    callback: Callable[[int, dict[str, list[float]]], Any] | None = None,
     seed: Seed = 0,
     device: Device | None = None,
     progress: bool = True,
@@ -81,7 +82,13 @@ def train(
     `IWAE_ELBO`; the result's `mode` reports which mode was used. The two modes differ only by rounding.
 
     `checkpoint` is a file from which an interrupted run resumes, to the same weights bit for bit on a CPU;
-    `num_epochs` and `patience` may change in between. `device` moves modules and minibatches there. The caller's
+    `num_epochs` and `patience` may change in between.
+
+    `callback(epoch, history)` is called after every epoch, counted from 1, with a copy of the result's `history` so
+    far; `GapMonitor` is one. Model and guide then hold the weights of that epoch. What it returns is ignored; an
+    exception of its own ends the training. A resumed run calls it for the epochs that are trained again.
+
+    `device` moves modules and minibatches there. The caller's
     random state, train/eval modes and validation setting are put back.
 
     If `torch.distributed` is initialised, each process takes its share of every minibatch and all take the same steps,
@@ -89,6 +96,7 @@ def train(
     writes the checkpoint. The data plate must then weight the latents outside the minibatch correctly: declare its full
     size and let a minibatch be a subsample. `guide_steps` and objectives that make their own minibatches need a single
     process. Batch statistics are computed from shares; at the end of an epoch all take those of the first process.
+    `callback` is called in every process.
 
     Raises `InputError` for settings, data, guide or checkpoint that do not fit together, and `FloatingPointError` if
     the loss or the gradient becomes infinite or NaN, or `InputError` where the data contain NaN themselves; model and
@@ -115,7 +123,7 @@ def train(
     parts = {"data": data, "validation": validation}
     with modes_restored(model, guide), torch.enable_grad(), _blaming(parts, model):  # the caller may have none enabled
         trainer = Trainer(model, guide, data, validation, settings, seed, device)
-        return trainer.run(checkpoint, progress)
+        return trainer.run(checkpoint, callback, progress)
 
 
 @guarded

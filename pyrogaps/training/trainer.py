@@ -34,6 +34,8 @@ from pyrogaps.training.setup import check_minibatches, refuse_global_latents
 from pyrogaps.training.steps import EagerSteps, RecordedSteps
 from pyrogaps.training.weights import all_modules, copy_weights, put_weights
 
+Callback = Callable[[int, dict[str, list[float]]], Any]
+
 
 class Trainer:
     """One training run. A step uses one minibatch, an epoch all data; each epoch has its own random stream."""
@@ -143,7 +145,7 @@ class Trainer:
                 "every datapoint needs a finite density at the guide's draws"
             )
 
-    def run(self, path: File | None, progress: bool) -> TrainingResult:
+    def run(self, path: File | None, callback: Callback | None, progress: bool) -> TrainingResult:
         checkpoint = Checkpoint(path, self.model, self.guide, self.fingerprint)
         state = checkpoint.resume(State(copy_weights(self.model, self.guide)), self.optimizer, self.steps)
         if state.epoch > self.settings.num_epochs:
@@ -153,7 +155,7 @@ class Trainer:
             )
         self._clear_gradients()
         try:
-            self._epochs(state, checkpoint, progress)
+            self._epochs(state, checkpoint, callback, progress)
         finally:
             self._clear_gradients()
         if self.validation is not None:
@@ -166,7 +168,7 @@ class Trainer:
         clear_gradients(value for module in all_modules(self.model, self.guide) for value in module.parameters())
         clear_gradients(self.optimizer.named.values())
 
-    def _epochs(self, state: State, checkpoint: Checkpoint, progress: bool) -> None:
+    def _epochs(self, state: State, checkpoint: Checkpoint, callback: Callback | None, progress: bool) -> None:
         steps, total = -(-len(self.data) // self.batch_size), self.settings.num_epochs
         started = state.epoch
         shown = progress and rank() == 0
@@ -178,6 +180,9 @@ class Trainer:
                 except FloatingPointError as error:
                     put_weights(state.best, self.model, self.guide)
                     raise FloatingPointError(self._diverged(error, state)) from None
+                if callback is not None:  # before the checkpoint, so that a resumed run leaves no epoch out
+                    callback(state.epoch, {name: [*values] for name, values in state.history.items()})
+                    self._clear_gradients()
                 checkpoint.save(state, self.optimizer, self.steps)
         if state.epoch > started:
             checkpoint.save(state, self.optimizer, self.steps, now=True)
