@@ -131,7 +131,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": SEAM | {"bounds", "refine"},
     "gaps": ESTIMATORS | {"chunk_cache", "training", "conditioning", "mapa", "shared", "calibration"},
     "writers": {"errors", "processes"},
-    "monitor": ESTIMATORS | {"gaps", "writers"},
+    "monitor": ESTIMATORS | {"gaps", "shared", "writers"},
     "datasets": {"errors", "settings"},
     "plots": {"errors", "settings", "gaps", "calibration", "monitor"},
     "report": {"errors", "settings", "files", "density", "gaps", "calibration", "plots"},
