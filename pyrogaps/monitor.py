@@ -20,8 +20,7 @@ from pyrogaps.density.shared import SharedLatents
 from pyrogaps.errors import InputError, counted
 from pyrogaps.evidence import Evidence, Ladder
 from pyrogaps.gaps import GapLedger, decompose
-from pyrogaps.gaps.finite import is_finite
-from pyrogaps.gaps.selection import CONVERGED, RELIABLE
+from pyrogaps.gaps.selection import UNTRUSTED, checks_of
 from pyrogaps.gaps.table import warnings_of
 from pyrogaps.gaps.terms import ids, root
 from pyrogaps.problem import Problem
@@ -61,12 +60,8 @@ class Record:
         """Numbers of datapoints, of all of them, whose bounds are finite, log p(x) reliable, refinement converged."""
         if self.ledger is None:
             return {}
-        data = self.ledger.per_datapoint
-        flags = {"finite": is_finite(data)}
-        if RELIABLE in data:
-            flags["reliable"] = data[RELIABLE].values.astype(bool)
-        flags["converged"] = data[CONVERGED].isel(family=0).values.astype(bool)
-        return {name: (int(flag.sum()), len(flag)) for name, flag in flags.items()}
+        checks = checks_of(self.ledger.per_datapoint)
+        return {name: (int(passes.sum()), len(passes)) for name, passes in checks.items()}
 
     def row(self) -> dict[str, Any]:
         """The row of the history."""
@@ -90,7 +85,7 @@ class Record:
         """Why the numbers of this step need care, in a few words."""
         if self.ledger is None:
             return "not measured"
-        words = {"finite": "no finite bounds", "reliable": "log p(x) unreliable", "converged": "not converged"}
+        words = UNTRUSTED | {"converged": "not converged"}
         shares = self.shares.items()
         flags = [f"{words[name]} {total - number}/{total}" for name, (number, total) in shares if number < total]
         return "; ".join([*flags, *["see warnings"] * bool(self.cautions)])

@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 import xarray as xr
 
-from pyrogaps.gaps.terms import leaves, root
+from pyrogaps.gaps.terms import combined_error, leaves, root
 from pyrogaps.tables import html_lines
 
 # How many standard errors a gap, or what sets two apart, has to exceed before anything is said of it.
@@ -128,7 +128,7 @@ def _finding(row: xr.Dataset, total: tuple[float, float]) -> Finding:
 
 def _size(row: xr.Dataset) -> tuple[float, float]:
     """Mean of a gap and its standard error over datapoints and draws, nats."""
-    return float(row["mean"]), float(np.hypot(np.nan_to_num(row["standard_error"]), row["mcse"]))
+    return float(row["mean"]), combined_error(row["standard_error"], row["mcse"])
 
 
 def _without_shares(nats: float, error: float) -> Iterator[str]:

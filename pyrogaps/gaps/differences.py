@@ -12,10 +12,12 @@ from pyrogaps.gaps.diagnose import CERTAIN
 from pyrogaps.gaps.facts import same_model
 from pyrogaps.gaps.finite import is_finite
 from pyrogaps.gaps.ledger import GapLedger
+from pyrogaps.gaps.other_starts import RELIABLE
+from pyrogaps.gaps.selection import column_of
 from pyrogaps.gaps.table import labels_of
-from pyrogaps.gaps.terms import INFERENCE, Mean, Values, ids, values_of
+from pyrogaps.gaps.terms import INFERENCE, Mean, Values, combined_error, ids, values_of
 
-EVIDENCE, UPPER, RELIABLE = "log_evidence", "log_evidence_upper", "log_evidence_reliable"
+EVIDENCE, UPPER = "log_evidence", "log_evidence_upper"
 APPROXIMATION = "approximation_gap"
 # What log p(x) is a part of, and the bound that is taken from it there.
 FROM_EVIDENCE = {EVIDENCE: "", INFERENCE: "elbo", APPROXIMATION: "elbo_refined"}
@@ -76,8 +78,8 @@ class Difference:
 
 
 def error_of(mean: Mean) -> float:
-    """Standard error of a mean over datapoints and draws; that of the draws alone for one datapoint."""
-    return float(np.hypot(np.nan_to_num(mean.standard_error), mean.mcse))
+    """Standard error of a mean over datapoints and draws."""
+    return combined_error(mean.standard_error, mean.mcse)
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,14 @@ class Pair:
         yield from (f"approximation_gap[{family}]" for family in families)
 
     def _difference(self, name: str, label: str) -> Difference:
-        one, two = (_column(data, name) for data in self.columns)
+        one, two = (column_of(data, name) for data in self.columns)
         value = self._less(one, two)
         low, high, trusted = value, value, np.ones(len(one.value), dtype=bool)
         if (bound := _taken_from_evidence(name)) is not None:
             if not self.one_model:
                 low, high, trusted = *self._ends(bound), self.reliable
             elif bound:  # log p(x) is one number, and cancels
-                value = low = high = self._less(*(_column(data, bound) for data in reversed(self.columns)))
+                value = low = high = self._less(*(column_of(data, bound) for data in reversed(self.columns)))
         if name not in UNREFINED:
             trusted = trusted & _converged(self.columns[0], name) & _converged(self.columns[1], name)
         return Difference(name, label, one.mean.mean, two.mean.mean, value, low, high, trusted)
@@ -156,7 +158,7 @@ class Pair:
         """Ends of the difference of log p(x), or of a gap that is log p(x) less the `bound` of that name."""
         (lower, upper), (other_lower, other_upper) = self._bounds
         if bound:
-            one, two = (_column(data, bound) for data in self.columns)
+            one, two = (column_of(data, bound) for data in self.columns)
             lower, upper = lower.minus(one), upper.minus(one)
             other_lower, other_upper = other_lower.minus(two), other_upper.minus(two)
         return self._less(lower, other_upper), self._less(upper, other_lower)
@@ -172,15 +174,6 @@ def _taken_from_evidence(name: str) -> str | None:
     if name.startswith("approximation_gap["):
         return name.replace("approximation_gap", "elbo_refined")
     return FROM_EVIDENCE.get(name)
-
-
-def _column(data: xr.Dataset, name: str) -> Values:
-    """A row of the summary, per datapoint."""
-    bare, _, family = name.removesuffix("]").partition("[")
-    if not family:
-        return values_of(data, bare)
-    stored = "family_approximation_gap" if bare == APPROXIMATION else bare
-    return values_of(data.sel(family=family), stored)
 
 
 def _bounds_of(data: xr.Dataset, direction: str) -> tuple[Values, Values]:

@@ -18,7 +18,7 @@ from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
 from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.markup import Parts, full_table, paper_table
 from pyrogaps.gaps.table import cautions, last_gap, render
-from pyrogaps.gaps.terms import INFERENCE, Mean, Values, ids, root
+from pyrogaps.gaps.terms import INFERENCE, Mean, ids, root, values_of
 from pyrogaps.settings import Count, File, Name, checked
 from pyrogaps.trees import PROVENANCE, describe, provenance_of, read_tree, saved, write_tree
 
@@ -302,9 +302,9 @@ class GapLedger:
         data = self.per_datapoint if family is None else self.per_datapoint.sel(family=family)
         if name == "log_evidence_upper":  # which not every datapoint has
             data = data.isel(datapoint=np.isfinite(data[name].values))
-        row = {**_mean(data, name), **self.provenance["quantities"][name]}
+        row = {**values_of(data, name).mean._asdict(), **self.provenance["quantities"][name]}
         if "infinite" in self.provenance:
-            row["finite_mean"] = _mean(finite_part(data), name)["mean"]
+            row["finite_mean"] = values_of(finite_part(data), name).mean.mean
         if self.shared is not None:
             draws = self.shared[name] if family is None else self.shared[name].sel(family=family)
             row["mcse"] = float(draws.values.std(ddof=1)) / len(draws) ** 0.5
@@ -338,7 +338,3 @@ def _check_columns(per_datapoint: xr.Dataset, gaps: xr.Dataset, provenance: dict
     for group, (names, known) in needed.items():
         if missing := sorted(names - {*map(str, known)}):
             raise InputError(f"ledger: {', '.join(missing)} of {group} is missing. Restore a copy, or measure it again")
-
-
-def _mean(dataset: xr.Dataset, name: str) -> dict[str, float]:
-    return Values(dataset[name].values, dataset[f"{name}_mcse"].values).mean._asdict()

@@ -1,6 +1,5 @@
 """A ledger as a `Table`: all that the printed one has, for notebooks, and the form of papers."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +9,10 @@ import xarray as xr
 from pyrogaps.gaps.finite import finite_part
 from pyrogaps.gaps.table import (
     TOTAL,
+    decimals_of,
     doubt_of,
     given_shared,
+    groups_of,
     is_gap,
     labels_of,
     notes_of,
@@ -19,7 +20,6 @@ from pyrogaps.gaps.table import (
     title_of,
     warnings_of,
 )
-from pyrogaps.gaps.terms import root
 from pyrogaps.tables import Table, number, with_error
 
 ERRORS = "mean ± standard error over datapoints; MCSE: Monte Carlo standard error of the mean"
@@ -39,7 +39,7 @@ def full_table(parts: Parts) -> Table:
     """All columns and notes of the printed ledger."""
     total = [TOTAL] if "shared" in parts.provenance else []
     headings = ["", "mean", "s.e.", "MCSE", *total, "direction", "estimated by"]
-    groups = [[_full(parts, *row) for row in group] for group in _groups(parts)]
+    groups = [[_full(parts, *row) for row in group] for group in groups_of(parts.summary, parts.gaps)]
     return _table(parts, headings, groups)
 
 
@@ -47,7 +47,7 @@ def paper_table(parts: Parts) -> Table:
     """A column of means with errors, their Monte Carlo errors, and the directions."""
     total = [TOTAL] if "shared" in parts.provenance else []
     headings = ["quantity", "nats", "MCSE", *total, "direction"]
-    groups = [[_short(parts, *row) for row in group] for group in _groups(parts)]
+    groups = [[_short(parts, *row) for row in group] for group in groups_of(parts.summary, parts.gaps)]
     return _table(parts, headings, groups)
 
 
@@ -57,23 +57,8 @@ def _table(parts: Parts, headings: list[str], groups: list[list[list[str]]]) -> 
     return Table(f"{title_of(parts.provenance)} ({ERRORS})", headings, groups, warnings, notes=[*map(_sentence, notes)])
 
 
-def _groups(parts: Parts) -> Iterator[list[tuple[str, Any]]]:
-    """Rows of the summary: bounds, gaps, gaps of further families."""
-    group: list[tuple[str, Any]] = []
-    further = False
-    for name, row in parts.summary.iterrows():
-        is_further = str(name).startswith("approximation_gap[")
-        if group and (name == root(parts.gaps) or (is_further and not further)):
-            yield group
-            group = []
-        further = is_further
-        group.append((str(name), row))
-    yield group
-
-
 def _full(parts: Parts, name: str, row: Any) -> list[str]:
-    means = parts.summary["mean"][np.isfinite(parts.summary["mean"])]
-    decimals = 3 if means.empty or float(means.abs().max()) < 100 else 2
+    decimals = decimals_of(parts.summary)
     columns = ["mean", "standard_error", "mcse", *([TOTAL] if "shared" in parts.provenance else [])]
     numbers = [number(float(row[column]), decimals) for column in columns]
     estimator = given_shared(row["estimator"], name, parts.provenance)

@@ -11,14 +11,22 @@ from numpy.typing import NDArray
 from pyrogaps.errors import InputError, counted
 from pyrogaps.gaps import other_starts
 from pyrogaps.gaps.finite import finite_part, is_finite
-from pyrogaps.gaps.terms import Mean, Values, ids, parent_of
+from pyrogaps.gaps.other_starts import RELIABLE
+from pyrogaps.gaps.terms import Mean, Values, ids, parent_of, values_of
 from pyrogaps.signatures import nearest
 
 Provenance: TypeAlias = dict[str, Any]
 DATAPOINT, FAMILY, FLAGS = "datapoint", "family", "flags"
+APPROXIMATION = "approximation_gap"
 FINGERPRINT = "data_fingerprint"  # of what the model observes
-RELIABLE, CONVERGED = "log_evidence_reliable", "converged"
+CONVERGED = "converged"
 BOUNDS = ("log_evidence", "elbo")
+# What is said of a datapoint that does not pass a check.
+UNTRUSTED = {
+    "finite": "no finite bounds",
+    "reliable": "log p(x) unreliable",
+    "converged": "refinement not converged",
+}
 
 
 def with_flags(dataset: xr.Dataset) -> xr.Dataset:
@@ -27,17 +35,25 @@ def with_flags(dataset: xr.Dataset) -> xr.Dataset:
     return dataset.set_coords(aside)
 
 
-def flags_of(dataset: xr.Dataset) -> list[str]:
-    """Why the numbers of a datapoint cannot be trusted, `(N,)` texts; empty where they can."""
-    reasons = {"no finite bounds": ~is_finite(dataset)}
+def checks_of(dataset: xr.Dataset) -> dict[str, NDArray[np.bool_]]:
+    """What can be trusted of a datapoint, `(N,)` each: "finite" bounds, "reliable" log p(x), "converged" refinement of
+    the guide's own family.
+    """
+    checks = {"finite": is_finite(dataset)}
     if RELIABLE in dataset:
-        reasons["log p(x) unreliable"] = ~dataset[RELIABLE].values
+        checks["reliable"] = dataset[RELIABLE].values.astype(bool)
     if CONVERGED in dataset:
         converged = dataset[CONVERGED]
         own = converged.isel(family=0) if FAMILY in converged.dims else converged
-        reasons["refinement not converged"] = ~own.values.astype(bool)
+        checks["converged"] = own.values.astype(bool)
+    return checks
+
+
+def flags_of(dataset: xr.Dataset) -> list[str]:
+    """Why the numbers of a datapoint cannot be trusted, `(N,)` texts; empty where they can."""
+    checks = checks_of(dataset)
     return [
-        "; ".join(reason for reason, holds in reasons.items() if holds[place])
+        "; ".join(UNTRUSTED[name] for name, passes in checks.items() if not passes[place])
         for place in range(dataset.sizes[DATAPOINT])
     ]
 
@@ -57,8 +73,7 @@ def worst(dataset: xr.Dataset, gaps: xr.Dataset, num: int, by: str) -> pd.DataFr
 
 def _column(dataset: xr.Dataset, gaps: xr.Dataset, by: str) -> Values:
     """A column of a ledger; of a further family by its name in the summary, such as "approximation_gap[flow]"."""
-    name, _, family = by.removesuffix("]").partition("[")
-    stored = "family_approximation_gap" if family and name == "approximation_gap" else name
+    stored, family = _stored(by)
     columns = [str(key) for key, column in dataset.items() if f"{key}_mcse" in dataset and DATAPOINT in column.dims]
     if by in ids(gaps) and by not in columns:
         raise InputError(
@@ -68,12 +83,22 @@ def _column(dataset: xr.Dataset, gaps: xr.Dataset, by: str) -> Values:
     families = [str(key) for key in dataset[FAMILY].values]
     if stored not in columns or (family and (FAMILY not in dataset[stored].dims or family not in families)):
         named = [key for key in columns if FAMILY not in dataset[key].dims]
-        named += [f"approximation_gap[{key}]" for key in families[1:]]
+        named += [f"{APPROXIMATION}[{key}]" for key in families[1:]]
         hint = f"Did you mean '{near}'? " if (near := nearest(by, named, "")) else ""
         raise InputError(f"by: there is no '{by}' per datapoint. {hint}Known are {', '.join(named)}")
-    pair = (dataset[column] for column in (stored, f"{stored}_mcse"))
-    own = (part.sel(family=family or families[0]) if FAMILY in part.dims else part for part in pair)
-    return Values(*(part.values.astype(float) for part in own))
+    return column_of(dataset, by)
+
+
+def column_of(dataset: xr.Dataset, name: str) -> Values:
+    """A row of the summary, per datapoint; "elbo_refined[flow]" and "approximation_gap[flow]" are a family's."""
+    stored, family = _stored(name)
+    return values_of(dataset.sel(family=family) if family else dataset, stored)
+
+
+def _stored(name: str) -> tuple[str, str]:
+    """The column that holds a row of the summary, and its family; empty for none."""
+    bare, _, family = name.removesuffix("]").partition("[")
+    return "family_approximation_gap" if family and bare == APPROXIMATION else bare, family
 
 
 def positions(dataset: xr.Dataset, datapoint: Any) -> NDArray[np.int64]:
@@ -117,7 +142,7 @@ def gaps_over(dataset: xr.Dataset, gaps: xr.Dataset) -> tuple[xr.Dataset, list[s
         if name in dataset and (not parent or parent in kept):
             kept.append(name)
     finite = finite_part(dataset)
-    means = [Values(finite[name].values, finite[f"{name}_mcse"].values).mean for name in kept]
+    means = [values_of(finite, name).mean for name in kept]
     tree = gaps.sel(gap=kept).assign(
         {column: ("gap", [getattr(mean, column) for mean in means]) for column in Mean._fields}
     )

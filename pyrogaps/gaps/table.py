@@ -1,5 +1,6 @@
 """The printed ledger."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ BOUNDS = {
     "elbo": "L[q]",
 }
 HEADINGS = ("mean", "s.e.", "MCSE", "direction: estimated by")
+FURTHER = "approximation_gap["  # of a family beside the guide's own
 TOTAL = "total"  # of the data set, where datapoints share latents
 
 
@@ -30,19 +32,16 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
     """
     labels = labels_of(summary, gaps, provenance)
     width = max(len(label) for label in labels.values())
-    means = summary["mean"][np.isfinite(summary["mean"])]
-    decimals = 3 if means.empty or float(means.abs().max()) < 100 else 2
+    decimals = decimals_of(summary)
     finite = finite_part(per_datapoint)
     headings = "  ".join(f"{heading:>{size}}" for heading, size in zip(HEADINGS, (9, 7, 7, 0), strict=True))
     if shared := provenance.get("shared"):
         headings = headings.replace(f"  {HEADINGS[3]}", f"  {TOTAL:>9}  {HEADINGS[3]}")
     lines = [title_of(provenance), "", f"{'':{width}}  {headings}"]
-    further = False
+    begins = {group[0][0] for group in [*groups_of(summary, gaps)][1:]}
     for name, row in ((str(key), row) for key, row in summary.iterrows()):
-        is_further = name.startswith("approximation_gap[")
-        if name == root(gaps) or (is_further and not further):
+        if name in begins:
             lines.append("")
-        further = is_further
         figures = "  ".join(
             _number(row[column], size, decimals) for column, size in (("mean", 9), ("standard_error", 7), ("mcse", 7))
         )
@@ -54,6 +53,26 @@ def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, p
         lines.append(f"{labels[name]:{width}}  {figures}  {rest}{words}{doubt}")
     warnings = [f"Warning: {line}" for line in warnings_of(per_datapoint, provenance)]
     return "\n".join([*lines, "", *warnings, *notes_of(per_datapoint, provenance)])
+
+
+def decimals_of(summary: pd.DataFrame) -> int:
+    """The decimals of the means in a table."""
+    means = summary["mean"][np.isfinite(summary["mean"])]
+    return 3 if means.empty or float(means.abs().max()) < 100 else 2
+
+
+def groups_of(summary: pd.DataFrame, gaps: xr.Dataset) -> Iterator[list[tuple[str, Any]]]:
+    """Rows of the summary by their names: bounds, gaps, gaps of further families."""
+    group: list[tuple[str, Any]] = []
+    further = False
+    for name, row in ((str(key), row) for key, row in summary.iterrows()):
+        is_further = name.startswith(FURTHER)
+        if group and (name == root(gaps) or (is_further and not further)):
+            yield group
+            group = []
+        further = is_further
+        group.append((name, row))
+    yield group
 
 
 def title_of(provenance: dict[str, Any]) -> str:
@@ -77,7 +96,7 @@ def labels_of(summary: pd.DataFrame, gaps: xr.Dataset, provenance: dict[str, Any
 
 def is_gap(name: str, gaps: xr.Dataset) -> bool:
     """Whether a row of the summary is a gap, of the tree or of a further family."""
-    return name.startswith("approximation_gap[") or name in ids(gaps)
+    return name.startswith(FURTHER) or name in ids(gaps)
 
 
 def given_shared(words: str, name: str, provenance: dict[str, Any]) -> str:
@@ -123,8 +142,8 @@ def label_of(name: str, provenance: dict[str, Any]) -> str:
         return f"IWAE-{provenance['num_particles']}[q]"
     if name.startswith("elbo_refined["):
         return f"L[q*] {family_name(name[len('elbo_refined[') : -1])}"
-    if name.startswith("approximation_gap["):
-        return f"approximation gap, {name[len('approximation_gap[') : -1]}"
+    if name.startswith(FURTHER):
+        return f"approximation gap, {name[len(FURTHER) : -1]}"
     return BOUNDS.get(name, name)
 
 

@@ -139,6 +139,11 @@ def values_of(dataset: xr.Dataset, name: str) -> Values:
     return Values(*(column.values.astype(float) for column in own))
 
 
+def combined_error(standard_error: Any, mcse: Any) -> float:
+    """Of a mean, over datapoints and draws together; of one datapoint, which has no standard error, of draws alone."""
+    return float(np.hypot(np.nan_to_num(standard_error), mcse))
+
+
 def _target(columns: Columns) -> Values:
     """The best bound that the network can reach: of guides that are shown no more than it."""
     return values_of(columns.per_datapoint, "elbo_shared" if _has_shared(columns) else "elbo_refined")

@@ -122,7 +122,7 @@ def _refitted(factor: Tensor, gradients: Tensor, active: Tensor | None, *, far: 
     secants = 0.5 * (gradients[dim:] - gradients[:dim])
     curvature = torch.einsum("bji,kbj->bik", factor.double(), secants)
     broken = ~torch.isfinite(curvature).all(-1).all(-1)
-    curvature = torch.where(broken[:, None, None], torch.eye(dim, dtype=curvature.dtype).to(curvature), curvature)
+    curvature = torch.where(broken[:, None, None], torch.eye(dim).to(curvature), curvature)
     if active is not None:
         both = (active[:, :, None] & active[:, None, :]).to(curvature.dtype)
         curvature = curvature * both + torch.diag_embed((~active).to(curvature.dtype))

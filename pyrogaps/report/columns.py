@@ -1,6 +1,6 @@
 """The table of datapoints: its columns, and the flags of datapoints whose numbers need a second look."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,9 +134,9 @@ def rows_of(ledger: GapLedger) -> NDArray[np.int64]:
     return np.sort(np.argsort(-gap, kind="stable")[:MAX_ROWS])
 
 
-def table_of(ledger: GapLedger, rows: NDArray[np.int64]) -> dict[str, Any]:
+def table_of(ledger: GapLedger, rows: NDArray[np.int64], flags: Sequence[Flag]) -> dict[str, Any]:
     """Columns and flags of the datapoints `rows`, as plain values for JSON."""
-    columns, flags = columns_of(ledger), flags_of(ledger)
+    columns = columns_of(ledger)
     bits = np.zeros(len(rows), dtype=np.int64)
     for place, flag in enumerate(flags):
         bits |= flag.holds[rows].astype(np.int64) << place

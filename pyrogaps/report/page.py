@@ -66,7 +66,8 @@ def page_of(
     made |= {"ranks": None if calibration is None else ranks_figure(calibration)}
     plots = {name: plot for name, plot in made.items() if plot is not None}
     blocks = {f"figure-{name}": numbered(json_item(plot, f"plot-{name}")) for name, plot in plots.items()}
-    table, flags = table_of(ledger, rows), flags_of(ledger)
+    flags = flags_of(ledger)
+    table = table_of(ledger, rows, flags)
     scripts = [*Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw, _asset("page.js")]
     texts = {"table-data": embedded(table), **{name: embedded(block) for name, block in blocks.items()}}
     left = MAX_BYTES - sum(len(text) for text in (*texts.values(), *scripts))

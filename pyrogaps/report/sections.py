@@ -7,7 +7,7 @@ import numpy as np
 
 from pyrogaps.gaps import GapLedger
 from pyrogaps.gaps.certificate import lines_of
-from pyrogaps.gaps.table import TOTAL, doubt_of, given_shared, is_gap, label_of, notes_of, title_of
+from pyrogaps.gaps.table import TOTAL, decimals_of, doubt_of, given_shared, is_gap, label_of, notes_of, title_of
 from pyrogaps.gaps.terms import ids, parent_of
 
 # What the other sections hold.
@@ -33,8 +33,7 @@ def heading_of(ledger: GapLedger) -> str:
 def summary_of(ledger: GapLedger) -> dict[str, Any]:
     """The rows of `GapLedger.summary()`, as text: bounds, the tree of gaps with the depth of each, other families."""
     summary, gaps, provenance = ledger.summary(), ledger.gaps, ledger.provenance
-    means = summary["mean"][np.isfinite(summary["mean"])]
-    decimals = 3 if means.empty or float(means.abs().max()) < 100 else 2
+    decimals = decimals_of(summary)
     groups: dict[str, list[dict[str, Any]]] = {"gaps": [], "families": [], "bounds": []}
     for name, row in summary.iterrows():
         key = str(name)
