@@ -178,13 +178,19 @@ def certified(
             batch_size=recipe.batch_size or 64,
             seed=recipe.seed,
         )
-        result = {"sandwich_width": sandwich.width, "sandwich_width_mcse": sandwich.width_mcse}
+        result = {
+            "sandwich_width": sandwich.width,
+            "sandwich_width_mcse": sandwich.width_mcse,
+            "num_simulated": num_simulated or NUM_SIMULATED,
+        }
         write_file(path, json.dumps(result).encode())
     found: dict[str, float] = json.loads(path.read_text())
     return found
 
 
-def row(recipe: Recipe, name: str, runs: Path, num_training_images: int | None = None) -> dict[str, object]:
+def row(
+    recipe: Recipe, name: str, runs: Path, num_training_images: int | None = None, num_simulated: int | None = None
+) -> dict[str, object]:
     """A column of the table as a row of the CSV. One whose training diverged has its reason in place of numbers."""
     folder = runs / name
     facts = {"column": name, "status": "done", **settings_of(recipe)}
@@ -195,7 +201,7 @@ def row(recipe: Recipe, name: str, runs: Path, num_training_images: int | None =
             number = num_training_images if part == "train" else None
             ledger = evaluated(recipe, folder, model, guide, data, part, number)
             numbers |= {f"{part}_{key}": value for key, value in statistics(ledger)}
-        numbers |= certified(recipe, folder, model, guide, data)
+        numbers |= certified(recipe, folder, model, guide, data, num_simulated)
     except (FloatingPointError, pg.InputError) as error:
         return {**facts, "status": " ".join(str(error).split())}
     numbers["machine"] = keep_noted(folder / "machine.txt", machine)
@@ -267,6 +273,7 @@ def main() -> None:
     parser.add_argument("--num_epochs", type=int, help="in place of the recipes' own")
     parser.add_argument("--num_images", type=int, help="of test and training images each, in place of the recipes' own")
     parser.add_argument("--num_training_images", type=int, help="of training images, where it is another number")
+    parser.add_argument("--num_simulated", type=int, help=f"images for the BDMC sandwich (default: {NUM_SIMULATED})")
     parser.add_argument("--train_only", action="store_true", help="stop when the columns are trained")
     parser.add_argument("--write_only", action="store_true", help="write the table of the columns that are finished")
     options = parser.parse_args()
@@ -286,7 +293,7 @@ def main() -> None:
         if options.train_only:
             trained(recipe_of(name), runs / name, progress=sys.stderr.isatty())
             continue
-        rows[name] = row(recipe_of(name), name, runs, options.num_training_images)
+        rows[name] = row(recipe_of(name), name, runs, options.num_training_images, options.num_simulated)
         write([rows[column] for column in columns if column in rows], options.flow)
     if options.write_only and rows:
         write(list(rows.values()), options.flow)

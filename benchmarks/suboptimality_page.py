@@ -310,6 +310,8 @@ def _certificates(table: pd.DataFrame) -> list[str]:
         errors = [row[f"{part}_{gap}_mcse"] for part in ("test", "train") for gap in GAPS]
         above = row["test_log_evidence"] - row["test_iwae_5000"]
         width = f"{row['sandwich_width']:.3f} ± {row['sandwich_width_mcse']:.3f}"
+        if pd.notna(number := row.get("num_simulated")):
+            width += f" ({number:.0f} simulated)"
         converged = f"{row['test_converged_ffg']:.0%}, {row['test_converged_flow']:.0%}"
         lines.append(f"| {row['column']} | {width} | {above:.2f} | {max(errors):.4f} | {converged} |")
     return lines
