@@ -215,7 +215,8 @@ class Estimate:
         wide as the target pass the limits above in most cases, and their intervals cover in 80%.
 
         Where `upper` is more than half a nat above the value, or infinite, the estimate is not reliable. These checks
-        cannot detect a mode that no draw has reached; only other starts can.
+        cannot detect a mode that no draw has reached; only other starts can. `log_evidence` and `decompose` withdraw
+        trust from all datapoints where fewer than 1 in 20 pass, because these may pass by chance.
         """
         reliable = torch.isfinite(self.value) & torch.isfinite(self.mcse)
         if self.log_weights is None or len(self.log_weights) < 2:

@@ -6,6 +6,7 @@ from pyrogaps.density import Data, GuideDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.evidence.ais import AIS, Initial
+from pyrogaps.evidence.chance import by_chance
 from pyrogaps.evidence.ladder import Ladder, prepared
 from pyrogaps.evidence.protocol import Evidence, Measured
 from pyrogaps.evidence.referee import refereed
@@ -134,8 +135,9 @@ def measured(
         refined = posterior if refiner is None else refiner.fit(problem, chunk, run)[0]
         return measurement.measure(chunk, refined)
 
-    parts = run.map(measure, problem.joint)
-    if not referee:
-        return measurement.estimate(parts)
-    parts, doubted = refereed(measurement, parts, referee, run)
-    return replace(measurement.estimate(parts), doubted=doubted)
+    parts, doubted = run.map(measure, problem.joint), None
+    if referee:
+        parts, doubted = refereed(measurement, parts, referee, run)
+    estimate = replace(measurement.estimate(parts), doubted=doubted)
+    lucky = by_chance(estimate.reliable)
+    return replace(estimate, doubted=lucky if doubted is None else doubted | lucky) if lucky.any() else estimate

@@ -9,9 +9,11 @@ import xarray as xr
 from torch import Tensor
 
 from pyrogaps.chunk_cache import Arrays
+from pyrogaps.evidence.chance import by_chance
 from pyrogaps.gaps.finite import described, is_finite
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import OWN, TRACE, Measure
+from pyrogaps.gaps.other_starts import RELIABLE
 from pyrogaps.gaps.selection import with_flags
 from pyrogaps.gaps.terms import Columns, Term, measured_gaps
 from pyrogaps.run import Run
@@ -33,6 +35,8 @@ def assemble(
         for name in arrays[0]
         if name.startswith(TRACE)
     }
+    if RELIABLE in columns:
+        columns[RELIABLE] = columns[RELIABLE] & ~by_chance(columns[RELIABLE])
     if "log_evidence_upper" in columns:
         provenance = {**provenance, "quantities": {**provenance["quantities"], "log_evidence_upper": UPPER}}
     evidence, mcse = columns["log_evidence"][:, None], columns["log_evidence_mcse"][:, None]

@@ -137,6 +137,8 @@ class Rounds:
         further = self.steps(f"{purpose} further", end.gaussian, natural, positions, (0, checks), end.steep, look=False)
         converged = settled(end.scores, further.scores, self.settings.tolerance)
         converged = converged & no_gain(further.scores, end.scores, self.settings.tolerance)
+        # No two standard errors of grace: what is in doubt takes further rounds, and is compared on more draws.
+        converged = converged & (further.elbo - end.elbo <= self.settings.tolerance)
         gained = (~no_gain(end.scores, further.scores, 0.0)).nonzero()[:, 0].cpu()
         if len(gained):
             further = self.looked_at(further.at(gained), positions[gained])
