@@ -108,7 +108,8 @@ def _evidence(parts: Parts) -> tuple[tuple[float, ...], str]:
                 known = "two bounds that agree to 0.01 nats" if same else "between two bounds"
                 known = agreement(parts.summary) or known
     unexamined = _can_miss_modes(parts) and not _num_examined(parts)
-    return values, f"{known} ({row['estimator']})" + "; not examined for further modes" * unexamined
+    words = f"{known}: {row['estimator']}" if "(" in known else f"{known} ({row['estimator']})"
+    return values, words + "; not examined for further modes" * unexamined
 
 
 def _gaps(parts: Parts) -> Iterator[Row]:
