@@ -351,6 +351,8 @@ def test_a_gap_within_its_error_and_a_family_that_gains_nothing(ledger: pg.GapLe
     gaps["mean"].loc["approximation_gap"] = 1.9 * float(gaps["mcse"].sel(gap="approximation_gap"))
     small = rows_of(str(replace(ledger, gaps=gaps)))["approximation gap"]
     assert small.endswith("within its error")
+    gaps["mean"].loc["approximation_gap"] = -0.5
+    assert rows_of(str(replace(ledger, gaps=gaps)))["approximation gap"].endswith("  negative beyond its error")
     elbo = ledger.per_datapoint["elbo_refined"].values
     for gain, words in (
         (0.5, "0.50 nats better than the guide's own family"),

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 def short_table(parts: Parts, diagnosis: Diagnosis) -> Table:
     """The ledger at one look. What withdraws trust is in it; how each number was measured is in the full table."""
     rows = [[*_bounds(parts)], [*_gaps(parts)], [*_families(parts)]]
-    whole = max(len(_split(value)[0]) for group in rows for row in group for value in row.values[:1])
+    whole = max(_whole(row.values[0]) for group in rows for row in group)
     decimals = [_decimals(rows[0]), *[_decimals([*rows[1], *rows[2]])] * 2]
     groups = [
         [[row.label, _figures(row, whole, places), *[row.total] * len(parts.totals), row.words] for row in group]
@@ -78,7 +78,7 @@ def _title(provenance: dict[str, Any]) -> str:
     elif provenance["num_datapoints"] > 1:
         errors = "mean ± standard error over datapoints"
     else:
-        return "Inference gap of 1 datapoint (nats ± Monte Carlo standard error)"
+        return f"Inference gap of {number_of(provenance)} (nats ± Monte Carlo standard error)"
     return f"Inference gaps of {number_of(provenance)} (nats, {errors})"
 
 
@@ -118,11 +118,11 @@ def _gaps(parts: Parts) -> Iterator[Row]:
     for name in ids(parts.gaps):
         term = parts.gaps.sel(gap=name)
         brief = str(term["brief"].item()) if "brief" in term else ""  # which older files lack
-        words = brief or str(term["cause"].item())
+        words, mean = brief or str(term["cause"].item()), parts.row(name)["mean"]
         if within_error(parts.row(name)):
             words = WITHIN
-        elif np.isnan(parts.row(name)["mean"]):
-            words = "not measured"
+        elif not mean > 0:
+            words = "not measured" if np.isnan(mean) else "negative beyond its error"
         yield _row(parts, name, given_shared(labels[name], name, parts.provenance), words)
 
 
@@ -178,11 +178,8 @@ def _checks(parts: Parts) -> Iterator[str]:
     if examined is not None and examined["number"]:
         gains = [examined["log_evidence"], *examined["refined"].values()]
         missed = max((gain["count"] for gain in gains if gain), default=0)
-        yield (
-            f"modes missed at {missed:,} of {examined['number']:,} examined"
-            if missed
-            else (f"no missed modes in {examined['number']:,} examined")
-        )
+        number_examined = f"{examined['number']:,} examined"
+        yield f"modes missed at {missed:,} of {number_examined}" if missed else f"no missed modes in {number_examined}"
     elif _can_miss_modes(parts) and not _num_examined(parts):
         yield "not examined for further modes"
     largest = float(np.nan_to_num(parts.gaps["mcse"].values, nan=0.0, posinf=0.0).max())
@@ -211,9 +208,9 @@ def _figures(row: Row, whole: int, decimals: int) -> str:
     """Values and error of a row as text, the whole part of the first one `whole` wide."""
     figures = [*dict.fromkeys(number(float(value), decimals) for value in row.values)]  # bounds may agree
     error = f" ± {row.error:.{decimals}f}" if np.isfinite([row.error, row.values[0]]).all() else ""
-    return " " * (whole - len(_split(row.values[0])[0])) + " … ".join(figures) + error
+    return " " * (whole - _whole(row.values[0])) + " … ".join(figures) + error
 
 
-def _split(value: float) -> tuple[str, str]:
-    whole, _, decimals = number(float(value), 2).partition(".")
-    return whole, decimals
+def _whole(value: float) -> int:
+    """How many characters the whole part of a number takes."""
+    return len(number(float(value), 2).partition(".")[0])
