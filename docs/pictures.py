@@ -133,7 +133,8 @@ def start_texts() -> dict[str, str]:
     names: dict[str, Any] = {"__name__": "start"}
     exec(blocks[0] + blocks[1].replace("test)", "test, progress=False)"), names)
     before, pair, test = names["ledger"], (names["model"], names["guide"]), names["test"]
-    texts = {"start-ledger.txt": str(before), "start-diagnosis.txt": str(before.diagnose())}
+    texts = {"start-ledger.txt": str(before), "start-ledger-full.txt": str(before.table("full"))}
+    texts["start-diagnosis.txt"] = str(before.diagnose())
     pg.train(*pair, names["train"], freeze_model=True, num_epochs=100, progress=False)
     after = pg.decompose(*pair, test, seed=1, progress=False)
     return {**texts, "comparison.txt": str(pg.compare({"after": after, "before": before}))}

@@ -29,7 +29,7 @@ from pyrogaps.refine import Refinement
 from pyrogaps.settings import Count, Plate, Seed, Several, Whole, checked
 from pyrogaps.shared import Shared
 from pyrogaps.streams import derive_seed
-from pyrogaps.tables import Table, aligned, with_error
+from pyrogaps.tables import Table, with_error
 from pyrogaps.writers import Writer
 
 PREFIX = "gaps/"  # of the names that writers get
@@ -299,11 +299,9 @@ class GapMonitor:
         return self._table().html()
 
     def __str__(self) -> str:
-        table = self._table()
         if not self._records:
             return f"GapMonitor: nothing measured yet; a step is measured where {self.every} divides its number"
-        lines = aligned([table.headings, *table.groups[0]])
-        return "\n".join([table.title, "", *lines, "", *(f"Warning: {text}" for text in table.warnings), *table.notes])
+        return str(self._table())
 
     __repr__ = __str__
 

@@ -1,10 +1,13 @@
-"""`Table`: a table of text, as HTML for notebooks, as Markdown and as LaTeX for papers."""
+"""`Table`: a table of text, as text, HTML, Markdown and LaTeX; `Frame`: a pandas frame that prints in full."""
 
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
+
+import pandas as pd
 
 BRANCHES = "│├└─ "  # what trees of labels are drawn with
 LATEX = {
@@ -28,19 +31,22 @@ SYMBOLS = {
 SYMBOL = re.compile("|".join(map(re.escape, SYMBOLS)))
 CELL, EDGE = "padding:0.2em 0.8em", "border-top:1px solid"
 MAX_DECIMALS = 5
+WHOLE = ("display.max_columns", None, "display.max_colwidth", None, "display.expand_frame_repr", False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """A table of text; the first column has the names of the rows.
 
     Attributes:
         title: what the numbers are, with their units.
-        headings: of all columns, that of the names included.
+        headings: of all columns, that of the names included; none, where every group has its own.
         groups: rows of cells, in groups that a line divides.
-        warnings: reasons not to trust the numbers, as sentences. Every form shows them.
+        warnings: reasons not to trust the numbers; every form shows them.
         lead: a line of conclusion below the table; empty for none.
-        notes: what the numbers rest on. LaTeX leaves them out.
+        notes: what the numbers rest on; HTML folds them. LaTeX leaves them out.
+        lines: what is shown open below the conclusion. LaTeX leaves them out.
+        legend: what the columns are, in a line that every form shows; empty for none.
     """
 
     title: str
@@ -49,15 +55,35 @@ class Table:
     warnings: Sequence[str] = ()
     lead: str = ""
     notes: Sequence[str] = ()
+    lines: Sequence[str] = ()
+    legend: str = ""
+
+    def __str__(self) -> str:
+        if self.headings:
+            text = [place for place in range(self._width) if not self._has_numbers(place)]
+            head, *rows = aligned([self.headings, *self._rows()], text)
+            left = iter(rows)
+            printed = [[next(left) for _ in group] for group in self.groups]
+            printed[0] = [head, *printed[0]]
+        else:  # every group by itself, beside the names of all
+            width, text = max(len(name) for name, *_ in self._rows()), [*range(self._width)]
+            printed = [aligned([[f"{name:{width}}", *cells] for name, *cells in group], text) for group in self.groups]
+        above = [line for group in printed for line in ("", *group)]
+        below = [self.legend] * bool(self.legend) + [f"Warning: {text}" for text in self.warnings]
+        below += [f"Verdict: {self.lead}"] * bool(self.lead) + [*self.lines, *self.notes]
+        return "\n".join([self.title, *above, *([""] if below else []), *below])
+
+    __repr__ = __str__
 
     def html(self) -> str:
         """As an HTML fragment: everything escaped, no script, colours those of the page around it."""
-        aligned = ["left", *("right" if self._is_numeric(place) else "left" for place in range(1, len(self.headings)))]
+        aligned = ["left", *("right" if self._is_numeric(place) else "left" for place in range(1, self._width))]
         styles = [f"{CELL};text-align:{side};font-variant-numeric:tabular-nums" for side in aligned]
         head = "".join(
             f'<th scope="col" style="{style}">{escape(text)}</th>'
-            for text, style in zip(self.headings, styles, strict=True)
+            for text, style in zip(self.headings, styles, strict=bool(self.headings))
         )
+        head = f"<thead><tr>{head}</tr></thead>" if head else ""
         body = []
         for group in self.groups:
             for place, (name, *cells) in enumerate(group):
@@ -68,21 +94,23 @@ class Table:
                 )
                 body.append(f"<tr{edge}>{row}</tr>")
         caption = f'<caption style="text-align:left;caption-side:top">{escape(self.title)}</caption>'
-        table = (
-            f'<table style="border-collapse:collapse">{caption}<thead><tr>{head}</tr></thead>'
-            f"<tbody>{''.join(body)}</tbody></table>"
-        )
-        return f'<div class="pyrogaps">{table}{html_lines(self.warnings, self.lead, self.notes)}</div>'
+        table = f'<table style="border-collapse:collapse">{caption}{head}<tbody>{"".join(body)}</tbody></table>'
+        legend = f"<p>{escape(self.legend)}</p>" if self.legend else ""
+        below = html_lines(self.warnings, self.lead, self.notes, self.lines)
+        return f'<div class="pyrogaps">{table}{legend}{below}</div>'
+
+    _repr_html_ = html
 
     def markdown(self) -> str:
         """As Markdown, with pipes."""
-        sides = ["---", *("---:" if self._is_numeric(place) else "---" for place in range(1, len(self.headings)))]
-        rows = [[*map(_markdown, self.headings)], sides]
+        sides = ["---", *("---:" if self._is_numeric(place) else "---" for place in range(1, self._width))]
+        rows = [[*map(_markdown, self.headings or [""] * self._width)], sides]
         for name, *cells in self._rows():
             depth, bare = _depth(name)
             rows.append(["&emsp;" * depth + _markdown(bare), *map(_markdown, cells)])
-        below = [f"**Warning:** {_markdown(line)}" for line in self.warnings]
-        below += [_markdown(line) for line in (self.lead, *self.notes) if line]
+        below = [_markdown(self.legend)] * bool(self.legend)
+        below += [f"**Warning:** {_markdown(line)}" for line in self.warnings]
+        below += [_markdown(line) for line in (self.lead, *self.lines, *self.notes) if line]
         lines = [_markdown(self.title), "", *("| " + " | ".join(row) + " |" for row in rows)]
         for line in below:
             lines += ["", line]
@@ -90,18 +118,18 @@ class Table:
 
     def latex(self, caption: str | None = None, label: str | None = None) -> str:
         """As a `tabular` of the package booktabs; with a caption or a label, in a `table` around it."""
-        numbers = "".join("r" if self._is_numeric(place) else "l" for place in range(1, len(self.headings)))
-        lines = [rf"\begin{{tabular}}{{l{numbers}}}", r"\toprule", _row(map(latex, self.headings))]
-        for group in self.groups:
-            lines.append(r"\midrule")
+        numbers = "".join("r" if self._is_numeric(place) else "l" for place in range(1, self._width))
+        lines = [rf"\begin{{tabular}}{{l{numbers}}}", r"\toprule"]
+        lines += [_row(map(latex, self.headings))] * bool(self.headings)
+        for place, group in enumerate(self.groups):
+            lines += [r"\midrule"] * bool(self.headings or place)
             for name, *cells in group:
                 depth, bare = _depth(name)
                 lines.append(_row([r"\quad " * depth + latex(bare), *map(latex, cells)]))
         lines.append(r"\bottomrule")
-        width = len(self.headings)
-        for warning in self.warnings:
-            text = rf"\footnotesize Warning: {latex(warning)}"
-            lines.append(rf"\multicolumn{{{width}}}{{p{{0.9\linewidth}}}}{{{text}}} \\")
+        for line in [self.legend] * bool(self.legend) + [f"Warning: {warning}" for warning in self.warnings]:
+            text = rf"\footnotesize {latex(line)}"
+            lines.append(rf"\multicolumn{{{self._width}}}{{p{{0.9\linewidth}}}}{{{text}}} \\")
         lines.append(r"\end{tabular}")
         if caption is not None or label is not None:
             above = [rf"\caption{{{caption}}}"] * (caption is not None) + [rf"\label{{{label}}}"] * (label is not None)
@@ -112,33 +140,69 @@ class Table:
         for group in self.groups:
             yield from group
 
+    @property
+    def _width(self) -> int:
+        """The number of columns."""
+        return len(next(self._rows()))
+
     def _is_numeric(self, place: int) -> bool:
         """Whether a column has numbers, and nothing else."""
-        cells = [row[place] for row in self._rows()]
-        return any(cells) and all(not cell or cell[0] in "-−0123456789[" for cell in cells)
+        return self._has_numbers(place) and all(not cell or _is_number(cell) for cell in self._column(place))
+
+    def _has_numbers(self, place: int) -> bool:
+        return any(_is_number(cell) for cell in self._column(place))
+
+    def _column(self, place: int) -> list[str]:
+        return [row[place] for row in self._rows()]
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of text, columns aligned: the first and the last to the left, the others to the right."""
+class Frame(pd.DataFrame):
+    """A pandas frame that prints all columns and texts in full, however wide a row becomes."""
+
+    @property
+    def _constructor(self) -> Any:
+        return Frame
+
+    def __repr__(self) -> str:
+        with pd.option_context(*WHOLE):
+            return super().__repr__()
+
+    def _repr_html_(self) -> str | None:
+        with pd.option_context(*WHOLE):
+            return super()._repr_html_()  # type: ignore[misc,no-any-return]
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Iterable[int] = ()) -> list[str]:
+    """Rows of cells as lines of text, columns aligned: the first, the last and those `left` to the left, the others to
+    the right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(widths) - 1
+    to_left = {0, len(widths) - 1, *left}
     return [
         "  ".join(
-            f"{cell:{width}}" if place in (0, last) else f"{cell:>{width}}"
+            f"{cell:{width}}" if place in to_left else f"{cell:>{width}}"
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
 
 
-def html_lines(warnings: Sequence[str], lead: str, notes: Sequence[str]) -> str:
-    """Paragraphs of HTML: warnings, a conclusion, and notes that unfold."""
+def html_lines(warnings: Sequence[str], lead: str, notes: Sequence[str], lines: Sequence[str] = ()) -> str:
+    """Paragraphs of HTML: warnings, a conclusion, further lines, and notes that unfold."""
     parts = [f'<p role="alert"><strong>Warning:</strong> {escape(line)}</p>' for line in warnings]
     parts += [f"<p><strong>{escape(lead)}</strong></p>"] * bool(lead)
+    parts += [f"<p>{escape(line)}</p>" for line in lines]
     if notes:
         items = "".join(f"<li>{escape(note)}</li>" for note in notes)
         parts.append(f"<details><summary>Notes ({len(notes)})</summary><ul>{items}</ul></details>")
     return "".join(parts)
+
+
+def sentence(text: str) -> str:
+    """A line as a sentence: a capital where it begins with a word, and a full stop."""
+    first = text.split(" ", 1)[0]
+    text = text[:1].upper() + text[1:] if first.removesuffix(":").isalpha() and first != "log" else text
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def latex(text: str) -> str:
@@ -166,6 +230,10 @@ def number(value: float, decimals: int) -> str:
     """A number with a proper minus sign; "-" for NaN."""
     text = "-" if math.isnan(value) else f"{value:.{decimals}f}".replace("-", "−")
     return text[1:] if text.startswith("−") and not text.strip("−0.") else text
+
+
+def _is_number(cell: str) -> bool:
+    return cell.strip()[:1] in {*"-−0123456789["}
 
 
 def _depth(name: str) -> tuple[int, str]:

@@ -83,8 +83,9 @@ def test_the_ledger_keeps_and_prints_it(tmp_path: Path) -> None:
     with xr.open_datatree(tmp_path / "ledger.nc", engine="h5netcdf") as tree:
         back = pg.GapLedger.from_datatree(tree.load())
     assert str(back) == str(ledger)
-    assert "certificate: BDMC on 24 datapoints simulated from the model" in str(ledger)
-    assert "certificate: refining 4 times as long changes the ELBO of 16 datapoints by" in str(ledger)
+    for text in (str(ledger), str(ledger.table("full"))):
+        assert "Certificate of log p(x), by BDMC on 24 datapoints simulated from the model: " in text
+        assert "Certificate of the refinement: 4 times as many steps change the ELBO of 16 datapoints by" in text
 
 
 @pytest.mark.usefixtures("brief_check")

@@ -134,7 +134,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitor": ESTIMATORS | {"gaps", "shared", "writers"},
     "datasets": {"errors", "settings"},
     "plots": {"errors", "settings", "gaps", "calibration", "monitor"},
-    "report": {"errors", "settings", "files", "density", "gaps", "calibration", "plots"},
+    "report": {"errors", "settings", "files", "tables", "density", "gaps", "calibration", "plots"},
 }
 # A method that draws imports what it draws with when it is called.
 WHEN_CALLED = {("gaps/ledger.py", "report")}

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -207,15 +209,18 @@ def test_a_selection_is_a_ledger_of_its_datapoints(ledger: pg.GapLedger, form: s
 
 def test_a_selection_says_what_it_is_and_what_it_lacks(split_ledger: pg.GapLedger) -> None:
     chosen = split_ledger.sel([0, 1, 2])
-    text = str(chosen)
-    assert text.startswith("Gap ledger: 3 datapoints of 9,")
-    assert "a selection of 3 of 9 datapoints; means are over these, and biased where they were selected" in text
-    assert "Left out, because all datapoints are needed: capacity gap, certificate, traces" in text
-    assert "capacity gap  " not in text and chosen.certificate is None and chosen.training is None
-    assert "log p(x) is reliable for 2 of these 3 datapoints" in text
+    text, full = str(chosen), str(chosen.table("full"))
     caution = "log p(x), and the gaps measured from it, cannot be trusted for 1 of these 3 datapoints"
-    assert f"Warning: {caution}" in text and any(caution in line for line in chosen.diagnose().warnings)
-    assert "in the ledger of all 9 datapoints: modes: all 9 datapoints examined" in text
+    for printed in (text, full):
+        assert printed.startswith("Inference gaps of 3 of 9 datapoints")
+        assert "A selection of 3 of 9 datapoints; means are over these, and biased where they were selected" in printed
+        assert "Left out, because all datapoints are needed: capacity gap, certificate, traces" in printed
+        assert "capacity gap  " not in printed
+        assert f"Warning: {caution}" in printed
+    assert chosen.certificate is None and chosen.training is None
+    assert "log p(x) reliable 2/3" in text and "log p(x) is reliable for 2 of these 3 datapoints" in full
+    assert any(caution in line for line in chosen.diagnose().warnings)
+    assert "In the ledger of all 9 datapoints: modes: all 9 datapoints examined" in full
     assert not any(caution in line for line in split_ledger.sel([1, 2]).diagnose().warnings)
     pg.plot_ledger(chosen)
 
@@ -234,7 +239,7 @@ def test_datapoints_without_finite_bounds_in_a_selection(ledger: pg.GapLedger) -
     whole = replace(ledger, per_datapoint=columns, provenance={**ledger.provenance, "infinite": named})
     assert "datapoints 1, 2, 3, 4, 5: L[q] = -inf; and 2 more)" in str(whole)
     assert "(datapoints 4, 5: L[q] = -inf; and 1 more)" in str(whole.sel([0, 4, 5, 7]))
-    assert "1 of 2 datapoints has no finite bounds, so gaps are means over the other 1\n" in str(whole.sel([0, 7]))
+    assert "1 of 2 datapoints has no finite bounds, so gaps are means over the other 1.\n" in str(whole.sel([0, 7]))
     assert "finite bounds" not in str(whole.sel([0, 8]))
 
 
@@ -263,25 +268,150 @@ def test_datapoints_that_share_latents_have_no_ledgers_of_their_own(ledger: pg.G
         replace(ledger, shared=xr.Dataset(), provenance=provenance).sel([1])
 
 
+# The printed table
+
+
+def rows_of(text: str) -> dict[str, str]:
+    """The lines of a printed table by their labels."""
+    return {line.strip("│├└─ ").partition("  ")[0]: line for line in text.splitlines()}
+
+
+def test_the_short_table_has_the_numbers_of_the_summary(ledger: pg.GapLedger) -> None:
+    text, summary = str(ledger), ledger.summary()
+    rows = rows_of(text)
+    assert text.splitlines()[0] == "Inference gaps of 9 datapoints (nats, mean ± standard error over datapoints)"
+    for label, name in (
+        ("ELBO, refined guide", "elbo_refined[own]"),
+        ("ELBO, amortized guide", "elbo"),
+        ("inference gap", "inference_gap"),
+        ("approximation gap", "approximation_gap"),
+        ("amortization gap", "amortization_gap"),
+        ("a<b>&_%", "approximation_gap[a<b>&_%]"),
+    ):
+        figures = re.search(r"([−\d.]+) ± ([\d.]+)", rows[label])
+        assert figures is not None
+        mean, error = (float(word.replace("−", "-")) for word in figures.groups())
+        assert mean == pytest.approx(summary.loc[name, "mean"], abs=0.00501), label
+        assert error == pytest.approx(summary.loc[name, "standard_error"], abs=0.00501), label
+    assert rows["amortization gap"].endswith("the network does not find the family's best")
+    assert "log p(x) reliable 9/9" in text and "refinement converged 9/9" in text
+    assert "no missed modes in 9 examined" in text and "Verdict: Mostly the amortization gap." in text
+    largest = float(re.findall(r"Monte Carlo error at most ([\d.]+) nats", text)[0])
+    assert ledger.gaps["mcse"].max() <= largest <= 2 * ledger.gaps["mcse"].max()
+    table, _, below = text.partition("\n\nVerdict: ")
+    assert max(map(len, table.splitlines())) <= 100 and len(table.splitlines()) <= 16
+    assert below.splitlines()[-1].startswith('More: print(ledger.diagnose()), print(ledger.table("full"))')
+
+
+def with_rows(ledger: pg.GapLedger, **columns: Any) -> pg.GapLedger:
+    """A ledger with other values per datapoint, in columns that it has."""
+    data = ledger.per_datapoint
+    return replace(ledger, per_datapoint=data.assign({n: (data[n].dims, np.asarray(v)) for n, v in columns.items()}))
+
+
+def test_bounds_of_log_evidence_are_called_what_they_are(ledger: pg.GapLedger) -> None:
+    low = ledger.per_datapoint["log_evidence"].values
+    error = float(ledger.summary().loc[["log_evidence", "log_evidence_upper"], "mcse"].pow(2).sum() ** 0.5)
+    for upper, words in (
+        (low + 0.1, "… .* between two bounds "),
+        (low, " two bounds that agree to 0.01 nats "),
+        (low - error, " the bounds agree within their error "),
+        (low - 9 * error - 0.1, "… .* the bounds contradict each other: do not trust them "),
+        (np.where(np.arange(9) == 3, np.inf, low), " a lower bound, without an upper one at 1 datapoint "),
+    ):
+        changed = with_rows(ledger, log_evidence_upper=upper)
+        assert re.search(words, rows_of(str(changed))["log p(x)"]), words
+    above = rows_of(str(with_rows(ledger, log_evidence_upper=low - error).table("full")))["log p(x), from above"]
+    assert above.endswith("the bounds agree within their error")
+    blind = {name: value for name, value in ledger.provenance.items() if name != "examined"}
+    unexamined = replace(ledger, per_datapoint=ledger.per_datapoint.drop_vars("examined"), provenance=blind)
+    assert str(unexamined).count("not examined for further modes") == 2  # beside log p(x), and among the checks
+
+
+def test_what_cannot_be_trusted_is_said_in_its_row(ledger: pg.GapLedger) -> None:
+    """At one datapoint in nine it is in the short table too; at one in twenty in the full one."""
+    reliable, converged = np.arange(9) != 2, ledger.per_datapoint["converged"].values.copy()
+    converged[4, 0] = False
+    doubtful = with_rows(ledger, log_evidence_reliable=reliable, converged=converged)
+    for text in (str(doubtful), str(doubtful.table("full"))):
+        rows = rows_of(text)
+        assert rows["log p(x)"].endswith("log p(x) unreliable at 1 of 9")
+        assert rows["approximation gap"].endswith("log p(x) unreliable at 1 of 9; refinement not converged at 1 of 9")
+        assert rows["inference gap"].endswith("log p(x) unreliable at 1 of 9")
+        assert rows["amortization gap"].endswith("refinement not converged at 1 of 9")
+    assert "log p(x) reliable 8/9" in str(doubtful) and "refinement converged 8/9" in str(doubtful)
+    many = xr.concat([ledger.per_datapoint] * 3, "datapoint").assign_coords(datapoint=np.arange(27))
+    rare = with_rows(replace(ledger, per_datapoint=many), log_evidence_reliable=np.arange(27) != 2)
+    assert "unreliable at" not in str(rare) and "log p(x) reliable 26/27" in str(rare)
+    assert rows_of(str(rare.table("full")))["log p(x)"].endswith("log p(x) unreliable at 1 of 27")
+
+
+def test_a_gap_within_its_error_and_a_family_that_gains_nothing(ledger: pg.GapLedger) -> None:
+    gaps = ledger.gaps.copy(deep=True)
+    gaps["mean"].loc["approximation_gap"] = 1.9 * float(gaps["mcse"].sel(gap="approximation_gap"))
+    small = rows_of(str(replace(ledger, gaps=gaps)))["approximation gap"]
+    assert small.endswith("within its error")
+    gaps["mean"].loc["approximation_gap"] = -0.5
+    assert rows_of(str(replace(ledger, gaps=gaps)))["approximation gap"].endswith("  negative beyond its error")
+    elbo = ledger.per_datapoint["elbo_refined"].values
+    for gain, words in (
+        (0.5, "0.50 nats better than the guide's own family"),
+        (-0.5, "0.50 nats worse than the guide's own family"),
+        (0.0, "the same as the guide's own family, within the error"),
+    ):
+        changed = with_rows(ledger, elbo_refined=np.stack([elbo[:, 0], elbo[:, 0] + gain], 1))
+        assert rows_of(str(changed))["a<b>&_%"].endswith(words)
+
+
+def test_the_full_table_explains_its_errors_and_has_flags_where_there_are_any(ledger: pg.GapLedger) -> None:
+    text = str(ledger.table("full"))
+    assert text.count("s.e.: standard error of the mean over datapoints. MCSE: Monte Carlo standard error") == 1
+    below = text.split("\n\n")[-1].splitlines()
+    assert len(below) >= 5 and all(line.endswith(".") for line in below)
+    heavy = with_rows(ledger, khat=np.where(np.arange(9) < 2, 0.8, 0.1))
+    assert rows_of(str(heavy.table("full")))["IWAE-100[q]"].endswith("k-hat above 0.7 at 2 of 9")
+    assert heavy.table("full").headings[-1] == "flag"
+    sure = ledger.gaps.assign(mcse=0 * ledger.gaps["mcse"], standard_error=0 * ledger.gaps["mcse"])
+    clean = with_rows(replace(ledger, gaps=sure), khat=np.zeros(9), log_evidence_upper=ledger.per_datapoint["elbo"] + 9)
+    clean = with_rows(clean, family_approximation_gap=np.ones((9, 2)))
+    assert clean.table("full").headings[-1] == "estimated by"
+    with pytest.raises(pg.InputError, match=r"^form: must be one of short, full, got 'long'\Z"):
+        ledger.table("long")  # type: ignore[arg-type]
+
+
+def test_importance_weights_above_the_threshold_are_called_unreliable(ledger: pg.GapLedger) -> None:
+    heavy = with_rows(
+        ledger, khat_refined=np.full((9, 2), 0.81), ess_refined=np.full((9, 2), 97.0), khat=np.full(9, 0.2)
+    )
+    (line,) = [line for line in str(heavy.table("full")).splitlines() if line.startswith("Importance weights")]
+    assert "amortized guide k-hat 0.20, effective sample size" in line
+    assert "refined own family k-hat 0.81 (above 0.7: unreliable), effective sample size 97%" in line
+
+
+def test_frames_print_whole(ledger: pg.GapLedger) -> None:
+    worst, summary = ledger.worst(5), ledger.summary()
+    with pd.option_context("display.width", 80, "display.max_columns", 4, "display.max_colwidth", 10):
+        for frame in (worst, summary, worst.head(2), ledger.worst(9, by="elbo")):
+            for text in (repr(frame), frame._repr_html_()):
+                assert "..." not in text and all(str(column) in text for column in frame.columns)
+            assert len(repr(frame).splitlines()) == len(frame) + 2
+    assert isinstance(worst, pd.DataFrame) and type(worst["elbo"]) is pd.Series
+    assert worst.copy().equals(worst) and "Monte Carlo ELBO of the refined guide" in repr(summary)
+
+
 # Notebooks and papers
 
 
 def test_a_notebook_shows_all_that_is_printed(split_ledger: pg.GapLedger) -> None:
-    chosen = split_ledger.sel([0, 1, 2])
-    for shown, printed in ((split_ledger, str(split_ledger)), (chosen, str(chosen))):
+    for shown in (split_ledger, split_ledger.sel([0, 1, 2])):
         text = "".join(ElementTree.fromstring(shown._repr_html_()).itertext())
-        below = printed.partition("\n\n")[2].split("\n\n")[-1]
-        for line in below.splitlines():
-            assert line.removeprefix("Warning: ") in text
-        for label in (
-            "├─ approximation gap",
-            "└─ amortization gap",
-            "L[q*] a<b>&_%",
-            "within its error",
-            "s.e.",
-            "MCSE",
-        ):
-            assert (label in text) == (label in printed), label
+        for form in ("short", "full"):
+            table = shown.table(form)
+            assert "".join(ElementTree.fromstring(table.html()).itertext()) in text
+            for line in str(table).partition("\n\n")[2].split("\n\n")[-1].splitlines():
+                assert line.removeprefix("Verdict: ") in text
+            cells = [cell for group in table.groups for row in group for cell in row]
+            assert len(cells) > 20 and all(cell in text for cell in cells)
 
 
 def test_a_notebook_shows_the_diagnosis(split_ledger: pg.GapLedger) -> None:
@@ -293,6 +423,8 @@ def test_a_notebook_shows_the_diagnosis(split_ledger: pg.GapLedger) -> None:
 
 def test_papers_have_the_warnings_too(split_ledger: pg.GapLedger) -> None:
     chosen = split_ledger.sel([0, 1, 2])
+    assert r"Mean $\pm$ standard error over 3 of 9 datapoints, in nats. MCSE: Monte Carlo" in chosen.to_latex()
+    assert "Mean ± standard error over 9 datapoints, in nats. MCSE: Monte Carlo" in split_ledger.to_markdown()
     assert "cannot be trusted for 1 of these 3" in chosen.to_latex() and "cannot be trusted" in chosen.to_markdown()
     assert r"a\textless{}b\textgreater{}\&\_\%" in chosen.to_latex() and r"a\<b\>&\_%" in chosen.to_markdown()
     assert chosen.to_latex(label="tab:a").startswith("\\begin{table}")

@@ -146,7 +146,8 @@ def test_all_are_examined_where_there_are_no_more() -> None:
     error = ledger.per_datapoint["log_evidence"].values - exact(X[:30]).numpy()
     assert abs(error / ledger.per_datapoint["log_evidence_mcse"].values).max() < 4
     assert not [line for line in ledger.diagnose().warnings if "too low" in line]
-    assert "modes: all 30 datapoints examined from other starts. Without them, log p(x) was too low at" in str(ledger)
+    assert "Modes: all 30 datapoints examined from other starts, which raised log p(x) at" in str(ledger.table("full"))
+    assert "modes missed at" in str(ledger) and "/30 reliable" not in str(ledger)
 
 
 def test_without_a_referee_nothing_is_examined() -> None:

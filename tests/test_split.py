@@ -111,7 +111,7 @@ def test_the_ledger_keeps_its_split(tmp_path: Path) -> None:
     assert str(back.diagnose()) == str(ledger.diagnose())
     assert "   ├─ capacity gap" in str(ledger)
     assert "   └─ generalization gap" in str(ledger)
-    assert "retraining (phi-hat): 2 starts, " in str(ledger)
+    assert "Retraining (phi-hat): 2 starts, " in str(ledger.table("full"))
     assert back.training is not None
     assert back.training.sizes["training_datapoint"] == 40
 
@@ -198,7 +198,9 @@ def test_what_cannot_be_drawn_anew_starts_from_the_guide() -> None:
     ledger = pg.decompose(model, guide, test, split=pg.Split(train, QUICK), **TINY)
     starts = {start["start"]: start["kept"] for start in ledger.provenance["split"]["starts"]}
     assert starts == {"warm": [], "fresh 1": ["scale"]}
-    assert "fresh starts reuse the guide's values of scale, because no reset_parameters() sets them" in str(ledger)
+    assert "Note: Fresh starts reuse the guide's values of scale, because no reset_parameters() sets them" in str(
+        ledger
+    )
     guide.net.requires_grad_(False)
     assert [candidate.name for candidate in _candidates(guide, 2, Run(0))] == ["warm"]
 

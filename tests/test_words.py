@@ -124,8 +124,8 @@ def test_the_remedy_for_an_unreliable_ladder_is_one() -> None:
 
 def test_a_datapoint_alone_and_gains_too_small_to_print() -> None:
     known = {"number": 1, "total": 1, "included": True, "contested": 0, "log_evidence": None, "refined": {}}
-    assert lines_of(known) == ["modes: the datapoint examined from other starts; no missed mode found"]
+    assert lines_of(known) == ["modes: the datapoint examined from other starts, no missed mode found"]
     for mean, number in ((0.004, 0), (0.2, 1)):
         raised = {**known, "number": 32, "total": 64, "refined": {"own": {"count": 1, "mean": mean}}}
         assert len(cautions_of(raised)) == number
-        assert "L[q*] of the own family was too low at 1" in lines_of(raised)[0]
+        assert "which raised L[q*] of the own family at 1. The table has the higher values" in lines_of(raised)[0]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pyrogaps.calibration.statistics import covered, holm, marginal, proportion
+from pyrogaps.tables import Frame
 
 FAMILY_WISE = 0.01  # the probability of any finding at all where the posterior is calibrated
 LOG_JOINT = "log p(x, z)"
@@ -15,7 +16,7 @@ NARROW, WIDE, LOW, HIGH, MISSHAPEN = "too narrow", "too wide", "too low", "too h
 
 def summarise(labels: list[str], pit: np.ndarray, log_joint: np.ndarray) -> pd.DataFrame:
     """The summary of normalised ranks `pit` `(N, dim)`, and `log_joint` `(N,)` of log p(x, z); see `Calibration`."""
-    table = pd.DataFrame([asdict(marginal(column)) for column in (*pit.T, log_joint)], [*labels, LOG_JOINT])
+    table = Frame([asdict(marginal(column)) for column in (*pit.T, log_joint)], [*labels, LOG_JOINT])
     active = np.isfinite(pit)
     for percent in (50, 95):
         share, error = proportion(covered(pit, percent / 100), active)

@@ -304,5 +304,4 @@ def _report(ledger: GapLedger, folder: RunFolder, data: Data | None, command: st
     folder.finish()
     if processes.rank() == 0:
         print(ledger)
-        print(f"\nVerdict: {ledger.diagnose().ranking}")
         print("\nwritten:", *(f"  {folder / name}" for name in RESULTS), sep="\n")

@@ -11,7 +11,7 @@ import xarray as xr
 from pyrogaps.errors import counted
 from pyrogaps.gaps.differences import APPROXIMATION, EVIDENCE, LARGER, OPEN, SAME, SMALLER, UNTRUSTED
 from pyrogaps.gaps.terms import ids, leaves, root, tree_labels
-from pyrogaps.tables import Table, aligned, number, with_error
+from pyrogaps.tables import Frame, Table, number, with_error
 
 REMEDY = "Measure log p(x) to a smaller tolerance, pg.Ladder(tolerance=...), to narrow it"
 
@@ -67,7 +67,7 @@ class Comparison:
 
     def summary(self) -> pd.DataFrame:
         """One row for every other ledger and quantity: the columns of `differences`, in nats."""
-        frame = self.differences.drop_vars("label").to_dataframe()
+        frame = Frame(self.differences.drop_vars("label").to_dataframe())
         return frame.reset_index().dropna(subset=["mean"]).set_index(["other", "quantity"])
 
     def verdict(self, other: str | None = None) -> str:
@@ -95,7 +95,7 @@ class Comparison:
         return "".join(table.html() for table in self._tables())
 
     def __str__(self) -> str:
-        return "\n\n".join(map(_printed, self._tables()))
+        return "\n\n".join(map(str, self._tables()))
 
     __repr__ = __str__
 
@@ -217,16 +217,6 @@ def _notes(comparison: Comparison, other: str) -> Iterator[str]:
         )
     if without := provenance["without"][other]:
         yield f"Not compared, because one ledger lacks it or it has no values per datapoint: {', '.join(without)}."
-
-
-def _printed(table: Table) -> str:
-    """As text, columns aligned."""
-    head, *rows = aligned([table.headings, *(row for group in table.groups for row in group)])
-    lines, left = [table.title, "", head], iter(rows)
-    for place, group in enumerate(table.groups):
-        lines += [""] * (place > 0) + [next(left) for _ in group]
-    below = [*(f"Warning: {text}" for text in table.warnings), f"Verdict: {table.lead}", *table.notes]
-    return "\n".join([*lines, "", *below])
 
 
 def gaps_in_common(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:

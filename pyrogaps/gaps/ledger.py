@@ -1,9 +1,9 @@
 """`GapLedger`: the gaps of every datapoint, with their errors and where each number comes from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,10 +16,12 @@ from pyrogaps.gaps import certificate as certificates
 from pyrogaps.gaps import selection
 from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
 from pyrogaps.gaps.finite import finite_part, infinite_lines
-from pyrogaps.gaps.markup import Parts, full_table, paper_table
-from pyrogaps.gaps.table import cautions, last_gap, render
+from pyrogaps.gaps.markup import full_table, paper_table
+from pyrogaps.gaps.short import short_table
+from pyrogaps.gaps.table import Parts, cautions, last_gap
 from pyrogaps.gaps.terms import INFERENCE, Mean, ids, root, values_of
 from pyrogaps.settings import Count, File, Name, checked
+from pyrogaps.tables import Frame, Table
 from pyrogaps.trees import PROVENANCE, describe, provenance_of, read_tree, saved, write_tree
 
 GROUPS = ("per_datapoint", "traces", "observed_data", "gaps")
@@ -56,8 +58,9 @@ class GapLedger:
         >>> ledger.sel(ledger.worst(3).index).per_datapoint.sizes["datapoint"]
         3
 
-    `print(ledger)` shows the table, and a notebook shows it as HTML. `save` and `load` keep it in a file; `to_markdown`
-    and `to_latex` write it for a report or a paper; `compare` sets ledgers side by side.
+    `print(ledger)` shows the short table, `print(ledger.table("full"))` the full one, and a notebook both as HTML.
+    `save` and `load` keep the ledger in a file; `to_markdown` and `to_latex` write its table for a report or a paper;
+    `compare` sets ledgers side by side.
 
     Attributes:
         per_datapoint: variables over "datapoint" (and "family", whose first entry "own" is the guide's): `elbo`,
@@ -116,7 +119,7 @@ class GapLedger:
                 rows[name]["total"] = float(row["total"])
         for family in self.families[1:]:
             rows[f"approximation_gap[{family}]"] = self._row("family_approximation_gap", family)
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("quantity")
+        return Frame.from_dict(rows, orient="index").rename_axis("quantity")
 
     def diagnose(self) -> Diagnosis:
         """Which gap dominates and what usually closes it, ranked by nats.
@@ -265,23 +268,40 @@ class GapLedger:
         provenance = selection.provenance_over(per_datapoint, self.provenance, dropped)
         return GapLedger(per_datapoint, xr.Dataset(), observed, provenance, gaps)
 
+    @checked()
+    def table(self, form: Literal["short", "full"] = "short") -> Table:
+        """The ledger as a table: `print` it, or let a notebook show it.
+
+        Args:
+            form: "short" is what `print(ledger)` shows: means ± standard error over datapoints, in nats, what each gap
+                says, the verdict and the checks. "full" has all rows of `summary()`, with Monte Carlo errors,
+                directions, estimators and flags, and how each was measured.
+
+        Returns:
+            A table with the methods `html()`, `markdown()` and `latex()`.
+        """
+        diagnosis = self.diagnose()
+        parts = self._parts(diagnosis.warnings)
+        return full_table(parts) if form == "full" else short_table(parts, diagnosis)
+
     def to_markdown(self) -> str:
         """The table in Markdown: mean ± standard error over datapoints in nats, Monte Carlo error, and direction.
 
         Warnings and notes follow below.
         """
-        return paper_table(self._parts()).markdown()
+        return paper_table(self._parts(self.diagnose().warnings)).markdown()
 
     @checked()
     def to_latex(self, *, caption: str | None = None, label: str | None = None) -> str:
         """The table for a paper, in LaTeX with the package booktabs: mean ± standard error over datapoints in nats.
 
-        Reasons not to trust the numbers are printed below it; remove these lines only with the reasons.
+        A line below it says so, and over how many. Reasons not to trust the numbers follow; remove these lines only
+        with the reasons.
 
         Args:
             caption, label: LaTeX code; where one is given, a `table` stands around the `tabular`.
         """
-        return paper_table(self._parts()).latex(caption, label)
+        return paper_table(self._parts(self.diagnose().warnings)).latex(caption, label)
 
     @property
     def families(self) -> list[str]:
@@ -311,18 +331,17 @@ class GapLedger:
             row["total"] = row["mean"] * len(finite_part(data)["datapoint"])
         return row
 
-    def _parts(self) -> Parts:
+    def _parts(self, warnings: Sequence[str]) -> Parts:
         """What tables are made of."""
         lines = [] if self.certificate is None else certificates.lines_of(self.certificate)
-        further = [f"certificate: {line}" for line in lines]
-        return Parts(self.summary(), self.gaps, self.per_datapoint, self.provenance, further)
+        return Parts(self.summary(), self.gaps, self.per_datapoint, self.provenance, warnings, [*lines])
 
     def __str__(self) -> str:
-        parts = self._parts()
-        return "\n".join([render(*parts[:-1]), *parts.further])
+        return str(self.table())
 
     def _repr_html_(self) -> str:
-        return full_table(self._parts()).html()
+        full = f"<details><summary>Full table</summary>{self.table('full').html()}</details>"
+        return f'<div class="pyrogaps">{self.table().html()}{full}</div>'
 
     def __repr__(self) -> str:
         return str(self)

@@ -99,13 +99,15 @@ def lines_of(examined: Mapping[str, Any] | None) -> list[str]:
     of = f"{number:,} of {counted(total, 'datapoint')}"
     if number == total:
         of = "the datapoint" if total == 1 else f"all {counted(total, 'datapoint')}"
-    found = [f"{name} was too low at {gain['count']:,}" for name, gain in _found(examined)]
-    if found:
-        return [f"modes: {of} examined from other starts. Without them, {' and '.join(found)}"]
+    missed = [f"{name} at {gain['count']:,}" for name, gain in _found(examined)]
+    if missed:
+        raised = f"modes: {of} examined from other starts, which raised {' and '.join(missed)}"
+        left_out = not examined["included"] and missed[0].startswith(EVIDENCE)
+        return [f"{raised}. The table {'leaves out the higher log p(x)' if left_out else 'has the higher values'}"]
     bound = 1 - (1 - CONFIDENCE) ** (1 / number)
     rest = f". At most {bound:.0%} of all have one that chains from the prior would find ({CONFIDENCE:.0%} confidence)"
     rest = "" if number == total else rest
-    return [f"modes: {of} examined from other starts; no missed mode found{rest}"]
+    return [f"modes: {of} examined from other starts, no missed mode found{rest}"]
 
 
 def cautions_of(examined: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from pyrogaps.gaps.finite import finite_part, is_finite
 from pyrogaps.gaps.other_starts import RELIABLE
 from pyrogaps.gaps.terms import Mean, Values, ids, parent_of, values_of
 from pyrogaps.signatures import nearest
+from pyrogaps.tables import Frame
 
 Provenance: TypeAlias = dict[str, Any]
 DATAPOINT, FAMILY, FLAGS = "datapoint", "family", "flags"
@@ -45,7 +46,7 @@ def checks_of(dataset: xr.Dataset) -> dict[str, NDArray[np.bool_]]:
     if CONVERGED in dataset:
         converged = dataset[CONVERGED]
         own = converged.isel(family=0) if FAMILY in converged.dims else converged
-        checks["converged"] = own.values.astype(bool)
+        checks["converged"] = own.values.astype(float) == 1  # of shared latents, the share of their draws
     return checks
 
 
@@ -68,7 +69,7 @@ def worst(dataset: xr.Dataset, gaps: xr.Dataset, num: int, by: str) -> pd.DataFr
         if name in dataset and name not in columns:
             columns[name] = chosen[name].values
     columns[FLAGS] = flags_of(chosen)
-    return pd.DataFrame(columns, index=pd.Index(chosen[DATAPOINT].values, name=DATAPOINT))
+    return Frame(columns, index=pd.Index(chosen[DATAPOINT].values, name=DATAPOINT))
 
 
 def _column(dataset: xr.Dataset, gaps: xr.Dataset, by: str) -> Values:

@@ -1,7 +1,7 @@
-"""The printed ledger."""
+"""The words of a ledger's tables: titles, labels of rows, warnings and notes."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,39 +20,33 @@ BOUNDS = {
     "elbo_on_completions": "L[q*_C] on completions",
     "elbo": "L[q]",
 }
-HEADINGS = ("mean", "s.e.", "MCSE", "direction: estimated by")
 FURTHER = "approximation_gap["  # of a family beside the guide's own
+MAX_KHAT = 0.7  # above it, importance weights are unreliable
 TOTAL = "total"  # of the data set, where datapoints share latents
 
 
-def render(summary: pd.DataFrame, gaps: xr.Dataset, per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> str:
-    """The table: mean over datapoints in nats, its standard error over datapoints, and its Monte Carlo error.
+class Parts(NamedTuple):
+    """What a ledger is printed from."""
 
-    The fourth column says what the mean is in expectation, and the estimator behind it.
-    """
-    labels = labels_of(summary, gaps, provenance)
-    width = max(len(label) for label in labels.values())
-    decimals = decimals_of(summary)
-    finite = finite_part(per_datapoint)
-    headings = "  ".join(f"{heading:>{size}}" for heading, size in zip(HEADINGS, (9, 7, 7, 0), strict=True))
-    if shared := provenance.get("shared"):
-        headings = headings.replace(f"  {HEADINGS[3]}", f"  {TOTAL:>9}  {HEADINGS[3]}")
-    lines = [title_of(provenance), "", f"{'':{width}}  {headings}"]
-    begins = {group[0][0] for group in [*groups_of(summary, gaps)][1:]}
-    for name, row in ((str(key), row) for key, row in summary.iterrows()):
-        if name in begins:
-            lines.append("")
-        figures = "  ".join(
-            _number(row[column], size, decimals) for column, size in (("mean", 9), ("standard_error", 7), ("mcse", 7))
-        )
-        if shared:
-            figures += f"  {_number(row[TOTAL], 9, decimals)}"
-        rest = on_finite_part(row, len(finite["datapoint"]), decimals)
-        words = given_shared(f"{row['direction']}: {row['estimator']}", name, provenance)
-        doubt = doubt_of(row) if is_gap(name, gaps) else ""
-        lines.append(f"{labels[name]:{width}}  {figures}  {rest}{words}{doubt}")
-    warnings = [f"Warning: {line}" for line in warnings_of(per_datapoint, provenance)]
-    return "\n".join([*lines, "", *warnings, *notes_of(per_datapoint, provenance)])
+    summary: pd.DataFrame
+    gaps: xr.Dataset
+    per_datapoint: xr.Dataset
+    provenance: dict[str, Any]
+    warnings: Sequence[str] = ()
+    certificate: Sequence[str] = ()  # in words
+
+    def row(self, name: str) -> Any:
+        """Of the summary."""
+        return self.summary.loc[name]
+
+    def words(self, name: str, column: str) -> str:
+        """The direction or the estimator of a row."""
+        return given_shared(str(self.row(name)[column]), name, self.provenance)
+
+    @property
+    def totals(self) -> list[str]:
+        """The heading of the column of totals, where there is one."""
+        return [TOTAL] if "shared" in self.provenance else []
 
 
 def decimals_of(summary: pd.DataFrame) -> int:
@@ -76,14 +70,22 @@ def groups_of(summary: pd.DataFrame, gaps: xr.Dataset) -> Iterator[list[tuple[st
 
 
 def title_of(provenance: dict[str, Any]) -> str:
-    """What the table is of."""
-    number_of = counted(provenance["num_datapoints"], "datapoint")
-    if "subset" in provenance:
-        number_of += f" of {provenance['subset']['of']:,}"
-    title = f"Gap ledger: {number_of}, latent dimension {provenance['dim']}; means over datapoints in nats"
+    """What a table with all rows is of."""
+    return f"Inference gaps of {heading_of(provenance)}"
+
+
+def heading_of(provenance: dict[str, Any]) -> str:
+    """How many datapoints, of how many latent dimensions, and given what."""
+    heading = f"{number_of(provenance)}, latent dimension {provenance['dim']}; means over datapoints in nats"
     if shared := provenance.get("shared"):
-        title += f", given {shared['num_draws']} draws of {shared['names']}; totals of the data set"
-    return title
+        heading += f", given {shared['num_draws']} draws of {shared['names']}; totals of the data set"
+    return heading
+
+
+def number_of(provenance: dict[str, Any]) -> str:
+    """The number of datapoints in words, and of how many they are a selection."""
+    number, subset = provenance["num_datapoints"], provenance.get("subset")
+    return counted(number, "datapoint") if subset is None else f"{number:,} of {counted(subset['of'], 'datapoint')}"
 
 
 def labels_of(summary: pd.DataFrame, gaps: xr.Dataset, provenance: dict[str, Any]) -> dict[str, str]:
@@ -105,13 +107,6 @@ def given_shared(words: str, name: str, provenance: dict[str, Any]) -> str:
     return words.replace(EVIDENCE, GIVEN_SHARED) if shared else words
 
 
-def on_finite_part(row: Any, number: int, decimals: int) -> str:
-    """Where a mean is infinite, that over the `number` datapoints with finite bounds."""
-    if not np.isinf(row["mean"]) or not number:
-        return ""
-    return f"{row['finite_mean']:.{decimals}f} over the {number} with finite bounds; "
-
-
 def warnings_of(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     """Reasons not to trust the numbers."""
     return [*infinite_lines(per_datapoint, provenance), *cautions(finite_part(per_datapoint), provenance)]
@@ -119,21 +114,23 @@ def warnings_of(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[s
 
 def notes_of(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     """What the numbers are of, and what they rest on."""
-    shared = provenance.get("shared") or {}
-    whole = [shared["data_set"]] if "data_set" in shared else []
-    return [*whole, *provenance.get("remarks", []), *_notes(finite_part(per_datapoint), provenance)]
+    return [*remarks_of(per_datapoint, provenance), *_methods(finite_part(per_datapoint), provenance)]
 
 
-def doubt_of(row: Any) -> str:
-    """A remark on a gap that is smaller than two of its errors, over datapoints or Monte Carlo."""
-    if not np.isfinite(row["mean"]):
-        return ""
-    error = np.nanmax([row["standard_error"], row["mcse"]])
-    return "; within its error" if abs(row["mean"]) <= 2 * error else ""
-
-
-def _number(value: float, width: int, decimals: int) -> str:
-    return f"{'-':>{width}}" if np.isnan(value) else f"{value:{width}.{decimals}f}"
+def remarks_of(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """What the numbers are of: the notes without which they could be misread."""
+    shared, finite = provenance.get("shared") or {}, finite_part(per_datapoint)
+    remarks = [shared["data_set"]] if "data_set" in shared else []
+    remarks += provenance.get("remarks", [])
+    if len(finite["datapoint"]):
+        remarks += [*_on_conditions(finite, provenance), *_on_kept(provenance)]
+    if provenance["unnormalised_likelihood"]:
+        sites = ", ".join(provenance["unnormalised_likelihood"])
+        remarks.append(
+            f"unnormalised likelihood ({sites}): with validate_args=False, values outside the support were scored, so "
+            "log p(x) is not a log-probability. The gaps remain valid"
+        )
+    return remarks
 
 
 def label_of(name: str, provenance: dict[str, Any]) -> str:
@@ -152,7 +149,8 @@ def family_name(name: str) -> str:
     return "own family" if name == "own" else name
 
 
-def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+def _methods(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """How the numbers were measured."""
     if not len(per_datapoint["datapoint"]):
         return []
     converged = per_datapoint["converged"].mean("datapoint")
@@ -162,40 +160,41 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     notes += [] if "subset" in provenance else other_starts.lines_of(provenance.get("examined"))
     notes += _proposals(per_datapoint, provenance)
     khat = per_datapoint["khat"].values
-    unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
+    unreliable = float(np.mean(khat[np.isfinite(khat)] > MAX_KHAT)) if np.isfinite(khat).any() else 0.0
     if unreliable > 0:
         notes.append(
-            f"IWAE is unreliable for {unreliable:.0%} of the datapoints (k-hat > 0.7). It is shown for comparison, and "
-            "no gap uses it"
+            f"IWAE is unreliable for {unreliable:.0%} of the datapoints (k-hat above {MAX_KHAT}). It is shown for "
+            "comparison, and no gap uses it"
         )
-    notes += [*_on_conditions(per_datapoint, provenance), *_on_split(provenance)]
-    if provenance["unnormalised_likelihood"]:
-        sites = ", ".join(provenance["unnormalised_likelihood"])
-        notes.append(
-            f"unnormalised likelihood ({sites}): with validate_args=False, values outside the support were scored, so "
-            "log p(x) is not a log-probability. The gaps remain valid"
-        )
-    return notes
+    return [*notes, *_on_split(provenance)]
 
 
 def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     """How close the guide and each refined family are to the posterior, as proposals."""
     if "khat_refined" not in per_datapoint:
         return []
-    guide = "amortized guide" if provenance["amortized"] else "guide"
-    pairs = {guide: (per_datapoint["khat"], per_datapoint["ess"])}
+    pairs = {guide_name(provenance): (per_datapoint["khat"], per_datapoint["ess"])}
     for family in per_datapoint["family"].values:
         refined = per_datapoint.sel(family=family)
         pairs[f"refined {family_name(family)}"] = refined["khat_refined"], refined["ess_refined"]
-    number = provenance["num_particles"]
-    values = [f"{name} {_median(khat)} ({float(ess.median()) / number:.0%})" for name, (khat, ess) in pairs.items()]
-    return [f"importance weights, median k-hat (effective sample size): {', '.join(values)}. A k-hat below 0.7 is good"]
+    values = [
+        f"{name} k-hat {_median(khat)}, effective sample size {float(ess.median()) / provenance['num_particles']:.0%}"
+        for name, (khat, ess) in pairs.items()
+    ]
+    return [f"importance weights, medians over datapoints: {'; '.join(values)}"]
 
 
 def _median(khat: xr.DataArray) -> str:
     """As text; "-" where there are too few draws for a k-hat, or all weights are equal."""
     median = float(khat.median())
-    return f"{median:.2f}" if np.isfinite(median) else "-"
+    if not np.isfinite(median):
+        return "-"
+    return f"{median:.2f}" + (f" (above {MAX_KHAT}: unreliable)" if median > MAX_KHAT else "")
+
+
+def guide_name(provenance: dict[str, Any]) -> str:
+    """What the guide is called."""
+    return "amortized guide" if provenance["amortized"] else "guide"
 
 
 def last_gap(provenance: dict[str, Any]) -> str:
@@ -261,13 +260,17 @@ def _on_split(provenance: dict[str, Any]) -> list[str]:
     left = [start["start"] for start in starts if not start["converged"]]
     least, most = min(rounds), max(rounds)
     trained = counted(most, "round") if least == most else f"{least} to {counted(most, 'round')}"
-    lines = [
+    return [
         f"retraining (phi-hat): {counted(len(starts), 'start')}, {trained}{' each' * (len(starts) > 1)}; best start: "
         f"{starts[0]['start']}; not converged: {', '.join(left) or 'none'}"
     ]
-    if kept := sorted({name for start in starts for name in start.get("kept", [])}):
-        lines.append(
-            f"fresh starts reuse the guide's values of {', '.join(kept)}, because no reset_parameters() sets them. "
-            "Define that method to draw new values"
-        )
-    return lines
+
+
+def _on_kept(provenance: dict[str, Any]) -> list[str]:
+    """A line on fresh starts of the retraining that are not quite fresh."""
+    starts = provenance.get("split", {}).get("starts", [])
+    kept = sorted({name for start in starts for name in start.get("kept", [])})
+    return [
+        f"fresh starts reuse the guide's values of {', '.join(kept)}, because no reset_parameters() sets them. Define "
+        "that method to draw new values"
+    ] * bool(kept)

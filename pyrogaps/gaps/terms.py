@@ -18,6 +18,7 @@ INFERENCE = "inference_gap"
 # Where latents are shared by datapoints: the gap of the data set, of which the inference gaps of datapoints are a part.
 DATA_SET, GLOBAL = "data_set_gap", "global_gap"
 INDEPENDENT = "the guide draws a datapoint's latents independently of the shared ones, or is not trained to its best"
+BRIEFLY_INDEPENDENT = "local latents ignore the shared ones, or more training is needed"
 DEPENDENT = "local latents that depend on the shared ones in the guide; only then longer training"
 ESTIMATE, LOWER_BOUND = "estimate (either way)", "lower bound of the gap"
 
@@ -90,6 +91,7 @@ class Term:
         applies: whether there is such a gap, from the columns.
         cause, remedy: what a large gap says, and what usually helps.
         colour, hatch: in plots.
+        brief: the cause in a few words, for the printed ledger; empty: the cause itself.
 
     Example:
         >>> import pyrogaps as pg
@@ -108,6 +110,7 @@ class Term:
     remedy: str = ""
     colour: str = "#8c8c8c"
     hatch: str = ""
+    brief: str = ""
 
     def __repr__(self) -> str:
         return f"Term({self.id!r})"
@@ -241,6 +244,7 @@ TERMS: tuple[Term, ...] = (
         cause="the guide's distribution of the latents that datapoints share is not their posterior",
         remedy="a richer guide for the shared latents (AutoMultivariateNormal over them, a flow), or longer training",
         colour="#8a6fae",
+        brief="the guide's shared latents are not at their posterior",
     ),
     Term(INFERENCE, "inference gap", None, "log p(x) - L[q]", _inference_direction, _inference, colour="#d9d9d9"),
     Term(
@@ -256,6 +260,7 @@ TERMS: tuple[Term, ...] = (
             "gain"
         ),
         colour="#2f5d8c",
+        brief="the family cannot hold the posterior",
     ),
     Term(
         "conditioning_gap",
@@ -269,6 +274,7 @@ TERMS: tuple[Term, ...] = (
         remedy="showing the guide more data: a longer lookahead, smoothing, or the withheld inputs",
         colour="#7fa650",
         hatch="....",
+        brief="the guide is not shown all of the data",
     ),
     Term(
         "amortization_gap",
@@ -282,6 +288,7 @@ TERMS: tuple[Term, ...] = (
         remedy="decompose(split=Split(train_data)), which shows whether capacity, training or data limit the network",
         colour="#f2b27a",
         hatch="////",
+        brief="the network does not find the family's best",
     ),
     # Where nothing is amortized the same difference is called what it is.
     Term(
@@ -296,6 +303,7 @@ TERMS: tuple[Term, ...] = (
         remedy="longer training with a falling learning rate, or the refined guide: refine(model, guide, data)",
         colour="#e39a5c",
         hatch="\\\\\\\\",
+        brief="the guide is not at its family's best",
     ),
     Term(
         "capacity_gap",
@@ -308,6 +316,7 @@ TERMS: tuple[Term, ...] = (
         cause="the network cannot express the best guides, however long it is trained",
         remedy="a larger or better suited encoder, or a few steps of refinement from its output",
         colour="#b5561e",
+        brief="the network cannot express the best guides",
     ),
     Term(
         "optimization_gap",
@@ -323,6 +332,7 @@ TERMS: tuple[Term, ...] = (
         ),
         colour="#e39a5c",
         hatch="\\\\\\\\",
+        brief="the network is not trained to convergence",
     ),
     Term(
         "generalization_gap",
@@ -338,9 +348,10 @@ TERMS: tuple[Term, ...] = (
         ),
         colour="#fdeedd",
         hatch="xxxx",
+        brief="the network does worse here than on its training data",
     ),
 )
-DESCRIPTION = ("label", "parent", "estimator", "direction", "cause", "remedy", "colour", "hatch")
+DESCRIPTION = ("label", "parent", "estimator", "direction", "cause", "remedy", "colour", "hatch", "brief")
 
 
 def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.Dataset, dict[str, Values]]:
@@ -355,7 +366,7 @@ def measured_gaps(columns: Columns, terms: Sequence[Term] = TERMS) -> tuple[xr.D
         own: dict[str, Any] = {"amortization_gap": {"remedy": "a larger network, or longer training"}}
         own["guide_optimization_gap"] = {"remedy": "longer training with a falling learning rate"}
         if columns.shared.attrs.get("independent"):
-            own = {name: {"cause": INDEPENDENT, "remedy": DEPENDENT} for name in own}
+            own = {name: {"cause": INDEPENDENT, "brief": BRIEFLY_INDEPENDENT, "remedy": DEPENDENT} for name in own}
         changed = {INFERENCE: {"parent": DATA_SET, "label": "local gap"}, **own}
         applying = [replace(term, **changed.get(term.id, {})) for term in applying]
     ordered = [*_in_tree_order(applying, None)]

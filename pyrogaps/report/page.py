@@ -17,11 +17,12 @@ from pyrogaps.calibration import Calibration
 from pyrogaps.density import Data
 from pyrogaps.files import replacing
 from pyrogaps.gaps import GapLedger
+from pyrogaps.gaps.table import heading_of
 from pyrogaps.report.calibrated import calibration_of, ranks_figure
 from pyrogaps.report.columns import flags_of, rows_of, table_of
 from pyrogaps.report.figures import annealing_figure, numbered, refinement_figure, scatter_figure, tree_figure
 from pyrogaps.report.pictures import pictures_of
-from pyrogaps.report.sections import heading_of, lines_on, provenance_of, summary_of, verdict_of
+from pyrogaps.report.sections import lines_on, provenance_of, summary_of, verdict_of
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_BYTES, MAX_PICTURES = 7_500_000, 3_000_000
@@ -79,7 +80,7 @@ def page_of(
         version=version("pyrogaps"),
         title=title,
         style=_asset("page.css"),
-        heading=heading_of(ledger),
+        heading=heading_of(ledger.provenance),
         verdict=verdict_of(ledger),
         figures={name: plot.height for name, plot in plots.items()},
         summary=summary_of(ledger),

@@ -7,8 +7,10 @@ import numpy as np
 
 from pyrogaps.gaps import GapLedger
 from pyrogaps.gaps.certificate import lines_of
-from pyrogaps.gaps.table import TOTAL, decimals_of, doubt_of, given_shared, is_gap, label_of, notes_of, title_of
+from pyrogaps.gaps.flags import flags_of
+from pyrogaps.gaps.table import TOTAL, Parts, decimals_of, given_shared, is_gap, label_of, notes_of
 from pyrogaps.gaps.terms import ids, parent_of
+from pyrogaps.tables import sentence
 
 # What the other sections hold.
 ELSEWHERE = {"quantities", "notes", "cautions", "remarks", "infinite", "examined", "subset", "observed_sites", "model"}
@@ -25,24 +27,16 @@ def verdict_of(ledger: GapLedger) -> dict[str, Any]:
     }
 
 
-def heading_of(ledger: GapLedger) -> str:
-    """How many datapoints, of how many latent dimensions, and given what."""
-    return title_of(ledger.provenance).removeprefix("Gap ledger: ")
-
-
 def summary_of(ledger: GapLedger) -> dict[str, Any]:
     """The rows of `GapLedger.summary()`, as text: bounds, the tree of gaps with the depth of each, other families."""
     summary, gaps, provenance = ledger.summary(), ledger.gaps, ledger.provenance
-    decimals = decimals_of(summary)
+    parts, decimals = Parts(summary, gaps, ledger.per_datapoint, provenance), decimals_of(summary)
     groups: dict[str, list[dict[str, Any]]] = {"gaps": [], "families": [], "bounds": []}
     for name, row in summary.iterrows():
         key = str(name)
         in_tree = key in ids(gaps)
         words = {column: given_shared(str(row[column]), key, provenance) for column in ("direction", "estimator")}
         label = str(gaps["label"].sel(gap=key).item()) if in_tree else label_of(key, provenance)
-        remark = doubt_of(row).removeprefix("; ") if is_gap(key, gaps) else ""
-        if not np.isfinite(row["mean"]) and np.isfinite(row.get("finite_mean", np.nan)):
-            remark = f"{number(row['finite_mean'], decimals)} over the datapoints with finite bounds"
         groups["gaps" if in_tree else "families" if is_gap(key, gaps) else "bounds"].append(
             {
                 "id": key,
@@ -53,7 +47,7 @@ def summary_of(ledger: GapLedger) -> dict[str, Any]:
                 "error": number(row["standard_error"], decimals),
                 "mcse": number(row["mcse"], decimals),
                 "total": number(row[TOTAL], decimals) if TOTAL in row else None,
-                "remark": remark,
+                "remark": flags_of(parts, key),
                 **words,
             }
         )
@@ -76,15 +70,8 @@ def number(value: float, decimals: int) -> str:
 def lines_on(ledger: GapLedger) -> list[str]:
     """How the numbers were measured, and what of model and guide is left out, a line for each."""
     lines = notes_of(ledger.per_datapoint, ledger.provenance)
-    lines += [] if ledger.certificate is None else [f"certificate: {line}" for line in lines_of(ledger.certificate)]
+    lines += [] if ledger.certificate is None else lines_of(ledger.certificate)
     return [sentence(line) for line in lines]
-
-
-def sentence(text: str) -> str:
-    """A line as a sentence, with a capital where it begins with a word, and a full stop."""
-    first = text.split(" ", 1)[0]
-    text = text[:1].upper() + text[1:] if first.removesuffix(":").isalpha() and first != "log" else text
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def provenance_of(ledger: GapLedger) -> list[tuple[str, str]]:

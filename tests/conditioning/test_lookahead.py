@@ -44,7 +44,7 @@ def test_whole_tree_of_a_filter(guide: StructuredNormal) -> None:
     # log p(x) - L[q*_C] is approximation and conditioning together.
     row = (per["approximation_gap"] + per["conditioning_gap"]).values
     assert abs(row.mean() - float(MODEL.conditioning_gap(3, 0))) < 4 * row.std() / 8
-    assert "conditions of the guide: lookahead 0" in str(ledger)
+    assert "Note: Conditions of the guide: lookahead 0" in str(ledger)
     assert ledger.provenance["quantities"]["elbo_shared"]["estimator"] == "Monte Carlo ELBO of the reference guide"
 
 

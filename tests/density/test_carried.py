@@ -144,4 +144,4 @@ def test_a_ledger_with_what_a_guide_carries() -> None:
     pair = Annotated()
     settings: dict[str, Any] = {"refinement": pg.Refinement(num_steps=20), "evidence": pg.AIS(4, 5)}
     ledger = pg.decompose(pair.model, pair, (X, LABELS), num_particles=50, progress=False, **settings)
-    assert "the factor 'loss' in the guide is left out of log q, to which it adds" in str(ledger)
+    assert "The factor 'loss' in the guide is left out of log q, to which it adds" in str(ledger)

@@ -165,7 +165,7 @@ def test_a_ledger_given_point_estimates(name: str) -> None:
     )
     assert float(error.max()) < 0.05
     assert bool(((log_evidence - exact).abs() < 4 * error + 1e-3).all())
-    assert "given 'w', 'noise' and 's' at their point estimates" in str(ledger)
+    assert "Given 'w', 'noise' and 's' at their point estimates" in str(ledger)
     assert ledger.provenance["remarks"] == [*pg.Problem.of(model, guide, X).remarks]
 
 

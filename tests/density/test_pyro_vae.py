@@ -100,7 +100,7 @@ def test_grey_values_are_flagged_and_binary_ones_are_not() -> None:
     vae = trained_vae(x)
     ledger = decompose(vae.model, vae.guide, x, **QUICK)
     assert ledger.provenance["unnormalised_likelihood"] == ["obs"]
-    assert "unnormalised likelihood (obs)" in str(ledger)
+    assert "Unnormalised likelihood (obs)" in str(ledger)
     assert ledger.provenance["own_family"] == "freed"
     binary = decompose(vae.model, vae.guide, x.round(), **QUICK)
     assert binary.provenance["unnormalised_likelihood"] == []

@@ -101,12 +101,13 @@ def test_a_ledger_prints_and_keeps_them(tmp_path: Path) -> None:
     ledger = pg.decompose(model_of(4.0), Linear(), X, num_particles=50, progress=False, **settings)
     remark = f"scale 4 at 'z' in the model ignored: {WRITTEN}"
     assert ledger.provenance["remarks"] == [remark]
-    assert remark in str(ledger).splitlines()
+    note = f"Note: {remark[0].upper()}{remark[1:]}."
+    assert note in str(ledger).splitlines() and note.removeprefix("Note: ") in str(ledger.table("full")).splitlines()
     assert f"Note: {remark}." in str(ledger.diagnose()).splitlines()
     ledger.to_datatree().to_netcdf(tmp_path / "gaps.nc", engine="h5netcdf")
     with xr.open_datatree(tmp_path / "gaps.nc", engine="h5netcdf") as tree:
         again = pg.GapLedger.from_datatree(tree.load())
-    assert remark in str(again).splitlines()
+    assert note in str(again).splitlines()
     assert again.diagnose().remarks == (remark,)
 
 

@@ -77,12 +77,19 @@ def test_errors_are_those_of_the_draws(ledger: pg.GapLedger) -> None:
 
 
 def test_printed_with_totals_and_what_it_is_of(ledger: pg.GapLedger) -> None:
-    text = str(ledger)
-    assert "given 8 draws of m; totals of the data set" in text.splitlines()[0]
-    assert "  total  " in text.splitlines()[2]
-    assert "├─ global gap" in text and "└─ local gap" in text and "   ├─ approximation gap" in text
-    assert "log p(x|theta)" in text and "total between" in text
-    assert "gaps per datapoint are given 'm': means over 8 draws" in text
+    text, full = str(ledger), str(ledger.table("full"))
+    assert "given 8 draws of m; totals of the data set" in full.splitlines()[0]
+    assert "  total  " in full.splitlines()[2] and "total between" in full
+    assert "over datapoints and 8 draws of m" in text.splitlines()[0]
+    assert "data set [95% interval]" in text.splitlines()[2]
+    for printed in (text, full):
+        assert "├─ global gap" in printed and "└─ local gap" in printed and "   ├─ approximation gap" in printed
+        assert "log p(x|theta)" in printed
+        assert "Gaps per datapoint are given 'm': means over 8 draws" in printed
+    row = next(line for line in text.splitlines() if line.startswith("├─ global gap"))
+    total, low, high = (float(word) for word in re.findall(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", row)[0])
+    gap = ledger.gaps.sel(gap="global_gap")
+    np.testing.assert_allclose([total, low, high], [gap["total"], gap["total_low"], gap["total_high"]], atol=0.00501)
     diagnosis = ledger.diagnose()
     assert {finding.gap for finding in diagnosis.findings} >= {"global_gap", "approximation_gap"}
     assert "Split" not in str(diagnosis)
@@ -119,7 +126,7 @@ def test_what_needs_other_data_is_refused(option: dict[str, Any]) -> None:
 
 
 def test_the_elbo_of_the_data_set_is_pyros(ledger: pg.GapLedger) -> None:
-    line = next(line for line in str(ledger).splitlines() if line.startswith("the data set: log p(x) between"))
+    line = next(line for line in str(ledger).splitlines() if "The data set: log p(x) between" in line)
     elbo, error = (float(word) for word in re.findall(r"ELBO (-[\d.]+) \(± ([\d.]+)\) nats", line)[0])
     pyros = -Trace_ELBO(num_particles=1000, vectorize_particles=False).loss(hierarchy, Structured(), X)
     exact = hierarchies.log_evidence() - hierarchies.global_gap(0.5, 0.22) - len(X) * hierarchies.local_gap(0.1, 0.6)
@@ -135,7 +142,7 @@ def test_local_latents_that_ignore_the_shared_ones(ledger: pg.GapLedger) -> None
     guide(X)
     small: dict[str, Any] = {**QUICK, "shared": pg.Shared(num_draws=2, max_draws=64), "referee": False}
     independent = pg.decompose(hierarchy, guide, X, **small)
-    remark = "the guide draws 'z' independently of 'm': what that costs is in the optimization gap, and no training"
+    remark = "The guide draws 'z' independently of 'm': what that costs is in the optimization gap, and no training"
     assert remark in str(independent)
     (finding,) = [f for f in independent.diagnose().findings if f.gap == "guide_optimization_gap"]
     assert "independently of the shared ones" in finding.cause and "depend on the shared ones" in finding.remedy
@@ -160,4 +167,6 @@ def test_datapoints_without_finite_bounds_at_some_draws_alone() -> None:
     assert (np.isinf(ledger.per_datapoint["elbo"].values) == bad).all()
     text = str(ledger)
     assert f"{bad.sum()} of 12 datapoints" in text and "site 'cliff' has density 0" in text
-    assert "total at least 0.000 nats, not bounded above" in text
+    assert "total at least 0.000 nats, not bounded above" in str(ledger.table("full"))
+    row = next(line for line in text.splitlines() if line.startswith("├─ global gap"))
+    assert "at least 0.00 " in row
