@@ -60,7 +60,7 @@ class Problem:
     model: Program
     guide: Program | Posterior | None
     joint: JointDensity
-    posterior: Posterior | None
+    posterior: Posterior | None = None
     mode: Mode = "captured"
     # Of a posterior that is no Pyro program, where it is not `joint`.
     _scored: JointDensity | None = field(default=None, repr=False, compare=False)
@@ -68,6 +68,10 @@ class Problem:
     _evaluators: dict[tuple[JointDensity, bool], GradientEvaluator] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.joint, JointDensity):
+            raise InputError("Problem: it cannot be made of programs directly. Use Problem.of(model, guide, data)")
 
     @classmethod
     @guarded
@@ -98,7 +102,7 @@ class Problem:
         check_callable(model, "model")
         if guide is not None and not is_posterior(guide):
             check_callable(guide, "guide")
-        check_present(model, data, "Pass the model, the guide and the data, or a Problem")
+        check_present(model, data, "Pass what the model is called with, or a Problem alone")
         given = as_given(data, model)  # here, because a model with a reverse model beside it has no parameters to read
         if guide is not None and not is_posterior(guide):
             check_same_order(cast(Program, guide), given.names)
@@ -120,7 +124,7 @@ class Problem:
         if isinstance(model, Problem):
             return cls.of(model, guide, data, plate).with_guide(None)
         check_callable(model, "model")
-        check_present(model, data, "Pass the model, the guide and the data, or a Problem")
+        check_present(model, data, "Pass what the model is called with, or a Problem alone")
         given = as_given(data, model)
         estimates = estimates_of(model, guide, given, plate)
         return cls(model, None, JointDensity(model, given, plate, estimates=estimates), None)

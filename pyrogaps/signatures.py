@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
 from functools import reduce
+from inspect import Parameter
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pyrogaps.errors import InputError
@@ -40,15 +41,15 @@ def _bare(kind: Any) -> Any:
 
 
 def _hint(signature: inspect.Signature, given: Mapping[str, Any], text: str, doc: str) -> str:
-    if "positional" in text:
-        return ". Pass several tensors of data as one tuple (x, y), and settings by name"
-    known = [name for name in signature.parameters if name not in ("self", "cls")]
+    known = {name: parameter.kind for name, parameter in signature.parameters.items() if name not in ("self", "cls")}
     unknown = next((name for name in given if name not in known), "")
-    if not unknown:
-        return ""
-    near = nearest(unknown, known, doc)
+    near = nearest(unknown, known, doc) if unknown else None
     meant = f" Did you mean '{near}'?" if near else ""
-    return f".{meant} It takes {', '.join(known) or 'no arguments'}"
+    by_name = [name for name, kind in known.items() if kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD)]
+    in_order = [name for name in known if name not in by_name]
+    takes = [", ".join(in_order)] * bool(in_order) + [f"by name {', '.join(by_name)}"] * bool(by_name)
+    tuples = ". Several tensors of data are one tuple (x, y)" if "data" in in_order and "positional" in text else ""
+    return f".{meant} It takes {'; '.join(takes) or 'no arguments'}{tuples}"
 
 
 def nearest(unknown: str, known: Iterable[str], doc: str) -> str | None:

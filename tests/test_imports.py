@@ -225,6 +225,49 @@ def test_what_only_draws_is_imported_when_it_is_called() -> None:
     assert found.strip() == "[]"
 
 
+# What takes longer to load than the library itself, and is needed by tables, files, pictures and the command alone.
+HEAVY = {
+    "IPython", "PIL", "arviz_base", "arviz_plots", "arviz_stats", "bokeh", "h5netcdf", "h5py", "jinja2", "jsonargparse",
+    "matplotlib", "pandas", "scipy.interpolate", "scipy.linalg", "scipy.ndimage", "scipy.optimize", "scipy.sparse",
+    "scipy.stats", "sklearn", "torchvision", "xarray", "yaml",
+}  # fmt: skip
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules of `HEAVY` that `code` loads in a process of its own, beyond what Pyro does."""
+    code = f"import sys, pyro; before = set(sys.modules); {code}; print(*sorted(set(sys.modules) - before))"
+    return HEAVY & set(subprocess.check_output([sys.executable, "-c", code], text=True, cwd=PACKAGE.parent).split())
+
+
+def test_importing_the_library_loads_nothing_heavy() -> None:
+    """Nor do its parts that need Pyro alone; the ledger needs pandas and xarray, and nothing that draws or writes."""
+    assert not loaded_by("import pyrogaps as pg; pg.elbo, pg.refine, pg.log_evidence, pg.Problem, pg.train, dir(pg)")
+    assert loaded_by("import pyrogaps as pg; pg.decompose, pg.GapLedger, pg.compare, pg.Split") == {"pandas", "xarray"}
+    assert "matplotlib" in loaded_by("import pyrogaps as pg; pg.plot_gaps")
+
+
+def test_names_are_loaded_when_used() -> None:
+    """Each public name and package is there in a fresh process; `refine` stays the function, not its package."""
+    code = """if True:
+        import pyrogaps as pg
+        assert set(pg.__all__) <= set(dir(pg)) and {"plots", "gaps"} <= set(dir(pg))
+        assert pg.plots.plot_gaps is pg.plot_gaps and not hasattr(pg, "plot_gap")
+        import pyrogaps.refine, pyrogaps.monitor
+        from pyrogaps import *
+        assert refine is pg.refine and callable(refine) and GapMonitor is pyrogaps.monitor.GapMonitor
+        assert all(globals()[name] is getattr(pg, name) for name in pg.__all__)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_names_that_are_loaded_later_are_typed() -> None:
+    """What type checkers see is what `__getattr__` finds."""
+    body = ast.parse((PACKAGE / "__init__.py").read_text("utf-8")).body
+    (typed,) = [node for node in body if isinstance(node, ast.If)]
+    seen = {(module.split(".")[1], module.split(".")[-1]) for module in imported_modules(ast.unparse(typed))}
+    assert seen == {(package, name) for package, names in pyrogaps._LATER.items() for name in names}
+
+
 def test_zoo_is_linked_relatively() -> None:
     for name in ZOO:
         assert (PACKAGE / name).is_symlink()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from arviz_stats.base import array_stats  # type: ignore[attr-defined]
 
 from pyrogaps.log_weights import (
     Estimate,
@@ -64,6 +65,22 @@ def test_khat_orders_tails() -> None:
         found = pareto_khat(-k * uniform.log())
         assert abs(float(found.mean()) - k) < 4 * float(found.std()) / math.sqrt(20)
         assert float(found.std()) < 0.2
+
+
+@pytest.mark.parametrize("number", [25, 225, 226, 2000])
+def test_khat_is_that_of_arviz(number: int) -> None:
+    """Of tails that are bounded, light and heavy, and of both rules for the size of the tail."""
+    normal = torch.randn(number, 4, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    log_weights = torch.cat([-normal.square(), normal, 10 * normal], 1)
+    expected = array_stats.psislw(-log_weights.numpy().T)[1]  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(pareto_khat(log_weights), torch.as_tensor(expected), rtol=0, atol=1e-10)
+
+
+def test_khat_of_the_heaviest_tails_is_large() -> None:
+    """Most of the tail is below the smallest double, relative to the largest weight."""
+    khat = pareto_khat(1e4 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)))
+    assert (khat > 1).all()
+    assert khat.isfinite().all()
 
 
 def test_khat_is_undefined_without_a_tail() -> None:

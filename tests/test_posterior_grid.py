@@ -72,6 +72,7 @@ def test_gaussian_posterior_evidence_and_gaps():
     guide = WrongEncoder(model)
     grid = grid_of(model, {"wrong": guide, "refined": pg.refine(model, guide, x, settings=SHORT)}, x)
     assert dict(grid.sizes) == {"datapoint": 3, "posterior": 3, "z_1": 200, "z_2": 200, "x_dim_0": 5}
+    assert grid_of(model, guide, x).equals(grid_of(model, {"guide": guide}, x))
     assert list(grid["posterior"].values) == ["true posterior", "wrong", "refined"]
     np.testing.assert_allclose(grid["log_evidence"], model.log_evidence(x).detach(), atol=ROUNDING)
     assert float(grid["log_evidence_error"].max()) < 1e-4

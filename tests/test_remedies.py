@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as transforms
@@ -75,6 +76,27 @@ def hard_coded(x: Tensor) -> None:
     with pyro.plate("data", 5):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def plateless(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+HOLES = PAIRS.where(PAIRS < 1, math.nan)
+SEEN = HOLES.isfinite()
+MASKED = np.ma.masked_array(PAIRS.numpy(), mask=~SEEN.numpy())
+
+
+def seen_alone(x: Tensor, seen: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[..., None], 1.0).mask(seen).to_event(1), obs=x)
+
+
+def guide_of_seen(x: Tensor, seen: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.mean(-1) / 2, 0.8))
 
 
 def subsampled(x: Tensor) -> None:
@@ -258,7 +280,22 @@ CASES = {
         partial(elbo, loops, guide, plate="data"), ("loops over", "as a context"), [partial(elbo, model, guide)]
     ),
     "a plate of a hard-coded size": Case(
-        partial(elbo, hard_coded, guide), ("hard-coded size 5", "len(x)"), [partial(elbo, model, guide)]
+        partial(elbo, hard_coded, guide), ("has size 5", "len(x)"), [partial(elbo, model, guide)]
+    ),
+    "a plate in the guide alone": Case(
+        partial(elbo, plateless, guide),
+        ("plate 'data'", "the model has no plate", "plate=False"),
+        [partial(elbo, model, guide), partial(elbo, plateless, guide, plate=False)],
+    ),
+    "values that are missing": Case(
+        partial(elbo, model, guide, X.where(X < 1, math.nan)),
+        ("argument 0 contains NaN", "x.where(seen, 0.0)", "seen = x.isfinite()", ".mask(seen)"),
+        [partial(elbo, model, guide, X), partial(elbo, seen_alone, guide_of_seen, (HOLES.where(SEEN, 0.0), SEEN))],
+    ),
+    "an array with masked elements": Case(
+        partial(elbo, seen_alone, guide_of_seen, MASKED),
+        ("masked elements", "x.filled(0.0)", "seen = ~x.mask", ".mask(seen)"),
+        [partial(elbo, seen_alone, guide_of_seen, (MASKED.filled(0.0), ~MASKED.mask))],
     ),
     "a subsampled plate without a data plate": Case(
         partial(elbo, subsampled, subsampled_guide, plate=False),

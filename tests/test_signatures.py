@@ -3,9 +3,12 @@
 import inspect
 
 import pytest
+import torch
 import xarray as xr
 
 import pyrogaps as pg
+from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.models.linear_gaussian import LinearGaussian
 from pyrogaps.signatures import nearest
 
 FUNCTIONS = [getattr(pg, name) for name in pg.__all__ if inspect.isfunction(getattr(pg, name))]
@@ -24,7 +27,45 @@ def test_what_a_function_takes_is_listed(target: object) -> None:
     required = {parameter.name: None for parameter in needed if parameter.default is parameter.empty}
     with pytest.raises(pg.InputError, match="unexpected keyword argument 'qqqq'") as raised:
         target(**required, qqqq=3)
-    assert str(raised.value).endswith(f". It takes {', '.join(known)}")
+    by_name = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    in_order = [name for name in known if name not in by_name]
+    takes = [", ".join(in_order)] * bool(in_order) + [f"by name {', '.join(by_name)}"] * bool(by_name)
+    assert str(raised.value).endswith(f". It takes {'; '.join(takes)}")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (pg.bdmc, "bdmc: too many positional arguments. It takes model, data; by name guide_or_family, settings, "),
+        (pg.loo, "loo: too many positional arguments. It takes tree; by name var_name, pointwise"),
+        (pg.mapa_posterior, "mapa_posterior: too many positional arguments. It takes data, likelihood; by name "),
+        (pg.MAPA_ELBO, "MAPA_ELBO: too many positional arguments. It takes posterior; by name num_top, "),
+        (pg.Split, "Split: too many positional arguments. It takes train_data, retraining"),
+        (
+            pg.SimulatedData,
+            "data: AmortizedNormal is a program. Pass here what the model is called with, ",
+        ),
+        (pg.Problem, "Problem: it cannot be made of programs directly. Use Problem.of(model, guide, data)"),
+    ],
+)
+def test_other_arguments_than_model_guide_and_data_are_listed(call: object, said: str) -> None:
+    """Of what is called with others, the call that works for its siblings says which."""
+    assert callable(call)
+    with pytest.raises(pg.InputError) as raised:
+        call(LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(3, 4))
+    assert str(raised.value).startswith(said)
+
+
+def test_what_is_missing_is_listed() -> None:
+    model, guide = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,))
+    with pytest.raises(pg.InputError, match=r"missing a required argument: 'guides'\. It takes model, guides, data;"):
+        pg.posterior_grid(model)  # type: ignore[call-arg]
+    with pytest.raises(pg.InputError, match=r"^data: missing\. Pass what the model is called with, or a Problem"):
+        pg.bdmc(model)
+    with pytest.raises(pg.InputError, match=r"^data: AmortizedNormal is a program\. .*guide_or_family="):
+        pg.bdmc(model, guide)
+    with pytest.raises(pg.InputError, match=r"^guide: missing\."):
+        pg.shared_posterior(model)
 
 
 @pytest.mark.parametrize(

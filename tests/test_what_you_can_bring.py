@@ -361,7 +361,7 @@ def refused() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x - x.mean(), 0.7))
 
-    refuses(lambda: pg.elbo(hard_coded, Guide(), X), "hard-coded size 5")
+    refuses(lambda: pg.elbo(hard_coded, Guide(), X), "has size 5")
     refuses(lambda: pg.elbo(positive, Guide(), X), "the real line", "the positive reals")
     refuses(lambda: pg.elbo(model, Guide(), torch.tensor([0.1, torch.nan])), "NaN")
     refuses(lambda: pg.elbo(model, depends_on_the_batch, X), "no batch statistics")

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from arviz_base import dict_to_dataset
 
 from pyrogaps.calibration.report import render, tables
 from pyrogaps.calibration.statistics import covered, proportion
@@ -105,6 +104,8 @@ class Calibration:
         per simulated datapoint: what `arviz_plots.plot_ecdf_pit(tree)` draws. Group `calibration` is `per_simulated`,
         and the attribute "pyrogaps" the provenance as JSON. Raises `InputError` for a site called "chain" or "draw".
         """
+        from arviz_base import dict_to_dataset
+
         values, variables, start = self.per_simulated["pit"].values, {}, 0
         for name, shape in self.provenance["shapes"].items():
             if name in SAMPLE_DIMS:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]
 
 from pyrogaps.calibration.uniformity import MIN_PROBABILITY, uniformity_test
 
@@ -66,7 +66,7 @@ def marginal(pit: np.ndarray) -> Marginal:
     spread = np.sqrt(variance * number / (number - 1))
     sum_of_squares = variance * number
     fourth = float((deviations**4).mean())
-    tails = stats.chi2.cdf(sum_of_squares, number - 1), stats.chi2.sf(sum_of_squares, number - 1)
+    tails = special.chdtr(number - 1, sum_of_squares), special.chdtrc(number - 1, sum_of_squares)
     return Marginal(
         number,
         float(u.mean()),
@@ -76,7 +76,7 @@ def marginal(pit: np.ndarray) -> Marginal:
         float(spread),
         float(np.sqrt(max(fourth - variance**2, 0.0) / number) / (2 * spread)),
         uniformity_test(number).p_value(u),
-        max(2 * float(stats.t.sf(abs(scores.mean()) / spread * np.sqrt(number), number - 1)), MIN_PROBABILITY),
+        max(2 * float(special.stdtr(number - 1, -abs(scores.mean()) / spread * np.sqrt(number))), MIN_PROBABILITY),
         float(np.clip(2 * min(tails), MIN_PROBABILITY, 1)),
     )
 

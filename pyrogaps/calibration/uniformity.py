@@ -1,9 +1,10 @@
 """An exact test of uniformity on [0, 1] by the ECDF, and its simultaneous band."""
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from scipy import optimize, stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]
 
 POINTS = np.arange(1, 100) / 100  # where the ECDF is evaluated
 MIN_PROBABILITY = 1e-12  # a smaller probability, computed as 1 - (1 - p), is rounding error
@@ -26,8 +27,8 @@ class UniformityTest:
     def __init__(self, number: int) -> None:
         self.number = number
         counts = np.arange(number + 1)
-        self.at_most = stats.binom.cdf(counts, number, POINTS[:, None])
-        self.at_least = stats.binom.sf(counts - 1, number, POINTS[:, None])
+        self.at_most = special.bdtr(counts, number, POINTS[:, None])
+        self.at_least = special.bdtrc(counts - 1, number, POINTS[:, None])
 
     def p_value(self, values: np.ndarray) -> float:
         """The probability of an ECDF at least as unlikely as that of `values` `(n,)`; no smaller than 1e-12."""
@@ -38,6 +39,7 @@ class UniformityTest:
 
     def band(self, probability: float) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends at `POINTS` of the band that holds all of an ECDF with at least `probability`."""
+        from scipy import optimize
 
         def excess(log_tail: float) -> float:
             return self.inside(np.exp(log_tail)) - probability
@@ -53,18 +55,22 @@ class UniformityTest:
         low, high = self._limits(tail)
         if bool((low > high).any()):
             return 0.0
-        step = stats.poisson.pmf(np.arange(self.number + 1), self.number / (len(POINTS) + 1))
+        step = _poisson(np.arange(self.number + 1), self.number / (len(POINTS) + 1))
         reached, first = np.ones(1), 0  # probabilities of the counts first, first + 1, ...
         for bottom, top in zip([*low, self.number], [*high, self.number], strict=True):
             width = top - first + 1
             reached = np.convolve(reached, step[:width])[bottom - first : width]
             first = bottom
-        return float(reached[0] / stats.poisson.pmf(self.number, self.number))
+        return float(reached[0] / _poisson(self.number, self.number))
 
     def _limits(self, tail: float) -> tuple[np.ndarray, np.ndarray]:
         """The smallest and the largest count at each point with tails above `tail`."""
         beyond = tail * (1 + 1e-9)
         return (self.at_most <= beyond).sum(1), (self.at_least > beyond).sum(1) - 1
+
+
+def _poisson(counts: Any, rate: float) -> Any:
+    return np.exp(special.xlogy(counts, rate) - special.gammaln(counts + 1) - rate)
 
 
 @lru_cache(maxsize=8)

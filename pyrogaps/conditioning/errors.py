@@ -20,7 +20,7 @@ do.
 from dataclasses import dataclass
 
 import torch
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]
 from torch import Tensor
 
 from pyrogaps.capture import GradientEvaluator
@@ -36,7 +36,7 @@ FACTORS = torch.logspace(0, 4, 81, dtype=torch.float64)
 # 4 / NUM_DRAWS + 1 / (NUM_COMPLETIONS - 1), that of 20 degrees of freedom. Normal intervals of the stated error then
 # cover as often as Student's t would of the estimated one.
 DEGREES = 2 / (4 / NUM_DRAWS + 1 / (NUM_COMPLETIONS - 1))
-STUDENT = float(stats.t.ppf(0.975, DEGREES) / stats.norm.ppf(0.975))
+STUDENT = float(special.stdtrit(DEGREES, 0.975) / special.ndtri(0.975))
 
 
 @dataclass(frozen=True)

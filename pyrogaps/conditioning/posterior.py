@@ -128,7 +128,10 @@ def shared_posterior(
         >>> pg.shared_posterior(model, guide, x, **small).elbo.value.shape
         torch.Size([3])
     """
-    declaration = declared(model.guide if isinstance(model, Problem) else guide)
+    given = model.guide if isinstance(model, Problem) else guide
+    if given is None:
+        raise InputError("guide: missing. Pass the guide, or a Problem with one")
+    declaration = declared(given)
     if not isinstance(declaration, Shown):
         raise InputError(
             "guide: it must declare conditions, because without them, or with a lookahead, there is no single shared "

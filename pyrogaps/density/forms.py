@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from pyrogaps.density.arguments import Parameters, names_filled, parameters_of
 from pyrogaps.density.data import Data, HeldData, IndexedData, as_tuple, beyond, check_tensor, is_constant
 from pyrogaps.density.items import COLLECT, Rows, batches_of, items_of, plain, whole_tensors
+from pyrogaps.density.plates import WrongSize
 from pyrogaps.density.runs import MisreadData, Program
 from pyrogaps.errors import InputError
 from pyrogaps.guard import ProgramError, described, is_out_of_memory
@@ -38,6 +39,7 @@ class Given:
         in_memory: the arguments where they are at hand; None where they are fetched.
         unread: where data by name are one argument, because no key is one of the model's parameters, a sentence that
             says so; else empty.
+        fetched: whether a function of the caller fetches the datapoints.
     """
 
     everything: Callable[[], Args]
@@ -47,13 +49,18 @@ class Given:
     names: tuple[str, ...] | None = None
     in_memory: Args | None = None
     unread: str = ""
+    fetched: bool = False
 
     @contextmanager
     def misread_named(self) -> Iterator[None]:
-        """Say of a model that fails with one dictionary that no key of it is a parameter."""
+        """Say of a model that fails with one dictionary that no key of it is a parameter; and of one that a function of
+        the caller gives another number of rows, what that must return.
+        """
         try:
             yield
         except Exception as error:
+            if self.fetched and isinstance(error, WrongSize):
+                raise InputError(error.of_fetch) from error
             other = isinstance(error, InputError) and not isinstance(error, ProgramError | MisreadData)
             if not self.unread or other or is_out_of_memory(error):
                 raise
@@ -80,7 +87,8 @@ def as_given(data: Data | Given | None, model: Program | None = None) -> Given:
     if isinstance(data, Given):
         return data
     if isinstance(data, IndexedData):
-        return Given(lambda: data.fetch(torch.arange(len(data))), lambda: data, lambda args: args, as_tuple)
+        everything = lambda: data.fetch(torch.arange(len(data)))  # noqa: E731
+        return Given(everything, lambda: data, lambda args: args, as_tuple, fetched=True)
     if inspect.isclass(data):
         raise InputError(f"data: {data.__name__} is a class. Pass an object of it, {data.__name__}(...)")
     taken = None if model is None else parameters_of(model)
@@ -89,6 +97,11 @@ def as_given(data: Data | Given | None, model: Program | None = None) -> Given:
         if tensors is not None:
             return _in_memory(tensors, lambda args: TensorDataset(*plain(args)), as_tuple)
         return _by_item(data, taken)
+    if callable(data) and not hasattr(data, "__getitem__") and not hasattr(data, "__array__"):
+        raise InputError(
+            f"data: {type(data).__name__} is a program. Pass here what the model is called with, and a guide as guide= "
+            "or guide_or_family="
+        )
     if isinstance(data, Iterator):
         raise InputError(f"data: a {type(data).__name__} has no items to select by index. {COLLECT}")
     if isinstance(data, Mapping):
@@ -370,8 +383,8 @@ def _as_frame(frame: Any, tensor: Tensor) -> Any:
 def _from_numpy(array: Any) -> Tensor:
     if np.ma.is_masked(array):
         raise InputError(
-            "data: an array has masked elements, which a tensor cannot have. Pass x.filled(0.0) and, as a further "
-            "argument, ~x.mask, and mask the sites in the model (poutine.mask)"
+            "data: an array has masked elements, which a tensor cannot have. Pass x.filled(0.0) and seen = ~x.mask, "
+            "and give the distribution of the site .mask(seen)"
         )
     if array.dtype == np.longdouble and array.dtype.itemsize > 8:
         raise InputError(f"data: an array has dtype {array.dtype}. Convert it with x.astype(float)")

@@ -9,6 +9,7 @@ import torch
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyrogaps.density.arguments import check_same_order
 from pyrogaps.density.autoguides import check_autoguide, is_autoguide, supports_at
@@ -125,6 +126,7 @@ class GuideDensity:
         with seeded(0, "guide structure"), evaluating(guide, self.joint.model), torch.no_grad():
             # On a number of rows other than the data set's, which reveals a plate of its full size.
             everything = self.first_run(self.joint.probe.indices)
+            _check_plates(everything, self.joint)
             left_out, messages = carried(everything, self.joint), drawn(everything)
             terms, mapped = read_terms(messages, self.joint, self._place_at)
             self.structure = replace(self.structure, terms=tuple(terms), mapped=mapped)
@@ -389,6 +391,20 @@ class GuideDensity:
 def _unread(guide: Program, joint: JointDensity) -> GuideStructure:
     # An autoguide has parameters for each datapoint, whatever the size of its plates.
     return GuideStructure(joint.num_datapoints, True if is_autoguide(guide) and joint.plate is not None else None)
+
+
+def _check_plates(sites: dict[str, Any], joint: JointDensity) -> None:
+    """Refuse a guide with a plate of the data's rows beside a model that has none and so no datapoints."""
+    if not joint.structure.unplated or joint.passed.held:
+        return
+    rows = {len(leaf) for leaf in tree_leaves(joint.passed.everything()) if isinstance(leaf, Tensor) and leaf.dim()}
+    frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
+    name = next((frame.name for frame in frames if frame.full_size in rows - {1}), None)
+    if name is not None:
+        raise InputError(
+            f"plate '{name}': the guide has it and the model has no plate, so the data set would be one datapoint. Put "
+            f"the model's sites in `with pyro.plate('{name}', len(x))`, or pass plate=False if you mean one datapoint"
+        )
 
 
 class SequentialGuide:

@@ -24,7 +24,7 @@ from pyrogaps.density.guide import GuideDensity
 from pyrogaps.density.joint import JointDensity
 from pyrogaps.density.layout import leaf
 from pyrogaps.density.local import PlaceValues
-from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
+from pyrogaps.density.plates import BoundPlate, WrongSize, steady_plates, whole_plates
 from pyrogaps.density.rows import same_density
 from pyrogaps.density.runs import Program, RandomProgram, evaluating
 from pyrogaps.density.score import is_bookkeeping
@@ -177,13 +177,13 @@ class _Alone:
 
     def _is_bound(self, program: Program) -> bool:
         """Whether the program's data plate has the data set's full size."""
-        what = "model" if self.is_model else "guide"
+        what, number = "model" if self.is_model else "guide", self.data.num_datapoints
         try:
             with seeded(0, "shared structure"), evaluating(program), torch.no_grad():
                 sample_sites(lambda: self._run(program, None), (), what)
         except BoundPlate as refusal:
             if self.is_model and not refusal.subsampled:
-                raise wrong_size(self.plate, self.data.num_datapoints, len(self.rows)) from None
+                raise WrongSize(self.plate, number, len(self.rows), number) from None
             return True
         except ProgramError:  # raised, or explained, where the program is read
             pass

@@ -34,6 +34,21 @@ class BoundPlate(Exception):
         self.subsampled = subsampled
 
 
+class WrongSize(MisreadData):
+    """A plate whose size does not follow the data that its program is called with."""
+
+    def __init__(self, name: str, size: int, rows: int, number: int | None) -> None:
+        some = f"{rows} of the {number} rows" if number is not None and rows < number else f"{rows} rows"
+        self.of_fetch = (
+            f"plate '{name}' has size {size}, but fetch(indices) was asked for {some}. Return one row per index "
+            f"in order, and size the plate by them, as in pyro.plate('{name}', len(x))"
+        )
+        super().__init__(
+            f"plate '{name}' has size {size}, but the program was called with {some}. Size it by the data that the "
+            f"program is called with, as in pyro.plate('{name}', len(x))"
+        )
+
+
 def whole_plates(
     plate: str | None,
     indices: Tensor,
@@ -70,7 +85,7 @@ def whole_plates(
             return rows, rows, indices
         if size == rows:
             return rows, rows, torch.arange(rows, device=indices.device)
-        raise wrong_size(name, size, rows)
+        raise WrongSize(name, size, rows, num_datapoints)
 
     def explicit(subsample: Any) -> bool:
         return subsample is not None and len(subsample) == rows
@@ -88,14 +103,6 @@ def whole_plates(
 def _in_order(indices: Tensor) -> bool:
     """Whether `indices` are 0, 1, ..., so that no rows need to be selected."""
     return torch.equal(indices, torch.arange(len(indices), device=indices.device))
-
-
-def wrong_size(name: str, size: int, rows: int) -> InputError:
-    """The error for a plate whose size does not follow the data."""
-    return MisreadData(
-        f"plate '{name}' has the hard-coded size {size}, but the data have {rows} rows. Size it by the data, as in "
-        f"pyro.plate('{name}', len(x)); a fetch(indices) must return one row per index"
-    )
 
 
 def steady_plates() -> AbstractContextManager[None]:

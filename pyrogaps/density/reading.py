@@ -14,7 +14,7 @@ from pyrogaps.density.estimates import PointEstimates
 from pyrogaps.density.forms import Given, held, whole
 from pyrogaps.density.layout import Site, plate_dim
 from pyrogaps.density.particles import Particles
-from pyrogaps.density.plates import BoundPlate, steady_plates, whole_plates, wrong_size
+from pyrogaps.density.plates import BoundPlate, WrongSize, steady_plates, whole_plates
 from pyrogaps.density.remarks import Scales, joined, on_modes, on_one_datapoint, on_scales, scales_of
 from pyrogaps.density.rows import CHECK_ROWS, PAD_REMEDY
 from pyrogaps.density.runs import Program
@@ -36,6 +36,10 @@ from pyrogaps.errors import InputError
 from pyrogaps.guard import ProgramError
 from pyrogaps.settings import Plate
 
+MISSING_REMEDY = (
+    "Remove these datapoints or impute the values, or mask them: pass x.where(seen, 0.0) and seen = x.isfinite(), and "
+    "give the distribution of the site .mask(seen)"
+)
 # The plate name where there is no data plate and every plate has its full size.
 ANY_PLATE = ""
 
@@ -55,6 +59,7 @@ class ModelStructure:
         dtype, device: of the latents.
         lead: the first batch dimension (negative) left of all plates: without a data plate that of the rows.
         particles: without a data plate, how many particles are evaluated.
+        unplated: whether nobody asked for one datapoint: the model has no plate.
         make_whole: without a data plate, whether subsampled plates get their full size rather than being refused.
         remarks: what of the model is left out of the density, in short sentences.
         estimates: latents that are given, see `PointEstimates`.
@@ -73,6 +78,7 @@ class ModelStructure:
     lead: int
     enumerated: dict[str, Discrete] = field(default_factory=dict)
     particles: Particles = "broadcast"
+    unplated: bool = False
     make_whole: bool = False
     remarks: tuple[str, ...] = ()
     estimates: PointEstimates | None = None
@@ -156,6 +162,7 @@ def read_model(
         device=value.device,
         lead=lead,
         enumerated=discrete,
+        unplated=plate is None and name is None and not why,
         make_whole=make_whole,
         remarks=(*on_one_datapoint(why), *on_scales(scales, "model"), *on_modes(model, "model")),
         num_held=number if is_held else None,
@@ -189,7 +196,7 @@ def finite_arguments(args: tuple[Any, ...], what: str = "data") -> tuple[Any, ..
     for name, leaf in leaves:
         if isinstance(leaf, Tensor):
             check_tensor(leaf, name)
-    check_finite(leaves, what, "Clean or impute them first")
+    check_finite(leaves, what, MISSING_REMEDY)
     return args
 
 
@@ -276,5 +283,5 @@ def model_sites(
             return sample_sites(model, args), bool(bound)
     except BoundPlate as refusal:
         if not refusal.subsampled:
-            raise wrong_size(str(plate), number, len(batch)) from None
+            raise WrongSize(str(plate), number, len(batch), number) from None
         return model_sites(model, args, batch, plate, number, True)

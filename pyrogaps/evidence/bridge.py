@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]
 from torch import Tensor
 
 from pyrogaps.capture.slots import Slots
@@ -164,7 +164,7 @@ class BridgeEstimate(Estimate):
 
     def interval(self, probability: float = 0.95) -> tuple[Tensor, Tensor]:
         """A central confidence interval, `(N,)` each, by Student's t; `reliable` says where to trust it."""
-        quantile = torch.from_numpy(np.asarray(stats.t.ppf(0.5 + probability / 2, self.degrees.cpu().numpy())))
+        quantile = torch.from_numpy(special.stdtrit(self.degrees.cpu().numpy(), 0.5 + probability / 2))
         error = self.mcse * quantile.to(self.mcse)
         return self.value - error, self.value + error
 

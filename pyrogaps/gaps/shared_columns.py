@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]
 
 from pyrogaps.gaps.finite import finite_part, is_finite
 from pyrogaps.gaps.ledger import GapLedger
@@ -78,7 +78,7 @@ def gaps_of(columns: Columns, terms: Sequence[Term]) -> xr.Dataset:
     gaps, _ = measured_gaps(columns, terms)
     draws, number = columns.shared, len(finite_part(columns.per_datapoint)["datapoint"])
     mcse, half = gaps["mcse"].values.copy(), {}
-    quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, draws.sizes["draw"] - 1))
+    quantile = float(special.stdtrit(draws.sizes["draw"] - 1, 0.5 + CONFIDENCE / 2))
     for place, name in enumerate(ids(gaps)):
         if name in draws and draws[name].dims == ("draw",):
             mcse[place] = error_of(draws[name])
@@ -111,7 +111,7 @@ def data_set_line(draws: xr.Dataset) -> str:
 
 def _ends(gaps: xr.Dataset, half: Mapping[str, float], draws: xr.Dataset, number: int) -> tuple[Any, Any]:
     """Ends of the intervals of totals: of the global gap, of its bounds with their errors."""
-    normal = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+    normal = float(special.ndtri(0.5 + CONFIDENCE / 2))
     low, high = (np.full(len(gaps["gap"]), np.nan) for _ in range(2))
     names = ids(gaps)
     for place, name in enumerate(names):

@@ -30,7 +30,7 @@ MASS_TOLERANCE = 0.01
 @checked()
 def posterior_grid(
     model: Program,
-    guides: Mapping[str, Program | Posterior],
+    guides: Mapping[str, Program | Posterior] | Program | Posterior,
     data: Data,
     *,
     datapoints: Sequence[int] | None = None,
@@ -49,7 +49,8 @@ def posterior_grid(
 
     Args:
         model, data, plate: as for `JointDensity`; two latent dimensions in all.
-        guides: by name, Pyro guides, `GuideDensity`s, or what `refine` returned for these `data`.
+        guides: by name, Pyro guides, `GuideDensity`s, or what `refine` returned for these `data`; one alone is called
+            "guide".
         datapoints: indices of the datapoints to evaluate; default all.
         num_points: number of points along each dimension.
         seed: seed of the draws behind windows and kernel densities.
@@ -78,6 +79,7 @@ def posterior_grid(
         >>> bool((grid["log_evidence"] - model.log_evidence(x[:2]).detach().numpy() < 1e-4).all())
         True
     """
+    guides = guides if isinstance(guides, Mapping) else {"guide": guides}
     if TRUE in guides:
         raise InputError(f"guides: '{TRUE}' is reserved for the exact posterior. Choose another name")
     with datapoints_needed(

@@ -171,7 +171,7 @@ def first_argument(data: IndexedData) -> Tensor:
             f"data: the first argument must be a tensor of {counted(data.num_datapoints, 'datapoint')} for the kernel "
             "to compare"
         )
-    check_finite([("the first argument", x)], "data", "Clean or impute them first")
+    check_finite([("the first argument", x)], "data", "Remove these datapoints, or impute the values")
     return x.detach()
 
 

@@ -142,7 +142,7 @@ def test_hard_coded_plate_size() -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    refused(model, X, "plate 'data'", "hard-coded size 5", "len(x)")
+    refused(model, X, "plate 'data'", "has size 5", "len(x)")
 
 
 def test_hard_coded_plate_size_with_a_wrong_size() -> None:
@@ -151,7 +151,7 @@ def test_hard_coded_plate_size_with_a_wrong_size() -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    refused(model, X, "plate 'data'", "hard-coded size 7")
+    refused(model, X, "plate 'data'", "has size 7")
 
 
 def test_hard_coded_plate_with_subsampling() -> None:
@@ -160,7 +160,7 @@ def test_hard_coded_plate_with_subsampling() -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
 
-    refused(model, X, "plate 'data'", "hard-coded size 5")
+    refused(model, X, "plate 'data'", "has size 5")
 
 
 def test_several_candidate_plates() -> None:

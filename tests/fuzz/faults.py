@@ -15,7 +15,7 @@ from tests.fuzz.programs import Program, read
 # Those without a row in `CHANGES` are in the programs themselves.
 FAULTS: dict[str, tuple[str, ...]] = {
     "latent outside the plate": ("site 'outside'",),
-    "hard-coded plate": ("plate", "hard-coded"),
+    "hard-coded plate": ("plate", "has size"),
     "site missing from the guide": ("site 'a'", "missing"),
     "site missing from the model": ("site 'extra'",),
     "observed in the guide": ("site 'a'", "observed"),
