@@ -19,3 +19,11 @@ def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a page in a language; those in lists without their margin."""
     found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
     return [re.sub(rf"^{margin}", "", text, flags=re.MULTILINE) for margin, text in found]
+
+
+def files(page: Path) -> dict[str, str]:
+    """What a page shows as files: the blocks that are captioned with a name."""
+    found = re.findall(
+        r"^```{code-block} \w+\n:caption: (\S+)\n\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    return dict(found)

@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
 
 import pyrogaps as pg
+from pyrogaps.guides.amortized import AmortizedNormal
+from pyrogaps.models.linear_gaussian import LinearGaussian
 from tests.pages import DOCS, ROOT, SOURCES, blocks, name_of
 
 
@@ -46,6 +50,39 @@ def test_every_public_name_stands_in_the_reference() -> None:
 def test_the_terms_are_listed() -> None:
     page = (DOCS / "reference/ledger.md").read_text("utf-8")
     assert {*re.findall(r"``(\w+_gap)``", page)} == {term.id for term in pg.TERMS}
+
+
+def test_every_field_of_the_provenance_is_described() -> None:
+    page = (DOCS / "reference/ledger.md").read_text("utf-8").partition("## Provenance")[2]
+    fields = {name for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    model, x = LinearGaussian.random(4, 2), torch.randn(3, 4)
+    options: dict[str, Any] = {"refinement": pg.Refinement(num_steps=2), "num_particles": 20, "progress": False}
+    ledger = pg.decompose(model, AmortizedNormal(4, 2, (8,)), x, evidence=pg.AIS(2, 2), **options)
+    known = {*ledger.provenance, *ledger.sel([0]).provenance}
+    assert known - fields == set()
+    assert fields - known == {"split", "shared", "infinite"}  # where there are any
+
+
+def test_a_plot_returns_what_it_draws_in() -> None:
+    """So that `.figure` leads from all of them to the figure."""
+    functions = [getattr(pg, name) for name in pg.__all__ if name.startswith("plot_")]
+    assert len(functions) == 8
+    for function in functions:
+        parameters = inspect.signature(function).parameters
+        (place,) = {"ax", "figure"} & {*parameters}
+        assert parameters[place].default is None
+        returned = {"ax": Axes, "figure": FigureBase}[place]
+        assert inspect.get_annotations(inspect.unwrap(function), eval_str=True)["return"] is returned
+    assert Figure().figure.savefig and Figure().add_subplot().figure.savefig
+
+
+def test_the_entry_for_citing_is_that_of_the_citation_file() -> None:
+    file = (ROOT / "CITATION.cff").read_text("utf-8")
+    (version,) = re.findall(r"^version: (\S+)$", file, re.MULTILINE)
+    (title,) = re.findall(r'^title: "(.+)"$', file, re.MULTILINE)
+    entry = blocks(DOCS / "citing.md", "bibtex")[0]
+    assert f"version = {{{version}}}" in entry and version == pg.__version__
+    assert f"title   = {{{title}}}" in entry.replace("{Pyro}", "Pyro")
 
 
 def test_every_guide_and_model_of_a_recipe_stands_in_the_reference() -> None:

@@ -1,8 +1,11 @@
 """The code of the README and the documentation's pages runs; commands have options that there are."""
 
 import inspect
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import pyrogaps as pg
 from pyrogaps.cli.command import main as command
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.vae import VAE
-from tests.pages import PAGES, ROOT, SOURCES, blocks, name_of
+from tests.pages import PAGES, ROOT, SOURCES, blocks, files, name_of
 
 # Pages whose programs take more than a few seconds, also with small budgets.
 SLOW = {"docs/howto/partial.md", "docs/howto/shared.md", "docs/howto/split.md"}
@@ -104,19 +107,31 @@ def commands() -> Iterator[Any]:
     for page in SOURCES:
         for text in [*blocks(page, "bash"), *blocks(page, "sh")]:
             lines = text.replace("\\\n", " ").splitlines()
-            yield from (pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for line in lines if line.strip())
+            yield from (pytest.param(page, line, id=f"{name_of(page)}: {line[:60]}") for line in lines if line.strip())
 
 
-@pytest.mark.parametrize("line", [*commands()])
+def write_files(page: Path, folder: Path, *changes: tuple[str, str]) -> None:
+    """Write the files that a page shows to `folder`, with small budgets."""
+    for name, text in files(page).items():
+        for before, after in changes:
+            text = text.replace(before, after)
+        (folder / name).write_text(text, "utf-8")
+
+
+@pytest.mark.parametrize(("page", "line"), [*commands()])
 def test_a_command_is_one(
-    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    page: Path, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its options and the recipe are known, or it is one of those that .ci/run runs."""
+    """Its options and the recipe or script are known, or it is one of those that .ci/run runs."""
     monkeypatch.chdir(tmp_path)
+    write_files(page, tmp_path)
     program = line.split(" # ")[0].strip().replace("[RECIPE] [options]", "")
     before, found, arguments = program.partition("-m pyrogaps.eval")
     if before.startswith("torchrun"):
-        get_args_parser().parse_args([*before.split()[1:], "script.py"])
+        options = get_args_parser().parse_args([*before.split()[1:], *["script.py"] * bool(found)])
+        assert found or (tmp_path / options.training_script).exists()
+    elif not found and not program.startswith("pyrogaps"):
+        assert any(known in program for known in ("-m pytest", "sphinx-build", "git clone")), program
     if program.startswith("pyrogaps") or found:
         given = shlex.split(arguments if found else program.removeprefix("pyrogaps"))
         if given[:1] in (["compare"], ["report"]):  # of runs that are not there
@@ -124,5 +139,20 @@ def test_a_command_is_one(
             assert f"{given[1]}" in capsys.readouterr().err
         else:
             assert command([*given, *["--print_config"] * (given[:1] != ["recipes"])]) == 0, capsys.readouterr().err
-    else:
-        assert any(known in program for known in ("-m pytest", "sphinx-build", "git clone")), program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1], ids=["script", "recipe"])
+def test_ones_own_model_runs_in_two_processes(number: int, tmp_path: Path) -> None:
+    """The commands of the page on large data, from the files that it shows."""
+    page = ROOT / "docs/howto/large.md"
+    write_files(page, tmp_path, ("[:1500], digits[1500:]", "[:100], digits[100:108]"), ("50", "2"))
+    line = [text.strip() for text in blocks(page, "bash") if "gaps.py" in text or "mine.yaml" in text][number]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", *line.split()[1:]]
+    ended = subprocess.run(
+        program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("├─") == 1  # one process prints the tree
+    saved = tmp_path / ("gaps.nc", "runs/mine/ledger.nc")[number]
+    assert pg.GapLedger.load(saved).provenance["num_datapoints"] == 8

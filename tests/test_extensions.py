@@ -1,13 +1,14 @@
 """What a user adds in one place: an evidence of their own, and a gap of their own."""
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
@@ -21,6 +22,7 @@ from pyrogaps.gaps import Columns, Values, values_of
 from pyrogaps.refine import Refiner
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
+from tests.pages import ROOT, blocks
 from tests.references import WrongEncoder, anisotropic, draws_of
 
 OPTIONS: dict[str, Any] = {"refinement": pg.Refinement(num_steps=60), "num_particles": 200, "progress": False}
@@ -182,9 +184,8 @@ def test_where_nothing_is_amortized_no_one_network_is_blamed() -> None:
 
 def test_the_examples_of_the_page_on_extending_run() -> None:
     """All of them in one ledger, as they stand."""
-    text = (Path(__file__).parents[1] / "docs/howto/extend.md").read_text("utf-8")
     names: dict[str, Any] = {"__name__": "extend"}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    for block in blocks(ROOT / "docs/howto/extend.md", "python"):
         exec(block, names)
     options = {**OPTIONS, "families": {"Laplace": names["AutoLocalLaplace"]}, "terms": (*pg.TERMS, names["looseness"])}
     model, guide, x = pair()
@@ -192,3 +193,24 @@ def test_the_examples_of_the_page_on_extending_run() -> None:
     np.testing.assert_allclose(ledger.per_datapoint["log_evidence"], model.log_evidence(x).detach(), atol=1e-5)
     assert ledger.families == ["own", "Laplace"]
     assert "looseness gap" in str(ledger)
+
+
+def test_the_page_s_importance_sampling_is_right_in_unconstrained_space() -> None:
+    """A Poisson count with a Gamma rate, whose log p(x) is a negative binomial's: the Jacobian is in the joint."""
+    names: dict[str, Any] = {"__name__": "extend"}
+    for block in blocks(ROOT / "docs/howto/extend.md", "python")[:2]:
+        exec(block, names)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    x = torch.tensor([0.0, 1.0, 4.0])
+    exact = dist.NegativeBinomial(2.0, torch.tensor(0.5)).log_prob(x).double()
+    torch.testing.assert_close(
+        pg.log_evidence(model, None, x, evidence=names["Quadrature"]()).value, exact, atol=1e-5, rtol=0
+    )
+    estimate = pg.log_evidence(model, None, x, evidence=names["FromNormal"]())
+    assert float(estimate.mcse.max()) < 0.03
+    assert bool(((estimate.value - exact).abs() <= 4 * estimate.mcse).all())
