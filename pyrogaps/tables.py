@@ -143,7 +143,7 @@ class Table:
     @property
     def _width(self) -> int:
         """The number of columns."""
-        return len(next(self._rows()))
+        return len(self.headings or next(self._rows()))
 
     def _is_numeric(self, place: int) -> bool:
         """Whether a column has numbers, and nothing else."""

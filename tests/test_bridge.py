@@ -323,7 +323,7 @@ def test_a_recipe_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         "refinement: {num_steps: 5}\nevidence: {class_path: pyrogaps.Bridge, init_args: {num_draws: 64}}\n"
     )
     assert main(["recipe.yml", "--out", "run", "--quiet"]) == 0
-    assert "log p(x) by bridge sampling" in capsys.readouterr().out
+    assert "bridge sampling" in capsys.readouterr().out.splitlines()[2]
     assert main(["recipe.yml", "--out", "other", "--quiet", "--evidence.num_chains", "8"]) == 2
     assert "evidence.init_args.num_chains: must be a whole number" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """The certificate of a ledger: what it finds against closed forms, that it is kept, what it warns of, refusals."""
 
 import functools
+import math
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -146,6 +147,29 @@ def test_settings_are_checked(name: str) -> None:
         pg.Certificate(**{name: 1})
 
 
+@pytest.mark.parametrize(
+    ("upper", "said"),
+    [
+        ([0.2, 0.3, 0.4], "log p(x) is at most 0.300 ± 0.058 nats higher than measured on average"),
+        ([-0.1, 0.1, 0.03], "its upper bound agree within their error (0.010 ± 0.059 nats apart)"),
+        ([-0.1, 0.1, -0.03], "its upper bound agree within their error (-0.010 ± 0.059 nats apart)"),
+        ([-0.2, -0.3, -0.4], "log p(x) as measured is 0.300 ± 0.058 nats above its upper bound, by chance"),
+        ([0.2], "log p(x) is at most 0.200 nats higher than measured on average"),
+    ],
+)
+def test_a_sandwich_in_words(upper: list[float], said: str) -> None:
+    """Bounds that cross by less than their error agree; there is no "at most" of a negative number."""
+    width = np.array(upper)
+    certificate = xr.Dataset(
+        {"lower": ("simulated", 0 * width), "upper": ("simulated", width), "gain": ("refined_again", np.zeros(2)),
+         "gain_mcse": ("refined_again", np.zeros(2))}, attrs={"longer": 4},
+    )  # fmt: skip
+    line, _ = certificates.lines_of(certificate)
+    certain = max(0.0, width.mean() + math.log(20) / len(width))
+    assert said in line and f"with 95% confidence it is at most {certain:.3f} nats higher" in line
+    assert "at most -" not in line and "nan" not in line
+
+
 def test_a_gap_within_its_error_says_so() -> None:
     """With one latent a Normal is exact, so that the approximation gap is none; the guide is far from trained."""
     model = LinearGaussian.random(4, 1).double()
@@ -154,7 +178,7 @@ def test_a_gap_within_its_error_says_so() -> None:
     options: dict[str, Any] = {"refinement": pg.Refinement(num_steps=200), "evidence": EVIDENCE, "progress": False}
     lines = str(pg.decompose(model, guide, draws_of(model, 40)[0], **options)).splitlines()
     told = {
-        line.split(" gap")[0].strip(" ├└─"): line.endswith("; within its error") for line in lines if " gap " in line
+        line.split(" gap")[0].strip(" ├└─"): line.endswith(" within its error") for line in lines if " gap " in line
     }
     assert told["approximation"]
     assert not told["amortization"]

@@ -165,7 +165,7 @@ def _total(parts: Parts, name: str) -> str:
         return total
     low, high = (float(parts.gaps[f"total_{end}"].sel(gap=name)) for end in ("low", "high"))
     if np.isposinf(high):
-        return f"at least {number(max(low, 0.0), 2)}"
+        return f"at least {number(max(low, 0.0) if np.isfinite(low) else parts.row(name)[TOTAL], 2)}"
     return f"{total} [{number(low, 2)}, {number(high, 2)}]" if np.isfinite([low, high]).all() else total
 
 
