@@ -93,6 +93,20 @@ def test_two_guides_of_one_model(ledgers: dict[str, pg.GapLedger]) -> None:
     assert "Parts that differ, 'a' less 'b': amortization gap (" in comparison.verdict()
 
 
+def _split(ledger: pg.GapLedger) -> pg.GapLedger:
+    """With a part of the amortization gap that, as those of a split, has no values per datapoint."""
+    part = ledger.gaps.sel(gap=["amortization_gap"]).assign_coords(gap=["capacity_gap"])
+    part["parent"], part["label"] = ("gap", ["amortization_gap"]), ("gap", ["capacity gap"])
+    return replace(ledger, gaps=xr.concat([ledger.gaps, part], "gap"))
+
+
+def test_a_gap_whose_parts_cannot_be_compared_is_itself_a_part(ledgers: dict[str, pg.GapLedger]) -> None:
+    """So that the verdict of two split ledgers names the amortization gap."""
+    comparison = pg.compare(_split(ledgers["worse"]), _split(ledgers["better"]))
+    assert comparison.verdict() == pg.compare(ledgers["worse"], ledgers["better"]).verdict()
+    assert comparison.provenance["without"] == {"b": ["capacity gap"]}
+
+
 def test_differences_of_parts_sum_to_that_of_the_whole(ledgers: dict[str, pg.GapLedger]) -> None:
     for comparison in (pg.compare(ledgers), pg.compare(ledgers, reference="better")):
         means = comparison.differences["mean"]

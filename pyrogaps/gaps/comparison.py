@@ -154,13 +154,9 @@ def _sentences(comparison: Comparison, other: str) -> Iterator[str]:
         return
     row = rows.sel(quantity=whole)
     yield _sentence(str(row["label"].item()), row, first, other)
-    parts = [name for name in leaves(comparison.gaps) if name in rows["quantity"].values]
-    told = {name: rows.sel(quantity=name) for name in parts}
-    clear = [
-        f"{part['label'].item()} ({_size(part)})"
-        for part in told.values()
-        if str(part["verdict"].item()) in (LARGER, SMALLER)
-    ]
+    compared = comparison.gaps.sel(gap=[name for name in ids(comparison.gaps) if name in rows["quantity"].values])
+    parts = [rows.sel(quantity=name) for name in leaves(compared)]  # a gap whose own parts are not compared is one
+    clear = [f"{part['label'].item()} ({_size(part)})" for part in parts if part["verdict"].item() in (LARGER, SMALLER)]
     if clear:
         yield f"Parts that differ, '{first}' less '{other}': {', '.join(clear)}."
     elif parts:

@@ -115,8 +115,8 @@ def mapa_posterior(
             positive or an alpha outside (0.5, 1); for M outside 1..N; for a cache of other data; for a kernel that
             returns another shape, NaN, +infinity, or -infinity for all pairs of a datapoint.
 
-    Source: Y. Yacoby, "Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational Autoencoders"
-    (AABI 2024, arXiv:2403.08941).
+    Source: Y. Yacoby, W. Pan, F. Doshi-Velez, "Towards Model-Agnostic Posterior Approximation for Fast and Accurate
+    Variational Autoencoders" (AABI 2024, arXiv:2403.08941).
 
     Example:
         >>> import torch, pyrogaps as pg
