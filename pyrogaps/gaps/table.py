@@ -80,7 +80,8 @@ def title_of(provenance: dict[str, Any]) -> str:
     number_of = counted(provenance["num_datapoints"], "datapoint")
     if "subset" in provenance:
         number_of += f" of {provenance['subset']['of']:,}"
-    title = f"Gap ledger: {number_of}, latent dimension {provenance['dim']}; means over datapoints in nats"
+    latents = f"latent dimension {provenance['dim']}" if provenance["dim"] else "all latents discrete"
+    title = f"Gap ledger: {number_of}, {latents}; means over datapoints in nats"
     if shared := provenance.get("shared"):
         title += f", given {shared['num_draws']} draws of {shared['names']}; totals of the data set"
     return title
@@ -159,21 +160,27 @@ def _notes(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
     shares = zip(converged["family"].values, converged.values, strict=True)
     notes = ["refinement converged: " + ", ".join(f"{family_name(name)} {float(share):.0%}" for name, share in shares)]
     notes += provenance.get("notes", [])
-    notes += [] if "subset" in provenance else other_starts.lines_of(provenance.get("examined"))
-    notes += _proposals(per_datapoint, provenance)
-    khat = per_datapoint["khat"].values
-    unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
-    if unreliable > 0:
-        notes.append(
-            f"IWAE is unreliable for {unreliable:.0%} of the datapoints (k-hat > 0.7). It is shown for comparison, and "
-            "no gap uses it"
-        )
+    notes += [] if "subset" in provenance else other_starts.lines_on(provenance)
+    notes += _on_weights(per_datapoint, provenance) if provenance["dim"] else []
     notes += [*_on_conditions(per_datapoint, provenance), *_on_split(provenance)]
     if provenance["unnormalised_likelihood"]:
         sites = ", ".join(provenance["unnormalised_likelihood"])
         notes.append(
             f"unnormalised likelihood ({sites}): with validate_args=False, values outside the support were scored, so "
             "log p(x) is not a log-probability. The gaps remain valid"
+        )
+    return notes
+
+
+def _on_weights(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """Lines on importance weights of continuous latents, whose tails k-hat judges."""
+    notes = _proposals(per_datapoint, provenance)
+    khat = per_datapoint["khat"].values
+    unreliable = float(np.mean(khat[np.isfinite(khat)] > 0.7)) if np.isfinite(khat).any() else 0.0
+    if unreliable > 0:
+        notes.append(
+            f"IWAE is unreliable for {unreliable:.0%} of the datapoints (k-hat > 0.7). It is shown for comparison, and "
+            "no gap uses it"
         )
     return notes
 
