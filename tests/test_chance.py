@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pyrogaps as pg
-from pyrogaps.evidence.chance import by_chance
+from pyrogaps.evidence.reliability import by_chance
 from tests.references import WrongEncoder, anisotropic, draws_of
 
 NUMBER = 40

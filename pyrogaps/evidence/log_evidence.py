@@ -6,10 +6,11 @@ from pyrogaps.density import Data, GuideDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.evidence.ais import AIS, Initial
-from pyrogaps.evidence.chance import by_chance
-from pyrogaps.evidence.ladder import Ladder, prepared
+from pyrogaps.evidence.exact import prepared
+from pyrogaps.evidence.ladder import Ladder
 from pyrogaps.evidence.protocol import Evidence, Measured
 from pyrogaps.evidence.referee import refereed
+from pyrogaps.evidence.reliability import by_chance
 from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate
 from pyrogaps.problem import Problem
@@ -138,6 +139,8 @@ def measured(
     parts, doubted = run.map(measure, problem.joint), None
     if referee:
         parts, doubted = refereed(measurement, parts, referee, run)
-    estimate = replace(measurement.estimate(parts), doubted=doubted)
+    estimate = measurement.estimate(parts)
     lucky = by_chance(estimate.reliable)
-    return replace(estimate, doubted=lucky if doubted is None else doubted | lucky) if lucky.any() else estimate
+    if lucky.any():
+        doubted = lucky if doubted is None else doubted | lucky
+    return replace(estimate, doubted=doubted)

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pyrogaps.evidence.reliability import RELIABLE
 from pyrogaps.gaps.finite import finite_part
-from pyrogaps.gaps.other_starts import RELIABLE
 from pyrogaps.gaps.table import EVIDENCE, MAX_KHAT, Parts, decimals_of, given_shared, is_gap, label_of
-from pyrogaps.gaps.terms import combined_error, ids, parent_of
+from pyrogaps.gaps.terms import CERTAIN, combined_error, ids, parent_of
 from pyrogaps.tables import number
 
-CERTAIN = 2.0  # errors that a gap, or a difference of two rows, has to exceed
 WITHIN = "within its error"
 UPPER = "log_evidence_upper"
 AGREE, CONTRADICT = "the bounds agree within their error", "the bounds contradict each other: do not trust them"

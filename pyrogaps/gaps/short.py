@@ -8,7 +8,8 @@ import numpy as np
 
 from pyrogaps.errors import counted
 from pyrogaps.gaps.diagnose import Diagnosis
-from pyrogaps.gaps.flags import CERTAIN, UPPER, WITHIN, agreement, doubts_of, on_finite_part, within_error
+from pyrogaps.gaps.flags import UPPER, WITHIN, agreement, doubts_of, on_finite_part, within_error
+from pyrogaps.gaps.savings import Saving
 from pyrogaps.gaps.selection import checks_of
 from pyrogaps.gaps.table import (
     EVIDENCE,
@@ -21,7 +22,7 @@ from pyrogaps.gaps.table import (
     number_of,
     remarks_of,
 )
-from pyrogaps.gaps.terms import combined_error, ids, standard_error, summary_mcse, tree_labels
+from pyrogaps.gaps.terms import CERTAIN, combined_error, ids, tree_labels
 from pyrogaps.tables import MAX_DECIMALS, Table, number, sentence
 
 MAX_DOUBTED = 0.1  # share of the datapoints from which on a row says what cannot be trusted
@@ -41,7 +42,7 @@ class Row(NamedTuple):
 
 def short_table(parts: Parts, diagnosis: Diagnosis) -> Table:
     """The ledger at one look. What withdraws trust is in it; how each number was measured is in the full table."""
-    rows = [[*_bounds(parts)], [*_gaps(parts)], [*_families(parts)]]
+    rows = [[*_bounds(parts)], [*_gaps(parts)], [*_families(parts, diagnosis.savings)]]
     whole = max(_whole(row.values[0]) for group in rows for row in group)
     decimals = [_decimals(rows[0]), *[_decimals([*rows[1], *rows[2]])] * 2]
     groups = [
@@ -64,11 +65,12 @@ def short_table(parts: Parts, diagnosis: Diagnosis) -> Table:
 
 
 def conclusion(diagnosis: Diagnosis) -> str:
-    """The verdict of a diagnosis in its first sentence, what limits it, and the next call where one gap dominates."""
-    first, dot, _ = diagnosis.verdict.partition(". ")
-    sentences = [first + dot.strip(), *diagnosis.caveats]
-    if diagnosis.dominant is not None and (remedy := diagnosis.findings[0].remedy):
-        sentences.append(f"What usually helps: {remedy}.")
+    """The verdict of a diagnosis, what limits it, and the next call where one gap dominates."""
+    sentences = [diagnosis.verdict, *diagnosis.caveats]
+    if (largest := diagnosis.dominant) is not None:
+        chosen = diagnosis.dominant_within(largest) or largest
+        remedy = next(finding.remedy for finding in diagnosis.findings if finding.gap == chosen)
+        sentences += [f"What usually helps: {remedy}."] * bool(remedy)
     return " ".join(sentences)
 
 
@@ -126,17 +128,23 @@ def _gaps(parts: Parts) -> Iterator[Row]:
         yield _row(parts, name, given_shared(labels[name], name, parts.provenance), words)
 
 
-def _families(parts: Parts) -> Iterator[Row]:
+def _families(parts: Parts, savings: Sequence[Saving]) -> Iterator[Row]:
     """The approximation gaps of further families, and what each would gain over the guide's own."""
+    by_family = {saving.family: saving for saving in savings}
     for name in (str(key) for key in parts.summary.index if str(key).startswith(FURTHER)):
         family = name[len(FURTHER) : -1]
-        gained, error = _gain(parts, family)
-        words = f"{abs(gained):.2f} nats {'better' if gained > 0 else 'worse'} than the guide's own family"
-        if not np.isfinite(gained):
-            words = ""
-        elif abs(gained) <= CERTAIN * error:
-            words = "the same as the guide's own family, within the error"
-        yield _row(parts, name, family, words)
+        yield _row(parts, name, family, _gained(by_family[family]) if family in by_family else "")
+
+
+def _gained(saving: Saving) -> str:
+    """What a further family gains over the guide's own, in a few words."""
+    if saving.same:
+        return "the guide's own family"
+    if not np.isfinite(saving.nats):
+        return ""
+    if abs(saving.nats) <= CERTAIN * saving.error:
+        return "no better or worse than the guide's own family, within the error"
+    return f"{abs(saving.nats):.2f} nats {'better' if saving.nats > 0 else 'worse'} than the guide's own family"
 
 
 def _row(parts: Parts, name: str, label: str, words: str = "") -> Row:
@@ -146,14 +154,6 @@ def _row(parts: Parts, name: str, label: str, words: str = "") -> Row:
     error = row["standard_error"] if known else combined_error(row["standard_error"], row["mcse"])
     words = "; ".join(filter(None, [on_finite_part(parts, name), words, *doubts]))
     return Row(label, (row["mean"],), error, words, _total(parts, name))
-
-
-def _gain(parts: Parts, family: str) -> tuple[float, float]:
-    """How much higher the ELBO of a refined family is than that of the guide's own, a mean with its error, nats."""
-    elbo, mcse = (parts.per_datapoint[name] for name in ("elbo_refined", "elbo_refined_mcse"))
-    gained = (elbo.sel(family=family) - elbo.isel(family=0)).values
-    errors = np.hypot(mcse.sel(family=family).values, mcse.isel(family=0).values)
-    return float(gained.mean()), combined_error(standard_error(gained), summary_mcse(errors))
 
 
 def _total(parts: Parts, name: str) -> str:
