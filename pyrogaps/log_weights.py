@@ -144,14 +144,14 @@ def rounding_error(*terms: Tensor) -> Tensor:
 class Estimate:
     """A per-datapoint estimate in nats with its diagnostics; tensors have shape `(N,)`, `log_weights` `(S, N)`.
 
-    `direction` is what the value is in expectation: "lower bound", "upper bound" or "estimate". `ess` and `khat`
-    describe the weights if the value is their log-mean-exp; a mean of log-weights has neither.
+    `direction` is what the value is in expectation: "exact", "lower bound", "upper bound" or "estimate". `ess` and
+    `khat` describe the weights if the value is their log-mean-exp; a mean of log-weights has neither.
 
     `vouched` is True where something other than these weights says that their tail is light: a pilot of other draws, or
     the covariance of the proposal against the measured curvature in every direction. `upper` is an upper bound of the
     same quantity, +infinity where there is none. `doubted` is True where other starts say that modes may be missed, and
     False where they do not or nobody looked. `rounding` is the rounding error of a log-weight in nats; neither
-    `mcse` nor the interval is below it.
+    `mcse` nor the interval is below it. `declared` is where its evidence calls it reliable; None where weights decide.
     """
 
     value: Tensor
@@ -165,6 +165,7 @@ class Estimate:
     upper: Tensor | None = None
     rounding: Tensor | None = None
     doubted: Tensor | None = None
+    declared: Tensor | None = None
 
     def __repr__(self) -> str:
         number = len(self.value)
@@ -172,20 +173,23 @@ class Estimate:
             float(self.value.std(correction=min(1, number - 1))) / math.sqrt(number),
             self.mcse.norm() / number,
         )
+        reliable = f"{int(self.reliable.sum())} reliable" if self.examined else "reliability not examined"
         return (
             f"{type(self).__name__}({counted(number, 'datapoint')}: mean {float(self.value.mean()):.3f}"
             f"{f' ± {error:.3f}' if number > 1 and math.isfinite(error) else ''} nats"
             f"{f', Monte Carlo error {noise:.3f}' if math.isfinite(noise) else ''}; {self.direction}; "
-            f"{int(self.reliable.sum())} reliable)"
+            f"{reliable})"
         )
 
     def interval(self, probability: float = 0.95) -> tuple[Tensor, Tensor]:
-        """A central confidence interval, `(N,)` each; NaN without `log_weights`.
+        """A central confidence interval, `(N,)` each; NaN without `log_weights`, but for an exact value.
 
         Student's t for a mean, `skewed_interval` for a log-mean-exp, and the rounding error on both sides. From 500
         draws on, where nothing vouches for them, it also spans the interval of the second half of the draws, because
         `reliable` is then decided by the first. Its coverage is checked where `reliable` is True.
         """
+        if self.direction.startswith("exact"):
+            return self.value - self.mcse, self.value + self.mcse
         if self.log_weights is None:
             unknown = torch.full_like(self.value, math.nan)
             return unknown, unknown
@@ -215,16 +219,31 @@ class Estimate:
         wide as the target pass the limits above in most cases, and their intervals cover in 80%.
 
         Where `upper` is more than half a nat above the value, or infinite, the estimate is not reliable. These checks
-        cannot detect a mode that no draw has reached; only other starts can.
+        cannot detect a mode that no draw has reached; only other starts can. An exact value is reliable if it is
+        finite. It is False everywhere where `examined` is.
         """
         reliable = torch.isfinite(self.value) & torch.isfinite(self.mcse)
-        if self.log_weights is None or len(self.log_weights) < 2:
+        if not self.examined:
             return torch.zeros_like(reliable)
-        if self.ess is not None:
+        if self.declared is not None:
+            reliable = reliable & self.declared.to(reliable.device)
+        elif self.ess is not None:
             reliable = reliable & torch.where(self._vouched, self._passes, self._passes_alone)
         if self.upper is not None:
             reliable = reliable & (self.upper.to(reliable.device) - self.value <= MAX_WIDTH)
         return reliable if self.doubted is None else reliable & ~self.doubted.to(reliable.device)
+
+    @property
+    def examined(self) -> bool:
+        """Whether there is enough to decide on `reliable`: the word of the evidence, or weights that can be judged.
+
+        Fewer than 500 weights for which nothing vouches cannot.
+        """
+        if self.declared is not None:
+            return True
+        if self.log_weights is None or len(self.log_weights) < 2:
+            return False
+        return self.ess is None or self.vouched is not None or len(self.log_weights) >= MIN_DRAWS_ALONE
 
     @property
     def _vouched(self) -> Tensor:

@@ -81,6 +81,12 @@ class Record:
         kept = {name: value for name, value in row.items() if isinstance(value, float) and np.isfinite(value)}
         return {PREFIX + name: value for name, value in kept.items()}
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether a number of this step is missing or cannot be trusted."""
+        untrusted = any(number < total for number, total in self.shares.values())
+        return self.ledger is None or untrusted or bool(self.cautions)
+
     def flags(self) -> str:
         """Why the numbers of this step need care, in a few words."""
         if self.ledger is None:
@@ -88,6 +94,7 @@ class Record:
         words = UNTRUSTED | {"converged": "not converged"}
         shares = self.shares.items()
         flags = [f"{words[name]} {total - number}/{total}" for name, (number, total) in shares if number < total]
+        flags += [] if "reliable" in self.shares else [UNTRUSTED["examined"]]
         return "; ".join([*flags, *["see warnings"] * bool(self.cautions)])
 
 
@@ -263,8 +270,8 @@ class GapMonitor:
 
         `log_evidence`, `elbo_refined` (L[q*] of the guide's family), `elbo` and the gaps, means in nats, each with
         `<name>_standard_error` over datapoints and `<name>_mcse`; the shares of datapoints with `finite` bounds,
-        `reliable` log p(x) and `converged` refinement; `seconds`; `cautions`, reasons not to trust the numbers; and
-        `failure`, why there are none (values are then NaN).
+        `reliable` log p(x) (where the evidence examines that) and `converged` refinement; `seconds`; `cautions`,
+        reasons not to trust the numbers; and `failure`, why there are none (values are then NaN).
         """
         index = pd.Index([record.step for record in self.records], name="step", dtype=np.int64)
         return pd.DataFrame([record.row() for record in self.records], index=index)

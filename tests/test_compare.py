@@ -110,9 +110,74 @@ def test_log_evidence_of_one_model_cancels(ledgers: dict[str, pg.GapLedger]) -> 
     before, after = pg.compare(ledgers["worse"], ledgers["better"]), pg.compare(ledgers["worse"], wrong)
     for name in ("inference_gap", "approximation_gap", "amortization_gap"):
         xr.testing.assert_equal(before.per_datapoint[name], after.per_datapoint[name])
+        # Both columns have the higher log p(x), which is the right one.
+        for column in ("reference", "value"):
+            off = row(after, name)[column] - row(before, name)[column]
+            assert abs(float(off)) < STANDARD_ERRORS * float(columns["log_evidence_mcse"].max())
     warning = re.search(r"log p\(x\) of one model differs by ([\d.]+) ± .* that of 'b' is too low", str(after))
     assert warning is not None and float(warning[1]) == pytest.approx(3.0, abs=0.1)
     assert "of one model differs" not in str(before)
+
+
+def assert_columns_subtract(comparison: pg.Comparison, other: str) -> None:
+    """In every row: the first column less the second is the difference."""
+    rows = comparison.differences.sel(other=other)
+    np.testing.assert_allclose(rows["reference"] - rows["value"], rows["mean"], atol=1e-9)
+
+
+def test_columns_of_one_model_subtract_and_add_up(ledgers: dict[str, pg.GapLedger]) -> None:
+    """Also where the two ledgers' own log p(x) differ, and in a family's rows."""
+    pair = [pg.decompose(MODEL, guide, X, families={"m": AutoNormal}, seed=seed, **ROUGH)
+            for seed, guide in enumerate((worse(), better()))]  # fmt: skip
+    for given in ((ledgers["worse"], ledgers["better"]), pair):
+        comparison = pg.compare(*given)
+        assert_columns_subtract(comparison, "b")
+        for column in ("reference", "value"):
+            means = comparison.differences[column].sel(other="b")
+            one = comparison.provenance["log_evidence"]["b"]
+            assert float(means.sel(quantity="inference_gap") + means.sel(quantity="elbo")) == pytest.approx(one)
+            parts = means.sel(quantity="approximation_gap") + means.sel(quantity="amortization_gap")
+            assert float(parts) == pytest.approx(float(means.sel(quantity="inference_gap")))
+        assert f"measured from one log p(x), −{abs(one):.3f} on average" in str(comparison)
+    assert "approximation_gap[m]" in comparison.differences["quantity"]
+
+
+def one_evidence(ledgers: dict[str, pg.GapLedger], *changes: dict[str, Any]) -> np.ndarray:
+    """log p(x) in both columns, of two ledgers of one model with columns of their own."""
+    first, second = (_with(ledgers["better"], **change) for change in changes)
+    return Pair(first, replace(second, provenance={**second.provenance, "seed": 8})).evidence
+
+
+def test_one_log_evidence_of_two_ledgers(ledgers: dict[str, pg.GapLedger]) -> None:
+    """Weighted by precision; of a reliable ledger alone; the higher where errors do not explain the difference."""
+    low, high = np.full(NUMBER, -10.0), np.full(NUMBER, -9.9)
+    errors = [{"log_evidence_mcse": np.full(NUMBER, error)} for error in (0.1, 0.2, 0.001, 0.0)]
+    one, two = {"log_evidence": low} | errors[0], {"log_evidence": high} | errors[1]
+    weighted = (low / 0.01 + high / 0.04) / (1 / 0.01 + 1 / 0.04)
+    np.testing.assert_allclose(one_evidence(ledgers, one, two), weighted)
+    np.testing.assert_allclose(one_evidence(ledgers, two, one), weighted)
+    reliable = np.arange(NUMBER) < 10
+    doubtful = one | {"log_evidence_reliable": reliable}
+    np.testing.assert_allclose(one_evidence(ledgers, doubtful, two), np.where(reliable, weighted, high))
+    np.testing.assert_allclose(one_evidence(ledgers, two, doubtful), np.where(reliable, weighted, high))
+    assert (one_evidence(ledgers, {"log_evidence": low} | errors[2], {"log_evidence": high} | errors[2]) == high).all()
+    for pair in ((low, high), (high, low)):  # an exact value has no error
+        given = [{"log_evidence": value} | errors[place] for value, place in zip(pair, (3, 0), strict=True)]
+        assert (one_evidence(ledgers, *given) == pair[0]).all()
+    assert (one_evidence(ledgers, {"log_evidence": low} | errors[3], {"log_evidence": low} | errors[3]) == low).all()
+
+
+def test_weights_by_precision_are_better_than_either_ledger(ledgers: dict[str, pg.GapLedger]) -> None:
+    """Over repeats: the error of the mean of independent estimates is that of their precisions, added."""
+    truth = MODEL.log_evidence(X).detach().numpy()
+    generator, scores = np.random.default_rng(0), []
+    errors = [generator.uniform(0.01, 0.1, NUMBER) for _ in range(2)]
+    for _ in range(REPEATS):
+        drawn = [{"log_evidence": truth + generator.normal(0, error), "log_evidence_mcse": error} for error in errors]
+        scores.append((one_evidence(ledgers, *drawn) - truth) / (errors[0] ** -2 + errors[1] ** -2) ** -0.5)
+    assert abs(np.mean(scores)) < STANDARD_ERRORS / (REPEATS * NUMBER) ** 0.5
+    # Where they differ by more than four errors, once in 16,000, the higher one is taken.
+    assert abs(np.std(scores) - 1) < STANDARD_ERRORS / (2 * REPEATS * NUMBER) ** 0.5
 
 
 def test_log_evidence_of_two_models_lies_between_bounds(ledgers: dict[str, pg.GapLedger]) -> None:

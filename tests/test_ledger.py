@@ -357,7 +357,7 @@ def test_a_gap_within_its_error_and_a_family_that_gains_nothing(ledger: pg.GapLe
     for gain, words in (
         (0.5, "0.50 nats better than the guide's own family"),
         (-0.5, "0.50 nats worse than the guide's own family"),
-        (0.0, "the same as the guide's own family, within the error"),
+        (0.0, "no gain over the guide's own family"),
     ):
         changed = with_rows(ledger, elbo_refined=np.stack([elbo[:, 0], elbo[:, 0] + gain], 1))
         assert rows_of(str(changed))["a<b>&_%"].endswith(words)

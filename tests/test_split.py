@@ -72,7 +72,10 @@ def test_children_are_those_of_the_closed_form_and_the_cause_is_named(cause: str
         # A refinement of 300 steps is short of its optimum by less than a thousandth.
         assert abs(off) < STANDARD_ERRORS * summary.loc[gap, "mcse"] + 1e-3, f"{gap}: off by {off} of {exact}"
     assert max(exact, key=lambda gap: exact[gap]) == cause
-    assert ledger.diagnose().dominant == cause
+    diagnosis = ledger.diagnose()
+    assert diagnosis.dominant_within("amortization_gap") == cause
+    name = str(ledger.gaps["label"].sel(gap=cause).item())
+    assert diagnosis.verdict.endswith(f" Within the amortization gap, mostly the {name}.")
 
 
 @pytest.mark.usefixtures("brief_check")
@@ -98,7 +101,7 @@ def test_data_simulated_without_end_leave_nothing_to_generalise() -> None:
     generalization = gaps.loc["generalization_gap"]
     assert abs(generalization["mean"]) < STANDARD_ERRORS * generalization["standard_error"]
     assert gaps.loc["optimization_gap", "mean"] > STANDARD_ERRORS * gaps.loc["optimization_gap", "standard_error"]
-    assert ledger.diagnose().dominant != "generalization_gap"
+    assert ledger.diagnose().dominant_within("amortization_gap") != "generalization_gap"
 
 
 @pytest.mark.usefixtures("brief_check")

@@ -33,7 +33,7 @@ def test_an_estimate_is_one_line() -> None:
     assert text.endswith(" nats, Monte Carlo error 0.001; lower bound; 40 reliable)")
     assert "Estimate(1 datapoint: mean " in repr(log_mean_exp_estimate(log_weights[:, :1]))
     unknown = Estimate(torch.tensor([-1.0, -torch.inf]), torch.full((2,), torch.nan), "lower bound")
-    assert repr(unknown) == "Estimate(2 datapoints: mean -inf nats; lower bound; 0 reliable)"
+    assert repr(unknown) == "Estimate(2 datapoints: mean -inf nats; lower bound; reliability not examined)"
 
 
 def test_no_result_dumps_its_tensors() -> None:

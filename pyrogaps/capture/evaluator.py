@@ -133,7 +133,7 @@ class GradientEvaluator:
     ) -> Eager | Captured:
         eager = Eager(densities, self.joint)
         self.mode = self._graphs.get(FALLBACK, self.mode)
-        if self.mode == "eager":
+        if self.mode == "eager" or self._is_discrete:
             return eager
         if checked and key in self._graphs:
             return self._recorded(key)
@@ -161,6 +161,12 @@ class GradientEvaluator:
             self._graphs[FALLBACK] = fallback
             return self._programs(densities, key, rows, tensors, checked)
         return self._recorded(key)
+
+    @property
+    def _is_discrete(self) -> bool:
+        """Whether all latents are discrete: there is no gradient to record."""
+        sites = self.joint.sites.values()
+        return bool(sites) and all(site.num_states for site in sites)
 
     def _recorded(self, key: Any) -> Captured:
         graph: Captured = self._graphs[key]

@@ -20,12 +20,14 @@ from pyrogaps.annealing.loop import (
 )
 from pyrogaps.bounds import refuse_nan
 from pyrogaps.density.draws import Posterior
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.evidence.paths import Path, anchored_path, prior_path
 from pyrogaps.evidence.protocol import MAX_CHAINS, Columns, Evidence, Measured, Measurement, joined
+from pyrogaps.evidence.reliability import RELIABLE, enough_trusted, number_unreliable
 from pyrogaps.gaussians import Gaussian, anchor_of, gaussian_of
 from pyrogaps.hmc import HMCState
 from pyrogaps.log_weights import (
+    MIN_DRAWS_ALONE,
     Estimate,
     effective_sample_size,
     log_mean_exp,
@@ -146,6 +148,7 @@ class AISMeasurement(Measurement):
             "log_evidence_ess": effective_sample_size(ran.log_weights),
             "log_evidence_draws": torch.full((len(chunk),), self.evidence.num_chains),
             "acceptance": ran.acceptance,
+            **self._judged(ran.log_weights),
         }
         traces = {
             "acceptance_by_temperature": ran.acceptance_by_temperature,
@@ -175,6 +178,12 @@ class AISMeasurement(Measurement):
     def _anchored(self, start: Gaussian, chunk: Chunk) -> Path:
         return anchored_path(self.problem.evaluator, start.widened(self.evidence.widen), chunk)
 
+    def _judged(self, log_weights: Tensor) -> dict[str, Tensor]:
+        """Where log p(x) can be trusted, if there are enough chains to judge."""
+        if len(log_weights) < MIN_DRAWS_ALONE:
+            return {}
+        return {RELIABLE: log_mean_exp_estimate(log_weights).reliable}
+
     def notes(self, columns: Columns) -> list[str]:
         share = columns["log_evidence_ess"].mean() / self.evidence.num_chains
         rate = columns["acceptance"].mean()
@@ -182,12 +191,20 @@ class AISMeasurement(Measurement):
 
     def cautions(self, columns: Columns) -> list[str]:
         share = columns["log_evidence_ess"].mean() / self.evidence.num_chains
-        if share >= MIN_EFFECTIVE_SHARE:
-            return []
-        return [
-            f"the effective sample size of AIS is {share:.0%} of its chains, so log p(x) and the gaps measured from it "
-            "may be too small. Raise num_temperatures of AIS"
-        ]
+        cautions, number = [], len(columns["log_evidence"])
+        if share < MIN_EFFECTIVE_SHARE:
+            cautions.append(
+                f"the effective sample size of AIS is {share:.0%} of its chains, so log p(x) and the gaps measured "
+                "from it may be too small. Raise num_temperatures of AIS"
+            )
+        unreliable = number_unreliable(columns) if self.evidence.num_chains >= MIN_DRAWS_ALONE else 0
+        if not enough_trusted(number - unreliable, number):
+            cautions.append(
+                f"log p(x), and the gaps measured from it, cannot be trusted for {unreliable:,} of "
+                f"{counted(number, 'datapoint')}: the weights of the chains are too uneven. Raise num_temperatures of "
+                "AIS"
+            )
+        return cautions
 
     def estimate(self, parts: Sequence[Measured]) -> Estimate:
         log_weights = torch.cat([torch.as_tensor(part.log_weights).cpu() for part in parts], -1)

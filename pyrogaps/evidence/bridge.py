@@ -28,7 +28,8 @@ from pyrogaps.evidence.ais import Temperatures
 from pyrogaps.evidence.climb import widening
 from pyrogaps.evidence.importance import Sampler
 from pyrogaps.evidence.ladder_settings import LadderSettings
-from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined, number_unreliable
+from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined
+from pyrogaps.evidence.reliability import enough_trusted, number_unreliable
 from pyrogaps.evidence.rungs import Annealer
 from pyrogaps.evidence.tails import vouched
 from pyrogaps.gaussians import Curvature, anchor_of
@@ -51,7 +52,6 @@ Draws = Annotated[int, within("of at least 16 and at most 1000000")]
 # The step lengths change little along the path: a short pilot knows them.
 PILOT_TEMPERATURES = 8
 HALVINGS = 64  # of the bracket of log r, which leave the rounding of double precision
-MAX_SHARE_UNRELIABLE = 0.1
 
 
 @checked("evidence")
@@ -169,6 +169,11 @@ class BridgeEstimate(Estimate):
         return self.value - error, self.value + error
 
     @property
+    def examined(self) -> bool:
+        """True: every datapoint is judged."""
+        return True
+
+    @property
     def reliable(self) -> Tensor:
         """Whether `interval` has its nominal coverage, `(N,)`.
 
@@ -238,13 +243,11 @@ class BridgeMeasurement(Measurement):
             f"effective sample size {share:.0%} of the chains, mean acceptance rate {columns['acceptance'].mean():.2f}",
             f"standard error of log p(x): median {np.median(errors):.3f}, 90th percentile "
             f"{np.quantile(errors, 0.9):.3f}",
-            f"log p(x) is reliable for {int(columns['log_evidence_reliable'].sum()):,} of "
-            f"{counted(len(errors), 'datapoint')}",
         ]
 
     def cautions(self, columns: Columns) -> list[str]:
         number, unreliable = len(columns["log_evidence"]), number_unreliable(columns)
-        if unreliable <= MAX_SHARE_UNRELIABLE * number:
+        if enough_trusted(number - unreliable, number):
             return []
         return [
             f"log p(x), and the gaps measured from it, cannot be trusted for {unreliable:,} of "

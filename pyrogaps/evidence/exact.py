@@ -1,29 +1,45 @@
 """log p(x) where every latent is discrete and summed out: it is the density itself."""
 
-import math
+from dataclasses import dataclass
 
 import torch
 
-from pyrogaps.evidence.climb import COLUMNS, SAMPLING, Climbed
+from pyrogaps.density.draws import Posterior
+from pyrogaps.evidence.protocol import Evidence, Measured, Measurement
 from pyrogaps.log_weights import rounding_error
 from pyrogaps.problem import Problem
-from pyrogaps.streams import PARTICLE_BLOCK, Chunk
+from pyrogaps.refine import Refiner
+from pyrogaps.run import Run
+from pyrogaps.streams import Chunk
 
 
-def exactly(problem: Problem, block: Chunk) -> Climbed:
-    """log p(x_n) of a block of datapoints without continuous latents, in the form of a climb.
+@dataclass(frozen=True)
+class Enumeration(Evidence):
+    """log p(x_n) as the sum over all states, which takes the place of any evidence where no latent is continuous."""
 
-    The one point of their space has weight p(x): all draws are the same, and the error is that of rounding.
-    """
-    nowhere = problem.joint.zeros(len(block))[None]
-    with torch.no_grad():
-        value = problem.joint(nowhere, block.indices)[0].double()
-    weights = value.expand(PARTICLE_BLOCK, -1)
-    columns = {name: torch.zeros(len(block), dtype=torch.float64) for name in COLUMNS}
-    columns["method"] = torch.full((len(block),), SAMPLING)
-    columns["evaluations"] = torch.ones(len(block), dtype=torch.long)
-    columns["temperatures"] = torch.zeros(len(block), dtype=torch.long)
-    columns["acceptance"] = torch.full((len(block),), math.nan, dtype=torch.float64)
-    columns["upper"], columns["vouched"] = value.cpu(), torch.ones(len(block), dtype=torch.bool)
-    columns["rounding"] = rounding_error(weights.to(problem.joint.dtype)).cpu()
-    return Climbed(list(weights.T), columns)
+    def prepare(self, problem: Problem, run: Run, refine: Refiner | None = None) -> "EnumerationMeasurement":
+        return EnumerationMeasurement(self, problem, run)
+
+
+@dataclass(frozen=True)
+class EnumerationMeasurement(Measurement):
+    """log p(x_n) by enumeration. The Monte Carlo error is that of rounding."""
+
+    evidence: Enumeration
+    direction = "exact"
+
+    @property
+    def estimator(self) -> str:
+        return "enumeration"
+
+    def measure(self, chunk: Chunk, refined: Posterior | None = None) -> Measured:
+        joint = self.problem.joint
+        nowhere = joint.zeros(len(chunk))[None]  # the one point of a space without dimensions
+        with torch.no_grad():
+            value = joint(nowhere, chunk.indices)
+        return Measured({"log_evidence": value[0].double(), "log_evidence_mcse": rounding_error(value)})
+
+
+def prepared(evidence: Evidence, problem: Problem, run: Run, refine: Refiner | None = None) -> Measurement:
+    """What measures log p(x_n) by an evidence; by enumeration where all latents are discrete."""
+    return (evidence if problem.dim else Enumeration()).prepare(problem, run, refine)

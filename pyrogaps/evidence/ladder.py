@@ -14,10 +14,10 @@ from pyrogaps.errors import counted
 from pyrogaps.evidence.ais import AIS
 from pyrogaps.evidence.climb import COLUMNS, Climb, Climbed
 from pyrogaps.evidence.components import climbed_by_components
-from pyrogaps.evidence.exact import exactly
 from pyrogaps.evidence.ladder_estimate import METHODS, LadderEstimate, ladder_estimate
 from pyrogaps.evidence.ladder_settings import LadderSettings
-from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined, number_unreliable
+from pyrogaps.evidence.protocol import Columns, Evidence, Measured, Measurement, joined
+from pyrogaps.evidence.reliability import enough_trusted, number_unreliable
 from pyrogaps.gaussians import anchor_of
 from pyrogaps.log_weights import MIN_DRAWS_ALONE
 from pyrogaps.problem import Problem
@@ -30,8 +30,6 @@ from pyrogaps.streams import Chunk
 REVERSE_TEMPERATURES, REVERSE_TOLERANCE = 50, 0.1
 # The share of the datapoints that may miss the tolerance without a caution: their errors are uncertain themselves.
 MAX_SHARE_ABOVE = 0.2
-# The share of the datapoints that may be unreliable without one.
-MAX_SHARE_UNRELIABLE = 0.1
 # The tolerance with which weights alone are trusted: well below the standard error that this takes.
 TOLERANCE_ALONE = 0.015
 # The effective sample size below which weights say nothing of the value, not even how wrong it is.
@@ -92,11 +90,6 @@ class Ladder(LadderSettings, Evidence):
         return LadderMeasurement(self, problem, run)
 
 
-def prepared(evidence: Evidence, problem: Problem, run: Run, refine: Refiner | None = None) -> Measurement:
-    """What measures log p(x_n) by an evidence; where all latents are discrete, by the ladder, which sums over them."""
-    return (evidence if problem.dim else Ladder()).prepare(problem, run, refine)
-
-
 @dataclass(frozen=True)
 class LadderMeasurement(Measurement):
     """log p(x_n) by what each datapoint needs."""
@@ -129,8 +122,6 @@ class LadderMeasurement(Measurement):
 
     def _climbed(self, chunk: Chunk) -> list[Climbed]:
         problem, evaluator = self.problem, self.problem.evaluator
-        if not problem.dim:
-            return [exactly(problem, block) for block in chunk.blocks()]
         if problem.joint.enumerated:
             return [climbed_by_components(problem, chunk, block, self.evidence, self.run) for block in chunk.blocks()]
         anchor = anchor_of(problem, chunk, self.run)
@@ -144,12 +135,10 @@ class LadderMeasurement(Measurement):
         shares = [(name, float((method == place).mean())) for place, name in enumerate(METHODS)]
         ways = ", ".join(f"{name} {share:.0%}" for name, share in shares if share)
         errors, costs = columns["log_evidence_mcse"], columns["log_evidence_evaluations"]
-        reliable = int(columns["log_evidence_reliable"].sum())
         return [
             f"log p(x) by {ways}; {costs.mean():,.0f} evaluations per datapoint on average, {costs.max():,.0f} at most",
             f"standard error of log p(x): median {np.median(errors):.3f}, 90th percentile "
             f"{np.quantile(errors, 0.9):.3f}, tolerance {self.evidence.tolerance:g}",
-            f"log p(x) is reliable for {reliable:,} of {counted(len(errors), 'datapoint')}",
         ]
 
     def cautions(self, columns: Columns) -> list[str]:
@@ -162,7 +151,7 @@ class LadderMeasurement(Measurement):
                 "max_evaluations of Ladder"
             )
         unreliable = number_unreliable(columns)
-        if unreliable > MAX_SHARE_UNRELIABLE * number:
+        if not enough_trusted(number - unreliable, number):
             cautions.append(
                 f"log p(x), and the gaps measured from it, cannot be trusted for {unreliable:,} of "
                 f"{counted(number, 'datapoint')}: their posteriors are far from Gaussian, or their weights too uneven. "

@@ -43,6 +43,11 @@ class LadderEstimate(Estimate):
         return low, high
 
     @property
+    def examined(self) -> bool:
+        """True: every datapoint is judged."""
+        return True
+
+    @property
     def reliable(self) -> Tensor:
         """As of `Estimate`, `(N,)`."""
         reliable = _collected(self._estimates, lambda estimate: estimate.reliable)

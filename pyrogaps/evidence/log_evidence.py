@@ -6,7 +6,8 @@ from pyrogaps.density import Data, GuideDensity
 from pyrogaps.density.draws import Posterior
 from pyrogaps.density.runs import Program
 from pyrogaps.evidence.ais import AIS, Initial
-from pyrogaps.evidence.ladder import Ladder, prepared
+from pyrogaps.evidence.exact import prepared
+from pyrogaps.evidence.ladder import Ladder
 from pyrogaps.evidence.protocol import Evidence, Measured
 from pyrogaps.evidence.referee import refereed
 from pyrogaps.guard import guarded

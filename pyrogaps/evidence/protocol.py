@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyrogaps.density.draws import Posterior
+from pyrogaps.evidence.reliability import reliability_of
 from pyrogaps.log_weights import Estimate
 from pyrogaps.problem import Problem
 from pyrogaps.refine import Refiner
@@ -26,7 +27,8 @@ class Measured(NamedTuple):
 
     Attributes:
         columns: `(B,)` each: `log_evidence` and its Monte Carlo standard error `log_evidence_mcse`, in nats, and
-            whatever else a ledger should hold.
+            whatever else a ledger should hold. `log_evidence_reliable`, a boolean, is where that error can be trusted.
+            Without it an exact log p(x) is reliable where it is finite, and that of any other evidence not examined.
         log_weights: those that log p(x) was estimated from, `(S, B)` or, where datapoints have different numbers of
             them, a tensor for each; None where there are none.
         traces: numbers along a path, `(T,)` each, means over the datapoints of the chunk.
@@ -98,7 +100,8 @@ class Measurement:
     def estimate(self, parts: Sequence[Measured]) -> Estimate:
         """What `log_evidence` returns, from the measurements of all chunks."""
         columns = joined(parts)
-        return Estimate(columns["log_evidence"], columns["log_evidence_mcse"], self.direction)
+        declared = reliability_of(columns, self.direction)
+        return Estimate(columns["log_evidence"], columns["log_evidence_mcse"], self.direction, declared=declared)
 
 
 class Evidence(ABC):
@@ -150,12 +153,3 @@ def settings_of(evidence: Any) -> dict[str, Any]:
 def joined(parts: Sequence[Measured]) -> dict[str, Tensor]:
     """The columns of all chunks, one after the other, on the CPU."""
     return {name: torch.cat([part.columns[name].cpu() for part in parts]) for name in parts[0].columns}
-
-
-def number_unreliable(columns: Columns) -> int:
-    """How many datapoints are not reliable by their own weights. Those that other starts doubt have a caution of their
-    own.
-    """
-    unreliable = ~columns["log_evidence_reliable"].astype(bool)
-    doubted = columns.get("log_evidence_doubted")
-    return int((unreliable if doubted is None else unreliable & ~doubted.astype(bool)).sum())

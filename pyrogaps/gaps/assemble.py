@@ -9,6 +9,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyrogaps.chunk_cache import Arrays
+from pyrogaps.evidence.reliability import DOUBTED, NOT_EXAMINED, RELIABLE, STATUS, reliability_notes, reliability_of
 from pyrogaps.gaps.finite import described, is_finite
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import OWN, TRACE, Measure
@@ -35,6 +36,13 @@ def assemble(
     }
     if "log_evidence_upper" in columns:
         provenance = {**provenance, "quantities": {**provenance["quantities"], "log_evidence_upper": UPPER}}
+    direction = provenance["quantities"]["log_evidence"]["direction"]
+    reliable = reliability_of(columns, direction)
+    if reliable is None:
+        columns[RELIABLE] = np.zeros(len(columns["log_evidence"]), dtype=bool)
+    else:
+        reliable = reliable.astype(bool)
+        columns[RELIABLE] = reliable & ~columns.get(DOUBTED, np.zeros_like(reliable))
     evidence, mcse = columns["log_evidence"][:, None], columns["log_evidence_mcse"][:, None]
     with np.errstate(invalid="ignore"):  # infinity less infinity
         columns["family_approximation_gap"] = evidence - columns["elbo_refined"]
@@ -46,10 +54,13 @@ def assemble(
     for variable in per_datapoint.data_vars:
         if str(variable).removesuffix("_mcse") in provenance["quantities"]:
             per_datapoint[variable].attrs["units"] = "nats"
+    if reliable is None:
+        per_datapoint[RELIABLE].attrs[STATUS] = NOT_EXAMINED
     finite = is_finite(per_datapoint)
     if measure.evidence is not None and finite.any():  # a ledger that is saved and loaded has its words alone
         chosen = {name: value[finite] for name, value in columns.items()}
         notes, cautions = measure.evidence.notes(chosen), measure.evidence.cautions(chosen)
+        notes = [*notes, *reliability_notes(per_datapoint.isel(datapoint=finite), direction)]
         provenance = {**provenance, "notes": notes, "cautions": cautions}
     if not finite.all():
         infinite = described(per_datapoint, measure.problem, run, measure.num_particles)

@@ -22,7 +22,14 @@ from pyrogaps.run import Run
 
 
 def check_certifiable(measure: Measure) -> None:
-    """Raise `InputError` for a guide that holds parameters for each datapoint and brings no family for others."""
+    """Raise `InputError` where log p(x) is known exactly, and for a guide that holds parameters for each datapoint and
+    brings no family for others.
+    """
+    if not measure.problem.dim:
+        raise InputError(
+            "certificate: all latents are discrete and summed out, so log p(x) is exact and needs no bounds. Leave "
+            "certificate out"
+        )
     family = measure.refiner.family
     if isinstance(family, OwnFamily) and not family.on_other_data:
         raise InputError(

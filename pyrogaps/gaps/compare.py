@@ -10,12 +10,11 @@ import xarray as xr
 
 from pyrogaps.errors import InputError
 from pyrogaps.gaps.comparison import Comparison, gaps_in_common
-from pyrogaps.gaps.diagnose import CERTAIN
 from pyrogaps.gaps.differences import EVIDENCE, Difference, Pair, error_of
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.same_data import Named, common_datapoints, quoted_pair
 from pyrogaps.gaps.table import warnings_of
-from pyrogaps.gaps.terms import Mean, ids
+from pyrogaps.gaps.terms import CERTAIN, Mean, ids
 from pyrogaps.settings import Name, checked
 from pyrogaps.signatures import nearest
 
@@ -202,6 +201,7 @@ def _provenance(
     return {
         "left_out": {name: _left_out(first[1], named[name], pair) for name, pair in pairs.items()},
         "one_model": {name: pair.one_model for name, pair in pairs.items()},
+        "log_evidence": {name: float(pair.evidence.mean()) for name, pair in pairs.items() if pair.one_model},
         "one_seed": {name: pair.one_seed for name, pair in pairs.items()},
         "without": {name: [key.replace("_", " ") for key in keys] for name, keys in without.items()},
         "warnings": {name: [*_warnings(first[0], name, pair, differences[name])] for name, pair in pairs.items()},
@@ -221,7 +221,7 @@ def _warnings(first: str, other: str, pair: Pair, differences: list[Difference])
         low = first if evidence.mean < 0 else other
         yield (
             f"log p(x) of one model differs by {abs(evidence.mean):.3f} ± {error_of(evidence):.3f} nats between the "
-            f"ledgers: that of '{low}' is too low, and so are its inference and approximation gaps"
+            f"ledgers: that of '{low}' is too low, and so are the inference and approximation gaps that it prints"
         )
     for name, ledger in ((first, pair.first), (other, pair.second)):
         for line in warnings_of(ledger.per_datapoint, ledger.provenance):

@@ -9,10 +9,11 @@ import pandas as pd
 import xarray as xr
 
 from pyrogaps.errors import counted
-from pyrogaps.gaps.differences import APPROXIMATION, EVIDENCE, LARGER, OPEN, SAME, SMALLER, UNTRUSTED
-from pyrogaps.gaps.terms import ids, leaves, root, tree_labels
+from pyrogaps.gaps.differences import EVIDENCE, LARGER, OPEN, SAME, SMALLER, UNTRUSTED
+from pyrogaps.gaps.terms import APPROXIMATION, ids, leaves, root, tree_labels
 from pyrogaps.tables import Frame, Table, number, with_error
 
+LEGEND = "s.e.: standard error of the paired difference over datapoints. MCSE: its Monte Carlo standard error."
 REMEDY = "Measure log p(x) to a smaller tolerance, pg.Ladder(tolerance=...), to narrow it"
 
 
@@ -29,8 +30,12 @@ class Comparison:
     $$[\text{lower}_a - \text{upper}_b,\; \text{upper}_a - \text{lower}_b],$$
 
     and every gap that is measured from it. No verdict is given while 0 lies between the ends, nor where fewer than nine
-    tenths of the datapoints can be trusted. Of one model log p(x) is one number and cancels: the difference of two
-    inference gaps is that of the ELBOs.
+    tenths of the datapoints can be trusted.
+
+    Of one model log p(x) is one number. The row of log p(x) has what each ledger measured; the gaps of both are
+    measured from one value per datapoint: that of the ledger that is reliable, where only one is, else the mean of both
+    weighted by their precision $1 / \mathrm{MCSE}^2$, or the higher one where they differ by more than four errors. It
+    cancels: the difference of two inference gaps is that of the ELBOs.
 
     Attributes:
         names: of the ledgers, the reference first.
@@ -42,7 +47,8 @@ class Comparison:
             `<quantity>_high`, which are equal but where log p(x) is known between bounds, each with its Monte Carlo
             error `..._mcse`; and as coordinates `<quantity>_trusted`.
         provenance: of every other ledger, whether it is of `one_model` and measured with `one_seed` with the reference,
-            what is `without` a difference, `left_out` datapoints, and `warnings`.
+            the mean of the one `log_evidence` of one model, what is `without` a difference, `left_out` datapoints, and
+            `warnings`.
 
     Example:
         >>> import torch, pyrogaps as pg
@@ -123,6 +129,7 @@ def table_of(comparison: Comparison, other: str) -> Table:
         [*comparison.provenance["warnings"][other]],
         comparison.verdict(other),
         [*_notes(comparison, other)],
+        legend=LEGEND,
     )
 
 
@@ -195,9 +202,12 @@ def _size(row: xr.Dataset, sign: int = 1) -> str:
 
 def _notes(comparison: Comparison, other: str) -> Iterator[str]:
     provenance = comparison.provenance
-    yield "s.e.: standard error of the paired difference over datapoints. MCSE: its Monte Carlo standard error."
     if provenance["one_model"][other]:
-        yield "Both ledgers are of one model, so log p(x) cancels: differences of gaps are those of the bounds."
+        yield (
+            "Both ledgers are of one model. Gaps in both columns are measured from one log p(x), "
+            f"{number(provenance['log_evidence'][other], 3)} on average: at each datapoint the mean of both, weighted "
+            "by precision, or the one that can be trusted. It cancels in their difference."
+        )
     else:
         yield (
             "The models differ: log p(x), and gaps measured from it, are known between the ends of an interval, from "

@@ -15,7 +15,7 @@ from pyrogaps.density.remarks import quoted
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.evidence import AIS, Evidence, Ladder, Measurement
-from pyrogaps.evidence.ladder import prepared
+from pyrogaps.evidence.exact import prepared
 from pyrogaps.gaps.amortization import with_split
 from pyrogaps.gaps.assemble import assemble, with_gaps
 from pyrogaps.gaps.certificate import Certificate
@@ -26,20 +26,21 @@ from pyrogaps.gaps.measure import OWN, Measure, reached
 from pyrogaps.gaps.other_starts import with_other_starts
 from pyrogaps.gaps.retrain import Split, check_trainable
 from pyrogaps.gaps.sizes import Sizes, sizes_of
-from pyrogaps.gaps.terms import Term
+from pyrogaps.gaps.terms import Term, approximation_direction
 from pyrogaps.problem import Problem
 from pyrogaps.refine import OwnFamily, Refinement, Refiner, own_family
 from pyrogaps.refine.families import Family
+from pyrogaps.refine.same import is_own_family
 from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk
 from pyrogaps.version import __version__
 
+SAME = "the family '{name}' is the guide's own family, so its rows estimate the same values again"
 REHEARSED = 2  # steps and draws
 QUANTITIES = {
     "elbo": ("Monte Carlo ELBO of the guide", "unbiased"),
     "iwae": ("importance weights of the guide", "lower bound of log p(x)"),
     "elbo_refined": ("Monte Carlo ELBO of the refined guide", "lower bound of L[q*]"),
-    "family_approximation_gap": ("log p(x) - L[q*]", "estimate (either way)"),
 }
 
 
@@ -156,21 +157,26 @@ class Decomposition:
 
 def _provenance(measure: Measure, run: Run) -> dict[str, Any]:
     """What was measured and by what, as plain values."""
-    problem, conditioned = measure.problem, measure.conditioned
+    problem, conditioned, evidence = measure.problem, measure.conditioned, measure.evidence
+    assert evidence is not None
     estimators = QUANTITIES | ({} if conditioned is None else conditioned.quantities)
-    quantities = {
-        name: {"estimator": estimator, "direction": direction} for name, (estimator, direction) in estimators.items()
+    estimators |= {
+        "log_evidence": (evidence.estimator, evidence.direction),
+        "family_approximation_gap": ("log p(x) - L[q*]", approximation_direction(evidence.direction)),
     }
-    assert measure.evidence is not None
-    log_evidence = {"estimator": measure.evidence.estimator, "direction": measure.evidence.direction}
     own = measure.refiner.family
+    same = [name for name, family in measure.families.items() if is_own_family(own, family, problem, run)]
     return {
-        "quantities": {**quantities, "log_evidence": log_evidence},
+        "quantities": {
+            name: {"estimator": estimator, "direction": direction}
+            for name, (estimator, direction) in estimators.items()
+        },
         "own_family": own.kind if isinstance(own, OwnFamily) else None,
         "amortized": isinstance(own, OwnFamily) and own.amortized and problem.num_datapoints > 1,
-        "evidence": measure.evidence.describe(),
+        "evidence": evidence.describe(),
         "refinement": asdict(measure.refiner.settings),
         "families": {name: getattr(family, "__name__", repr(family)) for name, family in measure.families.items()},
+        "same_families": same,
         "num_particles": measure.num_particles,
         "num_datapoints": problem.num_datapoints,
         "dim": problem.dim,
@@ -178,7 +184,7 @@ def _provenance(measure: Measure, run: Run) -> dict[str, Any]:
         "mode": problem.mode,
         "shown": None if (shown := declared(problem.guide)) is None else str(shown),
         "conditioning": None if conditioned is None else conditioned.settings,
-        "remarks": list(problem.remarks),
+        "remarks": [*problem.remarks, *(SAME.format(name=name) for name in same)],
         "unnormalised_likelihood": list(problem.joint.unnormalised),
         "seed": run.seed,
         "dtype": str(problem.joint.dtype).removeprefix("torch."),

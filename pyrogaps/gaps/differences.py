@@ -8,22 +8,17 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from pyrogaps.gaps.diagnose import CERTAIN
+from pyrogaps.evidence.reliability import RELIABLE, enough_trusted, is_exact
 from pyrogaps.gaps.facts import same_model
 from pyrogaps.gaps.finite import is_finite
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.other_starts import RELIABLE
-from pyrogaps.gaps.selection import column_of
+from pyrogaps.gaps.selection import checks_behind, checks_of, column_of, taken_from_evidence
 from pyrogaps.gaps.table import labels_of
-from pyrogaps.gaps.terms import INFERENCE, Mean, Values, combined_error, ids, values_of
+from pyrogaps.gaps.terms import CERTAIN, Mean, Values, combined_error, ids, values_of
 
 EVIDENCE, UPPER = "log_evidence", "log_evidence_upper"
-APPROXIMATION = "approximation_gap"
-# What log p(x) is a part of, and the bound that is taken from it there.
-FROM_EVIDENCE = {EVIDENCE: "", INFERENCE: "elbo", APPROXIMATION: "elbo_refined"}
-UNREFINED = (EVIDENCE, "elbo", INFERENCE)  # what does not rest on refinement
+APART = 4.0  # errors of two values of log p(x) of one datapoint at which they cannot be the same, of thousands
 LARGER, SMALLER, SAME, OPEN, UNTRUSTED = "larger", "smaller", "within its error", "between its bounds", "not trusted"
-MIN_SHARE = 0.9  # of the datapoints that have to be trusted for a verdict on their mean
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         """Whether the first is larger or smaller on average, beyond two errors; or why that is not known."""
-        if self.trusted.sum() < max(1, MIN_SHARE * len(self.trusted)):
+        if not enough_trusted(int(self.trusted.sum()), len(self.trusted)):
             return UNTRUSTED
         low, high = self.ends
         if low.mean > CERTAIN * error_of(low):
@@ -119,6 +114,25 @@ class Pair:
         return np.asarray(first & second & normalised)
 
     @cached_property
+    def evidence(self) -> NDArray[np.float64]:
+        """log p(x) of one model, from both ledgers, `(N,)`.
+
+        It is the value of the ledger that is reliable, where only one is. Else it is the mean of both, weighted by
+        their precision 1 / MCSE^2; or, where they differ by more than their errors, the higher one, because what misses
+        a part of the posterior is too low.
+        """
+        one, two = (values_of(data, EVIDENCE) for data in self.columns)
+        with np.errstate(invalid="ignore"):  # exact values have no error
+            weight = np.nan_to_num(two.mcse**2 / (one.mcse**2 + two.mcse**2), nan=0.5)
+        difference = self._less(one, two)
+        apart = np.abs(difference.value) > APART * difference.mcse
+        weight = np.where(apart, difference.value > 0, weight)
+        nowhere = np.zeros(len(weight), dtype=bool)
+        first, second = (checks_of(data).get("reliable", nowhere) for data in self.columns)
+        weight = np.where(first != second, first, weight)
+        return np.asarray(weight * one.value + (1 - weight) * two.value)
+
+    @cached_property
     def _bounds(self) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
         """log p(x) from below and from above, of both."""
         first, second = (
@@ -145,14 +159,17 @@ class Pair:
         one, two = (column_of(data, name) for data in self.columns)
         value = self._less(one, two)
         low, high, trusted = value, value, np.ones(len(one.value), dtype=bool)
-        if (bound := _taken_from_evidence(name)) is not None:
+        first, second = one.mean.mean, two.mean.mean
+        if (lower := taken_from_evidence(name)) is not None:
             if not self.one_model:
-                low, high, trusted = *self._ends(bound), self.reliable
-            elif bound:  # log p(x) is one number, and cancels
-                value = low = high = self._less(*(column_of(data, bound) for data in reversed(self.columns)))
-        if name not in UNREFINED:
-            trusted = trusted & _converged(self.columns[0], name) & _converged(self.columns[1], name)
-        return Difference(name, label, one.mean.mean, two.mean.mean, value, low, high, trusted)
+                low, high, trusted = *self._ends(lower), self.reliable
+            elif lower:  # log p(x) is one number, and cancels
+                one, two = (column_of(data, lower) for data in self.columns)
+                value = low = high = self._less(two, one)
+                first, second = (float((self.evidence - bound.value).mean()) for bound in (one, two))
+        for data in self.columns:
+            trusted = trusted & checks_behind(data, name).get("converged", True)
+        return Difference(name, label, first, second, value, low, high, trusted)
 
     def _ends(self, bound: str) -> tuple[Values, Values]:
         """Ends of the difference of log p(x), or of a gap that is log p(x) less the `bound` of that name."""
@@ -169,17 +186,10 @@ class Pair:
         return Values(one.value - two.value, mcse)
 
 
-def _taken_from_evidence(name: str) -> str | None:
-    """The bound that is taken from log p(x) in a gap; empty for log p(x) itself, None where log p(x) has no part."""
-    if name.startswith("approximation_gap["):
-        return name.replace("approximation_gap", "elbo_refined")
-    return FROM_EVIDENCE.get(name)
-
-
 def _bounds_of(data: xr.Dataset, direction: str) -> tuple[Values, Values]:
     """log p(x) from below and from above; infinity where it is not bounded from there."""
     lower, nowhere = values_of(data, EVIDENCE), np.full(data.sizes["datapoint"], np.inf)
-    if direction.startswith("exact"):
+    if is_exact(direction):
         return lower, lower
     if not direction.startswith("lower bound"):
         return Values(-nowhere, nowhere), Values(nowhere, nowhere)
@@ -191,9 +201,3 @@ def _bounds_of(data: xr.Dataset, direction: str) -> tuple[Values, Values]:
 def _is_bounded(data: xr.Dataset, lower: Values, upper: Values) -> NDArray[np.bool_]:
     known = np.isfinite([*lower, *upper]).all(0)
     return np.asarray(known & (data[RELIABLE].values if RELIABLE in data else True), dtype=bool)
-
-
-def _converged(data: xr.Dataset, name: str) -> NDArray[np.bool_]:
-    """Where the refinement behind a quantity has converged."""
-    family = name.removesuffix("]").partition("[")[2] or data["family"].values[0]
-    return np.asarray(data["converged"].sel(family=family).values, dtype=bool)

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pyrogaps.evidence.reliability import RELIABLE, is_examined
 from pyrogaps.gaps.finite import finite_part
-from pyrogaps.gaps.other_starts import RELIABLE
+from pyrogaps.gaps.selection import UNTRUSTED
 from pyrogaps.gaps.table import EVIDENCE, MAX_KHAT, Parts, decimals_of, given_shared, is_gap, label_of
-from pyrogaps.gaps.terms import combined_error, ids, parent_of
+from pyrogaps.gaps.terms import CERTAIN, combined_error, ids, parent_of
 from pyrogaps.tables import number
 
-CERTAIN = 2.0  # errors that a gap, or a difference of two rows, has to exceed
 WITHIN = "within its error"
 UPPER = "log_evidence_upper"
 AGREE, CONTRADICT = "the bounds agree within their error", "the bounds contradict each other: do not trust them"
@@ -39,12 +39,15 @@ def doubts_of(parts: Parts, name: str) -> Iterator[tuple[str, float]]:
     made_of = f"{label_of(name, parts.provenance)} {parts.row(name)['estimator']}"
     family = name.removesuffix("]").partition("[")[2]
     for quantity, words, column in (
-        (EVIDENCE, "log p(x) unreliable", RELIABLE),
-        ("L[q*]", "refinement not converged", "converged"),
+        (EVIDENCE, UNTRUSTED["reliable"], RELIABLE),
+        ("L[q*]", UNTRUSTED["converged"], "converged"),
         ("L[q*_C]", "shared posterior not converged", "shared_converged"),
         ("IWAE-", f"k-hat above {MAX_KHAT}", "khat"),
     ):
-        if quantity not in made_of or column not in data:
+        if quantity not in made_of or column not in data or (column == "khat" and not parts.provenance["dim"]):
+            continue
+        if column == RELIABLE and not is_examined(data):
+            yield given_shared(UNTRUSTED["examined"], name, parts.provenance), 1.0
             continue
         values = data[column]
         if "family" in values.dims:

@@ -12,11 +12,13 @@ import xarray as xr
 from pyrogaps.calibration import Calibration
 from pyrogaps.density import Data
 from pyrogaps.errors import InputError
+from pyrogaps.evidence.reliability import is_examined
 from pyrogaps.gaps import certificate as certificates
 from pyrogaps.gaps import selection
 from pyrogaps.gaps.diagnose import Diagnosis, diagnosis
 from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.markup import full_table, paper_table
+from pyrogaps.gaps.savings import savings_of
 from pyrogaps.gaps.short import short_table
 from pyrogaps.gaps.table import Parts, cautions, last_gap
 from pyrogaps.gaps.terms import INFERENCE, Mean, ids, root, values_of
@@ -124,15 +126,25 @@ class GapLedger:
     def diagnose(self) -> Diagnosis:
         """Which gap dominates and what usually closes it, ranked by nats.
 
-        Nothing is advised on a difference within two standard errors. Take `.dominant` and `.findings`, or print it.
+        Errors combine the standard error over datapoints with the Monte Carlo error. Nothing is advised on a difference
+        within two of them, and there is no verdict where fewer than nine in ten datapoints can be trusted. Where
+        `families` were measured, it says what each would save. Take `.dominant` and `.findings`, or print it.
         """
         infinite = [*infinite_lines(self.per_datapoint, self.provenance)]
         warnings = [*infinite, *cautions(finite_part(self.per_datapoint), self.provenance)]
         if self.certificate is not None:
             inference_gap = float(self.gaps["mean"].sel(gap=root(self.gaps)))
             warnings += certificates.cautions(self.certificate, inference_gap, last_gap(self.provenance))
-        remarks = tuple(self.provenance.get("remarks", []))
-        return diagnosis(self.gaps, tuple(warnings), finite=not infinite, remarks=remarks)
+        data = finite_part(self.per_datapoint)
+        return diagnosis(
+            self.gaps,
+            tuple(warnings),
+            finite=not infinite,
+            remarks=tuple(self.provenance.get("remarks", [])),
+            doubts={name: selection.doubts_on(data, name) for name in ids(self.gaps)},
+            savings=savings_of(data, self.shared, self.provenance.get("same_families", [])),
+            examined=is_examined(data),
+        )
 
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`

@@ -11,6 +11,7 @@ from pyrogaps.chunk_cache import Arrays
 from pyrogaps.errors import counted
 from pyrogaps.evidence import Ladder
 from pyrogaps.evidence.referee import by_modes, doubted_by
+from pyrogaps.evidence.reliability import DOUBTED, RELIABLE
 from pyrogaps.gaps.measure import OWN, Measure, as_arrays
 from pyrogaps.modes import Contested, Gain, examine
 from pyrogaps.refine import OwnFamily
@@ -18,7 +19,7 @@ from pyrogaps.refine.examined import can_be_taken, starts_at
 from pyrogaps.run import Run
 from pyrogaps.streams import Chunk
 
-EXAMINED, DOUBTED, RELIABLE = "examined", "log_evidence_doubted", "log_evidence_reliable"
+EXAMINED = "examined"
 REFINED = ("elbo_refined", "elbo_refined_mcse", "khat_refined", "ess_refined", "converged", "kept_start")
 CONFIDENCE, EVIDENCE = 0.95, "log p(x)"
 NOTEWORTHY = 0.005  # nats; less is printed as 0.00
@@ -57,9 +58,10 @@ def with_other_starts(results: Results, measure: Measure, number: int, run: Run)
             old = arrays[name][places[rows] - chunk.start]
             arrays[name] = arrays[name].copy()
             arrays[name][places[rows] - chunk.start] = np.where(accepted, after[name][rows], old)
-        if evidence.count and RELIABLE in arrays:
+        if evidence.count:
             arrays[DOUBTED] = doubted[chunk.start : chunk.stop]
-            arrays[RELIABLE] = arrays[RELIABLE] & ~arrays[DOUBTED]
+            if RELIABLE in arrays:
+                arrays[RELIABLE] = arrays[RELIABLE] & ~arrays[DOUBTED]
     families = {} if refined is None else dict(zip((OWN, *measure.families), refined.by_column, strict=True))
     found = {"contested": len(places), "log_evidence": _plain(evidence)}
     return results, {**summary, **found, "refined": {name: _plain(gain) for name, gain in families.items()}}
@@ -87,6 +89,11 @@ def _gain(name: str, before: Arrays, after: Arrays, number: int) -> Gain:
 
 def _plain(gain: Gain) -> dict[str, Any]:
     return {"count": gain.count, "mean": gain.mean}
+
+
+def lines_on(provenance: Mapping[str, Any]) -> list[str]:
+    """`lines_of` a ledger; none where all latents are discrete: log p(x) sums over their states, and has no modes."""
+    return lines_of(provenance.get("examined")) if provenance["dim"] else []
 
 
 def lines_of(examined: Mapping[str, Any] | None) -> list[str]:

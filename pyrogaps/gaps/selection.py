@@ -9,16 +9,15 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pyrogaps.errors import InputError, counted
+from pyrogaps.evidence.reliability import RELIABLE, enough_trusted, is_examined, reliability_notes
 from pyrogaps.gaps import other_starts
 from pyrogaps.gaps.finite import finite_part, is_finite
-from pyrogaps.gaps.other_starts import RELIABLE
-from pyrogaps.gaps.terms import Mean, Values, ids, parent_of, values_of
+from pyrogaps.gaps.terms import APPROXIMATION, DATA_SET, GLOBAL, INFERENCE, Mean, Values, ids, parent_of, values_of
 from pyrogaps.signatures import nearest
 from pyrogaps.tables import Frame
 
 Provenance: TypeAlias = dict[str, Any]
 DATAPOINT, FAMILY, FLAGS = "datapoint", "family", "flags"
-APPROXIMATION = "approximation_gap"
 FINGERPRINT = "data_fingerprint"  # of what the model observes
 CONVERGED = "converged"
 BOUNDS = ("log_evidence", "elbo")
@@ -27,7 +26,16 @@ UNTRUSTED = {
     "finite": "no finite bounds",
     "reliable": "log p(x) unreliable",
     "converged": "refinement not converged",
+    "examined": "log p(x) not examined",
 }
+# Why there is no verdict on a mean, and what to do.
+NO_VERDICT = {
+    "reliable": ("log p(x) is reliable for only", "Spend more on evidence"),
+    "converged": ("refinement has converged for only", "Raise num_steps of Refinement"),
+}
+# What log p(x) is a part of, and the bound that is taken from it there.
+FROM_EVIDENCE = {"log_evidence": "", INFERENCE: "elbo", DATA_SET: "elbo", APPROXIMATION: "elbo_refined"}
+UNREFINED = ("log_evidence", "elbo", INFERENCE, DATA_SET, GLOBAL)  # what does not rest on refinement
 
 
 def with_flags(dataset: xr.Dataset) -> xr.Dataset:
@@ -37,24 +45,58 @@ def with_flags(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def checks_of(dataset: xr.Dataset) -> dict[str, NDArray[np.bool_]]:
-    """What can be trusted of a datapoint, `(N,)` each: "finite" bounds, "reliable" log p(x), "converged" refinement of
-    the guide's own family.
+    """What can be trusted of a datapoint, `(N,)` each: "finite" bounds, "reliable" log p(x) where that was examined,
+    "converged" refinement of the guide's own family.
     """
     checks = {"finite": is_finite(dataset)}
-    if RELIABLE in dataset:
+    if is_examined(dataset):
         checks["reliable"] = dataset[RELIABLE].values.astype(bool)
     if CONVERGED in dataset:
-        converged = dataset[CONVERGED]
-        own = converged.isel(family=0) if FAMILY in converged.dims else converged
-        checks["converged"] = own.values.astype(float) == 1  # of shared latents, the share of their draws
+        checks["converged"] = converged_of(dataset, 0)
     return checks
+
+
+def converged_of(dataset: xr.Dataset, family: int | str) -> NDArray[np.bool_]:
+    """Where the refinement of a family has converged, `(N,)`; where datapoints share latents, given all draws."""
+    converged = dataset[CONVERGED]
+    if FAMILY in converged.dims:
+        converged = converged.sel(family=family) if isinstance(family, str) else converged.isel(family=family)
+    return np.asarray(converged.values == 1)
+
+
+def taken_from_evidence(name: str) -> str | None:
+    """The bound that is taken from log p(x) in a gap; empty for log p(x) itself, None where log p(x) has no part."""
+    if _stored(name)[0] == "family_approximation_gap":
+        return name.replace(APPROXIMATION, "elbo_refined")
+    return FROM_EVIDENCE.get(name)
+
+
+def checks_behind(dataset: xr.Dataset, name: str) -> dict[str, NDArray[np.bool_]]:
+    """What has to hold of a datapoint, `(N,)` each, for its value of a row of the summary to be trusted."""
+    checks, needed = checks_of(dataset), dict[str, NDArray[np.bool_]]()
+    if taken_from_evidence(name) is not None and "reliable" in checks:
+        needed["reliable"] = checks["reliable"]
+    if name not in UNREFINED and CONVERGED in dataset:
+        needed["converged"] = converged_of(dataset, _stored(name)[1] or 0)
+    return needed
+
+
+def doubts_on(dataset: xr.Dataset, name: str) -> dict[str, str]:
+    """Why there is no verdict on the mean of a row of the summary, and what to do; empty where there is one."""
+    doubts = {}
+    for check, passes in checks_behind(dataset, name).items():
+        trusted, number = int(passes.sum()), len(passes)
+        if number and not enough_trusted(trusted, number):
+            what, remedy = NO_VERDICT[check]
+            doubts[f"{what} {trusted:,} of {counted(number, DATAPOINT)}"] = remedy
+    return doubts
 
 
 def flags_of(dataset: xr.Dataset) -> list[str]:
     """Why the numbers of a datapoint cannot be trusted, `(N,)` texts; empty where they can."""
-    checks = checks_of(dataset)
+    checks, unexamined = checks_of(dataset), [] if is_examined(dataset) else [UNTRUSTED["examined"]]
     return [
-        "; ".join(UNTRUSTED[name] for name, passes in checks.items() if not passes[place])
+        "; ".join([*unexamined, *(UNTRUSTED[name] for name, passes in checks.items() if not passes[place])])
         for place in range(dataset.sizes[DATAPOINT])
     ]
 
@@ -157,7 +199,7 @@ def provenance_over(dataset: xr.Dataset, provenance: Provenance, dropped: Sequen
     """
     before = provenance.get("subset", {"of": provenance["num_datapoints"], "without": []})
     notes, cautions = _said_of_all(provenance)
-    own_notes, own_cautions = _said_of(dataset)
+    own_notes, own_cautions = _said_of(dataset, provenance["quantities"]["log_evidence"]["direction"])
     numbers = {int(label) for label in dataset[DATAPOINT].values}
     subset = {"of": before["of"], "without": list(dict.fromkeys([*before["without"], *dropped]))}
     result = {key: value for key, value in provenance.items() if key not in ("split", "examined", "infinite")}
@@ -182,20 +224,17 @@ def _said_of_all(provenance: Provenance) -> tuple[list[str], list[str]]:
     notes, cautions = list(provenance.get("notes", [])), list(provenance.get("cautions", []))
     if "subset" in provenance:
         return [line for line in notes if line.startswith(WHOLE)], [line for line in cautions if line.startswith(WHOLE)]
-    examined = provenance.get("examined")
-    notes += other_starts.lines_of(examined)
-    cautions += [] if examined is None else other_starts.cautions_of(examined)
+    notes += other_starts.lines_on(provenance)
+    cautions += other_starts.cautions_of(provenance["examined"]) if "examined" in provenance else []
     whole = f"{WHOLE} {counted(provenance['num_datapoints'], DATAPOINT)}"
     return [f"{whole}: {line}" for line in notes], [f"{whole}: {line}" for line in cautions]
 
 
-def _said_of(dataset: xr.Dataset) -> tuple[list[str], list[str]]:
-    """Notes and cautions on the datapoints chosen, from their columns."""
-    if RELIABLE not in dataset:
-        return [], []
-    number, reliable = dataset.sizes[DATAPOINT], int(dataset[RELIABLE].values.sum())
-    notes = [f"log p(x) is reliable for {reliable:,} of these {counted(number, DATAPOINT)}"]
-    if reliable == number:
+def _said_of(dataset: xr.Dataset, direction: str) -> tuple[list[str], list[str]]:
+    """Notes and cautions on the datapoints chosen, from their columns; `direction` is that of log p(x)."""
+    notes = reliability_notes(dataset, direction, "these ")
+    number, unreliable = dataset.sizes[DATAPOINT], int((~checks_of(dataset).get("reliable", np.ones(1, bool))).sum())
+    if not unreliable:
         return notes, []
-    of = f"{number - reliable:,} of these {counted(number, DATAPOINT)} (log_evidence_reliable is False there)"
+    of = f"{unreliable:,} of these {counted(number, DATAPOINT)} (log_evidence_reliable is False there)"
     return notes, [f"log p(x), and the gaps measured from it, cannot be trusted for {of}"]

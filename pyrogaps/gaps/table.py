@@ -76,7 +76,8 @@ def title_of(provenance: dict[str, Any]) -> str:
 
 def heading_of(provenance: dict[str, Any]) -> str:
     """How many datapoints, of how many latent dimensions, and given what."""
-    heading = f"{number_of(provenance)}, latent dimension {provenance['dim']}; means over datapoints in nats"
+    latents = f"latent dimension {provenance['dim']}" if provenance["dim"] else "all latents discrete"
+    heading = f"{number_of(provenance)}, {latents}; means over datapoints in nats"
     if shared := provenance.get("shared"):
         heading += f", given {shared['num_draws']} draws of {shared['names']}; totals of the data set"
     return heading
@@ -157,8 +158,14 @@ def _methods(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]
     shares = zip(converged["family"].values, converged.values, strict=True)
     notes = ["refinement converged: " + ", ".join(f"{family_name(name)} {float(share):.0%}" for name, share in shares)]
     notes += provenance.get("notes", [])
-    notes += [] if "subset" in provenance else other_starts.lines_of(provenance.get("examined"))
-    notes += _proposals(per_datapoint, provenance)
+    notes += [] if "subset" in provenance else other_starts.lines_on(provenance)
+    notes += _on_weights(per_datapoint, provenance) if provenance["dim"] else []
+    return [*notes, *_on_split(provenance)]
+
+
+def _on_weights(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:
+    """Lines on importance weights of continuous latents, whose tails k-hat judges."""
+    notes = _proposals(per_datapoint, provenance)
     khat = per_datapoint["khat"].values
     unreliable = float(np.mean(khat[np.isfinite(khat)] > MAX_KHAT)) if np.isfinite(khat).any() else 0.0
     if unreliable > 0:
@@ -166,7 +173,7 @@ def _methods(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]
             f"IWAE is unreliable for {unreliable:.0%} of the datapoints (k-hat above {MAX_KHAT}). It is shown for "
             "comparison, and no gap uses it"
         )
-    return [*notes, *_on_split(provenance)]
+    return notes
 
 
 def _proposals(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]:

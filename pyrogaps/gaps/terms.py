@@ -9,18 +9,23 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pyrogaps.errors import InputError
+from pyrogaps.evidence.reliability import is_exact
 from pyrogaps.gaps.finite import finite_part
 from pyrogaps.settings import Name, checked
 from pyrogaps.signatures import nearest
 
 Array = NDArray[np.float64]
-INFERENCE = "inference_gap"
+INFERENCE, APPROXIMATION = "inference_gap", "approximation_gap"
 # Where latents are shared by datapoints: the gap of the data set, of which the inference gaps of datapoints are a part.
 DATA_SET, GLOBAL = "data_set_gap", "global_gap"
 INDEPENDENT = "the guide draws a datapoint's latents independently of the shared ones, or is not trained to its best"
 BRIEFLY_INDEPENDENT = "local latents ignore the shared ones, or more training is needed"
 DEPENDENT = "local latents that depend on the shared ones in the guide; only then longer training"
-ESTIMATE, LOWER_BOUND = "estimate (either way)", "lower bound of the gap"
+ESTIMATE, LOWER_BOUND, UPPER_BOUND = "estimate (either way)", "lower bound of the gap", "upper bound of the gap"
+UNBIASED = "unbiased"
+# How many standard errors a gap, or what sets two apart, has to exceed before anything is said of it.
+CERTAIN = 2.0
+RICHER = "a richer family"
 
 
 @dataclass(frozen=True)
@@ -157,12 +162,19 @@ def _has_shared(columns: Columns) -> bool:
 
 
 def _inference_direction(columns: Columns) -> str:
+    if is_exact(columns.evidence_direction):
+        return UNBIASED
     return LOWER_BOUND if columns.evidence_direction.startswith("lower bound") else ESTIMATE
 
 
 def _inference(columns: Columns) -> Values:
     data = columns.per_datapoint
     return values_of(data, "log_evidence").minus(values_of(data, "elbo"))
+
+
+def approximation_direction(evidence_direction: str) -> str:
+    """What log p(x) - L[q*] is in expectation: L[q*] is measured too low."""
+    return UPPER_BOUND if is_exact(evidence_direction) else ESTIMATE
 
 
 def _approximation(columns: Columns) -> Values:
@@ -248,16 +260,15 @@ TERMS: tuple[Term, ...] = (
     ),
     Term(INFERENCE, "inference gap", None, "log p(x) - L[q]", _inference_direction, _inference, colour="#d9d9d9"),
     Term(
-        "approximation_gap",
+        APPROXIMATION,
         "approximation gap",
         INFERENCE,
         "log p(x) - L[q*]",
-        ESTIMATE,
+        lambda columns: approximation_direction(columns.evidence_direction),
         _approximation,
         cause="the variational family cannot hold the posterior",
         remedy=(
-            "a richer family (full covariance, a flow, a mixture); decompose(families=...) measures how much it would "
-            "gain"
+            f"{RICHER} (full covariance, a flow, a mixture); decompose(families=...) measures how much it would gain"
         ),
         colour="#2f5d8c",
         brief="the family cannot hold the posterior",
@@ -392,6 +403,26 @@ def leaves(gaps: xr.Dataset) -> list[str]:
     """The ids of the gaps without parts of their own, but for the root."""
     parents = set(gaps["parent"].values.tolist())
     return [name for name in ids(gaps) if name not in parents and parent_of(gaps, name)]
+
+
+def leaves_below(gaps: xr.Dataset, name: str) -> list[str]:
+    """The leaves that a gap has as parts, or as parts of these; none for a leaf."""
+    return [leaf for leaf in leaves(gaps) if leaf != name and name in ancestors(gaps, leaf)]
+
+
+def ancestors(gaps: xr.Dataset, name: str) -> list[str]:
+    """The ids of the gaps that `name` is a part of, from the nearest to the root."""
+    parent = parent_of(gaps, name)
+    return [parent, *ancestors(gaps, parent)] if parent else []
+
+
+def ranked(gaps: xr.Dataset) -> list[str]:
+    """The ids of the gaps that a diagnosis ranks first: those with a cause of their own, or without parts, that are
+    not parts of one with a cause.
+    """
+    causes = {name for name in ids(gaps) if gaps["cause"].sel(gap=name).item()}
+    candidates = [name for name in ids(gaps) if name in causes or name in leaves(gaps)]
+    return [name for name in candidates if not causes & {*ancestors(gaps, name)}]
 
 
 def ids(gaps: xr.Dataset) -> list[str]:

@@ -48,7 +48,7 @@ def plot_monitor(monitor: Monitored, ax: Axes | None = None) -> Axes:
         return ax
     history = monitor.history
     steps = history.index.to_numpy()
-    flagged = np.array([bool(record.flags()) for record in monitor.records])
+    flagged = np.array([record.doubtful for record in monitor.records])
     gaps = [*ledgers.values()][-1].gaps
     for place, name in enumerate(ids(gaps)):
         row = gaps.sel(gap=name)

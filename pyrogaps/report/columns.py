@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyrogaps.gaps import GapLedger
 from pyrogaps.gaps.finite import is_finite
+from pyrogaps.gaps.selection import UNTRUSTED, checks_of
 from pyrogaps.gaps.table import EVIDENCE, GIVEN_SHARED, label_of, last_gap
 from pyrogaps.gaps.terms import INFERENCE, ids
 from pyrogaps.plots.source import OWN
@@ -71,7 +72,7 @@ def _columns(ledger: GapLedger) -> Iterator[Column]:
         name = f"approximation_gap[{family}]"
         words = "log p(x) - L[q*] of this family"
         yield column(name, label_of(name, provenance), words, "family_approximation_gap", family)
-    if "khat" in data:
+    if "khat" in data and provenance["dim"]:
         yield column("khat", "k-hat", "Pareto shape of the guide's importance weights; below 0.7 is good", "khat")
 
 
@@ -92,10 +93,12 @@ def _flags(ledger: GapLedger) -> Iterator[Flag]:
     data, last = ledger.per_datapoint, last_gap(ledger.provenance)
     finite = is_finite(data)
     yield Flag("infinite", "no finite bounds", "log p(x) or an ELBO is -infinity; left out of all means", ~finite)
-    if "log_evidence_reliable" in data:
-        reliable = data["log_evidence_reliable"].values.astype(bool)
+    if (reliable := checks_of(data).get("reliable")) is not None:
         words = "log p(x), and with it the inference gap, may be too low, or its error too small"
-        yield Flag("unreliable", "log p(x) unreliable", words, ~reliable)
+        yield Flag("unreliable", UNTRUSTED["reliable"], words, ~reliable)
+    else:
+        words = "the evidence does not say where the error of log p(x) can be trusted"
+        yield Flag("unexamined", UNTRUSTED["examined"], words, np.ones_like(finite), serious=False)
     if "log_evidence_doubted" in data:
         words = "other starts found modes at datapoints like this one; log p(x) may be too low"
         yield Flag("modes", "modes may be missed", words, data["log_evidence_doubted"].values.astype(bool))
@@ -115,7 +118,7 @@ def _flags(ledger: GapLedger) -> Iterator[Flag]:
         words = "q*_C is not the best guide of what is shown: the conditioning gap is too large"
         moving = data["shared_converged"].values.astype(float) < 1
         yield Flag("shared-moving", "shared posterior not converged", words, moving)
-    if "khat" in data:
+    if "khat" in data and ledger.provenance["dim"]:
         with np.errstate(invalid="ignore"):
             heavy = data["khat"].values.astype(float) > 0.7
         yield Flag("khat", "k-hat above 0.7", "IWAE is unreliable here; no gap uses it", heavy, serious=False)

@@ -23,7 +23,10 @@ def verdict_of(ledger: GapLedger) -> dict[str, Any]:
         "verdict": diagnosis.verdict,
         "warnings": [sentence(line) for line in diagnosis.warnings],
         "caveats": diagnosis.caveats,
-        "findings": [sentence(str(finding)) for finding in diagnosis.findings],
+        "findings": [
+            {"line": sentence(str(own)), "parts": [sentence(str(part)) for part in diagnosis.within(own.gap)]}
+            for own in diagnosis.within()
+        ],
     }
 
 
