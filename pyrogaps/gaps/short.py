@@ -174,8 +174,9 @@ def _total(parts: Parts, name: str) -> str:
 
 def _checks(parts: Parts) -> Iterator[str]:
     """What was checked, and how many datapoints passed."""
+    exact = is_exact(parts.row("log_evidence")["direction"])
     for name, passes in sorted(checks_of(parts.per_datapoint).items()):
-        if name != "finite" or not passes.all():
+        if name == "converged" or not passes.all() or (name == "reliable" and not exact):
             yield f"{given_shared(PASSED[name], name, parts.provenance)} {passes.sum():,}/{len(passes):,}"
     if not is_examined(parts.per_datapoint):
         yield given_shared(UNTRUSTED["examined"], "reliable", parts.provenance)
