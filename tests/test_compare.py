@@ -540,6 +540,7 @@ def test_tables_in_every_form(ledgers: dict[str, pg.GapLedger]) -> None:
     for other in comparison.names[1:]:
         assert comparison.verdict(other) in html and comparison.verdict(other) in str(comparison)
     assert "<a>& − b_%" in html and r"\textless{}a\textgreater{}\&" in comparison.to_latex()
+    assert r"\footnotesize s.e.: standard error of the paired difference over datapoints" in comparison.to_latex()
     assert comparison.to_latex(label="tab:c").count(r"\label{tab:c-") == 2
     assert comparison.to_markdown().count("| inference gap |") == 2
     frame = comparison.summary()

@@ -330,7 +330,7 @@ def test_in_one_dimension_a_full_covariance_is_none() -> None:
 
 def test_the_ledger_says_which_family_is_the_guides_own(ledger: pg.GapLedger) -> None:
     remark = "the family 'mean-field' is the guide's own family, so its rows estimate the same values again"
-    assert remark in str(ledger) and f"Note: {remark}." in str(ledger.diagnose())
+    assert f"Note: T{remark[1:]}." in str(ledger) and f"Note: {remark}." in str(ledger.diagnose())
     assert "'full covariance' is the guide's own" not in str(ledger)
     back = pg.GapLedger.from_datatree(ledger.to_datatree())
     assert str(back.diagnose()) == str(ledger.diagnose()) and back.diagnose().savings == ledger.diagnose().savings

@@ -78,7 +78,7 @@ def test_an_evidence_of_ones_own_is_measured_printed_drawn_saved_and_diagnosed(
     model, _, x = pair()
     np.testing.assert_allclose(ledger.per_datapoint["log_evidence"], model.log_evidence(x).detach(), atol=1e-6)
     table = str(ledger)
-    assert "exact (Quadrature)" in table and "not examined" not in table
+    assert "exact: Quadrature" in table and "not examined" not in table
     assert "log p(x) by quadrature at 4001 points" in str(ledger.table("full"))
     assert "Warning: quadrature was asked for." in str(ledger.diagnose())
     pg.plot_ledger(ledger, Figure(figsize=(10, 10)))
@@ -117,7 +117,7 @@ def test_a_recipe_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         "evidence: {class_path: tests.test_extensions.Quadrature, init_args: {num_points: 2001}}\n"
     )
     assert main(["recipe.yml", "--out", "run", "--quiet"]) == 0
-    assert "exact (Quadrature)" in capsys.readouterr().out
+    assert "exact: Quadrature" in capsys.readouterr().out
     assert main(["recipe.yml", "--out", "other", "--quiet", "--evidence.num_points", "1.5"]) == 2
     assert "evidence.init_args.num_points: must be a whole number, got 1.5" in capsys.readouterr().err
     assert not Path("other").exists()

@@ -190,7 +190,7 @@ def test_any_number_of_processes_gives_the_same_ledger(number: int, trained) -> 
     arguments, expected = trained
     told = command(*arguments, "--out", f"of-{number}", ranks=number)
     assert told.returncode == 0, told.stderr
-    assert told.stdout.count("Gap ledger") == 1  # one process speaks
+    assert told.stdout.count("Inference gaps of") == 1  # one process speaks
     assert sorted(os.listdir(f"of-{number}")) == RESULTS
     equal(ledger(f"of-{number}"), expected)
 

@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
 
-from pyrogaps.evidence.reliability import RELIABLE
+from pyrogaps.evidence.reliability import RELIABLE, is_examined
 from pyrogaps.gaps.finite import finite_part
+from pyrogaps.gaps.selection import UNTRUSTED
 from pyrogaps.gaps.table import EVIDENCE, MAX_KHAT, Parts, decimals_of, given_shared, is_gap, label_of
 from pyrogaps.gaps.terms import CERTAIN, combined_error, ids, parent_of
 from pyrogaps.tables import number
@@ -15,6 +18,14 @@ from pyrogaps.tables import number
 WITHIN = "within its error"
 UPPER = "log_evidence_upper"
 AGREE, CONTRADICT = "the bounds agree within their error", "the bounds contradict each other: do not trust them"
+
+# Quantities, what is said of datapoints where they cannot be trusted, and the column that says where.
+CHECKED = (
+    (EVIDENCE, UNTRUSTED["reliable"], RELIABLE),
+    ("L[q*]", UNTRUSTED["converged"], "converged"),
+    ("L[q*_C]", "shared posterior not converged", "shared_converged"),
+    ("IWAE-", f"k-hat above {MAX_KHAT}", "khat"),
+)
 
 
 def flags_of(parts: Parts, name: str) -> str:
@@ -30,29 +41,28 @@ def doubts_of(parts: Parts, name: str) -> Iterator[tuple[str, float]]:
 
     A row is made of the quantities that its own name and its estimator contain.
     """
-    gaps = parts.gaps
-    data = finite_part(parts.per_datapoint)
+    gaps, data = parts.gaps, finite_part(parts.per_datapoint)
     total = data.sizes["datapoint"]
     if not total or (name in ids(gaps) and name not in data and parent_of(gaps, name)):  # of other data too
         return
     made_of = f"{label_of(name, parts.provenance)} {parts.row(name)['estimator']}"
-    family = name.removesuffix("]").partition("[")[2]
-    for quantity, words, column in (
-        (EVIDENCE, "log p(x) unreliable", RELIABLE),
-        ("L[q*]", "refinement not converged", "converged"),
-        ("L[q*_C]", "shared posterior not converged", "shared_converged"),
-        ("IWAE-", f"k-hat above {MAX_KHAT}", "khat"),
-    ):
-        if quantity not in made_of or column not in data:
-            continue
-        values = data[column]
-        if "family" in values.dims:
-            values = values.sel(family=family) if family else values.isel(family=0)
-        known = values.values.astype(float)
-        count = int((known > MAX_KHAT).sum() if column == "khat" else (known < 1).sum())
-        if count:
+    if EVIDENCE in made_of and not is_examined(data):
+        yield given_shared(UNTRUSTED["examined"], name, parts.provenance), 1.0
+        data = data.drop_vars(RELIABLE, errors="ignore")
+    for quantity, words, column in CHECKED:
+        if quantity in made_of and column in data and (column != "khat" or parts.provenance["dim"]):
+            count = int(_fails(data[column], name.removesuffix("]").partition("[")[2]).sum())
             where = f"{words} at {count:,} of {total:,}" if total > 1 else words
-            yield given_shared(where, name, parts.provenance), count / total
+            if count:
+                yield given_shared(where, name, parts.provenance), count / total
+
+
+def _fails(column: xr.DataArray, family: str) -> NDArray[np.bool_]:
+    """Where a check of a family, by default the guide's own, does not pass, `(N,)`."""
+    if "family" in column.dims:
+        column = column.sel(family=family) if family else column.isel(family=0)
+    values = column.values.astype(float)
+    return np.asarray(values > MAX_KHAT if column.name == "khat" else values < 1)
 
 
 def within_error(row: Any) -> bool:

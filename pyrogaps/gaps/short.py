@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyrogaps.errors import counted
+from pyrogaps.evidence.reliability import UNEXAMINED, is_exact, is_examined
 from pyrogaps.gaps.diagnose import Diagnosis
 from pyrogaps.gaps.flags import UPPER, WITHIN, agreement, doubts_of, on_finite_part, within_error
 from pyrogaps.gaps.savings import Saving
-from pyrogaps.gaps.selection import checks_of
+from pyrogaps.gaps.selection import UNTRUSTED, checks_of
 from pyrogaps.gaps.table import (
     EVIDENCE,
     FURTHER,
@@ -53,35 +54,37 @@ def short_table(parts: Parts, diagnosis: Diagnosis) -> Table:
         groups[0].insert(0, ["", "per datapoint", "data set [95% interval]", ""])
     if groups[2]:
         groups[2].insert(0, ["other families", "gap left", *[""] * (len(groups[2][0]) - 2)])
-    remarks = [f"Note: {sentence(line)}" for line in remarks_of(parts.per_datapoint, parts.provenance)]
+    remarks = remarks_of(parts.per_datapoint, parts.provenance)
+    remarks += [] if is_examined(parts.per_datapoint) else [UNEXAMINED]
+    notes = [f"Note: {sentence(line)}" for line in remarks]
     return Table(
         _title(parts.provenance),
         (),
         [group for group in groups if group],
         [*map(sentence, diagnosis.warnings)],
         conclusion(diagnosis),
-        lines=[*map(sentence, parts.certificate), *remarks, f"Checks: {' · '.join(_checks(parts))}", MORE],
+        lines=[*map(sentence, parts.certificate), *notes, f"Checks: {' · '.join(_checks(parts))}", MORE],
     )
 
 
 def conclusion(diagnosis: Diagnosis) -> str:
-    """The verdict of a diagnosis, what limits it, and the next call where one gap dominates."""
-    sentences = [diagnosis.verdict, *diagnosis.caveats]
-    if (largest := diagnosis.dominant) is not None:
-        chosen = diagnosis.dominant_within(largest) or largest
-        remedy = next(finding.remedy for finding in diagnosis.findings if finding.gap == chosen)
-        sentences += [f"What usually helps: {remedy}."] * bool(remedy)
-    return " ".join(sentences)
+    """The verdict of a diagnosis, what limits it, and the next call for the gap that dominates, or for its part."""
+    dominant = diagnosis.dominant
+    dominant = dominant and (diagnosis.dominant_within(dominant) or dominant)
+    remedies = [finding.remedy for finding in diagnosis.findings if finding.gap == dominant]
+    advice = [f"What usually helps: {remedy}." for remedy in remedies if remedy]
+    return " ".join([diagnosis.verdict, *diagnosis.caveats, *advice])
 
 
 def _title(provenance: dict[str, Any]) -> str:
+    data = number_of(provenance) + ("" if provenance["dim"] else ", all latents discrete")
     if shared := provenance.get("shared"):
         errors = f"mean ± standard error over datapoints and {shared['num_draws']} draws of {shared['names']}"
     elif provenance["num_datapoints"] > 1:
         errors = "mean ± standard error over datapoints"
     else:
-        return f"Inference gap of {number_of(provenance)} (nats ± Monte Carlo standard error)"
-    return f"Inference gaps of {number_of(provenance)} (nats, {errors})"
+        return f"Inference gap of {data} (nats ± Monte Carlo standard error)"
+    return f"Inference gaps of {data} (nats, {errors})"
 
 
 def _bounds(parts: Parts) -> Iterator[Row]:
@@ -99,6 +102,7 @@ def _evidence(parts: Parts) -> tuple[tuple[float, ...], str]:
     row = parts.row("log_evidence")
     values: tuple[float, ...] = (row["mean"],)
     known = str(row["direction"]).replace(f" of {EVIDENCE}", "")
+    words = f"{known}: {row['estimator']}"
     if known == "lower bound":
         known = "a lower bound"
         if UPPER in parts.summary.index:
@@ -109,8 +113,8 @@ def _evidence(parts: Parts) -> tuple[tuple[float, ...], str]:
                 same = len({number(value, 2) for value in values}) == 1
                 known = "two bounds that agree to 0.01 nats" if same else "between two bounds"
                 known = agreement(parts.summary) or known
+        words = f"{known} ({row['estimator']})"
     unexamined = _can_miss_modes(parts) and not _num_examined(parts)
-    words = f"{known}: {row['estimator']}" if "(" in known else f"{known} ({row['estimator']})"
     return values, words + "; not examined for further modes" * unexamined
 
 
@@ -130,20 +134,21 @@ def _gaps(parts: Parts) -> Iterator[Row]:
 
 def _families(parts: Parts, savings: Sequence[Saving]) -> Iterator[Row]:
     """The approximation gaps of further families, and what each would gain over the guide's own."""
-    by_family = {saving.family: saving for saving in savings}
+    of_families = {saving.family: saving for saving in savings}
     for name in (str(key) for key in parts.summary.index if str(key).startswith(FURTHER)):
         family = name[len(FURTHER) : -1]
-        yield _row(parts, name, family, _gained(by_family[family]) if family in by_family else "")
+        saving = of_families.get(family)
+        yield _row(parts, name, family, "" if saving is None else _gain(saving))
 
 
-def _gained(saving: Saving) -> str:
-    """What a further family gains over the guide's own, in a few words."""
+def _gain(saving: Saving) -> str:
+    """What a further family would gain over the guide's own, in a few words."""
     if saving.same:
-        return "the guide's own family"
-    if not np.isfinite(saving.nats):
+        return "this is the guide's own family"
+    if not math.isfinite(saving.nats):
         return ""
     if abs(saving.nats) <= CERTAIN * saving.error:
-        return "no better or worse than the guide's own family, within the error"
+        return "no gain over the guide's own family"
     return f"{abs(saving.nats):.2f} nats {'better' if saving.nats > 0 else 'worse'} than the guide's own family"
 
 
@@ -171,11 +176,14 @@ def _total(parts: Parts, name: str) -> str:
 
 def _checks(parts: Parts) -> Iterator[str]:
     """What was checked, and how many datapoints passed."""
+    exact = is_exact(parts.row("log_evidence")["direction"])
     for name, passes in sorted(checks_of(parts.per_datapoint).items()):
-        if name != "finite" or not passes.all():
+        if name == "converged" or not passes.all() or (name == "reliable" and not exact):
             yield f"{given_shared(PASSED[name], name, parts.provenance)} {passes.sum():,}/{len(passes):,}"
+    if not is_examined(parts.per_datapoint):
+        yield given_shared(UNTRUSTED["examined"], "reliable", parts.provenance)
     examined = parts.provenance.get("examined")
-    if examined is not None and examined["number"]:
+    if _can_miss_modes(parts) and examined is not None and examined["number"]:
         gains = [examined["log_evidence"], *examined["refined"].values()]
         missed = max((gain["count"] for gain in gains if gain), default=0)
         number_examined = f"{examined['number']:,} examined"
@@ -190,7 +198,7 @@ def _checks(parts: Parts) -> Iterator[str]:
 
 def _can_miss_modes(parts: Parts) -> bool:
     """Whether log p(x) is an integral that is not known exactly."""
-    return bool(parts.provenance["dim"]) and not parts.row("log_evidence")["direction"].startswith("exact")
+    return bool(parts.provenance["dim"]) and not is_exact(parts.row("log_evidence")["direction"])
 
 
 def _num_examined(parts: Parts) -> int:
