@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from pyrogaps.files import is_sealed, remove_leftovers, replacing, seal, writing
+from pyrogaps.guard import warn
 from pyrogaps.streams import Chunk
 
 Arrays = dict[str, Any]
@@ -89,5 +89,5 @@ def _read(path: Path) -> Arrays | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        warnings.warn(f"{path} is damaged, so its datapoints are measured again", stacklevel=3)
+        warn(f"{path} is damaged, so its datapoints are measured again")
         return None

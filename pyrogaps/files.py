@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,14 @@ _TEMPORARY = re.compile(r"\.(.+)\.pyrogaps-[0-9a-f]{16}\.tmp")
 # The comment that closes a sealed archive: this and 64 hexadecimal digits.
 _SEAL = b"pyrogaps sha256 "
 _SEAL_SIZE = len(_SEAL) + 64
+
+
+def with_ending(path: str | os.PathLike[str], endings: Collection[str], name: str = "path", remedy: str = "") -> Path:
+    """The path; raises `InputError`, which names the argument and ends with `remedy`, where it ends otherwise."""
+    if Path(path).suffix.lower() not in endings:
+        *most, last = endings
+        raise InputError(f"{name}: must end in {', '.join(most)}{' or ' * bool(most)}{last}, got '{path}'{remedy}")
+    return Path(path)
 
 
 @contextmanager

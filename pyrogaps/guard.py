@@ -7,6 +7,7 @@ library decides whose an exception is. The zoo and the data sets count as a user
 import functools
 import inspect
 import os
+import sys
 import sysconfig
 import threading
 import warnings
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from traceback import walk_tb
-from types import CodeType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -58,6 +59,9 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 # Arguments whose exceptions may mean that a run is to stop.
 CALLBACKS = ("schedule", "callback")
 MAX_LENGTH = 300
+# The file of a warning that no user's line has caused, and what has been warned of there.
+NOWHERE = "<pyrogaps>"
+_shown: dict[Any, Any] = {}
 # In what Pyro raises of handlers that are not left in order.
 LEFT_OPEN = "not on the bottom of the stack"
 # In what torch raises of operands that have other dtypes.
@@ -141,6 +145,17 @@ def failures_named(what: str, *, own_too: bool = False) -> Iterator[None]:
         if not _is_passed_on(error) and (own_too or _culprit(places) is None or _is_users(error, places)):
             raise _named(what, error, places) from error
         raise
+
+
+def warn(message: str, place: tuple[str, int] | None = None) -> None:
+    """Warn as of the `place` in a user's code, file and line; by default of the line that called the library."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (_is_library(at := (frame.f_code, frame.f_lineno)) or _is_own(at)):
+        frame = frame.f_back
+    if place is None:
+        place = (NOWHERE, 1) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+    shown = _shown if frame is None else frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, UserWarning, *place, registry=shown)
 
 
 def innermost_place(error: BaseException) -> tuple[str, int] | None:

@@ -1,7 +1,6 @@
 """`GapMonitor`: small ledgers along the way of a training."""
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from pyrogaps.gaps import GapLedger, decompose
 from pyrogaps.gaps.selection import UNTRUSTED, checks_of
 from pyrogaps.gaps.table import warnings_of
 from pyrogaps.gaps.terms import ids, root
+from pyrogaps.guard import warn
 from pyrogaps.problem import Problem
 from pyrogaps.processes import is_reporting, world_size
 from pyrogaps.refine import Refinement
@@ -219,7 +219,7 @@ class GapMonitor:
         record = self._records[step] = Record(step, time.perf_counter() - begun, ledger, failure)
         if failure and failure not in self._warned:
             self._warned.add(failure)
-            warnings.warn(f"GapMonitor: step {step} could not be measured: {failure}", stacklevel=2)
+            warn(f"GapMonitor: step {step} could not be measured: {failure}")
         if is_reporting():
             for writer in self._writers:
                 writer.log(step, record.scalars())

@@ -9,12 +9,13 @@ from typing import Any, Literal, TypeVar
 import xarray as xr
 
 from pyrogaps.errors import InputError
-from pyrogaps.files import replacing
+from pyrogaps.files import replacing, with_ending
 from pyrogaps.guard import is_out_of_memory
 from pyrogaps.settings import File, Limit
 
 PROVENANCE, CHECKSUM = "pyrogaps", "pyrogaps_sha256"
 ENGINE: Literal["h5netcdf"] = "h5netcdf"
+ENDINGS = (".nc", ".nc4", ".netcdf", ".h5", ".hdf5")
 MAX_REASON = 150
 Result = TypeVar("Result")
 
@@ -31,8 +32,9 @@ def content_of(tree: xr.DataTree) -> bytes:
 
 def write_tree(tree: xr.DataTree, path: File, what: str) -> None:
     """Write a tree to a netCDF file, whole or not at all. Raises `InputError`, which names `what` it is."""
+    target = with_ending(path, ENDINGS, remedy=f". It is netCDF; for a table write {what}.summary() with its to_csv")
     content = content_of(tree)
-    with replacing(Path(path), what, ". Choose another path") as file:
+    with replacing(target, what, ". Choose another path") as file:
         file.write(content)
 
 

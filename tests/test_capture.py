@@ -14,6 +14,7 @@ from pyrogaps.capture import GradientEvaluator
 from pyrogaps.capture.graphs import record, reuse_memory
 from pyrogaps.density import JointDensity
 from pyrogaps.models.vae import VAE
+from pyrogaps.problem import Problem
 from tests.references import anisotropic, counts, draws_of, gamma_poisson
 
 CHUNKS = [range(64), range(64, 128), range(128, 150)]  # the second has other data, the last is short
@@ -176,6 +177,28 @@ def unit_vectors_inside(x: Tensor) -> None:
         pyro.sample("x", dist.Normal((torch.eye(2)[(x > 0).long()] * z).sum(-1), 1.0), obs=x)
 
 
+def only_states(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("x", dist.Normal(2.0 * k, 1.0), obs=x)
+
+
+def of_states(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("k", dist.Categorical(torch.stack([torch.zeros_like(x), x], -1).softmax(-1)))
+
+
+def test_densities_of_states_alone_are_recorded() -> None:
+    """Their gradient is zero, which is no reason to leave them to Pyro with a warning."""
+    x = torch.randn(5)
+    problem = Problem.of(only_states, of_states, x)
+    z = problem.guided().at(torch.arange(5)).sample(3)[0]
+    value, gradient = problem.scorer.bind(torch.arange(5), 3)(z)
+    assert problem.scorer.mode == "captured"
+    torch.testing.assert_close(value[-1], problem.scored(z))
+    assert not gradient[-1].any()
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [
@@ -197,6 +220,7 @@ def test_why_a_model_is_not_recorded(program: Callable[[Tensor], None], words: s
     torch.testing.assert_close(value, joint(z))
     assert len(warned) == 1
     message = str(warned[0].message)
+    assert warned[0].filename == __file__  # of the line to blame, or of the call, and never of the library
     assert words in message and "several times slower" in message and "tracing" not in message
 
 

@@ -104,7 +104,7 @@ def test_what_is_no_other_command_is_a_run(capsys: Any) -> None:
     for words in (["eval"], ["digits"], ["eval", "digits"]):
         assert said(capsys, *words, *given) == expected
     assert "nosuch" in said(capsys, "nosuch", code=2)
-    assert "must end in .png, .svg, .pdf, got 'a.gif'" in said(capsys, "digits", "--picture", "a.gif", code=2)
+    assert "must end in .png, .svg or .pdf, got 'a.gif'" in said(capsys, "digits", "--picture", "a.gif", code=2)
 
 
 def test_a_run_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +231,9 @@ def test_the_page_of_a_run(capsys: Any, runs: list[str], tmp_path: Path, monkeyp
         (["a", "b", "--colour", "red"], "compare: unknown option --colour. Known are --reference, --format, --picture"),
         (["a", "b", "--format", "html"], "--format: must be one of text, markdown, latex, got 'html'"),
         (["a", "b", "--reference"], "--reference needs a value"),
-        (["a", "b", "--picture", "a.jpg"], "--picture: must end in .png, .svg, .pdf, got 'a.jpg'"),
+        (["a", "b", "--picture", "a.jpg"], "--picture: must end in .png, .svg or .pdf, got 'a.jpg'"),
     ],
 )
 def test_mistakes_are_one_line(capsys: Any, arguments: list[str], message: str) -> None:
     assert message in said(capsys, "compare", *arguments, code=2)
+    assert "--out: must end in .html or .htm, got 'a.pdf'" in said(capsys, "report", "a", "--out", "a.pdf", code=2)

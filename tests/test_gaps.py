@@ -292,8 +292,9 @@ def test_a_torn_part_is_done_again(chunked: Any, tmp_path: Path) -> None:
     whole = eagerly(*chunked, cache=tmp_path)
     part = sorted(tmp_path.glob("*.npz"))[1]
     part.write_bytes(part.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match=f"{part.name} is damaged, so its datapoints are measured again"):
+    with pytest.warns(UserWarning, match=f"{part.name} is damaged, so its datapoints are measured again") as warned:
         again = eagerly(*chunked, cache=tmp_path)
+    assert [warning.filename for warning in warned] == [__file__]  # of the user's call, wherever the library warns
     xr.testing.assert_identical(again.per_datapoint, whole.per_datapoint)
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".npz"]
     assert chunk_cache._read(part) is not None

@@ -106,7 +106,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "processes": {"errors"},
     "memory": {"settings"},
     "family": {"errors", "guard"},
-    "chunk_cache": {"files", "streams"},
+    "chunk_cache": {"files", "guard", "streams"},
     "log_weights": {"errors"},
     "two_sided": {"log_weights"},
     "density": GROUND,

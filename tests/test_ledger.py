@@ -62,6 +62,15 @@ def test_a_file_brings_the_ledger_back(ledger: pg.GapLedger, tmp_path: Path) -> 
         assert [file.name for file in path.parent.iterdir()] == ["gaps.nc"]
 
 
+@pytest.mark.parametrize("name", ["gaps.csv", "gaps.json", "gaps"])
+def test_a_file_is_what_its_name_says(ledger: pg.GapLedger, tmp_path: Path, name: str) -> None:
+    with pytest.raises(pg.InputError, match=r"^path: must end in \.nc, .*, got '.*gaps.*'\. .*ledger\.summary\(\)"):
+        ledger.save(tmp_path / name)
+    with pytest.raises(pg.InputError, match=r"^path: must end in \.html or \.htm, got .*plot_gaps.* to a PDF$"):
+        ledger.report(tmp_path / name)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_damaged_file_is_refused_by_name(ledger: pg.GapLedger, tmp_path: Path) -> None:
     path, refused, unnoticed = tmp_path / "gaps.nc", 0, 0
     ledger.save(path)

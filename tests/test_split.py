@@ -274,6 +274,21 @@ def test_what_cannot_be_split_is_refused() -> None:
     refuse("AutoNormal|parameters for each", local)
 
 
+def test_latents_that_are_summed_out_cannot_be_split() -> None:
+    """Training draws them from the prior, if the guide does not: a bound of another problem."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)))
+            mean = z[..., 0] + k
+            pyro.sample("x", dist.Normal(torch.stack([mean, mean], -1), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(4, 2)
+    with pytest.raises(pg.InputError, match=r"split: the guide does not draw 'k', .* or leave split out"):
+        pg.decompose(model, AmortizedNormal(2, 1, (4,)), x, split=pg.Split(x, QUICK), **TINY)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -563,6 +563,32 @@ def test_an_autoguide_of_global_latents_takes_minibatches() -> None:
     assert evidence - 0.5 < result.train_elbo < evidence
 
 
+def test_a_latent_that_the_guide_does_not_draw_is_refused() -> None:
+    """Pyro warns and draws it from the prior: the loss is then no bound of the model's that sums it out."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("x", dist.Normal(z + k[:, None], 0.5).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(1, keepdim=True), 1.0).to_event(1))
+
+    def both(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(1)).expand(len(x), 1), 1.0).to_event(1))
+            pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)))
+
+    x = data()[:8, :2]
+    with pytest.raises(InputError, match=r"site 'k': latent in the model but missing from the guide.*TraceEnum_ELBO"):
+        train(model, guide, x, **quick)
+    with pytest.raises(InputError, match=r"no observed sample site.*were model and guide swapped"):
+        train(guide, model, x, **quick)
+    train(model, both, x, **quick)
+
+
 def test_a_hard_coded_plate_is_named() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", 20):

@@ -130,7 +130,8 @@ class Calibration:
     def save(self, path: File) -> None:
         """Write the calibration to a netCDF file, whole or not at all; `Calibration.load` reads it back.
 
-        Raises `InputError` where the file cannot be written; a file that was there is then as before.
+        Raises `InputError` for the ending of another format, and where the file cannot be written; a file that was
+        there is then as before.
         """
         write_tree(self.to_datatree(), path, "calibration")
 

@@ -111,6 +111,7 @@ class GradientEvaluator:
         positions = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         # A model that holds its data, or parameters of datapoints, selects them by their indices: inputs too.
         selecting = [rows.to(joint.device)] if joint.structure.bound else []
+        only_states = all(site.num_states for site in joint.sites.values())
         tensors = [*(leaves[position] for position in positions), *selecting]
 
         def densities(flat: Tensor, *inputs: Tensor) -> Values:
@@ -120,7 +121,9 @@ class GradientEvaluator:
             chosen = inputs[-1] if selecting else rows
             args = tree_unflatten(arguments, tree)
             if not self.split:
-                return (joint.total(flat, args, chosen),)
+                total = joint.total(flat, args, chosen)
+                # Numbers of states select terms: the gradient with respect to them is zero, and there must be one.
+                return (total + 0.0 * flat.sum(-1) if only_states else total,)
             log_prior, log_likelihood = joint.score(flat, args, chosen)
             return log_prior, log_prior + log_likelihood
 

@@ -2,11 +2,9 @@
 
 import linecache
 import re
-import warnings
 from pathlib import Path
-from typing import Any
 
-from pyrogaps.guard import innermost_place
+from pyrogaps.guard import innermost_place, warn
 
 # What a line holds that reads values, and what to write instead. The first that fits is named.
 INSTEAD = (
@@ -22,7 +20,6 @@ WRONG = (
     "a record of it gives other values than Pyro. It computes with values outside torch (NumPy, .tolist()) or with "
     "something that changed meanwhile and is neither an argument nor a parameter. Write it with torch, on these"
 )
-_shown: dict[Any, Any] = {}
 
 
 class WrongRecord(ValueError):
@@ -36,21 +33,18 @@ def warn_of(error: Exception, mode: str, *, eager: bool) -> None:
         if eager
         else "Its record is replayed without torch.compile, which is slower"
     )
-    file, line, reason = _reason(error)
-    text = f"model: cannot be {mode}, because {reason}. {cost}."
-    # In the user's file, and with one registry, so that Python shows it once whoever asks.
-    warnings.warn_explicit(text, UserWarning, file, line, registry=_shown)
+    place = None if isinstance(error, WrongRecord) else innermost_place(error.__cause__ or error)
+    warn(f"model: cannot be {mode}, because {_reason(error, place)}. {cost}.", place)
 
 
-def _reason(error: Exception) -> tuple[str, int, str]:
-    """File and line of the user's code, and the reason in words."""
+def _reason(error: Exception, place: tuple[str, int] | None) -> str:
+    """The reason in words; `place` is the file and the line of the user's code, where one is to blame."""
     if isinstance(error, WrongRecord):
-        return __file__, 1, WRONG
-    place = innermost_place(error.__cause__ or error)
+        return WRONG
     if place is None:
-        return __file__, 1, f"recording it ended in a {type(error).__name__}"
+        return f"recording it ended in a {type(error).__name__}"
     file, number = place
     source = linecache.getline(file, number).strip()
     instead = next((remedy for pattern, remedy in INSTEAD if re.search(pattern, source)), OTHERWISE)
     shown = f", `{source if len(source) <= 80 else source[:77] + '...'}`" if source else ""
-    return file, number, f"of line {number} of {Path(file).name}{shown}. {instead}"
+    return f"of line {number} of {Path(file).name}{shown}. {instead}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from pyrogaps.cli.arguments import read_arguments
 from pyrogaps.cli.run_folder import LEDGER
 from pyrogaps.errors import InputError
+from pyrogaps.files import with_ending
 from pyrogaps.gaps import GapLedger
 
 
@@ -17,7 +18,7 @@ def write_page(arguments: list[str]) -> None:
     path = Path(paths[0])
     source = path / LEDGER if path.is_dir() else path
     name = source.resolve().parent.name if source.name == LEDGER else source.stem
-    target = options.get("out", f"{name}.html")
+    target = with_ending(options.get("out", f"{name}.html"), (".html", ".htm"), "--out")
     title = options.get("title", f"Inference gaps of {name}")
     command = shlex.join(["pyrogaps", "report", *arguments])
     print(GapLedger.load(source).report(target, title=title, command=command))

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyrogaps.errors import InputError
-from pyrogaps.files import replacing
+from pyrogaps.files import replacing, with_ending
 
 # Metadata without the time: the same numbers make the same file.
 FORMS: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -13,11 +12,7 @@ FORMS: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": 
 
 def check_picture(path: str | None) -> Path | None:
     """The path of a picture; raises `InputError` for an ending that is none of `FORMS`."""
-    if path is None:
-        return None
-    if Path(path).suffix.lower() not in FORMS:
-        raise InputError(f"--picture: must end in {', '.join(FORMS)}, got '{path}'")
-    return Path(path)
+    return None if path is None else with_ending(path, FORMS, "--picture")
 
 
 def write_picture(path: Path, draw: Callable[[Any], Any], size: tuple[float, float]) -> None:

@@ -1,6 +1,5 @@
 """`JointDensity`: a Pyro model as a density over one flat unconstrained vector per datapoint."""
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -30,7 +29,7 @@ from pyrogaps.density.states import DrawStates, SetStates, random_states
 from pyrogaps.density.structure import check_parameters, refuse_other_shapes, sample_sites
 from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
-from pyrogaps.guard import ProgramError, failures_named, guarded
+from pyrogaps.guard import ProgramError, failures_named, guarded, warn
 from pyrogaps.settings import Count, Plate, checked, conform
 from pyrogaps.streams import seeded
 
@@ -473,7 +472,7 @@ class JointDensity:
         self.structure = alone.structure
         note = one_by_one_note(seconds_of(lambda: alone.total(z[:1], args, indices)), reason)
         if note is not None:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
 
     def _evaluating(self, particles: Particles) -> "JointDensity":
         return JointDensity(self.model, self.passed, structure=replace(self.structure, particles=particles))

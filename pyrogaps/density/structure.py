@@ -20,6 +20,10 @@ from pyrogaps.density.supports import bijection
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named
 
+NOT_OBSERVED = (
+    "model: there is no observed sample site. Pass the data so that obs= is set (were model and guide swapped?)"
+)
+
 Message = Any
 
 
@@ -90,9 +94,7 @@ def latent_sites(sites: dict[str, Message]) -> dict[str, Message]:
     if not latent:
         raise InputError("model: there is no latent sample site, so there is nothing to infer")
     if len(latent) == len(sites):
-        raise InputError(
-            "model: there is no observed sample site. Pass the data so that obs= is set (were model and guide swapped?)"
-        )
+        raise InputError(NOT_OBSERVED)
     return latent
 
 
@@ -249,6 +251,11 @@ def _broadcast(left: torch.Size, right: torch.Size) -> torch.Size | None:
 
 def is_factor(fn: Any) -> bool:
     return type(fn).__name__ == "Unit"
+
+
+def missing(name: str) -> str:
+    """What to say of a latent that the guide does not draw."""
+    return f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it"
 
 
 def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> None:

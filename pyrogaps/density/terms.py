@@ -15,6 +15,7 @@ from pyrogaps.density.layout import Site, leaf, plate_dim
 from pyrogaps.density.local import GuideSite, place
 from pyrogaps.density.mapped import NotAffineError, affine_map, check_stated, image_of
 from pyrogaps.density.state_numbers import states_of
+from pyrogaps.density.structure import missing
 from pyrogaps.density.supports import bijection, support_of
 from pyrogaps.errors import InputError, counted
 
@@ -39,7 +40,7 @@ def read_terms(
     for name, site in joint.sites.items():
         message = messages.get(name)
         if message is None:
-            raise InputError(f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it")
+            raise InputError(missing(name))
         if not is_delta(message):
             _check_states(name, message["fn"], site)
             terms.append(_term(name, message, site, joint, unconstrained=False))

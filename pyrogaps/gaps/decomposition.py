@@ -76,6 +76,11 @@ class Decomposition:
             )
         if self.split is not None:
             check_trainable(self.problem.guide)
+            if summed := self.problem.scored.enumerated:
+                raise InputError(
+                    f"split: the guide does not draw {quoted(summed)}, and training it on would not sum them out. Draw "
+                    "them in the guide, or leave split out"
+                )
         if self.certificate is not None:
             check_size(self.problem.joint, self.certificate, self.max_memory)
 

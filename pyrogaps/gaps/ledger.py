@@ -184,7 +184,7 @@ class GapLedger:
         'gaps.html'
 
         Args:
-            path: of the file, which is replaced if there is one.
+            path: of the file, `.html`, which is replaced if there is one.
             data: what `decompose` was called with. The page then shows each datapoint beside its numbers: images as
                 thumbnails, sequences as lines, rows as numbers. None shows them where the ledger holds them: where the
                 data are one tensor of moderate size.
@@ -196,7 +196,8 @@ class GapLedger:
             The path.
 
         Raises:
-            InputError: for data of another number of datapoints, and a file that cannot be written.
+            InputError: for data of another number of datapoints, an ending of another format, and a file that cannot be
+                written.
         """
         from pyrogaps.report import write_report  # with Bokeh, which nothing else needs
 
@@ -219,10 +220,11 @@ class GapLedger:
 
     @checked()
     def save(self, path: File) -> None:
-        """Write the ledger to a netCDF file (by convention `.nc`), whole or not at all.
+        """Write the ledger to a netCDF file (`.nc`), whole or not at all.
 
         `GapLedger.load` reads it back, and so does anything that reads netCDF 4: it holds `to_datatree()`. Raises
-        `InputError` where the file cannot be written; a file that was there is then as before.
+        `InputError` for the ending of another format, and where the file cannot be written; a file that was there is
+        then as before.
         """
         write_tree(self.to_datatree(), path, "ledger")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyrogaps.density.layout import leaf, plate_dim
 from pyrogaps.density.score import is_bookkeeping
-from pyrogaps.density.structure import check_in_plate, find_plate
+from pyrogaps.density.structure import check_in_plate, find_plate, missing
 from pyrogaps.errors import InputError
 from pyrogaps.settings import Plate
 
@@ -93,9 +93,7 @@ def _check_pair(model: Sites, guide: Sites) -> None:
     """Raise `InputError` for latents that only one program has, and for guides without a density."""
     for name, site in model.items():
         if not site["is_observed"] and name not in guide:
-            raise InputError(
-                f"site '{name}': latent in the model but missing from the guide. Add a pyro.sample for it."
-            )
+            raise InputError(missing(name))
     auxiliary = [name for name, site in guide.items() if site["infer"].get("is_auxiliary")]
     for name, site in guide.items():
         if name not in model and name not in auxiliary:

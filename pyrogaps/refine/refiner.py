@@ -1,6 +1,5 @@
 """`Refiner`: a family, fitted to every datapoint of a chunk."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError
 from pyrogaps.family import LocalFamily
 from pyrogaps.gaussians import MAX_DIM, Curvature, anchor_of
+from pyrogaps.guard import warn
 from pyrogaps.problem import Problem, Simulated
 from pyrogaps.refine.families import Family, Start
 from pyrogaps.refine.family_guide import FamilyGuide
@@ -111,7 +111,7 @@ class Refiner:
             if isinstance(refinable, FinetunedGuide) and chunk.start == 0:
                 note = announcement(refinable, evaluator.joint.num_datapoints, self.settings)
                 if note is not None:
-                    warnings.warn(note, stacklevel=2)
+                    warn(note)
         else:
             # Where guides start at random, those of two families, or two starts, must not start alike.
             refinable = FamilyGuide(self.family, evaluator.joint, chunk, run.derived(name))

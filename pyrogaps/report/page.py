@@ -15,7 +15,7 @@ from bokeh.resources import Resources
 
 from pyrogaps.calibration import Calibration
 from pyrogaps.density import Data
-from pyrogaps.files import replacing
+from pyrogaps.files import replacing, with_ending
 from pyrogaps.gaps import GapLedger
 from pyrogaps.gaps.table import heading_of
 from pyrogaps.report.calibrated import calibration_of, ranks_figure
@@ -25,6 +25,7 @@ from pyrogaps.report.pictures import pictures_of
 from pyrogaps.report.sections import lines_on, provenance_of, summary_of, verdict_of
 
 ASSETS = Path(__file__).parent / "assets"
+OTHER_FORMS = ". For a picture, use pg.plot_gaps(ledger) and savefig of its figure; a browser prints the page to a PDF"
 MAX_BYTES, MAX_PICTURES = 7_500_000, 3_000_000
 TITLE = "Inference gaps"
 POLICY = (
@@ -41,7 +42,8 @@ def write_report(
     **words: str,
 ) -> Path:
     """Write the page of `ledger` to `path`, whole or not at all; `words` are `command` and `title` of `page_of`."""
-    page, target = page_of(ledger, data, calibration=calibration, **words).encode(), Path(path)
+    target = with_ending(path, (".html", ".htm"), remedy=OTHER_FORMS)
+    page = page_of(ledger, data, calibration=calibration, **words).encode()
     with replacing(target, "report", ". Choose another path") as file:
         file.write(page)
     return target

@@ -77,8 +77,8 @@ class Training:
             )
         if isinstance(self.objective, TraceEnum_ELBO):
             raise InputError(
-                f"training: objective {name} is for discrete latents, which cannot be trained here. Use "
-                "pyro.infer.Trace_ELBO or pyrogaps.IWAE_ELBO."
+                f"training: objective {name} is for discrete latents, which are not summed out here. Use "
+                "pyro.infer.Trace_ELBO with a guide that draws them, or train with Pyro's SVI."
             )
         if self.num_particles != 1:
             raise InputError(f"training: num_particles does not apply to objective {name}. Set it on the objective.")

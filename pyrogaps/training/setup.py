@@ -9,7 +9,9 @@ from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.poutine.util import site_is_subsample
 
 from pyrogaps.density.data import IndexedData
+from pyrogaps.density.discrete import is_discrete
 from pyrogaps.density.runs import Program
+from pyrogaps.density.structure import NOT_OBSERVED, missing
 from pyrogaps.errors import InputError, counted
 
 Shapes = dict[str, torch.Size]
@@ -46,6 +48,21 @@ def _check(model: Program, guide: Program, data: IndexedData, rows: int) -> None
             raise _tied(guide, rows) from error
     if any(drawn.get(name, expected[name]) != expected[name] for name in local):
         raise _tied(guide, rows)
+
+
+def check_sites(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
+    """Raise `InputError` for latents of the model that the guide does not draw, which an ELBO would not sum out, and
+    for a guide in the place of the model.
+    """
+    with torch.no_grad():
+        drawn, read = (poutine.trace(program).get_trace(*args) for program in (guide, model))
+    if drawn.observation_nodes and not read.observation_nodes:
+        raise InputError(NOT_OBSERVED)
+    for name in read.stochastic_nodes:
+        site = read.nodes[name]
+        if not site_is_subsample(site) and name not in drawn.nodes:
+            summed = ", or train with Pyro's SVI and TraceEnum_ELBO, which sums it out" * is_discrete(site["fn"])
+            raise InputError(f"{missing(name)}{summed}")
 
 
 def refuse_global_latents(model: Program, data: IndexedData, rows: int) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyrogaps.guard import warn
 from pyrogaps.training.objective import IndexedObjective, Objective
 from pyrogaps.training.parameters import JointOptimizer, clear_gradients
 from pyrogaps.training.programs import Snapshot, Watched
@@ -200,10 +200,9 @@ class RecordedSteps(EagerSteps):
         self._given_up = True
         self._records.clear()
         if record is not None and record.num_uses > 2:
-            warnings.warn(
+            warn(
                 "training: the model or the guide depends on state that changed during training. Some steps may have "
-                "used its old value; set mode='eager'.",
-                stacklevel=2,
+                "used its old value; set mode='eager'."
             )
 
     def _apply(self, outcome: Outcome) -> float:

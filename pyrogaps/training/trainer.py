@@ -30,7 +30,7 @@ from pyrogaps.training.parameters import JointOptimizer, clear_gradients, guide_
 from pyrogaps.training.placing import on_device, place
 from pyrogaps.training.programs import Watched
 from pyrogaps.training.settings import Training, TrainingResult
-from pyrogaps.training.setup import check_minibatches, refuse_global_latents
+from pyrogaps.training.setup import check_minibatches, check_sites, refuse_global_latents
 from pyrogaps.training.steps import EagerSteps, RecordedSteps
 from pyrogaps.training.weights import all_modules, copy_weights, put_weights
 
@@ -114,6 +114,8 @@ class Trainer:
         if rows and (self.batch_size < size or self.validation is not None or shared):
             check_minibatches(self.augmented, self.guide, self.data, rows)
         first = torch.arange(rows if shared else self.batch_size)
+        if isinstance(self.objective, Objective):
+            check_sites(self.augmented, self.guide, self.data.fetch(first))
         self._evaluate(self.data, first)
         if shared and isinstance(self.objective, Objective) and not self.objective.is_scaled_up:
             refuse_global_latents(self.augmented, self.data, rows)
