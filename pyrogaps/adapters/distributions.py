@@ -23,6 +23,9 @@ def as_pyro(fn: Distribution) -> Any:
         return fn
     kind: Any = type(fn)
     kind = kind if isinstance(fn, TorchDistributionMixin) else _with_methods_of_pyro(kind)
+    if kind.__init__ is not type(fn).__init__:  # it holds more than torch's
+        given = {name: getattr(fn, name) for name in fn.arg_constraints}
+        return kind(**given, validate_args=vars(fn).get("_validate_args"))
     other = kind.__new__(kind)
     vars(other).update({**vars(fn), **converted})
     return other

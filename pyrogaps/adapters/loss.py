@@ -1,5 +1,6 @@
 """The loss that a model was trained with beside the ELBO of its pair, and why the two differ."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from pyrogaps.streams import seeded
 NUM_DATAPOINTS, NUM_CALLS, NUM_DRAWS, MIN_DRAWS = 8, 64, 2048, 64
 # Standard errors within which two values are equal, and the share of a value that rounding may change.
 NUM_ERRORS, ROUNDING = 4.0, 1e-5
+# Numbers of draws of an importance-weighted bound that are tried.
+NUM_IMPORTANCE = (2, 3, 5, 7, 10, 15, 20, 30, 50, 64, 100)
 TRAINED = "The numbers are of the ELBO, not of the objective trained"
 
 
@@ -152,7 +155,22 @@ def explanation(terms: Terms, losses: Losses) -> list[str] | None:
         for reading in readings:
             if (words := form.matches(terms, reading)) is not None:
                 return words
-    return None
+    return next((words for reading in readings if (words := _importance_weighted(terms, reading))), None)
+
+
+def _importance_weighted(terms: Terms, losses: Losses) -> list[str]:
+    """Words for a bound of several draws: log of their mean weight, or the mean of log w by normalised weights, which
+    has the same gradient. Empty for another loss.
+    """
+    found = []
+    for number in NUM_IMPORTANCE if len(losses.value) > 1 else ():
+        log_weights = terms.elbo[: len(terms.elbo) // number * number].unflatten(0, (-1, number))
+        means = torch.logsumexp(log_weights, 1) - math.log(number), (log_weights.softmax(1) * log_weights).sum(1)
+        for bounds in means:
+            error = (losses.error**2 + bounds.var(0) / len(bounds)).sqrt()
+            found.append((float(((losses.value - bounds.mean(0)).abs() / error).max()), number))
+    far, number = min(found, default=(math.inf, 0))
+    return [f"it is an importance-weighted bound of about {number} draws"] if far < NUM_ERRORS else []
 
 
 def difference(terms: Terms, losses: Losses, words: list[str] | None) -> str:

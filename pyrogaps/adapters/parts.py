@@ -26,6 +26,10 @@ class Part(nn.Module):
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         super().__init__()
+        if inspect.isclass(function) and issubclass(function, nn.Module):
+            raise InputError(
+                f"{name}: {function.__name__} is a class. Pass an instance of it, {function.__name__}(...)"
+            )
         if isinstance(function, nn.Module) and type(function).forward is nn.Module.forward:
             raise InputError(
                 f"{name}: {type(function).__name__} has no forward. Pass a method of it that is called, or a function"

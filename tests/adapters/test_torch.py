@@ -227,6 +227,7 @@ refusal(
     r"prior: it returned a tensor of shape \(2,\)\. Return a distribution",
     prior=lambda: torch.zeros(2),
 )
+refusal("a class", r"encoder: Linear is a class\. Pass an instance of it, Linear\(\.\.\.\)", encoder=nn.Linear)
 refusal("no forward", r"encoder: ModuleList has no forward\. Pass a method", encoder=nn.ModuleList([ENCODER]))
 refusal(
     "labels that are not named",
