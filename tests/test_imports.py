@@ -134,7 +134,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gaps": ESTIMATORS | {"chunk_cache", "training", "conditioning", "mapa", "shared", "calibration"},
     "writers": {"errors", "processes"},
     "monitor": ESTIMATORS | {"gaps", "shared", "writers"},
-    "adapters": GROUND | {"likelihoods", "density", "problem"},
+    "adapters": GROUND | {"likelihoods", "density", "problem", "monitor"},
     "datasets": {"errors", "settings"},
     "plots": {"errors", "settings", "gaps", "calibration", "monitor"},
     "report": {"errors", "settings", "files", "density", "gaps", "calibration", "plots"},
