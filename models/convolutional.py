@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrogaps.errors import InputError
-from pyrogaps.models.discretised_logistic import DiscretisedLogistic
+from pyrogaps.likelihoods.discretised_logistic import DiscretisedLogistic
 from pyrogaps.models.mlp import activation_kind
 from pyrogaps.models.vae import Decoded
 

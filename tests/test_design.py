@@ -17,6 +17,8 @@ MAX_PARAMETERS = 7
 # Attributes of other objects that are set, by file, and why.
 SET_ATTRIBUTES = {
     # Objects of torch, Pyro, matplotlib, xarray and Python.
+    "adapters/parts.py": {"made.__kwdefaults__", "cell.cell_contents"},  # of a copy of a caller's function
+    "likelihoods/discretised_logistic.py": {"new.loc", "new.scale", "new._validate_args"},  # torch's form of expand
     "cli/building.py": {"family.__name__"},
     "capture/draws.py": {"ctx.gradients", "ctx.kept"},
     "capture/graphs.py": {"output.args", "node.op", "node.target", "node.args"},

@@ -74,7 +74,7 @@ FILLERS: dict[str, Any] = {
     "train_data": X, "fetch": lambda indices: (X[indices],),
     "num_datapoints": 7, "latents": X[:, :1], "variance": 1.0, "alpha": 0.9, "num_epochs": 3, "decay": 0.5,
     "likelihood": "gaussian", "id": "mine", "label": "mine", "parent": None, "estimator": "mine", "direction": "exact",
-    "value": lambda columns: None,
+    "value": lambda columns: None, "encoder": Untouched(), "decoder": Untouched(),
 }  # fmt: skip
 
 VALUES: dict[str, Any] = {

@@ -76,6 +76,25 @@ class Guide(nn.Module):
                 pyro.sample(name, dist.Normal(x / 2, self.log_scale.exp()))
 
 
+@row("An encoder and a decoder in plain PyTorch")
+def plain_torch() -> None:
+    net, decoder, x = nn.Linear(6, 4), nn.Linear(2, 6), (torch.rand(5, 6) < 0.4).float()
+    settings = {"likelihood": "bernoulli", "second": "log_variance"}
+    answers(*pg.from_torch(lambda x: net(x).chunk(2, -1), decoder, **settings), x)
+    labelled = nn.Linear(3, 6)
+    conditional = pg.from_torch(
+        lambda x, c: net(x).chunk(2, -1),
+        lambda z, c: labelled(torch.cat([z, c[:, None]], -1)),
+        prior=dist.Normal(torch.zeros(2), 2.0),
+        conditions=("c",),
+        **settings,
+    )
+    answers(*conditional, {"x": x, "c": x[:, 0]})
+    refuses(lambda: pg.from_torch(net, decoder, data=x, **settings), "encoder", "chunk(2, -1)")
+    sigmoid = nn.Sequential(decoder, nn.Sigmoid())
+    refuses(lambda: pg.from_torch(lambda x: net(x).chunk(2, -1), sigmoid, data=x, **settings), "output='probabilities'")
+
+
 @row("Continuous latents")
 def continuous() -> None:
     def nested(x: Tensor) -> None:

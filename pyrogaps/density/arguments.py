@@ -44,7 +44,8 @@ class Parameters:
 
 def parameters_of(program: Program) -> Parameters | None:
     """The parameters of `program`; None where they are not known."""
-    if isinstance(program, nn.Module) and type(program).__call__ in MODULE_CALLS:
+    declared = hasattr(program, "__signature__")
+    if isinstance(program, nn.Module) and type(program).__call__ in MODULE_CALLS and not declared:
         program = program.forward
     try:
         parameters = inspect.signature(program).parameters.values()

@@ -15,7 +15,7 @@ from pyrogaps.density.forms import Given, held, whole
 from pyrogaps.density.layout import Site, plate_dim
 from pyrogaps.density.particles import Particles
 from pyrogaps.density.plates import BoundPlate, WrongSize, steady_plates, whole_plates
-from pyrogaps.density.remarks import Scales, joined, on_modes, on_one_datapoint, on_scales, scales_of
+from pyrogaps.density.remarks import Scales, declared, joined, on_modes, on_one_datapoint, on_scales, scales_of
 from pyrogaps.density.rows import CHECK_ROWS, PAD_REMEDY
 from pyrogaps.density.runs import Program
 from pyrogaps.density.shared import check_shared, data_plate
@@ -164,7 +164,7 @@ def read_model(
         enumerated=discrete,
         unplated=plate is None and name is None and not why,
         make_whole=make_whole,
-        remarks=(*on_one_datapoint(why), *on_scales(scales, "model"), *on_modes(model, "model")),
+        remarks=(*on_one_datapoint(why), *declared(model), *on_scales(scales, "model"), *on_modes(model, "model")),
         num_held=number if is_held else None,
         drawn=drawn,
     )

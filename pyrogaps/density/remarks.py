@@ -45,6 +45,12 @@ def on_one_datapoint(why: str) -> list[str]:
     return [f"the numbers are of the data set as one datapoint, because {why}"] if why else []
 
 
+def declared(program: Program) -> tuple[str, ...]:
+    """What a program that has an attribute `remarks`, a tuple of short sentences, says of itself."""
+    remarks = getattr(program, "remarks", ())
+    return remarks if isinstance(remarks, tuple) and all(isinstance(line, str) for line in remarks) else ()
+
+
 def on_scales(scales: Scales, what: str) -> list[str]:
     """A remark for each scale that is ignored; `what` names the program."""
     sites: dict[tuple[float, float], list[str]] = {}

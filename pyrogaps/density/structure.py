@@ -25,6 +25,8 @@ NOT_OBSERVED = (
 )
 
 Message = Any
+# The key among a site's `infer` options of a remedy for data outside its support, where the program knows a better one.
+OUTSIDE_SUPPORT = "outside_support"
 
 
 def sample_sites(program: Program, args: tuple[Any, ...], what: str = "model") -> dict[str, Message]:
@@ -205,10 +207,11 @@ def check_observed(name: str, site: Message) -> bool:
         return False
     outside = value[~inside] if inside.shape == value.shape[: inside.dim()] else value
     example = f", such as {outside.flatten()[0].item():.4g}," if not element.event_dim else ""
+    own = site["infer"].get(OUTSIDE_SUPPORT)
+    every = ". Transform the data, or set validate_args=False on the likelihood to score them all the same"
     raise InputError(
         f"site '{name}': some observed values{example} lie outside the support of its {type(element).__name__} "
-        f"likelihood, {support_words(element)}. Transform the data, or set validate_args=False on the likelihood to "
-        "score them all the same"
+        f"likelihood, {support_words(element)}{f'. {own}' if own else every}"
     )
 
 

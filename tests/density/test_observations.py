@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrogaps import JointDensity
 from pyrogaps.density.observations import CONTINUOUS, DISCRETE, FACTOR, Observed, merged, observe
-from pyrogaps.models.discretised_logistic import DiscretisedLogistic
+from pyrogaps.likelihoods.discretised_logistic import DiscretisedLogistic
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ALL = torch.arange(6)

@@ -15,8 +15,8 @@ from pyrogaps.cli.building import build_data, build_programs
 from pyrogaps.guides.amortized import AmortizedMultivariateNormal, AmortizedNormal
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from pyrogaps.guides.flows import AmortizedFlow
+from pyrogaps.likelihoods.discretised_logistic import DiscretisedLogistic
 from pyrogaps.models.convolutional import ConvolutionalDecoder, ConvolutionalFeatures, ConvolutionalVAE
-from pyrogaps.models.discretised_logistic import DiscretisedLogistic
 from tests.commands import parsed
 
 SMALL: dict[str, Any] = {"image_shape": (2, 8, 8), "channels": (3, 4), "kernel_size": 3}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyrogaps import InputError, JointDensity
 from pyrogaps.density.simulate import simulate
-from pyrogaps.models.discretised_logistic import DiscretisedLogistic
+from pyrogaps.likelihoods.discretised_logistic import DiscretisedLogistic
 
 DTYPES = (torch.float32, torch.float64)
 GREY = torch.arange(256).double() / 255

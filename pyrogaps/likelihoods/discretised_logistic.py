@@ -52,7 +52,8 @@ class DiscretisedLogistic(TorchDistribution):
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: "DiscretisedLogistic | None" = None) -> "DiscretisedLogistic":
-        new: DiscretisedLogistic = self._get_checked_instance(DiscretisedLogistic, _instance)
+        checked: Any = self._get_checked_instance
+        new: DiscretisedLogistic = checked(DiscretisedLogistic, _instance)
         new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
         super(DiscretisedLogistic, new).__init__(torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
