@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pyrogaps.errors import counted
+
+if TYPE_CHECKING:
+    import xarray as xr  # takes longer to load than all of the rest
 
 RELIABLE, DOUBTED = "log_evidence_reliable", "log_evidence_doubted"
 # An attribute of the column, which is False everywhere, where the evidence does not say when its error can be trusted.
@@ -46,12 +48,12 @@ def reliability_of(columns: Mapping[str, Any], direction: str) -> Any:
     return abs(columns["log_evidence"]) + columns["log_evidence_mcse"] < math.inf
 
 
-def is_examined(dataset: xr.Dataset) -> bool:
+def is_examined(dataset: "xr.Dataset") -> bool:
     """Whether the columns of a ledger say where log p(x) can be trusted."""
     return RELIABLE in dataset and dataset[RELIABLE].attrs.get(STATUS) != NOT_EXAMINED
 
 
-def reliability_notes(dataset: xr.Dataset, direction: str, of: str = "") -> list[str]:
+def reliability_notes(dataset: "xr.Dataset", direction: str, of: str = "") -> list[str]:
     """A line on how many datapoints have a reliable log p(x); none where it is exact at all of them."""
     if not is_examined(dataset):
         return [UNEXAMINED]
