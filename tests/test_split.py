@@ -112,6 +112,10 @@ def test_the_ledger_keeps_its_split(tmp_path: Path) -> None:
         back = pg.GapLedger.from_datatree(tree.load())
     assert str(back) == str(ledger)
     assert str(back.diagnose()) == str(ledger.diagnose())
+    whole = replace(ledger, gaps=ledger.gaps.sel(gap=[name for name in ledger.gaps["gap"].values if name not in GAPS]))
+    assert ledger.diagnose().verdict.startswith(whole.diagnose().verdict)
+    assert ledger.diagnose().dominant == whole.diagnose().dominant
+    assert "split=Split(" in str(whole.diagnose()) and "split=Split(" not in str(ledger.diagnose())
     assert "   ├─ capacity gap" in str(ledger)
     assert "   └─ generalization gap" in str(ledger)
     assert "Retraining (phi-hat): 2 starts, " in str(ledger.table("full"))

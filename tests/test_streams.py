@@ -182,7 +182,13 @@ SIMULATED = {"simulate", "pilot", "pilot start", "reverse ais", "unused"}
 CERTIFICATE = under("certificate", SIMULATED) | under("certificate / refined again", {"elbo", "unused", *REFINING})
 TRAINING = under("training", {"epoch", "set up"})
 PURPOSES = {
-    "plain": STRUCTURE | BOUNDS | ANNEALING | {"start own"} | of_family("one") | of_family("other"),
+    "plain": STRUCTURE
+    | BOUNDS
+    | ANNEALING
+    | {"start own"}
+    | of_family("one")
+    | of_family("other")
+    | under("same family", {"unused", "family axes"}),
     "escalated": UNTIED | BOUNDS | LADDER | CERTIFICATE | under("certificate", LADDER),
     "examined": UNTIED
     | BOUNDS

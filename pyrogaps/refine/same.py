@@ -27,6 +27,7 @@ def is_own_family(own: OwnFamily | Family, family: Family, problem: Problem, run
     """Whether `family` is known to be the guide's own: normals with the same freedom, or a guide of the same class with
     parameters of the same shapes. False where that is not known.
     """
+    run = run.derived("same family")
     kind = _kind_of_own(own, problem.joint, run) if isinstance(own, OwnFamily) else _kind(own, problem.joint, run)
     return kind is not None and kind == _kind(family, problem.joint, run)
 
@@ -36,7 +37,7 @@ def _kind_of_own(own: OwnFamily, joint: JointDensity, run: Run) -> Any:
         return _kind(own.family, joint, run)
     if own.kind != "freed":
         return None
-    with torch.no_grad(), run.stream("own family").seeded():
+    with torch.no_grad(), run.stream("unused").seeded():
         local = own.density.at(torch.arange(min(2, joint.num_datapoints)))
     assert isinstance(local, FactorisedGuide)
     if not all(_is_free(own, term.name, leaf(local.distributions[term.name])) for term in local.terms):
