@@ -16,7 +16,9 @@ from pyrogaps.guard import failures_named
 from pyrogaps.problem import Problem
 from pyrogaps.streams import seeded
 
-NUM_DATAPOINTS, NUM_CALLS, NUM_DRAWS, MIN_DRAWS = 8, 64, 2048, 64
+NUM_DATAPOINTS, NUM_DRAWS, MIN_DRAWS = 8, 2048, 64
+# Calls with one datapoint, and with copies of it.
+NUM_CALLS, NUM_BATCHES, NUM_COPIES = 48, 24, 64
 # Standard errors within which two values are equal, and the share of a value that rounding may change.
 NUM_ERRORS, ROUNDING = 4.0, 1e-5
 # Numbers of draws of an importance-weighted bound that are tried.
@@ -31,6 +33,17 @@ class Losses:
     value: Tensor
     error: Tensor
     rows: int = 1
+
+    @classmethod
+    def of(cls, values: list[list[float]]) -> "Losses":
+        """From the values of several calls for each datapoint."""
+        calls = torch.tensor(values, dtype=torch.float64)
+        return cls(calls.mean(1), calls.std(1) / calls.shape[1] ** 0.5)
+
+    def is_near(self, other: "Losses") -> bool:
+        """Whether the values differ by no more than their errors."""
+        far = (self.value - other.value).abs() > NUM_ERRORS * (self.error**2 + other.error**2).sqrt()
+        return not bool(far.any())
 
     @property
     def readings(self) -> Iterator["Losses"]:
@@ -119,9 +132,13 @@ class Form:
         return [*self.words, f"it weighs the KL term by {weight:.2g} ± {error:.1g} (beta){mean}"]
 
     def _equals(self, terms: Terms, losses: Losses, weight: float) -> bool:
-        far = (losses.value - (self.reconstruction - weight * terms.divergence).mean(0)).abs()
-        limit = NUM_ERRORS * self._error(terms, losses, weight) + ROUNDING * losses.value.abs()
-        return bool((far <= limit).all())
+        """Whether the differences are within their errors: each, their mean, and as a multiple of the KL terms."""
+        draws = self.reconstruction - weight * terms.divergence
+        difference, error = losses.value - draws.mean(0), self._error(terms, losses, weight)
+        together = torch.stack([torch.ones_like(error), terms.divergence.mean(0)])
+        weights = torch.cat([torch.eye(len(error), dtype=error.dtype), together])
+        limit = NUM_ERRORS * (weights.square() @ error.square()).sqrt() + ROUNDING * weights.abs() @ losses.value.abs()
+        return bool(((weights @ difference).abs() <= limit).all())
 
     def _error(self, terms: Terms, losses: Losses, weight: float) -> Tensor:
         """Standard errors of the difference between the losses and this form, `(n,)`."""
@@ -130,19 +147,26 @@ class Form:
 
 
 def losses_of(elbo: Callable[..., Any], rows: tuple[Any, ...], programs: tuple[Any, ...]) -> Losses:
-    """The loss of every datapoint of `rows`, by calls with one datapoint each, whose sum and mean are the same."""
+    """The loss of every datapoint of `rows`: of one datapoint, whose sum and mean are the same, and where that can be
+    told apart, of many copies of it, which is more precise.
+    """
     number = next(len(row) for row in rows if isinstance(row, Tensor))
-    values = torch.zeros(NUM_CALLS, number, dtype=torch.float64)
     with evaluating(elbo, *programs), seeded(0, "loss"), torch.no_grad():
-        for n in range(number):
-            args = tuple(row[n : n + 1] if isinstance(row, Tensor) and row.dim() else row for row in rows)
-            for call in range(NUM_CALLS):
-                with failures_named("elbo"):
-                    loss = torch.as_tensor(elbo(*args))
-                if loss.numel() != 1:
-                    raise InputError(f"elbo: for one datapoint it returned {described(loss)}. Return one number")
-                values[call, n] = float(loss)
-    return Losses(values.mean(0), values.std(0) / NUM_CALLS**0.5)
+        singles = Losses.of([[_called(elbo, rows, n, 1) for _ in range(NUM_CALLS)] for n in range(number)])
+        copies = Losses.of([[_called(elbo, rows, n, NUM_COPIES) for _ in range(NUM_BATCHES)] for n in range(number)])
+    scaled = [replace(copies, value=copies.value / by, error=copies.error / by) for by in (1, NUM_COPIES)]
+    same = [each for each in scaled if each.is_near(singles)]
+    return same[0] if len(same) == 1 else singles
+
+
+def _called(elbo: Callable[..., Any], rows: tuple[Any, ...], n: int, copies: int) -> float:
+    place = torch.full((copies,), n)
+    args = (row[place.to(row.device)] if isinstance(row, Tensor) and row.dim() else row for row in rows)
+    with failures_named("elbo"):
+        loss = torch.as_tensor(elbo(*args))
+    if loss.numel() != 1:
+        raise InputError(f"elbo: for one datapoint it returned {described(loss)}. Return one number")
+    return float(loss)
 
 
 def explanation(terms: Terms, losses: Losses) -> list[str] | None:
