@@ -68,8 +68,8 @@ SPLITS: list[tuple[dict[str, tuple[float, float]], str, str]] = [
             "generalization_gap": (1.3, 0.1),
         },
         "Mostly the amortization gap.",
-        "Within the amortization gap, no single cause: the capacity gap and the optimization gap and the "
-        "generalization gap do not differ by more than their errors.",
+        "Within the amortization gap, no single cause: the capacity gap, the optimization gap and the generalization "
+        "gap do not differ by more than their errors.",
     ),
     # Equal at the top; one part is all of it, and another is negative.
     (

@@ -127,8 +127,8 @@ def test_what_was_not_examined_is_called_that(unexamined: pg.GapLedger) -> None:
     assert flag.id == "unexamined" and not flag.serious and flag.holds.all()
     assert "log p(x) unreliable" not in page_of(unexamined)
     part = unexamined.sel([3, 4])
-    assert str(part.table("full")).count("was not examined") == 2  # of all, and of these
-    assert str(part).count("was not examined") == 1 and "cannot be trusted" not in str(part)
+    for text in (str(part), str(part.table("full"))):
+        assert text.count("was not examined") == 1 and "cannot be trusted" not in text
     back = pg.GapLedger.from_datatree(unexamined.to_datatree())
     assert str(back) == str(unexamined) and str(back.diagnose()) == str(unexamined.diagnose())
     estimate = pg.log_evidence(MODEL, None, X, evidence=Noisy())

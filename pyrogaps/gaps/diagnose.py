@@ -223,10 +223,14 @@ def _sentence(findings: Sequence[Finding]) -> str:
         return ""
     first = certain[0]
     rivals = [finding for finding in findings if finding is not first and not _exceeds(first, finding)]
-    names = " and ".join(f"the {finding.name}" for finding in rivals)
     if all(finding.certain for finding in rivals):
-        return f"no single cause: the {first.name} and {names} do not differ by more than their errors"
-    return f"the {first.name} is the largest gap that exceeds its error, but {names} may be as large"
+        return f"no single cause: {_listed([first, *rivals])} do not differ by more than their errors"
+    return f"the {first.name} is the largest gap that exceeds its error, but {_listed(rivals)} may be as large"
+
+
+def _listed(findings: Sequence[Finding]) -> str:
+    *before, last = (f"the {finding.name}" for finding in findings)
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def _exceeds(first: Finding, other: Finding) -> bool:

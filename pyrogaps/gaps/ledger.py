@@ -69,14 +69,15 @@ class GapLedger:
             `iwae`, `log_evidence`, `elbo_refined`, `family_approximation_gap` and the gaps that have values per
             datapoint (`inference_gap`, `approximation_gap`, `amortization_gap`, ...), each with its Monte Carlo
             standard error `<name>_mcse`; `khat` and `ess` of the guide's importance weights, `khat_refined` and
-            `ess_refined` of each refined family's; what the evidence adds: of AIS and the ladder `log_evidence_draws`
-            and `log_evidence_ess`, draws or chains behind log p(x), and `acceptance`, NaN for importance sampling; of
-            the ladder and the bridge `log_evidence_low` and `log_evidence_high`, a 95% interval,
-            `log_evidence_reliable` and `log_evidence_evaluations`; of the ladder also `log_evidence_method` (as in
-            `pyrogaps.evidence.METHODS`) and `log_evidence_temperatures`; `examined`, whether other starts were tried;
-            `converged` and `kept_start` of the refinements. Where a conditioning gap was measured: `elbo_shared`,
-            `conditioning_gap`, and of a shared posterior `elbo_on_completions`, `overfitting`, `shared_converged`,
-            `completions_ess` and `num_completions`. Columns that are True or False
+            `ess_refined` of each refined family's; `log_evidence_reliable`, whether log p(x) and its error can be
+            trusted (False everywhere, with the attribute `status`, where the evidence does not examine that); what the
+            evidence adds: of AIS and the ladder `log_evidence_draws` and `log_evidence_ess`, draws or chains behind
+            log p(x), and `acceptance`, NaN for importance sampling; of the ladder and the bridge `log_evidence_low` and
+            `log_evidence_high`, a 95% interval, and `log_evidence_evaluations`; of the ladder also
+            `log_evidence_method` (as in `pyrogaps.evidence.METHODS`) and `log_evidence_temperatures`; `examined`,
+            whether other starts were tried; `converged` and `kept_start` of the refinements. Where a conditioning gap
+            was measured: `elbo_shared`, `conditioning_gap`, and of a shared posterior `elbo_on_completions`,
+            `overfitting`, `shared_converged`, `completions_ess` and `num_completions`. Columns that are True or False
             are coordinates, so that arithmetic on the others, such as the difference of two ledgers, leaves them alone;
             so is `data_fingerprint`, a hash of what the model observes of the datapoint.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.

@@ -232,7 +232,7 @@ def _said_of_all(provenance: Provenance) -> tuple[list[str], list[str]]:
 
 def _said_of(dataset: xr.Dataset, direction: str) -> tuple[list[str], list[str]]:
     """Notes and cautions on the datapoints chosen, from their columns; `direction` is that of log p(x)."""
-    notes = reliability_notes(dataset, direction, "these ")
+    notes = reliability_notes(dataset, direction, "these ") if is_examined(dataset) else []  # said of all
     number, unreliable = dataset.sizes[DATAPOINT], int((~checks_of(dataset).get("reliable", np.ones(1, bool))).sum())
     if not unreliable:
         return notes, []
