@@ -119,6 +119,7 @@ def test_what_was_not_examined_is_called_that(unexamined: pg.GapLedger) -> None:
     assert not bool(data.log_evidence_reliable.any())
     for text in (str(unexamined), unexamined._repr_html_(), unexamined.to_markdown()):
         assert "reliability of log p(x) was not examined" in text and "is reliable for" not in text
+        assert "log p(x) not examined" in text and "log p(x) reliable" not in text
     assert f"Note: {UNEXAMINED}." in str(unexamined.diagnose())
     assert unexamined.diagnose().dominant == "amortization_gap" and not unexamined.diagnose().doubts
     assert {*unexamined.worst(3)["flags"]} == {"log p(x) not examined"}
@@ -126,7 +127,8 @@ def test_what_was_not_examined_is_called_that(unexamined: pg.GapLedger) -> None:
     assert flag.id == "unexamined" and not flag.serious and flag.holds.all()
     assert "log p(x) unreliable" not in page_of(unexamined)
     part = unexamined.sel([3, 4])
-    assert str(part).count("was not examined") == 1 and "cannot be trusted" not in str(part)
+    for text in (str(part), str(part.table("full"))):
+        assert text.count("was not examined") == 1 and "cannot be trusted" not in text
     back = pg.GapLedger.from_datatree(unexamined.to_datatree())
     assert str(back) == str(unexamined) and str(back.diagnose()) == str(unexamined.diagnose())
     estimate = pg.log_evidence(MODEL, None, X, evidence=Noisy())
@@ -145,7 +147,8 @@ def test_an_evidence_that_judges_itself_is_believed() -> None:
     ledger = measured(Noisy(judged=True))
     even = np.arange(len(X)) % 2 == 0
     assert (ledger.per_datapoint.log_evidence_reliable.values == even).all()
-    assert f"log p(x) is reliable for 10 of {len(X)} datapoints" in str(ledger)
+    assert f"log p(x) is reliable for 10 of {len(X)} datapoints" in str(ledger.table("full"))
+    assert f"log p(x) reliable 10/{len(X)}" in str(ledger)
     assert ledger.diagnose().verdict.startswith("No verdict: log p(x) is reliable for only 10 of 20 datapoints.")
     estimate = pg.log_evidence(MODEL, None, X, evidence=Noisy(judged=True))
     assert estimate.examined and (estimate.reliable.numpy() == even).all()
@@ -196,7 +199,7 @@ def test_chains_that_can_be_judged_are() -> None:
     ledger = measured(settings, referee=False)
     estimate = pg.log_evidence(MODEL, WrongEncoder(MODEL), X, evidence=settings, referee=False)
     assert (ledger.per_datapoint.log_evidence_reliable.values == estimate.reliable.numpy()).all()
-    assert "log p(x) is reliable for 20 of 20 datapoints" in str(ledger)
+    assert "log p(x) reliable 20/20" in str(ledger)
     rough = pg.AIS(num_chains=500, num_temperatures=1, num_leapfrog=1, initial="prior", num_pilot_temperatures=2)
     poor = measured(rough, referee=False)
     assert not poor.per_datapoint.log_evidence_reliable.values.all()
