@@ -68,6 +68,7 @@ def elbo(
     plate: Plate = None,
     batch_size: Count = 64,
     seed: Seed = 0,
+    progress: bool = True,
 ) -> Estimate:
     r"""The evidence lower bound of every datapoint.
 
@@ -78,6 +79,7 @@ def elbo(
         num_particles: S, draws per datapoint.
         batch_size: datapoints held at once; it does not change the result.
         seed: of all the randomness.
+        progress: whether to show a progress bar once the call has taken two seconds.
 
     Returns:
         An `Estimate` in nats: `value` and `mcse` `(N,)`, `log_weights` `(S, N)`.
@@ -92,7 +94,7 @@ def elbo(
         (torch.Size([6]), 'lower bound')
     """
     problem = Problem.of(model, guide, data, plate)
-    return mean_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size)))
+    return mean_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size, progress)))
 
 
 @guarded
@@ -106,6 +108,7 @@ def iwae(
     plate: Plate = None,
     batch_size: Count = 64,
     seed: Seed = 0,
+    progress: bool = True,
 ) -> Estimate:
     r"""The importance-weighted bound with K = `num_particles`, of every datapoint.
 
@@ -123,7 +126,7 @@ def iwae(
         True
     """
     problem = Problem.of(model, guide, data, plate)
-    return log_mean_exp_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size)))
+    return log_mean_exp_estimate(log_weights_of(problem, num_particles, Run(seed, batch_size, progress)))
 
 
 def log_weights_of(problem: Problem, num_particles: int, run: Run) -> Tensor:
@@ -132,7 +135,7 @@ def log_weights_of(problem: Problem, num_particles: int, run: Run) -> Tensor:
     many = joint.num_datapoints * num_particles >= RECORDING_THRESHOLD
     density = GradientEvaluator(joint, quiet=True) if many else joint
 
-    def measure(chunk: Chunk) -> Tensor:
+    def measure(chunk: Chunk, run: Run) -> Tensor:
         return chunk_log_weights(density, posterior, chunk, num_particles, run.stream("elbo"))
 
-    return torch.cat(run.map(measure, joint), 1)
+    return torch.cat(run.map_shown(measure, joint, "ELBO"), 1)

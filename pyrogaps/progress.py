@@ -1,5 +1,6 @@
 """Progress bars."""
 
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -12,3 +13,9 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, miniters=1, dynamic_ncols=True, **options)  # type: ignore[call-overload]
+
+    def refresh(self, *args: Any, **options: Any) -> None:
+        """Show the bar as it is, where its `delay` is over: other words alone do not end it."""
+        begun = getattr(self, "start_t", None)  # not set while tqdm makes a bar
+        if begun is None or time.time() - begun >= self.delay:
+            super().refresh(*args, **options)

@@ -19,6 +19,7 @@ from pyrogaps.streams import BLOCK, Chunk, Stream, chunks, derive_seed, seeded
 
 Result = TypeVar("Result")
 FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+DELAY = 2.0  # seconds that a call may take before it shows how far it is
 
 
 class Bar:
@@ -55,7 +56,8 @@ class Bar:
             for name, values in reached.items():
                 self._means.setdefault(name, []).append(values)
             self._finished, self._last = self._finished + 1, time.monotonic()
-            self._bar.set_postfix_str(f"{self._left()}{self._reached()}nats", refresh=False)
+            words = f"{self._left()}{self._reached()}{'nats' * bool(self._means)}"
+            self._bar.set_postfix_str(words.removesuffix(", "), refresh=False)
             self._started = self._finished * self._num_stages
             self._advance_to(self._started)
 
@@ -82,9 +84,9 @@ class Run:
     Attributes:
         seed: of all the randomness. Every purpose has a stream of its own, see `stream`.
         batch_size: datapoints worked on at once, in whole blocks of 64; it changes results in rounding alone.
-        progress: whether `map_kept` shows a progress bar.
+        progress: whether `map_kept` and `map_shown` show a progress bar.
         cache: a folder in which `map_kept` keeps finished chunks; None keeps nothing.
-        bar: the progress bar of the chunk at hand, which does nothing outside `map_kept`.
+        bar: the progress bar of the chunk at hand, which does nothing outside of these two.
     """
 
     seed: int = 0
@@ -111,7 +113,7 @@ class Run:
 
     def quiet(self) -> "Run":
         """The same run without its progress bar."""
-        return replace(self, bar=Bar())
+        return replace(self, bar=Bar(), progress=False)
 
     def map(self, measure: Callable[[Chunk], Result], joint: JointDensity) -> list[Result]:
         """`measure` of every chunk of the data, in order.
@@ -126,6 +128,27 @@ class Run:
         """As `map`, every process by itself, for results that belong to their process, such as guides."""
         with self._seeded(joint):
             return [_freed(measure, chunk) for chunk in chunks(joint.num_datapoints, self.batch_size)]
+
+    def map_shown(
+        self, measure: "Callable[[Chunk, Run], Result]", joint: JointDensity, stage: str, *, alone: bool = False
+    ) -> list[Result]:
+        """As `map`, or `map_alone`, with a progress bar called `stage` once it has taken two seconds.
+
+        `measure` is given a chunk and this run with the bar.
+        """
+        pieces = chunks(joint.num_datapoints, self.batch_size)
+        mine = pieces if alone else pieces[processes.rank() :: processes.world_size()]
+        hidden = not self.progress or processes.rank() > 0
+        with ProgressBar(total=len(mine), disable=hidden, bar_format=FORMAT, delay=DELAY) as bar:
+            run = replace(self, bar=Bar(bar, 1, len(mine)))
+
+            def shown(chunk: Chunk) -> Result:
+                run.bar.stage(stage)
+                result = measure(chunk, run)
+                run.bar.finish_chunk({})
+                return result
+
+            return (self.map_alone if alone else self.map)(shown, joint)
 
     def map_kept(
         self,

@@ -68,6 +68,34 @@ def test_what_is_missing_is_listed() -> None:
         pg.shared_posterior(model)
 
 
+LONG = [pg.ais, pg.bdmc, pg.calibrate, pg.decompose, pg.elbo, pg.iwae, pg.log_evidence, pg.refine]
+ALSO_LONG = [pg.posterior_grid, pg.shared_posterior, pg.train]
+
+
+@pytest.mark.parametrize("function", [*LONG, *ALSO_LONG])
+def test_long_functions_take_the_same_settings(function: object) -> None:
+    """Where data, randomness and time are spent alike, by the same names and with the same defaults."""
+    assert callable(function)
+    parameters = inspect.signature(function).parameters
+    names = ["seed", "progress"] + ["plate"] * (function is not pg.train) + ["batch_size"] * (function in LONG)
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in names)
+    assert (parameters["seed"].default, parameters["progress"].default) == (0, True)
+    assert {name: parameters[name].annotation for name in ("seed", "progress")} == {"seed": int, "progress": bool}
+
+
+@pytest.mark.parametrize("delay", [0.0, 60.0])
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_bar_is_shown_of_calls_that_take_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, delay: float, progress: bool
+) -> None:
+    monkeypatch.setattr("pyrogaps.run.DELAY", delay)
+    model, guide, x = LinearGaussian.random(4, 2), AmortizedNormal(4, 2, (8,)), torch.randn(130, 4)
+    quiet = pg.elbo(model, guide, x, progress=False)
+    assert torch.equal(pg.elbo(model, guide, x, progress=progress).value, quiet.value)
+    shown = capsys.readouterr().err
+    assert ("ELBO: 100%" in shown) == (bool(shown) and "about" in shown) == (progress and not delay)
+
+
 @pytest.mark.parametrize(
     ("target", "unknown", "meant"),
     [

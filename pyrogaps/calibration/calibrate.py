@@ -46,6 +46,7 @@ def calibrate(
     plate: Plate = None,
     batch_size: Count = 64,
     seed: Seed = 0,
+    progress: bool = True,
 ) -> Calibration:
     r"""Check a posterior's intervals on data drawn from the model: simulation-based calibration.
 
@@ -76,6 +77,7 @@ def calibrate(
         to_data: a function from drawn values by observed site to the model's arguments, where these do not follow.
         batch_size: datapoints in memory at once; it does not change the result.
         seed: seed of all random numbers.
+        progress: whether to show a progress bar once the call has taken two seconds.
 
     Returns:
         A `Calibration`: print it, or take `.summary()`, `.coverage()`, `.ranks`, `.to_datatree()`; `plot_calibration`
@@ -109,17 +111,17 @@ def calibrate(
             f"plate: calibrate needs a data plate, but here the whole data set is one datapoint. {WHOLE_REMEDY}"
         )
     problem, family = subject_of(guide, plain, refined=posterior == "refined")
-    run = Run(seed, batch_size)
+    run = Run(seed, batch_size, progress)
     simulated, truth = simulated_data(joint, num_simulated, run.stream("simulate"), to_data)
     problem, drawn = problem.over(simulated), joint.over(simulated)
     settings = (refinement or Refinement()) if posterior == "refined" else None
-    posterior_of = _posterior_of(problem, family, settings, run)
+    posterior_of = _posterior_of(problem, family, settings)
 
-    def measure(chunk: Chunk) -> Evaluated:
-        fitted, converged = posterior_of(chunk)
+    def measure(chunk: Chunk, run: Run) -> Evaluated:
+        fitted, converged = posterior_of(chunk, run)
         return rank_chunk(drawn, fitted, chunk, truth, num_draws, run), converged
 
-    parts = run.map(measure, drawn)
+    parts = run.map_shown(measure, drawn, "calibration")
     provenance = {
         "posterior": posterior,
         "guide": guide_name(guide),
@@ -135,16 +137,16 @@ Fitted = tuple[Posterior, Tensor | None]
 
 
 def _posterior_of(
-    problem: Problem, family: OwnFamily | Family | None, refinement: Refinement | None, run: Run
-) -> Callable[[Chunk], Fitted]:
+    problem: Problem, family: OwnFamily | Family | None, refinement: Refinement | None
+) -> Callable[[Chunk, Run], Fitted]:
     """A function from a chunk to its posterior and, where refined, whether that converged."""
     if refinement is None:
         guide = problem.guided()
-        return lambda chunk: (guide, None)
+        return lambda chunk, run: (guide, None)
     assert family is not None
     refiner = Refiner(family, refinement).over(problem)
 
-    def refined(chunk: Chunk) -> Fitted:
+    def refined(chunk: Chunk, run: Run) -> Fitted:
         posterior, progress = refiner.fit(problem, chunk, run)
         return posterior, progress.converged
 

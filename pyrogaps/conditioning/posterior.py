@@ -96,6 +96,7 @@ def shared_posterior(
     num_particles: Count = 1000,
     plate: Plate = None,
     seed: Seed = 0,
+    progress: bool = True,
 ) -> SharedPosterior:
     r"""Fit the best guide of a family that is shown only a part C of every datapoint, $x = (C, \bar C)$:
 
@@ -113,6 +114,7 @@ def shared_posterior(
         refinement: settings of the refinements.
         num_particles: draws for each ELBO.
         seed: seed of all random numbers.
+        progress: whether to show a progress bar once the call has taken two seconds.
 
     Raises:
         InputError: where the guide uses data that it declares as not shown, where it declares a lookahead (its
@@ -140,11 +142,11 @@ def shared_posterior(
     problem = Problem.of(model, guide, data, plate)
     joint, density = problem.joint, problem.guide_density()
     check_no_leak(density, declaration)
-    run, refiner = Run(seed, BLOCK), Refiner(own_family(density), refinement or Refinement())
+    run, refiner = Run(seed, BLOCK, progress), Refiner(own_family(density), refinement or Refinement())
     sharing = sharing_of(
         problem, declaration, evidence or AIS(), refiner, settings or Conditioning(), num_particles, run
     )
-    blocks = run.map_alone(lambda block: (block, sharing.fit(block)), joint)
+    blocks = run.map_shown(lambda block, run: (block, sharing.fit(block)), joint, "shared posterior", alone=True)
     chunks, shared = [block for block, _ in blocks], [fitted for _, fitted in blocks]
     guides = tuple(
         RefinedGuide(joint, chunks, [s.halves[half] for s in shared], [s.progress[half] for s in shared])

@@ -52,6 +52,7 @@ def bdmc(
     plate: Plate = None,
     batch_size: Count = 64,
     seed: Seed = 0,
+    progress: bool = True,
 ) -> Sandwich:
     """Bidirectional Monte Carlo: bound log p(x) from both sides on data simulated from the model.
 
@@ -64,7 +65,7 @@ def bdmc(
         data: what to simulate in the shape of.
         guide_or_family: what anchors the paths, refined on the simulated data; not used from the prior. The width
             holds only for the anchor it was measured with: to certify an evidence, give the guide it was measured with.
-        settings, initial, refinement, batch_size, seed: as for `ais`.
+        settings, initial, refinement, batch_size, seed, progress: as for `ais`.
         to_data: from drawn values by observed site to the model's arguments, where that is not plain.
 
     Raises:
@@ -98,7 +99,7 @@ def bdmc(
         refiner = Refiner(guide_or_family, refinement or Refinement())
     elif isinstance(problem.posterior, GuideDensity):
         refiner = Refiner(own_family(problem.posterior), refinement or Refinement())
-    run = Run(seed, batch_size)
+    run = Run(seed, batch_size, progress)
     lower, upper = two_sided(simulated, settings.prepare(problem, run, refiner), settings, refiner, run)
     return Sandwich(lower.value, upper.value, lower, upper, simulated.data, simulated.z)
 
@@ -113,7 +114,7 @@ def two_sided(
     below, above = measurement.over(problem, run), reverse.prepare(problem, run)
     needed = measurement.evidence.needs_refined or reverse.needs_refined
 
-    def measure(chunk: Chunk) -> tuple[Measured, Tensor]:
+    def measure(chunk: Chunk, run: Run) -> tuple[Measured, Tensor]:
         refined: Posterior | None = None
         if needed and refiner is not None:
             refined, _ = refiner.fit(problem, chunk, run)
@@ -121,7 +122,7 @@ def two_sided(
         measured, negative_log_weights = below.two_sided(chunk, refined, exact, above)
         return measured, negative_log_weights.cpu()
 
-    parts = run.map(measure, problem.joint)
+    parts = run.map_shown(measure, problem.joint, "log p(x) from both sides")
     inverse = log_mean_exp_estimate(torch.cat([part for _, part in parts], -1))
     unknown = torch.full_like(inverse.mcse, torch.nan)
     upper = replace(inverse, value=-inverse.value, mcse=unknown, direction="upper bound", log_weights=None)

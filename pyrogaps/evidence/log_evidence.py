@@ -31,6 +31,7 @@ def log_evidence(
     plate: Plate = None,
     batch_size: Count = 64,
     seed: Seed = 0,
+    progress: bool = True,
 ) -> Estimate:
     r"""log p(x_n) of every datapoint.
 
@@ -51,6 +52,7 @@ def log_evidence(
             sample is `reliable`.
         batch_size: datapoints held at once; it does not change the result.
         seed: of all the randomness.
+        progress: whether to show a progress bar once the call has taken two seconds.
 
     Returns:
         An `Estimate` in nats with `value` and `mcse` `(N,)`; of a ladder a `LadderEstimate`, with `method`,
@@ -66,7 +68,7 @@ def log_evidence(
     >>> pg.log_evidence(VAE(16, 2, [8]), AmortizedNormal(16, 2, [8]), x, evidence=pg.Ladder(tolerance=0.2)).value.shape
     torch.Size([3])
     """
-    problem, run = Problem.of(model, guide, data, plate), Run(seed, batch_size)
+    problem, run = Problem.of(model, guide, data, plate), Run(seed, batch_size, progress)
     return measured(problem, evidence or Ladder(), refinement, run, int(referee))
 
 
@@ -83,6 +85,7 @@ def ais(
     plate: Plate = None,
     batch_size: Count = 64,
     seed: Seed = 0,
+    progress: bool = True,
 ) -> Estimate:
     r"""log p(x_n) of every datapoint by annealed importance sampling along
 
@@ -98,6 +101,7 @@ def ais(
         refinement: settings of the refinement that "refined" starts need.
         batch_size: datapoints held at once; it does not change the result.
         seed: of all the randomness.
+        progress: whether to show a progress bar once the call has taken two seconds.
 
     Returns:
         An `Estimate` in nats with `value`, `mcse`, `ess`, `khat`, `acceptance` `(N,)` and `log_weights` `(S, N)`.
@@ -118,7 +122,7 @@ def ais(
     problem = (Problem.without_guide if unused else Problem.of)(model, guide, data, plate)
     if settings.initial in ("refined", "guide"):
         problem.guided()
-    return measured(problem, settings, refinement, Run(seed, batch_size))
+    return measured(problem, settings, refinement, Run(seed, batch_size, progress))
 
 
 def measured(
@@ -130,11 +134,11 @@ def measured(
         refiner = Refiner(own_family(posterior), refinement or Refinement())
     measurement = prepared(evidence, problem, run, refiner)
 
-    def measure(chunk: Chunk) -> Measured:
+    def measure(chunk: Chunk, run: Run) -> Measured:
         refined = posterior if refiner is None else refiner.fit(problem, chunk, run)[0]
         return measurement.measure(chunk, refined)
 
-    parts = run.map(measure, problem.joint)
+    parts = run.map_shown(measure, problem.joint, "log p(x)")
     if not referee:
         return measurement.estimate(parts)
     parts, doubted = refereed(measurement, parts, referee, run)

@@ -56,7 +56,7 @@ def certify(measure: Measure, per_datapoint: xr.Dataset, settings: Certificate, 
     """
     problem, refiner, evidence = measure.problem, measure.refiner, measure.evidence
     assert evidence is not None
-    own = run.derived("certificate")
+    own = run.derived("certificate").quiet()
     simulated, there = refiner.simulated(problem, settings.num_simulated, own)
     reverse = evidence.evidence.reverse or AIS()
     lower, upper = two_sided(simulated, evidence, reverse, there, own)

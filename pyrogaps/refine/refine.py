@@ -115,6 +115,7 @@ def refine(
     plate: Plate = None,
     batch_size: Count = BLOCK,
     seed: Seed = 0,
+    progress: bool = True,
 ) -> RefinedGuide:
     r"""Fit a guide of a family to every datapoint: $q^*_n = \arg\max_{q \in Q} \mathcal L[q](x_n)$.
 
@@ -127,6 +128,7 @@ def refine(
             each: a random sample, or all if there are no more; False examines none.
         batch_size: datapoints refined at once.
         seed: of all the randomness.
+        progress: whether to show a progress bar once the call has taken two seconds.
 
     Raises:
         InputError: where the family is not local under the data plate, or has no reparameterised draws.
@@ -143,16 +145,16 @@ def refine(
     family = guide_or_family if is_family(guide_or_family) else None
     problem = Problem.of(model, guide_or_family if family is None else None, data, plate)
     refiner = Refiner(family or own_family(problem.guide_density()), settings or Refinement())
-    return refine_all(problem, refiner, Run(seed, batch_size), int(referee))
+    return refine_all(problem, refiner, Run(seed, batch_size, progress), int(referee))
 
 
 def refine_all(problem: Problem, refiner: Refiner, run: Run, referee: int = 0) -> RefinedGuide:
     """The family of `refiner` fitted to every datapoint of `problem`, and from other starts to some of them."""
 
-    def measure(chunk: Chunk) -> tuple[Chunk, Refinable, Progress]:
+    def measure(chunk: Chunk, run: Run) -> tuple[Chunk, Refinable, Progress]:
         return chunk, *refiner.fit(problem, chunk, run)
 
-    chunks, parts, progress = zip(*run.map_alone(measure, problem.joint), strict=True)
+    chunks, parts, progress = zip(*run.map_shown(measure, problem.joint, "refining", alone=True), strict=True)
     examined = gain = None
     if referee and can_be_taken(refiner):
         examined, gain = refined_from_modes(problem, refiner, run, referee, [*zip(chunks, parts, strict=True)])

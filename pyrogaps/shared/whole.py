@@ -44,7 +44,7 @@ def whole_evidence(
     with suppress(InputError):  # else it starts from the prior
         problem = problem.with_guide(guide)
     ladder = Ladder(tolerance=ERROR_SHARE * tolerance)
-    estimate = measured(problem, ladder, None, run.derived("whole data set"), 1)
+    estimate = measured(problem, ladder, None, run.derived("whole data set").quiet(), 1)
     assert isinstance(estimate, LadderEstimate)
     assert estimate.upper is not None
     lower, upper = (float(value) for value in (estimate.value, estimate.upper))
