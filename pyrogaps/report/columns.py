@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyrogaps.gaps import GapLedger
 from pyrogaps.gaps.finite import is_finite
+from pyrogaps.gaps.selection import checks_of
 from pyrogaps.gaps.table import EVIDENCE, GIVEN_SHARED, label_of, last_gap
 from pyrogaps.gaps.terms import INFERENCE, ids
 from pyrogaps.plots.source import OWN
@@ -90,12 +91,13 @@ def flags_of(ledger: GapLedger) -> list[Flag]:
 
 def _flags(ledger: GapLedger) -> Iterator[Flag]:
     data, last = ledger.per_datapoint, last_gap(ledger.provenance)
-    finite = is_finite(data)
-    yield Flag("infinite", "no finite bounds", "log p(x) or an ELBO is -infinity; left out of all means", ~finite)
-    if "log_evidence_reliable" in data:
-        reliable = data["log_evidence_reliable"].values.astype(bool)
+    fails = {name: ~passes for name, passes in checks_of(data).items()}
+    yield Flag(
+        "infinite", "no finite bounds", "log p(x) or an ELBO is -infinity; left out of all means", fails["finite"]
+    )
+    if "reliable" in fails:
         words = "log p(x), and with it the inference gap, may be too low, or its error too small"
-        yield Flag("unreliable", "log p(x) unreliable", words, ~reliable)
+        yield Flag("unreliable", "log p(x) unreliable", words, fails["reliable"])
     if "log_evidence_doubted" in data:
         words = "other starts found modes at datapoints like this one; log p(x) may be too low"
         yield Flag("modes", "modes may be missed", words, data["log_evidence_doubted"].values.astype(bool))
@@ -104,12 +106,11 @@ def _flags(ledger: GapLedger) -> Iterator[Flag]:
         with np.errstate(invalid="ignore"):
             below = np.asarray(gap < -CERTAIN * error)
         yield Flag("negative", "negative gap", "log p(x) is measured too low: no inference gap is negative", below)
-    if "converged" in data:
-        moving = data["converged"].values.astype(float) < 1
+    if "converged" in fails:
         words = f"the approximation gap is too large, and the {last} too small"
-        yield Flag("moving", "refinement not converged", words, moving[:, 0])
+        yield Flag("moving", "refinement not converged", words, fails["converged"])
         words = "the gap of another family than the guide's is too large"
-        others = np.asarray(moving[:, 1:].any(1))
+        others = np.asarray((~data["converged"].values[:, 1:].astype(bool)).any(1))
         yield Flag("others-moving", "other family not converged", words, others, serious=False)
     if "shared_converged" in data:
         words = "q*_C is not the best guide of what is shown: the conditioning gap is too large"
