@@ -380,7 +380,7 @@ def test_conditions_are_masks(conditions: Any, message: str) -> None:
 
 def test_signatures_stay_as_they_were_written() -> None:
     parameters = inspect.signature(pg.elbo).parameters
-    assert list(parameters) == ["model", "guide", "data", "num_particles", "plate", "batch_size", "seed"]
+    assert list(parameters) == ["model", "guide", "data", "num_particles", "plate", "batch_size", "seed", "progress"]
     assert str(parameters["num_particles"]) == "num_particles: int = 1000"
     assert "at least 1" in str(kinds_of(pg.elbo)["num_particles"])
     assert (parameters["num_particles"].default, pg.elbo.__name__) == (1000, "elbo")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
-import xarray as xr
 from matplotlib.figure import Figure
 
 from pyrogaps import processes
@@ -259,9 +258,10 @@ def _divergence_named(section: str) -> Iterator[None]:
 
 
 def _read_ledger(path: Path) -> GapLedger:
-    broken = f"{path}: reading the ledger (use --overwrite to compute it again)"
-    with failures_named(broken, own_too=True), xr.open_datatree(path, engine="h5netcdf") as tree:
-        return GapLedger.from_datatree(tree.load())
+    try:
+        return GapLedger.load(path)
+    except InputError as error:
+        raise InputError(f"{error}. With --overwrite it is computed again") from error
 
 
 def _draw(ledger: GapLedger, path: Path) -> None:

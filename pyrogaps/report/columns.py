@@ -91,14 +91,16 @@ def flags_of(ledger: GapLedger) -> list[Flag]:
 
 def _flags(ledger: GapLedger) -> Iterator[Flag]:
     data, last = ledger.per_datapoint, last_gap(ledger.provenance)
-    finite = is_finite(data)
-    yield Flag("infinite", "no finite bounds", "log p(x) or an ELBO is -infinity; left out of all means", ~finite)
-    if (reliable := checks_of(data).get("reliable")) is not None:
+    fails = {name: ~passes for name, passes in checks_of(data).items()}
+    yield Flag(
+        "infinite", "no finite bounds", "log p(x) or an ELBO is -infinity; left out of all means", fails["finite"]
+    )
+    if "reliable" in fails:
         words = "log p(x), and with it the inference gap, may be too low, or its error too small"
-        yield Flag("unreliable", UNTRUSTED["reliable"], words, ~reliable)
+        yield Flag("unreliable", UNTRUSTED["reliable"], words, fails["reliable"])
     else:
         words = "the evidence does not say where the error of log p(x) can be trusted"
-        yield Flag("unexamined", UNTRUSTED["examined"], words, np.ones_like(finite), serious=False)
+        yield Flag("unexamined", UNTRUSTED["examined"], words, np.ones_like(fails["finite"]), serious=False)
     if "log_evidence_doubted" in data:
         words = "other starts found modes at datapoints like this one; log p(x) may be too low"
         yield Flag("modes", "modes may be missed", words, data["log_evidence_doubted"].values.astype(bool))
@@ -107,12 +109,11 @@ def _flags(ledger: GapLedger) -> Iterator[Flag]:
         with np.errstate(invalid="ignore"):
             below = np.asarray(gap < -CERTAIN * error)
         yield Flag("negative", "negative gap", "log p(x) is measured too low: no inference gap is negative", below)
-    if "converged" in data:
-        moving = data["converged"].values.astype(float) < 1
+    if "converged" in fails:
         words = f"the approximation gap is too large, and the {last} too small"
-        yield Flag("moving", "refinement not converged", words, moving[:, 0])
+        yield Flag("moving", "refinement not converged", words, fails["converged"])
         words = "the gap of another family than the guide's is too large"
-        others = np.asarray(moving[:, 1:].any(1))
+        others = np.asarray((~data["converged"].values[:, 1:].astype(bool)).any(1))
         yield Flag("others-moving", "other family not converged", words, others, serious=False)
     if "shared_converged" in data:
         words = "q*_C is not the best guide of what is shown: the conditioning gap is too large"

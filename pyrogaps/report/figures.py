@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 
 from pyrogaps.gaps import GapLedger
 from pyrogaps.gaps.table import family_name
+from pyrogaps.gaps.terms import combined_error
 from pyrogaps.plots.gaps import Bar, bars_of, pieces_of
 from pyrogaps.plots.source import SHADES, families, values, with_error
 from pyrogaps.plots.traces import ANNEALING
@@ -78,7 +79,7 @@ def tree_figure(ledger: GapLedger) -> Any:
 
 def error_of(bar: Bar) -> float:
     """The standard error over datapoints and draws together, nats; 0 where there is none."""
-    return float(np.hypot(np.nan_to_num(bar.error), np.nan_to_num(bar.mcse)))
+    return combined_error(bar.error, np.nan_to_num(bar.mcse))
 
 
 def _whiskers(plot: Any, ends: Sequence[tuple[float, float]]) -> None:
