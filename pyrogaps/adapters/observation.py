@@ -81,20 +81,36 @@ class Observation(nn.Module):
         if self.function is not None:
             output = self.function(output)
         if isinstance(output, Distribution):
+            if self.row is not None:
+                raise InputError(
+                    f"likelihood: it is '{self.name}', but the decoder returns {described(output)}. Leave likelihood "
+                    "out"
+                )
             return self._of_distribution(output, x)
         if self.row is None:
             at = "likelihood" if self.function is not None else "decoder"
             names = ", ".join(LIKELIHOODS)
             what = "a distribution" if self.function is not None else f"a distribution, or name a likelihood: {names}"
             raise InputError(f"{at}: it returned {described(output)}. Return {what}")
-        first, second = self.parts(output)
+        first, second = self._parts(output)
         value = self._shaped(first, x, self.row)
         fn = self.row.build(value, self.kind, None if second is None else self._like(second, first).reshape(x.shape))
         seen = x if self.row.over_classes else x.to(value.dtype)
         return per_datapoint(fn), seen, self.row.remedy
 
-    def parts(self, output: Any) -> tuple[Tensor, Tensor | None]:
+    def _parts(self, output: Any) -> tuple[Tensor, Tensor | None]:
         """The decoder's output and the second parameter, where there is one."""
+        first, *second = self._tensors(output)
+        if second:
+            return first, self._second(second[0])
+        if self.given_scale is not None:
+            return first, torch.as_tensor(self.given_scale())
+        if self.log_scale is not None:
+            return first, self.log_scale.exp()
+        return first, None if self.fixed_scale is None else torch.as_tensor(self.fixed_scale)
+
+    def _tensors(self, output: Any) -> tuple[Tensor, ...]:
+        """The one or two tensors that a decoder returned."""
         if (held := entry(output, "reconstruction")) is not None:
             output = held
         pair = isinstance(output, tuple | list) and len(output) == 2 and all(isinstance(o, Tensor) for o in output)
@@ -119,13 +135,7 @@ class Observation(nn.Module):
             said = self.row is not None and self.row.second == "scale" and not self.second
             further = ", or say by scale= what the second is" if said else ""
             raise InputError(f"decoder: it returned {described(output)}. Return {wanted}{further}")
-        if pair:
-            return output[0], self._second(output[1])
-        if self.given_scale is not None:
-            return output, torch.as_tensor(self.given_scale())
-        if self.log_scale is not None:
-            return output, self.log_scale.exp()
-        return output, None if self.fixed_scale is None else torch.as_tensor(self.fixed_scale)
+        return tuple(output) if pair else (output,)
 
     def _second(self, second: Tensor) -> Tensor:
         if self.second in ("scale", "dispersion") and not recording() and float(second.detach().min()) < 0:
@@ -176,7 +186,7 @@ class Observation(nn.Module):
         """Refuse outputs, of latents near and far, that cannot be of the kind that they are said or assumed to be."""
         if self.row is None or not self.kind or (self.said and self.kind == "logits"):
             return
-        row, firsts = OUTPUTS[self.kind], [self.parts(output)[0] for output in outputs]
+        row, firsts = OUTPUTS[self.kind], [self._tensors(output)[0] for output in outputs]
         values = finite(firsts)
         if bool((values != values[:1]).any()) and row.contradicted(values):
             raise InputError(

@@ -40,6 +40,11 @@ class Conditioned(nn.Module):
     def __init__(self, conditions: Sequence[str]) -> None:
         super().__init__()
         self.further = tuple(conditions)
+        if len({"x", *self.further}) <= len(self.further) or not all(name.isidentifier() for name in self.further):
+            raise InputError(
+                f"conditions: must be different names other than 'x', as of arguments, got {list(self.further)}. "
+                "Rename them"
+            )
         names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("x", *self.further)]
         self.__signature__ = inspect.Signature(names)
 
@@ -148,7 +153,8 @@ class TorchModel(Conditioned):
         """
         self.check(x, conditions)
         (guide,) = self._guide
-        rows = torch.arange(max(NUM_JUDGED, len(x)), device=x.device) % len(x)
+        rows = evenly_spaced(len(x), NUM_JUDGED)
+        rows = rows[torch.arange(NUM_JUDGED) % len(rows)].to(x.device)
         x, conditions = x[rows], tuple(c[rows] if isinstance(c, Tensor) and c.dim() else c for c in conditions)
         with evaluating(guide, self), seeded(0, "from_torch", device=x.device), torch.no_grad():
             self.latent_shape = tuple(guide.posterior(x, *conditions).event_shape)
@@ -158,8 +164,10 @@ class TorchModel(Conditioned):
                         guide.reader.judge([guide.encoder(far * x, *conditions) for far in FAR])
                 prior = self.prior_of(x, conditions)
                 z = prior.sample() if prior.batch_shape else prior.sample((len(x),))
-                outputs = [self.decoder(far * z, *conditions) for far in FAR]
+                outputs = [self.decoder(z, *conditions)]
                 self.observation(outputs[0], x)
+                with suppress(ProgramError):
+                    outputs += [self.decoder(far * z, *conditions) for far in FAR[1:]]
                 self.observation.judge(outputs)
             except InputError:
                 self.latent_shape = None

@@ -227,6 +227,13 @@ refusal(
     r"prior: it returned a tensor of shape \(2,\)\. Return a distribution",
     prior=lambda: torch.zeros(2),
 )
+refusal(
+    "a distribution beside a likelihood",
+    r"likelihood: it is 'bernoulli', but the decoder returns a Normal of .*\. Leave likelihood out",
+    decoder=lambda z: Normal(DECODER(z), 1.0),
+)
+refusal("a condition of no name", r"conditions: must be different names .*, got \['a b'\]", conditions=("a b",))
+refusal("a condition that is x", r"conditions: must be different names .*, got \['x'\]", conditions=("x",))
 refusal("a class", r"encoder: Linear is a class\. Pass an instance of it, Linear\(\.\.\.\)", encoder=nn.Linear)
 refusal("no forward", r"encoder: ModuleList has no forward\. Pass a method", encoder=nn.ModuleList([ENCODER]))
 refusal(
@@ -353,6 +360,21 @@ def test_logits_and_log_variances_raise_no_alarm(scale: float) -> None:
             decoder[-1].bias.uniform_(0.1, 0.9)
         x = (torch.rand(20, number) < 0.5).float()
         pg.from_torch(lambda x, net=encoder: net(x).chunk(2, -1), decoder, **BERNOULLI, data=x)
+
+
+def test_programs_that_refuse_far_values_raise_no_alarm() -> None:
+    """Values far from the data are for judging alone."""
+
+    def encode(x: Tensor) -> tuple[Tensor, ...]:
+        assert float(x.max()) <= 1
+        return halves(x)
+
+    def decode(z: Tensor) -> Normal:
+        assert float(z.abs().max()) < 100
+        return Normal(DECODER(z), DECODER(z).exp())
+
+    model, guide = pg.from_torch(encode, decode, second="log_variance", data=bits())
+    assert torch.isfinite(pg.elbo(model, guide, bits(), num_particles=10).value).all()
 
 
 def test_sigmoids_and_softpluses_are_found() -> None:
