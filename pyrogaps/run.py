@@ -43,12 +43,12 @@ class Bar:
             self._bar.set_description_str(name)
 
     def advance(self, fraction: float, elbo: Tensor) -> None:
-        """Move the bar by a fraction of a stage, and show the mean of the bound it has reached."""
+        """Move the bar by a fraction of a stage, not beyond its end, and show the mean of the bound it has reached."""
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"{self._left()}{self._reached()}ELBO {float(elbo.mean()):.2f} nats", refresh=False
             )
-            self._bar.update(fraction)
+            self._bar.update(max(0.0, min(fraction, self._started - self._bar.n)))
 
     def finish_chunk(self, reached: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Show the means of what all finished chunks have reached, nats."""

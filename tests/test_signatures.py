@@ -43,7 +43,7 @@ def test_what_a_function_takes_is_listed(target: object) -> None:
         (pg.Split, "Split: too many positional arguments. It takes train_data, retraining"),
         (
             pg.SimulatedData,
-            "data: AmortizedNormal is a program. Pass here what the model is called with, ",
+            "data: expected what the model is called with, got AmortizedNormal. Pass tensors here, ",
         ),
         (pg.Problem, "Problem: it cannot be made of programs directly. Use Problem.of(model, guide, data)"),
     ],
@@ -62,7 +62,7 @@ def test_what_is_missing_is_listed() -> None:
         pg.posterior_grid(model)  # type: ignore[call-arg]
     with pytest.raises(pg.InputError, match=r"^data: missing\. Pass what the model is called with, or a Problem"):
         pg.bdmc(model)
-    with pytest.raises(pg.InputError, match=r"^data: AmortizedNormal is a program\. .*guide_or_family="):
+    with pytest.raises(pg.InputError, match=r"^data: expected .*, got AmortizedNormal\. .*guide_or_family="):
         pg.bdmc(model, guide)
     with pytest.raises(pg.InputError, match=r"^guide: missing\."):
         pg.shared_posterior(model)

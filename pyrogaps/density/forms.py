@@ -99,8 +99,8 @@ def as_given(data: Data | Given | None, model: Program | None = None) -> Given:
         return _by_item(data, taken)
     if callable(data) and not hasattr(data, "__getitem__") and not hasattr(data, "__array__"):
         raise InputError(
-            f"data: {type(data).__name__} is a program. Pass here what the model is called with, and a guide as guide= "
-            "or guide_or_family="
+            f"data: expected what the model is called with, got {type(data).__name__}. Pass tensors here, and a guide "
+            "as guide= or guide_or_family="
         )
     if isinstance(data, Iterator):
         raise InputError(f"data: a {type(data).__name__} has no items to select by index. {COLLECT}")
