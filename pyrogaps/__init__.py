@@ -1,6 +1,6 @@
 """pyrogaps: how far is inference in a Pyro model from the truth, and whose fault is it?"""
 
-from pyrogaps.adapters import from_torch
+from pyrogaps.adapters import from_scvi, from_torch, to_obs
 from pyrogaps.bounds import elbo, iwae
 from pyrogaps.calibration import Calibration, calibrate
 from pyrogaps.conditioning import Conditioning, SimulatedData, reference_guide, shared_posterior
@@ -79,6 +79,7 @@ __all__ = [
     "compare",
     "decompose",
     "elbo",
+    "from_scvi",
     "from_torch",
     "iwae",
     "log_evidence",
@@ -97,5 +98,6 @@ __all__ = [
     "refine",
     "shared_posterior",
     "to_datatree",
+    "to_obs",
     "train",
 ]
