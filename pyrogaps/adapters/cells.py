@@ -116,14 +116,9 @@ def _chosen(indices: Sequence[int] | None, number: int) -> NDArray[np.int64]:
     """Row numbers of the cells chosen."""
     if indices is None:
         return np.arange(number)
-    chosen = np.asarray(indices)
-    if chosen.dtype == bool and chosen.shape == (number,):
-        chosen = np.flatnonzero(chosen)
-    if chosen.ndim != 1 or not len(chosen) or chosen.dtype.kind not in "iu":
-        raise InputError(
-            "indices: must be row numbers of cells, or a boolean mask over all of them. Pass such as "
-            "model.validation_indices"
-        )
+    chosen = np.array(indices, dtype=np.int64)
+    if not len(chosen):
+        raise InputError("indices: there are none. Name at least one cell, or pass None for all")
     if not 0 <= int(chosen.min()) <= int(chosen.max()) < number:
         raise InputError(f"indices: they must be from 0 to N - 1 = {number - 1}")
-    return chosen.astype(np.int64)
+    return chosen

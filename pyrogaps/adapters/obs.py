@@ -11,11 +11,13 @@ from pyrogaps.gaps import GapLedger
 from pyrogaps.gaps.selection import BOUNDS, DATAPOINT, FLAGS, NAME, flags_of
 from pyrogaps.gaps.terms import ids
 from pyrogaps.guard import guarded
+from pyrogaps.settings import checked
 
 PREFIX, NOT_MEASURED = "pyrogaps_", "not measured"
 
 
 @guarded
+@checked()
 def to_obs(ledger: GapLedger, adata: Any) -> None:
     """Put a ledger's gaps and log p(x), in nats, into `adata.obs`.
 
@@ -42,8 +44,6 @@ def to_obs(ledger: GapLedger, adata: Any) -> None:
         >>> bool(adata.obs["pyrogaps_inference_gap"].notna().all())                    # doctest: +SKIP
         True
     """
-    if not isinstance(ledger, GapLedger):
-        raise InputError(f"ledger: expected a GapLedger, as decompose returns it, got a {type(ledger).__name__}")
     if not hasattr(adata, "obs_names") or not hasattr(adata, "obs"):
         raise InputError(f"adata: expected an AnnData, got a {type(adata).__name__}")
     if adata.is_view:

@@ -14,6 +14,7 @@ from pyrogaps.density import IndexedData
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
 from pyrogaps.likelihoods.counts import NegativeBinomial, ZeroInflatedNegativeBinomial
+from pyrogaps.settings import checked
 
 # scvi-tools adds it to the mean and the inverse dispersion of its negative binomials.
 SMALLEST = 1e-8
@@ -170,6 +171,7 @@ def _encoded(encoder: Any, shown: Tensor, columns: list[Tensor]) -> Any:
 
 
 @guarded
+@checked()
 def from_scvi(
     model: Any, adata: Any = None, indices: Sequence[int] | None = None
 ) -> tuple[CellModel, CellGuide, IndexedData]:
@@ -186,7 +188,7 @@ def from_scvi(
         model: a trained SCVI or LinearSCVI, with any likelihood, dispersion, covariates, and library size.
         adata: cells with the genes and the categories of those that it was trained on, in memory, sparse, or backed by
             a file; None for these.
-        indices: row numbers of the cells to take, such as `model.validation_indices`; or a mask. None for all.
+        indices: row numbers of the cells to take, such as `model.validation_indices`; None for all.
 
     Returns:
         `(model, guide, data)`, with sites "z", "x" and, where it is latent, "log_library" in the plate "data". The data
