@@ -3,8 +3,8 @@
 1,000 human blood cells, the 2,000 genes of highest variance, 16 samples as batches, under scvi-tools' SCVI at its
 defaults (zero-inflated negative binomial, 10 latents, 128 hidden units, observed library size), trained on 800 of them,
 and the same with `latent_distribution="ln"`. Half of the cells measured were trained on, half were not, as far as there
-are. `decompose` runs at its defaults; `get_marginal_ll` with its 1,000 draws, one to a pass as it does by default. All in
-one process and one thread; seconds are CPU seconds, training not included.
+are. `decompose` runs at its defaults; `get_marginal_ll` with its 1,000 draws, one to a pass as it does by default. One
+process, one thread; seconds are CPU seconds, training not included.
 
     PYROGAPS_DATA=... python -m benchmarks.scvi_cells              # 1,000 cells: half an hour of a quiet core
     PYROGAPS_DATA=... python -m benchmarks.scvi_cells --cells 200 --ln-cells 64

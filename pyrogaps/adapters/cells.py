@@ -54,9 +54,10 @@ class Cells:
             size = tensors["X"].sum(1, keepdim=True)
         if size is not None and not (size > 0).all():
             name = self.names[int(rows[(~(size > 0)).any(1)][0])]
+            remedy = "Remove such cells, as in scanpy.pp.filter_cells(adata, min_counts=1)"
             raise InputError(
                 f"adata: cell '{name}' has size {float(size[~(size > 0)][0]):.4g}, whose logarithm the model takes. "
-                "Remove such cells, as in adata[adata.X.sum(1) > 0].copy()"
+                f"{'Give every cell a positive size factor' if 'size_factor' in tensors else remedy}"
             )
         label = tensors["labels"] if self.module.dispersion == "gene-label" else None
         covariates = (tensors.get(f"extra_{kind}_covs") for kind in ("continuous", "categorical"))
@@ -89,8 +90,8 @@ def _registered(model: Any, adata: Any) -> Any:
         return model._validate_anndata(adata)
     except (KeyError, ValueError) as error:
         raise InputError(
-            f"adata: scvi-tools refuses it: {str(error.args[0] if error.args else error).strip()} Pass cells with the "
-            "columns and the categories of those that the model was trained on"
+            f"adata: scvi-tools refuses it: {str(error.args[0] if error.args else error).strip(' .')}. Pass cells with "
+            "the columns and the categories of those that the model was trained on"
         ) from error
 
 

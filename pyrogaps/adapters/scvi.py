@@ -29,8 +29,9 @@ class CellGuide(nn.Module):
         super().__init__()
         self.z_encoder = module.z_encoder
         self.library_encoder = None if module.use_observed_lib_size else module.l_encoder
-        self.embedding = _embedding(module)
         self.log_variational, self.encode_covariates = module.log_variational, module.encode_covariates
+        self.embedding = _embedding(module) if module.encode_covariates else None
+        self.one_hot = module.batch_representation == "one-hot"
 
     def forward(
         self,
@@ -46,7 +47,7 @@ class CellGuide(nn.Module):
         if self.encode_covariates:
             inputs += [] if continuous is None else [continuous]
             inputs += [] if self.embedding is None else [self.embedding(batch[:, 0])]
-        columns = columns if self.embedding is not None else [batch, *columns]
+        columns = [batch, *columns] if self.one_hot else columns
         shown = torch.cat(inputs, -1)
         with pyro.plate("data", len(x)):
             pyro.sample("z", _encoded(self.z_encoder, shown, columns))

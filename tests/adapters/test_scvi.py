@@ -254,6 +254,7 @@ def test_wrong_models_are_refused(scvi: Any, vae: Any) -> None:
 def test_wrong_cells_are_refused(scvi: Any, vae: Any) -> None:
     adata = vae.adata
     refuses(lambda: pg.from_scvi(vae, adata[:, ::-1].copy()), "another order", "gene 0 is 'gene_19'", "adata[:, ")
+    pg.from_scvi(vae, adata[:, ::-1][:, adata.var_names].copy())
     refuses(lambda: pg.from_scvi(vae, adata[:, :5].copy()), "lacks 15, such as 'gene_5'")
     refuses(lambda: pg.from_scvi(vae, adata.X), "expected an AnnData, got a ndarray")
     refuses(lambda: pg.from_scvi(vae, indices=np.arange(3) > 1), "indices[0]: must be a whole number, got False")
@@ -265,7 +266,9 @@ def test_wrong_cells_are_refused(scvi: Any, vae: Any) -> None:
     elsewhere.obs["batch"] = "new"
     refuses(lambda: pg.from_scvi(vae, elsewhere), "Category new not found", "Pass cells with the columns")
     empty.X[7] = 0
-    refuses(lambda: pg.from_scvi(vae, empty), "cell '7' has size 0", "Remove such cells")
+    refuses(lambda: pg.from_scvi(vae, empty), "cell '7' has size 0", "scanpy.pp.filter_cells")
+    pytest.importorskip("scanpy").pp.filter_cells(empty, min_counts=1)
+    assert len(pg.from_scvi(vae, empty)[2]) == NUM_CELLS - 1
     del bare.obs["labels"]
     refuses(lambda: pg.from_scvi(vae, bare), "labels not found")
 
