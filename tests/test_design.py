@@ -18,6 +18,7 @@ MAX_PARAMETERS = 7
 SET_ATTRIBUTES = {
     # Objects of torch, Pyro, matplotlib, xarray and Python.
     "adapters/parts.py": {"made.__kwdefaults__", "cell.cell_contents"},  # of a copy of a caller's function
+    "likelihoods/counts.py": {"new._validate_args"},  # torch's form of expand
     "likelihoods/discretised_logistic.py": {"new.loc", "new.scale", "new._validate_args"},  # torch's form of expand
     "cli/building.py": {"family.__name__"},
     "capture/draws.py": {"ctx.gradients", "ctx.kept"},

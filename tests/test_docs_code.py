@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ SMALL: dict[str, Any] = {
     "referee": False,
     "progress": False,
 }
+# Pages whose programs need an optional library, whose own warnings do not count.
+NEEDED = {"docs/howto/cells.md": "scvi"}
 # Numbers of epochs and steps, and what takes their place.
 BUDGETS = {
     r"range\(\d\d+\)": "range(2)",
@@ -79,7 +82,15 @@ def given() -> dict[str, Any]:
 
 def with_code() -> list[Any]:
     pages = [page for page in (ROOT / "README.md", *PAGES) if blocks(page, "python")]
-    return [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) in SLOW)) for page in pages]
+    return [pytest.param(page, id=name_of(page), marks=marks_of(name_of(page))) for page in pages]
+
+
+def marks_of(page: str) -> list[Any]:
+    if page not in NEEDED:
+        return [pytest.mark.slow] * (page in SLOW)
+    missing = find_spec(NEEDED[page]) is None
+    without = pytest.mark.skipif(missing, reason=f"{NEEDED[page]} is not installed")
+    return [without, pytest.mark.filterwarnings("ignore:::(?!pyrogaps)")]
 
 
 @pytest.mark.usefixtures("brief_check")

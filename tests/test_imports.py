@@ -54,6 +54,7 @@ PUBLIC = {
     "compare",
     "decompose",
     "elbo",
+    "from_scvi",
     "from_torch",
     "iwae",
     "log_evidence",
@@ -72,6 +73,7 @@ PUBLIC = {
     "refine",
     "shared_posterior",
     "to_datatree",
+    "to_obs",
     "train",
 }
 
@@ -134,7 +136,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gaps": ESTIMATORS | {"chunk_cache", "training", "conditioning", "mapa", "shared", "calibration"},
     "writers": {"errors", "processes"},
     "monitor": ESTIMATORS | {"gaps", "shared", "writers"},
-    "adapters": GROUND | {"likelihoods", "density", "problem", "monitor"},
+    "adapters": GROUND | {"likelihoods", "density", "problem", "gaps", "monitor"},
     "datasets": {"errors", "settings"},
     "plots": {"errors", "settings", "gaps", "calibration", "monitor"},
     "report": {"errors", "settings", "files", "tables", "density", "gaps", "calibration", "plots"},
@@ -217,13 +219,14 @@ def test_every_module_is_imported() -> None:
 
 
 def test_what_only_draws_is_imported_when_it_is_called() -> None:
-    """No module imports such a floor itself, and `import pyrogaps` does not load Bokeh."""
+    """No module imports such a floor itself, and `import pyrogaps` loads neither Bokeh nor what adapters read."""
     for path, floor in WHEN_CALLED:
         body = ast.parse((PACKAGE / path).read_text("utf-8")).body
         top = ast.Module([node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], [])
         assert f"pyrogaps.{floor}" not in ".".join(imported_modules(ast.unparse(top)))
         assert floor in imported_floors(PACKAGE / path)
-    loaded = "import sys, pyrogaps, pyrogaps.eval; print([name for name in sys.modules if name.startswith('bokeh')])"
+    late = ("bokeh", "scvi", "anndata")
+    loaded = f"import sys, pyrogaps, pyrogaps.eval; print([name for name in sys.modules if name.startswith({late})])"
     found = subprocess.check_output([sys.executable, "-c", loaded], text=True, cwd=PACKAGE.parent)
     assert found.strip() == "[]"
 

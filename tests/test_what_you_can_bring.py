@@ -95,6 +95,20 @@ def plain_torch() -> None:
     refuses(lambda: pg.from_torch(lambda x: net(x).chunk(2, -1), sigmoid, data=x, **settings), "output='probabilities'")
 
 
+@row("A model of scvi-tools (SCVI, LinearSCVI)")
+def cells() -> None:
+    scvi = pytest.importorskip("scvi")
+    adata = scvi.data.synthetic_iid(batch_size=20, n_genes=10)
+    for kind, likelihood in ((scvi.model.SCVI, "zinb"), (scvi.model.LinearSCVI, "nb")):
+        kind.setup_anndata(adata, batch_key="batch")
+        vae = kind(adata, n_latent=2, gene_likelihood=likelihood)
+        refuses(lambda vae=vae: pg.from_scvi(vae), "not trained", "model.train()")
+        vae.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False, logger=False, enable_checkpointing=False)
+        pg.to_obs(answers(*pg.from_scvi(vae, indices=range(5))), adata)
+        assert adata.obs["pyrogaps_inference_gap"].notna().sum() == 5
+    refuses(lambda: pg.from_scvi(vae, adata[:, ::-1].copy()), "another order")
+
+
 @row("Continuous latents")
 def continuous() -> None:
     def nested(x: Tensor) -> None:
@@ -386,6 +400,7 @@ def refused() -> None:
     refuses(lambda: pg.elbo(model, depends_on_the_batch, X), "no batch statistics")
 
 
+@pytest.mark.filterwarnings("ignore:::(scvi|anndata|lightning|torchmetrics)")
 @pytest.mark.parametrize("name", ROWS)
 def test_the_row(name: str) -> None:
     ROWS[name]()

@@ -1,7 +1,7 @@
 """Data sets: a number of datapoints, fetched by index."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.data import DataLoader, Dataset
 
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, counted
 from pyrogaps.guard import failures_named
 from pyrogaps.settings import Count, checked
 
@@ -28,6 +28,8 @@ class IndexedData:
     model's positional arguments for those datapoints, in the order of `indices`. Pad ragged data to one
     length for the whole set, so that every datapoint has latents of the same size.
 
+    `names` has one for each datapoint, such as those of cells, or is None; ledgers keep them.
+
     Example:
         >>> import torch, pyrogaps as pg
         >>> from pyrogaps.guides.amortized import AmortizedNormal
@@ -40,6 +42,7 @@ class IndexedData:
 
     num_datapoints: Count
     fetch: Callable[[Tensor], tuple[Any, ...]]
+    names: Sequence[str] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         number, fetch = self.num_datapoints, self.fetch
@@ -48,6 +51,11 @@ class IndexedData:
             raise InputError(f"IndexedData.num_datapoints: must be a whole number, got {got}")
         if not callable(fetch):
             raise InputError(f"IndexedData.fetch: must be a function of indices, got {type(fetch).__name__}")
+        if self.names is not None and len(self.names) != number:
+            raise InputError(
+                f"IndexedData.names: there are {len(self.names):,} of them for {counted(int(number), 'datapoint')}. "
+                "Pass one for each"
+            )
         object.__setattr__(self, "fetch", functools.partial(_fetched, fetch))
 
     def __len__(self) -> int:
@@ -177,7 +185,8 @@ def selected(data: IndexedData, indices: Tensor) -> IndexedData:
     """The datapoints `indices` of `data` as a data set, counted from 0."""
     if isinstance(data, HeldData):
         return HeldData(len(indices), data.fetch, data.rows[indices], data.size)
-    return IndexedData(len(indices), lambda rows: data.fetch(indices[rows]))
+    names = None if data.names is None else [data.names[index] for index in indices.tolist()]
+    return IndexedData(len(indices), lambda rows: data.fetch(indices[rows]), names=names)
 
 
 def all_indices(data: IndexedData, device: torch.device | str | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pyrogaps.density.observations import merged, observe
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.selection import FINGERPRINT
+from pyrogaps.gaps.selection import FINGERPRINT, NAME
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
 
@@ -20,7 +20,8 @@ ROUNDING = {"float32": 1e-5, "float64": 1e-7}
 
 
 def with_facts(ledger: GapLedger, problem: Problem, run: Run) -> GapLedger:
-    """`ledger` with a fingerprint of what the model observes of every datapoint, and what its log p(x) is a density of.
+    """`ledger` with what its log p(x) is a density of and, of every datapoint, a fingerprint of what the model observes
+    and its name, where the data have names.
 
     The model is run once more for every chunk of datapoints.
     """
@@ -29,7 +30,10 @@ def with_facts(ledger: GapLedger, problem: Problem, run: Run) -> GapLedger:
     prints = np.concatenate([part.fingerprints for part in parts])
     sites = [asdict(site) for site in merged([part.sites for part in parts])]
     model = {"dim": problem.dim, "probe": parts[0].probe[:NUM_PROBED].tolist()}
-    per_datapoint = ledger.per_datapoint.assign_coords({FINGERPRINT: ("datapoint", prints)})
+    columns: dict[str, Any] = {FINGERPRINT: ("datapoint", prints)}
+    if joint.data.names is not None:
+        columns[NAME] = ("datapoint", np.array(joint.data.names, dtype=str))
+    per_datapoint = ledger.per_datapoint.assign_coords(columns)
     return replace(ledger, per_datapoint=per_datapoint, provenance={**ledger.provenance, OBSERVED: sites, MODEL: model})
 
 

@@ -79,7 +79,8 @@ class GapLedger:
             was measured: `elbo_shared`, `conditioning_gap`, and of a shared posterior `elbo_on_completions`,
             `overfitting`, `shared_converged`, `completions_ess` and `num_completions`. Columns that are True or False
             are coordinates, so that arithmetic on the others, such as the difference of two ledgers, leaves them alone;
-            so is `data_fingerprint`, a hash of what the model observes of the datapoint.
+            so are `data_fingerprint`, a hash of what the model observes of the datapoint, and `name`, where the data
+            have names.
         traces: ELBO along the refinements, acceptance and ESS along the AIS paths, means over datapoints.
         observed: the data, where they are one tensor of moderate size.
         provenance: which estimator, direction of bound and settings each number has; `remarks`, what of model and guide

@@ -19,6 +19,7 @@ from pyrogaps.tables import Frame
 Provenance: TypeAlias = dict[str, Any]
 DATAPOINT, FAMILY, FLAGS = "datapoint", "family", "flags"
 FINGERPRINT = "data_fingerprint"  # of what the model observes
+NAME = "name"  # of the datapoint, where the data have names
 CONVERGED = "converged"
 BOUNDS = ("log_evidence", "elbo")
 # What is said of a datapoint that does not pass a check.
@@ -39,8 +40,8 @@ UNREFINED = ("log_evidence", "elbo", INFERENCE, DATA_SET, GLOBAL)  # what does n
 
 
 def with_flags(dataset: xr.Dataset) -> xr.Dataset:
-    """The columns of a ledger with flags and fingerprints as coordinates, which arithmetic leaves alone."""
-    aside = [name for name, column in dataset.data_vars.items() if column.dtype == bool or name == FINGERPRINT]
+    """The columns of a ledger with flags, fingerprints and names as coordinates, which arithmetic leaves alone."""
+    aside = [name for name, column in dataset.data_vars.items() if column.dtype == bool or name in (FINGERPRINT, NAME)]
     return dataset.set_coords(aside)
 
 
@@ -111,6 +112,8 @@ def worst(dataset: xr.Dataset, gaps: xr.Dataset, num: int, by: str) -> pd.DataFr
         if name in dataset and name not in columns:
             columns[name] = chosen[name].values
     columns[FLAGS] = flags_of(chosen)
+    if NAME in chosen.coords:
+        columns = {NAME: chosen[NAME].values, **columns}
     return Frame(columns, index=pd.Index(chosen[DATAPOINT].values, name=DATAPOINT))
 
 

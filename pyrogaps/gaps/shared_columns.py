@@ -9,7 +9,7 @@ from scipy import special  # type: ignore[import-untyped]
 
 from pyrogaps.gaps.finite import finite_part, is_finite
 from pyrogaps.gaps.ledger import GapLedger
-from pyrogaps.gaps.selection import FINGERPRINT, with_flags
+from pyrogaps.gaps.selection import FINGERPRINT, NAME, with_flags
 from pyrogaps.gaps.terms import DATA_SET, GLOBAL, Columns, Term, ids, measured_gaps
 from pyrogaps.shared import GlobalGap
 
@@ -31,7 +31,7 @@ def averaged(ledgers: Sequence[GapLedger]) -> xr.Dataset:
     combined: Any
     for name in (str(name) for name in datasets[0] if name in shared_names):
         of_draws = [dataset[name] for dataset in datasets]
-        if name == FINGERPRINT:
+        if name in (FINGERPRINT, NAME):
             combined = of_draws[0].values
         elif name in IN_ALL or name in IN_ANY:
             values = np.stack([column.values for column in of_draws])
