@@ -234,6 +234,11 @@ def _hint(error: Exception, place: Place | None) -> str:
         )
     if isinstance(error, RuntimeError) and any(word in text for word in DTYPE_WORDS):
         return ". Convert the data and the parameters to one dtype, as in x.float()"
+    if isinstance(error, ValueError) and "Shape mismatch inside plate" in text:
+        return (
+            ". Dimensions to the right of the plate's belong to the event: declare them, as in "
+            "Normal(loc, scale).to_event(1)"
+        )
     return ""
 
 

@@ -13,10 +13,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
+from pyro.infer.autoguide import (
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+)
 from torch import Tensor, nn
 
 import pyrogaps as pg
+from pyrogaps.guides.amortized import AmortizedNormal
 from tests import test_bad_data, test_boundary
 
 X = torch.tensor([0.3, -1.2, 0.8, 2.0])
@@ -461,3 +468,29 @@ def test_a_plate_that_is_left_open_is_closed() -> None:
     with pyro.plate("d", 2):
         pyro.sample("y", dist.Normal(0.0, 1.0))
     assert torch.isfinite(pg.elbo(model, guide, X).value).all()
+
+
+def test_a_family_whose_network_is_shared_is_refused_by_name() -> None:
+    """The network is in Pyro's store under two names, whose removal ended in a KeyError."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(4, 2)
+    guide = AmortizedNormal(2, 2, (4,))
+    options: dict[str, Any] = {"num_particles": 20, "refinement": pg.Refinement(num_steps=5), "progress": False}
+    with pytest.raises(pg.InputError, match=r"^family AutoIAFNormal: parameter '.*' is shared by datapoints"):
+        pg.decompose(model, guide, x, families={"flow": AutoIAFNormal}, **options)
+    assert not [name for name in pyro.get_param_store() if "IAF" in name]
+
+
+def test_a_forgotten_event_is_explained() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(pg.InputError, match=r"inside plate\('data'\) at site z .*as in Normal\(loc, scale\).to_event"):
+        pg.elbo(model, AmortizedNormal(3, 3, (4,)), torch.randn(5, 3))

@@ -166,7 +166,7 @@ def test_a_sandwich_in_words(upper: list[float], said: str) -> None:
     )  # fmt: skip
     line, _ = certificates.lines_of(certificate)
     certain = max(0.0, width.mean() + math.log(20) / len(width))
-    assert said in line and f"with 95% confidence it is at most {certain:.3f} nats higher" in line
+    assert said in line and f"with 95% confidence log p(x) is at most {certain:.3f} nats higher" in line
     assert "at most -" not in line and "nan" not in line
 
 

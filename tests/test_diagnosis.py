@@ -69,7 +69,7 @@ SPLITS: list[tuple[dict[str, tuple[float, float]], str, str]] = [
         },
         "Mostly the amortization gap.",
         "Within the amortization gap, no single cause: the capacity gap, the optimization gap and the generalization "
-        "gap do not differ by more than their errors.",
+        "gap differ by less than two standard errors.",
     ),
     # Equal at the top; one part is all of it, and another is negative.
     (
@@ -80,7 +80,7 @@ SPLITS: list[tuple[dict[str, tuple[float, float]], str, str]] = [
             "optimization_gap": (0.0, 0.1),
             "generalization_gap": (-0.5, 0.1),
         },
-        "No single cause: the approximation gap and the amortization gap do not differ by more than their errors.",
+        "No single cause: the approximation gap and the amortization gap differ by less than two standard errors.",
         "Within the amortization gap, mostly the capacity gap.",
     ),
     (

@@ -363,7 +363,7 @@ def test_a_gap_within_its_error_and_a_family_that_gains_nothing(ledger: pg.GapLe
     gaps["mean"].loc["approximation_gap"] = -0.5
     assert rows_of(str(replace(ledger, gaps=gaps)))["approximation gap"].endswith("  negative beyond its error")
     elbo = ledger.per_datapoint["elbo_refined"].values
-    assert rows_of(str(ledger))["a<b>&_%"].endswith("  this is the guide's own family")
+    assert rows_of(str(ledger))["a<b>&_%"].endswith("  within its error; this is the guide's own family")
     ledger = replace(ledger, provenance={**ledger.provenance, "same_families": []})
     for gain, words in (
         (0.5, "0.50 nats better than the guide's own family"),

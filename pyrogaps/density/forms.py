@@ -384,7 +384,7 @@ def _from_numpy(array: Any) -> Tensor:
     if np.ma.is_masked(array):
         raise InputError(
             "data: an array has masked elements, which a tensor cannot have. Pass x.filled(0.0) and seen = ~x.mask, "
-            "and give the distribution of the site .mask(seen)"
+            "and give the distribution of the site .mask(seen), before any .to_event"
         )
     if array.dtype == np.longdouble and array.dtype.itemsize > 8:
         raise InputError(f"data: an array has dtype {array.dtype}. Convert it with x.astype(float)")

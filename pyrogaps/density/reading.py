@@ -38,7 +38,7 @@ from pyrogaps.settings import Plate
 
 MISSING_REMEDY = (
     "Remove these datapoints or impute the values, or mask them: pass x.where(seen, 0.0) and seen = x.isfinite(), and "
-    "give the distribution of the site .mask(seen)"
+    "give the distribution of the site .mask(seen), before any .to_event"
 )
 # The plate name where there is no data plate and every plate has its full size.
 ANY_PLATE = ""

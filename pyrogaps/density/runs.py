@@ -12,6 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.nn import PyroModule
+from pyro.params.param_store import ParamStoreDict
 from torch import nn
 
 from pyrogaps.errors import InputError
@@ -96,6 +97,14 @@ def check_callable(program: Any, what: str, pair: str = "Pass its methods .model
         )
 
 
+def _forget(store: ParamStoreDict, name: str) -> None:
+    """Remove an entry of Pyro's store. `del` fails at the second of two entries that share a parameter."""
+    parameter = store._params.pop(name)
+    store._constraints.pop(name)
+    if store._param_to_name.get(parameter) == name:
+        del store._param_to_name[parameter]
+
+
 @contextmanager
 def evaluating(*programs: Program) -> Iterator[None]:
     """Evaluation mode for `programs`; restores train/eval modes, default dtype and validation setting.
@@ -116,4 +125,4 @@ def evaluating(*programs: Program) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         for name in set(store.keys()) - names:
-            del store[name]
+            _forget(store, name)

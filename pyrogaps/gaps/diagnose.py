@@ -224,7 +224,7 @@ def _sentence(findings: Sequence[Finding]) -> str:
     first = certain[0]
     rivals = [finding for finding in findings if finding is not first and not _exceeds(first, finding)]
     if all(finding.certain for finding in rivals):
-        return f"no single cause: {_listed([first, *rivals])} do not differ by more than their errors"
+        return f"no single cause: {_listed([first, *rivals])} differ by less than two standard errors"
     return f"the {first.name} is the largest gap that exceeds its error, but {_listed(rivals)} may be as large"
 
 

@@ -11,7 +11,7 @@ from pyrogaps.evidence.reliability import UNEXAMINED, is_exact, is_examined
 from pyrogaps.gaps.diagnose import Diagnosis
 from pyrogaps.gaps.flags import UPPER, WITHIN, agreement, doubts_of, on_finite_part, within_error
 from pyrogaps.gaps.savings import Saving
-from pyrogaps.gaps.selection import UNTRUSTED, checks_of
+from pyrogaps.gaps.selection import UNTRUSTED, checks_of, converged_of
 from pyrogaps.gaps.table import (
     EVIDENCE,
     FURTHER,
@@ -137,8 +137,9 @@ def _families(parts: Parts, savings: Sequence[Saving]) -> Iterator[Row]:
     of_families = {saving.family: saving for saving in savings}
     for name in (str(key) for key in parts.summary.index if str(key).startswith(FURTHER)):
         family = name[len(FURTHER) : -1]
-        saving = of_families.get(family)
-        yield _row(parts, name, family, "" if saving is None else _gain(saving))
+        words = [WITHIN] * within_error(parts.row(name))
+        words += [_gain(of_families[family])] * (family in of_families)
+        yield _row(parts, name, family, "; ".join(filter(None, words)))
 
 
 def _gain(saving: Saving) -> str:
@@ -180,6 +181,9 @@ def _checks(parts: Parts) -> Iterator[str]:
     for name, passes in sorted(checks_of(parts.per_datapoint).items()):
         if name == "converged" or not passes.all() or (name == "reliable" and not exact):
             yield f"{given_shared(PASSED[name], name, parts.provenance)} {passes.sum():,}/{len(passes):,}"
+    for family in map(str, parts.per_datapoint["family"].values[1:]):
+        if not (passes := converged_of(parts.per_datapoint, family)).all():
+            yield f"refinement of {family} converged {passes.sum():,}/{len(passes):,}"
     if not is_examined(parts.per_datapoint):
         yield given_shared(UNTRUSTED["examined"], "reliable", parts.provenance)
     examined = parts.provenance.get("examined")
