@@ -185,13 +185,35 @@ def test_weights_by_precision_are_better_than_either_ledger(ledgers: dict[str, p
     """Over repeats: the error of the mean of independent estimates is that of their precisions, added."""
     truth = MODEL.log_evidence(X).detach().numpy()
     generator, scores = np.random.default_rng(0), []
-    errors = [generator.uniform(0.01, 0.1, NUMBER) for _ in range(2)]
+    errors = [np.full(NUMBER, error) for error in (0.02, 0.05)]
     for _ in range(REPEATS):
         drawn = [{"log_evidence": truth + generator.normal(0, error), "log_evidence_mcse": error} for error in errors]
         scores.append((one_evidence(ledgers, *drawn) - truth) / (errors[0] ** -2 + errors[1] ** -2) ** -0.5)
     assert abs(np.mean(scores)) < STANDARD_ERRORS / (REPEATS * NUMBER) ** 0.5
     # Where they differ by more than four errors, once in 16,000, the higher one is taken.
     assert abs(np.std(scores) - 1) < STANDARD_ERRORS / (2 * REPEATS * NUMBER) ** 0.5
+
+
+def test_one_log_evidence_does_not_lean_to_values_with_small_errors(ledgers: dict[str, pg.GapLedger]) -> None:
+    """Few draws of uneven weights are low and look certain at once; weights by each datapoint's own error are low."""
+    truth, generator = MODEL.log_evidence(X).detach().numpy(), np.random.default_rng(0)
+    means, leaning = [], []
+    for _ in range(REPEATS):
+        drawn = []
+        for _ in range(2):
+            weights = np.exp(1.5 * generator.standard_normal((20, NUMBER)) - 1.5**2 / 2)
+            mean, error = weights.mean(0), weights.std(0, ddof=1) / 20**0.5
+            drawn.append({"log_evidence": truth + np.log(mean), "log_evidence_mcse": error / mean})
+        one, two = (draw["log_evidence"].mean() for draw in drawn)
+        found = one_evidence(ledgers, *drawn).mean()
+        assert min(one, two) - 1e-9 <= found
+        means.append(found - (one + two) / 2)
+        own = [draw["log_evidence_mcse"] ** -2 for draw in drawn]
+        leaning.append(
+            (sum(w * draw["log_evidence"] for w, draw in zip(own, drawn, strict=True)) / sum(own)).mean()
+            - (one + two) / 2
+        )
+    assert np.mean(leaning) < -0.02 and np.mean(means) > -0.005, (np.mean(leaning), np.mean(means))
 
 
 def test_log_evidence_of_two_models_lies_between_bounds(ledgers: dict[str, pg.GapLedger]) -> None:

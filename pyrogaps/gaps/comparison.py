@@ -202,7 +202,7 @@ def _notes(comparison: Comparison, other: str) -> Iterator[str]:
         yield (
             "Both ledgers are of one model. Gaps in both columns are measured from one log p(x), "
             f"{number(provenance['log_evidence'][other], 3)} on average: at each datapoint the mean of both, weighted "
-            "by precision, or the one that can be trusted. It cancels in their difference."
+            "by the precision of each ledger, or the one that can be trusted. It cancels in their difference."
         )
     else:
         yield (

@@ -10,7 +10,7 @@ import xarray as xr
 from pyrogaps.evidence.reliability import UNEXAMINED
 from pyrogaps.gaps.savings import Saving
 from pyrogaps.gaps.terms import APPROXIMATION, CERTAIN, RICHER, combined_error, leaves_below, ranked, root
-from pyrogaps.tables import html_lines
+from pyrogaps.tables import html_lines, number
 
 Doubts = Mapping[str, Mapping[str, str]]
 
@@ -45,7 +45,7 @@ class Finding:
         if np.isnan(self.nats):
             return f"{self.name}: not measured"
         share = "" if np.isnan(self.share) else f" ({self.share:.0%})"
-        size = f"{self.name} {self.nats:.3f} ± {self.error:.3f} nats{share}"
+        size = f"{self.name} {number(self.nats, 3)} ± {self.error:.3f} nats{share}"
         measured = f" Measured: {self.measured}." if self.measured else ""
         if self.doubt:
             return f"{size}: no verdict, because {self.doubt}" + f".{measured}" * bool(measured)
@@ -73,6 +73,8 @@ class Diagnosis:
         doubts: why there is no verdict, each with its remedy; empty where there is one.
         savings: what each further family would save of the approximation gap, the largest first.
         examined: whether the evidence says where log p(x) can be trusted.
+        of_trusted: without a verdict on all datapoints, the number of those that can be trusted, if they are half of
+            them or more, and the verdict on these.
     """
 
     findings: tuple[Finding, ...]
@@ -84,6 +86,7 @@ class Diagnosis:
     doubts: tuple[tuple[str, str], ...] = ()
     savings: tuple[Saving, ...] = ()
     examined: bool = True
+    of_trusted: tuple[int, str] | None = None
 
     def __str__(self) -> str:
         warnings = (f"Warning: {warning}." for warning in self.warnings)
@@ -107,23 +110,35 @@ class Diagnosis:
         return "\n".join([self.verdict, *self.caveats, *self._ranked()])
 
     def _ranked(self) -> Iterator[str]:
-        for number, finding in enumerate(self.within(), 1):
-            yield f"{number}. {finding}"
+        for place, finding in enumerate(self.within(), 1):
+            yield f"{place}. {finding}"
             yield from (f"   - {part}" for part in self.within(finding.gap))
 
     @property
     def caveats(self) -> tuple[str, ...]:
         """Why there are no shares of the inference gap; none where there are."""
-        return () if self.doubts else (*_without_shares(*self.total),)
+        return () if self.doubts or self.negative else (*_without_shares(*self.total),)
+
+    @property
+    def negative(self) -> bool:
+        """Whether the inference gap is negative beyond its error, which no true one is."""
+        nats, error = self.total
+        return nats < -CERTAIN * error
 
     @property
     def verdict(self) -> str:
         """Which gap dominates, in one sentence, and in another which of its parts."""
         if not self.finite:
             return "Not all datapoints have finite bounds: see the warning above before any gap of the others."
+        if self.negative:
+            return " ".join(_without_shares(*self.total))
         if self.doubts:
             reasons, remedies = zip(*self.doubts, strict=True)
-            return " ".join([f"No verdict: {' and '.join(reasons)}.", *(f"{remedy}." for remedy in remedies)])
+            words = [f"No verdict: {' and '.join(reasons)}.", *(f"{remedy}." for remedy in remedies)]
+            if self.of_trusted:
+                trusted, verdict = self.of_trusted
+                words.append(f"Of the {trusted:,} that can be trusted: {verdict[:1].lower()}{verdict[1:]}")
+            return " ".join(words)
         first = _sentence(self.within()) or "no gap exceeds its error: these data show no loss from inference"
         sentences = [f"{first[:1].upper()}{first[1:]}."]
         for finding in self.within():
@@ -172,7 +187,7 @@ def diagnosis(
         parts = ordered(leaves_below(gaps, own.gap), own.gap)
         findings += [replace(own, remedy="") if parts else own, *parts]  # the remedies are those of the parts
     reasons = {reason: remedy for of_gap in known.values() for reason, remedy in of_gap.items()}
-    dominant = None if reasons else _dominant(first)
+    dominant = None if reasons or total[0] < -CERTAIN * total[1] else _dominant(first)
     known_reasons = tuple(reasons.items())
     return Diagnosis(
         tuple(findings), dominant, warnings, finite, total, remarks, known_reasons, tuple(savings), examined
@@ -199,7 +214,7 @@ def _size(row: xr.Dataset) -> tuple[float, float]:
 
 def _without_shares(nats: float, error: float) -> Iterator[str]:
     """Why there are no shares of an inference gap; nothing where there are."""
-    size = f"The inference gap is {nats:.3f} ± {error:.3f} nats"
+    size = f"The inference gap is {number(nats, 3)} ± {error:.3f} nats"
     if nats < -CERTAIN * error:
         yield f"{size}: negative, so log p(x) is measured too low. Spend more on evidence before you trust any gap."
     elif nats <= CERTAIN * error:

@@ -118,18 +118,19 @@ class Pair:
         """log p(x) of one model, from both ledgers, `(N,)`.
 
         It is the value of the ledger that is reliable, where only one is. Else it is the mean of both, weighted by
-        their precision 1 / MCSE^2; or, where they differ by more than their errors, the higher one, because what misses
-        a part of the posterior is too low.
+        their precision, 1 / MCSE^2 on average over datapoints; or, where they differ by more than their errors, the
+        higher one, because what misses a part of the posterior is too low. Weights from each datapoint's own MCSE would
+        lean towards low values: draws that miss the largest weights have small errors too.
         """
         one, two = (values_of(data, EVIDENCE) for data in self.columns)
-        with np.errstate(invalid="ignore"):  # exact values have no error
-            weight = np.nan_to_num(two.mcse**2 / (one.mcse**2 + two.mcse**2), nan=0.5)
+        first, second = (float((values.mcse**2).mean()) for values in (one, two))
+        weight = np.full(len(one.value), second / (first + second) if first + second else 0.5)
         difference = self._less(one, two)
         apart = np.abs(difference.value) > APART * difference.mcse
         weight = np.where(apart, difference.value > 0, weight)
         nowhere = np.zeros(len(weight), dtype=bool)
-        first, second = (checks_of(data).get("reliable", nowhere) for data in self.columns)
-        weight = np.where(first != second, first, weight)
+        trusted, other = (checks_of(data).get("reliable", nowhere) for data in self.columns)
+        weight = np.where(trusted != other, trusted, weight)
         return np.asarray(weight * one.value + (1 - weight) * two.value)
 
     @cached_property

@@ -1,7 +1,7 @@
 """`GapLedger`: the gaps of every datapoint, with their errors and where each number comes from."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,7 +138,7 @@ class GapLedger:
             inference_gap = float(self.gaps["mean"].sel(gap=root(self.gaps)))
             warnings += certificates.cautions(self.certificate, inference_gap, last_gap(self.provenance))
         data = finite_part(self.per_datapoint)
-        return diagnosis(
+        found = diagnosis(
             self.gaps,
             tuple(warnings),
             finite=not infinite,
@@ -147,6 +147,15 @@ class GapLedger:
             savings=savings_of(data, self.shared, self.provenance.get("same_families", [])),
             examined=is_examined(data),
         )
+        return replace(found, of_trusted=self._verdict_on_trusted()) if found.doubts else found
+
+    def _verdict_on_trusted(self) -> tuple[int, str] | None:
+        """How many datapoints can be trusted, and the verdict on these; None for fewer than half, or no verdict."""
+        trusted = np.logical_and.reduce([*selection.checks_of(self.per_datapoint).values()])
+        if self.shared is not None or trusted.all() or 2 * trusted.sum() < max(len(trusted), 2):
+            return None
+        found = self.sel(trusted).diagnose()
+        return None if found.doubts or not found.finite else (int(trusted.sum()), found.verdict)
 
     def to_datatree(self) -> xr.DataTree:
         """The ledger as an ArviZ DataTree: groups `per_datapoint`, `traces`, `observed_data`, `gaps`, `training_data`
