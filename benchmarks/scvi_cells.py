@@ -131,7 +131,7 @@ def groups_of(ledger: pg.GapLedger, model: Any, rows: NDArray[np.int64]) -> list
 
 
 def table(columns: list[str], rows: list[list[Any]]) -> str:
-    cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
 
 
@@ -165,22 +165,27 @@ def main() -> None:
         chosen = chosen[: 2 * half]
         ledger, row = measure(name, model, chosen, options.draws, **settings)
         rows.append(row)
-        print(ledger, flush=True)
         groups = groups or groups_of(ledger, model, chosen)
-    report("scvi_cells", "log p(x) of cells under scVI (nats, means over cells)", COLUMNS, rows, quick=options.quick)
+        print(ledger, flush=True)
+        report(
+            "scvi_cells", "log p(x) of cells under scVI (nats, means over cells)", COLUMNS, rows, quick=options.quick
+        )
+        write_page(rows, groups, options, scvi.__version__)
+
+
+def write_page(rows: list[list[Any]], groups: list[list[Any]], options: argparse.Namespace, version: str) -> None:
+    """The page of the models measured so far."""
     arguments = f"--cells {options.cells} --ln-cells {options.ln_cells} --epochs {options.epochs}"
-    page = PAGE.format(
+    text = PAGE.format(
         command=f"python -m benchmarks.scvi_cells {arguments}",
         machine=machine(),
-        version=scvi.__version__,
+        version=version,
         epochs=options.epochs,
         draws=options.draws,
-        rows=table(
-            ["", *(row[0] for row in rows)], [[c, *(row[k] for row in rows)] for k, c in enumerate(COLUMNS)][1:]
-        ),
+        rows=table(["", *(row[0] for row in rows)], [[*line] for line in zip(COLUMNS, *rows, strict=True)][1:]),
         groups=table(GROUPS, groups),
     )
-    write(RESULTS / f"scvi_cells{'-quick' if options.quick else ''}.md", page.encode())
+    write(RESULTS / f"scvi_cells{'-quick' if options.quick else ''}.md", text.encode())
 
 
 PAGE = """# Real cells under scVI

@@ -16,6 +16,7 @@ from benchmarks import (
     inference_suboptimality_length,
     peers,
     reporting,
+    scvi_cells,
     suboptimality_studies,
     training,
     training_curves,
@@ -36,6 +37,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         inference_suboptimality_length,
         ledgers,
         reporting,
+        scvi_cells,
         suboptimality_studies,
         training_curves,
         two_dimensions,
@@ -301,3 +303,15 @@ def test_peers_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch, results: P
     assert own <= {*table.index}
     assert table.loc["ladder", "error / ladder's"] == 1.0
     assert (table["rms error"] < 2).all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:::(?!pyrogaps)")
+def test_cells_run(monkeypatch: pytest.MonkeyPatch, results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("scvi")
+    run(scvi_cells, monkeypatch, "--quick", "--runs", tmp_path)
+    table = pd.read_csv(results / "scvi_cells-quick.csv")
+    assert table["model"].tolist() == list(scvi_cells.MODELS)
+    assert (table["get_elbo"] - table["get_marginal_ll"] < 0).all()
+    page = (results / "scvi_cells-quick.md").read_text()
+    assert all(words in page for words in ("held out", "get_marginal_ll", *scvi_cells.MODELS))
