@@ -1,6 +1,7 @@
 """Every test starts from the same state of Pyro and torch and leaves none behind."""
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,8 @@ def clean_state() -> Iterator[None]:
         yield
     pyro.clear_param_store()
     torch.set_default_dtype(dtype)
+    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+        pyplot.close("all")
 
 
 @pytest.fixture

@@ -93,7 +93,16 @@ def marks_of(page: str) -> list[Any]:
     return [without, pytest.mark.filterwarnings("ignore:::(?!pyrogaps)")]
 
 
-@pytest.mark.usefixtures("brief_check")
+@pytest.fixture
+def no_modules_left(tmp_path: Path) -> Iterator[None]:
+    """What a page wrote and imported is gone: other tests import modules of these names."""
+    yield
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("brief_check", "no_modules_left")
 @pytest.mark.parametrize("page", with_code())
 def test_the_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All its blocks, in order, in one namespace, with small budgets."""

@@ -213,7 +213,7 @@ def test_modes_are_peaks_apart():
     ("options", "said"),
     [
         ({"guides": {"true posterior": WrongEncoder(anisotropic(5, 2))}}, "Choose another"),
-        ({"guides": [1]}, "guides: must be a mapping, got"),
+        ({"guides": [1]}, "guides: must be a mapping, callable or a Posterior, got"),
         ({"datapoints": [0, 9]}, r"expected indices from 0 to 3, got \[9\]"),
         ({"datapoints": []}, "got none"),
         ({"num_points": 3}, "at least 10"),

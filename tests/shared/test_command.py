@@ -56,7 +56,7 @@ def test_from_training_to_the_ledger(
     (folder / "mine.yaml").write_text(yaml.safe_dump(RECIPE))
     assert main(["mine.yaml", "--out", "out", "--quiet"]) == 0
     printed = capsys.readouterr().out
-    assert "given 2 draws of m; totals of the data set" in printed
+    assert "standard error over datapoints and 2 draws of m" in printed
     tree = xr.open_datatree(folder / "out" / "ledger.nc", engine="h5netcdf")
     provenance = json.loads(tree.attrs["pyrogaps"])
     assert provenance["shared"]["num_draws"] == 2
