@@ -2,7 +2,8 @@
 
 import sys
 
-from pyrogaps.cli.main import main
+from pyrogaps.cli.command import main as command
+from pyrogaps.cli.main import main as main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -94,12 +94,14 @@ def marks_of(page: str) -> list[Any]:
 
 
 @pytest.fixture
-def no_modules_left(tmp_path: Path) -> Iterator[None]:
-    """What a page wrote and imported is gone: other tests import modules of these names."""
+def no_modules_left() -> Iterator[None]:
+    """A page's own modules and their folder are gone afterwards: other tests import modules of these names."""
+    own = [name.removesuffix(".py") for page in PAGES for name in files(page) if name.endswith(".py")]
+    path = [*sys.path]
     yield
-    for name, module in [*sys.modules.items()]:
-        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
+    sys.path[:] = path
+    for name in own:
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.usefixtures("brief_check", "no_modules_left")
@@ -138,6 +140,7 @@ def write_files(page: Path, folder: Path, *changes: tuple[str, str]) -> None:
         (folder / name).write_text(text, "utf-8")
 
 
+@pytest.mark.usefixtures("no_modules_left")
 @pytest.mark.parametrize(("page", "line"), [*commands()])
 def test_a_command_is_one(
     page: Path, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -214,3 +214,65 @@ def test_the_page_s_importance_sampling_is_right_in_unconstrained_space() -> Non
     estimate = pg.log_evidence(model, None, x, evidence=names["FromNormal"]())
     assert float(estimate.mcse.max()) < 0.03
     assert bool(((estimate.value - exact).abs() <= 4 * estimate.mcse).all())
+
+
+@dataclass(frozen=True)
+class Mistaken(pg.Evidence):
+    """Returns `RETURNED[kind]`."""
+
+    kind: int
+
+    def prepare(self, problem: pg.Problem, run: Run, refine: Refiner | None = None) -> "MistakenMeasurement":
+        return MistakenMeasurement(self, problem, run)
+
+
+@dataclass(frozen=True)
+class MistakenMeasurement(pg.Measurement):
+    def measure(self, chunk: Chunk, refined: Posterior | None = None) -> Any:
+        return RETURNED[self.evidence.kind]
+
+
+RETURNED = (
+    torch.zeros(5),
+    pg.Measured({"log_evidence": torch.zeros(5)}),
+    pg.Measured({"log_evidence": torch.zeros(5), "log_evidence_mcse": torch.zeros(())}),
+    pg.Measured({"log_evidence": torch.full((5,), -50.0), "log_evidence_mcse": torch.zeros(5)}),
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (0, r"^evidence: measure of Mistaken returns a Tensor\. Return pyrogaps\.Measured"),
+        (1, r"returns no column 'log_evidence_mcse'"),
+        (2, r"returns 'log_evidence_mcse' of shape \(\) for 5 datapoints\. Return shape \(5,\)"),
+    ],
+)
+def test_what_an_evidence_returns_is_checked(kind: int, said: str) -> None:
+    model = anisotropic(3, 1)
+    guide, x = WrongEncoder(model), draws_of(model, 5)[0]
+    for measure in (pg.decompose, pg.log_evidence):
+        options = OPTIONS if measure is pg.decompose else {}
+        with pytest.raises(pg.InputError, match=said):
+            measure(model, guide, x, evidence=Mistaken(kind), referee=False, **options)
+
+
+def test_a_gap_beside_the_tree_is_not_ranked() -> None:
+    """A gap that overlaps others would be the largest, and be taken for the cause."""
+    words = {"estimator": "IWAE - L[q]", "direction": "lower bound of the gap", "cause": "a cause", "remedy": "help"}
+    beside = pg.Term(id="beside", label="gap beside", parent=None, value=_looseness, **words)
+    model = anisotropic(3, 1)
+    guide, x = WrongEncoder(model), draws_of(model, 5)[0]
+    terms = (*pg.TERMS, beside)
+    ledger = pg.decompose(model, guide, x, referee=False, terms=terms, **OPTIONS)
+    assert "gap beside" in str(ledger) and "gap beside" not in str(ledger.diagnose())
+
+
+def test_a_negative_inference_gap_has_no_cause() -> None:
+    """An evidence that calls itself exact, and is not."""
+    model = anisotropic(3, 1)
+    guide, x = WrongEncoder(model), draws_of(model, 5)[0]
+    ledger = pg.decompose(model, guide, x, evidence=Mistaken(3), referee=False, **OPTIONS)
+    diagnosis = ledger.diagnose()
+    assert diagnosis.dominant is None and "negative, so log p(x) is measured too low" in diagnosis.verdict
+    assert "Mostly" not in str(ledger) and "What usually helps" not in str(ledger)

@@ -8,7 +8,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.evidence.ais import AIS, Initial
 from pyrogaps.evidence.exact import prepared
 from pyrogaps.evidence.ladder import Ladder
-from pyrogaps.evidence.protocol import Evidence, Measured
+from pyrogaps.evidence.protocol import Evidence, Measured, checked_measured
 from pyrogaps.evidence.referee import refereed
 from pyrogaps.evidence.reliability import by_chance
 from pyrogaps.guard import guarded
@@ -138,7 +138,7 @@ def measured(
 
     def measure(chunk: Chunk, run: Run) -> Measured:
         refined = posterior if refiner is None else refiner.fit(problem, chunk, run)[0]
-        return measurement.measure(chunk, refined)
+        return checked_measured(measurement.measure(chunk, refined), measurement.evidence, chunk)
 
     parts, doubted = run.map_shown(measure, problem.joint, "log p(x)"), None
     if referee:

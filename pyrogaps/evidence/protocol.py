@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyrogaps.density.draws import Posterior
+from pyrogaps.errors import InputError, counted
 from pyrogaps.evidence.reliability import reliability_of
 from pyrogaps.log_weights import Estimate
 from pyrogaps.problem import Problem
@@ -43,6 +44,26 @@ class Measured(NamedTuple):
     columns: dict[str, Tensor]
     log_weights: Tensor | Sequence[Tensor] | None = None
     traces: Mapping[str, Tensor] = {}
+
+
+def checked_measured(measured: Any, evidence: Any, chunk: Chunk) -> Measured:
+    """What a `Measurement.measure` returned, refused by name where it is no `Measured` with both columns."""
+    name = f"evidence: measure of {type(evidence).__name__}"
+    if not isinstance(measured, Measured):
+        raise InputError(
+            f"{name} returns a {type(measured).__name__}. Return "
+            'pyrogaps.Measured({"log_evidence": value, "log_evidence_mcse": error})'
+        )
+    for column in ("log_evidence", "log_evidence_mcse"):
+        if column not in measured.columns:
+            raise InputError(f"{name} returns no column '{column}'. Add it, a tensor with a number for each datapoint")
+    for column, values in measured.columns.items():
+        if tuple(values.shape) != (len(chunk),):
+            raise InputError(
+                f"{name} returns '{column}' of shape {tuple(values.shape)} for {counted(len(chunk), 'datapoint')}. "
+                f"Return shape {(len(chunk),)}"
+            )
+    return measured
 
 
 @dataclass(frozen=True)

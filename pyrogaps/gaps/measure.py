@@ -12,6 +12,7 @@ from pyrogaps.chunk_cache import Arrays
 from pyrogaps.conditioning import ConditioningMeasure
 from pyrogaps.density.draws import Posterior, probe
 from pyrogaps.evidence import Measurement
+from pyrogaps.evidence.protocol import checked_measured
 from pyrogaps.gaps.finite import refuse_nan
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate, mean_estimate
 from pyrogaps.problem import Problem
@@ -56,7 +57,7 @@ class Measure:
         arrays, own = self.bounds(chunk, run)
         if self.evidence is not None:
             run.bar.stage("log p(x)")
-            measured = self.evidence.measure(chunk, own)
+            measured = checked_measured(self.evidence.measure(chunk, own), self.evidence.evidence, chunk)
             traces = {TRACE + name: trace for name, trace in measured.traces.items()}
             arrays = {**arrays, **as_arrays(measured.columns | traces)}
         refuse_nan(arrays, chunk)

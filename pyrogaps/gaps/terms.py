@@ -89,7 +89,8 @@ class Term:
     Attributes:
         id: the name of its column and of its row in `summary()`; no two terms have the same one.
         label: what tables and plots call it.
-        parent: the id of the term that it is a part of; None for the root. Children sum to their parent.
+        parent: the id of the term that it is a part of; None for the root. Children sum to their parent. A further term
+            without a parent stands beside the tree, and no verdict ranks it.
         estimator, direction: the difference that it is, and whether that is a bound of the gap; as text, or as a
             function from the columns to text.
         value: from the columns, per datapoint or, for what is a difference between data sets, as means.
@@ -420,8 +421,9 @@ def ranked(gaps: xr.Dataset) -> list[str]:
     """The ids of the gaps that a diagnosis ranks first: those with a cause of their own, or without parts, that are
     not parts of one with a cause.
     """
-    causes = {name for name in ids(gaps) if gaps["cause"].sel(gap=name).item()}
-    candidates = [name for name in ids(gaps) if name in causes or name in leaves(gaps)]
+    own = [name for name in ids(gaps) if root(gaps) in (name, *ancestors(gaps, name))]  # of the tree, none beside it
+    causes = {name for name in own if gaps["cause"].sel(gap=name).item()}
+    candidates = [name for name in own if name in causes or name in leaves(gaps)]
     return [name for name in candidates if not causes & {*ancestors(gaps, name)}]
 
 
