@@ -186,7 +186,9 @@ class Problem:
     def guided(self) -> Posterior:
         """`posterior`; raises `InputError` where there is none."""
         if self.posterior is None:
-            raise InputError("guide: missing. This function needs a guide")
+            raise InputError(
+                "guide: missing, and this function measures one. Pass it; log_evidence(model, None, data) needs none"
+            )
         return self.posterior
 
     def guide_density(self) -> GuideDensity:

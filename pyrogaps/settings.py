@@ -13,7 +13,7 @@ import operator
 import os
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -92,7 +92,8 @@ def conform(name: str, kind: Any, value: Any) -> Any:
     fitted = _fit(name, kind, value)
     if fitted is REFUSED:
         remedy = "".join(f". {limit.remedy}" for limit in get_args(kind)[1:] if getattr(limit, "remedy", ""))
-        raise InputError(f"{name}: must be {_described(kind)}, got {_shown(kind, _plain(value))}{remedy}")
+        shown = _shown(kind, _plain(value)) + _written(kind, value)
+        raise InputError(f"{name}: must be {_described(kind)}, got {shown}{remedy}")
     return fitted
 
 
@@ -111,7 +112,13 @@ def _checking(function: Callable[..., Any], prefix: str, doc: str | None) -> Cal
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         bound(signature, called, args, kwargs, doc or "")
-        given = checked_arguments(function, dict(zip(names, args, strict=False)), prefix)
+        try:
+            given = checked_arguments(function, dict(zip(names, args, strict=False)), prefix)
+        except InputError as error:
+            if prefix or not any(isinstance(value, np.ndarray | Tensor) for value in args[: len(names) - 1]):
+                raise
+            order = ", ".join(name for name in names if name not in ("self", "cls"))
+            raise InputError(f"{error}. {called} takes {order}, in this order") from None
         return function(*given.values(), *args[len(names) :], **checked_arguments(function, kwargs, prefix))
 
     call.__signature__ = readable(signature)  # type: ignore[attr-defined]
@@ -193,6 +200,12 @@ def _described(kind: Any) -> str:
         return f"a subclass of {parts[0].__name__}"
     name = getattr(kind, "__name__", str(kind))
     return WORDS.get(origin or kind) or f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _written(kind: Any, value: Any) -> str:
+    """How to write what was asked for, where that is an object of one class of settings."""
+    classes = [part for part in get_args(kind) or (kind,) if isinstance(part, type) and is_dataclass(part)]
+    return f"; write {classes[0].__name__}(...)" if len(classes) == 1 and not isinstance(value, type) else ""
 
 
 def _shown(kind: Any, value: Any) -> str:

@@ -321,7 +321,10 @@ PROGRAMS = [
     ("--model mine.unobserved", "model: there is no observed sample site. Pass"),
     ("--model mine.of_two", "model failed: TypeError: of_two.. missing"),
     ("--model mine.ending", "code that the recipe names ended the program: SystemExit: bye .mine.py, line"),
-    ("--guide mine.elsewhere", "site 'w': in the guide but not in the model. Remove it"),
+    (
+        "--guide mine.elsewhere",
+        "site 'w': in the guide but not in the model, whose latents are z. Remove it or rename it",
+    ),
     ("--guide mine.failing", "guide failed: ValueError: out of cheese .mine.py, line"),
     ("--guide mine.silent", "site 'z': latent in the model but missing from the guide. Add"),
     ("--guide mine.Model", "site 'x': observed in the guide. Remove obs="),

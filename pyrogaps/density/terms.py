@@ -170,8 +170,9 @@ def _check_guide_site(name: str, message: Any, joint: JointDensity) -> None:
         raise InputError(f"site '{name}': observed in the model. Remove it from the guide")
     if name not in joint.sites and not message["infer"].get("is_auxiliary"):
         raise InputError(
-            f"site '{name}': in the guide but not in the model. Remove it. An auxiliary variable needs "
-            "infer={'is_auxiliary': True} and augment(model) on the guide's class, which adds a reverse model for it"
+            f"site '{name}': in the guide but not in the model, whose latents are {', '.join(joint.sites)}. Remove it "
+            "or rename it. An auxiliary variable needs infer={'is_auxiliary': True} and augment(model) on the "
+            "guide's class, which adds a reverse model for it"
         )
 
 
