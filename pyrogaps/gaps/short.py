@@ -26,6 +26,7 @@ from pyrogaps.gaps.table import (
 from pyrogaps.gaps.terms import CERTAIN, combined_error, ids, tree_labels
 from pyrogaps.tables import MAX_DECIMALS, Table, number, sentence
 
+ROUNDING = 1e-9  # nats; what sums over states leave as an error
 MAX_DOUBTED = 0.1  # share of the datapoints from which on a row says what cannot be trusted
 PASSED = {"finite": "finite bounds", "converged": "refinement converged", "reliable": "log p(x) reliable"}
 MORE = 'More: print(ledger.diagnose()), print(ledger.table("full")), ledger.report("gaps.html")'
@@ -195,7 +196,7 @@ def _checks(parts: Parts) -> Iterator[str]:
     elif _can_miss_modes(parts) and not _num_examined(parts):
         yield "not examined for further modes"
     largest = float(np.nan_to_num(parts.gaps["mcse"].values, nan=0.0, posinf=0.0).max())
-    if largest:
+    if largest > ROUNDING:
         digit = 10.0 ** math.floor(math.log10(largest))
         yield f"Monte Carlo error at most {math.ceil(largest / digit - 1e-9) * digit:.1g} nats"
 
