@@ -81,8 +81,8 @@ def tree(total: tuple[float, float], **parts: tuple[float, float]) -> xr.Dataset
     ("total", "said"),
     [
         ((0.02, 0.05), "The inference gap is 0.020 ± 0.050 nats: not larger than its error"),
-        ((-0.02, 0.05), "The inference gap is -0.020 ± 0.050 nats: not larger than its error"),
-        ((-0.5, 0.05), "The inference gap is -0.500 ± 0.050 nats: negative, so log p(x) is measured too low"),
+        ((-0.02, 0.05), "The inference gap is −0.020 ± 0.050 nats: not larger than its error"),
+        ((-0.5, 0.05), "The inference gap is −0.500 ± 0.050 nats: negative, so log p(x) is measured too low"),
     ],
 )
 def test_there_are_no_shares_of_nothing(total: tuple[float, float], said: str) -> None:
