@@ -92,7 +92,7 @@ def conform(name: str, kind: Any, value: Any) -> Any:
     fitted = _fit(name, kind, value)
     if fitted is REFUSED:
         remedy = "".join(f". {limit.remedy}" for limit in get_args(kind)[1:] if getattr(limit, "remedy", ""))
-        shown = _shown(kind, _plain(value)) + _written(kind, value)
+        shown = _shown(kind, _plain(value)) + ("" if remedy else _written(kind, value))
         raise InputError(f"{name}: must be {_described(kind)}, got {shown}{remedy}")
     return fitted
 
