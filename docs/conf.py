@@ -1,6 +1,5 @@
 """The documentation site: Markdown pages, the notebooks as they ran, and the reference from docstrings."""
 
-import importlib.metadata
 import sys
 import warnings
 from pathlib import Path, PurePosixPath
@@ -13,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import docstrings
 import sources
 
+from pyrogaps.version import __version__
+
 project, author, copyright = "pyrogaps", "the authors of pyrogaps", "the authors of pyrogaps"
-release = importlib.metadata.version("pyrogaps")
+release = __version__
 
 extensions = [
     "mathml",
