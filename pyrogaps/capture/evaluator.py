@@ -111,7 +111,7 @@ class GradientEvaluator:
         positions = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         # A model that holds its data, or parameters of datapoints, selects them by their indices: inputs too.
         selecting = [rows.to(joint.device)] if joint.structure.bound else []
-        only_states = all(site.num_states for site in joint.sites.values())
+        only_states = _only_states(joint)
         tensors = [*(leaves[position] for position in positions), *selecting]
 
         def densities(flat: Tensor, *inputs: Tensor) -> Values:
@@ -136,7 +136,7 @@ class GradientEvaluator:
     ) -> Eager | Captured:
         eager = Eager(densities, self.joint)
         self.mode = self._graphs.get(FALLBACK, self.mode)
-        if self.mode == "eager" or self._is_discrete:
+        if self.mode == "eager" or _only_states(self.joint):  # no gradient to record
             return eager
         if checked and key in self._graphs:
             return self._recorded(key)
@@ -164,12 +164,6 @@ class GradientEvaluator:
             self._graphs[FALLBACK] = fallback
             return self._programs(densities, key, rows, tensors, checked)
         return self._recorded(key)
-
-    @property
-    def _is_discrete(self) -> bool:
-        """Whether all latents are discrete: there is no gradient to record."""
-        sites = self.joint.sites.values()
-        return bool(sites) and all(site.num_states for site in sites)
 
     def _recorded(self, key: Any) -> Captured:
         graph: Captured = self._graphs[key]
@@ -261,3 +255,9 @@ class BoundDensity:
 
 def _joined(parts: tuple[Tensor, ...], axis: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+def _only_states(joint: JointDensity) -> bool:
+    """Whether all latents in z are numbers of states."""
+    sites = joint.sites.values()
+    return bool(sites) and all(site.num_states for site in sites)

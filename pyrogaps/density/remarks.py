@@ -58,8 +58,10 @@ def on_scales(scales: Scales, what: str) -> list[str]:
         sites.setdefault(ends, []).append(name)
     remarks = []
     for (low, high), names in sites.items():
-        size = f"scale {low:.4g}" if high - low <= 1e-6 * high else f"scales from {low:.4g} to {high:.4g}"
-        remarks.append(f"{size} at {quoted(names)} in the {what} ignored: {WRITTEN}")
+        where = f"at {quoted(names)} in the {what}"
+        one = high - low <= 1e-6 * high
+        size = f"the scale {low:.4g} {where} is" if one else f"the scales from {low:.4g} to {high:.4g} {where} are"
+        remarks.append(f"{size} ignored: {WRITTEN}")
     return remarks
 
 

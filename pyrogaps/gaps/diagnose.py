@@ -122,8 +122,7 @@ class Diagnosis:
     @property
     def negative(self) -> bool:
         """Whether the inference gap is negative beyond its error, which no true one is."""
-        nats, error = self.total
-        return nats < -CERTAIN * error
+        return _is_negative(*self.total)
 
     @property
     def verdict(self) -> str:
@@ -187,7 +186,7 @@ def diagnosis(
         parts = ordered(leaves_below(gaps, own.gap), own.gap)
         findings += [replace(own, remedy="") if parts else own, *parts]  # the remedies are those of the parts
     reasons = {reason: remedy for of_gap in known.values() for reason, remedy in of_gap.items()}
-    dominant = None if reasons or total[0] < -CERTAIN * total[1] else _dominant(first)
+    dominant = None if reasons or _is_negative(*total) else _dominant(first)
     known_reasons = tuple(reasons.items())
     return Diagnosis(
         tuple(findings), dominant, warnings, finite, total, remarks, known_reasons, tuple(savings), examined
@@ -212,10 +211,15 @@ def _size(row: xr.Dataset) -> tuple[float, float]:
     return float(row["mean"]), combined_error(row["standard_error"], row["mcse"])
 
 
+def _is_negative(nats: float, error: float) -> bool:
+    """Whether an inference gap is negative beyond its error, which no true one is."""
+    return nats < -CERTAIN * error
+
+
 def _without_shares(nats: float, error: float) -> Iterator[str]:
     """Why there are no shares of an inference gap; nothing where there are."""
     size = f"The inference gap is {number(nats, 3)} ± {error:.3f} nats"
-    if nats < -CERTAIN * error:
+    if _is_negative(nats, error):
         yield f"{size}: negative, so log p(x) is measured too low. Spend more on evidence before you trust any gap."
     elif nats <= CERTAIN * error:
         yield f"{size}: not larger than its error, so no gap is given as a share of it."

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyrogaps.errors import counted
-from pyrogaps.evidence.reliability import UNEXAMINED, is_exact, is_examined
+from pyrogaps.evidence.reliability import MAX_SHARE_UNRELIABLE, UNEXAMINED, is_exact, is_examined
 from pyrogaps.gaps.diagnose import Diagnosis
 from pyrogaps.gaps.flags import UPPER, WITHIN, agreement, doubts_of, on_finite_part, within_error
 from pyrogaps.gaps.savings import Saving
@@ -27,7 +27,6 @@ from pyrogaps.gaps.terms import CERTAIN, combined_error, ids, tree_labels
 from pyrogaps.tables import MAX_DECIMALS, Table, number, sentence
 
 ROUNDING = 1e-9  # nats; what sums over states leave as an error
-MAX_DOUBTED = 0.1  # share of the datapoints from which on a row says what cannot be trusted
 PASSED = {"finite": "finite bounds", "converged": "refinement converged", "reliable": "log p(x) reliable"}
 MORE = 'More: print(ledger.diagnose()), print(ledger.table("full")), ledger.report("gaps.html")'
 
@@ -156,7 +155,7 @@ def _gain(saving: Saving) -> str:
 
 def _row(parts: Parts, name: str, label: str, words: str = "") -> Row:
     """A row of the summary: after the words what cannot be trusted at many datapoints."""
-    row, doubts = parts.row(name), [doubt for doubt, share in doubts_of(parts, name) if share > MAX_DOUBTED]
+    row, doubts = parts.row(name), [doubt for doubt, share in doubts_of(parts, name) if share > MAX_SHARE_UNRELIABLE]
     known = np.isfinite(row["standard_error"]) and not parts.totals  # with shared latents, the errors of draws too
     error = row["standard_error"] if known else combined_error(row["standard_error"], row["mcse"])
     words = "; ".join(filter(None, [on_finite_part(parts, name), words, *doubts]))

@@ -8,6 +8,7 @@ import pandas as pd
 import xarray as xr
 
 from pyrogaps.errors import counted
+from pyrogaps.evidence.reliability import MAX_SHARE_UNRELIABLE
 from pyrogaps.gaps import other_starts
 from pyrogaps.gaps.finite import finite_part, infinite_lines
 from pyrogaps.gaps.terms import DATA_SET, GLOBAL, ids, root, standard_error, tree_labels
@@ -215,7 +216,7 @@ def cautions(per_datapoint: xr.Dataset, provenance: dict[str, Any]) -> list[str]
         return []
     reasons = []
     moving = 1 - float(per_datapoint["converged"].sel(family="own").mean())
-    if moving > 0.1:
+    if moving > MAX_SHARE_UNRELIABLE:
         reasons.append(
             f"refinement had not converged for {moving:.0%} of the datapoints, so the approximation gap is too large "
             f"and the {last_gap(provenance)} too small. Raise num_steps of Refinement"

@@ -190,10 +190,8 @@ class VampPrior(nn.Module):
         return MixtureSameFamily(Categorical(torch.ones(len(self.pseudo))), parts)
 
 
-@style
-def vampprior() -> Style:
-    encoder, decoder = nn.Linear(D, 2 * L), nn.Linear(L, D)
-    prior = VampPrior(encoder)
+def with_prior(encoder: nn.Module, decoder: nn.Module, prior: nn.Module) -> Style:
+    """A VAE whose loss scores draws by a prior of its own."""
 
     def loss(x: Tensor) -> Tensor:
         mean, logvar = encoder(x).chunk(2, -1)
@@ -206,6 +204,12 @@ def vampprior() -> Style:
         return pg.from_torch(lambda x: encoder(x).chunk(2, -1), decoder, **settings, **more)
 
     return Style(bits(), pair, loss)
+
+
+@style
+def vampprior() -> Style:
+    encoder, decoder = nn.Linear(D, 2 * L), nn.Linear(L, D)
+    return with_prior(encoder, decoder, VampPrior(encoder))
 
 
 class FlowPrior(nn.Module):
@@ -219,19 +223,7 @@ class FlowPrior(nn.Module):
 
 @style
 def flow_prior() -> Style:
-    encoder, decoder, prior = nn.Linear(D, 2 * L), nn.Linear(L, D), FlowPrior()
-
-    def loss(x: Tensor) -> Tensor:
-        mean, logvar = encoder(x).chunk(2, -1)
-        z = drawn(mean, logvar)
-        reconstruction = F.binary_cross_entropy_with_logits(decoder(z), x, reduction="sum")
-        return reconstruction + Normal(mean, (logvar / 2).exp()).log_prob(z).sum() - prior().log_prob(z).sum()
-
-    def pair(**more: Any) -> Pair:
-        settings = {"likelihood": "bernoulli", "second": "log_variance", "prior": prior}
-        return pg.from_torch(lambda x: encoder(x).chunk(2, -1), decoder, **settings, **more)
-
-    return Style(bits(), pair, loss)
+    return with_prior(nn.Linear(D, 2 * L), nn.Linear(L, D), FlowPrior())
 
 
 @style

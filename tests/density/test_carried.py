@@ -131,7 +131,7 @@ def test_scales_beside_factors() -> None:
     torch.manual_seed(1)
     pair = Annotated(scale=0.01)
     problem = pg.Problem.of(pair.model, pair, (X, LABELS))
-    assert "scale 0.01 at 'z' and 'loss' in the guide ignored" in problem.remarks[1]
+    assert "the scale 0.01 at 'z' and 'loss' in the guide is ignored" in problem.remarks[1]
     plain = Annotated()
     plain.load_state_dict(pair.state_dict())
     agrees(pg.elbo(problem, num_particles=NUM), elbo_of(plain.model, poutine.block(plain, expose=["z"]), (X, LABELS)))

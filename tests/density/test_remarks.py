@@ -44,7 +44,9 @@ def test_scales_are_named_and_left_out() -> None:
     torch.manual_seed(0)
     guide = Linear(scale=4.0)
     problem = pg.Problem.of(model_of(4.0), guide, X)
-    assert problem.remarks == tuple(f"scale 4 at 'z' in the {what} ignored: {WRITTEN}" for what in ("model", "guide"))
+    assert problem.remarks == tuple(
+        f"the scale 4 at 'z' in the {what} is ignored: {WRITTEN}" for what in ("model", "guide")
+    )
     plain = Linear()
     plain.load_state_dict(guide.state_dict())
     kept, expected = pg.elbo(problem).value, pg.elbo(model_of(), plain, X).value
@@ -58,13 +60,15 @@ def test_scales_of_a_tensor_and_of_several_sites() -> None:
     def model(x: Tensor) -> None:
         model_of(1.0, scale[: len(x)] if len(x) == 6 else 0.1)(x)
 
-    assert pg.Problem.of(model, guide, X).remarks == (f"scales from 0.1 to 0.7 at 'x' in the model ignored: {WRITTEN}",)
+    assert pg.Problem.of(model, guide, X).remarks == (
+        f"the scales from 0.1 to 0.7 at 'x' in the model are ignored: {WRITTEN}",
+    )
     assert pg.Problem.of(poutine.scale(model_of(), 0.25), guide, X).remarks == (
-        f"scale 0.25 at 'z' and 'x' in the model ignored: {WRITTEN}",
+        f"the scale 0.25 at 'z' and 'x' in the model is ignored: {WRITTEN}",
     )
     assert pg.Problem.of(poutine.scale(model_of(size=6), 0.25), poutine.scale(guide, 0.5), X).remarks == (
-        f"scale 0.25 at 'z' and 'x' in the model ignored: {WRITTEN}",
-        f"scale 0.5 at 'z' in the guide ignored: {WRITTEN}",
+        f"the scale 0.25 at 'z' and 'x' in the model is ignored: {WRITTEN}",
+        f"the scale 0.5 at 'z' in the guide is ignored: {WRITTEN}",
     )
 
 
@@ -99,7 +103,7 @@ def test_what_depends_on_the_batch_is_refused() -> None:
 def test_a_ledger_prints_and_keeps_them(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"refinement": pg.Refinement(num_steps=20), "evidence": pg.AIS(4, 5)}
     ledger = pg.decompose(model_of(4.0), Linear(), X, num_particles=50, progress=False, **settings)
-    remark = f"scale 4 at 'z' in the model ignored: {WRITTEN}"
+    remark = f"the scale 4 at 'z' in the model is ignored: {WRITTEN}"
     assert ledger.provenance["remarks"] == [remark]
     note = f"Note: {remark[0].upper()}{remark[1:]}."
     assert note in str(ledger).splitlines() and note.removeprefix("Note: ") in str(ledger.table("full")).splitlines()

@@ -74,4 +74,4 @@ def test_annealing_factor(mode: Any) -> None:
     pair = Pair(dmm.model, dmm.guide, (x, LENGTHS), SEQUENCES, clean=(twin.model, twin.guide), repeats=20)
     ledger = pair.ledger(mode, 6000)
     assert_same(elbo_of(ledger), pair.elbo_of_pyro())
-    assert "Note: Scale 0.3 at " in str(ledger)
+    assert "Note: The scale 0.3 at " in str(ledger)
