@@ -87,7 +87,7 @@ def test_unlabelled(mode: Any) -> None:
     clean, raw = given.elbo_of_pyro(), given.elbo_of_pyro(raw=True)
     assert_same(elbo_of(ledger), clean)
     assert abs(raw.value / SCALE - clean.value) < 4 * clean.error
-    assert f"Scale {SCALE}" in str(ledger)
+    assert f"The scale {SCALE} at" in str(ledger)
 
 
 def test_labelled(mode: Any) -> None:
@@ -98,5 +98,5 @@ def test_labelled(mode: Any) -> None:
     assert (
         abs(raw.value / SCALE - (clean.value - left_out(ledger))) < 4 * clean.error + 0.04
     )  # four standard errors of what is left out
-    assert f"Scale {SCALE}" in str(ledger)
+    assert f"The scale {SCALE} at" in str(ledger)
     assert "'classification_loss'" in str(ledger)
