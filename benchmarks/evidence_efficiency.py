@@ -9,8 +9,8 @@ gradients.
 
 Then: refinement of 1,000 test images with default settings, against a refinement of three times as many steps.
 
-    PYROGAPS_DATA=... python benchmarks/evidence_efficiency.py    # 30 minutes the first time, most of it training
-    python benchmarks/evidence_efficiency.py --quick              # seconds, on digits: does it run?
+    PYROGAPS_DATA=... python -m benchmarks.evidence_efficiency    # 30 minutes the first time, most of it training
+    python -m benchmarks.evidence_efficiency --quick              # seconds, on digits: does it run?
 """
 
 import argparse
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from mnist_vae import trained_vae
-from reporting import machine, report
 from torch import Tensor
 
+from benchmarks.mnist_vae import trained_vae
+from benchmarks.reporting import machine, report
 from pyrogaps import AIS, GuideDensity, JointDensity, Refinement
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.capture import GradientEvaluator

@@ -6,8 +6,8 @@ the density was evaluated are counted as the run goes; the floor is the time of 
 points, forward and backward where there were gradients, forward where there were values, by oneDNN and by PyTorch's own
 (MKL). They take turns with the ledgers; the figures are medians over rounds of the ratio in the same round.
 
-    python benchmarks/floor.py            # about five minutes on one thread
-    python benchmarks/floor.py --quick    # seconds: does it run?
+    python -m benchmarks.floor            # about five minutes on one thread
+    python -m benchmarks.floor --quick    # seconds: does it run?
 """
 
 import argparse
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from reporting import machine, report
 from torch import Tensor, nn
 
 import pyrogaps as pg
+from benchmarks.reporting import machine, report
 from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.vae import VAE

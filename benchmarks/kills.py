@@ -6,8 +6,8 @@ same command is started again, until it ends. Every chunk that was measured and 
 with that of an undisturbed run in one process. Times are of the processor, not of a clock, so that kills strike the
 same stages of a run on a machine that other work shares.
 
-    python benchmarks/kills.py            # 20 kills: about ten minutes
-    python benchmarks/kills.py --quick    # 2 kills
+    python -m benchmarks.kills            # 20 kills: about ten minutes
+    python -m benchmarks.kills --quick    # 2 kills
 """
 
 import argparse
@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 import yaml
-from reporting import machine, report
+
+from benchmarks.reporting import machine, report
 
 ROOT = Path(__file__).parents[1]
 VICTIMS = ("another rank", "rank 0", "all")

@@ -6,8 +6,8 @@ of a ladder is interpolated (both logarithmic), and the cheaper number of chains
 with. Pilots are counted on either side, values (which the ladder uses too) as dear as gradients, beside gradients
 alone. The truth is one long AIS run, which also says by how many standard errors the values of the ladder are off.
 
-    PYROGAPS_DATA=... python benchmarks/ladder.py    # 20 minutes after training
-    python benchmarks/ladder.py --quick              # seconds, on digits: does it run?
+    PYROGAPS_DATA=... python -m benchmarks.ladder    # 20 minutes after training
+    python -m benchmarks.ladder --quick              # seconds, on digits: does it run?
 """
 
 import argparse
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from mnist_vae import trained_vae
-from reporting import machine, report
 from torch import Tensor
 
+from benchmarks.mnist_vae import trained_vae
+from benchmarks.reporting import machine, report
 from pyrogaps import AIS, Evidence, Ladder, Problem, Refinement
 from pyrogaps.evidence import METHODS
 from pyrogaps.log_weights import Estimate

@@ -2,12 +2,12 @@
 
 Every implementation makes the same HMC transition of `--leapfrogs` steps, as annealed importance sampling does from
 a guide: on (1 - b) log f_0(z) + b log p(x, z), f_0 a diagonal Gaussian, x binary images, p a VAE with the decoder
-50-200-200-784 (ELU, Bernoulli), for 100 datapoints with 16 chains each, in one process. They take turns; the figures
-are medians over rounds of the time per leapfrog step, and of its ratio to another's in the same round. Run it on an
-idle machine: threads that wait for a busy core hurt PyTorch more than they hurt XLA.
+50-200-200-784 (ELU, Bernoulli), for 100 datapoints with 16 chains each, in one process, on one thread of one
+core, JAX too. They take turns; the figures are medians over rounds of the time per leapfrog step, and of its ratio to
+another's in the same round.
 
-    python benchmarks/leapfrog.py            # about two minutes
-    python benchmarks/leapfrog.py --quick    # seconds: does it run?
+    python -m benchmarks.leapfrog            # about two minutes
+    python -m benchmarks.leapfrog --quick    # seconds: does it run?
 
 BlackJAX is compared where it is installed (extra `bench`).
 """
@@ -18,10 +18,10 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from reporting import machine, report
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from benchmarks.reporting import machine, one_core, report
 from pyrogaps import JointDensity
 from pyrogaps.capture import GradientEvaluator, Mode
 from pyrogaps.evidence.paths import from_gaussian
@@ -196,30 +196,32 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=16)
     parser.add_argument("--leapfrogs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true", help="leave out the mode that needs a C++ compiler")
     options = parser.parse_args()
     if options.quick:
         options.datapoints, options.chains, options.leapfrogs, options.rounds, options.no_compile = 8, 2, 2, 2, True
-    torch.set_num_threads(options.threads)
+    with one_core(), torch.no_grad():
+        compare(options)
 
+
+def compare(options: argparse.Namespace) -> None:
+    """Check that the gradients agree, take times in turns, and report them."""
     problem = Problem(options.datapoints, options.chains, options.leapfrogs)
     runs: dict[str, Transition] = {}
     gradients: dict[str, Tensor] = {}
-    with torch.no_grad():
-        runs["by hand"], gradients["by hand"] = by_hand(problem)
-        modes: tuple[Mode, ...] = ("eager", "captured") if options.no_compile else ("eager", "captured", "compiled")
-        for mode in modes:
-            runs[f"pyrogaps, {mode}"], gradients[mode] = through_pyro(problem, mode)
-        if (blackjax := by_blackjax(problem)) is not None:
-            runs["BlackJAX"], gradients["BlackJAX"] = blackjax
-        runs["products alone, PyTorch's"] = matrix_products(problem, "PyTorch")
-        if torch.backends.mkldnn.is_available():
-            runs["products alone, oneDNN's"] = matrix_products(problem, "oneDNN")
-        difference = agree(gradients)
-        if difference > 1e-4:
-            raise SystemExit(f"the gradients differ by {difference:.1e} of the largest")
-        times = measure(runs, options.rounds, options.leapfrogs)
+    runs["by hand"], gradients["by hand"] = by_hand(problem)
+    modes: tuple[Mode, ...] = ("eager", "captured") if options.no_compile else ("eager", "captured", "compiled")
+    for mode in modes:
+        runs[f"pyrogaps, {mode}"], gradients[mode] = through_pyro(problem, mode)
+    if (blackjax := by_blackjax(problem)) is not None:
+        runs["BlackJAX"], gradients["BlackJAX"] = blackjax
+    runs["products alone, PyTorch's"] = matrix_products(problem, "PyTorch")
+    if torch.backends.mkldnn.is_available():
+        runs["products alone, oneDNN's"] = matrix_products(problem, "oneDNN")
+    difference = agree(gradients)
+    if difference > 1e-4:
+        raise SystemExit(f"the gradients differ by {difference:.1e} of the largest")
+    times = measure(runs, options.rounds, options.leapfrogs)
 
     floor = list(runs)[-1]
     rows = []

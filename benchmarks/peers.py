@@ -21,10 +21,8 @@ BlackJAX is compared where it is installed (extra `bench`).
 import argparse
 import io
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.mnist_vae import trained_vae
-from benchmarks.reporting import machine, report, write
+from benchmarks.reporting import machine, one_core, report, write
 from pyrogaps import AIS, Bridge, Evidence, Ladder, Problem, log_evidence
 from pyrogaps.bounds import chunk_log_weights
 from pyrogaps.log_weights import log_mean_exp
@@ -249,22 +247,6 @@ def compare(problem: Problem, model: torch.nn.Module, x: Tensor, options: argpar
     ]
     title = f"log p(x) of {len(x)} images in equal time, one thread, {options.rounds} rounds: errors per image (nats)"
     report("peers", title, columns, rows, quick=options.quick)
-
-
-@contextmanager
-def one_core() -> Iterator[None]:
-    """One thread on one core for everybody: JAX too, which must not have been imported before."""
-    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    torch.set_num_threads(1)
-    if cores:
-        os.sched_setaffinity(0, {max(cores)})
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        if cores:
-            os.sched_setaffinity(0, cores)
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 import csv
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -47,6 +48,22 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """One thread on one core for everybody: JAX too, which must not have been imported before."""
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    torch.set_num_threads(1)
+    if cores:
+        os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores:
+            os.sched_setaffinity(0, cores)
 
 
 def report(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, quick: bool) -> None:

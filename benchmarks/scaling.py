@@ -5,8 +5,8 @@ one that records what is recorded once. Slopes of CPU seconds (of seconds, for p
 their standard errors. Peak memory is that of a process of its own for each setting. Processes are torchrun's, one
 thread each.
 
-    python benchmarks/scaling.py                 # about a quarter of an hour
-    python benchmarks/scaling.py --quick         # does it run?
+    python -m benchmarks.scaling                 # about a quarter of an hour
+    python -m benchmarks.scaling --quick         # does it run?
 """
 
 import argparse
@@ -15,15 +15,14 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from reporting import machine, report
 
 import pyrogaps as pg
+from benchmarks.reporting import machine, report
 from pyrogaps import memory, processes
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.vae import VAE
@@ -61,7 +60,7 @@ def elsewhere(setting: dict[str, int], options: argparse.Namespace, num_processe
     by = several if num_processes > 1 else []
     threads = 1 if options.sweep == "processes" else options.threads
     told = subprocess.run(
-        [sys.executable, *by, __file__, "--one", json.dumps(setting), "--threads", str(threads)]
+        [sys.executable, *by, "-m", "benchmarks.scaling", "--one", json.dumps(setting), "--threads", str(threads)]
         + ["--quick"] * options.quick,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
@@ -124,5 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

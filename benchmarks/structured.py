@@ -9,8 +9,8 @@
 Guides are untrained, but for the regression's. Twins take turns within one process, on one thread; the first turn is
 not counted. A ratio is the median of those of the same turn.
 
-    python benchmarks/structured.py            # some minutes on one thread
-    python benchmarks/structured.py --quick    # does it run?
+    python -m benchmarks.structured            # some minutes on one thread
+    python -m benchmarks.structured --quick    # does it run?
 """
 
 import argparse
@@ -25,11 +25,11 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from reporting import machine, report
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 import pyrogaps as pg
+from benchmarks.reporting import machine, report
 
 Case = tuple[Any, Any, Any, bool | None]  # model, guide, data, plate
 
