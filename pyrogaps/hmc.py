@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from pyrogaps.scales import Scale, apply_scale, apply_transpose
+
 # The positions of chains `(S, B, dim)` and what is known there: a named tuple of tensors, and of tuples of them.
 State = TypeVar("State", bound=tuple[Any, ...])
 
@@ -24,27 +26,6 @@ class Integrator(Protocol[State]):
     def log_density(self, state: State, velocity: Tensor, at: Any) -> Tensor:
         """log of the target times that of the velocity, `(S, B)`, up to a constant: minus the Hamiltonian."""
         ...
-
-
-class Factor(Protocol):
-    """A factor L of the covariance of B datapoints that is not held as a matrix, such as one of low rank."""
-
-    @property
-    def diagonal(self) -> Tensor:
-        """`(B, dim)`, in the precision and on the device of the factor."""
-        ...
-
-    def apply(self, vector: Tensor) -> Tensor:
-        """`L v` for v `(S, B, dim)`."""
-        ...
-
-    def apply_transpose(self, vector: Tensor) -> Tensor:
-        """`L^T v`, as `apply`."""
-        ...
-
-
-# Standard deviations `(B, dim)`, lower-triangular factors `(B, dim, dim)`, or a `Factor`.
-Scale = Tensor | Factor
 
 
 class HMCInfo(NamedTuple):
@@ -136,24 +117,6 @@ class Leapfrog:
     def log_density(self, state: HMCState, velocity: Tensor, at: tuple[Tensor, ...]) -> Tensor:
         terms = [weight * value for weight, value in zip(at, state.log_densities, strict=True)]
         return sum(terms[1:], start=terms[0]) - 0.5 * velocity.square().sum(-1)
-
-
-def apply_scale(scale: Scale, vector: Tensor) -> Tensor:
-    """`L v` for a `Scale` and v `(S, B, dim)`."""
-    if not isinstance(scale, Tensor):
-        return scale.apply(vector)
-    if scale.dim() == 2:
-        return scale * vector
-    return torch.einsum("bij,sbj->sbi", scale, vector)
-
-
-def apply_transpose(scale: Scale, vector: Tensor) -> Tensor:
-    """`L^T v`, as `apply_scale`."""
-    if not isinstance(scale, Tensor):
-        return scale.apply_transpose(vector)
-    if scale.dim() == 2:
-        return scale * vector
-    return torch.einsum("bij,sbi->sbj", scale, vector)
 
 
 def _push(gradients: tuple[Tensor, ...], weights: tuple[Tensor, ...], scale: Scale) -> Tensor:

@@ -121,12 +121,12 @@ class Run:
         Where several processes share the work, each takes some chunks and all get all results, on the CPU. The
         caller's random state is restored afterwards.
         """
-        with self._seeded(joint):
+        with self.random_state_kept(joint), memory.kept():
             return processes.divided(partial(_freed, measure), chunks(joint.num_datapoints, self.batch_size))
 
     def map_alone(self, measure: Callable[[Chunk], Result], joint: JointDensity) -> list[Result]:
         """As `map`, every process by itself, for results that belong to their process, such as guides."""
-        with self._seeded(joint):
+        with self.random_state_kept(joint), memory.kept():
             return [_freed(measure, chunk) for chunk in chunks(joint.num_datapoints, self.batch_size)]
 
     def map_shown(
@@ -175,7 +175,8 @@ class Run:
         order = sorted(pieces, key=lambda chunk: chunk in done)
         mine, shown = order[processes.rank() :: processes.world_size()], self.progress and processes.rank() == 0
         with (
-            self._seeded(joint),
+            self.random_state_kept(joint),
+            memory.kept(),
             ProgressBar(total=len(mine) * num_stages, disable=not shown, bar_format=FORMAT) as bar,
         ):
             shown_in = replace(self, bar=Bar(bar, num_stages, sum(chunk not in done for chunk in mine)))
@@ -190,8 +191,8 @@ class Run:
             return sorted(processes.divided(kept, order), key=lambda result: result[0].start)
 
     @contextmanager
-    def _seeded(self, joint: JointDensity) -> Iterator[None]:
-        # What a guide draws outside of all streams must not depend on the caller's random state, nor change it.
+    def random_state_kept(self, joint: JointDensity) -> Iterator[None]:
+        """What a guide draws outside of all streams neither depends on the caller's random state nor changes it."""
         with seeded(self.seed, "unused", device=joint.device):
             yield
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrogaps.hmc import HMCState, Leapfrog, apply_scale, transition
+from pyrogaps.hmc import HMCState, Leapfrog, transition
+from pyrogaps.scales import apply_scale
 
 NUM = 50_000
 

@@ -93,7 +93,7 @@ GROUND = {
     "memory",
     "family",
 }
-SEAM = GROUND | {"density", "capture", "problem", "run", "log_weights", "two_sided"}
+SEAM = GROUND | {"density", "capture", "problem", "run", "log_weights", "two_sided", "scales"}
 ESTIMATORS = SEAM | {"gaussians", "annealing", "state_modes", "modes", "bounds", "refine", "evidence"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -117,7 +117,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": GROUND | {"density"},
     "problem": GROUND | {"density", "capture"},
     "run": GROUND | {"density", "chunk_cache"},
-    "hmc": set(),
+    "scales": set(),
+    "hmc": {"scales"},
     "gaussians": SEAM | {"hmc"},
     "annealing": SEAM | {"hmc", "gaussians"},
     "state_modes": SEAM | {"gaussians"},

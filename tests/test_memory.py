@@ -1,6 +1,9 @@
 """Memory: what is read off the machine, what a model takes, and that what fits changes nothing but rounding."""
 
 import gc
+import os
+import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -212,3 +215,47 @@ def test_moments_of_blocks(diagonal: bool) -> None:
     )
     torch.testing.assert_close(whole.loc, parted.loc, rtol=1e-12, atol=0)
     torch.testing.assert_close(whole.scale, parted.scale, rtol=1e-9, atol=1e-9)
+
+
+FAULTS = """
+import resource, torch
+from pyrogaps import memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+first = faults()
+with memory.kept():
+    faults()
+    with memory.kept():
+        pass
+    within = faults()
+    held = memory.resident()
+print(first, within, faults(), held - memory.resident())
+"""
+
+
+@pytest.mark.skipif(memory._LIBRARY is None, reason="the C library is not glibc")
+def test_freed_memory_is_kept_within_a_block() -> None:
+    """Tensors of 64 MiB are new pages each time, but not within the block; its memory is given back."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    ran = subprocess.run([sys.executable, "-c", FAULTS], env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    first, within, after, given_back = map(int, ran.stdout.split())
+    pages = 20 * 64 * MIB // resource.getpagesize()
+    huge = first < 0.5 * pages  # pages of 2 MB, where the system makes them of its own
+    assert within < 0.1 * (20 if huge else pages)
+    assert abs(after - first) < 0.5 * first
+    assert given_back > 50 * MIB
+
+
+def test_settings_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed: list[object] = []
+    monkeypatch.setattr(memory, "_set_malloc", changed.append)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    with memory.kept():
+        pass
+    assert not changed

@@ -23,7 +23,7 @@ from torch import Tensor
 from pyrogaps.annealing.loop import Adaptation
 from pyrogaps.capture.slots import PointDensity
 from pyrogaps.gaussians import Gaussian
-from pyrogaps.hmc import apply_transpose
+from pyrogaps.scales import apply_transpose
 
 QUARTER_TURN = 0.5 * math.pi
 # At b = 0 a rotation is exact, and a pilot would learn nothing there.

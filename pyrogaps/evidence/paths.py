@@ -11,7 +11,8 @@ from pyrogaps.annealing.loop import Adaptation
 from pyrogaps.capture import GradientEvaluator
 from pyrogaps.density import JointDensity
 from pyrogaps.gaussians import Gaussian
-from pyrogaps.hmc import Evaluate, Evaluation, HMCState, Leapfrog, Scale
+from pyrogaps.hmc import Evaluate, Evaluation, HMCState, Leapfrog
+from pyrogaps.scales import Scale
 from pyrogaps.streams import BLOCK, Chunk, Stream
 
 NUM_SCALE_DRAWS = 256

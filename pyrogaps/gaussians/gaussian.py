@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrogaps.gaussians.low_rank import LowRank
-from pyrogaps.hmc import apply_scale
+from pyrogaps.scales import apply_scale
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,14 @@ class Gaussian:
         return replace(self, scale=scale)
 
     def with_replaced(self, positions: Tensor, other: "Gaussian") -> "Gaussian":
-        """The same Gaussians, with `other` `(M, ...)` for the datapoints at `positions` `(M,)`, as factors."""
-        loc, scale = self.loc.clone(), self.factor()
-        loc[positions], scale[positions] = other.loc, other.factor()
+        """The same Gaussians, with `other` `(M, ...)` for the datapoints at `positions` `(M,)`.
+
+        Scales stay diagonal where both are; they are factors otherwise.
+        """
+        diagonal = all(isinstance(scale, Tensor) and scale.dim() == 2 for scale in (self.scale, other.scale))
+        scale, replacing = (self.matrix.clone(), other.matrix) if diagonal else (self.factor(), other.factor())
+        loc = self.loc.clone()
+        loc[positions], scale[positions] = other.loc, replacing
         return replace(self, loc=loc, scale=scale)
 
     @classmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrogaps.gaussians import Gaussian, longest_step
 from pyrogaps.refine.gaussian_form import GaussianForm
 from pyrogaps.refine.unseen import Draws
+from pyrogaps.scales import apply_scale, apply_transpose
 
 # The rate of a step: fast at first, then 1/t, so that the end is a mean over the steps.
 FASTEST, NUM_FAST = 0.5, 4
@@ -117,7 +118,7 @@ class NaturalGradient:
         finite = torch.isfinite(slopes).all(-1).all(0)
         slopes = torch.where(finite[:, None], slopes, torch.zeros_like(slopes))
         noise, scale, rates = noise.double(), q.matrix.double(), rates * finite.double()
-        upper, lower = (_whitened(scale, part) for part in slopes.chunk(2))
+        upper, lower = (apply_transpose(scale, part) for part in slopes.chunk(2))
         residual = 0.5 * (lower - upper) - torch.einsum("bij,sbj->sbi", self.correlation, noise)
         residual, slope = residual * weights, 0.5 * ((upper + lower) * weights).mean(0)
         step = torch.einsum("bij,bj->bi", self.inverse, slope)
@@ -126,7 +127,7 @@ class NaturalGradient:
             step = torch.where(draws.steep, step / (1 + further), step)
         square = (slope * step).sum(-1).clamp(min=0.0)
         shrink = (longest_step(step.shape[-1]) / (rates * square.sqrt()).clamp(min=1e-300)).clamp(max=1.0)
-        loc = q.loc + _spread(scale, step * (rates * shrink)[:, None]).to(q.loc.dtype)
+        loc = q.loc + apply_scale(scale, (step * (rates * shrink)[:, None])[None])[0].to(q.loc.dtype)
         if scale.dim() == 2:
             change = (residual * noise).mean(0) * self.mask
             excess = change.square().sum(-1)
@@ -152,16 +153,6 @@ def _factor(precision: Tensor) -> Tensor:
     """The lower factor of the inverse."""
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
     return factor
-
-
-def _whitened(scale: Tensor, slopes: Tensor) -> Tensor:
-    """L^T times slopes `(S, M, dim)`."""
-    return slopes * scale if scale.dim() == 2 else torch.einsum("bji,sbj->sbi", scale, slopes)
-
-
-def _spread(scale: Tensor, step: Tensor) -> Tensor:
-    """L times steps `(M, dim)`."""
-    return step * scale if scale.dim() == 2 else torch.einsum("bij,bj->bi", scale, step)
 
 
 def _norm(matrices: Tensor, start: Tensor) -> Tensor:

@@ -58,12 +58,12 @@ class Ends:
 
     def with_replaced(self, positions: Tensor, other: "Ends") -> "Ends":
         """With `other` for the datapoints at `positions`."""
-        loc, scale, scores = self.gaussian.loc.clone(), self.gaussian.matrix.clone(), self.scores.clone()
-        loc[positions], scale[positions], scores[:, positions] = other.gaussian.loc, other.gaussian.matrix, other.scores
+        scores = self.scores.clone()
+        scores[:, positions] = other.scores
         columns = {name: getattr(self, name).clone() for name in COLUMNS}
         for name, column in columns.items():
             column[positions] = getattr(other, name)
-        return Ends(replace(self.gaussian, loc=loc, scale=scale), scores, **columns)
+        return Ends(self.gaussian.with_replaced(positions, other.gaussian), scores, **columns)
 
     def better(self, other: "Ends") -> "Ends":
         """Those of the same datapoints that have the higher ELBO."""

@@ -37,7 +37,7 @@ def _kind_of_own(own: OwnFamily, joint: JointDensity, run: Run) -> Any:
         return _kind(own.family, joint, run)
     if own.kind != "freed":
         return None
-    with torch.no_grad(), run.stream("unused").seeded():
+    with torch.no_grad(), run.random_state_kept(joint):
         local = own.density.at(torch.arange(min(2, joint.num_datapoints)))
     assert isinstance(local, FactorisedGuide)
     if not all(_is_free(own, term.name, leaf(local.distributions[term.name])) for term in local.terms):

@@ -22,7 +22,7 @@ from pyrogaps.gaussians.curvature import NUM_PASSES
 from pyrogaps.log_weights import effective_sample_size, log_mean_exp
 from pyrogaps.problem import Problem
 from pyrogaps.run import Run
-from pyrogaps.streams import BLOCK, Chunk, chunks, seeded
+from pyrogaps.streams import BLOCK, Chunk, chunks
 from pyrogaps.two_sided import two_sided
 
 Values = dict[str, Tensor]
@@ -56,7 +56,7 @@ class Marginals:
         known = {name: values[name] for name in hierarchy.names}
         evaluator = GradientEvaluator(local.joint.over(hierarchy.at(known)), local.mode, quiet=True)
         pieces, references = chunks(local.num_datapoints, BLOCK), []
-        with seeded(run.seed, "unused", device=local.joint.device):  # which restores the caller's random state
+        with run.random_state_kept(local.joint):
             for chunk in pieces:
                 references.append((chunk, anchor_of(local, chunk, run).gaussian if local.dim else None))
         return cls(hierarchy, evaluator, references, PILOT_WEIGHTS if local.dim else 0, run)
