@@ -14,6 +14,7 @@ import pytest
 import torch
 import xarray as xr
 from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 import pyrogaps as pg
@@ -252,10 +253,122 @@ def test_phi_hat_of_a_guide_with_auxiliary_variables_has_a_reverse_model_of_its_
 
 
 def test_a_guide_that_cannot_be_copied_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, guide, train, test = pair()
+    model, _, train, test = pair()
     monkeypatch.setattr(Decomposition, "ledger", lambda *args: pytest.fail("it was measured"))
-    with pytest.raises(pg.InputError, match=r"split: the guide must be an nn.Module.*its code in forward"):
-        pg.decompose(model, lambda x: guide(x), test, split=pg.Split(train, QUICK), **TINY)
+    for refused, said in (
+        (with_parameters_of_the_store, "split: no module with trainable parameters was found in the guide"),
+        (
+            partly_of_the_store(nn.Linear(4, 2).double()),
+            "guide: 'scale' is a pyro.param, which copies of the guide would share",
+        ),
+    ):
+        with pytest.raises(pg.InputError, match=said):
+            pg.decompose(model, refused, test, split=pg.Split(train, QUICK), **TINY)
+
+
+def with_parameters_of_the_store(x: Tensor) -> None:
+    weight = pyro.param("weight", torch.zeros(4, 2, dtype=torch.float64))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x @ weight, 1.0).to_event(1))
+
+
+def partly_of_the_store(net: nn.Module) -> Any:
+    def guide(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.ones(2, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x), scale).to_event(1))
+
+    return guide
+
+
+class Both(nn.Module):
+    """Model and guide as methods of one module, as in Pyro's tutorial on VAEs."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2).to(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        loc, log_scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+class AsModule(nn.Module):
+    """The guide of `Both` as a module of its own, which enters its parameters in Pyro's store."""
+
+    def __init__(self, both: Both) -> None:
+        super().__init__()
+        self.encoder, self.run = both.encoder, Both.guide
+
+    def forward(self, x: Tensor) -> None:
+        self.run(self, x)  # type: ignore[arg-type]
+
+
+class WithScale(PyroModule):
+    """Its scale is a `PyroParam`, which the store holds under the name of the attribute, also for a copy."""
+
+    def __init__(self, encoder: nn.Linear) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.scale = PyroParam(torch.full((2,), 0.3, dtype=torch.float64), dist.constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x)[:, :2], self.scale).to_event(1))
+
+
+def methods() -> tuple[Both, Tensor, Tensor]:
+    _, _, train, test = pair()
+    return Both(nn.Linear(4, 4).double(), nn.Linear(2, 4).double()), train, test
+
+
+def contents() -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+
+def test_methods_and_functions_are_split_as_modules_are() -> None:
+    both, train, test = methods()
+    encoder = both.encoder
+
+    def function(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        loc, log_scale = encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    # Fresh weights would differ: other modules, in another order, draw theirs.
+    summaries, warm = [], pg.Split(train, replace(QUICK, num_restarts=0))
+    for guide in (AsModule(both), both.guide, function):
+        ledger = pg.decompose(both.model, guide, test, split=warm, **TINY)
+        (start,) = ledger.provenance["split"]["starts"]
+        assert start["elbo"][-1] > start["elbo"][0]
+        summaries.append(ledger.summary())
+    for summary in summaries[1:]:
+        pd.testing.assert_frame_equal(summary, summaries[0])
+
+
+@pytest.mark.parametrize("kind", ["module", "method", "PyroParam"])
+def test_a_split_changes_neither_the_guide_nor_the_store(kind: str) -> None:
+    both, train, test = methods()
+    guides = {"module": AsModule(both), "method": both.guide, "PyroParam": WithScale(both.encoder)}
+    guide = guides[kind]
+    module = both if kind == "method" else guide
+    guide(test)  # enters the parameters in the store, as training does
+    before, held = copy.deepcopy(module.state_dict()), contents()
+    ledger = pg.decompose(both.model, guide, test, split=pg.Split(train, QUICK), **TINY)
+    assert ledger.provenance["split"]["starts"][0]["elbo"][-1] > -1e9
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    after = contents()
+    assert all(torch.equal(after[name], value) for name, value in held.items())
+    assert {*after} <= {*held, "decoder$$$weight", "decoder$$$bias"}
 
 
 def test_what_cannot_be_split_is_refused() -> None:
@@ -265,7 +378,6 @@ def test_what_cannot_be_split_is_refused() -> None:
         with pytest.raises(pg.InputError, match=said):
             pg.decompose(model, guide, test, split=pg.Split(train, retraining), **TINY)
 
-    refuse("the guide must be an nn.Module", lambda x: guide(x))
     refuse("the warm start diverged", guide, replace(QUICK, training=Training(num_epochs=9, learning_rate=1e200)))
     with pytest.raises(pg.InputError, match="Leave split out"):
         pg.decompose(model, guide, test, split=pg.Split(train, QUICK), plate=False, **TINY)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrogaps.adapters.distributions import described, entry, per_datapoint
-from pyrogaps.adapters.parts import Part, recording
 from pyrogaps.adapters.posterior import SCALES, finite, span, words
+from pyrogaps.density.parts import Part, recording
 from pyrogaps.errors import InputError
 from pyrogaps.likelihoods import LIKELIHOODS, OUTPUTS, Likelihood
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrogaps.adapters.distributions import described, entry, per_datapoint
-from pyrogaps.adapters.parts import recording
+from pyrogaps.density.parts import recording
 from pyrogaps.errors import InputError
 
 # The standard deviation of q from each kind of second output.

@@ -16,12 +16,12 @@ from torch.distributions import Distribution
 from pyrogaps.adapters.distributions import as_pyro, described
 from pyrogaps.adapters.loss import NUM_DATAPOINTS, Losses, difference, explanation, losses_of, terms_of
 from pyrogaps.adapters.observation import Observation
-from pyrogaps.adapters.parts import Part
 from pyrogaps.adapters.posterior import SCALES, Reader
 from pyrogaps.density import Data, IndexedData
 from pyrogaps.density.arguments import parameters_of
 from pyrogaps.density.data import evenly_spaced
 from pyrogaps.density.forms import as_indexed
+from pyrogaps.density.parts import Part
 from pyrogaps.density.runs import evaluating
 from pyrogaps.density.structure import OUTSIDE_SUPPORT
 from pyrogaps.errors import InputError, counted

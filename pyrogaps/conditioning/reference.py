@@ -7,7 +7,7 @@ from torch import nn
 
 from pyrogaps.conditioning.simulated import SimulatedData
 from pyrogaps.density import Data
-from pyrogaps.density.autoguides import copied
+from pyrogaps.density.copies import as_module, copied
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.guard import guarded
@@ -38,13 +38,13 @@ def reference_guide(
 
     Args:
         model, guide, data, plate: as for `decompose`; data are drawn in the shape of `data`, and sequences have its
-            lengths. The guide is a module; the copy starts from its weights.
+            lengths. The guide is a module, or a method or function that uses modules; the copy starts from its weights.
         num_datapoints: number of datapoints drawn per epoch; by default the number in `data`.
         checkpoint, settings: as for `train`, except `freeze_model`.
 
     Raises:
-        InputError: for a guide that is not a module, a model that cannot be simulated, and settings that `train`
-            refuses.
+        InputError: for a guide without parameters of modules, a model that cannot be simulated, and settings that
+            `train` refuses.
 
     Example:
         >>> import torch, pyrogaps as pg
@@ -54,13 +54,14 @@ def reference_guide(
         >>> pg.reference_guide(model, guide, torch.randn(8, 3, 1), num_epochs=1, progress=False).lookahead
         0
     """
-    if not isinstance(guide, nn.Module):
+    module = as_module(guide)
+    if module is None:
         raise InputError(
-            f"guide: it must be an nn.Module, because the reference is a copy of it, got a {type(guide).__name__}. "
-            "Otherwise, train a second guide on SimulatedData(model, data) with freeze_model=True"
+            "guide: no module with trainable parameters was found in it, so the reference cannot be a copy of it. "
+            "Instead, train a second guide on SimulatedData(model, data) with freeze_model=True"
         )
     settings = checked_arguments(train, settings)
-    reference = copied(guide)
+    reference = copied(module)
     drawn = SimulatedData(model, data, num_datapoints, plate)
     train(model, reference, drawn, freeze_model=True, checkpoint=checkpoint, **settings)
     return reference

@@ -120,20 +120,7 @@ def _support_at(support: Any, axis: int, rows: Tensor) -> Any:
     return selected
 
 
-def copied(guide: nn.Module) -> nn.Module:
-    """A deep copy with the models of autoguides, which Pyro takes from the original, too, when it is copied."""
-    before = [(part._model, part.master) for part in _within(guide)]
-    try:
-        copied_guide = copy.deepcopy(guide)
-    finally:
-        for part, (model, master) in zip(_within(guide), before, strict=True):
-            vars(part).update(_model=model, master=master)
-    for part, (model, _) in zip(_within(copied_guide), before, strict=True):
-        vars(part).update(_model=model)
-    return copied_guide
-
-
-def _within(guide: nn.Module) -> list[Any]:
+def autoguides_within(guide: nn.Module) -> list[Any]:
     return [module for module in guide.modules() if isinstance(module, AutoGuide)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pyrogaps import memory, processes
 from pyrogaps.chunk_cache import chunk_size
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
+from pyrogaps.density.copies import copied
 from pyrogaps.density.remarks import quoted
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
@@ -24,7 +25,7 @@ from pyrogaps.gaps.facts import with_facts
 from pyrogaps.gaps.ledger import GapLedger
 from pyrogaps.gaps.measure import OWN, Measure, reached
 from pyrogaps.gaps.other_starts import with_other_starts
-from pyrogaps.gaps.retrain import Split, check_trainable
+from pyrogaps.gaps.retrain import Split, trainable
 from pyrogaps.gaps.sizes import Sizes, sizes_of
 from pyrogaps.gaps.terms import Term, approximation_direction
 from pyrogaps.problem import Problem
@@ -75,7 +76,7 @@ class Decomposition:
                 "split out, or make them parameters of the model (pyro.param)"
             )
         if self.split is not None:
-            check_trainable(self.problem.guide)
+            self.problem.with_guide(copied(trainable(self.problem.guide)))  # which runs the copy
             if summed := self.problem.scored.enumerated:
                 raise InputError(
                     f"split: the guide does not draw {quoted(summed)}, and training it on would not sum them out. Draw "

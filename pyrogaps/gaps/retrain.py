@@ -10,7 +10,7 @@ from torch import nn
 
 from pyrogaps.conditioning import SimulatedData
 from pyrogaps.density import Data, IndexedData
-from pyrogaps.density.autoguides import copied
+from pyrogaps.density.copies import as_module, copied
 from pyrogaps.density.data import part_of, rows_of
 from pyrogaps.density.forms import as_indexed
 from pyrogaps.density.runs import Program
@@ -124,13 +124,18 @@ class Start:
         return {"start": name, "elbo": self.bounds, "converged": self.converged, "kept": kept}
 
 
-def check_trainable(guide: Any) -> None:
-    """Refuse a guide of which no copies can be trained."""
-    if not isinstance(guide, nn.Module):
+def trainable(guide: Any) -> nn.Module:
+    """The guide as a module of which copies can be trained.
+
+    Raises `InputError` where it has no parameters of modules.
+    """
+    module = as_module(guide)
+    if module is None:
         raise InputError(
-            "split: the guide must be an nn.Module, so that copies of it can be trained. Write it as one, its networks "
-            "as attributes and its code in forward, or leave split out"
+            "split: no module with trainable parameters was found in the guide, so no copy of it can be trained. Write "
+            "it as an nn.Module, its networks as attributes and its code in forward, or leave split out"
         )
+    return module
 
 
 def retrain(
@@ -148,11 +153,9 @@ def retrain(
     rounds, from which a run that was stopped continues. A guide without any module that can be drawn anew has no fresh
     starts.
 
-    Raises `InputError` for a guide that is no module, and where training diverges.
+    Raises `InputError` for a guide without parameters of modules, and where training diverges.
     """
-    check_trainable(guide)
-    assert isinstance(guide, nn.Module)
-    candidates = _candidates(guide, split.retraining.num_restarts, run)
+    candidates = _candidates(trainable(guide), split.retraining.num_restarts, run)
     starts = [_trained_on(model, candidate, split, bound, run, folder) for candidate in candidates]
     return sorted(starts, key=lambda start: -max(start.bounds))
 

@@ -28,7 +28,7 @@ from pyrogaps import (
     elbo,
     refine,
 )
-from pyrogaps.density.autoguides import copied
+from pyrogaps.density.copies import copied
 from pyrogaps.density.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("brief_check")

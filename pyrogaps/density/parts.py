@@ -1,4 +1,4 @@
-"""`Part`: an encoder, a decoder or a prior, any callable, as a module that holds the modules which it reaches."""
+"""`Part`: any callable, such as an encoder or a guide, as a module that holds the modules which it reaches."""
 
 import copy
 import functools

@@ -14,7 +14,7 @@ from torch import distributions as dist
 from torch.distributions import constraints
 
 from pyrogaps.adapters.distributions import as_pyro, described, per_datapoint
-from pyrogaps.adapters.parts import Part
+from pyrogaps.density.parts import Part
 
 SHARED = nn.Linear(3, 2)
 
