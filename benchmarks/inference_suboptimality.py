@@ -165,7 +165,7 @@ def decomposed(recipe: Recipe, model: Program, guide: Program, x: Tensor, *, cac
 def certified(
     recipe: Recipe, folder: Path, model: Program, guide: Program, data: DataSet, num_simulated: int | None = None
 ) -> dict[str, float]:
-    """BDMC on images simulated from the model, its width, with the anchor and settings that measured the evidence."""
+    """BDMC on images simulated from the model: the width of the evidence, as the ledgers measure it."""
     path = folder / "sandwich.json"
     if not path.exists():
         assert isinstance(data.evaluated, Tensor)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
-from pyrogaps import AIS, Certificate, InputError, Ladder, Refinement, bdmc, decompose
+from pyrogaps import AIS, Bridge, Certificate, Evidence, InputError, Ladder, Refinement, bdmc, decompose
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from tests.references import (
     STANDARD_ERRORS,
@@ -184,3 +185,20 @@ def test_auxiliary_variables_are_simulated_too() -> None:
         progress=False,
     )
     assert ledger.certificate is not None
+
+
+@pytest.mark.parametrize("evidence", [Ladder(), Bridge()], ids=["ladder", "bridge"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_any_evidence_is_certified(evidence: Evidence, guided: bool) -> None:
+    model = anisotropic(8, 3)
+    shape = torch.zeros(NUMBER, 8, dtype=torch.float64)
+    anchor = WrongEncoder(model, shrink=0.95) if guided else AutoNormal
+    result = bdmc(model, shape, guide_or_family=anchor, settings=evidence, refinement=QUICK, batch_size=NUMBER)
+    exact = model.log_evidence(result.data).detach()
+    assert_exact(result.lower, result.forward.mcse, exact)
+    assert_mean_one((exact - result.upper).exp())
+
+
+def test_where_paths_start_is_for_ais_alone() -> None:
+    with pytest.raises(InputError, match=r"initial: it is for AIS, and settings is a Ladder\. Leave it out"):
+        bdmc(anisotropic(8, 3), torch.zeros(4, 8).double(), settings=Ladder(), initial="prior")

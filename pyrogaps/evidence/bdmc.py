@@ -13,7 +13,7 @@ from pyrogaps.density.runs import Program
 from pyrogaps.density.simulate import ToData
 from pyrogaps.errors import InputError
 from pyrogaps.evidence.ais import AIS, Initial
-from pyrogaps.evidence.protocol import Measured, Measurement
+from pyrogaps.evidence.protocol import Evidence, Measured, Measurement
 from pyrogaps.evidence.simulated_bounds import SimulatedBounds
 from pyrogaps.guard import guarded
 from pyrogaps.log_weights import Estimate, log_mean_exp_estimate
@@ -26,7 +26,7 @@ from pyrogaps.streams import Chunk
 
 @dataclass(frozen=True, repr=False)
 class Sandwich(SimulatedBounds):
-    """The result of `bdmc`: the settings of AIS are certified within its `width`.
+    """The result of `bdmc`: the evidence that gave `forward` is certified within its `width`.
 
     `data` are the simulated data, `z` `(N, dim)` their exact posterior draws. `reverse` has no error per datapoint: its
     chains share their start, so that their spread understates it.
@@ -45,7 +45,7 @@ def bdmc(
     data: Data | None = None,
     *,
     guide_or_family: Any = AutoNormal,
-    settings: AIS | None = None,
+    settings: Evidence | None = None,
     initial: Initial | None = None,
     refinement: Refinement | None = None,
     to_data: ToData | None = None,
@@ -65,11 +65,14 @@ def bdmc(
         data: what to simulate in the shape of.
         guide_or_family: what anchors the paths, refined on the simulated data; not used from the prior. The width
             holds only for the anchor it was measured with: to certify an evidence, give the guide it was measured with.
-        settings, initial, refinement, batch_size, seed, progress: as for `ais`.
+        settings: the evidence to certify, such as `Ladder()`; by default `AIS()`. Upper bounds are by AIS in reverse,
+            with the same settings where it is an AIS.
+        initial, refinement, batch_size, seed, progress: as for `ais`; `initial` is for an AIS alone.
         to_data: from drawn values by observed site to the model's arguments, where that is not plain.
 
     Raises:
-        InputError: where the model cannot be simulated (see `Problem.simulated`).
+        InputError: where the model cannot be simulated (see `Problem.simulated`), and for `initial` beside an evidence
+            that is no AIS.
 
     Source: Grosse, Ghahramani and Adams (2015), arXiv:1511.02543.
 
@@ -83,9 +86,12 @@ def bdmc(
         >>> bool(abs(sandwich.width) < 0.5)
         True
     """
-    settings = settings or AIS()
-    settings = settings if initial is None else replace(settings, initial=initial)
-    unused = settings.initial == "prior" or is_family(guide_or_family)
+    evidence = settings or AIS()
+    if initial is not None:
+        if not isinstance(evidence, AIS):
+            raise InputError(f"initial: it is for AIS, and settings is a {type(evidence).__name__}. Leave it out")
+        evidence = replace(evidence, initial=initial)
+    unused = (isinstance(evidence, AIS) and evidence.initial == "prior") or is_family(guide_or_family)
     guide = None if is_family(guide_or_family) else guide_or_family
     given = (Problem.without_guide if unused else Problem.of)(model, guide, data, plate)
     if not given.dim:
@@ -94,18 +100,19 @@ def bdmc(
         )
     simulated = given.simulated(seed, to_data)
     problem, refiner = simulated.problem, None
-    if settings.initial != "prior" and problem.posterior is None:  # a family has nothing but its refined guides
-        settings = replace(settings, initial="refined")
+    if isinstance(evidence, AIS) and evidence.initial != "prior" and problem.posterior is None:
+        evidence = replace(evidence, initial="refined")  # a family has nothing but its refined guides
         refiner = Refiner(guide_or_family, refinement or Refinement())
     elif isinstance(problem.posterior, GuideDensity):
         refiner = Refiner(own_family(problem.posterior), refinement or Refinement())
     run = Run(seed, batch_size, progress)
-    lower, upper = two_sided(simulated, settings.prepare(problem, run, refiner), settings, refiner, run)
+    measurement, reverse = evidence.prepare(problem, run, refiner), evidence.reverse or AIS()
+    lower, upper = two_sided(simulated, measurement, reverse, refiner, run)
     return Sandwich(lower.value, upper.value, lower, upper, simulated.data, simulated.z)
 
 
 def two_sided(
-    simulated: Simulated, measurement: Measurement, reverse: AIS, refiner: Refiner | None, run: Run
+    simulated: Simulated, measurement: Measurement, reverse: Evidence, refiner: Refiner | None, run: Run
 ) -> tuple[Estimate, Estimate]:
     """log p(x) of simulated data by a measurement, and its upper bound by the `reverse` of AIS from the latents behind
     them.
