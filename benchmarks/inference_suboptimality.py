@@ -196,14 +196,14 @@ def row(
     facts = {"column": name, "status": "done", **settings_of(recipe)}
     try:
         model, guide, data = trained(recipe, folder, progress=sys.stderr.isatty())
-        numbers: dict[str, object] = {}
-        for part in PARTS:
-            number = num_training_images if part == "train" else None
-            ledger = evaluated(recipe, folder, model, guide, data, part, number)
-            numbers |= {f"{part}_{key}": value for key, value in statistics(ledger)}
-        numbers |= certified(recipe, folder, model, guide, data, num_simulated)
     except (FloatingPointError, pg.InputError) as error:
         return {**facts, "status": " ".join(str(error).split())}
+    numbers: dict[str, object] = {}
+    for part in PARTS:
+        number = num_training_images if part == "train" else None
+        ledger = evaluated(recipe, folder, model, guide, data, part, number)
+        numbers |= {f"{part}_{key}": value for key, value in statistics(ledger)}
+    numbers |= certified(recipe, folder, model, guide, data, num_simulated)
     numbers["machine"] = keep_noted(folder / "machine.txt", machine)
     return {**facts, "status": status(numbers), **numbers}
 
@@ -223,6 +223,7 @@ def settings_of(recipe: Recipe) -> dict[str, object]:
         "flow_hidden": own,
         "local_flow_hidden": further or own,
         "refinement_steps": recipe.refinement.num_steps,
+        "evidence": type(recipe.evidence).__name__,
     }
 
 
