@@ -9,12 +9,12 @@ import torch
 
 from benchmarks import reporting
 from benchmarks.mapa import __main__ as mapa
-from benchmarks.mapa import decoders, evaluation, posteriors, runs, training
+from benchmarks.mapa import circle, decoders, evaluation, posteriors, priors, runs, training
 from benchmarks.mapa.figures import figures
 from benchmarks.mapa.findings import findings
 from benchmarks.mapa.intuition import of_two_minds
 from benchmarks.mapa.uniform import uniform_posterior
-from pyrogaps.models.synthetic import SyntheticData
+from pyrogaps.models.synthetic import SyntheticData, SyntheticModel
 
 
 @pytest.fixture
@@ -186,3 +186,24 @@ def test_datapoint_of_two_minds() -> None:
     density = posteriors.true_posterior(data.truth, data.train[row : row + 1])[0]
     peaks = (density[1:-1] > density[:-2]) & (density[1:-1] > density[2:]) & (density[1:-1] > 0.1 * density.max())
     assert peaks.sum() == 2
+
+
+@pytest.mark.slow
+def test_the_circle_under_several_priors(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["circle", "--quick", "--runs", str(tmp_path)])
+    circle.main()
+    table = pd.read_csv(results / "mapa_circle-quick.csv").set_index(["model", "prior"])
+    assert set(table.loc[circle.TRUTH].index) >= {priors.AGGREGATED, circle.AS_THEY_ARE, circle.BEST}
+    assert set(table.loc[runs.VAE].index) == {circle.STANDARD, circle.BEST}
+    assert float(table["off the circle"][circle.TRUTH].max()) == 0.0
+    monkeypatch.setattr(circle, "fitted", None)  # nothing is trained again
+    circle.main()
+
+
+def test_a_grid_along_the_curve_has_equal_steps() -> None:
+    model = SyntheticModel("circle", "exact")
+    z = priors.along(model, torch.tensor([[-3.0], [3.0]]))
+    steps = model.decoder(z[:, None]).diff(dim=0).norm(dim=1)
+    assert z[0] == -3 and z[-1] == 3 and bool((z.diff() > 0).all())
+    assert float(steps.max()) < 1.05 * priors.SPACING * float(model.variance) ** 0.5
+    assert float(steps.max()) < 1.1 * float(steps.min())

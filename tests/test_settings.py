@@ -21,7 +21,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 import pyrogaps as pg
-from pyrogaps.mapa import Mapa, RecoveredPrior, recovered_prior, recovered_transport
+from pyrogaps.mapa import Mapa, RecoveredPrior, aggregated_transport, recovered_prior, recovered_transport
 from pyrogaps.settings import Count, Device, File, checked, checked_arguments, conform
 from pyrogaps.training import Cosine, Exponential, Staircase
 
@@ -37,6 +37,7 @@ FURTHER = (
     Cosine,
     Exponential,
     Staircase,
+    aggregated_transport,
     recovered_prior,
     recovered_transport,
 )
@@ -52,7 +53,7 @@ SECTIONS = {
 # No settings: data, programs of several kinds, results to draw or export, and what a class keeps for itself.
 OPAQUE = {
     "adata", "data", "train_data", "validation", "guide", "guide_or_family", "guides", "latents", "ledger", "ledgers",
-    "likelihood", "model", "posterior", "settings", "return",
+    "likelihood", "log_likelihood", "model", "posterior", "settings", "return", "z",
 }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ FILLERS: dict[str, Any] = {
     "comparison": pg.Comparison((), *NOTHING, {}),
     "train_data": X, "fetch": lambda indices: (X[indices],),
     "num_datapoints": 7, "latents": X[:, :1], "variance": 1.0, "alpha": 0.9, "num_epochs": 3, "decay": 0.5,
-    "likelihood": "gaussian", "id": "mine", "label": "mine", "parent": None, "estimator": "mine", "direction": "exact",
+    "log_likelihood": torch.zeros(3, 4), "z": torch.arange(4.0), "likelihood": "gaussian", "id": "mine", "label": "mine", "parent": None, "estimator": "mine", "direction": "exact",
     "value": lambda columns: None, "encoder": Untouched(), "decoder": Untouched(),
 }  # fmt: skip
 

@@ -12,11 +12,11 @@ from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
 
 import pyrogaps as pg
+from benchmarks.mapa.priors import transports, with_transport
 from benchmarks.mapa.uniform import uniform_posterior
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.guides.delta import AmortizedDelta
 from pyrogaps.mapa import empiricalized_posterior
-from pyrogaps.mapa.prior import recovered_transport
 from pyrogaps.models.curves import ACTIVATION, HIDDEN
 from pyrogaps.models.synthetic import SyntheticData, SyntheticModel
 from pyrogaps.streams import derive_seed, seeded
@@ -28,8 +28,6 @@ BATCH_SIZE = 100
 LEARNING_RATE = 0.03
 # K: of the S terms of a MAPA bound, how many are the most probable explanations.
 NUM_TOP = 1
-# Of the prior that is recovered from a MAPA model's latents: the likeliest for the validation data is taken.
-NUM_PIECES = (8, 32)
 
 
 @dataclass
@@ -68,16 +66,47 @@ def trained(method: str, num_samples: int, data: SyntheticData, num_steps: int, 
     `validation` is the mean log p(x) of the validation data, by quadrature, in nats. Raises `FloatingPointError` where
     training diverges, `InputError` where the decoder is too steep for quadrature.
     """
+    found = fitted(method, num_samples, data, num_steps, seed)
+    made = [(found.model, None)] if method in (VAE, IWAE) else _with_priors(found, data.train)
+    scores = [float(candidate.log_evidence(data.validation, tolerance=1e-3).mean()) for candidate, _ in made]
+    best = max(range(len(made)), key=lambda number: scores[number])
+    return Trained(*made[best], scores[best], found.decoder_passes, found.encoder_passes, found.seconds)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training leaves, before a prior is recovered, and what it cost: see `Trained`."""
+
+    model: SyntheticModel
+    guide: AmortizedNormal | AmortizedDelta
+    decoder_passes: float
+    encoder_passes: float
+    seconds: float
+
+
+def fitted(method: str, num_samples: int, data: SyntheticData, num_steps: int, seed: int) -> Fitted:
+    """Train a pair from a start of its own. Raises `FloatingPointError` where training diverges."""
     with seeded(seed, "mapa benchmark"), pyro.validation_enabled(False):
         model, guide = untrained(method, data)
         decoded, encoded, started = Passes(), Passes(), time.process_time()
         with decoded.counted(model.decoder), encoded.counted(guide.encoder):
             num_rows = fit(model, guide, loss_of(method, num_samples, data, seed), data.train, num_steps)
         seconds = time.process_time() - started
-        made = [(model, None)] if method in (VAE, IWAE) else list(_with_priors(model, guide, data.train))
-    scores = [float(candidate.log_evidence(data.validation, tolerance=1e-3).mean()) for candidate, _ in made]
-    best = max(range(len(made)), key=lambda number: scores[number])
-    return Trained(*made[best], scores[best], decoded.rows / num_rows, encoded.rows / num_rows, seconds)
+    return Fitted(model, guide, decoded.rows / num_rows, encoded.rows / num_rows, seconds)
+
+
+def _with_priors(found: Fitted, x: Tensor) -> list[tuple[SyntheticModel, int]]:
+    """Models with a prior each, and the numbers of pieces of their transports."""
+    latents = latents_of(found, x)
+    made = [transport for _, transport in transports(found.model, latents, x)]
+    return [(with_transport(found.model, transport), len(transport.coefficients)) for transport in made]
+
+
+def latents_of(found: Fitted, x: Tensor) -> Tensor:
+    """h(x) of `x` `(N, 2)`, `(N, 1)`."""
+    with torch.no_grad():
+        latents: Tensor = found.guide.encoder(x)
+    return latents
 
 
 def untrained(method: str, data: SyntheticData) -> tuple[SyntheticModel, AmortizedNormal | AmortizedDelta]:
@@ -122,13 +151,3 @@ def _minibatches(number: int, num_steps: int) -> Iterator[Tensor]:
         for indices in torch.randperm(number).split(BATCH_SIZE)[:num_steps]:
             yield indices
             num_steps -= 1
-
-
-def _with_priors(model: SyntheticModel, encoder: AmortizedDelta, x: Tensor) -> Iterator[tuple[SyntheticModel, int]]:
-    """Models whose decoders take standard Normal noise: what maps it to latents, then the decoder that was trained."""
-    with torch.no_grad():
-        latents = encoder.encoder(x)
-    for pieces in NUM_PIECES:
-        whole = SyntheticModel(model.curve)
-        whole.decoder = nn.Sequential(recovered_transport(latents, num_pieces=pieces), model.decoder)
-        yield whole, pieces

@@ -1,5 +1,6 @@
 """MAPA: training a generative model against a posterior known before training."""
 
+from pyrogaps.mapa.aggregated import aggregated_transport
 from pyrogaps.mapa.continuous_bernoulli import ContinuousBernoulliKernel
 from pyrogaps.mapa.elbo import MAPA_ELBO
 from pyrogaps.mapa.empiricalized import EmpiricalizedModel, empiricalized_posterior
@@ -23,6 +24,7 @@ __all__ = [
     "MapaPosterior",
     "MonotoneTransport",
     "RecoveredPrior",
+    "aggregated_transport",
     "empiricalized_posterior",
     "explainers",
     "log_weights_without_replacement",
