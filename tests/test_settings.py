@@ -74,7 +74,8 @@ FILLERS: dict[str, Any] = {
     "comparison": pg.Comparison((), *NOTHING, {}),
     "train_data": X, "fetch": lambda indices: (X[indices],),
     "num_datapoints": 7, "latents": X[:, :1], "variance": 1.0, "alpha": 0.9, "num_epochs": 3, "decay": 0.5,
-    "log_likelihood": torch.zeros(3, 4), "z": torch.arange(4.0), "likelihood": "gaussian", "id": "mine", "label": "mine", "parent": None, "estimator": "mine", "direction": "exact",
+    "log_likelihood": torch.zeros(3, 4), "z": torch.arange(4.0),
+    "likelihood": "gaussian", "id": "mine", "label": "mine", "parent": None, "estimator": "mine", "direction": "exact",
     "value": lambda columns: None, "encoder": Untouched(), "decoder": Untouched(),
 }  # fmt: skip
 
