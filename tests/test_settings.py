@@ -51,8 +51,8 @@ SECTIONS = {
 }  # fmt: skip
 # No settings: data, programs of several kinds, results to draw or export, and what a class keeps for itself.
 OPAQUE = {
-    "adata", "data", "train_data", "validation", "guide", "guide_or_family", "guides", "latents", "ledger", "ledgers",
-    "likelihood", "model", "posterior", "settings", "return",
+    "adata", "arrays", "data", "train_data", "validation", "guide", "guide_or_family", "guides", "latents", "ledger",
+    "ledgers", "likelihood", "model", "posterior", "settings", "return",
 }  # fmt: skip
 
 
