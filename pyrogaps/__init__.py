@@ -18,7 +18,7 @@ from pyrogaps.version import __version__ as __version__
 
 if TYPE_CHECKING:
     # Functions that have their module's name, from the module: mypy takes `pyrogaps.gaps.compare` for either.
-    from pyrogaps.adapters import from_scvi, from_torch, to_obs
+    from pyrogaps.adapters import from_anndata, from_arrays, from_scvi, from_torch, to_obs
     from pyrogaps.calibration import Calibration
     from pyrogaps.calibration.calibrate import calibrate
     from pyrogaps.export import to_datatree
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 # What needs pandas, xarray, SciPy's larger parts or Matplotlib, by package: loaded when a name is first used, because
 # that takes longer than all the rest. (`pyrogaps.refine` must not be among them: it is a package and a function.)
 _LATER = {
-    "adapters": ("from_scvi", "from_torch", "to_obs"),
+    "adapters": ("from_anndata", "from_arrays", "from_scvi", "from_torch", "to_obs"),
     "calibration": ("Calibration", "calibrate"),
     "export": ("loo", "to_datatree"),
     "gaps": ("TERMS", "Certificate", "Comparison", "GapLedger", "Retraining", "Split", "Term", "compare", "decompose"),
@@ -119,6 +119,8 @@ __all__ = [
     "compare",
     "decompose",
     "elbo",
+    "from_anndata",
+    "from_arrays",
     "from_scvi",
     "from_torch",
     "iwae",

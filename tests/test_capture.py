@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyrogaps.capture import GradientEvaluator
+from pyrogaps.capture import BoundDensity, GradientEvaluator
 from pyrogaps.capture.graphs import record, reuse_memory
+from pyrogaps.capture.halves import halves
 from pyrogaps.density import JointDensity
 from pyrogaps.models.vae import VAE
 from pyrogaps.problem import Problem
@@ -258,6 +259,67 @@ def test_counts_evaluations() -> None:
     bound.gradients(z)
     bound.values(z)
     assert (evaluator.num_gradients, evaluator.num_values) == (2 * 22 * 5, 22 * 5)
+
+
+class Counted(nn.Module):
+    """Counts whose normaliser depends on data and on a parameter alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            weight = torch.lgamma(x + self.rate.exp())
+            pyro.sample("x", dist.Normal(z * weight, 1.0).to_event(1), obs=x)
+
+
+def operations(graph: nn.Module) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op.startswith("call")]  # type: ignore[union-attr]
+
+
+def test_what_depends_on_data_alone_is_computed_once() -> None:
+    """And again after a parameter was changed, in place or behind autograd's back."""
+    model, x = Counted(), torch.rand(4, 3)
+    joint, rows = JointDensity(model, x), torch.arange(4)
+    evaluator, z = GradientEvaluator(joint), torch.randn(5, 4, 3)
+    bound = evaluator.bind(rows, 5)
+    (graph,) = evaluator._graphs.values()
+    assert "aten.lgamma.default" in operations(graph._of_data)
+    for part in (graph.both, graph.values, graph.gradients):
+        assert not [name for name in operations(part) if "lgamma" in name]
+
+    def agree(bound: BoundDensity) -> None:
+        (expected,), (slope,) = GradientEvaluator(joint, "eager").bind(rows, 5)(z)
+        (value,), (gradient,) = bound(z)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, slope)
+
+    agree(bound)
+    with torch.no_grad():
+        model.rate += 1.0
+    agree(bound)
+    model.rate.data += 1.0  # which counts as no change
+    agree(evaluator.bind(rows, 5))
+    other = torch.rand(4, 3)
+    evaluator = GradientEvaluator(joint)
+    bound = evaluator.bind(rows, 5, whole=True).on((other.repeat(5, 1),))
+    joint = JointDensity(model, other)
+    agree(bound)
+
+
+def test_results_belong_to_the_caller() -> None:
+    """What does not depend on the point is computed once, and returned in new memory every time."""
+
+    def function(point: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return point + x, torch.exp(x)
+
+    early, late = halves(record(function, torch.randn(4), torch.randn(4)), slice(1), 0)
+    point, x = torch.randn(4), torch.randn(4)
+    kept = early(x)
+    late(point, *kept)[1].add_(1.0)
+    torch.testing.assert_close(late(point, *kept), function(point, x))
 
 
 def test_equal_operations_are_recorded_once() -> None:

@@ -54,6 +54,8 @@ PUBLIC = {
     "compare",
     "decompose",
     "elbo",
+    "from_anndata",
+    "from_arrays",
     "from_scvi",
     "from_torch",
     "iwae",

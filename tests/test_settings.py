@@ -52,8 +52,8 @@ SECTIONS = {
 }  # fmt: skip
 # No settings: data, programs of several kinds, results to draw or export, and what a class keeps for itself.
 OPAQUE = {
-    "adata", "data", "train_data", "validation", "guide", "guide_or_family", "guides", "latents", "ledger", "ledgers",
-    "likelihood", "log_likelihood", "model", "posterior", "settings", "return", "z",
+    "adata", "arrays", "data", "train_data", "validation", "guide", "guide_or_family", "guides", "latents", "ledger",
+    "ledgers", "likelihood", "log_likelihood", "model", "posterior", "settings", "return", "z",
 }  # fmt: skip
 
 

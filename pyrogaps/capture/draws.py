@@ -89,7 +89,7 @@ class _Record:
                 return _with_gradients(function, [*inputs[:number]], [*inputs[number:]])
 
         whole = record(both, *parameters, *weights)
-        self._values, self._gradients = map(reuse_memory, halves(whole, number, len(weights)))
+        self._values, self._gradients = map(reuse_memory, halves(whole, slice(number, None), len(weights)))
         self._num_values = len(weights)
 
     def __call__(self, *parameters: Tensor) -> Values:

@@ -70,7 +70,8 @@ def bytes_per_point(joint: JointDensity) -> int:
     return max(1, int(live.peak) // number)
 
 
-def points_within(joint: JointDensity, max_points: int) -> int:
-    """Number of points that fit the working set: a power of two from 1 to `max_points`."""
-    fitting = max(1, memory.working_set() // bytes_per_point(joint))
+def points_within(joint: JointDensity, max_points: int, max_bytes: int | None = None) -> int:
+    """Number of points that fit the working set, and `max_bytes`: a power of two from 1 to `max_points`."""
+    room = memory.working_set() if max_bytes is None else min(max_bytes, memory.working_set())
+    fitting = max(1, room // bytes_per_point(joint))
     return min(max_points, 1 << (fitting.bit_length() - 1))

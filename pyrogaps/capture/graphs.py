@@ -161,6 +161,14 @@ def _owns_memory(node: Node) -> bool:
     return all(result.alias_info is None for result in node.target._schema.returns)
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node's result is another view of its operand, and nothing is written."""
+    if not isinstance(node.target, OpOverload) or _owns_memory(node):
+        return False
+    schema = node.target._schema
+    return len(schema.returns) == 1 and not any(argument.is_write for argument in schema.arguments)
+
+
 def _same_layout(left: Any, right: Any) -> bool:
     a, b = value_of(left), value_of(right)
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):

@@ -60,9 +60,15 @@ class NegativeBinomial(TorchDistribution):
         """log P(`value`), with the broadcast shape of `value` and the distribution."""
         if self._validate_args:
             self._validate_sample(value)
-        ratio, total = self.mu / self.theta, value + self.theta
+        ratio = self.mu / self.theta
+        return self._log_count(value, ratio, ratio.log1p())
+
+    def _log_count(self, value: Tensor, ratio: Tensor, log1p: Tensor) -> Tensor:
+        """log P of the negative binomial, given mu / theta and log(1 + mu / theta)."""
+        total = value + self.theta
+        # Of data and theta alone, so that records of densities compute it once for many means.
         constant = total.lgamma() - (value + 1).lgamma() - self.theta.lgamma()
-        log_prob: Tensor = value * ratio.log() - total * ratio.log1p() + constant
+        log_prob: Tensor = value * ratio.log() - total * log1p + constant
         return log_prob
 
 
@@ -100,7 +106,12 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log P(`value`): log sigma(-g) + log NB(x), and for x = 0 also log(1 + e^g / NB(0))."""
-        log_count = super().log_prob(value)
-        further = torch.where(value == 0, softplus(self.zero_logits - log_count), 0.0)
-        log_prob: Tensor = log_count - softplus(self.zero_logits) + further
+        if self._validate_args:
+            self._validate_sample(value)
+        ratio = self.mu / self.theta
+        log1p = ratio.log1p()
+        # A product with 0 or 1, which is several times faster than `torch.where`; NB(0) is never 0.
+        zero = (value == 0).to(log1p.dtype)
+        further = zero * softplus(self.zero_logits + self.theta * log1p)
+        log_prob: Tensor = self._log_count(value, ratio, log1p) - softplus(self.zero_logits) + further
         return log_prob

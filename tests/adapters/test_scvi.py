@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyro import poutine
 from scipy.sparse import csr_matrix
 from torch import Tensor
 from torch.distributions import Normal
@@ -111,6 +112,20 @@ def log_joint(model: Any, z: Tensor) -> Tensor:
         return total + made["px"].log_prob(tensors["X"]).sum(-1)
 
 
+def check_guide(model: Any, problem: pg.Problem) -> None:
+    """The guide's Normals are those of scvi-tools' own `inference`, so that ELBOs differ by their draws alone."""
+    module, tensors = model.module, next(iter(model._make_data_loader(model.adata, batch_size=NUM_CELLS)))
+    with torch.no_grad():
+        inferred = module.inference(**module._get_inference_input(tensors))
+        trace = poutine.trace(problem.guide).get_trace(*problem.joint.data.fetch(torch.arange(NUM_CELLS)))
+    for site, name in (("z", "qz"), ("log_library", "ql")):
+        assert (site in trace) == (inferred.get(name) is not None)
+        if site in trace:
+            found, own = trace.nodes[site]["fn"].base_dist, inferred[name]
+            torch.testing.assert_close(found.loc, own.loc)
+            torch.testing.assert_close(found.scale, own.scale)
+
+
 @pytest.mark.parametrize("options", SETTINGS, ids=lambda options: "-".join(map(str, {**options, "setup": ""}.values())))
 def test_densities_and_elbo_are_scvi_tools_own(scvi: Any, options: dict[str, Any]) -> None:
     model = trained(scvi, **options)
@@ -127,6 +142,7 @@ def test_densities_and_elbo_are_scvi_tools_own(scvi: Any, options: dict[str, Any
         problem.joint(z[None], torch.arange(NUM_CELLS))[0], log_joint(model, z), rtol=1e-5, atol=0
     )
 
+    check_guide(model, problem)
     bound = pg.elbo(problem, num_particles=1000)
     repeated = np.tile(np.arange(NUM_CELLS), NUM_OWN)  # a draw each
     own = model.get_elbo(indices=repeated, return_mean=False, batch_size=4000).reshape(NUM_OWN, NUM_CELLS).double()
