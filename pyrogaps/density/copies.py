@@ -16,9 +16,11 @@ from pyrogaps.errors import InputError
 
 
 def as_module(guide: Program) -> nn.Module | None:
-    """The guide as a module of which copies can be trained; None where it reaches no parameters of modules."""
-    module = guide if isinstance(guide, nn.Module) else Part("guide", guide)
-    return module if any(value.requires_grad for value in module.parameters()) else None
+    """The guide as a module of which copies can be trained; None where it is none, and reaches no parameters of modules."""
+    if isinstance(guide, nn.Module):
+        return guide
+    part = Part("guide", guide)
+    return part if any(value.requires_grad for value in part.parameters()) else None
 
 
 def copied(guide: nn.Module) -> nn.Module:
