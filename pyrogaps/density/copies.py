@@ -16,7 +16,7 @@ from pyrogaps.errors import InputError
 
 
 def as_module(guide: Program) -> nn.Module | None:
-    """The guide as a module of which copies can be trained; None where it is none, and reaches no parameters of modules."""
+    """The guide as a module of which copies can be trained; None for a callable that reaches no such parameters."""
     if isinstance(guide, nn.Module):
         return guide
     part = Part("guide", guide)
