@@ -1,9 +1,9 @@
-"""Base class of sequence models, and checks and masks for sequences padded to a common length.
+"""Base classes of sequence models, and checks and masks for sequences padded to a common length.
 
 It is part of `models` because guides may import models, but models never import guides.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -55,7 +55,58 @@ def within(keep: Tensor | None, step: int) -> AbstractContextManager[object]:
     return nullcontext() if keep is None else poutine.mask(mask=keep[:, step])  # type: ignore[call-overload]
 
 
-class SequenceModel(nn.Module):
+class MarkovChain(nn.Module):
+    """Latent states with one observation each, drawn step by step: what sequence models share.
+
+    A subclass sets `data_dim` D, implements `first`, `emission` and `likelihood`, and has a `forward` that calls `run`.
+    """
+
+    data_dim: int
+    event_dim = 1  # of a state
+
+    def run(self, x: Tensor, keep: Tensor | None, step: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:
+        """Draw all states and observe `x` `(N, T, D)`; returns z, shape `(N, T, d)`.
+
+        `step(z, t)` is the mean and scale of the state of step t, from 0, given the state before, `z`; `keep` is a
+        `sequence_mask`.
+        """
+        with pyro.plate("data", len(x)):
+            z = torch.stack(list(self._states(x, keep, step)), -2)
+            # All steps at once, because no draw depends on an observation.
+            for t, output in enumerate(self.emission(z).unbind(-2)):
+                with within(keep, t):
+                    pyro.sample(f"x_{t + 1}", self.likelihood(output), obs=x[:, t])
+        return z
+
+    def _states(
+        self, x: Tensor, keep: Tensor | None, step: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    ) -> Iterator[Tensor]:
+        z: Tensor | None = None
+        for t in range(x.shape[1]):
+            loc, scale = self.first(len(x)) if z is None else step(z, t)
+            with within(keep, t):
+                z = pyro.sample(f"z_{t + 1}", dist.Normal(loc, scale).to_event(self.event_dim))
+            yield z
+
+    def first(self, number: int) -> tuple[Tensor, Tensor]:
+        """Mean and scale of z_1, each `(number, d)`."""
+        raise NotImplementedError
+
+    def emission(self, z: Tensor) -> Tensor:
+        """The parameter of the likelihood, `(..., D)`, for states `z` `(..., d)`."""
+        raise NotImplementedError
+
+    def likelihood(self, output: Tensor) -> dist.TorchDistribution:
+        """p(x_t|z_t) for the emission `(..., D)` of z_t, event shape `(D,)`."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its parameters and buffers, in which it computes."""
+        return next(chain(self.parameters(), self.buffers())).dtype
+
+
+class SequenceModel(MarkovChain):
     r"""A Markov chain of latent states with one observation each: base class of the sequence models.
 
     $$z_1 \sim \mathcal N(m_1, s_1^2), \quad z_t \mid z_{t-1} \sim \mathcal N(m(z_{t-1}), s(z_{t-1})^2), \quad
@@ -70,40 +121,11 @@ class SequenceModel(nn.Module):
     Raises `InputError` for `x` and `lengths` of other shapes, and for lengths out of range.
     """
 
-    data_dim: int
-
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Run the model; returns z, shape `(N, T, d)`."""
         keep = sequence_mask(type(self).__name__, x, lengths, self.data_dim)
-        x = x.to(next(chain(self.parameters(), self.buffers())).dtype)
-        with pyro.plate("data", len(x)):
-            z = torch.stack(list(self._states(x, keep)), -2)
-            # All steps at once, because no draw depends on an observation.
-            for t, output in enumerate(self.emission(z).unbind(-2)):
-                with within(keep, t):
-                    pyro.sample(f"x_{t + 1}", self.likelihood(output), obs=x[:, t])
-        return z
-
-    def _states(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
-        z: Tensor | None = None
-        for t in range(x.shape[1]):
-            loc, scale = self.first(len(x)) if z is None else self.transition(z)
-            with within(keep, t):
-                z = pyro.sample(f"z_{t + 1}", dist.Normal(loc, scale).to_event(1))
-            yield z
-
-    def first(self, number: int) -> tuple[Tensor, Tensor]:
-        """Mean and scale of z_1, each `(number, d)`."""
-        raise NotImplementedError
+        return self.run(x.to(self.dtype), keep, lambda z, _: self.transition(z))
 
     def transition(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and scale of the state after `z`, each `(..., d)` like `z`."""
-        raise NotImplementedError
-
-    def emission(self, z: Tensor) -> Tensor:
-        """The parameter of the likelihood, `(..., D)`, for states `z` `(..., d)`."""
-        raise NotImplementedError
-
-    def likelihood(self, output: Tensor) -> dist.TorchDistribution:
-        """p(x_t|z_t) for the emission `(..., D)` of z_t, event shape `(D,)`."""
         raise NotImplementedError

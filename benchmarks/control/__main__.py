@@ -1,0 +1,74 @@
+"""`python -m benchmarks.control`: what models learned with a filter, a lookahead and a smoother cost in control.
+
+Linear-quadratic-Gaussian control, exact: from the same trajectories under random actions, linear-Gaussian models are
+learned with guides of lookahead 0, 1, 3 and infinity, by the bound of the best such guide; the Kalman filter and the
+Riccati gain of each run on the true system. Writes `results/control.csv`, a row a model, `control.png` and
+`control.md`. A setting that is finished lies in `--runs`; a run that was stopped continues.
+"""
+
+import argparse
+import csv
+import io
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.control import page, picture
+from benchmarks.control.learning import Row, rows
+from benchmarks.control.settings import SETTINGS, Setting
+from benchmarks.reporting import RESULTS, machine, write
+
+
+def measured(setting: Setting, options: argparse.Namespace) -> list[Row]:
+    """The rows of a setting, made where they are not there yet."""
+    path = options.runs / f"{setting.name.replace(' ', '-')}-{options.sets}-{options.steps}-{options.seed}.json"
+    if not path.exists():
+        found = rows(setting, options.sets, options.steps, options.seed)
+        text = json.dumps({"machine": machine(), "rows": [asdict(row) for row in found]}, indent=1)
+        write(path, text.encode())
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+def table(found: list[Row]) -> bytes:
+    """All rows as CSV, the machine in the last column."""
+    text, names = io.StringIO(), [field.name for field in fields(Row)]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, "machine"])
+    for row in found:
+        values = (getattr(row, name) for name in names)
+        writer.writerow([*(f"{value:.6g}" if isinstance(value, float) else value for value in values), machine()])
+    return text.getvalue().encode()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny runs, to see that it works")
+    parser.add_argument("--runs", type=Path, default=Path("benchmarks/runs/control"))
+    parser.add_argument("--sets", type=int, default=20, help="data sets of each setting")
+    parser.add_argument("--steps", type=int, default=120, help="of BFGS, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = RESULTS
+    if options.quick:
+        options.sets, options.steps = 2, 3
+        folder = options.runs = options.runs / "quick"
+    options.runs.mkdir(parents=True, exist_ok=True)
+    found: list[Row] = []
+    for setting in SETTINGS:
+        found += measured(setting, options)
+        print(page.lines_of(setting.name, found), flush=True)
+    figure = Figure(layout="constrained", figsize=(10, 5.5))
+    picture.draw(found, figure)
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / "control.png", dpi=160)
+    write(folder / "control.csv", table(found))
+    write(folder / "control.md", page.text(found, options).encode())
+    print(machine())
+
+
+if __name__ == "__main__":
+    main()
