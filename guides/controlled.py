@@ -12,7 +12,9 @@ from pyrogaps.conditioning import checked_lookahead
 from pyrogaps.errors import InputError
 from pyrogaps.family import AmortizedGuide
 from pyrogaps.guides.sequential import StructuredNormal
-from pyrogaps.models.controlled import actions_before, check_controlled, times
+from pyrogaps.models.controlled import ControlledLinear, actions_before, check_controlled, times
+
+MIN_SCALE = 1e-6  # of a diagonal of L
 
 
 class LinearStructuredNormal(AmortizedGuide, nn.Module):
@@ -69,6 +71,33 @@ class LinearStructuredNormal(AmortizedGuide, nn.Module):
         self.gain = nn.Parameter(torch.zeros(*self.systems, steps, d, d))
         self.root = nn.Parameter(torch.zeros(*self.systems, steps, d, d))
 
+    @classmethod
+    def best(
+        cls, model: ControlledLinear, steps: int, lookahead: int | float | str = math.inf
+    ) -> "LinearStructuredNormal":
+        """The guide with the highest mean ELBO of this lookahead, on data from `model`, a single system.
+
+        Its mean ELBO is that of log p(x|u) less `model.conditioning_gap`.
+        """
+        guide = cls(model.data_dim, model.action_dim, model.latent_dim, steps, lookahead).to(model.dtype)
+        chain, size = model.without_actions(), model.data_dim + model.action_dim
+        backward = chain.backward_information(steps)
+        # The means are linear in the inputs, so that unit vectors show them.
+        units = torch.eye(steps * size, dtype=model.dtype).reshape(-1, steps, size)
+        x, before = units.split((model.data_dim, model.action_dim), -1)
+        u = torch.cat([before[:, 1:], torch.zeros_like(before[:, :1])], 1)
+        shift, R = model.response(u), backward.covariance
+        information = chain.expected_information(x - times(model.C, shift), guide.lookahead)
+        moved = times(model.B, actions_before(u)) - times(R @ backward.information, times(model.B, actions_before(u)))
+        loc = times(R, information + times(backward.information, shift)) + moved
+        roots = torch.linalg.cholesky(R)
+        with torch.no_grad():
+            guide.weight.copy_(loc.reshape(steps, size, steps, -1).permute(2, 3, 0, 1))
+            guide.gain.copy_(backward.gain)
+            raw = (roots.diagonal(dim1=-2, dim2=-1) - MIN_SCALE).expm1().log()
+            guide.root.copy_(roots.tril(-1) + torch.diag_embed(raw))
+        return guide
+
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
         """Run the guide; returns z, shape `(N, T, *systems, latent_dim)`."""
         offsets, roots = self._offsets(x, u), self.roots()
@@ -83,7 +112,7 @@ class LinearStructuredNormal(AmortizedGuide, nn.Module):
 
     def roots(self) -> Tensor:
         """L, lower triangular, `(*systems, T, d, d)`."""
-        return self.root.tril(-1) + torch.diag_embed(softplus(self.root.diagonal(dim1=-2, dim2=-1)) + 1e-4)
+        return self.root.tril(-1) + torch.diag_embed(softplus(self.root.diagonal(dim1=-2, dim2=-1)) + MIN_SCALE)
 
     def _offsets(self, x: Tensor, u: Tensor) -> Tensor:
         check_controlled("LinearStructuredNormal", x, u, self.data_dim, self.action_dim, self.systems)

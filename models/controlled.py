@@ -120,6 +120,13 @@ class ControlledLinear(ControlledModel):
         torch.Size([3])
     """
 
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    log_w: Tensor
+    log_v: Tensor
+    log_p: Tensor
+
     def __init__(
         self,
         transition: Tensor | list[list[float]],

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyrogaps.guides.controlled import LinearStructuredNormal
+from pyrogaps.guides.controlled import MIN_SCALE, LinearStructuredNormal
 from pyrogaps.models.controlled import ControlledLinear, actions_before
 
 
@@ -31,6 +31,6 @@ def best_guide(model: ControlledLinear, x: Tensor, u: Tensor, lookahead: float) 
             fitted = torch.linalg.lstsq(inputs[:, shown].flatten(1), loc, driver="gelsd").solution
             guide.weight[t][:, shown] = fitted.T.reshape(d, -1, inputs.shape[-1])
             root = torch.linalg.cholesky(R)
-            guide.root[t] = root.tril(-1) + (root.diagonal() - 1e-4).expm1().log().diag()
+            guide.root[t] = root.tril(-1) + (root.diagonal() - MIN_SCALE).expm1().log().diag()
             guide.gain[t] = backward.gain[t]
     return guide

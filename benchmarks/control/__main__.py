@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny runs, to see that it works")
     parser.add_argument("--runs", type=Path, default=Path("benchmarks/runs/control"))
     parser.add_argument("--sets", type=int, default=20, help="data sets of each setting")
-    parser.add_argument("--steps", type=int, default=120, help="of BFGS, at most")
+    parser.add_argument("--steps", type=int, default=200, help="of BFGS, at most")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 SUFFICIENT = 1e-4  # of the increase that the gradient promises (Armijo)
 LONGEST = 1.0  # of a parameter in one step
-TRIALS = 5
+TRIALS = 6
+CAREFUL = 1e-2  # length of a step of which the curvature is not known
 FLAT = 1e-4  # slopes below which a problem is solved, nats
 
 
@@ -30,12 +31,13 @@ def maximise(model: nn.Module, objective: Callable[[], Tensor], num_steps: int) 
         return torch.where(good, values.detach(), torch.inf), torch.where(good[:, None], flat, 0.0)
 
     def steepest(slope: Tensor) -> Tensor:
-        return identity / slope.norm(dim=1).clamp(min=1.0)[:, None, None]
+        """A short step up, however steep it is."""
+        return CAREFUL * identity / slope.norm(dim=1).clamp(min=1.0)[:, None, None]
 
     theta = torch.cat([parameter.detach().flatten(1) for parameter in parameters], 1)
     identity = torch.eye(theta.shape[1], dtype=theta.dtype).expand(len(theta), -1, -1)
     value, slope = evaluate(theta)
-    inverse, fresh = steepest(slope), torch.zeros_like(value, dtype=torch.bool)
+    inverse, fresh = steepest(slope), torch.ones_like(value, dtype=torch.bool)
     stuck = torch.zeros_like(value, dtype=torch.bool)
     for _ in range(num_steps):
         active = ~stuck & (slope.abs().amax(1) > FLAT)
@@ -60,12 +62,19 @@ def maximise(model: nn.Module, objective: Callable[[], Tensor], num_steps: int) 
             waiting, size = waiting & ~taken, size / 4
         # Nothing higher along the direction, to rounding: once more along the gradient, then no more.
         stuck = stuck | (waiting & fresh)
-        fresh = waiting
         s, y = best[0] - theta, best[2] - slope
+        inverse = torch.where(fresh[:, None, None], _scaled(identity, s, y), inverse)
+        fresh = waiting
         theta, value, slope = best
         inverse = torch.where(fresh[:, None, None], steepest(slope), _updated(inverse, s, y, identity))
     evaluate(theta)
     return -value, slope.abs().amax(1)
+
+
+def _scaled(identity: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """The multiple of the identity that fits the curvature along the first step (Nocedal and Wright, 6.20)."""
+    curvature = (s * y).sum(1) / y.square().sum(1).clamp(min=1e-300)
+    return torch.where(curvature > 0, curvature, CAREFUL)[:, None, None] * identity
 
 
 def _updated(inverse: Tensor, s: Tensor, y: Tensor, identity: Tensor) -> Tensor:

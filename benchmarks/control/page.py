@@ -144,6 +144,6 @@ filter's regret is depends on that least scale.
 
 *Infinite data*: the same with exact moments of the data. *Model's loss*: KL(true model || learned model), nats a
 trajectory. *Gap*: conditioning gap of the guide, nats a trajectory, under its own model and under the true one. Medians
-over data sets; the interval of the regret is of order statistics, which holds the median with at least 95% (a bootstrap's
+over data sets; the interval of the regret is of order statistics and holds the median with at least 95% (a bootstrap's
 of 20 values covers about 91%).
 """
