@@ -92,7 +92,8 @@ class LinearStructuredNormal(AmortizedGuide, nn.Module):
         loc = times(R, information + times(backward.information, shift)) + moved
         roots = torch.linalg.cholesky(R)
         with torch.no_grad():
-            guide.weight.copy_(loc.reshape(steps, size, steps, -1).permute(2, 3, 0, 1))
+            # What a smoother is not shown has a weight of 0 but for rounding.
+            guide.weight.copy_(loc.reshape(steps, size, steps, -1).permute(2, 3, 0, 1) * guide.mask)
             guide.gain.copy_(backward.gain)
             raw = (roots.diagonal(dim1=-2, dim2=-1) - MIN_SCALE).expm1().log()
             guide.root.copy_(roots.tril(-1) + torch.diag_embed(raw))

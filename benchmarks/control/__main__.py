@@ -22,14 +22,25 @@ from benchmarks.control.settings import SETTINGS, Setting
 from benchmarks.reporting import RESULTS, machine, write
 
 
-def measured(setting: Setting, options: argparse.Namespace) -> list[Row]:
-    """The rows of a setting, made where they are not there yet."""
-    path = options.runs / f"{setting.name.replace(' ', '-')}-{options.sets}-{options.steps}-{options.seed}.json"
-    if not path.exists():
+def path_of(setting: Setting, options: argparse.Namespace) -> Path:
+    """Where the rows of a setting lie when it is finished."""
+    name = f"{setting.name.replace(' ', '-')}-{options.sets}-{options.steps}-{options.seed}.json"
+    folder: Path = options.runs
+    return folder / name
+
+
+def measure(setting: Setting, options: argparse.Namespace) -> None:
+    """Make the rows of a setting where they are not there yet."""
+    if not path_of(setting, options).exists():
         found = rows(setting, options.sets, options.steps, options.seed)
         text = json.dumps({"machine": machine(), "rows": [asdict(row) for row in found]}, indent=1)
-        write(path, text.encode())
-    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+        write(path_of(setting, options), text.encode())
+
+
+def finished(options: argparse.Namespace) -> list[Row]:
+    """The rows of all settings that are finished."""
+    paths = [path_of(setting, options) for setting in SETTINGS]
+    return [Row(**row) for path in paths if path.exists() for row in json.loads(path.read_text())["rows"]]
 
 
 def table(found: list[Row]) -> bytes:
@@ -45,22 +56,26 @@ def table(found: list[Row]) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", help="by name (default: all); the page is of all that are finished")
     parser.add_argument("--quick", action="store_true", help="tiny runs, to see that it works")
     parser.add_argument("--runs", type=Path, default=Path("benchmarks/runs/control"))
     parser.add_argument("--sets", type=int, default=20, help="data sets of each setting")
-    parser.add_argument("--steps", type=int, default=200, help="of BFGS, at most")
+    parser.add_argument("--steps", type=int, default=120, help="of BFGS, at most")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    known = {setting.name: setting for setting in SETTINGS}
+    if unknown := sorted({*options.settings} - {*known}):
+        parser.error(f"no setting {unknown[0]!r}; there are {', '.join(known)}")
     torch.set_num_threads(1)
     folder = RESULTS
     if options.quick:
         options.sets, options.steps = 2, 3
         folder = options.runs = options.runs / "quick"
     options.runs.mkdir(parents=True, exist_ok=True)
-    found: list[Row] = []
-    for setting in SETTINGS:
-        found += measured(setting, options)
-        print(page.lines_of(setting.name, found), flush=True)
+    for name in options.settings or known:
+        measure(known[name], options)
+        print(page.lines_of(name, finished(options)), flush=True)
+    found = finished(options)
     figure = Figure(layout="constrained", figsize=(10, 5.5))
     picture.draw(found, figure)
     folder.mkdir(exist_ok=True)
