@@ -410,7 +410,7 @@ def test_networks_that_a_copy_would_share_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_tensors_that_cannot_be_copied_are_named() -> None:
     normed = nn.utils.weight_norm(nn.Linear(4, 4))
-    with pytest.raises(pg.InputError, match="no copy of it can be made to train .*parametrizations"):
+    with pytest.raises(pg.InputError, match=r"no copy of it can be made to train .*parametrizations"):
         copied(normed)
 
 
