@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 import pyrogaps as pg
 from benchmarks import whose_fault
+from pyrogaps.density.copies import copied
 from pyrogaps.gaps.decomposition import Decomposition
 from pyrogaps.gaps.diagnose import diagnosis
-from pyrogaps.gaps.retrain import _candidates
+from pyrogaps.gaps.retrain import _candidates, trainable
 from pyrogaps.gaps.terms import Columns, Mean, measured_gaps
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
@@ -369,6 +371,47 @@ def test_a_split_changes_neither_the_guide_nor_the_store(kind: str) -> None:
     after = contents()
     assert all(torch.equal(after[name], value) for name, value in held.items())
     assert {*after} <= {*held, "decoder$$$weight", "decoder$$$bias"}
+
+
+def test_a_pyro_module_within_a_copy_runs() -> None:
+    """Its context was made while parameters were not local to modules."""
+    both, train, _ = methods()
+    scaled = WithScale(both.encoder)
+    for guide in (scaled.forward, Within(scaled)):
+        other = copied(trainable(guide))
+        other(train)
+        assert {id(value) for value in other.parameters()}.isdisjoint(id(value) for value in scaled.parameters())
+    assert not contents()
+
+
+class Within(nn.Module):
+    def __init__(self, guide: nn.Module) -> None:
+        super().__init__()
+        self.guide = guide
+
+    def forward(self, x: Tensor) -> None:
+        self.guide(x)
+
+
+def test_networks_that_a_copy_would_share_are_refused() -> None:
+    """They would be trained by nobody, and the split would find nothing to gain."""
+    both, train, _ = methods()
+    encoder, hidden = both.encoder, SimpleNamespace(net=nn.Linear(4, 4).double())
+
+    def guide(x: Tensor) -> None:
+        loc, log_scale = (encoder(x) + hidden.net(x)).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    with pytest.raises(pg.InputError, match=r"a parameter of shape \(4, 4\) belongs to a module that was not found"):
+        pg.reference_guide(both.model, guide, train, num_epochs=1, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_tensors_that_cannot_be_copied_are_named() -> None:
+    normed = nn.utils.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(pg.InputError, match=r"no copy of it can be made to train .*parametrizations"):
+        copied(normed)
 
 
 def test_what_cannot_be_split_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from typing import Any
+from typing import Any, cast
 
 import pyro
 from pyro.nn import PyroModule
@@ -12,7 +12,7 @@ from torch import nn
 from pyrogaps.density.autoguides import autoguides_within
 from pyrogaps.density.parts import Part
 from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError
+from pyrogaps.errors import InputError, reason_of
 
 
 def as_module(guide: Program) -> nn.Module | None:
@@ -32,16 +32,44 @@ def copied(guide: nn.Module) -> nn.Module:
     before = [(part._model, part.master) for part in autoguides_within(guide)]
     try:
         other = copy.deepcopy(guide)
+    except RuntimeError as error:  # torch's own for tensors that are computed, such as those of the old weight_norm
+        raise InputError(
+            f"guide: no copy of it can be made to train ({reason_of(error)}). Hold only parameters and modules in it; "
+            "normalise weights by torch.nn.utils.parametrizations, not by torch.nn.utils.weight_norm or spectral_norm"
+        ) from error
     finally:
         for part, (model, master) in zip(autoguides_within(guide), before, strict=True):
             vars(part).update(_model=model, master=master)
     for part, (model, _) in zip(autoguides_within(other), before, strict=True):
         vars(part).update(_model=model)
+    for part in other.modules():
+        if isinstance(part, PyroModule):  # Pyro makes this only where parameters were local already
+            vars(part._pyro_context).setdefault("param_state", {"params": {}, "constraints": {}})
     if not isinstance(other, _Copy):
         # A subclass, so that the copy is still all that the library asks of a guide.
         kind: Any = type(guide)
         other.__class__ = _copies_of(kind)
     return other
+
+
+def check_own(guide: Program, total: Any) -> None:
+    """Refuse a copy of which `total`, a sum of its draws and log densities, depends on parameters it does not hold."""
+    if not isinstance(guide, _Copy):
+        return
+    own = {id(value) for value in cast(nn.Module, guide).parameters()}
+    left, seen = [getattr(total, "grad_fn", None)], set()
+    for node in left:
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+            raise InputError(
+                f"guide: a parameter of shape {tuple(leaf.shape)} belongs to a module that was not found in it, so a "
+                "copy cannot train it. Write the guide as an nn.Module that has all its networks as attributes, or "
+                "freeze the parameter by requires_grad_(False)"
+            )
+        left += [following for following, _ in node.next_functions]
 
 
 class _Copy:
@@ -79,7 +107,7 @@ class _OwnParameters(Messenger):
 
     def _is_of_a_pyro_module(self, name: str) -> bool:
         """Whether a module gives this parameter itself, as `module_local_params` has it."""
-        parts = (part for part in self._module.modules() if isinstance(part, PyroModule))
+        parts = (part for part in self._module.modules() if isinstance(part, PyroModule) and part._pyro_context.used)
         return any(
             name == part._pyro_get_fullname(own) for part in parts for own in (*part._pyro_params, *part._parameters)
         )

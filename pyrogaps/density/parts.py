@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyrogaps.density.runs import modules_of
+from pyrogaps.density.runs import globals_of, modules_of
 from pyrogaps.errors import InputError
 from pyrogaps.guard import failures_named
 
@@ -57,20 +57,34 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, functools.partial):
-        return functools.partial(_copied(value.func, memo), *value.args, **value.keywords)
+        return _copied_partial(value, memo)
     if inspect.isfunction(value):
         return _copied_function(value, memo) if modules_of(value) else value
+    if type(value) in (list, tuple, dict):
+        held = value.items() if isinstance(value, dict) else enumerate(value)
+        made = {key: _copied(item, memo) for key, item in held} if modules_of(value) else None
+        return value if made is None else made if isinstance(value, dict) else type(value)(made.values())
     holds = isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module)
     return copy.deepcopy(value, memo) if holds or (callable(value) and modules_of(value)) else value
+
+
+def _copied_partial(value: functools.partial[Any], memo: dict[int, Any]) -> functools.partial[Any]:
+    """A partial of copies. What a handler of Pyro makes of a program is one of a class of its own, around another."""
+    if type(value) is not functools.partial:
+        return type(value)(_copied(value.func, memo))
+    args = [_copied(item, memo) for item in value.args]
+    keywords = {name: _copied(item, memo) for name, item in value.keywords.items()}
+    return functools.partial(_copied(value.func, memo), *args, **keywords)
 
 
 def _copied_function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     variables = dict(function.__globals__)
     cells = tuple(CellType() for _ in function.__closure__ or ())
-    made = FunctionType(function.__code__, variables, function.__name__, function.__defaults__, cells)
-    made.__kwdefaults__ = function.__kwdefaults__
+    made = FunctionType(function.__code__, variables, function.__name__, None, cells)
     memo[id(function)] = made  # before what it reaches, which may reach it
-    variables.update({name: _copied(value, memo) for name, value in inspect.getclosurevars(function).globals.items()})
+    made.__defaults__ = _copied(function.__defaults__, memo)
+    made.__kwdefaults__ = _copied(function.__kwdefaults__, memo)
+    variables.update({name: _copied(value, memo) for name, value in globals_of(function).items()})
     for cell, before in zip(cells, function.__closure__ or (), strict=True):
         cell.cell_contents = _copied(before.cell_contents, memo)
     return made

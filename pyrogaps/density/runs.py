@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from types import CodeType, FunctionType
 from typing import Any
 
 import pyro
@@ -60,11 +61,25 @@ def _reached(candidate: Any) -> list[Any]:
         owner = candidate.__self__
         reached += [owner, candidate.__func__, *getattr(owner, "__dict__", {}).values()]
     elif inspect.isfunction(candidate):
-        variables = inspect.getclosurevars(candidate)
-        reached += [*variables.nonlocals.values(), *variables.globals.values()]
+        nonlocals = inspect.getclosurevars(candidate).nonlocals.values()
+        reached += [*nonlocals, *globals_of(candidate).values(), *defaults_of(candidate)]
     elif callable(candidate):
         reached += getattr(candidate, "__dict__", {}).values()
     return reached
+
+
+def globals_of(function: FunctionType) -> dict[str, Any]:
+    """The globals that a function, or one that is defined within it, may read."""
+    left, names = [function.__code__], set()
+    for code in left:
+        names |= set(code.co_names)
+        left += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+
+
+def defaults_of(function: FunctionType) -> list[Any]:
+    """The default values of a function's arguments."""
+    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
 def _callables(container: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> list[Any]:

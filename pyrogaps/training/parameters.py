@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from pyrogaps.density.copies import check_own
 from pyrogaps.density.runs import Program
 from pyrogaps.errors import InputError
 from pyrogaps.family import augmented
@@ -84,7 +85,9 @@ def guide_parameters(
     guide_trace = poutine.trace(guide).get_trace(*args)
     sites: list[Any] = [site for site in guide_trace.nodes.values() if site["type"] == "sample"]
     draws = sum(site["value"].sum() for site in sites)
-    in_guide = _touched(draws + guide_trace.log_prob_sum(), named)
+    total = draws + guide_trace.log_prob_sum()
+    check_own(guide, total)
+    in_guide = _touched(total, named)
     guide_trace.detach_()
     in_model = _touched(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args).log_prob_sum(), named)
     extended_model = augmented(model, guide)

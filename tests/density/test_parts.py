@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as pyro_dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch import distributions as dist
@@ -63,6 +64,22 @@ def that_calls_itself() -> Callable[..., Tensor]:
     return call
 
 
+def in_a_list() -> Callable[[Tensor], Tensor]:
+    nets = {"all": [nn.Linear(3, 2)]}
+    return lambda x: nets["all"][0](x)
+
+
+def with_a_default() -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor, net: nn.Module = nn.Linear(3, 2)) -> Tensor:  # noqa: B008
+        return net(x)
+
+    return call
+
+
+def in_an_inner_function(x: Tensor) -> Tensor:
+    return (lambda y: SHARED(y))(x)
+
+
 def with_an_option(x: Tensor, net: nn.Module) -> Tensor:
     return net(x)
 
@@ -77,6 +94,11 @@ CALLABLES: dict[str, Callable[[], Any]] = {
     "object": Holder,
     "method of an object": lambda: Holder().method,
     "partial": lambda: functools.partial(in_a_closure()),
+    "argument of a partial": lambda: functools.partial(with_an_option, net=nn.Linear(3, 2)),
+    "list in a closure": in_a_list,
+    "default value": with_a_default,
+    "inner function": lambda: in_an_inner_function,
+    "handler": lambda: poutine.scale(in_a_closure(), scale=2.0),
 }
 
 
