@@ -87,8 +87,8 @@ def data_set(truth: ControlledLinear, setting: Setting, seed: int) -> tuple[Tens
 def learned(second: Tensor, latent_dim: int, num_steps: int) -> dict[float, tuple[ControlledLinear, Tensor, Tensor]]:
     """The models of all data sets with moments `second` `(B, n, n)`, their bounds and slopes `(B,)`, by lookahead.
 
-    The smoothers' models are learned first, and the others start from them: a worse model is then no matter of a worse
-    start.
+    The smoothers' models are learned first, and the others start from them, so that each ends at a higher bound of its
+    own than the smoother's model has.
     """
     moments = Moments(second, STEPS, 1, 1)
     smoothed = start(moments, latent_dim)

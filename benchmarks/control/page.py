@@ -100,6 +100,7 @@ def text(found: Sequence[Row], options: argparse.Namespace) -> str:
         floor=MIN_EMISSION_SCALE,
         at_floor=at_floor,
         filters=len(floor),
+        steep_filters=sum(row.slope > 0.01 for row in floor),
         steep=sum(slope > 0.01 for slope in steep),
         number=len(steep),
         verdict=verdict(found),
@@ -122,8 +123,9 @@ Command: `{command}`. {machine}.
   and the scales are learned, the scale of v from {floor} up; the true one is 0.3, or 0.5 in "scalar".
 - **Learning.** The ELBO of linear-Gaussian guides of lookahead 0 (filter), 1, 3 and infinity (smoother), at the best
   guide of its kind for the data, in closed form: where SVI with such a guide ends, without its noise. BFGS, at most
-  {bfgs} steps. The smoother's model is learned first, and the others start from it, so that no model is worse because
-  of its start. After the last step {steep} of {number} models had a slope above 0.01 nats.
+  {bfgs} steps. The smoother's model is learned first, and the others start from it: each ends at a higher bound of its
+  own than the smoother's model has. They need not end at the highest: after the last step {steep} of {number} models,
+  of filters {steep_filters} of {filters}, had a slope above 0.01 nats.
 - **Control.** The stationary Kalman filter and Riccati gain of the learned model, run on the true system. The cost is
   {output:g} y^2 + {action:g} u^2, its long-run mean by a Lyapunov equation. Regret is relative to the least cost that
   any controller has. Unstable loops have infinite regret; none is left out of a median.
@@ -135,8 +137,8 @@ A model is called worse or better than the smoother's where an exact sign test o
 {verdict}
 
 {at_floor} of {filters} models of filters end at the least scale of v. Their bound rises as the model takes the noise of
-the outputs for movement: then an observation says where the state is, and the future tells no more. How large a
-filter's regret is depends on that least scale.
+the outputs for movement: then an observation says where the state is, and the future tells no more. The least scale was
+not varied, so that how large a filter's regret is holds for this one.
 
 ![Regret against lookahead](control.png)
 

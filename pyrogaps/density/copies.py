@@ -12,7 +12,7 @@ from torch import nn
 from pyrogaps.density.autoguides import autoguides_within
 from pyrogaps.density.parts import Part
 from pyrogaps.density.runs import Program
-from pyrogaps.errors import InputError, reason_of
+from pyrogaps.errors import InputError
 
 
 def as_module(guide: Program) -> nn.Module | None:
@@ -34,7 +34,7 @@ def copied(guide: nn.Module) -> nn.Module:
         other = copy.deepcopy(guide)
     except RuntimeError as error:  # torch's own for tensors that are computed, such as those of the old weight_norm
         raise InputError(
-            f"guide: no copy of it can be made to train ({reason_of(error)}). Hold only parameters and modules in it; "
+            f"guide: no copy of it can be made to train ({str(error).splitlines()[0]}). Hold only parameters and modules in it; "
             "normalise weights by torch.nn.utils.parametrizations, not by torch.nn.utils.weight_norm or spectral_norm"
         ) from error
     finally:

@@ -34,6 +34,7 @@ from pyrogaps.refine.families import Family
 from pyrogaps.refine.same import is_own_family
 from pyrogaps.run import Run
 from pyrogaps.streams import BLOCK, Chunk
+from pyrogaps.training import rehearse_training
 from pyrogaps.version import __version__
 
 SAME = "the family '{name}' is the guide's own family, so its rows estimate the same values again"
@@ -76,7 +77,10 @@ class Decomposition:
                 "split out, or make them parameters of the model (pyro.param)"
             )
         if self.split is not None:
-            self.problem.with_guide(copied(trainable(self.problem.guide)))  # which runs the copy
+            copy = copied(trainable(self.problem.guide))
+            self.problem.with_guide(copy)
+            training = replace(self.split.retraining.training, freeze_model=True)
+            rehearse_training(self.problem.model, copy, self.split.train_data, None, training, self.seed)
             if summed := self.problem.scored.enumerated:
                 raise InputError(
                     f"split: the guide does not draw {quoted(summed)}, and training it on would not sum them out. Draw "
