@@ -403,7 +403,7 @@ def test_networks_that_a_copy_would_share_are_refused() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
-    with pytest.raises(pg.InputError, match=r"a parameter of shape \(4, 4\) belongs to a module that was not found"):
+    with pytest.raises(pg.InputError, match=r"a parameter of shape \(4,.* belongs to a module that was not found"):
         pg.reference_guide(both.model, guide, train, num_epochs=1, progress=False)
 
 

@@ -34,8 +34,8 @@ def copied(guide: nn.Module) -> nn.Module:
         other = copy.deepcopy(guide)
     except RuntimeError as error:  # torch's own for tensors that are computed, such as those of the old weight_norm
         raise InputError(
-            f"guide: no copy of it can be made to train ({str(error).splitlines()[0]}). Hold only parameters and modules in it; "
-            "normalise weights by torch.nn.utils.parametrizations, not by torch.nn.utils.weight_norm or spectral_norm"
+            f"guide: no copy of it can be made to train ({str(error).splitlines()[0]}). Hold only parameters and "
+            "modules in it; normalise weights by torch.nn.utils.parametrizations, not by torch.nn.utils.weight_norm"
         ) from error
     finally:
         for part, (model, master) in zip(autoguides_within(guide), before, strict=True):

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from pyrogaps import memory, processes
 from pyrogaps.chunk_cache import chunk_size
 from pyrogaps.conditioning import Conditioning, conditioning_measure, declared
@@ -77,15 +79,16 @@ class Decomposition:
                 "split out, or make them parameters of the model (pyro.param)"
             )
         if self.split is not None:
-            copy = copied(trainable(self.problem.guide))
-            self.problem.with_guide(copy)
-            training = replace(self.split.retraining.training, freeze_model=True)
-            rehearse_training(self.problem.model, copy, self.split.train_data, None, training, self.seed)
             if summed := self.problem.scored.enumerated:
                 raise InputError(
                     f"split: the guide does not draw {quoted(summed)}, and training it on would not sum them out. Draw "
                     "them in the guide, or leave split out"
                 )
+            copy = copied(trainable(self.problem.guide))
+            self.problem.with_guide(copy)
+            if not isinstance(self.problem.guide, nn.Module):  # whose modules may not all have been found
+                training = replace(self.split.retraining.training, freeze_model=True)
+                rehearse_training(self.problem.model, copy, self.split.train_data, None, training, self.seed)
         if self.certificate is not None:
             check_size(self.problem.joint, self.certificate, self.max_memory)
 
