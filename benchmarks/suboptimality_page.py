@@ -217,7 +217,7 @@ def _introduction(table: pd.DataFrame, measured: int, flow: str) -> list[str]:
         f"Table 1 of Cremer, Li and Duvenaud (arXiv:1801.03558), by `{command}`. "
         f"**{measured} of {len(PAPER)} columns measured.** "
         "In nats; ± is the standard error over images. The approximation gap is that of the family trained with. "
-        f"log p(x) by {EVIDENCE[several(table, 'evidence')]}.",
+        f"log p(x) by {EVIDENCE.get(name := several(table, 'evidence'), name)}.",
         "",
         f"- Budget: {epochs} epochs (paper: 3,280), {_images(table)}, "
         f"{several(table, 'refinement_steps')} refinement steps; seed {several(table, 'seed')}.",

@@ -172,7 +172,8 @@ class PriorWalk(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> None:
         (model,) = self.model
         with pyro.plate("data", len(x)):
-            list(model._states(x, sequence_mask("PriorWalk", x, lengths, 1)))
+            keep = sequence_mask("PriorWalk", x, lengths, 1)
+            list(model._states(x, keep, lambda z, t: model.transition(z)))
 
 
 def test_masked_coordinates_do_not_count_and_the_prior_is_found_out() -> None:
