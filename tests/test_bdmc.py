@@ -163,6 +163,7 @@ class PlainAuxiliary(nn.Module):
         return self.inner.augment(model)
 
 
+@pytest.mark.filterwarnings("ignore:guide. it is refined datapoint by datapoint")  # on a slow machine
 @pytest.mark.usefixtures("brief_check")
 def test_auxiliary_variables_are_simulated_too() -> None:
     """AIS runs on the space of both, and so does its reverse; a certificate needs it as well."""
