@@ -88,7 +88,8 @@ class LinearStructuredNormal(AmortizedGuide, nn.Module):
         u = torch.cat([before[:, 1:], torch.zeros_like(before[:, :1])], 1)
         shift, R = model.response(u), backward.covariance
         information = chain.expected_information(x - times(model.C, shift), guide.lookahead)
-        moved = times(model.B, actions_before(u)) - times(R @ backward.information, times(model.B, actions_before(u)))
+        pushed = times(model.B, actions_before(u))
+        moved = pushed - times(R @ backward.information, pushed)
         loc = times(R, information + times(backward.information, shift)) + moved
         roots = torch.linalg.cholesky(R)
         with torch.no_grad():

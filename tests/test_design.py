@@ -17,11 +17,8 @@ MAX_PARAMETERS = 7
 # Attributes of other objects that are set, by file, and why.
 SET_ATTRIBUTES = {
     # Objects of torch, Pyro, matplotlib, xarray and Python.
-    "density/parts.py": {
-        "made.__defaults__",
-        "made.__kwdefaults__",
-        "cell.cell_contents",
-    },  # of a copy of a caller's function
+    # Of a copy of a caller's function.
+    "density/parts.py": {"made.__defaults__", "made.__kwdefaults__", "cell.cell_contents"},
     "density/copies.py": {"other.__class__"},  # of a copy of a caller's guide
     "likelihoods/counts.py": {"new._validate_args"},  # torch's form of expand
     "likelihoods/discretised_logistic.py": {"new.loc", "new.scale", "new._validate_args"},  # torch's form of expand

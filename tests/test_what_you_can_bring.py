@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrogaps as pg
 from pyrogaps.guides.auxiliary_flows import AmortizedAuxiliaryFlow
 from pyrogaps.models.vae import VAE
+from tests.refusals import refuses
 
 README = Path(__file__).parents[1] / "README.md"
 X = torch.tensor([0.3, -1.2, 0.8, 2.0, -0.4])
@@ -48,15 +49,6 @@ def answers(model: Any, guide: Any, data: Any = X, **options: Any) -> pg.GapLedg
     ledger = pg.decompose(model, guide, data, **{**SMALL, **options})
     assert torch.isfinite(torch.tensor(ledger.per_datapoint["inference_gap"].values)).all()
     return ledger
-
-
-def refuses(call: Callable[[], Any], *words: str) -> None:
-    with pytest.raises(pg.InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 def model(x: Tensor) -> None:

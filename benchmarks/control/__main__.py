@@ -7,12 +7,11 @@ Riccati gain of each run on the true system. Writes `results/control.csv`, a row
 """
 
 import argparse
-import csv
-import io
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
@@ -37,21 +36,23 @@ def measure(setting: Setting, options: argparse.Namespace) -> None:
         write(path_of(setting, options), text.encode())
 
 
-def finished(options: argparse.Namespace) -> list[Row]:
-    """The rows of all settings that are finished."""
-    paths = [path_of(setting, options) for setting in SETTINGS]
-    return [Row(**row) for path in paths if path.exists() for row in json.loads(path.read_text())["rows"]]
+def finished(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """The rows of all settings that are finished, and the machines that they were made on, by setting."""
+    found: list[Row] = []
+    machines = {}
+    for setting in SETTINGS:
+        if (path := path_of(setting, options)).exists():
+            kept = json.loads(path.read_text())
+            machines[setting.name] = kept["machine"]
+            found += [Row(**row) for row in kept["rows"]]
+    return found, machines
 
 
-def table(found: list[Row]) -> bytes:
+def table(found: list[Row], machines: dict[str, str]) -> bytes:
     """All rows as CSV, the machine in the last column."""
-    text, names = io.StringIO(), [field.name for field in fields(Row)]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, "machine"])
-    for row in found:
-        values = (getattr(row, name) for name in names)
-        writer.writerow([*(f"{value:.6g}" if isinstance(value, float) else value for value in values), machine()])
-    return text.getvalue().encode()
+    rows = pd.DataFrame([{**asdict(row), "machine": machines[row.setting]} for row in found])
+    text: str = rows.to_csv(index=False, float_format="%.6g")
+    return text.encode()
 
 
 def main() -> None:
@@ -74,14 +75,14 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     for name in options.settings or known:
         measure(known[name], options)
-        print(page.lines_of(name, finished(options)), flush=True)
-    found = finished(options)
+        print(page.lines_of(name, finished(options)[0]), flush=True)
+    found, machines = finished(options)
     figure = Figure(layout="constrained", figsize=(10, 5.5))
     picture.draw(found, figure)
     folder.mkdir(exist_ok=True)
     figure.savefig(folder / "control.png", dpi=160)
-    write(folder / "control.csv", table(found))
-    write(folder / "control.md", page.text(found, options).encode())
+    write(folder / "control.csv", table(found, machines))
+    write(folder / "control.md", page.text(found, machines, options).encode())
     print(machine())
 
 

@@ -2,12 +2,11 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.control import judge
 from benchmarks.control.learning import LOOKAHEADS, Row
 from benchmarks.control.settings import COST, MIN_EMISSION_SCALE, SETTINGS, STEPS
-from benchmarks.reporting import machine
 
 NAMES = {0: "filter", 1: "lookahead 1", 3: "lookahead 3", math.inf: "smoother"}
 
@@ -81,15 +80,15 @@ def verdict(found: Sequence[Row]) -> str:
     return "\n".join(f"- {words[kind]}: {', '.join(by_verdict[kind])}." for kind in words if kind in by_verdict)
 
 
-def text(found: Sequence[Row], options: argparse.Namespace) -> str:
-    """The whole page."""
+def text(found: Sequence[Row], machines: Mapping[str, str], options: argparse.Namespace) -> str:
+    """The whole page; `machines` are those that its rows were made on, by setting."""
     steep = [row.slope for row in found]
     floor = [row for row in found if row.lookahead == 0]
     at_floor = sum(row.emission_scale < 1.05 * MIN_EMISSION_SCALE for row in floor)
     few = {setting.name: setting.num_trajectories for setting in SETTINGS}
     return PAGE.format(
         command=f"python -m benchmarks.control --sets {options.sets} --steps {options.steps} --seed {options.seed}",
-        machine=machine(),
+        machine="; ".join(dict.fromkeys(machines.values())),
         sets=options.sets,
         steps=STEPS,
         bfgs=options.steps,

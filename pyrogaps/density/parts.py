@@ -61,11 +61,15 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if inspect.isfunction(value):
         return _copied_function(value, memo) if modules_of(value) else value
     if type(value) in (list, tuple, dict):
-        held = value.items() if isinstance(value, dict) else enumerate(value)
-        made = {key: _copied(item, memo) for key, item in held} if modules_of(value) else None
-        return value if made is None else made if isinstance(value, dict) else type(value)(made.values())
+        return _copied_container(value, memo) if modules_of(value) else value
     holds = isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module)
     return copy.deepcopy(value, memo) if holds or (callable(value) and modules_of(value)) else value
+
+
+def _copied_container(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item, memo) for key, item in value.items()}
+    return type(value)(_copied(item, memo) for item in value)
 
 
 def _copied_partial(value: functools.partial[Any], memo: dict[int, Any]) -> functools.partial[Any]:

@@ -106,18 +106,17 @@ def bdmc(
     elif isinstance(problem.posterior, GuideDensity):
         refiner = Refiner(own_family(problem.posterior), refinement or Refinement())
     run = Run(seed, batch_size, progress)
-    measurement, reverse = evidence.prepare(problem, run, refiner), evidence.reverse or AIS()
-    lower, upper = two_sided(simulated, measurement, reverse, refiner, run)
+    lower, upper = two_sided(simulated, evidence.prepare(problem, run, refiner), refiner, run)
     return Sandwich(lower.value, upper.value, lower, upper, simulated.data, simulated.z)
 
 
 def two_sided(
-    simulated: Simulated, measurement: Measurement, reverse: Evidence, refiner: Refiner | None, run: Run
+    simulated: Simulated, measurement: Measurement, refiner: Refiner | None, run: Run
 ) -> tuple[Estimate, Estimate]:
-    """log p(x) of simulated data by a measurement, and its upper bound by the `reverse` of AIS from the latents behind
-    them.
+    """log p(x) of simulated data by a measurement, and its upper bound by the `reverse` of its evidence, from the
+    latents behind them.
     """
-    problem, z = simulated.problem, simulated.z
+    problem, z, reverse = simulated.problem, simulated.z, measurement.evidence.reverse or AIS()
     below, above = measurement.over(problem, run), reverse.prepare(problem, run)
     needed = measurement.evidence.needs_refined or reverse.needs_refined
 

@@ -12,7 +12,6 @@ from pyrogaps.bounds import log_weights_of
 from pyrogaps.density import JointDensity
 from pyrogaps.density.data import part_of
 from pyrogaps.errors import InputError, counted
-from pyrogaps.evidence import AIS
 from pyrogaps.evidence.bdmc import two_sided
 from pyrogaps.gaps.certificate import Certificate
 from pyrogaps.gaps.measure import Measure
@@ -65,8 +64,7 @@ def certify(measure: Measure, per_datapoint: xr.Dataset, settings: Certificate, 
     assert evidence is not None
     own = run.derived("certificate").quiet()
     simulated, there = refiner.simulated(problem, settings.num_simulated, own)
-    reverse = evidence.evidence.reverse or AIS()
-    lower, upper = two_sided(simulated, evidence, reverse, there, own)
+    lower, upper = two_sided(simulated, evidence, there, own)
     bounds = {"lower": lower.value, "upper": upper.value, "lower_mcse": lower.mcse}
 
     part, chosen = part_of(problem.joint.data, settings.num_refined_again)

@@ -85,7 +85,7 @@ class Decomposition:
                     "them in the guide, or leave split out"
                 )
             copy = copied(trainable(self.problem.guide))
-            self.problem.with_guide(copy)
+            self.problem.with_guide(copy)  # which runs the copy
             if not isinstance(self.problem.guide, nn.Module):  # whose modules may not all have been found
                 training = replace(self.split.retraining.training, freeze_model=True)
                 rehearse_training(self.problem.model, copy, self.split.train_data, None, training, self.seed)

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import pyrogaps as pg
+from tests.refusals import refuses
 
 NUM_CELLS, NUM_GENES, DIM, NUM_OWN = 40, 20, 3, 500
 FEW: dict[str, Any] = {
@@ -243,14 +243,6 @@ def test_simulated_cells_keep_their_library_size(vae: Any) -> None:
 
 
 GIVEN = "given the size of each cell"
-
-
-def refuses(call: Callable[[], Any], *words: str) -> None:
-    with pytest.raises(pg.InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert not [word for word in words if word not in message], message
 
 
 def test_wrong_models_are_refused(scvi: Any, vae: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 import pyrogaps as pg
 from pyrogaps.guides.amortized import AmortizedNormal
 from pyrogaps.models.linear_gaussian import LinearGaussian
+from tests.refusals import refuses
 
 X = np.random.default_rng(0).poisson(2.0, (50, 4)).astype(np.uint16)
 ASKED = torch.tensor([7, 0, 7, 49])
@@ -144,14 +145,6 @@ def test_cells_of_an_anndata(form: Callable[[Any, Path], Any], tmp_path: Path) -
     assert data.names is not None and data.names[49] == "cell 49"
     (counts,) = pg.from_anndata(adata, layer="counts").fetch(ASKED)
     torch.testing.assert_close(counts, expected, rtol=0, atol=0)
-
-
-def refuses(call: Callable[[], Any], *words: str) -> None:
-    with pytest.raises(pg.InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert not [word for word in words if word not in message], message
 
 
 def test_wrong_arrays_are_refused(tmp_path: Path) -> None:
